@@ -1,5 +1,48 @@
 #!/usr/bin/env python3
-"""PLACEHOLDER"""
+"""An OpenAI-compatible API in front of upstreams, agents and Python functions.
+
+    python chatgpt_apiserver.py 8080 my-secret-key        the server
+    python chatgpt_apiserver.py --help                    its options
+
+One file, standard library only, Python 3.9 and newer.  It can be imported too:
+
+    server = Server(api_key="secret", port=0)
+
+    @server.model("shout")
+    def shout(request):
+        return request["messages"][-1]["content"].upper()
+
+    with server.running() as url:
+        ...                               # url + "/v1" is any client's base URL
+
+The file reads downward; each section uses only what stands above it:
+
+    Limits and timeouts      every bound, with its reason
+    Errors                   what is raised, and answered in one place
+    HTTP/1.1 messages        bytes in, messages and bytes out; no I/O
+    WebSocket                the same for RFC 6455, in both roles
+    API messages, events     the same for the OpenAI API's JSON and streams
+    Connections              Connection, HTTPClient, WebSocket on asyncio
+    Users                    users.json
+    Controllers              upstream, agent, function: one shape
+    Pool                     balance, queue, fail over, cool down
+    Service                  keys, agents, conversations, the log
+    Request handler          routes and authorization
+    Server                   sockets, tasks, start and stop
+    Configuration            file, environment, command line; main
+
+A request goes one way down: Connection receives bytes, parse_request_head() makes
+a Request of them, RequestHandler finds the route, authenticates, reads the content
+and makes an APIRequest; Pool.call() finds a Controller, whose answer() asks an
+upstream (HTTPClient), an agent (its WebSocket) or a function.  It comes back the
+same way: Answer.read() gives bytes as they come, Call.read() judges and counts
+them, RequestHandler writes them, and waits where the client is slow.
+
+The first event of a stream is awaited before the status goes out; until then a
+failure is answered by another controller, or by a true HTTP status.  A client that
+leaves cancels the task that serves it, and on its way out that task closes what it
+had opened.
+"""
 
 from __future__ import annotations
 
@@ -191,6 +234,8 @@ class Limits:
                 raise ValueError(f"{name} must be a number")
             if not 0 <= value < 1e12:  # also refuses NaN
                 raise ValueError(f"{name} must be a number from 0 up")
+            if isinstance(getattr(Limits, name), int) and value != int(value):
+                raise ValueError(f"{name} must be a whole number")
             setattr(self, name, value)
 
 
@@ -1230,6 +1275,7 @@ def encode_json(value: Any) -> bytes:
 
 ASK_PATH = "/api/ask"
 CHAT_PATH = "/v1/chat/completions"
+CHAT_PATHS = (CHAT_PATH, ASK_PATH)
 # Paths whose streams end in [DONE] and whose usage can be asked for.
 COMPLETION_PATHS = (CHAT_PATH, "/v1/completions")
 
@@ -1237,7 +1283,8 @@ COMPLETION_PATHS = (CHAT_PATH, "/v1/completions")
 class APIRequest:
     """A request to a controller, understood as far as routing needs.
 
-    method, path  "POST", "/v1/chat/completions"; the path may carry a query
+    method, path  "POST", "/v1/chat/completions"
+    query         the query behind it, or ""
     content       bytes as the client sent them
     body          the same parsed, or None if it is not JSON
     model         the model asked for, or None
@@ -1263,6 +1310,7 @@ class APIRequest:
         "model",
         "on_asked",
         "path",
+        "query",
         "stream",
         "user",
         "wants_usage",
@@ -1274,12 +1322,14 @@ class APIRequest:
         content: bytes = b"",
         *,
         method: str = "POST",
+        query: str = "",
         body: dict[str, Any] | None = None,
         headers: dict[str, str] | None = None,
         user: str = "",
     ) -> None:
         self.method = method
         self.path = path
+        self.query = query
         self.content = content
         self.body = body
         self.model: str | None = None
@@ -1306,6 +1356,12 @@ class APIRequest:
         options = body.get("stream_options")
         if isinstance(options, dict):
             self.wants_usage = options.get("include_usage") is True
+
+    @property
+    def target(self) -> str:
+        """What an upstream is asked for: path and query."""
+        path = CHAT_PATH if self.ask is not None else self.path
+        return f"{path}?{self.query}" if self.query else path
 
     @property
     def counts_usage(self) -> bool:
@@ -1483,7 +1539,7 @@ def completion_events(completion: dict[str, Any], include_usage: bool) -> bytes:
         for number, call in enumerate(delta.get("tool_calls") or []):
             call.setdefault("index", number)  # only streams have it
         events.append(chat_chunk(completion, delta, index=index))
-        reason = choice.get("finish_reason") or "stop"
+        reason = choice.get("finish_reason")
         events.append(chat_chunk(completion, {}, reason, index=index))
     usage = completion.get("usage")
     if include_usage and usage:
@@ -1971,7 +2027,7 @@ class Connection(asyncio.Protocol):
 
         Raise ConnectionResetError if the peer is gone.
         """
-        if self.lost or self.transport.is_closing():
+        if self.closing:
             raise ConnectionResetError("the connection is closed")
         self.bytes_sent += len(data)
         self.transport.write(data)
@@ -2008,7 +2064,15 @@ class Connection(asyncio.Protocol):
     @property
     def unsent(self) -> int:
         """Bytes written that the socket has not taken yet."""
-        return self.transport.get_write_buffer_size()
+        try:
+            return 0 if self.lost else self.transport.get_write_buffer_size()
+        except AttributeError:  # TLS up to Python 3.10, a moment before it is lost
+            return 0
+
+    @property
+    def closing(self) -> bool:
+        """Whether it is too late to write."""
+        return self.lost or self.transport.is_closing()
 
     @property
     def writable(self) -> bool:
@@ -2023,7 +2087,8 @@ class Connection(asyncio.Protocol):
             return
         if self.unsent or self.tls:
             self.loop.call_later(self.limits.linger_timeout, self.abort)
-        self.transport.close()
+        if not self.closing:  # closed twice, TLS of Python 3.11 cannot be aborted
+            self.transport.close()
 
     def abort(self) -> None:
         """Close at once; nothing to do for one that was never made."""
@@ -2481,10 +2546,14 @@ class ClientResponse(Answer):
         return piece
 
     async def read_all(self, max_size: int) -> bytes:
-        if (self._length or 0) > max_size:
+        if self._length is None or self._length == UNTIL_CLOSE:
+            return await super().read_all(max_size)
+        if self._length > max_size:
             raise ProtocolError(502, f"the answer is over {max_size} bytes")
         piece = await self.read()  # mostly all of it
-        return piece if self._connection is None else piece + await super().read_all(max_size)
+        if self._connection is None:
+            return piece
+        return piece + await super().read_all(max_size)
 
     async def finish(self) -> None:
         """Wait a moment for the last chunk behind [DONE]: it may be a segment of
@@ -3536,7 +3605,9 @@ class Controller:
 
     def serves(self, model: str | None) -> bool:
         """Whether it answers for a model; None is for whatever it has."""
-        return self.models is None or model is None or model in self.models
+        if self.models is None:  # any, but the mocks' names are theirs alone
+            return model is None or not model.startswith("mock/")
+        return model is None or model in self.models
 
     def available(self, now: float) -> bool:
         """Whether it may be asked this moment."""
@@ -3696,10 +3767,9 @@ class OpenAIController(Controller):
         return answer
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
-        path = CHAT_PATH if request.ask is not None else request.path
         return await self._client.request(
             request.method,
-            path[3:],  # the base URL has the "/v1"
+            request.target[3:],  # the base URL has the "/v1"
             [*self._fields, *request.headers.items()],
             content,
             first_byte_timeout=self.first_byte_timeout,
@@ -3844,6 +3914,7 @@ class AgentController(Controller):
         super().__init__(f"agent-{id[:8]}", max_concurrency=1)
         self.id = id
         self.version = 1
+        self.chat_only = True
         self.websocket = websocket
         self.credential = credential
         self.limits = websocket.limits
@@ -3868,6 +3939,7 @@ class AgentController(Controller):
             self.websocket.heartbeat = self._ping
             return
         self.version = 2
+        self.chat_only = False
         name = said.get("name")
         if isinstance(name, str) and name and name.isprintable():
             self.name = name[:64]
@@ -3952,7 +4024,7 @@ class AgentController(Controller):
     async def _answer_text(self, request: APIRequest) -> Answer:
         """Ask a version 1 agent: one text, one answer."""
         conversation_id = parent_id = ""
-        if request.body is None or request.path not in (CHAT_PATH, ASK_PATH):
+        if request.body is None or request.path not in CHAT_PATHS:
             raise APIError(404, "A browser agent answers only chat completions.")
         if request.ask is not None and (request.agent_id or not request.ask[1]):
             content, conversation_id, parent_id = request.ask
@@ -4045,8 +4117,8 @@ class AgentController(Controller):
     @staticmethod
     def _request_data(request: APIRequest, content: bytes) -> str:
         """What an ApiRequest says; the client's own JSON goes in as it came."""
-        path = CHAT_PATH if request.ask is not None else request.path
-        data = {"method": request.method, "path": path, "headers": request.headers}
+        data = {"method": request.method, "path": request.target}
+        data.update({"headers": request.headers})
         if request.body is not None:
             return f'{_to_ascii(data)[:-1]},"body":{content.decode()}}}'
         body = base64.b64encode(content).decode()
@@ -4170,6 +4242,35 @@ class GeneratedAnswer(Answer):
         await self._events.aclose()
 
 
+@contextlib.contextmanager
+def time_limit(when: float, error: Exception) -> Iterator[None]:
+    """Raise error in the body at a time on the loop's clock.
+
+    asyncio.timeout_at() is of Python 3.11; wait_for() would run the body in a task
+    of its own, which a generator with cancel scopes does not survive.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    late = False
+
+    def cancel() -> None:
+        nonlocal late
+        late = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_at(when, cancel)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not late:
+            raise
+        if hasattr(task, "uncancel"):  # Python 3.11
+            task.uncancel()
+        raise error from None
+    finally:
+        timer.cancel()
+
+
 class FunctionController(Controller):
     """A Python function that answers chat requests.
 
@@ -4180,6 +4281,7 @@ class FunctionController(Controller):
     - an iterator of strings, streamed as they come (or of dicts: deltas);
     - a dict: a whole message, such as {"tool_calls": [...]}, or a whole
       chat.completion with "choices";
+    - bytes: the answer's JSON, or whole events of its stream, sent as they are;
 
     or raises: APIError is the answer as it is; of anything else the client learns
     only that it failed.  The other arguments are Controller's.
@@ -4211,16 +4313,27 @@ class FunctionController(Controller):
         self._threads: ThreadPoolExecutor | None = None
 
     async def answer(self, request: APIRequest) -> Answer:
-        if request.body is None or request.path not in (CHAT_PATH, ASK_PATH):
+        if request.body is None or request.path not in CHAT_PATHS:
             raise APIError(404, f"{self.name} answers only chat completions.")
         model = request.model or next(iter(self.models or ()), self.name)
         # Its own copy: the same request may go to another controller.
         body = {**request.body, "model": model}
-        result = await self._call(body)
+        with time_limit(request.deadline, self._late()):
+            result = await self._call(body)
         if hasattr(result, "__anext__") or hasattr(result, "__next__"):
             events = self._events(request, model, result)
             return GeneratedAnswer(events)
-        return WholeAnswer(encode_json(self._completion(request, model, result)))
+        if not isinstance(result, bytes):
+            result = encode_json(self._completion(request, model, result))
+        return WholeAnswer(result)
+
+    def head(self, model: str) -> dict[str, Any]:
+        """The id, object, created and model of an answer."""
+        return chat_completion(model, {})
+
+    def _late(self) -> ControllerError:
+        reason = f"{self.name} was silent for too long"
+        return ControllerError(reason, Failure.NONE, status=504)
 
     async def _call(self, body: dict[str, Any]) -> Any:
         function = self._function
@@ -4260,7 +4373,9 @@ class FunctionController(Controller):
         if not isinstance(result, dict):
             kind = type(result).__name__
             raise TypeError(f"{self.name} returned {kind}, not a str, dict or iterator")
-        return chat_completion(model, result, self._usage(request, result))
+        completion = chat_completion(model, result, self._usage(request, result))
+        head = self.head(model)
+        return {**completion, "id": head["id"], "created": head["created"]}
 
     @staticmethod
     def _usage(request: APIRequest, message: dict[str, Any]) -> dict[str, int]:
@@ -4274,15 +4389,22 @@ class FunctionController(Controller):
         self, request: APIRequest, model: str, pieces: Any
     ) -> AsyncGenerator[bytes, None]:
         """The events of a chat stream out of an iterator's pieces."""
-        like = chat_completion(model, {})
+        like = self.head(model)
         role = {"role": "assistant"}
         text = []
+        finish_reason = "stop"
         try:
             while True:
-                piece = await self._next(pieces)
+                with time_limit(request.deadline, self._late()):
+                    piece = await self._next(pieces)
                 if piece is _END:
                     break
+                if isinstance(piece, bytes):
+                    yield piece
+                    continue
                 delta = piece if isinstance(piece, dict) else {"content": str(piece)}
+                if delta.get("tool_calls"):
+                    finish_reason = "tool_calls"
                 text.append(content_text(delta.get("content")))
                 yield chat_chunk(like, {**role, **delta})
                 role = {}
@@ -4292,7 +4414,7 @@ class FunctionController(Controller):
             elif hasattr(pieces, "close"):
                 self._in_thread(self._close, pieces)  # nobody waits for that
         usage = self._usage(request, {"content": "".join(text)})
-        yield chat_chunk(like, role, "stop")
+        yield chat_chunk(like, role, finish_reason)
         yield chat_chunk(like, None, usage=usage)
         yield DONE_EVENT
 
@@ -4316,80 +4438,134 @@ _END = object()  # of a plain iterator: StopIteration cannot leave a thread's fu
 # --- Mock models: always there, asked only by name
 
 
-async def mock_echo(request: dict[str, Any]) -> AsyncGenerator[Any, None]:
-    """Say again what was said last, word by word."""
-    messages = request.get("messages") or [{}]
-    last = messages[-1] if isinstance(messages[-1], dict) else {}
-    text = content_text(last.get("content"))
-    for word in re.findall(r"\s*\S+", text) or [text]:
-        yield word
-
-
-async def mock_slow(request: dict[str, Any]) -> AsyncGenerator[Any, None]:
-    """Echo, but begin only after "?seconds=5"."""
-    await asyncio.sleep(_mock_number(request, "seconds", 5))
-    async for word in mock_echo(request):
-        yield word
-
-
-async def mock_429(request: dict[str, Any]) -> AsyncGenerator[Any, None]:
-    """Refuse: too many requests, come back in a second."""
-    raise APIError(429, "This mock is always busy.", retry_after=1)
-    yield
-
-
-async def mock_500(request: dict[str, Any]) -> AsyncGenerator[Any, None]:
-    """Fail."""
-    raise APIError(500, "This mock always fails.")
-    yield
-
-
-async def mock_cut(request: dict[str, Any]) -> AsyncGenerator[Any, None]:
-    """Break off after "?events=3" events."""
-    for number in range(int(_mock_number(request, "events", 3))):
-        yield f"{number} "
-    raise ControllerError("This mock always breaks off.", Failure.NONE)
-
-
-def _mock_number(request: dict[str, Any], name: str, default: float) -> float:
-    """A parameter in a mock's name, such as "mock/slow?seconds=3"."""
-    query = dict(urllib.parse.parse_qsl(request["model"].partition("?")[2]))
-    try:
-        number = float(query.get(name, default))
-    except ValueError:
-        number = math.nan
-    if not number >= 0:  # nor is NaN
-        raise APIError(400, f"{name!r} must be a number from 0 up.", param="model")
-    return min(number, 600.0)
-
-
-MOCKS: dict[str, Callable[[dict[str, Any]], AsyncGenerator[Any, None]]] = {
-    "mock/echo": mock_echo,
-    "mock/slow": mock_slow,
-    "mock/429": mock_429,
-    "mock/500": mock_500,
-    "mock/cut": mock_cut,
-}
-
-
 class MockController(FunctionController):
     """The mock models: to try the server with, and to test clients against.
 
-    They answer for their own names and never for another.
+    They answer for their own names and never for another.  Parameters stand in
+    the name, as in "mock/slow?seconds=3"; with "id" and "created" an answer is
+    the same each time.
     """
 
     type = "mock"
+    MODELS: dict[str, str] = {  # noqa: RUF012
+        "mock/echo": "echo",
+        "mock/text": "text",
+        "mock/slow": "slow",
+        "mock/429": "too_many",
+        "mock/500": "fail",
+        "mock/cut": "cut",
+        "mock/garbage": "garbage",
+    }
 
     def __init__(self) -> None:
-        super().__init__(lambda body: None, name="mock", models=list(MOCKS))
+        super().__init__(self._call, name="mock", models=list(self.MODELS))
+        self._refused: dict[str, int] = {}  # how often, by name with parameters
 
     def serves(self, model: str | None) -> bool:
         if model is None or not model.startswith("mock/"):
             return False
-        return model.partition("?")[0] in MOCKS
+        return model.partition("?")[0] in self.MODELS
 
     async def _call(self, body: dict[str, Any]) -> Any:
-        return MOCKS[body["model"].partition("?")[0]](body)
+        name, _, query = body["model"].partition("?")
+        parameters = dict(urllib.parse.parse_qsl(query))
+        return getattr(self, self.MODELS[name])(body, parameters)
+
+    def head(self, model: str) -> dict[str, Any]:
+        parameters = dict(urllib.parse.parse_qsl(model.partition("?")[2]))
+        head = super().head(model)
+        if "id" in parameters:
+            head["id"] = parameters["id"]
+        if "created" in parameters:
+            head["created"] = int(self._number(parameters, "created", 0, 1e12))
+        return head
+
+    @staticmethod
+    def _number(
+        parameters: dict[str, str], name: str, default: float, maximum: float = 600.0
+    ) -> float:
+        try:
+            number = float(parameters.get(name, default))
+        except ValueError:
+            number = math.nan
+        if not 0 <= number <= maximum:  # nor is NaN
+            message = f"{name!r} must be a number from 0 to {maximum:.0f}."
+            raise APIError(400, message, param="model")
+        return number
+
+    async def echo(
+        self, body: dict[str, Any], parameters: dict[str, str]
+    ) -> AsyncGenerator[Any, None]:
+        """Say again what was said last, word by word; given tools, call the first."""
+        messages = body.get("messages") or [{}]
+        last = messages[-1] if isinstance(messages[-1], dict) else {}
+        text = content_text(last.get("content"))
+        if body.get("tools") and last.get("role") != "tool":
+            function = {"name": "tool", **(body["tools"][0].get("function") or {})}
+            properties = (function.get("parameters") or {}).get("properties") or {}
+            arguments = encode_json({next(iter(properties), "text"): text}).decode()
+            call = {"name": function["name"], "arguments": arguments}
+            id = parameters.get("id") or random_id("call_")
+            yield {
+                "tool_calls": [
+                    {"index": 0, "id": id, "type": "function", "function": call}
+                ]
+            }
+            return
+        for word in re.findall(r"\s*\S+", text) or [text]:
+            yield word
+
+    async def text(
+        self, body: dict[str, Any], parameters: dict[str, str]
+    ) -> AsyncGenerator[Any, None]:
+        """Say "?text=...", in "pieces=3", with a "delay=0.5" before each."""
+        text = parameters.get("text", "Hello from the mock.")
+        count = max(1, int(self._number(parameters, "pieces", 1, 1e6)))
+        delay = self._number(parameters, "delay", 0)
+        size = max(1, -(-len(text) // count))
+        for at in range(0, len(text), size):
+            await asyncio.sleep(delay)
+            yield text[at : at + size]
+
+    async def slow(
+        self, body: dict[str, Any], parameters: dict[str, str]
+    ) -> AsyncGenerator[Any, None]:
+        """Echo, but begin only after "?seconds=5"."""
+        await asyncio.sleep(self._number(parameters, "seconds", 5))
+        async for piece in self.echo(body, parameters):
+            yield piece
+
+    async def too_many(
+        self, body: dict[str, Any], parameters: dict[str, str]
+    ) -> AsyncGenerator[Any, None]:
+        """Refuse with 429: always, or "?times=2" in all and then echo."""
+        refused = self._refused.get(body["model"], 0)
+        if refused < self._number(parameters, "times", math.inf, math.inf):
+            if len(self._refused) < 10_000:  # names come from clients
+                self._refused[body["model"]] = refused + 1
+            raise APIError(429, "This mock is busy.", retry_after=1)
+        async for piece in self.echo(body, parameters):
+            yield piece
+
+    async def fail(
+        self, body: dict[str, Any], parameters: dict[str, str]
+    ) -> AsyncGenerator[Any, None]:
+        """Fail with 500."""
+        raise APIError(500, "This mock always fails.")
+        yield
+
+    async def cut(
+        self, body: dict[str, Any], parameters: dict[str, str]
+    ) -> AsyncGenerator[Any, None]:
+        """Break off after "?events=3" events."""
+        for number in range(int(self._number(parameters, "events", 3, 1e6))):
+            yield f"{number} "
+        raise ControllerError("This mock always breaks off.", Failure.NONE)
+
+    def garbage(self, body: dict[str, Any], parameters: dict[str, str]) -> Any:
+        """Half a JSON object; streamed, as the data of an event."""
+        garbage = b'{"id": "chatcmpl-garbage", "choices": [{'
+        return iter([sse_event(garbage)]) if body.get("stream") else garbage
 
 
 # -----------------------------------------------------------------------------
@@ -4555,7 +4731,7 @@ class Pool:
     def _suits(self, controller: Controller, request: APIRequest) -> bool:
         if request.agent_id is not None:
             return getattr(controller, "id", None) == request.agent_id
-        if controller.chat_only and request.path not in (CHAT_PATH, ASK_PATH):
+        if controller.chat_only and request.path not in CHAT_PATHS:
             return False
         return controller.serves(request.model)
 
@@ -4809,7 +4985,7 @@ class Call:
         self.stream: EventStream | None = None
         self._answer: Answer | None = None
         self._first = b""
-        self._failed = False
+        self.begun = False  # nobody else will be asked: the answer is this one
         self._complete = False
 
     async def __aenter__(self) -> Call:
@@ -4839,8 +5015,10 @@ class Call:
         self.pool.debug(f"attempt {self.attempts}: {controller.name}")
         try:
             self._answer = await controller.answer(request)
+            self.content = None  # of an attempt before this one
             await self._begin(self._answer)
             self.pool.began(controller)
+            self.begun = True
             return None
         except asyncio.CancelledError:
             await self._leave()
@@ -4884,7 +5062,7 @@ class Call:
         is_stream = headers.get("content-type", "").startswith("text/event-stream")
         if 200 <= status < 300 and is_stream:
             self._open_stream()
-            if request.stream or request.path not in (CHAT_PATH, ASK_PATH):
+            if request.stream or request.path not in CHAT_PATHS:
                 await self._await_event()
             else:
                 self.content = await self._gather()
@@ -4907,7 +5085,7 @@ class Call:
             error = judge_error(name, status, headers, error_fields(content))
             if error is not None:
                 raise error
-        elif self.request.path in (CHAT_PATH, ASK_PATH):
+        elif self.request.path in CHAT_PATHS:
             start = content[:64].lstrip()
             if not start.startswith(b"{"):
                 raise ProtocolError(502, "its answer is not a JSON object")
@@ -4957,17 +5135,22 @@ class Call:
             size += len(block)
             if size > self.pool.limits.response_size:
                 raise ProtocolError(502, "its answer is too large")
-            for _, data in split_events(block):
-                if data is not None and data.startswith(b"{"):
-                    chunk = json.loads(data)
-                    if isinstance(chunk, dict) and "choices" in chunk:
-                        builder.add(chunk)
+            self._build(builder, block)
         if stream.error is not None:
             raise self._event_error(stream.error)
         self.headers = {"content-type": "application/json"}
         result = builder.result()
         result["usage"] = stream.usage or result["usage"]
         return encode_json(result)
+
+    @staticmethod
+    def _build(builder: CompletionBuilder, block: bytes) -> None:
+        try:
+            for _, data in split_events(block):
+                if data is not None and data.strip() != b"[DONE]":
+                    builder.add(json.loads(data))
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise ProtocolError(502, "its stream has a broken event") from None
 
     def _make_stream(self, content: bytes) -> None:
         """A whole answer, as the stream that was asked for."""
@@ -5468,6 +5651,7 @@ class RequestHandler:
         self.served = 0
         self.close_connection = False
         self.idle = False  # between two requests: may be closed at any time
+        self.reading_head = False  # so far nothing was asked
         self.websocket: WebSocket | None = None
         self.task: asyncio.Task[None] | None = None
         self.request: Request | None = None
@@ -5518,6 +5702,7 @@ class RequestHandler:
         if self.served:
             connection.set_deadline(self.loop.time() + limits.keep_alive_timeout)
         begun = not self.served
+        self.reading_head = True
         try:
             while True:
                 request = parse_request_head(connection.buffer, limits)
@@ -5536,7 +5721,7 @@ class RequestHandler:
         except ProtocolError as caught:
             error = caught
         finally:
-            self.idle = False
+            self.idle = self.reading_head = False
         self._begin()
         await self._refuse(error)
         return None
@@ -5926,9 +6111,9 @@ class RequestHandler:
         else:
             self.close_connection = True
         status = 200
-        if self.call is not None:
+        if self.call is not None and self.call.begun:
             fields += self._relayed_fields(self.call, "cache-control", "content-type")
-            status = self.call.status or 200
+            status = self.call.status
         return self._head(status, fields)
 
     async def _relay_stream(self, call: Call) -> None:
@@ -5944,11 +6129,14 @@ class RequestHandler:
 
     @staticmethod
     def _relayed_fields(call: Call, *but: str) -> list[tuple[str, str]]:
+        named = call.headers.get("connection", "")
+        hop_by_hop = [name.strip().lower() for name in named.split(",")]
         return [
             (name, value)
             for name, value in call.headers.items()
             if name not in _PRIVATE_RESPONSE_FIELDS
             and name not in but
+            and name not in hop_by_hop
             and not name.startswith("access-control-")
         ]
 
@@ -5989,13 +6177,13 @@ class RequestHandler:
         self.authenticate()
         content = await self.read_content(self.limits.content_size)
         content_type = self.request.headers.get("content-type", "")
-        path = self.path + ("?" + self.request.query if self.request.query else "")
+        query = self.request.query
         if content_type.startswith("multipart/form-data"):
-            request = APIRequest(path, content)
+            request = APIRequest(self.path, content, query=query)
             request.model = form_field(content, content_type, "model")
         else:
             body = await self._parse(parse_object, content)
-            request = APIRequest(path, content, body=body)
+            request = APIRequest(self.path, content, query=query, body=body)
         if request.model is None:
             raise APIError(400, "'model' is missing.", param="model")
         await self._do_request(request)
@@ -6396,7 +6584,9 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
     try:
         for family, address in addresses:
             try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
+                # With its protocol named, or asyncio does not set TCP_NODELAY on
+                # what it accepts: a second small write would wait 40 ms for an ACK.
+                sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
                 sockets.append(sock)
                 if os.name == "posix":  # on Windows it would let two share a port
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -6413,7 +6603,8 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
                     or family == socket.AF_INET
                     or error.errno == errno.EADDRINUSE
                 ):
-                    raise
+                    reason = f"{error.strerror or error}: {address} port {port}"
+                    raise OSError(error.errno, reason) from None
                 sockets.pop().close()  # no IPv6 here
     except OSError:
         for sock in sockets:
@@ -6609,7 +6800,7 @@ class Server:
         self._listeners.clear()
         for handler in list(self._handlers.values()):
             handler.close_connection = True
-            if handler.idle:
+            if handler.reading_head:
                 handler.connection.abort()
         if service.requests_in_flight:
             count, seconds = service.requests_in_flight, service.limits.drain_timeout
