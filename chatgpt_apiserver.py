@@ -2610,7 +2610,8 @@ class WebSocket:
             max_size=limits.message_size if max_size is None else max_size,
             max_fragments=limits.message_fragments,
         )
-        self._events: deque[WebSocketEvent] = deque()  # received, not yet served
+        # Received and not yet served, the next one last: a deque is 600 bytes.
+        self._events: list[WebSocketEvent] = []
         self._ended = False
         self._silences = 0  # intervals without a byte
         self._late_pong: bytes | None = None
@@ -2733,7 +2734,7 @@ class WebSocket:
         # or breach is still answered.
         while not self._ended:
             if self._events:
-                event = self._events.popleft()
+                event = self._events.pop()
                 if isinstance(event, Message):
                     return event.data
                 self._take_control(event)
@@ -2759,7 +2760,7 @@ class WebSocket:
         self._silences = 0
         data = bytes(connection.buffer)
         connection.buffer.clear()
-        self._events.extend(self._protocol.receive(data))
+        self._events = self._protocol.receive(data)[::-1]
 
     def _patience(self) -> float:
         limits = self.limits
@@ -4117,8 +4118,8 @@ class AgentController(Controller):
     @staticmethod
     def _request_data(request: APIRequest, content: bytes) -> str:
         """What an ApiRequest says; the client's own JSON goes in as it came."""
-        data = {"method": request.method, "path": request.target}
-        data.update({"headers": request.headers})
+        data: dict[str, Any] = {"method": request.method, "path": request.target}
+        data["headers"] = request.headers
         if request.body is not None:
             return f'{_to_ascii(data)[:-1]},"body":{content.decode()}}}'
         body = base64.b64encode(content).decode()
@@ -4938,8 +4939,9 @@ class Pool:
         """Take a failure into account: cool down, disable."""
         loop = asyncio.get_running_loop()
         controller.failures += 1
+        was_open = controller.health.until <= loop.time()
         seconds = controller.health.fail(error, loop.time())
-        if seconds:
+        if seconds and was_open:  # once, not for each request that was under way
             state = "disabled" if controller.health.disabled else "cooling down"
             reason = error.message
             self.report(f"{controller.name} {state} for {seconds:.0f} s: {reason}")
@@ -5212,9 +5214,12 @@ class Call:
         elif isinstance(caught, asyncio.TimeoutError):
             error = ControllerError(f"{name} was silent for too long", status=504)
         elif isinstance(caught, ConnectionRefusedError):
-            error = ControllerError(f"{name}: {caught}", Failure.REFUSED)
+            # A proxy's refusal has words of its own; the system's have an errno.
+            words = caught if caught.errno is None else "nothing listens there"
+            error = ControllerError(f"{name}: {words}", Failure.REFUSED)
         elif isinstance(caught, (OSError, ProtocolError)):
-            error = ControllerError(f"{name}: {caught}")
+            words = getattr(caught, "strerror", None) or caught
+            error = ControllerError(f"{name}: {words}")
         else:
             logger.warning("%s failed", name, exc_info=caught)
             error = ControllerError(f"{name} failed; the log tells why", Failure.NONE)
@@ -6545,8 +6550,13 @@ class RequestHandler:
 
 def _word(text: str) -> str:
     """text for the log: one word, short, and nothing that moves a cursor."""
+    return _cached_word(text[:80])
+
+
+@functools.lru_cache(maxsize=1024)  # the same few names in each line
+def _cached_word(text: str) -> str:
     text = "_".join(text.split())
-    return (text if text.isprintable() else ascii(text)[1:-1])[:80]
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 @functools.lru_cache(maxsize=1)
