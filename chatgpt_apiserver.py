@@ -1883,14 +1883,17 @@ class Connection(asyncio.Protocol):
     # --- What asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._use(transport)
+        if self._on_made is not None:
+            self._on_made(self)
+
+    def _use(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(
             int(self.limits.write_high_water), int(self.limits.write_low_water)
         )
         keep_alive(transport.get_extra_info("socket"))
-        if self._on_made is not None:
-            self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -1946,6 +1949,39 @@ class Connection(asyncio.Protocol):
             if not writer.done():
                 writer.set_result(None)
         self._writers = None
+
+    async def start_tls(
+        self,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+    ) -> None:
+        """Encrypt it from here on, within tls_timeout.
+
+        Raise OSError (ssl.SSLError is one) or asyncio.TimeoutError; the connection
+        is gone then.
+        """
+        try:
+            if self.buffer:  # it would be read as if it had come encrypted
+                raise ConnectionResetError("it sent bytes before the TLS handshake")
+            transport = await self.loop.start_tls(
+                self.transport,
+                self,
+                context,
+                server_side=server_side,
+                server_hostname=server_hostname,
+                ssl_handshake_timeout=self.limits.tls_timeout,
+            )
+            if transport is None:
+                raise ConnectionResetError("it was lost during the TLS handshake")
+        except BaseException:
+            # asyncio tells only the caller that a handshake has failed.
+            self.transport.abort()
+            if not self.lost:
+                self.connection_lost(None)
+            raise
+        self._use(transport)
 
     # --- Reading
 
@@ -2390,6 +2426,7 @@ class HTTPClient:
 
     def close(self) -> None:
         """Close the idle connections; those in use end with their answers."""
+        self._lookup = None  # it belongs to an event loop that may be ending
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -2492,23 +2529,12 @@ class HTTPClient:
             raise ConnectionRefusedError(f"the proxy refused the tunnel: {status}")
 
     async def _start_tls(self, connection: Connection) -> None:
-        if connection.buffer:  # it would be read as if it had come encrypted
-            raise ConnectionResetError("it sent bytes before the TLS handshake")
         if self._context is None:
             self._context = ssl.create_default_context(cafile=self._ca_file)
             if not self._verify:
                 self._context.check_hostname = False
                 self._context.verify_mode = ssl.CERT_NONE
-        transport = await connection.loop.start_tls(
-            connection.transport,
-            connection,
-            self._context,
-            server_hostname=self.address.host,
-            ssl_handshake_timeout=self.limits.tls_timeout,
-        )
-        if transport is None:  # it was lost during the handshake
-            raise ConnectionResetError("the connection was lost during the handshake")
-        connection.connection_made(transport)
+        await connection.start_tls(self._context, server_hostname=self.address.host)
 
 
 class ClientResponse(Answer):
@@ -2830,6 +2856,11 @@ class WebSocket:
         """Write a frame that may come too late: then nobody misses it."""
         with contextlib.suppress(ConnectionResetError):
             self.connection.write(frame)
+
+    @property
+    def closing(self) -> bool:
+        """Whether close() has been called."""
+        return self._protocol.close_sent
 
     def ping(self) -> None:
         """Ask for a sign of life."""
@@ -3444,7 +3475,7 @@ class Health:
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits = limits
-        self.until = 0.0  # on the loop's clock; inf: until an administrator enables it
+        self.until = 0.0  # on the loop's clock
         self.reason = ""  # why it is or was closed; "" once it has answered again
         self.disabled = False  # rather than cooling
         self.trial: APIRequest | None = None  # the one that is let through
@@ -3493,7 +3524,9 @@ class Health:
 
     def succeed(self, now: float) -> None:
         """An answer is complete: earlier failures count no more."""
-        if now >= self.until and (self._failures or self._times or self._disabled_times):
+        if now >= self.until and (
+            self._failures or self._times or self._disabled_times
+        ):
             self.reset()
 
     def _open(self) -> None:
@@ -3506,12 +3539,6 @@ class Health:
         """As new."""
         self._open()
         self._failures = self._times = self._disabled_times = 0
-
-    def disable(self, reason: str) -> None:
-        """Close it until reset()."""
-        self.until = math.inf
-        self.reason = reason
-        self.disabled = True
 
 
 class UsageLimit:
@@ -3590,6 +3617,7 @@ class Controller:
         self.limit = UsageLimit(**limit) if limit else None
         self.account = account
         self.health = Health()
+        self.switched_off = False  # by the administrator
         self.current = 0.0  # of smooth weighted round robin
         self.in_flight = 0
         self.requests = 0
@@ -3612,6 +3640,8 @@ class Controller:
 
     def available(self, now: float) -> bool:
         """Whether it may be asked this moment."""
+        if self.switched_off:
+            return False
         if self.max_concurrency is not None and self.in_flight >= self.max_concurrency:
             return False
         health = self.health
@@ -3622,6 +3652,8 @@ class Controller:
 
     def closed_for(self, now: float) -> float:
         """Seconds until it may be asked again; 0 if it may now."""
+        if self.switched_off:
+            return math.inf
         if self.limit is not None and self.limit.exceeded():
             return self.limit.seconds_left()
         return max(0.0, self.health.until - now) if self.health.reason else 0.0
@@ -3646,6 +3678,8 @@ class Controller:
         """Its line in GET /admin/controllers: never a key."""
         closed = self.closed_for(now)
         exceeded = self.limit.exceeded() if self.limit is not None else ""
+        if self.switched_off:
+            exceeded = "disabled by the administrator"
         disabled = self.health.disabled or bool(exceeded)
         closed_state = "disabled" if disabled else "cooling"
         open_state = "ready" if self.available(now) else "busy"
@@ -5208,17 +5242,17 @@ class Call:
         elif isinstance(caught, APIError):
             return caught
         elif own:
-            logger.warning("%s failed", name, exc_info=caught)
+            logger.warning("%s failed: %s", name, caught, exc_info=caught)
             error = ControllerError(f"{name} failed; the log tells why", Failure.NONE)
         # asyncio's TimeoutError is an OSError from 3.11 on: it comes first.
         elif isinstance(caught, asyncio.TimeoutError):
             error = ControllerError(f"{name} was silent for too long", status=504)
         elif isinstance(caught, ConnectionRefusedError):
             # A proxy's refusal has words of its own; the system's have an errno.
-            words = caught if caught.errno is None else "nothing listens there"
+            words = str(caught) if caught.errno is None else "nothing listens there"
             error = ControllerError(f"{name}: {words}", Failure.REFUSED)
         elif isinstance(caught, (OSError, ProtocolError)):
-            words = getattr(caught, "strerror", None) or caught
+            words = getattr(caught, "strerror", None) or str(caught)
             error = ControllerError(f"{name}: {words}")
         else:
             logger.warning("%s failed", name, exc_info=caught)
@@ -5306,6 +5340,32 @@ class Log:
         except (OSError, ValueError):  # closed: there is nobody to tell
             pass
         return True
+
+
+class LogHandler(logging.Handler):
+    """Brings what goes to logging into a Log: one line, and where it was raised.
+
+    Of an exception only the type: its text may hold what was asked.
+    """
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            traceback = error.__traceback__
+            while traceback is not None and traceback.tb_next is not None:
+                traceback = traceback.tb_next
+            line += f" ({type(error).__name__}"
+            if traceback is not None:
+                code = traceback.tb_frame.f_code
+                name = os.path.basename(code.co_filename)
+                line += f" in {code.co_name}, {name} line {traceback.tb_lineno}"
+            line += ")"
+        self._log.report(line)
 
 
 @functools.lru_cache(maxsize=2)
@@ -5437,6 +5497,7 @@ class Service:
         self.report = report
         self.access = access
         self.debug = debug
+        self.tls: ssl.SSLContext | None = None  # for https and wss
         self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
         self.agents: dict[str, AgentController] = {}
         self.conversations = Conversations(limits)
@@ -5584,6 +5645,7 @@ _FORWARDING_FIELDS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 # Pages of the original browser agents: no other page may become an agent.
 _AGENT_ORIGINS = ("https://chat.openai.com", "https://chatgpt.com")
 _AGENT_ORIGIN_SCHEMES = ("moz-extension://", "chrome-extension://")
+_TOKEN_IN_PATH = re.compile("/k/[^/]*")
 # The quickstart of the original, pasted as it stands, says "<optional>".
 _ABSENT = (None, "", "<optional>")
 
@@ -5656,7 +5718,7 @@ class RequestHandler:
         self.served = 0
         self.close_connection = False
         self.idle = False  # between two requests: may be closed at any time
-        self.reading_head = False  # so far nothing was asked
+        self.reading_head = True  # so far nothing was asked
         self.websocket: WebSocket | None = None
         self.task: asyncio.Task[None] | None = None
         self.request: Request | None = None
@@ -5686,6 +5748,8 @@ class RequestHandler:
     async def handle(self) -> None:
         """Serve requests until the connection ends."""
         try:
+            if self.service.tls is not None and not await self._start_tls():
+                return
             while not self.close_connection:
                 request = await self._read_request()
                 if request is None:
@@ -5695,6 +5759,19 @@ class RequestHandler:
             self.connection.abort()
         finally:
             self.connection.close()
+
+    async def _start_tls(self) -> bool:
+        """Do the handshake here and not in asyncio: a limit counts it, shutdown()
+        ends it, and one that fails is no news."""
+        assert self.service.tls is not None
+        peer = self.connection.peer
+        try:
+            await self.connection.start_tls(self.service.tls, server_side=True)
+        except (OSError, asyncio.TimeoutError) as error:
+            self.service.debug(f"TLS handshake with {peer} failed: {error}")
+            return False
+        self.connection.set_deadline(self.loop.time() + self.limits.head_timeout)
+        return True
 
     async def _read_request(self) -> Request | None:
         """The next request's head; None if there will be none.
@@ -5766,7 +5843,6 @@ class RequestHandler:
             raise
         except Exception:
             logger.exception("request %s failed", self.request_id)
-            self.service.report(f"request {self.request_id} failed: an internal error")
             self.close_connection = True
             text = f"Internal error; the log has more under {self.request_id}."
             self._fail(APIError(500, text))
@@ -5851,7 +5927,8 @@ class RequestHandler:
         first = (self.first_byte_at or now) - self.started
         sent = self.connection.bytes_sent - self._bytes_before
         access(
-            f"{clock_text(int(unix_time()))} {_word(user)} {method} {self.path or '-'}"
+            f"{clock_text(int(unix_time()))} {_word(user)} {method}"
+            f" {_TOKEN_IN_PATH.sub('/k/***', self.path) or '-'}"
             f" {self.status} {_word(self.model) or '-'} {_word(controller)}"
             f" x{attempts} {first * 1e3:.1f} {(now - self.started) * 1e3:.1f} ms"
             f" {sent} B {self.request_id}"
@@ -5866,8 +5943,8 @@ class RequestHandler:
         value = headers.get("authorization")
         if value:
             scheme, _, token = value.partition(" ")
-            return token.strip() if token and scheme.lower() == "bearer" else value
-        return headers.get("x-api-key") or self.token_in_path
+            value = token.strip() if scheme.lower() == "bearer" else value
+        return value or headers.get("x-api-key") or self.token_in_path or None
 
     def authenticate(self) -> User:
         """Who asks; APIError: 401 for no or a wrong key, 403 for an agent's."""
@@ -6430,7 +6507,7 @@ class RequestHandler:
         try:
             while True:
                 message = await websocket.receive()
-                if message is None:
+                if message is None or websocket.closing:
                     return None
                 said = parse_envelope(message)
                 if said.get("message") == "Connection id":
@@ -6486,6 +6563,7 @@ class RequestHandler:
     async def do_controllers_enable(self) -> None:
         """POST /admin/controllers/enable: it may be asked again at once."""
         controller = await self._named_controller()
+        controller.switched_off = False
         controller.health.reset()
         self.service.pool.wake()
         self.send_json({"message": "Controller enabled"})
@@ -6493,7 +6571,7 @@ class RequestHandler:
     async def do_controllers_disable(self) -> None:
         """POST /admin/controllers/disable: until it is enabled."""
         controller = await self._named_controller()
-        controller.health.disable("disabled by the administrator")
+        controller.switched_off = True
         self.send_json({"message": "Controller disabled"})
 
     async def _named_controller(self) -> Controller:
@@ -6591,6 +6669,7 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
     else:
         addresses = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
     sockets: list[socket.socket] = []
+    wanted = port
     try:
         for family, address in addresses:
             try:
@@ -6619,6 +6698,8 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
     except OSError:
         for sock in sockets:
             sock.close()
+        if wanted == 0 and len(sockets) > 1:  # free for one family only: once more
+            return open_sockets(listen, 0)
         raise
     return sockets
 
@@ -6739,7 +6820,7 @@ class Server:
         service.users.load()
         sockets = open_sockets(self.listen, self._wanted_port)
         try:
-            context = self._tls_context()
+            service.tls = self._tls_context()
             self._max_connections = connection_limit(service.limits)
             self._stopping = loop.create_future()
             self._hurry = loop.create_future()
@@ -6749,8 +6830,6 @@ class Server:
                     self._new_connection,
                     sock=sock,
                     backlog=1024,
-                    ssl=context,
-                    **self._tls_options(context),
                 )
                 self._listeners.append(listener)
         except BaseException:
@@ -6760,7 +6839,7 @@ class Server:
         address, self.port = sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, address)
         host = f"[{host}]" if ":" in host and "[" not in host else host
-        self.url = f"http{'s' if context else ''}://{host}:{self.port}"
+        self.url = f"http{'s' if service.tls else ''}://{host}:{self.port}"
         self._spawn(self._poll_users())
         self._spawn(self._list_models())
 
@@ -6771,10 +6850,6 @@ class Server:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(cert, key)
         return context
-
-    def _tls_options(self, context: ssl.SSLContext | None) -> dict[str, Any]:
-        timeout = self.service.limits.tls_timeout
-        return {} if context is None else {"ssl_handshake_timeout": timeout}
 
     async def __aenter__(self) -> Server:
         await self.start()
@@ -6892,7 +6967,6 @@ class Server:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("a task failed", exc_info=task.exception())
-            self.service.report("a task failed: an internal error")
 
     async def _poll_users(self) -> None:
         """Take over what others change in users.json, within a second."""
@@ -6919,7 +6993,9 @@ class Server:
         if not self._has_room(connection):
             handler.close_connection = True
             handler.request_id = random_id("req_")
-            handler.send_error(APIError(503, "Too many connections.", retry_after=1))
+            if self.service.tls is None:
+                error = APIError(503, "Too many connections.", retry_after=1)
+                handler.send_error(error)
             connection.close()
             return
         self._handlers[connection] = handler
@@ -6948,6 +7024,573 @@ class Server:
 
 
 # -----------------------------------------------------------------------------
+# Agent
+# -----------------------------------------------------------------------------
+#
+# The mirror of RequestHandler: it dials out to a server, reads requests from a
+# websocket and answers them out of a pool of its own.  It trusts the server no
+# further than that: what it is sent can reach its own upstreams' API and nothing
+# else.  Tasks answer the calls; the one that reads the socket waits for none.
+
+# Where usual programs listen on the machine they run on.
+LOCAL_PORTS = {11434: "Ollama", 8080: "llama.cpp", 8000: "vLLM", 1234: "LM Studio"}
+# Strict, for a server chooses it: no dot begins a segment, and nothing is encoded.
+_SEGMENT = r"/[A-Za-z0-9_][A-Za-z0-9._~:@-]*"
+_API_TARGET = re.compile(rf"/v1(?:{_SEGMENT})+(?:\?[A-Za-z0-9._~:@/?&=+,%-]*)?")
+_API_FIELD = re.compile(r"[a-z0-9-]{1,64}:[\t\x20-\x7e\xa0-\xff]*")
+_CURES = {
+    401: "it does not know this key; give it an agent's token with --key",
+    403: "this key may not register an agent; it takes an agent's token with --key",
+    404: "no chatgpt_apiserver answers at this address; is a path missing?",
+    **dict.fromkeys((301, 302, 307, 308), "it redirects; is it https?"),
+}
+
+
+def register_url(url: str) -> str:
+    """Where an agent dials in to a server: http, https, ws, wss or host:port.
+
+    A path prefix (a proxy's, or /k/<token>) is kept.  Raise ValueError, which does
+    not repeat the URL.
+    """
+    whole = url if "://" in url else f"http://{url}"
+    try:
+        address = Address.of(whole)
+    except ValueError:
+        address = Address("", "", 0, "")
+    if not re.fullmatch("[!-~]+", whole) or set(whole) & set("?#@") or not address.host:
+        raise ValueError("expected the URL of a server, as http://my-server:8080")
+    path = address.path
+    if not path.endswith("/client/register"):
+        path += "/client/register"
+    return f"{address.scheme}://{address.authority}{path}"
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks, and wait until they have let go of what they hold."""
+    running = set(tasks)
+    for task in running:
+        task.cancel()
+    if running:
+        await asyncio.wait(running)
+
+
+class Agent:
+    """The dial-in side: makes controllers on this machine part of a server's pool.
+
+        agent = Agent("http://my-server:8080", key="...", controllers=[...])
+        await agent.serve_forever()  # until request_shutdown()
+
+    url              the server's, as register_url() takes it
+    key              an agent's token or the server's API key; "" for none
+    controllers      what answers; None: whatever comes up on LOCAL_PORTS.  Of an
+                     OpenAIController without models all that it lists is served
+    models           serve only these of what the upstreams list; None: all
+    name             a label for people; None: this machine's name
+    max_concurrency  calls that the server may send at once
+    ca_file          certificates to trust (PEM) in place of the system's
+    log              a Log for lines to people; None: they go to logging
+
+    id      what the server knows it by; it is kept from connection to connection
+    serves  the models it tells the server, None for any
+
+    Raise ValueError for a url that is none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str = "",
+        controllers: Iterable[Controller] | None = None,
+        models: Iterable[str] | None = None,
+        name: str | None = None,
+        max_concurrency: int = 8,
+        ca_file: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        log: Log | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.url = register_url(url)
+        self.server = Address.of(self.url).authority  # for people: without a token
+        self.name = name or socket.gethostname()
+        self.max_concurrency = max_concurrency
+        self.limits = limits
+        self.id = ""
+        self.serves: list[str] | None = []
+        self._only = None if models is None else set(models)
+        self._fields = [("Authorization", f"Bearer {key}")] if key else []
+        self._ca_file = ca_file
+        self._report = logger.info if log is None else log.report
+        self._warn = logger.warning if log is None else log.report
+        self._debug = log.report if log is not None and verbose else logger.debug
+        self.pool = Pool(limits=limits, report=self._warn)
+        for controller in self._local() if controllers is None else controllers:
+            self.pool.add(controller)
+        self._upstreams = [
+            controller
+            for controller in self.pool.controllers
+            if isinstance(controller, OpenAIController) and controller.models is None
+        ]
+        self._conversations = Conversations(limits)
+        self._websocket: WebSocket | None = None
+        self._joined_at = 0.0  # on the loop's clock; 0: not yet
+        self._calls: dict[str, asyncio.Task[None]] = {}
+        self._told = ""  # the problem that people know of
+        self._stopping: asyncio.Future[None] | None = None
+        self._hurry: asyncio.Future[None] | None = None
+
+    def _local(self) -> list[Controller]:
+        """What may be running on this machine, but for the server itself."""
+        address = Address.of(self.url)
+        own = address.port if is_loopback(address.host) else 0
+        return [
+            OpenAIController(
+                "",
+                name=f"127.0.0.1:{port} ({program})",
+                base_url=f"http://127.0.0.1:{port}/v1",
+                limits=self.limits,
+            )
+            for port, program in LOCAL_PORTS.items()
+            if port != own
+        ]
+
+    # --- Life
+
+    async def serve_forever(self) -> None:
+        """Serve until request_shutdown(), whatever becomes of the server."""
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()  # there is something to serve
+        self._stopping, self._hurry = loop.create_future(), loop.create_future()
+        watching = loop.create_task(self._watch_models(ready))
+        dialling = loop.create_task(self._stay(ready))
+        try:
+            await asyncio.wait(
+                {watching, dialling, self._stopping},
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not self._stopping.done():  # neither ends but by a fault of its own
+                await asyncio.gather(watching, dialling)
+            await self._drain(self._hurry)
+            if self._websocket is not None:
+                await asyncio.wait({dialling}, timeout=1)  # the server closes, too
+        finally:
+            await end_tasks({watching, dialling})
+            for controller in self.pool.controllers:
+                controller.close()
+
+    def request_shutdown(self) -> None:
+        """Have serve_forever() end: once gently, twice at once.  For signals."""
+        assert self._stopping is not None and self._hurry is not None
+        if not self._stopping.done():
+            self._stopping.set_result(None)
+        elif not self._hurry.done():
+            self._hurry.set_result(None)
+
+    async def _drain(self, hurry: asyncio.Future[None]) -> None:
+        """Take no new calls; what runs may finish for drain_timeout seconds."""
+        websocket = self._websocket
+        if websocket is None:
+            return
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.limits.drain_timeout
+        with contextlib.suppress(ConnectionError):
+            await self._send(self.id, "Drain")
+        if self._calls:
+            count, seconds = len(self._calls), self.limits.drain_timeout
+            self._report(f"{count} running calls may finish ({seconds:.0f} s)")
+        while self._calls and loop.time() < end and not hurry.done():
+            await asyncio.wait(
+                {*self._calls.values(), hurry},
+                timeout=end - loop.time(),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        websocket.close(1001, "the agent is shutting down")
+
+    # --- What it serves
+
+    async def _watch_models(self, ready: asyncio.Event) -> None:
+        """Read what the upstreams list, now and regularly; tell when it changes."""
+        limits = self.limits
+        while True:
+            await asyncio.gather(*(u.refresh_models() for u in self._upstreams))
+            for upstream in self._upstreams:
+                listed = upstream.listed or ()
+                upstream.models = {
+                    name: name for name in listed if name in (self._only or listed)
+                }
+            tables = [controller.models for controller in self.pool.controllers]
+            names = dict.fromkeys(name for table in tables for name in table or ())
+            models = None if None in tables else list(names)
+            changed, self.serves = models != self.serves, models
+            if models == [] and not ready.is_set():
+                self._tell(self._nothing_found())
+            elif changed and ready.is_set():
+                self._report(f"now serving {self._models_text()}")
+                with contextlib.suppress(ConnectionError):
+                    await self._send(self.id, "Models", _to_ascii(models))
+            else:
+                ready.set()
+            pause = limits.models_interval if ready.is_set() else limits.look_interval
+            await asyncio.sleep(pause)
+
+    def _models_text(self) -> str:
+        if self.serves is None:
+            return "any model"
+        more = [f"and {len(self.serves) - 5} more"] if len(self.serves) > 5 else []
+        return ", ".join([*self.serves[:5], *more]) or "no model"
+
+    def _nothing_found(self) -> str:
+        tried = [
+            f"{u.name} {'does not answer' if u.listed is None else 'lists no models'}"
+            for u in self._upstreams
+        ]
+        return f"nothing to serve yet, waiting: {'; '.join(tried)}"
+
+    # --- The connection
+
+    async def _stay(self, ready: asyncio.Event) -> None:
+        """Dial, serve until the connection ends, and again, for ever."""
+        loop = asyncio.get_running_loop()
+        limits = self.limits
+        await ready.wait()
+        delay = limits.redial_first
+        while True:
+            self._joined_at, refused = 0.0, False
+            try:
+                problem = await self._serve_connection()
+            except (OSError, asyncio.TimeoutError, ProtocolError) as error:
+                problem = self._explain(error)
+                refused = getattr(error, "status", 0) in (401, 403)
+            assert self._stopping is not None
+            if self._stopping.done():
+                return
+            self._tell(f"{problem}; dialling again")
+            if self._joined_at and loop.time() - self._joined_at > delay:
+                delay = limits.redial_first  # it had been a good one
+            # Full jitter: a thousand agents must not come back in one moment.
+            pause = limits.redial_max if refused else random.uniform(0, delay)
+            delay = min(2 * delay, limits.redial_max)
+            await asyncio.sleep(pause)
+
+    def _tell(self, problem: str) -> None:
+        """Tell people of a problem, once while it lasts."""
+        if problem != self._told:
+            self._told = problem
+            self._warn(problem)
+
+    def _explain(self, error: Exception) -> str:
+        """Why a server could not be joined, and what to do about it."""
+        server = self.server
+        if isinstance(error, ProtocolError):
+            cure = _CURES.get(error.status, str(error))
+            return f"{server} refused this agent ({error.status}): {cure}"
+        if isinstance(error, asyncio.TimeoutError):  # an OSError from 3.11 on
+            return f"{server} does not answer"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason = error.verify_message
+            cure = "--ca-file takes the certificate to trust"
+            return f"the certificate of {server} is not trusted ({reason}); {cure}"
+        if isinstance(error, ssl.SSLError):
+            return f"{server} speaks no TLS ({error.reason}); is it http?"
+        number = error.errno if isinstance(error, OSError) else 0
+        reason = os.strerror(number) if number else str(error)
+        return f"{server} cannot be reached ({reason})"
+
+    async def _serve_connection(self) -> str:
+        """Dial and serve until the connection ends; how it did.
+
+        Raise what WebSocket.connect() does.
+        """
+        websocket = await WebSocket.connect(
+            self.url,
+            fields=self._fields,
+            ca_file=self._ca_file,
+            max_size=int(self.limits.agent_message_size),
+            limits=self.limits,
+        )
+        # The original server reads a socket only while it waits for an answer:
+        # pings would pile up there.  A server of our kind says that it is.
+        websocket.patient = True
+        websocket.heartbeat = lambda: None
+        loop = websocket.connection.loop
+        timeout = self.limits.first_message_timeout
+        timer = loop.call_later(timeout, websocket.close, 1008, "no id")
+        self._websocket = websocket
+        try:
+            with contextlib.suppress(ConnectionError):
+                async for message in websocket:
+                    await self._take(parse_envelope(message))
+                    if self._joined_at:
+                        timer.cancel()
+        finally:
+            timer.cancel()
+            self._websocket = None
+            await end_tasks(self._calls.values())
+            websocket.connection.close()
+        if websocket.close_code == 1006:  # without a word
+            return f"the connection to {self.server} was lost"
+        reason = _word(websocket.close_reason).replace("_", " ")
+        return f"{self.server} closed the connection ({websocket.close_code} {reason})"
+
+    async def _send(self, id: str, message: str, data: str = "") -> None:
+        """Send one message, waiting for a slow server; ConnectionError."""
+        if self._websocket is None:
+            raise ConnectionResetError("the server is gone")
+        await self._websocket.send(envelope(id, message, data))
+
+    async def _take(self, said: dict[str, Any]) -> None:
+        """Do what one message of the server's asks for."""
+        id, data = str(said.get("id")), said.get("data")
+        kind, data = said.get("message"), data if isinstance(data, str) else ""
+        if kind == "Connection id":
+            await self._introduce(id, data)
+        elif kind == "ping":
+            await self._send(id, "pong")
+        elif kind == "ApiCancel" and id in self._calls:
+            self._calls[id].cancel()
+        elif kind in ("ApiRequest", "ChatGptRequest") and id not in self._calls:
+            # Twice: a call that has ended may still be on its way out.
+            if len(self._calls) >= 2 * self.max_concurrency:
+                await self._send(id, "error", "too many calls at once")
+                return
+            answer = self._answer_api if kind == "ApiRequest" else self._answer_text
+            task = asyncio.get_running_loop().create_task(self._call(id, data, answer))
+            self._calls[id] = task
+            task.add_done_callback(lambda task: self._calls.pop(id, None))
+
+    async def _introduce(self, id: str, data: str) -> None:
+        """Say who this is; or hear that the server is of our kind."""
+        websocket = self._websocket
+        assert websocket is not None
+        if parse_envelope(data).get("version") == 2:
+            self.id = id
+            websocket.patient = False
+            websocket.heartbeat = websocket.ping
+            return
+        self.id = self.id or id
+        hello = {"version": 2, "name": self.name, "models": self.serves}
+        hello["max_concurrency"] = self.max_concurrency
+        if self.serves is None:
+            del hello["models"]
+        await self._send(self.id, "Connection id", _to_ascii(hello))
+        if not self._joined_at:
+            self._joined_at = websocket.connection.loop.time()
+            self._told = ""
+            models = self._models_text()
+            self._report(f"connected to {self.server} as {self.name}, serving {models}")
+
+    # --- Calls
+
+    async def _call(
+        self, id: str, data: str, answer: Callable[[str, str], Awaitable[str]]
+    ) -> None:
+        """Answer one call, whatever happens, and log it."""
+        began = time.monotonic()
+        outcome = "cancelled"
+        try:
+            try:
+                outcome = await answer(id, data)
+            except APIError as error:
+                outcome = f"failed: {error.message}"
+                await self._send(id, "error", error.message[:4096])
+            except ConnectionError:
+                raise
+            except Exception:
+                logger.exception("call %s failed", id)
+                outcome = "failed: an internal error"
+                await self._send(id, "error", "an internal error of the agent")
+        except ConnectionError:
+            outcome = "lost: the server is gone"
+        finally:
+            milliseconds = (time.monotonic() - began) * 1e3
+            self._debug(f"call {_word(id)} {outcome}, {milliseconds:.0f} ms")
+
+    async def _answer_api(self, id: str, data: str) -> str:
+        """An ApiRequest through the pool, its answer sent as it comes."""
+        begun = False
+        try:
+            request = self._read_request(data)
+            async with self.pool.call(request) as call:
+                begun = True
+                if call.content is not None:
+                    await self._send_whole(id, call.status, call.headers, call.content)
+                else:
+                    head = {"status": call.status, "content_type": "text/event-stream"}
+                    await self._send(id, "ApiResponse", _to_ascii(head))
+                    while not call.ended:
+                        await self._send_data(id, await call.read())
+                    await self._send(id, "ApiEnd")
+                return f"{request.path} {request.model} {call.status}"
+        except APIError as error:
+            if begun:
+                raise
+            await self._send_refusal(id, error)
+            return f"refused ({error.status}): {error.message}"
+
+    def _read_request(self, data: str) -> APIRequest:
+        """The request in an ApiRequest; APIError(400) for what is not served."""
+        said = parse_envelope(data)
+        body, fields = said.get("body"), said.get("headers")
+        target = str(said.get("path"))
+        if said.get("method") != "POST" or not _API_TARGET.fullmatch(target):
+            raise APIError(400, "An agent answers only POST of plain paths under /v1/.")
+        path, _, query = target.partition("?")
+        headers = {
+            name: value
+            for name, value in (fields if isinstance(fields, dict) else {}).items()
+            if _API_FIELD.fullmatch(f"{name}:{value}")
+            and isinstance(value, str)
+            and name not in _PRIVATE_REQUEST_FIELDS
+        }
+        is_json = isinstance(body, dict)
+        try:
+            content = encode_json(body) if is_json else base64.b64decode(str(body))
+        except (ValueError, RecursionError):
+            raise APIError(400, "The agent could not read the call.") from None
+        request = APIRequest(
+            path, content, query=query, body=body if is_json else None, headers=headers
+        )
+        kind = headers.get("content-type", "")
+        if is_json:
+            headers["content-type"] = "application/json"
+        else:
+            request.model = form_field(content, kind, "model")
+        if request.model is None:
+            raise APIError(400, "'model' is missing.", param="model")
+        now = asyncio.get_running_loop().time()
+        request.deadline = now + self.limits.request_timeout
+        return request
+
+    async def _send_whole(
+        self, id: str, status: int, headers: dict[str, str], content: bytes
+    ) -> None:
+        """Send a whole answer: what is not text as base64."""
+        head: dict[str, Any] = {"status": status}
+        head["content_type"] = headers.get("content-type", "application/json")
+        retry_after = parse_retry_after(headers)
+        if retry_after is not None:
+            head["retry_after"] = retry_after
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            head["encoding"] = "base64"
+            content = base64.b64encode(content)
+        await self._send(id, "ApiResponse", _to_ascii(head))
+        await self._send_data(id, content)
+        await self._send(id, "ApiEnd")
+
+    async def _send_data(self, id: str, content: bytes) -> None:
+        """Send a piece of an answer, cut between characters (base64: fours)."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for at in range(0, len(content), PIECE_SIZE):
+            text = decoder.decode(content[at : at + PIECE_SIZE])
+            await self._send(id, "ApiData", text)
+
+    async def _send_refusal(self, id: str, error: APIError) -> None:
+        """Answer as an upstream would: the server judges it and may ask another."""
+        passed = error.upstream_status or 0
+        status = passed if passed == 429 or passed >= 500 else error.status
+        headers = {"content-type": "application/json"}
+        if error.retry_after is not None:
+            headers["retry-after"] = str(error.retry_after)
+        content = encode_json({"error": error_object(error)})
+        await self._send_whole(id, status, headers, content)
+
+    async def _answer_text(self, id: str, data: str) -> str:
+        """A ChatGptRequest of an original server; its conversation is kept here."""
+        said = parse_envelope(data)
+        kept = self._conversations
+        question = content_text(said.get("content"))
+        conversation_id = str(said.get("conversation_id") or uuid.uuid4())
+        parent_id = str(said.get("parent_id") or "")
+        conversation = kept.find("", conversation_id)
+        earlier = conversation.messages(parent_id) if conversation else None
+        turn = {"role": "user", "content": question}
+        body: dict[str, Any] = {"messages": [*(earlier or ()), turn]}
+        if self.serves:
+            body["model"] = self.serves[0]
+        request = APIRequest(CHAT_PATH, encode_json(body), body=body)
+        request.headers = {"content-type": "application/json"}
+        request.deadline = asyncio.get_running_loop().time() + self.limits.ask_timeout
+        async with self.pool.call(request) as call:
+            answer = parse_envelope(call.content or b"")
+        try:
+            text = content_text(answer["choices"][0]["message"]["content"])
+        except (LookupError, TypeError):
+            reason = error_fields(call.content or b"").get("message")
+            raise APIError(500, str(reason or "its answer is no chat")) from None
+        response_id = str(uuid.uuid4())
+        conversation = kept.keep("", conversation_id, None)
+        kept.add(conversation, response_id, parent_id, question, text)
+        reply = {"response_id": response_id, "conversation_id": conversation_id}
+        await self._send(id, "ChatGptResponse", _to_ascii({**reply, "content": text}))
+        return f"{request.model or 'chat'} {call.status}"
+
+
+def command_model(
+    arguments: list[str], whole: bool = False
+) -> Callable[[dict[str, Any]], AsyncGenerator[str, None]]:
+    """A function for FunctionController that runs a program for each request.
+
+    Its input is the last user message (whole: the request's JSON); its output is
+    the answer, as it comes.  If its status is not 0, the end of what it says on
+    standard error is the error.  It is killed, with what it has started, when
+    nobody waits for it any more.
+    """
+    import tempfile  # 5 ms, for those who serve a program
+
+    async def answer(request: dict[str, Any]) -> AsyncGenerator[str, None]:
+        texts = [
+            content_text(message.get("content"))
+            for message in request.get("messages") or ()
+            if isinstance(message, dict) and message.get("role") == "user"
+        ]
+        # Files cannot fill up and stop it, as pipes that nobody serves would.
+        with tempfile.TemporaryFile() as question, tempfile.TemporaryFile() as errors:
+            last = "".join(texts[-1:]).encode("utf-8", "replace")
+            question.write(encode_json(request) if whole else last)
+            question.seek(0)
+            process = await asyncio.create_subprocess_exec(
+                *arguments,
+                stdin=question,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,  # Ctrl-C is for us; and _kill() gets them all
+            )
+            assert process.stdout is not None
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            try:
+                data = b"-"
+                while data:
+                    data = await process.stdout.read(PIECE_SIZE)
+                    text = decoder.decode(data, not data)
+                    if text:
+                        yield text
+                status = await process.wait()
+            finally:
+                await _kill(process)
+            if status:
+                errors.seek(max(0, errors.seek(0, os.SEEK_END) - 2048))
+                said = errors.read().decode("utf-8", "replace").strip()
+                name = os.path.basename(arguments[0])
+                reason = f"{name} ended with status {status}: {said}"
+                raise ControllerError(reason, Failure.NONE)
+
+    return answer
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    """End a program, if it runs, and what it has started."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+# -----------------------------------------------------------------------------
 # Configuration and command line
 # -----------------------------------------------------------------------------
 #
@@ -6958,6 +7601,7 @@ class Server:
 
 HELP = """\
 usage: chatgpt_apiserver.py <port> <API_KEY> [options]
+       chatgpt_apiserver.py agent <URL> [options]   (agent -h: what it does)
 
 An OpenAI-compatible API, with keys for its users, in front of other such APIs
 (OpenAI's, Ollama's), agents that dial in, and Python functions.
@@ -6986,6 +7630,35 @@ has none); https_proxy, no_proxy
 examples:
   python chatgpt_apiserver.py 8080 my-secret-key
   OPENAI_API_KEY=sk-... python chatgpt_apiserver.py 8080 my-key -listen ::
+"""
+
+AGENT_HELP = """\
+usage: chatgpt_apiserver.py agent <URL> [options]
+
+Makes what runs on this machine (Ollama, llama.cpp, vLLM, LM Studio, any other
+OpenAI-compatible server, or a program) part of a chatgpt_apiserver elsewhere.
+It dials out: no port is opened here.
+
+  <URL>               the server: http, https, ws, wss or host:port
+
+options, with one dash or two:
+  --key TOKEN         an agent's token or the server's API key (default: the
+                      environment variable API_KEY, out of the process list)
+  --upstream URL      what to serve (default: what answers on the ports 11434,
+                      8080, 8000 and 1234 of this machine)
+  --upstream-key KEY  its key (default: none)
+  --command 'PROG A'  serve a program: the last message is its input, its output
+                      the answer; --json gives it the whole request
+  --config_file FILE  serve the controllers of this configuration file
+  --models A,B        the models (default: all that is found; the program)
+  --name NAME         a label for people (default: this machine's name)
+  --max-concurrency N calls at once (default: 8)
+  --ca-file FILE      certificates to trust (default: the system's)
+  -v, --verbose       log each call (default: off)
+  --version, --help   print the version, or this
+
+example:
+  python chatgpt_apiserver.py agent https://my-server:8080 --key TOKEN
 """
 
 # The variables that may give a setting; the first that is set and not empty counts.
@@ -7284,7 +7957,7 @@ class CommandLine(argparse.ArgumentParser):
     """An argparse with our help, and one line for a mistake."""
 
     def format_help(self) -> str:
-        return HELP
+        return self.description or HELP
 
     def error(self, message: str) -> NoReturn:
         # What argparse quotes was written by the person, and may be a key.
@@ -7299,10 +7972,10 @@ class CommandLine(argparse.ArgumentParser):
         parsed, extra = self.parse_known_intermixed_args(arguments, namespace)
         for argument in extra:
             if argument.startswith("-"):
-                known = re.findall("--[a-z_-]+", HELP)
+                known = re.findall("--[a-z_-]+", self.format_help())
                 hint = did_you_mean(argument.partition("=")[0], known)
                 self.error(f"unknown option{hint}")
-            self.error("expected a port and a key, there is more")
+            self.error(f"expected {self.epilog or 'a port and a key'}, there is more")
         return parsed
 
 
@@ -7472,6 +8145,102 @@ def environment_proxy(url: str, environ: Mapping[str, str]) -> str | None:
     return str(Source("environment").check(proxy, CONFIG_KEYS["proxy"], "https_proxy"))
 
 
+# --- The agent's command line
+
+
+def agent_parser() -> argparse.ArgumentParser:
+    """The agent's command line.  What is not given is None, flags are False."""
+    parser = CommandLine(
+        prog="chatgpt_apiserver.py agent",
+        description=AGENT_HELP,
+        epilog="the URL of one server",
+        allow_abbrev=False,
+    )
+    parser.add_argument("url", nargs="?")
+    for name in ("--key", "--upstream", "--upstream-key", "--command", "--models"):
+        parser.add_argument(name)
+    for name in ("--name", "--max-concurrency", "--ca-file"):
+        parser.add_argument(name)
+    parser.add_argument("--config_file", "--config-file")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    version = f"chatgpt_apiserver.py {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    return parser
+
+
+def agent_controllers(
+    args: argparse.Namespace,
+    names: list[str],
+    environ: Mapping[str, str],
+    limits: Limits,
+) -> list[Controller] | None:
+    """What an agent serves; None for what there is on this machine."""
+    source = Source("command line")
+    if sum(x is not None for x in (args.upstream, args.command, args.config_file)) > 1:
+        text = "only one of --upstream, --command and --config_file goes"
+        raise ConfigurationError(f"command line: {text}")
+    if args.command is not None:
+        import shlex
+        import shutil
+
+        arguments = shlex.split(args.command)
+        if not arguments or shutil.which(arguments[0]) is None:
+            raise source.mistake("command", "there is no such program")
+        name = os.path.basename(arguments[0])
+        function = command_model(arguments, args.json)
+        return [FunctionController(function, name=name, models=names or [name])]
+    if args.config_file is not None:
+        path = source.check(args.config_file, FILE, "config_file")
+        file = Source(path, os.path.dirname(path), environ)
+        entries = file.read(FILE_KEYS).get("controllers", [])
+        made = controllers(file, entries, environ)
+        return [OpenAIController(**arguments, limits=limits) for arguments in made]
+    if args.upstream is None:
+        return None
+    url = args.upstream if "://" in args.upstream else f"http://{args.upstream}"
+    url = source.check(url.rstrip("/"), CONFIG_KEYS["base_url"], "upstream")
+    parts = urllib.parse.urlsplit(url)
+    settings = {
+        "name": parts.netloc,
+        "base_url": url if parts.path else f"{url}/v1",
+        "api_key": args.upstream_key or "",
+        "models": names or None,
+    }
+    return [OpenAIController(**controller(settings, environ), limits=limits)]
+
+
+def build_agent(
+    argv: list[str], environ: Mapping[str, str], log: Log | None = None
+) -> Agent:
+    """The agent that a command line describes; ConfigurationError."""
+    args = agent_parser().parse_args(argv)
+    source = Source("command line")
+    limits = Limits()
+    most = args.max_concurrency or "8"
+    if not re.fullmatch("[1-9][0-9]{0,3}", most):
+        raise source.mistake("max-concurrency", "expected a number from 1 to 9999")
+    key = args.key or environ.get("API_KEY", "")
+    if key and not is_key(key):
+        raise source.mistake("key", "expected printable ASCII without spaces")
+    names = [name.strip() for name in (args.models or "").split(",") if name.strip()]
+    try:
+        return Agent(
+            args.url or "",
+            key=key,
+            controllers=agent_controllers(args, names, environ, limits),
+            models=names or None,
+            name=args.name and source.check(args.name, NAME, "name"),
+            max_concurrency=int(most),
+            ca_file=args.ca_file and source.check(args.ca_file, FILE, "ca-file"),
+            limits=limits,
+            log=log,
+            verbose=args.verbose,
+        )
+    except ValueError as error:
+        raise source.mistake("", str(error)) from None
+
+
 # --- The program
 
 
@@ -7501,9 +8270,26 @@ def start_screen(server: Server, config: Config) -> str:
         f"  curl {url}/v1/chat/completions -H 'Authorization: Bearer <API_KEY>' \\",
         """    -d '{"model": "mock/echo", "messages": """
         """[{"role": "user", "content": "Hello"}]}'""",
+        *agent_lines(url, config.listen),
         "",
     ]
     return "\n".join(lines)
+
+
+def agent_lines(url: str, listen: str) -> list[str]:
+    """The line that makes another machine an agent of this server."""
+    source = source_code()
+    if source is None:
+        return []
+    if listen in ("0.0.0.0", "::"):  # for others it has another name
+        url = re.sub(r"//.*:", f"//{socket.gethostname()}:", url)
+    where = "another machine" if listen else "this machine"
+    return [
+        "",
+        f"Add what runs on {where} (Ollama, llama.cpp, vLLM, LM Studio); there:",
+        f"  curl -fsS {url}/agent.py | python3 - agent {url} --key <API_KEY>",
+        f"  (SHA-256 of agent.py: {hashlib.sha256(source).hexdigest()})",
+    ]
 
 
 def warnings(config: Config) -> list[str]:
@@ -7546,6 +8332,8 @@ class Program:
     def __init__(self, argv: list[str]) -> None:
         self._argv = argv
         self._log = Log()
+        logger.addHandler(LogHandler(self._log))
+        logger.propagate = False
         self._config = load_config(argv, os.environ)
         self._server = build_server(self._config, self._log)
 
@@ -7554,6 +8342,8 @@ class Program:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_loop_error)
         self._handle_signals(loop)
+        if hasattr(signal, "SIGHUP"):
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
         await self._server.start()
         self._log.write(start_screen(self._server, self._config))
         await self._server.serve_forever()
@@ -7569,8 +8359,6 @@ class Program:
                     number,
                     lambda number, frame: loop.call_soon_threadsafe(self._stop, number),
                 )
-        if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, self._reload)
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -7581,8 +8369,7 @@ class Program:
         self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
     ) -> None:
         error = context.get("exception")
-        if not isinstance(error, OSError):  # a handshake that failed is no news
-            self._log.report(f"{context['message']}: {type(error).__name__}")
+        self._log.report(f"{context['message']}: {type(error).__name__}")
 
     def _reload(self) -> None:
         """Read the configuration again; a bad one changes nothing and says so."""
@@ -7618,6 +8405,27 @@ class Program:
                 pool.add(OpenAIController(**arguments, limits=new.limits))
 
 
+class AgentProgram(Program):
+    """The agent as a program."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self._log = Log()
+        self._agent = build_agent(argv, os.environ, self._log)
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_loop_error)
+        self._handle_signals(loop)
+        await self._agent.serve_forever()
+        self._log.report("stopped")
+        self._log.flush()
+
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        self._log.report(f"shutting down ({name}); once more ends it at once")
+        self._agent.request_shutdown()
+
+
 def raise_file_limit() -> None:
     """Take as many open files as the system allows: each connection is one."""
     if os.name == "posix":
@@ -7633,7 +8441,9 @@ def raise_file_limit() -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 after a shutdown, 1 if it cannot run, 2 for a mistake."""
     try:
-        program = Program(sys.argv[1:] if argv is None else argv)
+        arguments = sys.argv[1:] if argv is None else argv
+        is_agent = arguments[:1] == ["agent"]
+        program = AgentProgram(arguments[1:]) if is_agent else Program(arguments)
         raise_file_limit()
         asyncio.run(program.run())
     except ConfigurationError as error:

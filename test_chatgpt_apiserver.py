@@ -1,0 +1,11728 @@
+"""Tests of chatgpt_apiserver.py: real sockets on port 0, bytes, subprocesses.
+
+In the order of the module.  Run them with `python3 -m pytest`; nothing but pytest
+is needed, and no network beyond this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import email.utils
+import errno
+import faulthandler
+import gc
+import inspect
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import resource
+import select
+import signal
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import urllib.request
+import uuid
+import weakref
+from pathlib import Path
+
+import pytest
+
+import chatgpt_apiserver as apiserver
+from chatgpt_apiserver import (
+    APIError,
+    APIRequest,
+    Close,
+    ConfigurationError,
+    Connection,
+    FrameHead,
+    FunctionController,
+    HTTPClient,
+    Limits,
+    Message,
+    Opcode,
+    OpenAIController,
+    Ping,
+    Pong,
+    Pool,
+    ProtocolError,
+    Server,
+    Side,
+    User,
+    UserStore,
+    UserTable,
+    WebSocket,
+    WebSocketError,
+    WebSocketProtocol,
+    accept_key,
+    apply_mask,
+    encode_frame,
+    handshake_key,
+    parse_frame_head,
+    parse_users,
+)
+
+# -----------------------------------------------------------------------------
+# Harness: a client, an upstream and an agent that speak bytes
+# -----------------------------------------------------------------------------
+
+KEY = "test-key"
+MODULE = Path(apiserver.__file__).resolve()
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+
+# One timeout for everything: a test that hangs is told by its traceback.
+faulthandler.dump_traceback_later(180, exit=True)
+
+
+def run(work, timeout=20):
+    """Run a coroutine to its end, in an event loop of its own."""
+    return asyncio.run(asyncio.wait_for(work, timeout))
+
+
+async def until(condition, timeout=5.0):
+    """Wait until condition() is true, and return its value."""
+    end = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path, *controllers, **options):
+    """A started server with these controllers, its users.json in tmp_path."""
+    options.setdefault("users", str(tmp_path / "users.json"))
+    server = Server(KEY, port=0, **options)
+    for controller in controllers:
+        server.add(controller)
+    async with server:
+        yield server
+
+
+class Reply:
+    """An answer as it came: status, headers (a dict, lower case), content."""
+
+    def __init__(self, status, headers, content):
+        self.status, self.headers, self.content = status, headers, content
+
+    def json(self):
+        return json.loads(self.content)
+
+    def events(self):
+        """The data of its server-sent events."""
+        return [e[6:] for e in self.content.decode().split("\n\n") if e[:6] == "data: "]
+
+
+class Client:
+    """A keep-alive HTTP client made of a socket: `async with Client(port) as c`."""
+
+    def __init__(self, port, host="127.0.0.1", tls=None):
+        self.port, self.host, self.tls = port, host, tls
+
+    async def __aenter__(self):
+        self.reader, self.writer = await asyncio.open_connection(
+            self.host, self.port, ssl=self.tls
+        )
+        return self
+
+    async def __aexit__(self, *exc_info):
+        self.writer.transport.abort()
+
+    def send(self, data):
+        self.writer.write(data)
+
+    async def read_head(self):
+        """The head of the next answer: status and headers."""
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        lines = head.split("\r\n")
+        pairs = (line.partition(":") for line in lines[1:] if line)
+        headers = {name.lower(): value.strip() for name, _, value in pairs}
+        return int(lines[0].split()[1]), headers
+
+    async def read_chunk(self):
+        """The next chunk of a chunked answer; b"" for the last."""
+        size = int(await self.reader.readuntil(b"\r\n"), 16)
+        return (await self.reader.readexactly(size + 2))[:-2]
+
+    async def read_reply(self, method="GET"):
+        """The next answer, whole."""
+        status, headers = await self.read_head()
+        if method == "HEAD" or status in (101, 204, 304):
+            content = b""
+        elif "content-length" in headers:
+            content = await self.reader.readexactly(int(headers["content-length"]))
+        elif "transfer-encoding" in headers:
+            content = b""
+            while True:
+                chunk = await self.read_chunk()
+                if not chunk:
+                    break
+                content += chunk
+        else:
+            content = await self.reader.read()
+        return Reply(status, headers, content)
+
+    async def request(self, method, path, body=None, key=KEY, headers=()):
+        """One request and its answer; body is bytes, or goes as JSON."""
+        self.send(request_bytes(method, path, body, key, headers))
+        return await self.read_reply(method)
+
+
+def request_bytes(method, path, body=None, key=KEY, headers=()):
+    """A request in bytes."""
+    content = b"" if body is None else body
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
+    lines += [f"Authorization: Bearer {key}"] if key else []
+    lines += [f"{name}: {value}" for name, value in headers]
+    if body is not None and not any(
+        n.lower() == "transfer-encoding" for n, _ in headers
+    ):
+        lines.append(f"Content-Length: {len(content)}")
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+async def ask(port, method, path, body=None, key=KEY, headers=()):
+    """One request on a connection of its own."""
+    async with Client(port) as client:
+        return await client.request(method, path, body, key, headers)
+
+
+async def raw(port, data, timeout=5):
+    """Everything the server sends after data, up to the end of the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    try:
+        return await asyncio.wait_for(reader.read(), timeout)
+    finally:
+        writer.transport.abort()
+
+
+def completion(content="Hi there", model="m", **more):
+    """A chat.completion as an upstream sends it."""
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    body = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1}
+    return {**body, "model": model, "choices": [choice], "usage": usage, **more}
+
+
+def chunk(content=None, finish_reason=None, **more):
+    """One event of a chat stream, in bytes."""
+    delta = {} if content is None else {"content": content}
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    body = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1}
+    body = {**body, "model": "m", "choices": [choice], **more}
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def http_reply(content, status=200, content_type="application/json", headers=()):
+    """An upstream's whole answer, in bytes."""
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    lines = [f"HTTP/1.1 {status} X", f"Content-Type: {content_type}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    lines.append(f"Content-Length: {len(content)}")
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
+def chunked(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Upstream:
+    """A fake upstream: `async with Upstream(behave) as upstream`.
+
+    behave is bytes (sent as the answer to each request), or an async function of
+    (request, writer); request has .line, .headers, .content.  requests collects what came,
+    closed is set when a client's connection has ended.
+    """
+
+    def __init__(self, behave=None, tls=None):
+        self.behave = http_reply(completion()) if behave is None else behave
+        self.tls = tls
+        self.requests = []
+        self.connections = 0
+        self.ended = 0
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(
+            self._serve, "127.0.0.1", 0, ssl=self.tls
+        )
+        self.port = self.server.sockets[0].getsockname()[1]
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}/v1"
+        self.tasks = set()
+        return self
+
+    async def __aexit__(self, *exc_info):
+        self.server.close()
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    def controller(self, **options):
+        options = {"api_key": "UPSTREAMSECRET", "name": f"up-{self.port}", **options}
+        return OpenAIController(base_url=self.url, **options)
+
+    async def _serve(self, reader, writer):
+        task = asyncio.current_task()
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        self.connections += 1
+        try:
+            while True:
+                request = await self._read(reader)
+                self.requests.append(request)
+                if isinstance(self.behave, bytes):
+                    writer.write(self.behave)
+                else:
+                    # A client that leaves is seen although nobody reads.
+                    working = asyncio.ensure_future(self.behave(request, writer))
+                    gone = asyncio.ensure_future(reader.read(1))
+                    try:
+                        done, _ = await asyncio.wait(
+                            {working, gone}, return_when=asyncio.FIRST_COMPLETED
+                        )
+                        if working not in done:
+                            break
+                        working.result()
+                    finally:
+                        working.cancel()
+                        gone.cancel()
+                        await asyncio.wait({gone})
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.ended += 1
+            writer.transport.abort()
+
+    async def _read(self, reader):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        line, _, fields = head.partition("\r\n")
+        pairs = (field.partition(": ") for field in fields.split("\r\n") if field)
+        headers = {name.lower(): value for name, _, value in pairs}
+        content = await reader.readexactly(int(headers.get("content-length", 0)))
+        return UpstreamRequest(line, headers, content)
+
+
+class UpstreamRequest:
+    def __init__(self, line, headers, content):
+        self.line, self.headers, self.content = line, headers, content
+
+    def json(self):
+        return json.loads(self.content)
+
+
+class Agent:
+    """A fake agent that speaks version 1 by hand: `async with Agent(port) as agent`."""
+
+    def __init__(self, port, path="/client/register", id=None, headers=(), hello=""):
+        self.port, self.path, self.remembered = port, path, id
+        self.headers, self.hello = headers, hello
+
+    async def __aenter__(self):
+        await self.connect()
+        first = await self.receive()
+        assert first["message"] == "Connection id" and first["data"] == ""
+        self.id = self.remembered or first["id"]
+        await self.send(self.id, "Connection id", self.hello)
+        return self
+
+    async def connect(self):
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.protocol = WebSocketProtocol(Side.CLIENT)
+        self.events = []
+        lines = [
+            f"GET {self.path} HTTP/1.1",
+            f"Host: localhost:{self.port}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            "Sec-WebSocket-Version: 13",
+            f"Sec-WebSocket-Key: {apiserver.handshake_key()}",
+            *(f"{name}: {value}" for name, value in self.headers),
+        ]
+        self.writer.write("\r\n".join([*lines, "", ""]).encode())
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+        self.status = int(head.split()[1])
+        if self.status != 101:
+            raise ConnectionError(head)
+
+    async def __aexit__(self, *exc_info):
+        self.writer.transport.abort()
+
+    async def event(self):
+        """The next frame's event (Message, Ping, Pong, Close); None at the end."""
+        while not self.events:
+            data = await self.reader.read(65536)
+            if not data:
+                return None
+            self.events += self.protocol.receive(data)
+        return self.events.pop(0)
+
+    async def receive(self):
+        """The next message, a dict; protocol pings are answered on the way."""
+        while True:
+            event = await self.event()
+            if isinstance(event, apiserver.Ping):
+                self.writer.write(self.protocol.pong(event.payload))
+            elif isinstance(event, apiserver.Message):
+                return json.loads(event.data)
+            else:
+                raise ConnectionError(f"the server ended the websocket: {event}")
+
+    async def send(self, id, message, data="", **more):
+        text = json.dumps({"id": id, "message": message, "data": data, **more})
+        self.writer.write(self.protocol.send(text))
+
+    async def request(self):
+        """The next ChatGptRequest: its id and its data."""
+        while True:
+            message = await self.receive()
+            if message["message"] == "ChatGptRequest":
+                return message["id"], json.loads(message["data"])
+
+    async def reply(self, id, content, conversation_id="conv-1", response_id="resp-1"):
+        data = {"response_id": response_id, "conversation_id": conversation_id}
+        data = json.dumps({**data, "content": content})
+        await self.send(id, "ChatGptResponse", data)
+
+    async def echo(self):
+        """Answer requests for ever: "echo:" and what was asked."""
+        while True:
+            id, data = await self.request()
+            await self.reply(id, "echo:" + data["content"])
+
+
+class Program:
+    """The server as a subprocess: `with Program("0", KEY) as program`.
+
+    The port is read off the start screen; stderr collects all it says.
+    """
+
+    def __init__(
+        self, *arguments, cwd=None, env=None, python=sys.executable, **options
+    ):
+        self.process = subprocess.Popen(
+            [python, str(MODULE), *arguments],
+            cwd=cwd,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        self.lines = []
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self.lines.append(None)  # the end
+            self._changed.notify_all()
+
+    def wait_for(self, pattern, timeout=10):
+        """The first match of pattern in a line of its stderr."""
+        end = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                for line in self.lines:
+                    match = line is not None and re.search(pattern, line)
+                    if match:
+                        return match
+                left = end - time.monotonic()
+                assert left > 0 and None not in self.lines, self.lines
+                self._changed.wait(left)
+
+    @property
+    def port(self):
+        return int(self.wait_for(r"listens on https?://\S+:(\d+)")[1])
+
+    @property
+    def stderr(self):
+        return "\n".join(line for line in self.lines if line is not None)
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def end(self, timeout=15):
+        """Its exit status; all of stderr has been read then."""
+        status = self.process.wait(timeout)
+        self._thread.join(timeout)
+        return status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.end()
+        self.process.stderr.close()
+
+
+def fetch(port, method, path, body=None, key=KEY, headers=()):
+    """One request from synchronous code."""
+    return run(ask(port, method, path, body, key, headers))
+
+
+def command(*arguments, cwd, env=None, timeout=15):
+    """A run of the program that ends by itself: its exit status and stderr."""
+    done = subprocess.run(
+        [sys.executable, str(MODULE), *arguments],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def test_the_harness_reaches_the_server(tmp_path):
+    async def check():
+        async with (
+            Upstream() as upstream,
+            serving(tmp_path, upstream.controller()) as server,
+            Agent(server.port) as agent,
+        ):
+            reply = await ask(server.port, "POST", "/v1/chat/completions", CHAT)
+            assert reply.status == 200 and reply.headers["content-type"]
+            await until(lambda: server.service.agents)
+            assert agent.id in server.service.agents
+
+    run(check())
+
+
+# -----------------------------------------------------------------------------
+# Limits and timeouts. Errors
+# -----------------------------------------------------------------------------
+
+
+def test_limits_are_changed_by_name_and_only_in_that_object():
+    limits = Limits(head_timeout=0.1, head_size=100, connections=0)
+    assert (limits.head_timeout, limits.head_size) == (0.1, 100)
+    assert limits.header_count == 100
+    assert (Limits().head_timeout, Limits().head_size) == (10.0, 32 * 1024)
+
+
+@pytest.mark.parametrize("name", ["head_timeuot", "__init__", "_x", ""])
+def test_limit_of_an_unknown_name_is_refused(name):
+    with pytest.raises(TypeError, match="no limit named"):
+        Limits(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    "value", [-1, -0.001, math.nan, math.inf, 1e12, True, "5", None, [], b"5"]
+)
+def test_limit_that_is_no_usable_number_is_refused(value):
+    with pytest.raises(ValueError, match="head_size must be a number"):
+        Limits(head_size=value)
+
+
+@pytest.mark.parametrize(
+    "status, type",
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (413, "invalid_request_error"),
+        (429, "rate_limit_error"),
+        (500, "server_error"),
+        (504, "server_error"),
+    ],
+)
+def test_api_error_has_the_type_of_its_status_unless_told(status, type):
+    assert APIError(status, "no").type == type
+    assert APIError(status, "no", type="mine").type == "mine"
+    assert str(APIError(status, "no")) == "no"
+
+
+# -----------------------------------------------------------------------------
+# HTTP/1.1 messages (RFC 9110, 9112). No I/O
+# -----------------------------------------------------------------------------
+#
+# One line of bytes each.  What is refused has the advisory's rule in its name;
+# limits are tried one below, at, and one above, whole and byte by byte.
+
+
+def http_head(*fields, line=b"GET / HTTP/1.1", host=(b"Host: a",)):
+    """A request's head."""
+    return b"\r\n".join([line, *host, *fields, b"", b""])
+
+
+def http_answer(*fields, line=b"HTTP/1.1 200 OK"):
+    return b"\r\n".join([line, *fields, b"", b""])
+
+
+def http_feed(parse, data, pieces=()):
+    """What parse makes of data, cut into pieces of these sizes: its result.
+
+    None if it wants more; what was not taken stays in the buffer, returned too.
+    """
+    buffer = bytearray()
+    at = 0
+    result = None
+    for size in (*pieces, len(data)):
+        buffer += data[at : at + size]
+        at += size
+        result = result or parse(buffer)
+        if at >= len(data):
+            break
+    return result, bytes(buffer)
+
+
+def http_bytewise(data):
+    return [1] * len(data)
+
+
+def http_request(data, **limits):
+    """The request at the front of data, the same whole and byte by byte."""
+    limits = Limits(**limits)
+
+    def parse(buffer):
+        return apiserver.parse_request_head(buffer, limits)
+
+    request, rest = http_feed(parse, data)
+    again, rest_again = http_feed(parse, data, http_bytewise(data))
+    assert (request is None) == (again is None)
+    assert rest == rest_again
+    if request is not None:
+        assert http_parts(request) == http_parts(again)
+    return request
+
+
+def http_parts(request):
+    return [getattr(request, name) for name in (*request.__slots__, "keep_alive")]
+
+
+def http_status(parse, data, *args):
+    """The status with which parse refuses data; None if it does not.
+
+    Byte by byte it has to be the same.
+    """
+    statuses = []
+    for pieces in ((), http_bytewise(data)):
+        try:
+            http_feed(lambda buffer: parse(buffer, *args), data, pieces)
+            statuses.append(None)
+        except ProtocolError as error:
+            statuses.append(error.status)
+    assert statuses[0] == statuses[1]
+    return statuses[0]
+
+
+def http_refusal(data, **limits):
+    return http_status(apiserver.parse_request_head, data, Limits(**limits))
+
+
+def http_answer_refusal(data, **limits):
+    return http_status(apiserver.parse_response_head, data, Limits(**limits))
+
+
+def http_decode(data, pieces=(), limits=None):
+    """Chunked content: what came out, whether it is complete, what was left."""
+    decoder = apiserver.ChunkedDecoder(limits or Limits())
+    content = bytearray()
+
+    def parse(buffer):
+        content.extend(decoder.decode(buffer))
+
+    rest = http_feed(parse, data, pieces)[1]
+    return bytes(content), decoder.complete, rest
+
+
+def http_chunk_refusal(data, **limits):
+    statuses = []
+    for pieces in ((), http_bytewise(data)):
+        try:
+            http_decode(data, pieces, Limits(**limits))
+            statuses.append(None)
+        except ProtocolError as error:
+            statuses.append(error.status)
+    assert statuses[0] == statuses[1]
+    return statuses[0]
+
+
+# --- A request's head
+
+
+def test_request_head_is_taken_off_the_front_of_the_buffer():
+    fields = b"POST /v1/x?a=b?c HTTP/1.1\r\nHOST: a\r\nX-A:\t one \r\nx-a:two\r\nE:\r\n"
+    buffer = bytearray(fields + b"Content-Length: 3\r\n\r\nabcGET /")
+    request = apiserver.parse_request_head(buffer)
+    assert (request.method, request.version) == ("POST", "HTTP/1.1")
+    assert request.target == "/v1/x?a=b?c"
+    assert (request.path, request.query) == ("/v1/x", "a=b?c")
+    expected = {"host": "a", "x-a": "one, two", "e": "", "content-length": "3"}
+    assert request.headers == expected
+    assert request.content_length == 3
+    assert buffer == b"abcGET /"
+
+
+def test_request_head_may_come_cut_anywhere():
+    data = http_head(b"X: y", b"Content-Length: 0") + b"\r\nrest"
+    for cut in range(len(data)):
+        request, rest = http_feed(apiserver.parse_request_head, data, [cut])
+        assert request.headers == {"host": "a", "x": "y", "content-length": "0"}
+        assert rest == b"\r\nrest"
+
+
+def test_empty_lines_before_a_request_are_dropped():
+    for count in range(4):
+        assert http_request(b"\r\n" * count + http_head()).path == "/"
+    assert http_request(b"\r\n" * 3) is None
+
+
+def test_rule_1_lines_end_in_cr_lf():
+    head = http_head(b"X: y")
+    at = -1
+    for _ in range(head.count(b"\r\n")):
+        at = head.index(b"\r\n", at + 1)
+        without_cr, without_lf = (
+            head[:at] + head[at + 1 :],
+            head[: at + 1] + head[at + 2 :],
+        )
+        assert http_refusal(without_cr) == 400
+        assert http_refusal(without_cr + b"content") == 400
+        assert http_refusal(without_lf + http_head()) == 400
+    assert http_refusal(head.replace(b"\r\n", b"\n")) == 400
+    assert http_refusal(head.replace(b"\r\n", b"\r") + http_head()) == 400
+    assert http_refusal(b"GET / HTTP/1.1\nHost: a\n\ncontent") == 400
+    assert http_refusal(b"\n\n") == 400
+
+
+@pytest.mark.parametrize("code", [*range(9), *range(10, 32), 127])
+def test_rule_1_no_control_character_is_in_a_field_or_request_line(code):
+    byte = bytes([code])
+    assert http_refusal(http_head(b"X: a" + byte + b"b") + http_head()) == 400
+    assert http_refusal(http_head(b"X" + byte + b": b") + http_head()) == 400
+    assert http_refusal(http_head(line=b"GET /" + byte + b" HTTP/1.1")) == 400
+    assert http_answer_refusal(http_answer(b"X: a" + byte + b"b") * 2) == 502
+    assert http_answer_refusal(http_answer(line=b"HTTP/1.1 200 " + byte) * 2) == 502
+
+
+def test_rule_1_tab_and_bytes_above_ascii_are_text():
+    request = http_request(http_head(b"X: \t a\tb \x80\xff\xa0 \t"))
+    assert request.headers["x"] == "a\tb \x80\xff\xa0"
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ([], 0),
+        (["content-length: 5"], 5),
+        (["Content-Length:  \t5 "], 5),
+        (["Content-Length: 000000000000005"], 5),
+        (["Content-Length: 999999999999999"], 999999999999999),
+        (["Transfer-Encoding: Chunked"], None),
+        (["Transfer-Encoding:\tchunked "], None),
+        # Rule 2: the length
+        (["Content-Length: 0000000000000005"], 400),
+        (["Content-Length: " + "9" * 5000], 400),
+        (["Content-Length:"], 400),
+        (["Content-Length: +5"], 400),
+        (["Content-Length: -5"], 400),
+        (["Content-Length: 5_0"], 400),
+        (["Content-Length: 0x5"], 400),
+        (["Content-Length: 5.0"], 400),
+        (["Content-Length: 5e1"], 400),
+        (["Content-Length: 5 5"], 400),
+        (["Content-Length: 5,5"], 400),
+        (["Content-Length: 5;"], 400),
+        (["Content-Length: \xb2"], 400),
+        (["Content-Length: ٥"], 400),
+        (["Content-Length: \xa05"], 400),
+        (["Content-Length: 5", "Content-Length: 5"], 400),
+        (["Content-Length: 5", "CONTENT-LENGTH: 6"], 400),
+        # Rule 3: the coding
+        (["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
+        (["Transfer-Encoding: chunked", "Content-Length: 5"], 400),
+        (["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], 400),
+        (["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], 400),
+        (["Transfer-Encoding: chunked, chunked"], 501),
+        (["Transfer-Encoding: gzip, chunked"], 501),
+        (["Transfer-Encoding: chunked, identity"], 501),
+        (["Transfer-Encoding: identity"], 501),
+        (["Transfer-Encoding: xchunked"], 501),
+        (["Transfer-Encoding: chunked;q=1"], 501),
+        (["Transfer-Encoding: \xa0chunked"], 501),
+        (["Transfer-Encoding:"], 501),
+        (["Transfer-Encoding : chunked"], 400),
+        (["Transfer-Encoding: \x0bchunked"], 400),
+    ],
+)
+def test_rules_2_and_3_content_length(fields, expected):
+    data = http_head(*(field.encode("latin-1", "replace") for field in fields))
+    if any("٥" in field for field in fields):
+        data = http_head(*(field.encode() for field in fields))
+    if expected in (400, 501):
+        assert http_refusal(data) == expected
+    else:
+        assert http_request(data).content_length == expected
+
+
+def test_rule_3_no_transfer_coding_in_http_1_0():
+    head = http_head(b"Transfer-Encoding: chunked", line=b"POST / HTTP/1.0")
+    assert http_refusal(head) == 400
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"X : y",
+        b"X\t: y",
+        b" X: y",
+        b"\tX: y",
+        b": y",
+        b"X",
+        b"X y: z",
+        b'"X": y',
+        b"X(): y",
+        b"X/: y",
+        b"X@: y",
+        b"X[]: y",
+        b"X{}: y",
+        "Ö: y".encode(),
+        "ſ: y".encode(),
+    ],
+)
+def test_rule_5_a_header_name_is_a_token_before_its_colon(line):
+    assert http_refusal(http_head(line)) == 400
+    assert http_refusal(http_head(b"A: b", line, b"C: d")) == 400
+    assert http_answer_refusal(http_answer(line)) == 502
+
+
+def test_rule_5_every_token_character_may_be_in_a_name():
+    name = b"!#$%&'*+-.^_`|~09AZaz"
+    assert http_request(http_head(name + b":y")).headers[name.lower().decode()] == "y"
+
+
+def test_rule_5_no_folded_lines():
+    assert http_refusal(http_head(b"X: y", b" folded")) == 400
+    assert http_refusal(http_head(b"X: y", b"\tfolded")) == 400
+    assert http_refusal(b"GET / HTTP/1.1\r\n Host: a\r\n\r\n") == 400
+
+
+@pytest.mark.parametrize("start", [b" ", b"\t", b"\r", b"\x00", b" \r\n"])
+def test_rule_5_nothing_leads_the_first_line(start):
+    assert http_refusal(start + http_head()) == 400
+
+
+def test_rule_5_host_exactly_once_in_1_1():
+    assert http_refusal(http_head(host=())) == 400
+    assert http_refusal(http_head(b"Host: a")) == 400
+    assert http_refusal(http_head(b"HOST: b")) == 400
+    old = http_request(http_head(line=b"GET / HTTP/1.0", host=()))
+    assert (old.version, old.path) == ("HTTP/1.0", "/")
+    assert http_refusal(http_head(b"Host: a", line=b"GET / HTTP/1.0")) == 400
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Authorization",
+        "Content-Length",
+        "Content-Type",
+        "Host",
+        "Sec-WebSocket-Key",
+        "Sec-WebSocket-Version",
+        "Transfer-Encoding",
+        "Upgrade",
+    ],
+)
+def test_rule_5_a_second_one_of_a_single_field_is_refused(name):
+    field = f"{name}: 1".encode()
+    assert http_refusal(http_head(field, b"X: y", field.lower(), host=())) == 400
+    assert http_answer_refusal(http_answer(field, field)) == 502
+
+
+@pytest.mark.parametrize(
+    "host, good",
+    [
+        ("a", True),
+        ("a.b-c_d:8080", True),
+        ("a:", True),
+        ("127.0.0.1:80", True),
+        ("[::1]:80", True),
+        ("[::ffff:127.0.0.1]", True),
+        ("", False),
+        ("a b", False),
+        ("a, b", False),
+        ("a/b", False),
+        ("a?b", False),
+        ("a@b", False),
+        ("a#b", False),
+        ("a\\b", False),
+        ("a:80:80", False),
+        ("a:8x", False),
+        ("a:+80", False),
+        ("a:123456", False),
+        ("[::1", False),
+        ("[]", False),
+        ("[::1]a", False),
+        ("::1", False),
+        ("\xe4", False),
+        ("a:\xb2", False),
+        ("<script>", False),
+    ],
+)
+def test_rule_5_syntax_of_the_host_field(host, good):
+    head = http_head(host=[b"Host: " + host.encode("latin-1")])
+    assert http_refusal(head) == (None if good else 400)
+
+
+@pytest.mark.parametrize(
+    "line, status",
+    [
+        (b"GET / HTTP/1.1", None),
+        (b"GET / HTTP/1.0", None),
+        (b"get-it! / HTTP/1.1", None),
+        (b"GET / HTTP/1.2", 505),
+        (b"GET / HTTP/0.9", 505),
+        (b"GET / HTTP/2.0", 505),
+        (b"PRI * HTTP/2.0", 505),
+        (b"GET / http/1.1", 400),
+        (b"GET / HTTP/1.1 ", 400),
+        (b"GET / HTTP/1.10", 400),
+        (b"GET / HTTP/11", 400),
+        (b"GET / HTTP/1", 400),
+        (b"GET / HTTP/1.\xb2", 400),
+        (b"GET / XHTTP/1.1", 400),
+        (b"GET /", 400),
+        (b"GET", 400),
+        (b"GET  / HTTP/1.1", 400),
+        (b"GET /  HTTP/1.1", 400),
+        (b"GET\t/\tHTTP/1.1", 400),
+        (b"GET / x HTTP/1.1", 400),
+        (b" GET / HTTP/1.1", 400),
+        (b" / HTTP/1.1", 400),
+        (b"G(T / HTTP/1.1", 400),
+        (b"G:T / HTTP/1.1", 400),
+        (b"G\xc4T / HTTP/1.1", 400),
+        (b"GET /\xc3\xa4 HTTP/1.1", 400),
+        (b"GET /\x7f HTTP/1.1", 400),
+        (b"\x16\x03\x01\x02\x00", 400),
+    ],
+)
+def test_rule_6_the_request_line(line, status):
+    assert http_refusal(http_head(line=line)) == status
+
+
+@pytest.mark.parametrize(
+    "method, target, expected",
+    [
+        ("GET", "/", ("/", "")),
+        ("GET", "/a%2Fb/../c?x=%20&y", ("/a%2Fb/../c", "x=%20&y")),
+        ("GET", "/a?", ("/a", "")),
+        ("GET", "/?http://b/", ("/", "http://b/")),
+        ("GET", "//[", ("//[", "")),
+        ("GET", "//b/c", ("//b/c", "")),
+        ("GET", "/a:b@c[]", ("/a:b@c[]", "")),
+        ("OPTIONS", "*", ("*", "")),
+        ("GET", "http://a:80/b?c", ("/b", "c")),
+        ("GET", "HTTPS://A:80", ("/", "")),
+        ("GET", "http://a:80?c/d", ("/", "c/d")),
+        ("GET", "*", None),
+        ("OPTIONS", "**", None),
+        ("GET", "a", None),
+        ("GET", "?a", None),
+        ("GET", "http:/a:80/", None),
+        ("GET", "http://", None),
+        ("GET", "http://b/", None),
+        ("GET", "http://a/", None),
+        ("GET", "http://x@a:80/", None),
+        ("GET", "http://a:80@b/", None),
+        ("GET", "http://a:80#/", None),
+        ("GET", "http://[", None),
+        ("GET", "ftp://a:80/", None),
+        ("CONNECT", "a:80", None),
+    ],
+)
+def test_rule_6_request_targets(method, target, expected):
+    line = f"{method} {target} HTTP/1.1".encode()
+    head = http_head(line=line, host=[b"Host: a:80"])
+    if expected is None:
+        assert http_refusal(head) == 400
+    else:
+        request = http_request(head)
+        assert (request.path, request.query) == expected
+        assert request.target == target
+
+
+@pytest.mark.parametrize(
+    "version, connection, expected",
+    [
+        ("1.1", None, True),
+        ("1.1", "", True),
+        ("1.1", "keep-alive", True),
+        ("1.1", "close", False),
+        ("1.1", "Upgrade,  CLOSE", False),
+        ("1.1", "closed", True),
+        ("1.1", "keep-alive, close", False),
+        ("1.0", None, False),
+        ("1.0", "", False),
+        ("1.0", "Keep-Alive", True),
+        ("1.0", "x, keep-alive", True),
+        ("1.0", "keep-alive, close", False),
+    ],
+)
+def test_whether_a_connection_is_kept(version, connection, expected):
+    fields = () if connection is None else (f"Connection: {connection}".encode(),)
+    line = f"GET / HTTP/{version}".encode()
+    assert http_request(http_head(*fields, line=line)).keep_alive is expected
+    buffer = bytearray(http_answer(*fields, line=f"HTTP/{version} 200".encode()))
+    answer = apiserver.parse_response_head(buffer)
+    assert answer.keep_alive is (expected and version == "1.1")
+
+
+def test_connection_fields_count_together():
+    head = http_head(b"Connection: keep-alive", b"Connection: close")
+    assert not http_request(head).keep_alive
+
+
+# --- Limits on heads, as they arrive (rule 7)
+
+
+@pytest.mark.parametrize("size, status", [(63, None), (64, None), (65, 414)])
+def test_L1_request_line(size, status):
+    line = b"GET /" + b"a" * (size - 14) + b" HTTP/1.1"
+    assert len(line) == size
+    assert http_refusal(http_head(line=line), request_line_size=64) == status
+    pad = b"a" * (8192 - 64)
+    big = http_head(line=line.replace(b"/", b"/" + pad, 1))
+    assert http_refusal(big) == status
+
+
+def test_L1_request_line_is_refused_before_its_end():
+    assert http_refusal(b"a" * 8193) is None  # its CR may be the last
+    assert http_refusal(b"a" * 8194) == 414
+    assert http_answer_refusal(b"a" * 100, response_head_size=100) == 502
+
+
+@pytest.mark.parametrize("size, status", [(63, None), (64, None), (65, 431)])
+def test_L2_one_header_line(size, status):
+    head = http_head(b"X: " + b"a" * (size - 3), b"Y: z")
+    assert http_refusal(head, header_line_size=64) == status
+    big = http_head(b"X: " + b"a" * (8192 - 64 + size - 3), b"Y: z")
+    assert http_refusal(big) == status
+
+
+@pytest.mark.parametrize("more, status", [(-1, None), (0, None), (1, 431)])
+def test_L3_whole_head(more, status):
+    rows = [b"X: " + b"a" * 7000] * 4
+    head = http_head(*rows, b"Y: ")
+    pad = b"a" * (32 * 1024 - len(head) + more)
+    head = http_head(*rows, b"Y: " + pad)
+    assert len(head) == 32 * 1024 + more
+    with contextlib.ExitStack() as stack:
+        if status is not None:
+            stack.enter_context(pytest.raises(ProtocolError, match="head is over"))
+        assert apiserver.parse_request_head(bytearray(head)).path == "/"
+    head = http_head(b"X: " + b"a" * (100 + more - len(http_head(b"X: "))))
+    assert http_refusal(head + b"more", head_size=100) == status
+
+
+@pytest.mark.parametrize("count, status", [(99, None), (100, None), (101, 431)])
+def test_L4_header_count(count, status):
+    assert http_refusal(http_head(*[b"X: y"] * (count - 1))) == status
+    assert http_refusal(http_head(*[b"X: y"] * (count - 98)), header_count=3) == status
+
+
+@pytest.mark.parametrize("more, status", [(-1, None), (0, None), (1, 502)])
+def test_L37_an_upstreams_head(more, status):
+    """64 KiB and 200 fields; a status line or field may be as long as all."""
+    for size, changes in ((64 * 1024, {}), (100, {"response_head_size": 100})):
+        field = http_answer(b"X: ")
+        field = field[:-4] + b"a" * (size + more - len(field)) + field[-4:]
+        line = b"HTTP/1.1 200 " + b"a" * (size + more - 17) + b"\r\n\r\n"
+        for head in (field, line):
+            assert len(head) == size + more
+            buffer = bytearray(head)
+            with contextlib.ExitStack() as stack:
+                if status is not None:
+                    stack.enter_context(pytest.raises(ProtocolError))
+                apiserver.parse_response_head(buffer, Limits(**changes))
+            if size == 100:
+                assert http_answer_refusal(head, **changes) == status
+    assert http_answer_refusal(http_answer(*[b"X: y"] * (200 + more))) == status
+
+
+@pytest.mark.parametrize(
+    "row", [b"X: " + b"a" * 300 + b"\r\n", b"a:\r\n", b"\r\ra", b"\r\n\ra", b":", b"a"]
+)
+def test_rule_7_a_head_that_comes_byte_by_byte_costs_linear_time(row):
+    """One segment for each byte once took 3 s of a processor for 29 KiB."""
+    limits = Limits(request_line_size=32 * 1024, head_size=32 * 1024)
+    data = b"GET / HTTP/1.1\r\n" + row * (32000 // len(row))
+    began = time.process_time()
+    with contextlib.suppress(ProtocolError):
+        http_feed(
+            lambda buffer: apiserver.parse_request_head(buffer, limits),
+            data,
+            http_bytewise(data),
+        )
+    assert time.process_time() - began < 1.5
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"a" * 32000 + b"\r\n",
+        b"a:" * 16000 + b"\n",
+        (b"a: b" + b" " * 300 + b"\r\n") * 90 + b"\x00",
+        b"x" + b":\t \t" * 8000,
+        b"a:\r\n" * 8000 + b"b",
+        b"a: b\r\n" * 5000,
+    ],
+)
+def test_fields_are_judged_in_linear_time(block):
+    began = time.process_time()
+    with contextlib.suppress(ProtocolError):
+        apiserver.parse_fields(block, 10**6, 10**6)
+    assert time.process_time() - began < 0.5
+
+
+# --- Answers
+
+
+def test_answer_head_may_come_cut_anywhere():
+    data = http_answer(b"A: b", b"a: c", line=b"HTTP/1.0 404 N\xf6t\tfound ") + b"xyz"
+    for cut in range(len(data)):
+        answer, rest = http_feed(apiserver.parse_response_head, data, [cut])
+        assert (answer.version, answer.status) == ("HTTP/1.0", 404)
+        assert answer.headers == {"a": "b, c"}
+        assert rest == b"xyz"
+
+
+@pytest.mark.parametrize(
+    "line, good",
+    [
+        (b"HTTP/1.1 200 OK", True),
+        (b"HTTP/1.1 200 ", True),
+        (b"HTTP/1.1 200", True),
+        (b"HTTP/1.1 599 x", True),
+        (b"HTTP/1.1 099 x", False),
+        (b"HTTP/1.1 600 x", False),
+        (b"HTTP/1.1 20 x", False),
+        (b"HTTP/1.1 2000 x", False),
+        (b"HTTP/1.1 200x", False),
+        (b"HTTP/1.1 +20 x", False),
+        (b"HTTP/1.1 2_0 x", False),
+        (b"HTTP/1.1 \xb2\xb20 x", False),
+        (b"HTTP/1.1  200 x", False),
+        (b"HTTP/2 200 x", False),
+        (b"HTTP/1.2 200 x", False),
+        (b"http/1.1 200 OK", False),
+        (b"ICY 200 OK", False),
+        (b"GET / HTTP/1.1", False),
+        (b" HTTP/1.1 200 OK", False),
+        (b"", False),
+    ],
+)
+def test_status_line(line, good):
+    assert http_answer_refusal(http_answer(line=line)) == (None if good else 502)
+
+
+def test_an_answer_of_bare_line_feeds_is_refused():
+    assert http_answer_refusal(b"HTTP/1.1 200 OK\nA: b\n\n") == 502
+    assert http_answer_refusal(b"HTTP/1.1 200 OK\r\nA: b\n\r\n\r\n") == 502
+
+
+@pytest.mark.parametrize(
+    "method, status, fields, expected",
+    [
+        ("GET", 200, [], apiserver.UNTIL_CLOSE),
+        ("GET", 200, ["Content-Length: 7"], 7),
+        ("GET", 200, ["Transfer-Encoding: CHUNKED"], None),
+        ("POST", 500, ["Content-Length: 0"], 0),
+        ("HEAD", 200, ["Content-Length: 7"], 0),
+        ("HEAD", 200, ["Transfer-Encoding: chunked"], 0),
+        ("HEAD", 200, [], 0),
+        ("GET", 204, ["Content-Length: 7"], 0),
+        ("GET", 304, ["Content-Length: 7"], 0),
+        ("GET", 100, [], 0),
+        ("GET", 101, [], 0),
+        ("GET", 103, ["Transfer-Encoding: chunked"], 0),
+        ("GET", 200, ["Content-Length: -1"], 502),
+        ("GET", 200, ["Content-Length: 1, 1"], 502),
+        ("GET", 200, ["Content-Length: 1" + "0" * 15], 502),
+        ("GET", 200, ["Content-Length: 5", "Transfer-Encoding: chunked"], 502),
+        ("GET", 200, ["Transfer-Encoding: gzip, chunked"], 502),
+        ("GET", 200, ["Transfer-Encoding: identity"], 502),
+    ],
+)
+def test_length_of_an_answer(method, status, fields, expected):
+    head = http_answer(
+        *(field.encode() for field in fields), line=b"HTTP/1.1 %d x" % status
+    )
+    answer = apiserver.parse_response_head(bytearray(head))
+    if expected == 502:
+        with pytest.raises(ProtocolError) as caught:
+            apiserver.response_length(method, answer)
+        assert caught.value.status == 502
+    else:
+        assert apiserver.response_length(method, answer) == expected
+
+
+def test_chunks_in_an_http_1_0_answer_are_refused():
+    head = http_answer(b"Transfer-Encoding: chunked", line=b"HTTP/1.0 200 OK")
+    answer = apiserver.parse_response_head(bytearray(head))
+    with pytest.raises(ProtocolError):
+        apiserver.response_length("GET", answer)
+
+
+# --- Content
+
+
+HTTP_CHUNKS = (
+    b'5;a="b"\r\nhello\r\n000A \t;x\r\n\r\n0\r\n\r\n12\n\r\n1\r\n\xff\r\n'
+    b"00\r\nX: y\r\nContent-Length: 3\r\n\r\nGET /"
+)
+
+
+def test_chunked_content_may_come_cut_anywhere_twice():
+    expected = (b"hello\r\n0\r\n\r\n12\n\xff", True, b"GET /")
+    assert http_decode(HTTP_CHUNKS) == expected
+    assert http_decode(HTTP_CHUNKS, http_bytewise(HTTP_CHUNKS)) == expected
+    for first in range(len(HTTP_CHUNKS)):
+        for second in range(1, len(HTTP_CHUNKS) - first, 3):
+            assert http_decode(HTTP_CHUNKS, [first, second]) == expected
+
+
+def test_large_chunked_content_may_come_cut_at_random():
+    rng = random.Random(10)
+    content = rng.getrandbits(8 * 300_000).to_bytes(300_000, "big")
+    data, at = b"", 0
+    while at < len(content):
+        size = rng.choice((1, 2, 15, 16, 255, 4096, 70_000))
+        data += apiserver.encode_chunk(content[at : at + size])
+        at += size
+    data += apiserver.LAST_CHUNK
+    for largest in (3, 100, 5000, 100_000):
+        pieces = [rng.randint(1, largest) for _ in range(2 * len(data) // largest + 9)]
+        assert http_decode(data, pieces) == (content, True, b"")
+
+
+def test_a_complete_decoder_takes_nothing_of_the_next_message():
+    for length in (None, 0, 2):
+        decoder = apiserver.content_decoder(length)
+        buffer = bytearray(b"0\r\n\r\n" if length is None else b"ab"[:length])
+        decoder.decode(buffer)
+        assert decoder.complete
+        buffer += b"\r\nGET / HTTP/1.1\r\n\r\n"
+        assert decoder.decode(buffer) == b""
+        assert buffer == b"\r\nGET / HTTP/1.1\r\n\r\n"
+        decoder.end()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"g\r\n",
+        b"\r\n",
+        b" 1\r\na\r\n",
+        b"1 \r\na\r\n",
+        b"+1\r\na\r\n",
+        b"-1\r\na\r\n",
+        b"0x1\r\na\r\n",
+        b"1_0\r\n",
+        b"1.0\r\n",
+        b"1,1\r\n",
+        b"\xd9\xa1\r\na\r\n",
+        b"1\x00\r\na\r\n",
+        b";a\r\n",
+        b"1;\n\r\na\r\n",
+        b"1;a\rb\r\na\r\n",
+        b"1;a\nb\r\na\r\n",
+        b"1;a\x00\r\na\r\n",
+        b"1;a\x7f\r\na\r\n",
+        b"1\n\r\na\r\n",
+        b"1\r\r\na\r\n",
+        b"1\r\nab",
+        b"1\r\na\n",
+        b"1\r\na\rb",
+        b"1\r\na\r\r\n",
+        b"1\r\na0\r\n\r\n",
+        b"2\r\nab" + b"2\r\nab",
+        b"0\r\nX : y\r\n\r\n",
+        b"0\r\nX\r\n\r\n",
+        b"0\r\n X: y\r\n\r\n",
+        b"0\r\nX: y\r\n folded\r\n\r\n",
+        b"0\r\nX: a\rb\r\n\r\n",
+        b"0\r\nX: a\x00b\r\n\r\n",
+        b"0\r\nX: y\n\r\n\r\n",
+        b"0\r\nX: y\n\n",
+        b"0\r\n\n",
+        b"0\r\nHost: a\r\nHost: b\r\n\r\n",
+    ],
+)
+def test_rule_4_chunks_that_are_refused(data):
+    assert http_chunk_refusal(data) == 400
+
+
+def test_L10_size_line_and_digits():
+    for size, status in ((255, None), (256, None), (257, 400)):
+        line = b"1;" + b"x" * (size - 2) + b"\r\na\r\n0\r\n\r\n"
+        assert http_chunk_refusal(line) == status
+        assert http_chunk_refusal(b"1;" + b"x" * (size - 2) + b"\r") == status
+    assert http_chunk_refusal(b"1;" + b"x" * 256) == 400  # before its end
+    assert http_chunk_refusal(b"f" * 14 + b"\r\n") is None
+    assert http_chunk_refusal(b"f" * 15 + b"\r\n") is None
+    assert http_chunk_refusal(b"f" * 16 + b"\r\n") == 400
+    assert http_chunk_refusal(b"0" * 15 + b"1\r\n") == 400
+
+
+def test_L10_all_extensions_of_a_content():
+    lines = (b"1;" + b"x" * 126 + b"\r\na\r\n") * 127
+    for last, status in ((127, None), (128, None), (129, 400)):
+        data = lines + b"1;" + b"x" * (last - 2) + b"\r\na\r\n"
+        assert http_chunk_refusal(data) == status
+
+
+def test_L11_trailers():
+    for count, status in ((31, None), (32, None), (33, 431)):
+        data = b"0\r\n" + b"X: y\r\n" * count + b"\r\n"
+        assert http_chunk_refusal(data) == status
+    for size, status in ((8191, None), (8192, None), (8193, 431)):
+        trailers = b"X: " + b"a" * (size - 7) + b"\r\n\r\n"
+        assert len(trailers) == size
+        assert http_chunk_refusal(b"0\r\n" + trailers) == status
+    assert http_chunk_refusal(b"0\r\n" + b"a" * 8191) is None
+    assert http_chunk_refusal(b"0\r\n" + b"a" * 8192) == 431
+
+
+@pytest.mark.parametrize(
+    "data", [b"1\r\na\r\n" * 15_000, b"0\r\n" + b"a: b\r\n" * 1300, b"1;" + b"x" * 250]
+)
+def test_chunks_byte_by_byte_cost_linear_time(data):
+    began = time.process_time()
+    http_decode(data, http_bytewise(data))
+    assert time.process_time() - began < 1.5
+
+
+@pytest.mark.parametrize("length", range(4))
+def test_content_of_a_known_length(length):
+    for cut in range(5):
+        decoder = apiserver.content_decoder(length)
+        buffer = bytearray(b"abcd"[:cut])
+        content = decoder.decode(buffer)
+        assert decoder.complete is (cut >= length)
+        buffer += b"abcd"[cut:]
+        content += decoder.decode(buffer)
+        assert (content, buffer) == (b"abcd"[:length], b"abcd"[length:])
+        assert decoder.complete
+
+
+def test_content_until_the_connection_ends():
+    decoder = apiserver.content_decoder(apiserver.UNTIL_CLOSE)
+    buffer = bytearray(b"ab")
+    assert decoder.decode(buffer) == b"ab"
+    assert not buffer
+    assert not decoder.complete
+    decoder.end()
+    assert decoder.complete
+
+
+@pytest.mark.parametrize("length, data", [(3, b"ab"), (None, b"1\r\na\r\n0\r\n")])
+def test_an_end_before_the_content_is_an_error(length, data):
+    decoder = apiserver.content_decoder(length)
+    decoder.decode(bytearray(data))
+    with pytest.raises(ProtocolError) as caught:
+        decoder.end()
+    assert caught.value.status == 400
+
+
+# --- What we send
+
+
+def test_encoded_head_is_what_the_parser_reads():
+    fields = [("Host", "a"), ("X-A", "\t\xe4 b"), ("Empty", "")]
+    head = apiserver.encode_head("GET /x HTTP/1.1", fields)
+    assert head == b"GET /x HTTP/1.1\r\nHost: a\r\nX-A: \t\xe4 b\r\nEmpty: \r\n\r\n"
+    request = apiserver.parse_request_head(bytearray(head))
+    assert request.headers == {"host": "a", "x-a": "\xe4 b", "empty": ""}
+    assert apiserver.encode_head("HTTP/1.1 200 OK", []) == b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "code", [*range(9), *range(10, 32), 127, 0x100, 0x2028, 0xD800]
+)
+def test_rule_9_no_control_character_gets_into_a_head(code):
+    bad = "a" + chr(code) + "b"
+    for line, fields in (
+        (f"GET /{bad} HTTP/1.1", []),
+        (f"{bad} / HTTP/1.1", []),
+        (f"HTTP/1.1 200 {bad}", []),
+        ("HTTP/1.1 200 OK", [("A", "b"), (bad, "x")]),
+        ("HTTP/1.1 200 OK", [("X", bad), ("A", "b")]),
+        ("HTTP/1.1 200 OK", [("X", chr(code))]),
+    ):
+        with pytest.raises(ProtocolError) as caught:
+            apiserver.encode_head(line, fields)
+        assert caught.value.status == 500
+
+
+def test_chunks_we_send():
+    assert apiserver.encode_chunk(b"a" * 27) == b"1b\r\n" + b"a" * 27 + b"\r\n"
+    data = apiserver.encode_chunk(b"\r\n0\r\n\r\n") + apiserver.LAST_CHUNK
+    assert http_decode(data) == (b"\r\n0\r\n\r\n", True, b"")
+
+
+def test_dates_are_english_and_in_gmt():
+    assert apiserver.http_date(784111777) == "Sun, 06 Nov 1994 08:49:37 GMT"
+    assert apiserver.http_date(0) == "Thu, 01 Jan 1970 00:00:00 GMT"
+    assert apiserver.http_date(1709164800) == "Thu, 29 Feb 2024 00:00:00 GMT"
+
+
+# --- Anything at all
+
+HTTP_SEEDS = [
+    http_head(b"X: y", b"Content-Length: 3", line=b"POST /a?b HTTP/1.1") + b"abc",
+    http_head(b"Connection: close", line=b"GET http://a/ HTTP/1.0"),
+    b"\r\n" + http_head(b"Transfer-Encoding: chunked") + b"3\r\nabc\r\n0\r\n\r\n",
+    http_answer(b"Content-Length: 5", b"A: b") + b"hello",
+    http_answer(b"Transfer-Encoding: chunked", line=b"HTTP/1.1 503"),
+    HTTP_CHUNKS,
+    b"3\r\nabc\r\n0\r\nA: b\r\n\r\n",
+]
+HTTP_PIECES = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b":", b" ", b"\t", b"\x00", b"0"]
+HTTP_PIECES += [
+    b";",
+    b",",
+    b"\xff",
+    b"Host: a\r\n",
+    b"Content-Length: 1\r\n",
+    b"[",
+    b"*",
+]
+HTTP_PIECES += [b"HTTP/1.1", b"Transfer-Encoding: chunked\r\n", b"/", b"?", b"ffffffff"]
+
+
+def http_fuzzed(rng, seeds, pieces):
+    """Any bytes, or a message with a few changes, or pieces in any order."""
+    kind = rng.random()
+    if kind < 0.1:
+        return bytes(rng.getrandbits(8) for _ in range(rng.randrange(60)))
+    if kind < 0.3:
+        return b"".join(rng.choices(pieces, k=rng.randrange(12)))
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.randrange(4)):
+        at = rng.randrange(len(data) + 1)
+        change = rng.randrange(4)
+        if change == 0:
+            data[at:at] = rng.choice(pieces)
+        elif change == 1:
+            del data[at : at + rng.randint(1, 4)]
+        elif change == 2 and at < len(data):
+            data[at] = rng.getrandbits(8)
+        else:
+            data[at:] = rng.choice(seeds)[rng.randrange(20) :]
+    return bytes(data)
+
+
+def http_cuts(rng, data):
+    return [rng.randint(1, 9) for _ in range(len(data))]
+
+
+def http_head_outcome(parse, data, pieces, limits):
+    """What becomes of data: an error, more, or a result and what is left."""
+    try:
+        head, rest = http_feed(lambda buffer: parse(buffer, limits), data, pieces)
+    except ProtocolError:
+        return "error"
+    if head is None:
+        return "more"
+    if isinstance(head, apiserver.Request):
+        return (*http_parts(head), rest)
+    return head.version, head.status, head.headers, head.keep_alive, rest
+
+
+@pytest.mark.parametrize("parse", ["parse_request_head", "parse_response_head"])
+def test_any_bytes_are_a_head_or_more_or_an_error_however_cut(parse):
+    rng = random.Random(parse)
+    parse = getattr(apiserver, parse)
+    limits = Limits(request_line_size=80, header_line_size=60, head_size=120)
+    seen = set()
+    for _ in range(1500):
+        data = http_fuzzed(rng, HTTP_SEEDS, HTTP_PIECES)
+        chosen = rng.choice((limits, Limits()))
+        whole = http_head_outcome(parse, data, (), chosen)
+        seen.add(whole if isinstance(whole, str) else "head")
+        for pieces in (http_bytewise(data), http_cuts(rng, data)):
+            assert http_head_outcome(parse, data, pieces, chosen) == whole, data
+    assert seen == {"error", "more", "head"}
+
+
+def test_any_bytes_are_chunks_or_an_error_however_cut():
+    rng = random.Random(4)
+    limits = Limits(chunk_line_size=20, chunk_extensions_size=40, trailer_size=30)
+
+    def outcome(data, pieces, limits):
+        try:
+            return http_decode(data, pieces, limits)
+        except ProtocolError:
+            return "error"
+
+    seen = set()
+    for _ in range(2500):
+        data = http_fuzzed(rng, HTTP_SEEDS[-2:], HTTP_PIECES)
+        chosen = rng.choice((limits, Limits()))
+        whole = outcome(data, (), chosen)
+        seen.add(whole if whole == "error" else whole[1])
+        assert outcome(data, http_bytewise(data), chosen) == whole, data
+        assert outcome(data, http_cuts(rng, data), chosen) == whole, data
+    assert seen == {"error", True, False}
+
+
+# -----------------------------------------------------------------------------
+# WebSocket (RFC 6455). No I/O
+# -----------------------------------------------------------------------------
+#
+# Each test is a line of bytes.  frame() builds what a peer sends, also what no
+# honest peer would; it shares no code with the module.
+
+
+BOTH_SIDES = pytest.mark.parametrize("side", Side)
+MASKING_KEY = bytes.fromhex("37fa213d")
+
+
+def frame(
+    opcode, payload=b"", *, fin=True, key=MASKING_KEY, rsv=0, announce=None, width=None
+):
+    """One frame as its sender writes it: masked with key, or not when it is None.
+
+    announce  length to write in place of the true one
+    width     bytes of extended length (0, 2, 8) in place of the shortest
+    """
+    size = len(payload) if announce is None else announce
+    if width is None:
+        width = 0 if size < 126 else 2 if size < 65536 else 8
+    short = {0: size, 2: 126, 8: 127}[width]
+    head = bytes([fin << 7 | rsv << 4 | opcode, (0x80 if key else 0) | short])
+    head += size.to_bytes(width, "big") if width else b""
+    if key is None:
+        return head + payload
+    return head + key + bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+
+
+def key_for(side):
+    """The masking key of frames that side receives."""
+    return MASKING_KEY if side is Side.SERVER else None
+
+
+def receive_all(data, side=Side.SERVER, cuts=(), **limits):
+    """Feed data cut at the given places; return events with their names, and error.
+
+    Named, because events are tuples: Ping(b"") == Pong(b"").
+    """
+    protocol = WebSocketProtocol(side, **limits)
+    events = []
+    for start, end in zip((0, *cuts), (*cuts, len(data))):
+        events += protocol.receive(data[start:end])
+    names = [(type(event).__name__, *event) for event in events]
+    return names, protocol.error and protocol.error.close_code
+
+
+def close_code(data, side=Side.SERVER, **limits):
+    """The close code of what is wrong with data, or None."""
+    return receive_all(data, side, **limits)[1]
+
+
+# --- The handshake's keys.
+
+
+def test_accept_key_is_the_one_of_the_rfc():
+    assert accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+def test_handshake_key_is_16_fresh_bytes():
+    keys = {handshake_key() for _ in range(100)}
+    assert len(keys) == 100
+    assert {len(apiserver.base64.b64decode(key, validate=True)) for key in keys} == {16}
+
+
+# --- Masks.
+
+
+# 6,144 bytes and more take the other way.
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 125, 6143, 6144, 6145, 6147, 9999])
+def test_mask_is_xor_with_the_repeated_key_at_every_size(size):
+    data = random.Random(size).getrandbits(8 * size + 1).to_bytes(size + 1, "big")[1:]
+    for key in (b"\0\0\0\0", b"\xff\0\x80\x01", MASKING_KEY):
+        masked = apply_mask(bytearray(data), key)
+        assert type(masked) is bytes
+        assert masked == bytes(byte ^ key[i % 4] for i, byte in enumerate(data))
+        assert apply_mask(masked, key) == data
+
+
+# --- Frame heads.
+
+
+@pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536])
+@BOTH_SIDES
+def test_head_is_taken_off_the_front_and_nothing_else(side, size):
+    key = key_for(side)
+    whole = frame(Opcode.BINARY, b"x" * size, key=key)
+    buffer = bytearray(whole)
+    head = parse_frame_head(buffer, side, 65536)
+    assert head == FrameHead(True, Opcode.BINARY, size, key)
+    assert bytes(buffer) == whole[len(whole) - size :]
+
+
+@pytest.mark.parametrize("size", [5, 126, 65536])
+@BOTH_SIDES
+def test_incomplete_head_is_left_untouched(side, size):
+    key = key_for(side)
+    whole = frame(Opcode.TEXT, key=key, announce=size)
+    for cut in range(len(whole)):
+        buffer = bytearray(whole[:cut])
+        assert parse_frame_head(buffer, side, 65536) is None
+        assert buffer == whole[:cut]
+
+
+def test_every_first_byte_is_accepted_or_refused_at_once():
+    accepted = set()
+    for first in range(256):
+        try:
+            assert parse_frame_head(bytearray([first]), Side.SERVER, 100) is None
+            accepted.add(first)
+        except WebSocketError as error:
+            assert error.close_code == 1002
+    assert accepted == {0x00, 0x01, 0x02, 0x80, 0x81, 0x82, 0x88, 0x89, 0x8A}
+
+
+@pytest.mark.parametrize(
+    "illegal, code",
+    [
+        (frame(Opcode.TEXT, rsv=4), 1002),
+        (frame(Opcode.TEXT, rsv=2), 1002),
+        (frame(Opcode.TEXT, rsv=1), 1002),
+        (frame(0x3), 1002),
+        (frame(0x7), 1002),
+        (frame(0xB), 1002),
+        (frame(0xF), 1002),
+        (frame(Opcode.PING, fin=False), 1002),
+        (frame(Opcode.PONG, fin=False), 1002),
+        (frame(Opcode.CLOSE, fin=False), 1002),
+        (frame(Opcode.PING, b"x" * 126), 1002),
+        (frame(Opcode.PONG, announce=65536), 1002),
+        (frame(Opcode.CLOSE, announce=5, width=2), 1002),
+        (frame(Opcode.TEXT, key=None), 1002),
+        (frame(Opcode.TEXT, announce=0, width=2), 1002),
+        (frame(Opcode.TEXT, announce=125, width=2), 1002),
+        (frame(Opcode.TEXT, announce=125, width=8), 1002),
+        (frame(Opcode.TEXT, announce=65535, width=8), 1002),
+        (frame(Opcode.TEXT, announce=1 << 63), 1002),
+        (frame(Opcode.TEXT, announce=(1 << 64) - 1), 1002),
+        (frame(Opcode.TEXT, announce=(1 << 63) - 1), 1009),
+        (frame(Opcode.CONTINUATION), 1002),
+        (frame(Opcode.CONTINUATION, fin=False), 1002),
+        (frame(Opcode.TEXT, fin=False) + frame(Opcode.TEXT), 1002),
+        (frame(Opcode.BINARY, fin=False) + frame(Opcode.TEXT, fin=False), 1002),
+        (frame(Opcode.CLOSE, b"\x03"), 1002),
+        (frame(Opcode.CLOSE, b"\x03\xe8\xff"), 1007),
+        (frame(Opcode.CLOSE, b"\x03\xe8\xc3"), 1007),
+        (frame(Opcode.TEXT, b"\xff"), 1007),
+        (frame(Opcode.TEXT, b"\xc3"), 1007),
+    ],
+)
+def test_illegal_frame_is_refused(illegal, code):
+    good = frame(Opcode.TEXT, b"good")
+    assert receive_all(good + illegal) == ([("Message", "good")], code)
+    every_cut = range(1, len(good + illegal))
+    assert receive_all(good + illegal, cuts=every_cut)[1] == code
+
+
+def test_server_must_not_mask():
+    assert close_code(frame(Opcode.TEXT, key=None), Side.CLIENT) is None
+    assert close_code(frame(Opcode.TEXT, key=MASKING_KEY), Side.CLIENT) == 1002
+
+
+@pytest.mark.parametrize(
+    "head, side",
+    [
+        ("8105", Side.SERVER),  # not masked
+        ("8185", Side.CLIENT),  # masked
+        ("89fe", Side.SERVER),  # a ping of more than 125 bytes
+        ("81fe0001", Side.SERVER),  # 1, in two bytes
+        ("82ff0000000000010000", Side.SERVER),  # 65,536, too large
+    ],
+)
+def test_bad_head_is_refused_before_the_rest_of_it_has_arrived(head, side):
+    with pytest.raises(WebSocketError):
+        parse_frame_head(bytearray.fromhex(head), side, 65535)
+
+
+# --- Receiving: the examples of RFC 6455 section 5.7.
+
+
+@pytest.mark.parametrize(
+    "wire, side, expected",
+    [
+        ("810548656c6c6f", Side.CLIENT, [("Message", "Hello")]),
+        ("818537fa213d7f9f4d5158", Side.SERVER, [("Message", "Hello")]),
+        ("010348656c80026c6f", Side.CLIENT, [("Message", "Hello")]),
+        ("890548656c6c6f", Side.CLIENT, [("Ping", b"Hello")]),
+        ("8a8537fa213d7f9f4d5158", Side.SERVER, [("Pong", b"Hello")]),
+        ("827e0100" + "ab" * 256, Side.CLIENT, [("Message", b"\xab" * 256)]),
+    ],
+)
+def test_examples_of_the_rfc_may_arrive_cut_anywhere(wire, side, expected):
+    data = bytes.fromhex(wire)
+    for cut in range(len(data) + 1):
+        assert receive_all(data, side, [cut]) == (expected, None)
+    assert receive_all(data, side, range(1, len(data))) == (expected, None)
+
+
+def test_example_of_64_kib_is_received():
+    data = bytes.fromhex("827f0000000000010000") + b"\xab" * 65536
+    for cut in (1, 9, 10, 11, 40000, 65545):
+        events, error = receive_all(data, Side.CLIENT, [cut])
+        assert (events, error) == ([("Message", b"\xab" * 65536)], None)
+
+
+def test_nothing_received_is_nothing_done():
+    protocol = WebSocketProtocol(Side.SERVER)
+    assert protocol.receive(b"") == []
+    assert protocol.error is None
+
+
+@BOTH_SIDES
+def test_byte_by_byte_equals_whole(side):
+    key = key_for(side)
+    stream = b"".join(
+        [
+            frame(Opcode.TEXT, "Grüße €😀".encode(), key=key),
+            frame(Opcode.TEXT, key=key),
+            frame(Opcode.BINARY, key=key),
+            frame(Opcode.BINARY, bytes(range(256)) * 2, key=key),
+            frame(Opcode.TEXT, b"\xf0\x9f", fin=False, key=key),
+            frame(Opcode.PING, b"?", key=key),
+            frame(Opcode.CONTINUATION, b"\x98", fin=False, key=key),
+            frame(Opcode.CONTINUATION, b"\x80", key=key),
+            frame(Opcode.PONG, b"x" * 125, key=key),
+            frame(Opcode.CLOSE, b"\x03\xe9bye", key=key),
+        ]
+    )
+    expected = [
+        ("Message", "Grüße €😀"),
+        ("Message", ""),
+        ("Message", b""),
+        ("Message", bytes(range(256)) * 2),
+        ("Ping", b"?"),
+        ("Message", "😀"),
+        ("Pong", b"x" * 125),
+        ("Close", 1001, "bye"),
+    ]
+    assert receive_all(stream, side) == (expected, None)
+    for step in (1, 2, 3, 5, 7, 64):
+        cuts = range(step, len(stream), step)
+        assert receive_all(stream, side, cuts) == (expected, None)
+
+
+def test_payload_has_the_type_of_its_opcode():
+    data = frame(Opcode.TEXT, b"a") + frame(Opcode.BINARY, b"a") + frame(Opcode.PING)
+    data += frame(Opcode.BINARY, b"a", fin=False) + frame(Opcode.CONTINUATION, b"b")
+    for side in Side:
+        unmasked = data if side is Side.SERVER else without_masks(data)
+        events = WebSocketProtocol(side).receive(unmasked)
+        assert [type(event[0]) for event in events] == [str, bytes, bytes, bytes]
+
+
+def without_masks(data):
+    """The frames in data as a server would send them; all are of one or no byte."""
+    buffer, unmasked = bytearray(data), b""
+    while buffer:
+        head = parse_frame_head(buffer, Side.SERVER, 1)
+        payload = bytes(byte ^ MASKING_KEY[0] for byte in buffer[: head.length])
+        del buffer[: head.length]
+        unmasked += frame(head.opcode, payload, fin=head.fin, key=None)
+    return unmasked
+
+
+# --- Fragments.
+
+
+def test_fragments_are_joined():
+    data = frame(Opcode.TEXT, b"a", fin=False)
+    data += frame(Opcode.CONTINUATION, b"", fin=False)
+    data += frame(Opcode.CONTINUATION, b"b", fin=False, key=b"abcd")
+    data += frame(Opcode.CONTINUATION, b"c")
+    assert receive_all(data + data) == ([("Message", "abc")] * 2, None)
+
+
+def test_control_frames_come_between_fragments_in_order():
+    data = frame(Opcode.PING, b"1")
+    data += frame(Opcode.BINARY, b"a", fin=False)
+    data += frame(Opcode.PING, b"2") + frame(Opcode.PONG)
+    data += frame(Opcode.CONTINUATION, b"b")
+    assert receive_all(data) == (
+        [("Ping", b"1"), ("Ping", b"2"), ("Pong", b""), ("Message", b"ab")],
+        None,
+    )
+
+
+def test_whole_message_cannot_be_continued():
+    data = frame(Opcode.TEXT, b"a") + frame(Opcode.CONTINUATION, b"b")
+    assert receive_all(data) == ([("Message", "a")], 1002)
+
+
+def test_message_cut_off_by_a_close_is_dropped():
+    data = frame(Opcode.TEXT, b"a", fin=False) + frame(Opcode.CLOSE, b"\x03\xe8")
+    assert receive_all(data) == ([("Close", 1000, "")], None)
+
+
+@pytest.mark.parametrize("frames, code", [(6, None), (7, None), (8, 1008)])
+def test_message_has_at_most_max_fragments(frames, code):
+    pieces = [frame(Opcode.TEXT, fin=False)]
+    pieces += [frame(Opcode.CONTINUATION, fin=False)] * (frames - 2)
+    whole = b"".join(pieces) + frame(Opcode.CONTINUATION)
+    assert close_code(whole, max_fragments=7) == code
+    # Counted for each message, and without its control frames.
+    whole = frame(Opcode.TEXT) * 9 + b"".join(frame(Opcode.PING) + p for p in pieces)
+    assert close_code(whole + frame(Opcode.CONTINUATION), max_fragments=7) == code
+
+
+# --- Sizes.
+
+
+@pytest.mark.parametrize("limit", [10, 125, 126, 65535, 65536])
+@pytest.mark.parametrize("over, code", [(-1, None), (0, None), (1, 1009)])
+def test_message_may_have_max_size_and_not_one_byte_more(limit, over, code):
+    payload = b"x" * (limit + over)
+    events, error = receive_all(frame(Opcode.BINARY, payload), max_size=limit)
+    assert error == code
+    assert events == ([] if code else [("Message", payload)])
+
+
+@pytest.mark.parametrize("over, code", [(-1, None), (0, None), (1, 1009)])
+def test_fragments_count_together(over, code):
+    data = frame(Opcode.BINARY, b"x" * 60, fin=False)
+    data += frame(Opcode.CONTINUATION, b"x" * 30, fin=False)
+    data += frame(Opcode.CONTINUATION, b"x" * (10 + over))
+    for cuts in ((), range(1, len(data))):
+        assert receive_all(data, cuts=cuts, max_size=100)[1] == code
+        assert receive_all(data + data, cuts=cuts, max_size=100)[1] == code
+
+
+def test_size_is_judged_by_what_is_announced():
+    """No byte of the payload, not even the masking key, has arrived."""
+    protocol = WebSocketProtocol(Side.SERVER, max_size=100)
+    assert protocol.receive(frame(Opcode.TEXT, announce=101)[:2]) == []
+    assert protocol.error.close_code == 1009
+
+
+def test_control_frame_fits_behind_a_message_that_is_full():
+    data = frame(Opcode.TEXT, b"x" * 100, fin=False)
+    data += frame(Opcode.PING, b"y" * 125) + frame(Opcode.CONTINUATION)
+    expected = [("Ping", b"y" * 125), ("Message", "x" * 100)]
+    assert receive_all(data, max_size=100) == (expected, None)
+
+
+@BOTH_SIDES
+def test_limits_are_those_of_the_module_unless_given(side):
+    size = apiserver.DEFAULT_LIMITS.message_size
+    key = key_for(side)
+    assert close_code(frame(Opcode.TEXT, announce=size, key=key), side) is None
+    assert close_code(frame(Opcode.TEXT, announce=size + 1, key=key), side) == 1009
+    count = apiserver.DEFAULT_LIMITS.message_fragments
+    first = frame(Opcode.TEXT, fin=False, key=key)
+    more = frame(Opcode.CONTINUATION, fin=False, key=key)
+    assert close_code(first + more * (count - 1), side) is None
+    assert close_code(first + more * count, side) == 1008
+
+
+# --- UTF-8.
+
+
+@pytest.mark.parametrize(
+    "good, bad",
+    [
+        (b"", b"\x80"),  # a continuation byte alone
+        (b"", b"\xc0"),  # overlong, at the first byte
+        (b"", b"\xc1"),
+        (b"", b"\xf5"),  # beyond U+10FFFF
+        (b"", b"\xff"),
+        (b"\xc3", b"("),
+        (b"\xe0", b"\x9f"),  # overlong, at the second byte
+        (b"\xed", b"\xa0"),  # a surrogate, likewise
+        (b"\xed", b"\xbf"),
+        (b"\xe2\x82", b"("),
+        (b"\xf0", b"\x8f"),  # overlong
+        (b"\xf4", b"\x90"),  # beyond U+10FFFF, Autobahn 6.4
+        (b"\xf0\x9f", b"("),
+        (b"\xf0\x9f\x98", b"\xf0"),
+        ("κόσμε".encode(), b"\xf5"),
+    ],
+)
+def test_bad_byte_of_text_is_refused_at_once(good, bad):
+    text = good + bad + b"never read"
+    in_one_frame = frame(Opcode.TEXT, text)
+    in_fragments = frame(Opcode.TEXT, text[:1], fin=False) + b"".join(
+        frame(Opcode.CONTINUATION, text[i : i + 1], fin=False)
+        for i in range(1, len(text))
+    )
+    for data, last in (
+        (in_one_frame, 6 + len(good)),
+        (in_fragments, 7 * len(good) + 6),
+    ):
+        protocol = WebSocketProtocol(Side.SERVER)
+        for i in range(last):
+            assert protocol.receive(data[i : i + 1]) == []
+        assert protocol.error is None
+        assert protocol.receive(data[last : last + 1]) == []
+        assert protocol.error.close_code == 1007
+
+
+def test_text_of_every_character_may_be_cut_between_any_bytes():
+    characters = "\0\x7f\x80\u07ff\u0800\ud7ff\ue000\ufeff\uffff\U00010000\U0010ffff"
+    data = characters.encode()
+    for cut in range(len(data) + 1):
+        whole = frame(Opcode.TEXT, data[:cut], fin=False)
+        whole += frame(Opcode.CONTINUATION, data[cut:])
+        for cuts in ((), range(1, len(whole))):
+            assert receive_all(whole, cuts=cuts) == ([("Message", characters)], None)
+
+
+def test_half_a_character_is_no_end_of_a_message():
+    assert close_code(frame(Opcode.TEXT, b"\xe2\x82", fin=False)) is None
+    data = frame(Opcode.TEXT, b"\xe2\x82", fin=False) + frame(Opcode.CONTINUATION)
+    assert close_code(data) == 1007
+
+
+def test_half_a_character_does_not_reach_the_next_message():
+    """The decoder has seen the euro sign's first bytes; its last came with fin."""
+    euro = frame(Opcode.TEXT, b"\xe2", fin=False)
+    euro += frame(Opcode.CONTINUATION, b"\x82\xac")
+    assert receive_all(euro * 3) == ([("Message", "€")] * 3, None)
+
+
+def test_binary_is_not_judged_as_text():
+    data = frame(Opcode.BINARY, b"\xff", fin=False)
+    data += frame(Opcode.CONTINUATION, b"\xff")
+    assert receive_all(data, cuts=[8]) == ([("Message", b"\xff\xff")], None)
+
+
+# --- The end.
+
+
+def test_close_codes_are_those_that_may_be_on_the_wire():
+    legal = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
+    for code in (*range(0, 5100), 0xFFFF):
+        expected = ([("Close", code, "ok")], None) if code in legal else ([], 1002)
+        data = frame(Opcode.CLOSE, code.to_bytes(2, "big") + b"ok")
+        assert receive_all(data) == expected
+
+
+def test_close_without_a_code_is_1005():
+    assert receive_all(frame(Opcode.CLOSE)) == ([("Close", 1005, "")], None)
+
+
+def test_nothing_counts_after_a_close():
+    protocol = WebSocketProtocol(Side.SERVER)
+    data = frame(Opcode.CLOSE, b"\x03\xe8") + frame(Opcode.TEXT, b"late") + b"\xff"
+    assert protocol.receive(data) == [Close(1000, "")]
+    assert protocol.close_received
+    assert protocol.receive(frame(Opcode.TEXT, b"later")) == []
+    assert protocol.error is None
+
+
+def test_nothing_counts_after_an_error_and_nothing_before_it_is_lost():
+    protocol = WebSocketProtocol(Side.SERVER)
+    data = frame(Opcode.TEXT, b"echo me") + frame(Opcode.PING) + frame(0x3)
+    assert protocol.receive(data) == [Message("echo me"), Ping(b"")]
+    error = protocol.error
+    assert error.close_code == 1002
+    assert protocol.receive(frame(Opcode.TEXT, b"late")) == []
+    assert protocol.error is error
+    assert not protocol.close_received
+
+
+@pytest.mark.parametrize("end", [frame(Opcode.CLOSE), frame(0x3)])
+def test_nothing_is_kept_after_the_end(end):
+    protocol = WebSocketProtocol(Side.SERVER)
+    protocol.receive(end)
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            protocol.receive(b"x" * 65536)
+        assert tracemalloc.get_traced_memory()[0] < 65536
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("bad", [frame(0x3), frame(Opcode.TEXT, b"\xff")])
+def test_protocol_with_an_error_is_freed_without_the_garbage_collector(bad):
+    protocol = WebSocketProtocol(Side.SERVER)
+    protocol.receive(bad)
+    gone = weakref.ref(protocol)
+    gc.disable()
+    try:
+        del protocol
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_error_says_nothing_of_the_payload():
+    protocol = WebSocketProtocol(Side.SERVER)
+    protocol.receive(frame(Opcode.TEXT, b"secret\xff"))
+    assert "secret" not in str(protocol.error)
+    assert protocol.error.__cause__ is protocol.error.__context__ is None
+
+
+# --- Sending.
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 100_000])
+def test_server_sends_unmasked_frames_with_the_shortest_length(size):
+    payload = b"x" * size
+    wire = encode_frame(Opcode.BINARY, payload, Side.SERVER)
+    assert wire == frame(Opcode.BINARY, payload, key=None)
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 100_000])
+def test_client_sends_frames_masked_with_fresh_keys(size):
+    payload = b"x" * size
+    keys = set()
+    for _ in range(8):
+        wire = encode_frame(Opcode.BINARY, payload, Side.CLIENT)
+        key = wire[len(wire) - size - 4 : len(wire) - size]
+        assert wire == frame(Opcode.BINARY, payload, key=key)
+        keys.add(key)
+    assert len(keys) > 4
+
+
+@pytest.mark.parametrize(
+    "sender, receiver", [(Side.SERVER, Side.CLIENT), (Side.CLIENT, Side.SERVER)]
+)
+def test_what_one_side_sends_the_other_receives(sender, receiver):
+    protocol = WebSocketProtocol(sender)
+    wire = protocol.send("Grüße") + protocol.send(b"\xff" * 70_000) + protocol.send("")
+    wire += protocol.ping() + protocol.ping(b"?" * 125) + protocol.pong(b"!")
+    wire += protocol.close(4000, "über")
+    expected = [
+        ("Message", "Grüße"),
+        ("Message", b"\xff" * 70_000),
+        ("Message", ""),
+        ("Ping", b""),
+        ("Ping", b"?" * 125),
+        ("Pong", b"!"),
+        ("Close", 4000, "über"),
+    ]
+    for step in (1000, 65536, len(wire)):
+        cuts = range(step, len(wire), step)
+        assert receive_all(wire, receiver, cuts) == (expected, None)
+
+
+def test_close_is_sent_once():
+    protocol = WebSocketProtocol(Side.SERVER)
+    assert not protocol.close_sent
+    assert protocol.close() == bytes.fromhex("880203e8")
+    assert protocol.close_sent
+    assert protocol.close(1011, "again") == b""
+
+
+def test_after_our_close_answers_are_nothing_and_the_rest_is_an_error():
+    protocol = WebSocketProtocol(Side.CLIENT)
+    protocol.close()
+    assert protocol.pong(b"") == b""
+    with pytest.raises(ConnectionError):
+        protocol.send("late")
+    with pytest.raises(ConnectionError):
+        protocol.send(b"late")
+    with pytest.raises(ConnectionError):
+        protocol.ping()
+
+
+def test_messages_are_received_until_the_peer_closes_too():
+    protocol = WebSocketProtocol(Side.SERVER)
+    protocol.close()
+    data = frame(Opcode.TEXT, b"on its way") + frame(Opcode.CLOSE, b"\x03\xe8")
+    assert protocol.receive(data) == [Message("on its way"), Close(1000, "")]
+
+
+def test_messages_are_sent_until_we_answer_the_peers_close():
+    protocol = WebSocketProtocol(Side.SERVER)
+    protocol.receive(frame(Opcode.CLOSE))
+    assert protocol.send("last") == frame(Opcode.TEXT, b"last", key=None)
+
+
+@pytest.mark.parametrize("code", [1005, 1006, 1015])
+def test_codes_for_programs_become_an_empty_close(code):
+    assert WebSocketProtocol(Side.SERVER).close(code, "why") == bytes.fromhex("8800")
+
+
+@pytest.mark.parametrize("code", [0, 999, 1004, 1016, 2999, 5000, 70_000, -1])
+def test_close_with_an_illegal_code_is_our_own_mistake(code):
+    protocol = WebSocketProtocol(Side.SERVER)
+    with pytest.raises(ValueError):
+        protocol.close(code)
+    assert not protocol.close_sent
+
+
+@pytest.mark.parametrize("data", [b"", b"\x03\xe8", b"\x0f\xa0why"])
+def test_close_can_be_answered_with_its_own_code(data):
+    protocol = WebSocketProtocol(Side.SERVER)
+    (event,) = protocol.receive(frame(Opcode.CLOSE, data))
+    assert protocol.close(event.code) == frame(Opcode.CLOSE, data[:2], key=None)
+
+
+@pytest.mark.parametrize("length", [122, 123, 124, 200])
+def test_reason_is_cut_to_123_bytes_between_characters(length):
+    for reason in (
+        "x" * length,
+        "é" * length,
+        "x" + "€" * length,
+        "xy" + "😀" * length,
+    ):
+        (event,) = WebSocketProtocol(Side.CLIENT).receive(
+            WebSocketProtocol(Side.SERVER).close(1000, reason)
+        )
+        assert reason.startswith(event.reason)
+        longer = reason[: len(event.reason) + 1]
+        assert longer == reason == event.reason or len(longer.encode()) > 123
+
+
+def test_reason_that_cannot_be_encoded_does_not_stop_a_close():
+    assert WebSocketProtocol(Side.SERVER).close(1000, "\ud800") == frame(
+        Opcode.CLOSE, b"\x03\xe8?", key=None
+    )
+
+
+def test_ping_holds_at_most_125_bytes():
+    with pytest.raises(ValueError):
+        WebSocketProtocol(Side.SERVER).ping(b"x" * 126)
+
+
+def test_half_a_surrogate_pair_cannot_be_sent():
+    with pytest.raises(UnicodeEncodeError):
+        WebSocketProtocol(Side.SERVER).send("\ud800")
+
+
+# --- Anything at all.
+
+
+def random_stream(rng, key):
+    """Some frames, mostly legal, a few bytes of them changed at times."""
+    frames = []
+    for _ in range(rng.randrange(1, 8)):
+        opcode = rng.choice([0, 0, 1, 1, 2, 9, 10, 8, rng.randrange(16)])
+        payload = rng.choice([b"", b"hi", "é€😀".encode(), b"\x03\xe8", b"x" * 130])
+        fin = opcode >= 8 or rng.random() < 0.6
+        frames.append(frame(opcode, payload, fin=fin, key=key))
+    stream = bytearray(b"".join(frames))
+    for _ in range(rng.choice([0, 0, 1, 3])):
+        stream[rng.randrange(len(stream))] = rng.randrange(256)
+    return bytes(stream)
+
+
+def random_bytes(rng, key):
+    return bytes(rng.randrange(256) for _ in range(rng.randrange(40)))
+
+
+@BOTH_SIDES
+def test_any_bytes_cut_anywhere_give_the_same_events_or_error(side):
+    rng = random.Random(6455)
+    seen = set()
+    for i in range(8000):
+        make = random_bytes if i % 8 == 0 else random_stream
+        data = make(rng, key_for(side))
+        whole = receive_all(data, side, max_size=200, max_fragments=3)
+        cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(9)))
+        assert receive_all(data, side, cuts, max_size=200, max_fragments=3) == whole
+        seen.add(whole[1])
+    assert seen == {None, 1002, 1007, 1008, 1009}  # the streams try everything
+
+
+# --- Time and memory.
+
+
+@pytest.mark.parametrize("opcode", [Opcode.TEXT, Opcode.BINARY])
+@BOTH_SIDES
+def test_time_is_linear_in_small_pieces(side, opcode):
+    """2 MiB in 131,072 pieces: half a second, or minutes if each moves the rest."""
+    size = 2 * 1024 * 1024
+    head = frame(opcode, announce=size, key=key_for(side) and bytes(4))
+    protocol = WebSocketProtocol(side)
+    protocol.receive(head)
+    started = time.perf_counter()
+    for _ in range(size // 16 - 1):
+        assert not protocol.receive(b"0123456789abcdef")
+    (message,) = protocol.receive(b"0123456789abcdef")
+    assert time.perf_counter() - started < 10
+    assert len(message.data) == size
+
+
+def test_time_is_linear_in_small_frames_that_arrive_together():
+    """1.7 MiB of tiny frames in one piece: as fast as in pieces, or seven times slower
+    if each frame moves the rest."""
+    data = frame(Opcode.BINARY, b"x") * 250_000
+    seconds = []
+    for size in (16 * 1024, len(data)):
+        protocol = WebSocketProtocol(Side.SERVER)
+        started = time.perf_counter()
+        count = 0
+        for start in range(0, len(data), size):
+            count += len(protocol.receive(data[start : start + size]))
+        seconds.append(time.perf_counter() - started)
+        assert count == 250_000
+    assert seconds[1] < 4 * seconds[0]
+
+
+def test_message_in_pieces_takes_little_more_memory_than_its_bytes():
+    """Pieces kept as str or bytes objects would take 30 times as much."""
+    size = 64 * 1024
+    protocol = WebSocketProtocol(Side.CLIENT)
+    protocol.receive(frame(Opcode.TEXT, announce=size, key=None))
+    tracemalloc.start()
+    try:
+        for _ in range(size // 2 - 1):
+            protocol.receive(b"\xc3")
+            protocol.receive(b"\xa9")
+        assert tracemalloc.get_traced_memory()[0] < 2 * size
+    finally:
+        tracemalloc.stop()
+
+
+# -----------------------------------------------------------------------------
+# API messages and server-sent events. No I/O
+# -----------------------------------------------------------------------------
+
+
+def api_refusal(parse, *args):
+    """The APIError with which parse refuses."""
+    with pytest.raises(APIError) as caught:
+        parse(*args)
+    assert caught.value.status == 400
+    return caught.value
+
+
+# --- JSON as it is read
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b" ",
+        b"{",
+        b"{}{}",
+        b'{"a": 1,}',
+        b"{'a': 1}",
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": -Infinity}',
+        b'{"a": 1e999}',
+        b'{"a": -1e999}',
+        b'{"a": 01}',
+        b'{"a": "\n"}',
+        b'{"a": "\xff"}',
+        b'{"a": "\xed\xa0\x80"}',
+        b"\xef\xbb\xbf{}",
+        '{"a": 1}'.encode("utf-16"),
+        b"\x00",
+        b'{"a": ' + b"1" * 401 + b"}",
+        b'{"a": -' + b"1" * 5000 + b"}",
+        b'{"a": ' + b"1" * 1_000_000 + b"}",
+        b"[" * 200_000,
+        b"[" * 200_000 + b"]" * 200_000,
+        b'{"a":' * 200_000,
+        b'"a"',
+        b"[]",
+        b"null",
+        b"1",
+    ],
+    ids=lambda content: repr(content[:12]),
+)
+def test_content_that_is_no_json_object_is_refused(content):
+    began = time.process_time()
+    error = api_refusal(apiserver.parse_object, content)
+    assert len(str(error)) < 200
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    "content, value",
+    [
+        (b' \r\n\t{"a": 0} \n', {"a": 0}),
+        (b'{"a": 1, "a": 2}', {"a": 2}),
+        (b'{"a": "\\ud800"}', {"a": "\ud800"}),
+        (b'{"a": "\\u0000"}', {"a": "\0"}),
+        (b'{"": []}', {"": []}),
+        (b'{"a": ' + b"1" * 400 + b"}", {"a": int("1" * 400)}),
+        (b'{"a": 1.5e-999}', {"a": 0.0}),
+        (b'{"a": "' + b"x" * 1_000_000 + b'"}', {"a": "x" * 1_000_000}),
+    ],
+    ids=lambda value: repr(value)[:12],
+)
+def test_odd_json_that_is_an_object(content, value):
+    assert apiserver.parse_object(content) == value
+
+
+def test_json_errors_tell_the_place():
+    error = api_refusal(apiserver.parse_object, b'{"a": 1,\n "b" 2}')
+    assert "line 2 column 6" in error.message
+
+
+def test_json_is_written_on_one_line_in_utf_8():
+    value = {"a": "ä\n\u2028😀", "b": [1, None, True]}
+    data = apiserver.encode_json(value)
+    assert "ä".encode() in data and b"\n" not in data
+    assert json.loads(data) == value
+
+
+def test_half_a_surrogate_pair_survives():
+    for text in ("\ud800", "\udfff\\\ud800x"):
+        assert json.loads(apiserver.encode_json([text])) == [text]
+
+
+# --- Chat requests
+
+
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ({"messages": []}, "model"),
+        ({"model": "", "messages": []}, "model"),
+        ({"model": None, "messages": []}, "model"),
+        ({"model": 5, "messages": []}, "model"),
+        ({"model": ["m"], "messages": []}, "model"),
+        ({"model": "m"}, "messages"),
+        ({"model": "m", "messages": None}, "messages"),
+        ({"model": "m", "messages": "Hello"}, "messages"),
+        ({"model": "m", "messages": {}}, "messages"),
+        ({"model": "m", "messages": [], "stream": "true"}, "stream"),
+        ({"model": "m", "messages": [], "stream": 1}, "stream"),
+        ({"model": "m", "messages": [], "stream": []}, "stream"),
+        ({"Model": 5, "Messages": []}, "model"),
+    ],
+)
+def test_chat_request_with_a_wrong_field_is_refused_by_its_name(body, param):
+    error = api_refusal(apiserver.parse_chat_request, json.dumps(body).encode())
+    assert error.param == param
+    assert f"'{param}'" in error.message
+    assert error.type == "invalid_request_error"
+
+
+def test_chat_request_is_understood_and_sent_on_as_it_came():
+    content = (
+        b' {"temperature": 0, "model": "m","messages":[{"role":"user"}, 5, "x"],'
+        b'"new": {"x": 1.10}, "stream": null, "e": "\\u00e4"}\n'
+    )
+    request = apiserver.parse_chat_request(content)
+    assert (request.model, request.stream, request.wants_usage) == ("m", False, False)
+    assert (request.method, request.path) == ("POST", "/v1/chat/completions")
+    assert request.content == content
+    assert request.encode() == request.encode("m") == content
+    assert not request.counts_usage
+
+
+@pytest.mark.parametrize(
+    "options, wants",
+    [
+        ({"include_usage": True}, True),
+        ({"include_usage": False}, False),
+        ({"include_usage": 1}, False),
+        ({}, False),
+        (None, False),
+        ([], False),
+        ("x", False),
+    ],
+)
+def test_whether_the_client_wants_the_usage(options, wants):
+    body = {"model": "m", "messages": [], "stream": True, "stream_options": options}
+    request = APIRequest("/v1/chat/completions", body=body)
+    assert request.wants_usage is wants
+    assert request.counts_usage is not wants
+    assert not APIRequest("/v1/responses", body=body).counts_usage
+    assert not APIRequest(
+        "/v1/completions", body={**body, "stream": False}
+    ).counts_usage
+
+
+def test_capitalised_keys_are_sent_on_in_lower_case():
+    """As the original's examples have them."""
+    body = {
+        "Model": "m",
+        "Messages": [{"Role": "user", "Content": "Hi"}, {"role": "user"}, 5],
+        "Stream": True,
+        "Temperature": 0,
+    }
+    request = apiserver.parse_chat_request(json.dumps(body).encode())
+    assert (request.model, request.stream) == ("m", True)
+    expected = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "user"}, 5],
+        "stream": True,
+        "temperature": 0,
+    }
+    assert json.loads(request.encode()) == expected == request.body
+
+
+def test_capitalised_keys_only_inside_messages():
+    content = b'{"model": "m", "messages": [{"Role": "user", "Content": "Hi"}]}'
+    request = apiserver.parse_chat_request(content)
+    assert json.loads(request.encode())["messages"] == [
+        {"role": "user", "content": "Hi"}
+    ]
+
+
+def test_a_key_in_lower_case_wins_over_a_capital_one():
+    for names in (("model", "Model"), ("Model", "model")):
+        values = {"model": "a", "Model": "b"}
+        body = {
+            **{name: values[name] for name in names},
+            "Messages": [{"Role": "user"}],
+        }
+        request = apiserver.parse_chat_request(json.dumps(body).encode())
+        assert request.model == json.loads(request.encode())["model"] == "a"
+
+
+def test_tools_are_not_touched_by_capital_keys():
+    tools = [{"function": {"parameters": {"properties": {"Model": {}}}}}]
+    body = {"Model": "m", "Messages": [], "tools": tools, "metadata": {"Key": 1}}
+    sent = json.loads(apiserver.parse_chat_request(json.dumps(body).encode()).encode())
+    assert (sent["tools"], sent["metadata"]) == (tools, {"Key": 1})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"model":"m","messages":[],"stream":true}',
+        b' \n\t{ "model": "m", "messages": [ ], "stream": true, "x": 1.10 }\n ',
+        b'{"stream":true,"model":"m","messages":[{"role":"user","content":"{}"}]}',
+    ],
+)
+def test_usage_is_asked_for_in_front_of_the_clients_own_bytes(content):
+    request = apiserver.parse_chat_request(content)
+    assert request.counts_usage
+    sent = request.encode(include_usage=True)
+    assert sent.endswith(content.strip()[1:] + content[len(content.rstrip()) :])
+    usage = {"stream_options": {"include_usage": True}}
+    assert json.loads(sent) == {**json.loads(content), **usage}
+    assert request.content == content
+
+
+@pytest.mark.parametrize(
+    "options",
+    [None, "x", {}, {"include_usage": False}, {"include_usage": None, "b": 1}],
+)
+def test_usage_is_asked_for_beside_other_stream_options(options):
+    body = {"model": "m", "messages": [], "stream": True, "stream_options": options}
+    request = apiserver.parse_chat_request(json.dumps(body).encode())
+    sent = json.loads(request.encode("m", include_usage=True))
+    others = options if isinstance(options, dict) else {}
+    assert sent == {**body, "stream_options": {**others, "include_usage": True}}
+    assert json.loads(request.encode()) == body
+
+
+def test_an_alias_changes_the_model_and_nothing_else():
+    body = {"x": "ä\ud800", "model": "alias", "messages": [{"a": 0.1}], "n": None}
+    request = apiserver.parse_chat_request(json.dumps(body).encode())
+    sent = json.loads(request.encode("real"))
+    assert sent == {**body, "model": "real"}
+    assert list(sent) == list(body)
+    assert request.model == "alias" and request.body["model"] == "alias"
+    with_usage = json.loads(request.encode("real", include_usage=True))
+    assert with_usage == {**sent, "stream_options": {"include_usage": True}}
+
+
+def test_content_that_is_no_json_is_sent_as_it_came():
+    request = APIRequest("/v1/audio/transcriptions", b"\xff--form")
+    assert request.encode("real", include_usage=True) == b"\xff--form"
+
+
+def test_nesting_is_refused_with_400_wherever_the_stack_ends():
+    """What the parser took, the encoder may meet deeper in the stack."""
+
+    def encode(request, frames):
+        return encode(request, frames - 1) if frames else request.encode("real")
+
+    for depth in (*range(800, 1010, 3), 5000, 20_000, 100_000):
+        nested = b"[" * depth + b"]" * depth
+        content = b'{"model": "m", "messages": [], "x": ' + nested + b"}"
+        try:
+            request = apiserver.parse_chat_request(content)
+            assert encode(request, 40).count(b"[") == depth + 1
+        except APIError as error:
+            assert error.status == 400
+
+
+# --- Messages as text
+
+
+@pytest.mark.parametrize(
+    "messages, text",
+    [
+        ([], ""),
+        ([{"role": "user", "content": "Hi"}], "Hi"),
+        ([{"role": "system", "content": "S"}], "S"),
+        ([{"content": "a"}, {"role": "tool", "content": "b"}], "User: a\n\nTool: b"),
+        ([{"role": "user", "content": "Hi"}, 5, None, "x"], "Hi"),
+        ([{"role": "user", "content": None}], ""),
+        ([{"role": "user"}], ""),
+        ([{"role": 7, "content": 7}, {}], "7: \n\nUser: "),
+        (
+            [
+                {"role": "system", "content": "Be brief"},
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": None},
+            ],
+            "System: Be brief\n\nUser: Hi\n\nAssistant: ",
+        ),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "a"},
+                        {"type": "image_url", "image_url": {}},
+                        {"type": "text", "text": 5},
+                        "x",
+                        {"type": "text", "text": "b"},
+                    ],
+                }
+            ],
+            "a\nb",
+        ),
+    ],
+)
+def test_a_chat_as_one_text(messages, text):
+    assert apiserver.messages_text(messages) == text
+
+
+def test_usage_is_estimated_at_a_token_for_four_bytes():
+    usage = apiserver.estimate_usage("12345", "ä" * 4)
+    assert usage == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert apiserver.estimate_usage("", "\ud800")["total_tokens"] == 1
+
+
+# --- Answers made here
+
+
+def api_stream(data):
+    """The data of the events in data."""
+    return [data for _, data in apiserver.split_events(data)]
+
+
+def api_chunks(data):
+    """The chunks of a stream that ends in [DONE]."""
+    events = api_stream(data)
+    assert events[-1] == b"[DONE]"
+    return [json.loads(event) for event in events[:-1]]
+
+
+def test_a_completion_has_all_that_clients_look_for():
+    usage = apiserver.estimate_usage("a", "b")
+    whole = apiserver.chat_completion("m", {"content": "Hi"}, usage)
+    assert list(whole) == ["id", "object", "created", "model", "choices", "usage"]
+    assert re.fullmatch("chatcmpl-[0-9a-f]{24}", whole["id"])
+    assert whole["object"] == "chat.completion"
+    assert abs(whole["created"] - time.time()) < 10
+    (choice,) = whole["choices"]
+    assert choice == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "Hi", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    assert whole["usage"] == usage
+    calls = apiserver.chat_completion("m", {"tool_calls": [{"id": "c"}]})
+    assert calls["choices"][0]["finish_reason"] == "tool_calls"
+    assert apiserver.chat_completion("m", {})["id"] != whole["id"]
+
+
+API_COMPLETIONS = [
+    apiserver.chat_completion("m", {"content": "Hi ä\n\n😀"}),
+    apiserver.chat_completion("m", {"content": ""}, apiserver.estimate_usage("a", "b")),
+    apiserver.chat_completion("m", {"refusal": "No."}),
+    apiserver.chat_completion("m", {"content": "a", "reasoning_content": "hm"}),
+    apiserver.chat_completion(
+        "m",
+        {
+            "tool_calls": [
+                {
+                    "type": "function",
+                    "function": {"name": name, "arguments": '{"a": "\\n"}'},
+                    "id": f"call-{name}",
+                }
+                for name in ("f", "g")
+            ]
+        },
+    ),
+    {
+        **apiserver.chat_completion("m", {"content": "one"}),
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": reason,
+            }
+            for index, (text, reason) in enumerate((("a", "length"), ("b", "stop")))
+        ],
+    },
+]
+
+
+@pytest.mark.parametrize("number", range(len(API_COMPLETIONS)))
+def test_a_completion_as_events_and_together_again_is_the_same(number):
+    whole = json.loads(json.dumps(API_COMPLETIONS[number]))
+    builder = apiserver.CompletionBuilder()
+    for chunk in api_chunks(apiserver.completion_events(whole, include_usage=True)):
+        assert chunk["object"] == "chat.completion.chunk"
+        builder.add(chunk)
+    result = builder.result()
+    for choice in result["choices"]:
+        for call in choice["message"].get("tool_calls", []):
+            call.pop("index", None)
+    assert result == API_COMPLETIONS[number]
+
+
+def test_usage_event_is_sent_only_to_who_asked():
+    whole = apiserver.chat_completion("m", {"content": "Hi"}, {"total_tokens": 3})
+    *_, last = api_chunks(apiserver.completion_events(whole, include_usage=True))
+    assert (last["choices"], last["usage"]) == ([], {"total_tokens": 3})
+    for chunk in api_chunks(apiserver.completion_events(whole, include_usage=False)):
+        assert chunk["choices"] and "usage" not in chunk
+        assert chunk["id"] == whole["id"] and chunk["created"] == whole["created"]
+
+
+def test_streamed_pieces_are_put_together():
+    def delta(index=0, reason=None, **delta):
+        return {"index": index, "delta": delta, "finish_reason": reason}
+
+    def call(index, **function):
+        return {"index": index, "function": function}
+
+    builder = apiserver.CompletionBuilder()
+    for choices in (
+        None,
+        [delta(role="assistant", content="")],
+        [delta(content="He"), delta(1, content="x")],
+        [delta(content="llo", role="assistant")],
+        [delta(tool_calls=[{"id": "c0", **call(0, name="f", arguments="")}])],
+        [
+            delta(
+                tool_calls=[
+                    call(0, arguments='{"a"'),
+                    {"id": "c1", **call(1, name="g")},
+                ]
+            )
+        ],
+        [delta(tool_calls=[call(0, arguments=":1}"), call(1, arguments="{}")])],
+        [{"index": 1, "delta": None, "finish_reason": "stop"}],
+        [delta(reason="tool_calls")],
+        [],
+    ):
+        builder.add({"id": "1", "model": "m", "created": 5, "choices": choices})
+    builder.add({"choices": [], "usage": {"total_tokens": 9}})
+    result = builder.result()
+    first, second = result["choices"]
+    assert (result["id"], result["model"], result["created"]) == ("1", "m", 5)
+    assert result["usage"] == {"total_tokens": 9}
+    assert first["message"]["content"] == "Hello"
+    assert first["message"]["role"] == "assistant"
+    calls = [(c["id"], *c["function"].values()) for c in first["message"]["tool_calls"]]
+    assert calls == [("c0", "f", '{"a":1}'), ("c1", "g", "{}")]
+    assert (first["finish_reason"], second["finish_reason"]) == ("tool_calls", "stop")
+    assert second["message"]["content"] == "x"
+
+
+def test_error_object_has_all_four_fields():
+    error = apiserver.error_object(APIError(404, "No", code="model_not_found"))
+    assert error == {
+        "message": "No",
+        "type": "not_found_error",
+        "param": None,
+        "code": "model_not_found",
+    }
+    error = apiserver.error_object(APIError(500, "No", upstream_status=503))
+    assert error["upstream_status"] == 503
+
+
+@pytest.mark.parametrize(
+    "content, usage",
+    [
+        (b"", {}),
+        (b'{"usage": null}', {}),
+        (b'{"usage": {"prompt_tokens": "3"}}', {}),
+        (b'{"prompt_tokens": 3}', {}),
+        (
+            json.dumps(completion()).encode(),
+            {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+        ),
+        (
+            b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}',
+            {"input_tokens": 5, "output_tokens": 6},
+        ),
+        (
+            json.dumps({"text": '"usage": {"total_tokens": 9}'}).encode(),
+            {},
+        ),
+        (
+            b'{"usage":{"total_tokens":1},"x":{"usage":{"total_tokens":2}}}',
+            {"total_tokens": 2},
+        ),
+        (
+            b'{"usage":{"total_tokens":2,"more":{"total_tokens":3}}}',
+            {"total_tokens": 2},
+        ),
+        (b'{"usage":{"total_tokens":' + b"9" * 5000, {"total_tokens": 10**15 - 1}),
+    ],
+)
+def test_usage_is_found_in_an_answers_bytes(content, usage):
+    assert apiserver.find_usage(content) == usage
+
+
+# --- Server-sent events
+
+
+def api_feed(stream, data, pieces=()):
+    """What a stream relays of data, cut into pieces of these sizes; with its end."""
+    out = []
+    at = 0
+    for size in (*pieces, len(data)):
+        out.append(stream.receive(data[at : at + size]))
+        at += size
+    return b"".join(out) + stream.end()
+
+
+def api_every_cut(make, data):
+    """(stream, relayed) for data whole, byte by byte and with each single cut."""
+    for pieces in ((), [1] * len(data), *([cut] for cut in range(1, len(data)))):
+        stream = make()
+        yield stream, api_feed(stream, data, pieces)
+
+
+API_ODD_EVENTS = [
+    (b"data: a\n\ndata: b\n\n", [b"a", b"b"]),
+    (b"data: a\r\n\r\ndata: b\r\n\r\n", [b"a", b"b"]),
+    (b"data: a\r\rdata: b\r\r", [b"a", b"b"]),
+    (b"data: a\r\n\ndata: b\n\r\n", [b"a", b"b"]),
+    (b"data:a\n\ndata:  b\n\n", [b"a", b" b"]),
+    (b"\xef\xbb\xbfdata: a\n\n", [b"a"]),
+    (b": hello\n\ndata: a\n\n:\n\n", [b"a"]),
+    (b": hello\ndata: a\n: there\n\n", [b"a"]),
+    (b"event: x\nid: 1\nretry: 5\ndata: a\n\n", [b"a"]),
+    (b"data: a\ndata: b\ndata\ndata:\n\n", [b"a\nb\n"]),
+    (b"data: a\r\ndata: b\r\n\r\n", [b"a\nb"]),
+    (b"data: a\rdata: b\r\r", [b"a\nb"]),
+    (b"data: {\xc3\xa4 \xf0\x9f\x98\x80}\n\n", [b"{\xc3\xa4 \xf0\x9f\x98\x80}"]),
+    (b"\n\n\ndata: a\n\n\n\n\ndata: b\n\n", [b"a", b"b"]),
+    (b"data: a\n\ndata: b", [b"a", b"b"]),
+    (b"data: a\r\n\r\ndata: b\r\n", [b"a", b"b"]),
+    (b"data: a\n\n\r\n  ", [b"a"]),
+    (b"datax: a\nxdata: b\n data: c\n\n", []),
+    (b"", []),
+]
+
+
+@pytest.mark.parametrize("data, expected", API_ODD_EVENTS)
+def test_F39_events_are_the_same_however_written_and_cut(data, expected):
+    for stream, out in api_every_cut(apiserver.EventStream, data):
+        assert [event for event in api_stream(out) if event is not None] == expected
+        assert out.startswith(data.rstrip(b"\r\n "))  # relayed as it came
+        assert stream.began is bool(expected)
+        assert stream.ended
+
+
+def test_a_block_ends_behind_its_last_whole_event():
+    decoder = apiserver.SSEDecoder()
+    assert (
+        decoder.receive(b"data: a\n\ndata: b\n\ndata: c") == b"data: a\n\ndata: b\n\n"
+    )
+    assert decoder.receive(b"\n") == b""
+    assert decoder.receive(b"\n: x") == b"data: c\n\n"
+    assert decoder.end() == b": x\n\n"
+    assert decoder.end() == b""
+
+
+def test_comments_are_no_beginning():
+    stream = apiserver.EventStream()
+    assert stream.receive(b": keep-alive\n\n") == b": keep-alive\n\n"
+    assert not stream.began
+    stream.receive(b"event: x\n")
+    assert not stream.began
+    stream.receive(b"data: y\n\n")
+    assert stream.began
+
+
+@pytest.mark.parametrize("size, good", [(99, True), (100, True), (101, False)])
+def test_L38_one_event(size, good):
+    data = b"data: a\n\n" + b"data: " + b"b" * (size - 6)
+    for pieces in ((), [1] * len(data), [9, 90]):
+        stream = apiserver.CompletionStream(max_size=100)
+        if good:
+            assert api_feed(stream, data + chunk("", "stop") + DONE, pieces)
+        else:
+            with pytest.raises(ProtocolError) as caught:
+                api_feed(stream, data, pieces)
+            assert caught.value.status == 502
+    # Many events at once may be more.
+    assert apiserver.SSEDecoder(100).receive(b"data: a\n\n" * 100 + b"d")
+
+
+@pytest.mark.parametrize(
+    "row, size",
+    [(b"x", 10), (b"\n", 100), (b"\r", 100), (b"\r\n", 100), (b"a\r\n", 100)]
+    + [(b"data: \n\n", 100), (b"\nx", 100), (b"\rx", 100)],
+)
+def test_events_in_small_pieces_cost_linear_time(row, size):
+    data = b"data: " + row * (1_000_000 // len(row))
+    stream = apiserver.EventStream()
+    began = time.process_time()
+    for at in range(0, len(data), size):
+        stream.receive(data[at : at + size])
+    stream.end()
+    assert time.process_time() - began < 1.5
+
+
+# --- Streams of completions
+
+
+def api_events(data):
+    """The data of the events in data, without comments."""
+    return [event for event in api_stream(data) if event is not None]
+
+
+def api_ends_early(data, hide_usage=False):
+    """Every cut of data ends in an error of the stream."""
+    for pieces in ((), [1] * len(data), *([cut] for cut in range(1, len(data)))):
+        stream = apiserver.CompletionStream(hide_usage)
+        with pytest.raises(ProtocolError) as caught:
+            api_feed(stream, data, pieces)
+        assert caught.value.status == 502
+        assert stream.ended
+    return True
+
+
+def test_a_whole_stream_is_relayed_as_it_came():
+    data = (
+        chunk("He\u00e4")
+        + b": comment\n\n"
+        + chunk("llo\n\n")
+        + chunk(None, "stop")
+        + DONE
+    )
+    for stream, out in api_every_cut(apiserver.CompletionStream, data):
+        assert out == data
+        assert stream.error is None and stream.began and stream.ended
+
+
+def test_nothing_is_relayed_behind_done():
+    data = chunk("Hi", "stop") + DONE
+    late = chunk("late") + b'data: {"error": {}}\n\n' + DONE + b"data: x"
+    for stream, out in api_every_cut(apiserver.CompletionStream, data + late):
+        assert out == data
+        assert stream.error is None
+
+
+def test_done_is_known_in_every_writing():
+    for done in (
+        b"data:[DONE]\n\n",
+        b"data: [DONE] \r\n\r\n",
+        b"data: [DONE]",
+        b"data:[DONE]\r",
+    ):
+        for stream, out in api_every_cut(
+            apiserver.CompletionStream, chunk("Hi") + done
+        ):
+            assert api_events(out)[-1].strip() == b"[DONE]"
+            assert len(api_events(out)) == 2
+            assert stream.ended
+
+
+def test_done_in_a_text_is_no_end():
+    data = chunk("[DONE]") + chunk("data: [DONE]\n\n", "stop") + DONE
+    for _, out in api_every_cut(apiserver.CompletionStream, data):
+        assert out == data
+
+
+def test_F26_done_is_added_behind_a_finish_reason():
+    data = chunk("Hi") + chunk(None, "length")
+    for _, out in api_every_cut(apiserver.CompletionStream, data):
+        assert out == data + DONE
+    spaced = b'data: {"choices": [{"finish_reason": "stop"}]}\r\r'
+    assert api_feed(apiserver.CompletionStream(), spaced) == spaced + DONE
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b": comment\n\n",
+        chunk("Hi"),
+        chunk("Hi") + chunk(" there"),
+        chunk('"finish_reason": "stop"'),
+        chunk("Hi") + b'data: {"usage": {"total_tokens": 1}, "choices": []}\n\n',
+        b"data: nonsense\n\n",
+    ],
+    ids=repr,
+)
+def test_F26_a_stream_without_a_finish_reason_has_failed(data):
+    assert api_ends_early(data)
+
+
+def test_F26_half_an_event_at_the_end_is_no_event():
+    first, last = chunk("Hi"), chunk("!", "stop")
+    for cut in range(1, len(last) - 3):
+        stream = apiserver.CompletionStream()
+        with pytest.raises(ProtocolError):
+            api_feed(stream, first + last[:cut])
+    assert api_ends_early(first + last[:-9])
+    for missing in (1, 2):  # only the blank line is missing: it is whole
+        out = api_feed(apiserver.CompletionStream(), first + last[:-missing])
+        assert api_events(out) == api_events(first + last + DONE)
+    usage = chunk(choices=[], usage={"total_tokens": 1})
+    out = api_feed(apiserver.CompletionStream(), first + last + usage[:-9])
+    assert api_events(out) == api_events(first + last + DONE)
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        ({"message": "No", "code": "x"}, {"message": "No", "code": "x"}),
+        ("Overloaded", {"message": "Overloaded"}),
+        (5, {"message": "5"}),
+    ],
+)
+@pytest.mark.parametrize("before", [b"", chunk("Hi")], ids=["first", "later"])
+def test_F40_an_error_event_ends_the_stream(before, error, expected):
+    event = b"event: error\ndata: " + json.dumps({"error": error}).encode() + b"\n\n"
+    data = before + event + chunk("late", "stop") + DONE
+    for stream, out in api_every_cut(apiserver.CompletionStream, data):
+        assert out == before + event
+        assert stream.error == expected
+        assert stream.began and stream.ended
+
+
+def test_an_error_that_is_null_or_text_is_none():
+    data = chunk("Hi", error=None) + chunk('"error": {"message"}', "stop") + DONE
+    for stream, out in api_every_cut(apiserver.CompletionStream, data):
+        assert out == data
+        assert stream.error is None
+
+
+def test_usage_that_nobody_asked_for_is_counted_and_hidden():
+    usage = {"prompt_tokens": 3, "total_tokens": 7}
+    text = chunk("Hi", usage=None) + chunk('"usage"', "stop", usage=None)
+    data = text + chunk(choices=[], usage=usage) + DONE
+    for stream, out in api_every_cut(lambda: apiserver.CompletionStream(True), data):
+        assert out == text + DONE
+        assert stream.usage == usage
+    for stream, out in api_every_cut(apiserver.CompletionStream, data):
+        assert out == data
+        assert stream.usage == usage
+
+
+def test_usage_beside_a_choice_is_relayed():
+    data = chunk("Hi", "stop", usage={"total_tokens": 7}) + DONE
+    stream = apiserver.CompletionStream(hide_usage=True)
+    assert api_feed(stream, data) == data
+    assert stream.usage == {"total_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"choices": null, "usage": null}\n\n',
+        b'data: {"choices": null, "error": null}\n\n',
+        b'data: {"usage" "error"\n\n',
+        b'data: ["usage", "error"]\n\n',
+        b'data: "error"\n\n',
+        b'data: "usage" \xff\xfe "error"\n\n',
+        b'data: {"error": ' + b"[" * 5000 + b"\n\n",
+        b'data: {"usage": ' + b"1" * 5000 + b"}\n\n",
+        b'data: {"usage": [], "error": ""}\n\n',
+        b"data: \n\n",
+        b'event: "error"\n\n',
+    ],
+    ids=lambda event: repr(event[:30]),
+)
+def test_F39_odd_events_are_relayed_as_they_came(event):
+    data = chunk("Hi") + event + chunk(None, "stop") + DONE
+    for pieces in ((), [1] * len(data), [len(data) // 2]):
+        stream = apiserver.CompletionStream(hide_usage=True)
+        assert api_feed(stream, data, pieces) == data
+        assert stream.error is None and stream.usage == {}
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\r"])
+def test_F39_other_line_ends_change_nothing(end):
+    usage = chunk(choices=[], usage={"total_tokens": 7})
+    plain = chunk("Hi") + chunk(None, "stop") + usage + DONE + chunk("late")
+    data = plain.replace(b"\n", end)
+    for stream, out in api_every_cut(lambda: apiserver.CompletionStream(True), data):
+        assert api_events(out) == api_events(chunk("Hi") + chunk(None, "stop") + DONE)
+        assert stream.usage == {"total_tokens": 7}
+
+
+# --- Anything at all
+
+API_SEEDS = [
+    chunk("Hi") + chunk("ä😀", "stop", usage=None) + DONE,
+    (
+        chunk("Hi") + chunk(None, "stop") + chunk(choices=[], usage={"a": 1}) + DONE
+    ).replace(b"\n", b"\r\n"),
+    b": x\n\n" + chunk("x") + b'data: {"error": {"message": "No"}}\n\n',
+    b"\xef\xbb\xbfevent: a\rdata: b\rdata: c\r\rdata: [DONE]\r\r",
+]
+API_PIECES = [
+    b"\n",
+    b"\r",
+    b"\r\n",
+    b"\n\n",
+    b"\r\r",
+    b"data: ",
+    b"data:",
+    b":",
+    b"\xff",
+]
+API_PIECES += [
+    b'"error"',
+    b'"usage"',
+    b"[DONE]",
+    b'"finish_reason":"',
+    b"{",
+    b"}",
+    b"\x00",
+]
+API_PIECES += [
+    b'data: {"error":1}\n\n',
+    b'data: {"usage":{},"choices":[]}\n\n',
+    b"null",
+]
+
+
+def api_outcome(make, data, pieces):
+    stream = make()
+    try:
+        out = api_feed(stream, data, pieces)
+    except ProtocolError as error:
+        return error.status, stream.began, stream.error, stream.usage
+    return api_events(out), stream.began, stream.error, stream.usage
+
+
+def test_any_bytes_are_events_or_an_error_however_cut():
+    rng = random.Random(30)
+    makers = [
+        lambda: apiserver.CompletionStream(False),
+        lambda: apiserver.CompletionStream(True),
+        apiserver.EventStream,
+    ]
+    seen = set()
+    for _ in range(700):
+        data = http_fuzzed(rng, API_SEEDS, API_PIECES)
+        make = rng.choice(makers)
+        whole = api_outcome(make, data, ())
+        seen.add(whole[0] == 502)
+        assert api_outcome(make, data, [1] * len(data)) == whole, data
+        assert api_outcome(make, data, http_cuts(rng, data)) == whole, data
+    assert seen == {True, False}
+
+
+def test_any_bytes_are_a_chat_request_or_refused():
+    rng = random.Random(31)
+    seeds = [
+        json.dumps({**CHAT, "stream": True, "stream_options": {}}).encode(),
+        b'{"Model": "m", "Messages": [{"Role": "user", "Content": [{"text": "a"}]}]}',
+        b'{"model": "\\ud800", "messages": [1.5, {"role": null}], "x": {"y": []}}',
+    ]
+    pieces = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\u", b"1e999", b"NaN", b"-"]
+    pieces += [
+        b"null",
+        b"true",
+        b"1",
+        b'"model"',
+        b'"messages"',
+        b'"stream": 1,',
+        b"\xff",
+    ]
+    good = 0
+    for _ in range(3000):
+        data = http_fuzzed(rng, seeds, pieces)
+        try:
+            request = apiserver.parse_chat_request(data)
+            for options in ({}, {"model": "x"}, {"include_usage": True}):
+                assert isinstance(json.loads(request.encode(**options)), dict)
+            apiserver.messages_text(request.body["messages"])
+            good += 1
+        except APIError as error:
+            assert error.status == 400
+    assert good > 100
+
+
+# -----------------------------------------------------------------------------
+# Connections
+# -----------------------------------------------------------------------------
+#
+# Most tests hold a Connection in one hand and the socket of its peer in the other.
+
+# A certificate authority, and what it signed for one key: a certificate for this
+# machine, one for another name, one that expired in 2020.  The others live to 2120.
+TEST_CA = """\
+-----BEGIN CERTIFICATE-----
+MIIBVjCB/aADAgECAgEBMAoGCCqGSM49BAMCMBIxEDAOBgNVBAMMB1Rlc3QgQ0Ew
+IBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBIxEDAOBgNVBAMMB1Rl
+c3QgQ0EwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAARRFVIWZxBbYnXgkHswAu6m
+Jgz+iOHeuQHxB6nvs8349EeV53VlC6iOMXZcPrQAUy59hlhfc3/Luw+lrjSj3knf
+o0IwQDAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIBBjAdBgNVHQ4EFgQU
+QRU81d7lS7ddzXEOuIiQuf+N9DowCgYIKoZIzj0EAwIDSAAwRQIgVJxR1h/5mF+9
+0tT6h4SVAbNVZJY68K0TM+oeQvsyBgICIQC0WAI7YiZoXWjOFSVXcWWgxxoyC1UK
+iY+SpczpBdnN4w==
+-----END CERTIFICATE-----
+"""
+TEST_CERT = """\
+-----BEGIN CERTIFICATE-----
+MIIBuDCCAV2gAwIBAgIBAjAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAPMQ0wCwYDVQQDDARn
+b29kMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEpUT3P6sPppRuva+Ni5HNx5b0
+prrgjFV3VRicmy5JnoHFiuN+A9cNuz7HT/E3oz9CuWkfUY3qNId9rbbZ9h7fyKOB
+pDCBoTAMBgNVHRMBAf8EAjAAMA4GA1UdDwEB/wQEAwIHgDATBgNVHSUEDDAKBggr
+BgEFBQcDATAsBgNVHREEJTAjgglsb2NhbGhvc3SHBH8AAAGHEAAAAAAAAAAAAAAA
+AAAAAAEwHwYDVR0jBBgwFoAUQRU81d7lS7ddzXEOuIiQuf+N9DowHQYDVR0OBBYE
+FB0TVNdPqXcPDMeXcgjUiO91yEM8MAoGCCqGSM49BAMCA0kAMEYCIQCUWI9jJfxs
+nEf6GqXMHkL+YGJMNv2hkVg80UX0+ZQzhAIhAPSYcKXS8ynBg7rljiKhg8Ofxnjl
+yjUjEERl4/k7mX2o
+-----END CERTIFICATE-----
+"""
+TEST_CERT_WRONG_NAME = """\
+-----BEGIN CERTIFICATE-----
+MIIBqTCCAU6gAwIBAgIBAzAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAQMQ4wDAYDVQQDDAV3
+cm9uZzBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKVE9z+rD6aUbr2vjYuRzceW
+9Ka64IxVd1UYnJsuSZ6BxYrjfgPXDbs+x0/xN6M/QrlpH1GN6jSHfa222fYe38ij
+gZQwgZEwDAYDVR0TAQH/BAIwADAOBgNVHQ8BAf8EBAMCB4AwEwYDVR0lBAwwCgYI
+KwYBBQUHAwEwHAYDVR0RBBUwE4IRZWxzZXdoZXJlLmV4YW1wbGUwHwYDVR0jBBgw
+FoAUQRU81d7lS7ddzXEOuIiQuf+N9DowHQYDVR0OBBYEFB0TVNdPqXcPDMeXcgjU
+iO91yEM8MAoGCCqGSM49BAMCA0kAMEYCIQCTXd+nAjxjHx8K/jCZ4BjDu3V0VFRn
+Svro04L2wnsKDAIhAN6zQXf769grHipEi1MGnztQOWqd3j9gtA8S0wXw+rJp
+-----END CERTIFICATE-----
+"""
+TEST_CERT_EXPIRED = """\
+-----BEGIN CERTIFICATE-----
+MIIBuDCCAV6gAwIBAgIBBDAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdUZXN0IENB
+MB4XDTIwMDEwMTAwMDAwMFoXDTIwMDIwMTAwMDAwMFowEjEQMA4GA1UEAwwHZXhw
+aXJlZDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKVE9z+rD6aUbr2vjYuRzceW
+9Ka64IxVd1UYnJsuSZ6BxYrjfgPXDbs+x0/xN6M/QrlpH1GN6jSHfa222fYe38ij
+gaQwgaEwDAYDVR0TAQH/BAIwADAOBgNVHQ8BAf8EBAMCB4AwEwYDVR0lBAwwCgYI
+KwYBBQUHAwEwLAYDVR0RBCUwI4IJbG9jYWxob3N0hwR/AAABhxAAAAAAAAAAAAAA
+AAAAAAABMB8GA1UdIwQYMBaAFEEVPNXe5Uu3Xc1xDriIkLn/jfQ6MB0GA1UdDgQW
+BBQdE1TXT6l3DwzHl3II1IjvdchDPDAKBggqhkjOPQQDAgNIADBFAiEA6eGyCcn9
+5x6JLpRY2UXbvJdldlyO38aOl/F8JgBZuXsCIH2FhFJeoH3JdY20A/CcQS8s3j1g
+wVXPois/UuyTk2Zr
+-----END CERTIFICATE-----
+"""
+TEST_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgExGSDK+TiPBMQRo5
+n9Jyy8Pbb2eMxejINOyyymk30jyhRANCAASlRPc/qw+mlG69r42Lkc3HlvSmuuCM
+VXdVGJybLkmegcWK434D1w27PsdP8TejP0K5aR9Rjeo0h32tttn2Ht/I
+-----END PRIVATE KEY-----
+"""
+
+
+def tls_server_context(tmp_path, certificate=TEST_CERT):
+    """What a TLS server on this machine needs; a client's ca_file is ca.pem there."""
+    (tmp_path / "ca.pem").write_text(TEST_CA)
+    (tmp_path / "server.pem").write_text(certificate + TEST_KEY)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    return context
+
+
+@contextlib.asynccontextmanager
+async def connection_pair(**limits):
+    """A Connection as it is accepted, and the streams of its peer."""
+    loop = asyncio.get_running_loop()
+    made = loop.create_future()
+    limits = Limits(**limits)
+    server = await loop.create_server(
+        lambda: Connection(limits, made.set_result), "127.0.0.1", 0
+    )
+    port = server.sockets[0].getsockname()[1]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    connection = await made
+    try:
+        yield connection, reader, writer
+    finally:
+        connection.abort()
+        writer.transport.abort()
+        server.close()
+
+
+@contextlib.asynccontextmanager
+async def connection_server(serve, tls=None, **limits):
+    """A server of Connections at a port; what serve(connection) raises fails the test."""
+    loop = asyncio.get_running_loop()
+    limits = Limits(**limits)
+    tasks = []
+
+    def made(connection):
+        tasks.append(loop.create_task(serve(connection)))
+
+    server = await loop.create_server(
+        lambda: Connection(limits, made), "127.0.0.1", 0, ssl=tls
+    )
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result
+
+
+async def connection_trickle(writer, data, interval=0.02):
+    """Write data byte by byte."""
+    with contextlib.suppress(ConnectionError):
+        for i in range(len(data)):
+            writer.write(data[i : i + 1])
+            await writer.drain()
+            await asyncio.sleep(interval)
+
+
+def connection_cut(writer):
+    """Have a peer end with an RST."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+# --- Reading
+
+
+def test_deadline_is_absolute_although_bytes_trickle():
+    async def check():
+        async with connection_pair(head_timeout=0.15) as (connection, _, writer):
+            began = time.monotonic()
+            trickle = asyncio.ensure_future(connection_trickle(writer, b"GET /" * 30))
+            with pytest.raises(asyncio.TimeoutError):
+                await connection.read(apiserver.parse_request_head)
+            assert 0.1 < time.monotonic() - began < 2  # and not the trickle's 3 s
+            assert connection.buffer.startswith(b"GET")
+            trickle.cancel()
+
+    run(check())
+
+
+def test_deadline_can_be_moved_both_ways():
+    async def check():
+        async with connection_pair(head_timeout=0.01) as (connection, _, writer):
+            now = connection.loop.time()
+            connection.set_deadline(now + 60)
+            writer.write(b"a")
+            assert await connection.receive()
+            connection.set_deadline(now + 0.05)
+            with pytest.raises(asyncio.TimeoutError):
+                await connection.receive()
+
+    run(check())
+
+
+@pytest.mark.parametrize("size, reading", [(999, True), (1000, True), (1001, False)])
+def test_reading_pauses_once_more_than_pipelined_size_waits(size, reading):
+    async def check():
+        async with connection_pair(pipelined_size=1000) as (connection, _, writer):
+            writer.write(bytes(size))
+            await until(lambda: len(connection.buffer) == size)
+            assert connection.transport.is_reading() is reading
+            connection.buffer.clear()
+            writer.write(b"more")
+            assert await connection.receive()  # goes on reading
+            assert connection.buffer == b"more"
+
+    run(check())
+
+
+def test_a_peer_that_nobody_reads_cannot_fill_the_memory():
+    async def check():
+        async with connection_pair(pipelined_size=1000) as (connection, _, writer):
+            writer.write(bytes(32 * 1024 * 1024))
+            await until(lambda: not connection.transport.is_reading())
+            assert len(connection.buffer) <= 1000 + 256 * 1024
+            decoder = apiserver.SizedDecoder(32 * 1024 * 1024)
+            size = 0
+            while not decoder.complete:
+                size += len(await connection.read_content(decoder, 5))
+            assert size == 32 * 1024 * 1024
+
+    run(check())
+
+
+def test_read_returns_none_when_the_peer_ends_too_early():
+    async def check():
+        async with connection_pair() as (connection, _, writer):
+            writer.write(b"GET / HT")
+            writer.write_eof()
+            assert await connection.read(apiserver.parse_request_head) is None
+            assert connection.buffer == b"GET / HT" and not connection.lost
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "end, error",
+    [
+        (lambda writer: writer.write_eof(), ProtocolError),
+        (connection_cut, ConnectionResetError),
+    ],
+)
+def test_content_cut_short_is_an_error(end, error):
+    async def check():
+        async with connection_pair() as (connection, _, writer):
+            decoder = apiserver.SizedDecoder(10)
+            writer.write(b"12345")
+            assert await connection.read_content(decoder, 5) == b"12345"
+            end(writer)
+            with pytest.raises(error):
+                await connection.read_content(decoder, 5)
+
+    run(check())
+
+
+@pytest.mark.parametrize("timeout, deadline", [(0.05, 60), (60, 0.05)])
+def test_content_has_a_silence_and_a_deadline(timeout, deadline):
+    async def check():
+        async with connection_pair() as (connection, _, _writer):
+            decoder = apiserver.SizedDecoder(10)
+            end = connection.loop.time() + deadline
+            with pytest.raises(asyncio.TimeoutError):
+                await connection.read_content(decoder, timeout, end)
+
+    run(check())
+
+
+# --- Writing
+
+
+def test_a_client_that_reads_nothing_is_reset():
+    async def check():
+        async with connection_pair(write_timeout=0.2) as (connection, reader, _):
+            connection.write(bytes(16 * 1024 * 1024))
+            began = time.monotonic()
+            with pytest.raises(ConnectionResetError):
+                await connection.drain()
+            assert 0.15 < time.monotonic() - began < 5
+            assert connection.lost
+            with pytest.raises(ConnectionResetError):  # an RST, not a FIN
+                while await reader.read(1 << 20):
+                    pass
+
+    run(check())
+
+
+def test_a_client_that_reads_is_not_cut_for_another_writer():
+    """The buffer may grow while the client takes from it."""
+
+    async def check():
+        async with connection_pair(write_timeout=0.8) as (connection, reader, _):
+            connection.write(bytes(20 * 1024 * 1024))
+            draining = asyncio.ensure_future(connection.drain())
+            await asyncio.sleep(0)
+            await reader.readexactly(6 * 1024 * 1024)
+            connection.write(bytes(20 * 1024 * 1024))
+            await asyncio.sleep(1.0)  # the first interval is over
+            assert not draining.done()
+            await reader.readexactly(34 * 1024 * 1024)
+            await draining
+
+    run(check())
+
+
+def test_two_may_drain_at_once():
+    async def check():
+        async with connection_pair() as (connection, reader, _):
+            connection.write(bytes(16 * 1024 * 1024))
+            assert not connection.writable and connection.unsent
+            drains = [asyncio.ensure_future(connection.drain()) for _ in range(2)]
+            await reader.readexactly(16 * 1024 * 1024)
+            await asyncio.gather(*drains)
+            drains = [asyncio.ensure_future(connection.drain()) for _ in range(2)]
+            await asyncio.gather(*drains)  # nothing to wait for
+
+    run(check())
+
+
+def test_drain_and_write_tell_that_the_peer_has_left():
+    async def check():
+        async with connection_pair() as (connection, _, writer):
+            connection.write(bytes(16 * 1024 * 1024))
+            draining = asyncio.ensure_future(connection.drain())
+            await asyncio.sleep(0)
+            connection_cut(writer)
+            with pytest.raises(ConnectionResetError):
+                await draining
+            with pytest.raises(ConnectionResetError):
+                connection.write(b"more")
+
+    run(check())
+
+
+# --- The end
+
+
+def test_close_sends_what_was_written():
+    async def check():
+        async with connection_pair() as (connection, reader, _):
+            connection.write(bytes(8 * 1024 * 1024))
+            connection.close()
+            assert len(await reader.read()) == 8 * 1024 * 1024
+
+    run(check())
+
+
+def test_close_does_not_wait_for_ever():
+    async def check():
+        async with connection_pair(linger_timeout=0.1) as (connection, _, _writer):
+            connection.write(bytes(16 * 1024 * 1024))
+            connection.close()
+            await until(lambda: connection.lost)
+
+    run(check())
+
+
+def test_a_tls_connection_may_be_closed_twice_and_is_gone_in_time(tmp_path):
+    """The peer answers no close_notify; what is asked afterwards harms nobody."""
+
+    async def check():
+        async def serve(connection):
+            connection.write(b"x")
+            assert connection.tls
+            connection.close()
+            connection.close()
+            accepted.append(connection)
+
+        accepted = []
+        context = tls_server_context(tmp_path)
+        async with connection_server(serve, context, linger_timeout=0.2) as port:
+            trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+            sock = socket.create_connection(("127.0.0.1", port))
+            sock.setblocking(False)
+            wire, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = trusting.wrap_bio(wire, sent, server_hostname="127.0.0.1")
+            while not accepted:  # the handshake by hand, and then nothing more
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+                with contextlib.suppress(BlockingIOError):
+                    sock.send(sent.read())
+                    wire.write(sock.recv(65536))
+                await asyncio.sleep(0.001)
+            (connection,) = accepted
+            await until(lambda: connection.lost)
+            assert connection.unsent == 0 and connection.closing
+            with pytest.raises(ConnectionResetError):
+                connection.write(b"late")
+            connection.abort()
+            sock.close()
+
+    run(check())
+
+
+def test_an_answer_can_be_read_while_the_request_is_still_sent():
+    """RFC 9112 section 9.6: without the lingering an RST may destroy it."""
+
+    async def check():
+        async with connection_pair() as (connection, reader, writer):
+            writer.write(bytes(10_000))
+            await connection.receive()
+            connection.write(b"413 and why")
+            lingering = asyncio.ensure_future(connection.linger())
+            await asyncio.sleep(0)
+            for _ in range(10):
+                writer.write(bytes(10_000))
+                await writer.drain()
+                await asyncio.sleep(0.005)
+            assert await reader.read() == b"413 and why"
+            assert not lingering.done()
+            writer.close()
+            await lingering
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "limits", [{"linger_timeout": 0.1}, {"linger_timeout": 60, "linger_size": 50_000}]
+)
+def test_lingering_ends_after_a_time_and_after_a_size(limits):
+    async def check():
+        async with connection_pair(**limits) as (connection, _, writer):
+            if "linger_size" in limits:
+                writer.write(bytes(1024 * 1024))
+                trickle = None
+            else:  # bytes do not extend it
+                trickle = asyncio.ensure_future(
+                    connection_trickle(writer, bytes(1000), 0.01)
+                )
+            await asyncio.wait_for(connection.linger(), 5)
+            await until(lambda: connection.lost)
+            if trickle is not None:
+                trickle.cancel()
+
+    run(check())
+
+
+@pytest.mark.parametrize("half_close", [True, False])
+@pytest.mark.parametrize("end", ["fin", "rst"])
+def test_hang_up_is_told_once_while_nobody_reads(half_close, end):
+    async def check():
+        async with connection_pair() as (connection, _, writer):
+            connection.half_close = half_close
+            calls = []
+            connection.on_hangup = lambda: calls.append(1)
+            if end == "rst":
+                connection_cut(writer)
+                await until(lambda: connection.lost)
+            else:
+                writer.write_eof()
+                await until(lambda: connection.eof)
+            # Who has only sent his last byte may still read, if that is allowed.
+            told = end == "rst" or not half_close
+            assert len(calls) == told
+            connection.abort()
+            await until(lambda: connection.lost)
+            assert len(calls) == 1
+
+    run(check())
+
+
+def test_hang_up_is_told_to_who_reads():
+    async def check():
+        async with connection_pair() as (connection, _, writer):
+            calls = []
+            connection.half_close = False
+            connection.on_hangup = lambda: calls.append(1)
+            reading = asyncio.ensure_future(connection.receive())
+            await asyncio.sleep(0)
+            connection_cut(writer)
+            assert await reading is False
+            assert calls == []
+
+    run(check())
+
+
+def test_the_kernel_is_asked_to_find_a_peer_that_vanished():
+    async def check():
+        async with connection_pair() as (connection, _, _writer):
+            sock = connection.transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert connection.peer == "127.0.0.1" and not connection.tls
+
+    run(check())
+
+
+# --- HTTPClient
+
+
+@contextlib.asynccontextmanager
+async def connection_streams(serve):
+    """A server of streams at a port."""
+    tasks = set()
+
+    async def served(reader, writer):
+        tasks.add(asyncio.current_task())
+        try:
+            await serve(reader, writer)
+        finally:
+            writer.transport.abort()
+
+    server = await asyncio.start_server(served, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def connection_reply(writer, data, end=None):
+    """What an upstream's behave does: send data, then perhaps end."""
+    writer.write(data)
+    await writer.drain()
+    if end is not None:
+        end(writer)
+        await asyncio.sleep(60)
+
+
+def connection_close(writer):
+    writer.close()
+
+
+def idle(writer):
+    """No end at all."""
+
+
+def behaves(data, end=None):
+    """An upstream that answers each request with data, and ends like that."""
+
+    async def behave(request, writer):
+        await connection_reply(writer, data, end)
+
+    return data if end is None else behave
+
+
+async def get(client, target="/x", **options):
+    """A GET, read to its end: status and content."""
+    answer = await client.request("GET", target, [], **options)
+    return answer.status, await answer.read_all(1024 * 1024)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def test_requests_share_a_connection():
+    async def check():
+        async with Upstream(OK) as upstream:
+            client = HTTPClient(upstream.url)
+            for _ in range(3):
+                assert await get(client) == (200, b"ok")
+            answer = await client.request("POST", "/y?z", [("X-A", "b")], b"content")
+            assert await answer.read_all(2) == b"ok"
+            assert upstream.connections == 1
+            last = upstream.requests[-1]
+            assert last.line == "POST /v1/y?z HTTP/1.1"
+            assert last.headers["host"] == f"127.0.0.1:{upstream.port}"
+            assert last.headers["content-length"] == "7" and last.content == b"content"
+            assert last.headers["x-a"] == "b"
+            client.close()
+            await until(lambda: upstream.ended == 1)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\n\r\nok",  # ends with the connection
+    ],
+)
+def test_a_connection_that_will_close_is_not_kept(answer):
+    async def check():
+        end = None if b"Length" in answer else connection_close
+        async with Upstream(behaves(answer, end)) as upstream:
+            client = HTTPClient(upstream.url)
+            assert await get(client) == await get(client) == (200, b"ok")
+            assert upstream.connections == 2
+            await until(lambda: upstream.ended == 2)
+
+    run(check())
+
+
+def test_an_answer_not_read_to_its_end_costs_its_connection():
+    async def check():
+        async with Upstream(behaves(STREAM_HEAD + chunked(b"one"))) as upstream:
+            client = HTTPClient(upstream.url)
+            answer = await client.request("GET", "/", [])
+            assert await answer.read() == b"one"
+            await answer.aclose()
+            await until(lambda: upstream.ended == 1)
+            assert await answer.read() == b""
+
+    run(check())
+
+
+@pytest.mark.parametrize("end", [connection_close, connection_cut])
+def test_a_request_is_replayed_when_its_kept_connection_has_died(end):
+    """F23: on a reused connection, without a byte, once."""
+
+    async def check():
+        async def behave(request, writer):
+            if len(upstream.requests) == 2:
+                end(writer)
+                await asyncio.sleep(60)
+            writer.write(OK)
+
+        async with Upstream(behave) as upstream:
+            client = HTTPClient(upstream.url)
+            assert await get(client) == await get(client) == (200, b"ok")
+            assert upstream.connections == 2 and len(upstream.requests) == 3
+            client.close()
+            await until(lambda: upstream.ended == 2)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "data, requests", [(b"", 3), (b"H", 2), (b"HTTP/1.1 200 OK\r\n", 2)]
+)
+def test_a_request_is_replayed_only_once_and_not_after_a_byte(data, requests):
+    async def check():
+        async def behave(request, writer):
+            first = len(upstream.requests) == 1
+            end = None if first else connection_close
+            await connection_reply(writer, OK if first else data, end)
+
+        async with Upstream(behave) as upstream:
+            client = HTTPClient(upstream.url)
+            await get(client)
+            with pytest.raises(ConnectionResetError):
+                await get(client)
+            assert len(upstream.requests) == requests
+
+    run(check())
+
+
+@pytest.mark.parametrize("end", [connection_close, connection_cut])
+def test_a_fresh_connection_that_dies_is_a_failure(end):
+    """F24: nothing is replayed."""
+
+    async def check():
+        async with Upstream(behaves(b"", end)) as upstream:
+            with pytest.raises(ConnectionResetError):
+                await get(HTTPClient(upstream.url))
+            assert len(upstream.requests) == 1
+
+    run(check())
+
+
+@pytest.mark.parametrize("end", [connection_close, connection_cut])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+        STREAM_HEAD + chunked(b"half"),
+        STREAM_HEAD + b"9\r\nhalf",
+        STREAM_HEAD + chunked(b"half") + b"0\r\n",
+    ],
+)
+def test_an_answer_cut_short_is_never_complete(data, end):
+    """F25."""
+
+    async def check():
+        async with Upstream(behaves(data, end)) as upstream:
+            answer = None
+            with pytest.raises((ProtocolError, ConnectionResetError)):
+                answer = await HTTPClient(upstream.url).request("GET", "/", [])
+                while await answer.read():
+                    pass
+                pytest.fail("it passed as complete")
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        STREAM_HEAD + b"x\r\nok\r\n0\r\n\r\n",
+        STREAM_HEAD + b"-2\r\nok\r\n0\r\n\r\n",
+        STREAM_HEAD + b"0x2\r\nok\r\n0\r\n\r\n",
+        STREAM_HEAD + b"2\r\nokXX0\r\n\r\n",
+        STREAM_HEAD + b"2\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: two\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+        STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\n") + b"ok",
+        STREAM_HEAD.replace(b"chunked", b"gzip, chunked") + b"2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
+        b"HTTP/1.1 200 OK\r\nX Y: 1\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"\x15\x03\x01\x00\x02\x02\x16\r\n\r\n",
+    ],
+)
+def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data):
+    """F27."""
+
+    async def check():
+        async with Upstream(data) as upstream:
+            client = HTTPClient(upstream.url)
+            for number in (1, 2):
+                with pytest.raises(ProtocolError):
+                    answer = await client.request("GET", "/", [])
+                    try:
+                        await answer.read_all(100)
+                    finally:
+                        await answer.aclose()
+                assert upstream.connections == number
+                await until(lambda number=number: upstream.ended == number)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "start, more",
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"X: " + b"y" * 100 + b"\r\n"),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"y" * 1000),
+        (b"HTTP/1.1 200 ", b"O" * 1000),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n", b""),
+    ],
+    ids=["fields", "field", "status-line", "interim", "201-fields"],
+)
+def test_an_endless_head_is_cut_off(start, more):
+    """F28: nothing is read for ever, and nothing kept."""
+
+    async def check():
+        sent = 0
+
+        async def behave(request, writer):
+            nonlocal sent
+            writer.write(start)
+            while more:
+                writer.write(more * 100)
+                sent += len(more) * 100
+                await writer.drain()
+                await asyncio.sleep(0)
+
+        async with Upstream(behave) as upstream:
+            with pytest.raises(ProtocolError):
+                await get(HTTPClient(upstream.url))
+            await until(lambda: upstream.ended == 1)
+            assert sent < 16 * 1024 * 1024
+
+    run(check())
+
+
+@pytest.mark.parametrize("count, works", [(0, True), (16, True), (17, False)])
+def test_interim_answers_are_skipped_up_to_a_limit(count, works):
+    """F29."""
+    interim = [
+        b"HTTP/1.1 %d X\r\nA: b\r\n\r\n" % (100, 102, 103)[i % 3] for i in range(count)
+    ]
+
+    async def check():
+        async with Upstream(b"".join(interim) + OK) as upstream:
+            client = HTTPClient(upstream.url)
+            if works:
+                assert await get(client) == (200, b"ok")
+            else:
+                with pytest.raises(ProtocolError):
+                    await get(client)
+
+    run(check())
+
+
+@pytest.mark.parametrize("size, works", [(999, True), (1000, True), (1001, False)])
+@pytest.mark.parametrize("framing", ["length", "chunked", "chunks", "close"])
+def test_an_answer_has_a_largest_size(size, works, framing):
+    """F30."""
+    body = b"x" * size
+    data, end = STREAM_HEAD, None
+    if framing == "length":
+        data = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + body
+    elif framing == "chunked":
+        data += chunked(body) + b"0\r\n\r\n"
+    elif framing == "chunks":
+        data += b"".join(chunked(b"x") for _ in range(size)) + b"0\r\n\r\n"
+    else:
+        data, end = b"HTTP/1.1 200 OK\r\n\r\n" + body, connection_close
+
+    async def check():
+        async with Upstream(behaves(data, end)) as upstream:
+            answer = await HTTPClient(upstream.url).request("GET", "/", [])
+            if works:
+                assert await answer.read_all(1000) == body
+            else:
+                with pytest.raises(ProtocolError):
+                    await answer.read_all(1000)
+                await answer.aclose()
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "start, more",
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999999\r\n\r\n", b""),
+        (STREAM_HEAD, chunked(b"x" * 10_000)),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 10_000),
+    ],
+    ids=["declared", "chunked", "until-close"],
+)
+def test_a_huge_answer_is_not_collected(start, more):
+    """F30: judged by what is declared, or once it is over the limit."""
+
+    async def check():
+        async def behave(request, writer):
+            writer.write(start)
+            while more:
+                writer.write(more)
+                await writer.drain()
+                await asyncio.sleep(0)
+            await asyncio.sleep(60)
+
+        async with Upstream(behave) as upstream:
+            answer = await HTTPClient(upstream.url).request("GET", "/", [])
+            with pytest.raises(ProtocolError):
+                await asyncio.wait_for(answer.read_all(100_000), 5)
+            await answer.aclose()
+            await until(lambda: upstream.ended == 1)
+
+    run(check())
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["same-packet", "later"])
+def test_bytes_behind_an_answer_never_reach_the_next_request(later):
+    """F31, response splitting: they go away with their connection."""
+    poison = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nPOISON"
+
+    async def check():
+        async def behave(request, writer):
+            writer.write(OK if later else OK + poison)
+            if later:
+                await arrived.wait()
+                writer.write(poison)
+                await writer.drain()
+                poisoned.set()
+
+        async with Upstream(behave) as upstream:
+            client = HTTPClient(upstream.url)
+            for number in range(1, 21):
+                arrived, poisoned = asyncio.Event(), asyncio.Event()
+                assert await get(client) == (200, b"ok")
+                assert upstream.connections == number
+                if later:
+                    arrived.set()
+                    await poisoned.wait()
+                    await until(lambda: all(c.buffer for c in client._idle))
+            client.close()
+            await until(lambda: upstream.ended == 20)
+
+    run(check())
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(status):
+    """F33: the key would go where a server sends it."""
+
+    async def check():
+        async with Upstream(OK) as elsewhere:
+            head = f"HTTP/1.1 {status} X\r\nLocation: {elsewhere.url}\r\n"
+            answer = (head + "Content-Length: 2\r\n\r\nno").encode()
+            async with Upstream(answer) as upstream:
+                client = HTTPClient(upstream.url)
+                assert await get(client) == (status, b"no")
+            assert elsewhere.connections == 0
+
+    run(check())
+
+
+def test_a_line_break_in_a_request_is_refused_before_anything_opens():
+    async def check():
+        async with Upstream(OK) as upstream:
+            client = HTTPClient(upstream.url)
+            for target, field in [("/\r\nX: y", "z"), ("/", "z\r\nX: y")]:
+                with pytest.raises(ProtocolError):
+                    await client.request("GET", target, [("A", field)])
+            assert upstream.connections == 0
+
+    run(check())
+
+
+def test_idle_connections_are_closed_after_a_time():
+    async def check():
+        async with Upstream(OK) as upstream:
+            limits = Limits(idle_upstream_timeout=0.1)
+            client = HTTPClient(upstream.url, limits=limits)
+            await get(client)
+            await asyncio.sleep(0.05)
+            await asyncio.gather(get(client), get(client))  # a second, younger one
+            assert upstream.connections == 2 and upstream.ended == 0
+            await until(lambda: upstream.ended == 2)
+            assert await get(client) == (200, b"ok")  # and it opens again
+            client.close()
+
+    run(check())
+
+
+def test_only_so_many_idle_connections_are_kept():
+    async def check():
+        async def behave(request, writer):
+            await until(lambda: len(upstream.requests) == 3)
+            writer.write(OK)
+
+        async with Upstream(behave) as upstream:
+            limits = Limits(idle_upstream_connections=2)
+            client = HTTPClient(upstream.url, limits=limits)
+            await asyncio.gather(*(get(client) for _ in range(3)))
+            await until(lambda: upstream.ended == 1)
+            client.close()
+            await until(lambda: upstream.ended == 3)
+
+    run(check())
+
+
+def test_an_idle_connection_that_the_upstream_closes_is_forgotten():
+    async def check():
+        async with Upstream(OK) as upstream:
+            client = HTTPClient(upstream.url)
+            await get(client)
+            for task in upstream.tasks:
+                task.cancel()
+            await until(lambda: not client._idle)
+            assert await get(client) == (200, b"ok")
+            assert len(upstream.requests) == 2  # no replay was needed
+
+    run(check())
+
+
+def test_a_cancelled_request_closes_its_connection():
+    async def check():
+        async with Upstream(behaves(b"", idle)) as upstream:
+            work = asyncio.ensure_future(get(HTTPClient(upstream.url)))
+            await until(lambda: upstream.requests)
+            work.cancel()
+            await until(lambda: upstream.ended == 1, 1)
+
+    run(check())
+
+
+# --- Deadlines
+
+
+def idles(data):
+    """An upstream that sends data, and then nothing more."""
+    return behaves(data, idle)
+
+
+@pytest.mark.parametrize(
+    "data, limits, options",
+    [
+        (b"", {"first_byte_timeout": 0.1}, {}),
+        (b"", {}, {"first_byte_timeout": 0.1}),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", {"first_byte_timeout": 0.1}, {}),
+        (OK[:-1], {"silence_timeout": 0.1}, {}),
+        (STREAM_HEAD + chunked(b"one"), {"silence_timeout": 0.1}, {}),
+    ],
+    ids=["hang", "hang-option", "hang-headers", "hang-body", "hang-stream"],
+)
+def test_a_silent_upstream_is_given_up(data, limits, options):
+    """F21, F22, L34, L35."""
+
+    async def check():
+        async with Upstream(idles(data)) as upstream:
+            client = HTTPClient(upstream.url, limits=Limits(**limits))
+            answer = None
+            with pytest.raises(asyncio.TimeoutError):
+                answer = await client.request("GET", "/", [], **options)
+                while await answer.read():
+                    pass
+            if answer is not None:
+                await answer.aclose()
+            await until(lambda: upstream.ended == 1)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "data, limits, deadline",
+    [
+        (b"HTTP/1.1 200 OK\r\n", {"first_byte_timeout": 0.15}, 60),
+        (b"HTTP/1.1 200 OK\r\n", {}, 0.15),
+        (OK, {}, 0.15),
+    ],
+    ids=["head", "head-deadline", "content-deadline"],
+)
+def test_a_trickle_does_not_extend_a_deadline(data, limits, deadline):
+    async def check():
+        async def behave(request, writer):
+            if data is OK:
+                writer.write(STREAM_HEAD)
+                for _ in range(150):
+                    writer.write(chunked(b"x"))
+                    await asyncio.sleep(0.02)
+            else:
+                await connection_trickle(writer, data + b"X: y\r\n" * 30)
+
+        async with Upstream(behave) as upstream:
+            client = HTTPClient(upstream.url, limits=Limits(**limits))
+            began = time.monotonic()
+            end = asyncio.get_running_loop().time() + deadline
+            with pytest.raises(asyncio.TimeoutError):
+                answer = await client.request("GET", "/", [], deadline=end)
+                while await answer.read():
+                    pass
+            assert 0.1 < time.monotonic() - began < 2
+
+    run(check())
+
+
+def test_a_slow_stream_goes_on_as_long_as_it_is_not_silent():
+    async def check():
+        async def behave(request, writer):
+            writer.write(STREAM_HEAD)
+            for _ in range(12):
+                await asyncio.sleep(0.05)
+                writer.write(chunked(b"x"))
+            writer.write(b"0\r\n\r\n")
+
+        async with Upstream(behave) as upstream:
+            limits = Limits(silence_timeout=0.5, first_byte_timeout=0.5)
+            client = HTTPClient(upstream.url, limits=limits)
+            assert await get(client) == (200, b"x" * 12)
+            client.close()
+            await until(lambda: upstream.ended == 1)
+
+    run(check())
+
+
+def test_the_last_chunk_is_waited_for_only_a_moment():
+    async def check():
+        async def behave(request, writer):
+            writer.write(STREAM_HEAD + chunked(b"one"))
+            if len(upstream.requests) == 1:
+                await asyncio.sleep(0.02)
+                writer.write(b"0\r\n\r\n")
+            await asyncio.sleep(0 if len(upstream.requests) == 1 else 60)
+
+        async with Upstream(behave) as upstream:
+            client = HTTPClient(upstream.url)
+            for connections in (1, 1):
+                answer = await client.request("GET", "/", [])
+                assert await answer.read() == b"one"
+                await asyncio.wait_for(answer.finish(), 5)
+                await answer.aclose()
+                assert upstream.connections == connections
+            await until(lambda: upstream.ended == 1)
+
+    run(check())
+
+
+# --- Connecting
+
+
+@contextlib.contextmanager
+def black_hole(host="127.0.0.1", port=0):
+    """A port where connections are neither accepted nor refused: its queue is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind((host, port))
+        listener.listen(0)
+        address = listener.getsockname()
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        yield address[1]
+
+
+def refusing_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_a_refused_connection_is_told_at_once():
+    """F19."""
+
+    async def check():
+        began = time.monotonic()
+        with pytest.raises(ConnectionRefusedError):
+            await get(HTTPClient(f"http://127.0.0.1:{refusing_port()}"))
+        assert time.monotonic() - began < 1
+
+    run(check())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse")
+def test_a_black_hole_is_given_up_after_connect_timeout():
+    """F20, L33."""
+
+    async def check():
+        with black_hole() as port:
+            client = HTTPClient(
+                f"http://127.0.0.1:{port}", limits=Limits(connect_timeout=0.2)
+            )
+            began = time.monotonic()
+            with pytest.raises(asyncio.TimeoutError):
+                await get(client)
+            assert 0.15 < time.monotonic() - began < 2
+
+    run(check())
+
+
+def test_the_next_address_is_tried_when_the_first_is_dead():
+    """F68: refused, and unanswered for its share of the time."""
+
+    async def check():
+        async with Upstream(OK) as upstream, contextlib.AsyncExitStack() as stack:
+            dead = ["127.0.0.2"]
+            if sys.platform == "linux":
+                stack.enter_context(black_hole("127.0.0.3", upstream.port))
+                dead.append("127.0.0.3")
+            asked = []
+
+            def resolve(host, port):
+                asked.append((host, port))
+                return [*dead, "127.0.0.1"]
+
+            client = HTTPClient(
+                f"http://name.example:{upstream.port}",
+                limits=Limits(connect_timeout=0.9),
+                resolve=resolve,
+            )
+            assert await get(client) == (200, b"ok")
+            assert asked == [("name.example", upstream.port)]
+            assert upstream.requests[0].headers["host"] == (
+                f"name.example:{upstream.port}"
+            )
+
+    run(check())
+
+
+def not_found(host, port):
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+@pytest.mark.parametrize(
+    "resolve, words",
+    [
+        (not_found, "name.example could not be resolved: .*not known"),
+        (lambda host, port: [], "name.example has no address"),
+    ],
+)
+def test_a_name_without_an_address_is_told(resolve, words):
+    """F68."""
+
+    async def check():
+        client = HTTPClient("http://name.example", resolve=resolve)
+        for _ in range(2):
+            with pytest.raises(OSError, match=words):
+                await get(client)
+
+    run(check())
+
+
+def test_a_hanging_resolver_is_asked_once_and_given_up():
+    """F68, L45: everyone waits for the same answer, and it may still come."""
+
+    async def check():
+        answered = threading.Event()
+        asked = []
+
+        def resolve(host, port):
+            asked.append(host)
+            answered.wait(20)
+            return ["127.0.0.1"]
+
+        async with Upstream(OK) as upstream:
+            client = HTTPClient(
+                f"http://name.example:{upstream.port}",
+                limits=Limits(connect_timeout=0.1),
+                resolve=resolve,
+            )
+            results = await asyncio.gather(
+                *(get(client) for _ in range(3)), return_exceptions=True
+            )
+            assert {type(r) for r in results} == {asyncio.TimeoutError}
+            assert len(asked) == 1
+            answered.set()
+            await until(lambda: client._lookup.done())
+            assert await get(client) == (200, b"ok")
+
+    run(check())
+
+
+def test_a_hanging_resolver_does_not_keep_the_process_alive():
+    """Section 1.2: a thread of the default executor would be joined at exit."""
+    program = (
+        "import asyncio, threading, chatgpt_apiserver as a\n"
+        "async def main():\n"
+        "    client = a.HTTPClient('http://name.example',\n"
+        "        limits=a.Limits(connect_timeout=0.1),\n"
+        "        resolve=lambda host, port: threading.Event().wait())\n"
+        "    try:\n"
+        "        await client.request('GET', '/', [])\n"
+        "    except asyncio.TimeoutError:\n"
+        "        print('given up')\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=MODULE.parent,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "given up\n", "")
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "x", "http://", "http:///v1", ""])
+def test_an_url_that_leads_nowhere_is_refused(url):
+    with pytest.raises(ValueError, match="is not an http or https URL"):
+        HTTPClient(url)
+
+
+@pytest.mark.parametrize(
+    "url, authority, path",
+    [
+        ("http://host", "host", ""),
+        ("http://host:80/v1/", "host", "/v1"),
+        ("https://host:443/a/b", "host", "/a/b"),
+        ("https://host:80", "host:80", ""),
+        ("ws://host:8080/k/x", "host:8080", "/k/x"),
+        ("wss://host", "host", ""),
+        ("http://[::1]:8080", "[::1]:8080", ""),
+    ],
+)
+def test_an_address_is_read_off_an_url(url, authority, path):
+    address = apiserver.Address.of(url)
+    assert (address.authority, address.path) == (authority, path)
+    assert address.scheme in ("http", "https")
+
+
+# --- TLS
+
+
+@pytest.mark.parametrize(
+    "certificate, options, works",
+    [
+        (TEST_CERT, {"ca_file": True}, True),
+        (TEST_CERT, {}, False),  # the system does not know this authority
+        (TEST_CERT_EXPIRED, {"ca_file": True}, False),
+        (TEST_CERT_WRONG_NAME, {"ca_file": True}, False),
+        (TEST_CERT, {"verify": False}, True),
+        (TEST_CERT_EXPIRED, {"verify": False}, True),
+        (TEST_CERT_WRONG_NAME, {"verify": False}, True),
+    ],
+    ids=["ca", "unknown-ca", "expired", "wrong-name", "any", "any-2", "any-3"],
+)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_certificates_are_checked(tmp_path, certificate, options, works, host):
+    """F67: an unverified connection is never used."""
+
+    async def check():
+        context = tls_server_context(tmp_path, certificate)
+        if options.get("ca_file"):
+            options["ca_file"] = str(tmp_path / "ca.pem")
+        async with Upstream(OK, tls=context) as upstream:
+            client = HTTPClient(
+                f"https://{host}:{upstream.port}",
+                resolve=lambda host, port: ["127.0.0.1"],
+                **options,
+            )
+            if works:
+                assert await get(client) == await get(client) == (200, b"ok")
+                assert upstream.connections == 1
+            else:
+                with pytest.raises(ssl.SSLCertVerificationError):
+                    await get(client)
+            assert len(upstream.requests) == 2 * works
+            client.close()
+
+    run(check())
+
+
+def test_tls_streams_are_relayed_and_cut_ones_seen(tmp_path):
+    async def check():
+        data = STREAM_HEAD + chunked(b"x" * 300_000)
+        tls = tls_server_context(tmp_path)
+        async with Upstream(behaves(data, connection_cut), tls=tls) as upstream:
+            client = HTTPClient(upstream.url, ca_file=str(tmp_path / "ca.pem"))
+            with pytest.raises((ProtocolError, OSError)):
+                await get(client)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "behave", [None, b"HTTP/1.1 400 No TLS\r\n\r\n"], ids=["hang", "plain"]
+)
+def test_a_handshake_that_hangs_or_is_none_fails(behave):
+    async def check():
+        async def serve(reader, writer):
+            await reader.read(1)
+            if behave is not None:
+                writer.write(behave)
+            await asyncio.sleep(60)
+
+        async with connection_streams(serve) as port:
+            limits = Limits(tls_timeout=0.2)
+            client = HTTPClient(f"https://127.0.0.1:{port}", limits=limits)
+            began = time.monotonic()
+            with pytest.raises(OSError):
+                await get(client)
+            assert time.monotonic() - began < 3
+
+    run(check())
+
+
+def test_plain_bytes_before_the_handshake_are_not_taken_for_encrypted_ones():
+    """Somebody on the way could answer in the upstream's place."""
+
+    async def check():
+        client = HTTPClient("https://127.0.0.1")
+        async with connection_pair() as (connection, _, writer):
+            writer.write(OK)
+            await until(lambda: connection.buffer)
+            with pytest.raises(ConnectionResetError, match="before the TLS handshake"):
+                await client._start_tls(connection)
+
+    run(check())
+
+
+def test_a_ca_file_that_is_missing_is_an_error(tmp_path):
+    async def check():
+        async with Upstream(OK, tls=tls_server_context(tmp_path)) as upstream:
+            client = HTTPClient(upstream.url, ca_file=str(tmp_path / "none.pem"))
+            with pytest.raises(OSError):
+                await get(client)
+
+    run(check())
+
+
+# --- Proxies
+
+
+class Proxy:
+    """A proxy that answers CONNECT, and joins both sides after a 200.
+
+    answer  bytes; None to say nothing;  heads collects what it was sent
+    """
+
+    def __init__(self, answer=b"HTTP/1.1 200 OK\r\n\r\n", end=None):
+        self.answer, self.end = answer, end
+        self.heads = []
+
+    async def serve(self, reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        self.heads.append(head)
+        if self.answer is not None:
+            writer.write(self.answer)
+        if self.end is not None:
+            self.end(writer)
+        if self.answer is None or b" 200 " not in self.answer or self.end:
+            await asyncio.sleep(60)
+        host, _, port = head.split()[1].rpartition(":")
+        there = await asyncio.open_connection(host, int(port))
+        try:
+            await asyncio.gather(
+                self.relay(reader, there[1]), self.relay(there[0], writer)
+            )
+        finally:
+            there[1].transport.abort()
+
+    async def relay(self, reader, writer):
+        while True:
+            data = await reader.read(65536)
+            if not data:
+                writer.close()
+                return
+            writer.write(data)
+
+    def serving(self):
+        return connection_streams(self.serve)
+
+
+def test_https_goes_through_the_proxys_tunnel(tmp_path):
+    async def check():
+        proxy = Proxy()
+        tls = tls_server_context(tmp_path)
+        async with Upstream(OK, tls=tls) as upstream, proxy.serving() as port:
+            client = HTTPClient(
+                upstream.url,
+                proxy=f"http://us%40er:p%3Aw@127.0.0.1:{port}",
+                ca_file=str(tmp_path / "ca.pem"),
+            )
+            assert await get(client) == await get(client) == (200, b"ok")
+            client.close()
+            (head,) = proxy.heads
+            authority = f"127.0.0.1:{upstream.port}"
+            assert head.startswith(f"CONNECT {authority} HTTP/1.1\r\n")
+            assert f"Host: {authority}\r\n" in head
+            credentials = base64.b64encode(b"us@er:p:w").decode()
+            assert f"Proxy-Authorization: Basic {credentials}\r\n" in head
+            assert upstream.requests[0].line == "GET /v1/x HTTP/1.1"
+            assert "proxy-authorization" not in upstream.requests[0].headers
+
+    run(check())
+
+
+def test_http_goes_to_the_proxy_in_absolute_form():
+    async def check():
+        async with Upstream(OK) as proxy:
+            client = HTTPClient(
+                "http://name.example:8000/v1",
+                proxy=f"http://user:word@127.0.0.1:{proxy.port}",
+            )
+            assert await get(client, "/x?y") == await get(client) == (200, b"ok")
+            request = proxy.requests[0]
+            assert request.line == "GET http://name.example:8000/v1/x?y HTTP/1.1"
+            assert request.headers["host"] == "name.example:8000"
+            credentials = base64.b64encode(b"user:word").decode()
+            assert request.headers["proxy-authorization"] == f"Basic {credentials}"
+            assert proxy.connections == 1
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "answer, end",
+    [
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", None),
+        (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", None),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\n\r\n", None),
+        (b"garbage\r\n\r\n", None),
+        (b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", None),  # spoke too early
+        (b"HTTP/1.1 200 OK\r\n\r\n", connection_close),  # in the TLS handshake
+        (b"HTTP/1.1 200 OK\r\n\r\n", connection_cut),
+        (None, None),  # hangs
+        (None, connection_close),
+        (None, connection_cut),
+        (b"HTTP/1.1 200", connection_close),
+    ],
+)
+def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
+    """F67."""
+
+    async def check():
+        proxy = Proxy(answer, end)
+        tls = tls_server_context(tmp_path)
+        async with Upstream(OK, tls=tls) as upstream, proxy.serving() as port:
+            client = HTTPClient(
+                upstream.url,
+                proxy=f"http://127.0.0.1:{port}",
+                ca_file=str(tmp_path / "ca.pem"),
+                limits=Limits(connect_timeout=0.3, tls_timeout=0.3),
+            )
+            with pytest.raises((OSError, asyncio.TimeoutError, ProtocolError)) as why:
+                await get(client)
+            if answer and b" 407 " in answer:
+                assert "the proxy refused the tunnel: status 407" in str(why.value)
+            assert len(proxy.heads) == 1 and upstream.connections == 0
+
+    run(check())
+
+
+def test_a_proxy_that_is_not_there_is_never_left_out():
+    async def check():
+        async with Upstream(OK) as upstream:
+            proxy = f"http://127.0.0.1:{refusing_port()}"
+            for url in (upstream.url, upstream.url.replace("http:", "https:")):
+                with pytest.raises(ConnectionRefusedError):
+                    await get(HTTPClient(url, proxy=proxy))
+            assert upstream.connections == 0
+
+    run(check())
+
+
+@pytest.mark.parametrize("certificate", [TEST_CERT_EXPIRED, TEST_CERT_WRONG_NAME])
+def test_certificates_are_checked_behind_a_proxy_too(tmp_path, certificate):
+    async def check():
+        tls = tls_server_context(tmp_path, certificate)
+        async with Upstream(OK, tls=tls) as upstream, Proxy().serving() as port:
+            client = HTTPClient(
+                upstream.url,
+                proxy=f"http://127.0.0.1:{port}",
+                ca_file=str(tmp_path / "ca.pem"),
+            )
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await get(client)
+            assert upstream.requests == []
+
+    run(check())
+
+
+# --- WebSocket
+
+
+@contextlib.asynccontextmanager
+async def websocket_pair(side=Side.SERVER, max_size=None, **limits):
+    """A WebSocket on one end, and on the other a peer that speaks in frames."""
+    async with connection_pair(**limits) as (connection, reader, writer):
+        websocket = WebSocket(connection, side, max_size=max_size)
+        yield websocket, FramePeer(side, reader, writer)
+
+
+class FramePeer:
+    """The other end of a websocket: frames out, events in."""
+
+    def __init__(self, side, reader, writer):
+        self.side = Side.CLIENT if side is Side.SERVER else Side.SERVER
+        self.reader, self.writer = reader, writer
+        self.protocol = WebSocketProtocol(self.side, max_size=1 << 30)
+        self.events = []
+
+    def frame(self, opcode, payload=b""):
+        return apiserver.encode_frame(opcode, payload, self.side)
+
+    def send(self, opcode, payload=b""):
+        self.writer.write(self.frame(opcode, payload))
+
+    async def event(self):
+        """What comes next: an event, or None at the end of the connection."""
+        while not self.events:
+            data = await asyncio.wait_for(self.reader.read(65536), 5)
+            if not data:
+                return None
+            self.events += self.protocol.receive(data)
+            assert self.protocol.error is None
+        return self.events.pop(0)
+
+
+PING, PONG, CLOSE = Opcode.PING, Opcode.PONG, Opcode.CLOSE
+TEXT, CONTINUATION = Opcode.TEXT, Opcode.CONTINUATION
+BOTH_ROLES = pytest.mark.parametrize("side", Side)
+
+
+async def websocket_echo(connection, websockets=None):
+    """Serve a connection: accept a websocket, send every message back."""
+    request = await connection.read(apiserver.parse_request_head)
+    websocket = WebSocket.accept(connection, request)
+    if websockets is not None:
+        websockets.append(websocket)
+    async for message in websocket:
+        await websocket.send(message)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_websocket_carries_messages_both_ways(tmp_path, tls):
+    async def check():
+        context = tls_server_context(tmp_path) if tls else None
+        accepted = []
+
+        async def serve(connection):
+            await websocket_echo(connection, accepted)
+
+        async with connection_server(serve, context) as port:
+            websocket = await WebSocket.connect(
+                f"ws{'s' if tls else ''}://127.0.0.1:{port}/path",
+                ca_file=str(tmp_path / "ca.pem") if tls else None,
+            )
+            for message in [
+                "Hello",
+                "",
+                b"",
+                b"\x00\xff",
+                "é" * 40_000,
+                b"x" * 300_000,
+            ]:
+                await websocket.send(message)
+                assert await websocket.receive() == message
+            await websocket.aclose(4001, "enough")
+            assert websocket.connection.closing
+            assert (accepted[0].close_code, accepted[0].close_reason) == (
+                4001,
+                "enough",
+            )
+            assert websocket.close_code == 4001
+            with pytest.raises(ConnectionError):
+                await websocket.send("late")
+
+    run(check())
+
+
+def test_the_server_can_close_a_websocket_too():
+    async def check():
+        async def serve(connection):
+            request = await connection.read(apiserver.parse_request_head)
+            websocket = WebSocket.accept(connection, request)
+            await websocket.send("last")
+            await websocket.aclose(1001, "going away")
+            assert websocket.close_code == 1001
+            assert connection.closing
+            closed.set()
+
+        closed = asyncio.Event()
+        async with connection_server(serve) as port:
+            websocket = await WebSocket.connect(f"ws://127.0.0.1:{port}")
+            assert [message async for message in websocket] == ["last"]
+            assert (websocket.close_code, websocket.close_reason) == (
+                1001,
+                "going away",
+            )
+            await websocket.aclose()
+            await asyncio.wait_for(closed.wait(), 5)
+            await until(lambda: websocket.connection.lost)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "url, target",
+    [
+        ("ws://127.0.0.1:{}", "/"),
+        ("ws://127.0.0.1:{}/", "/"),
+        ("http://127.0.0.1:{}/k/token/client/register", "/k/token/client/register"),
+        ("ws://127.0.0.1:{}/a/?b=c&d=/e", "/a/?b=c&d=/e"),
+        ("ws://127.0.0.1:{}?x", "/?x"),
+    ],
+)
+def test_a_websocket_handshake_goes_where_the_url_says(url, target):
+    async def check():
+        requests = []
+
+        async def serve(connection):
+            request = await connection.read(apiserver.parse_request_head)
+            requests.append(request)
+            WebSocket.accept(connection, request)
+
+        async with connection_server(serve) as port:
+            fields = [("Authorization", "Bearer key")]
+            websocket = await WebSocket.connect(url.format(port), fields=fields)
+            websocket.connection.abort()
+            (request,) = requests
+            assert request.target == target
+            assert request.headers["host"] == f"127.0.0.1:{port}"
+            assert request.headers["authorization"] == "Bearer key"
+
+    run(check())
+
+
+ACCEPTED = (
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\n"
+    b"Connection: keep-alive, upgrade\r\nSec-WebSocket-Accept: %b\r\n\r\n"
+)
+
+
+@contextlib.asynccontextmanager
+async def handshake_server(answer, end=None):
+    """A server that answers a handshake with answer; %b is replaced by its key's."""
+
+    async def serve(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        key = re.search("Sec-WebSocket-Key: (.*)\r\n", head)[1]
+        writer.write(answer.replace(b"%b", apiserver.accept_key(key).encode()))
+        if end is not None:
+            end(writer)
+        await reader.read()
+
+    async with connection_streams(serve) as port:
+        yield f"ws://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(
+    "answer, status",
+    [
+        (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", 401),
+        (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", 403),
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", 503),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200),
+        (b"HTTP/1.1 302 Found\r\nLocation: ws://elsewhere\r\n\r\n", 302),
+        (ACCEPTED.replace(b"%b", b"dGhlIHNhbXBsZSBub25jZQ=="), 502),
+        (ACCEPTED.replace(b"Sec-WebSocket-Accept: %b\r\n", b""), 502),
+        (ACCEPTED.replace(b"Upgrade: WebSocket\r\n", b""), 502),
+        (ACCEPTED.replace(b"Connection: keep-alive, upgrade\r\n", b""), 502),
+        (ACCEPTED[:-2] + b"Sec-WebSocket-Extensions: x\r\n\r\n", 502),
+        (ACCEPTED[:-2] + b"Sec-WebSocket-Protocol: x\r\n\r\n", 502),
+        (b"garbage\r\n\r\n", 502),
+    ],
+)
+def test_a_refused_handshake_tells_its_status(answer, status):
+    async def check():
+        async with handshake_server(answer) as url:
+            with pytest.raises(ProtocolError) as caught:
+                await WebSocket.connect(url)
+            assert caught.value.status == status
+            if status != 502:
+                assert f"the websocket was refused: {status} " in str(caught.value)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "answer, end, error",
+    [
+        (b"", connection_close, ConnectionResetError),
+        (b"HTTP/1.1 101 Sw", connection_cut, ConnectionResetError),
+        (b"", None, asyncio.TimeoutError),
+        (b"HTTP/1.1 101 Sw", None, asyncio.TimeoutError),
+    ],
+)
+def test_a_handshake_without_an_answer_is_given_up(answer, end, error):
+    async def check():
+        async with handshake_server(answer, end) as url:
+            with pytest.raises(error):
+                await WebSocket.connect(url, limits=Limits(head_timeout=0.1))
+
+    run(check())
+
+
+def test_a_websocket_to_nobody_is_refused():
+    async def check():
+        with pytest.raises(ConnectionRefusedError):
+            await WebSocket.connect(f"ws://127.0.0.1:{refusing_port()}")
+        with pytest.raises(ProtocolError):
+            await WebSocket.connect("ws://127.0.0.1/", fields=[("A", "b\r\nC: d")])
+
+    run(check())
+
+
+def test_a_websocket_needs_a_certificate_that_holds(tmp_path):
+    async def check():
+        context = tls_server_context(tmp_path)
+        async with connection_server(websocket_echo, context) as port:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await WebSocket.connect(f"wss://127.0.0.1:{port}")
+            websocket = await WebSocket.connect(f"wss://127.0.0.1:{port}", verify=False)
+            await websocket.aclose()
+
+    # The handler whose TLS handshake failed was never started.
+    run(check())
+
+
+def test_frames_behind_the_servers_handshake_are_read():
+    """F75, as client: in the same packet."""
+    frames = apiserver.encode_frame(TEXT, b"one", Side.SERVER)
+
+    async def check():
+        async with handshake_server(ACCEPTED + frames) as url:
+            websocket = await WebSocket.connect(url)
+            assert await websocket.receive() == "one"
+            websocket.connection.abort()
+
+    run(check())
+
+
+def test_frames_behind_the_clients_handshake_are_read():
+    """F75, as server: in the same packet."""
+
+    async def check():
+        async with connection_server(websocket_echo) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            peer = FramePeer(Side.SERVER, reader, writer)
+            writer.write(
+                b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n"
+                b"Connection: upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+                + peer.frame(TEXT, b"one")
+                + peer.frame(TEXT, b"two")
+            )
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head
+            assert await peer.event() == apiserver.Message("one")
+            assert await peer.event() == apiserver.Message("two")
+            writer.transport.abort()
+
+    run(check())
+
+
+def test_an_end_behind_the_handshake_leaves_nothing_open():
+    """It came while the connection still was one that may stay half open."""
+
+    async def check():
+        async with connection_pair() as (connection, _, writer):
+            writer.write_eof()
+            await until(lambda: connection.eof)
+            websocket = WebSocket(connection, Side.CLIENT)
+            assert await websocket.receive() is None
+            assert websocket.close_code == 1006
+            await until(lambda: connection.lost)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "change, status",
+    [
+        ((b"GET", b"POST"), 400),
+        ((b"HTTP/1.1", b"HTTP/1.0"), 400),
+        ((b"Upgrade: websocket", b"Upgrade: h2c"), 400),
+        ((b"Connection: upgrade", b"Connection: close"), 400),
+        ((b"Host: a", b"Host: a\r\nContent-Length: 1"), 400),
+        ((b"Host: a", b"Host: a\r\nTransfer-Encoding: chunked"), 400),
+        ((b"-Version: 13", b"-Version: 8"), 426),
+        ((b"Sec-WebSocket-Version: 13\r\n", b""), 426),
+        ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZQ="), 400),
+        ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZR=="), 400),  # bits left over
+        ((b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b""), 400),
+    ],
+)
+def test_a_request_that_is_no_handshake_is_refused(change, status):
+    head = (
+        b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n"
+        b"Connection: upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+
+    async def check():
+        async with connection_pair() as (connection, _, writer):
+            assert change[0] in head
+            writer.write(head.replace(*change))
+            with pytest.raises(ProtocolError) as caught:
+                request = await connection.read(apiserver.parse_request_head)
+                WebSocket.accept(connection, request)
+            assert caught.value.status == status
+            assert connection.bytes_sent == 0
+
+    run(check())
+
+
+# --- WebSocket: pings and dead peers
+
+
+@BOTH_ROLES
+def test_pings_are_answered(side):
+    async def check():
+        async with websocket_pair(side) as (websocket, peer):
+            receiving = asyncio.ensure_future(websocket.receive())
+            peer.send(PING, b"one")
+            peer.send(PONG, b"nobody asked")
+            peer.send(PING, b"")
+            assert await peer.event() == apiserver.Pong(b"one")
+            assert await peer.event() == apiserver.Pong(b"")
+            peer.send(TEXT, b"text")
+            assert await receiving == "text"
+
+    run(check())
+
+
+@BOTH_ROLES
+@pytest.mark.parametrize("sign", [PONG, TEXT, PING])
+def test_a_silence_is_ended_by_a_ping_and_any_byte_answers_it(side, sign):
+    """L29, scaled."""
+
+    async def check():
+        limits = {"ping_interval": 0.03, "pong_timeout": 5}
+        async with websocket_pair(side, **limits) as (websocket, peer):
+            serving = asyncio.ensure_future(until_closed(websocket))
+            for _ in range(4):
+                event = await peer.event()
+                while isinstance(event, apiserver.Pong):
+                    event = await peer.event()
+                assert event == apiserver.Ping(b"")
+                peer.send(sign)
+            assert not serving.done()
+            serving.cancel()
+
+    run(check())
+
+
+async def until_closed(websocket):
+    """All messages, up to the end."""
+    return [message async for message in websocket]
+
+
+@BOTH_ROLES
+def test_a_peer_that_answers_no_ping_is_cut(side):
+    """L29, scaled: a ping, a last silence, 1011."""
+
+    async def check():
+        limits = {"ping_interval": 0.05, "pong_timeout": 0.1}
+        async with websocket_pair(side, **limits) as (websocket, peer):
+            began = time.monotonic()
+            assert await until_closed(websocket) == []
+            assert 0.12 < time.monotonic() - began < 3
+            assert websocket.close_code == 1011
+            await until(lambda: websocket.connection.lost)
+            with contextlib.suppress(ConnectionResetError):
+                assert await peer.event() == apiserver.Ping(b"")
+
+    run(check())
+
+
+def test_a_patient_websocket_goes_on_pinging():
+    async def check():
+        limits = {"ping_interval": 0.02, "pong_timeout": 0.02}
+        async with websocket_pair(**limits) as (websocket, peer):
+            websocket.patient = True
+            serving = asyncio.ensure_future(until_closed(websocket))
+            for _ in range(5):
+                assert await peer.event() == apiserver.Ping(b"")
+            assert not serving.done()
+            websocket.patient = False
+            assert await serving == [] and websocket.close_code == 1011
+
+    run(check())
+
+
+def test_a_heartbeat_of_ones_own_replaces_the_ping():
+    async def check():
+        async with websocket_pair(ping_interval=0.02) as (websocket, peer):
+            websocket.heartbeat = lambda: websocket.write("ping")
+            serving = asyncio.ensure_future(until_closed(websocket))
+            assert await peer.event() == apiserver.Message("ping")
+            serving.cancel()
+
+    run(check())
+
+
+# --- WebSocket: floods and breaches
+
+
+@BOTH_ROLES
+@pytest.mark.parametrize("opcode", [PING, PONG])
+def test_a_flood_of_control_frames_is_ended(side, opcode):
+    """L27: so many at once, then 1008; what comes behind is not served."""
+
+    async def check():
+        limits = {"control_frame_burst": 5, "control_frame_rate": 0}
+        async with websocket_pair(side, **limits) as (websocket, peer):
+            serving = asyncio.ensure_future(until_closed(websocket))
+            for _ in range(5):
+                peer.send(opcode)
+            peer.send(TEXT, b"fine")
+            if opcode is PING:
+                for _ in range(5):
+                    assert await peer.event() == apiserver.Pong(b"")
+            flood = [peer.frame(opcode), peer.frame(TEXT, b"not served")]
+            close = (1000).to_bytes(2, "big")
+            peer.writer.write(b"".join([*flood, peer.frame(CLOSE, close)]))
+            assert (await peer.event()).code == 1008
+            peer.writer.close()
+            assert await serving == ["fine"]
+            assert websocket.close_code == 1008
+
+    run(check())
+
+
+def test_control_frames_are_allowed_again_with_time():
+    async def check():
+        limits = {"control_frame_burst": 2, "control_frame_rate": 50}
+        async with websocket_pair(**limits) as (websocket, peer):
+            serving = asyncio.ensure_future(until_closed(websocket))
+            for _ in range(10):
+                peer.send(PING, b"x")
+                assert await peer.event() == apiserver.Pong(b"x")
+                await asyncio.sleep(0.04)
+            assert not serving.done()
+            serving.cancel()
+
+    run(check())
+
+
+def test_a_peer_that_does_not_read_gets_one_pong_later():
+    """And the late one is not counted a second time."""
+
+    async def check():
+        limits = {"control_frame_burst": 4, "control_frame_rate": 0}
+        async with websocket_pair(**limits) as (websocket, peer):
+            serving = asyncio.ensure_future(until_closed(websocket))
+            big = asyncio.ensure_future(websocket.send(bytes(16 * 1024 * 1024)))
+            await asyncio.sleep(0)
+            assert not websocket.connection.writable
+            for number in (b"1", b"2", b"3"):
+                peer.send(PING, number)
+            peer.send(TEXT, b"pinged")
+            await until(lambda: websocket._late_pong == b"3")
+            assert isinstance(await peer.event(), apiserver.Message)
+            await big
+            assert await peer.event() == apiserver.Pong(b"3")  # at once
+            peer.send(PING, b"4")
+            assert await peer.event() == apiserver.Pong(b"4")
+            assert not serving.done()
+            peer.send(PING, b"5")
+            assert (await peer.event()).code == 1008
+            peer.writer.close()
+            assert await serving == ["pinged"]
+
+    run(check())
+
+
+def raw_frame(side, first, payload=b"", length=None):
+    """A frame that encode_frame would not make, as side's peer would send it."""
+    length = len(payload) if length is None else length
+    mask = 0x80 if side is Side.SERVER else 0
+    if length < 126:
+        head = bytes([first, mask | length])
+    else:
+        head = bytes([first, mask | 127]) + length.to_bytes(8, "big")
+    return head + (bytes(4) if mask else b"") + payload  # a masking key of zeros
+
+
+@BOTH_ROLES
+@pytest.mark.parametrize(
+    "frames, code",
+    [
+        ([(0x91,)], 1002),  # a reserved bit
+        ([(0x83,)], 1002),  # an unknown opcode
+        ([(0x09, b"x")], 1002),  # a ping in fragments
+        ([(0x80, b"x")], 1002),  # continues nothing
+        ([(0x01, b"x"), (0x81, b"y")], 1002),  # a message within a message
+        ([(0x88, b"x")], 1002),  # half a close code
+        ([(0x88, b"\x03\xed")], 1002),  # 1005
+        ([(0x88, b"\x03\xe8\xff")], 1007),
+        ([(0x81, b"\xff")], 1007),
+        ([(0x01, b"\xff")], 1007),  # at once, not at the end of the message
+        ([(0x82, b"", 101)], 1009),  # by its announced length
+        ([(0x02, b"x" * 60), (0x80, b"", 41)], 1009),  # the sum of the fragments
+        ([(0x02, b""), *[(0x00, b"")] * 4], 1008),  # too many fragments
+    ],
+)
+def test_a_breach_is_answered_by_a_close_frame(side, frames, code):
+    """L25, L26, and what came before it is still served, in its order."""
+
+    async def check():
+        limits = {"message_fragments": 4}
+        async with websocket_pair(side, max_size=100, **limits) as (websocket, peer):
+
+            async def echo():
+                async for message in websocket:
+                    await websocket.send(message)
+
+            serving = asyncio.ensure_future(echo())
+            data = [peer.frame(TEXT, b"before"), peer.frame(PING, b"!")]
+            data += [raw_frame(side, *frame) for frame in frames]
+            peer.writer.write(b"".join([*data, peer.frame(TEXT, b"after")]))
+            assert await peer.event() == apiserver.Message("before")
+            assert await peer.event() == apiserver.Pong(b"!")
+            close = await peer.event()
+            assert close.code == code and close.reason
+            assert await peer.event() is None
+            peer.writer.close()
+            await serving
+            assert websocket.close_code == code
+            await until(lambda: websocket.connection.lost)
+
+    run(check())
+
+
+@pytest.mark.parametrize("side, masked", [(Side.SERVER, False), (Side.CLIENT, True)])
+def test_the_wrong_masking_is_refused(side, masked):
+    async def check():
+        async with websocket_pair(side) as (websocket, peer):
+            wrong = Side.CLIENT if masked else Side.SERVER
+            peer.writer.write(apiserver.encode_frame(TEXT, b"x", wrong))
+            serving = asyncio.ensure_future(until_closed(websocket))
+            assert (await peer.event()).code == 1002
+            peer.writer.close()
+            assert await serving == []
+
+    run(check())
+
+
+@pytest.mark.parametrize("size, works", [(99, True), (100, True), (101, False)])
+@BOTH_ROLES
+def test_a_message_has_a_largest_size(side, size, works):
+    async def check():
+        async with websocket_pair(side, message_size=100) as (websocket, peer):
+            peer.send(TEXT, b"x" * size)
+            serving = asyncio.ensure_future(websocket.receive())
+            if works:
+                assert await serving == "x" * size
+            else:
+                assert (await peer.event()).code == 1009
+                peer.writer.close()
+                assert await serving is None
+
+    run(check())
+
+
+@pytest.mark.parametrize("count, works", [(3, True), (4, True), (5, False)])
+def test_a_message_has_a_largest_number_of_fragments(count, works):
+    async def check():
+        async with websocket_pair(message_fragments=4) as (websocket, peer):
+            frames = [(0x01, b"a"), *[(0x00, b"b")] * (count - 2), (0x80, b"c")]
+            for frame in frames:
+                peer.writer.write(raw_frame(Side.SERVER, *frame))
+            serving = asyncio.ensure_future(websocket.receive())
+            if works:
+                assert await serving == "a" + "b" * (count - 2) + "c"
+            else:
+                assert (await peer.event()).code == 1008
+                peer.writer.close()
+                assert await serving is None
+
+    run(check())
+
+
+# --- WebSocket: the end
+
+
+@BOTH_ROLES
+@pytest.mark.parametrize(
+    "payload, code, reason, answer",
+    [
+        (b"", 1005, "", apiserver.Close(1005, "")),
+        (b"\x03\xe8", 1000, "", apiserver.Close(1000, "")),
+        (b"\x0f\xa0bye", 4000, "bye", apiserver.Close(4000, "")),
+    ],
+)
+def test_the_peers_close_is_answered(side, payload, code, reason, answer):
+    async def check():
+        async with websocket_pair(side, close_timeout=0.1) as (websocket, peer):
+            data = [peer.frame(TEXT, b"x"), peer.frame(CLOSE, payload)]
+            peer.writer.write(b"".join([*data, peer.frame(TEXT, b"not served")]))
+            assert await until_closed(websocket) == ["x"]
+            assert (websocket.close_code, websocket.close_reason) == (code, reason)
+            assert await peer.event() == answer
+            # The server closes TCP at once, the client leaves it time to.
+            assert await peer.event() is None
+            await until(lambda: websocket.connection.lost)
+
+    run(check())
+
+
+@BOTH_ROLES
+def test_a_close_that_is_not_answered_ends_in_an_abort(side):
+    """L30, scaled; messages that still come are dropped."""
+
+    async def check():
+        async with websocket_pair(side, close_timeout=0.1) as (websocket, peer):
+            began = time.monotonic()
+            closing = asyncio.ensure_future(websocket.aclose(1001, "going"))
+            assert await peer.event() == apiserver.Close(1001, "going")
+            peer.send(TEXT, b"still here")
+            await closing
+            assert 0.05 < time.monotonic() - began < 3
+            assert websocket.close_code == 1006
+            await until(lambda: websocket.connection.lost)
+
+    run(check())
+
+
+def test_a_server_that_closes_without_ending_is_left():
+    """The last receive()'s deadline is not the closing's."""
+
+    async def check():
+        limits = {"ping_interval": 0.05, "close_timeout": 0.2}
+        async with websocket_pair(Side.CLIENT, **limits) as (websocket, peer):
+            peer.send(CLOSE)
+            began = time.monotonic()
+            assert await websocket.receive() is None
+            await asyncio.wait_for(websocket.aclose(), 5)
+            assert time.monotonic() - began > 0.15  # all of close_timeout
+            await until(lambda: websocket.connection.lost)
+
+    run(check())
+
+
+@BOTH_ROLES
+def test_a_peer_that_vanishes_is_1006(side):
+    async def check():
+        for end in (connection_close, connection_cut):
+            async with websocket_pair(side) as (websocket, peer):
+                end(peer.writer)
+                assert await until_closed(websocket) == []
+                assert websocket.close_code == 1006
+                await until(lambda websocket=websocket: websocket.connection.lost)
+                websocket.ping()  # both come too late, and harm nobody
+                websocket.close()
+                with pytest.raises(ConnectionError):
+                    websocket.write("late")
+
+    run(check())
+
+
+def test_a_peer_that_does_not_read_is_dropped():
+    """L31; and whoever reads learns the reason."""
+
+    async def check():
+        async with websocket_pair(agent_write_size=8 * 1024 * 1024) as (websocket, _):
+            serving = asyncio.ensure_future(until_closed(websocket))
+            await asyncio.sleep(0)
+            with pytest.raises(ConnectionError):
+                for _ in range(64):
+                    assert websocket.connection.unsent <= 9 * 1024 * 1024
+                    websocket.write(bytes(1024 * 1024))
+            assert await serving == []
+            assert (websocket.close_code, websocket.close_reason) == (
+                1008,
+                "it does not read",
+            )
+
+    run(check())
+
+
+def test_a_slow_peer_holds_back_send_and_not_reading():
+    async def check():
+        async with websocket_pair() as (websocket, peer):
+            sending = asyncio.ensure_future(websocket.send(bytes(16 * 1024 * 1024)))
+            peer.send(TEXT, b"meanwhile")
+            assert await websocket.receive() == "meanwhile"
+            assert not sending.done()
+            assert len((await peer.event()).data) == 16 * 1024 * 1024
+            await sending
+
+    run(check())
+
+
+# -----------------------------------------------------------------------------
+# Users (users.json)
+# -----------------------------------------------------------------------------
+#
+# The file is the only thing that outlives a crash, so most of this is about
+# crashes: at a random moment (kill), at each call (faults), between any two calls
+# (power cuts, in a model of a file system that loses all it may lose).
+
+
+ONE_USER = b'{"users": [\n{"user_id": "u1", "token": "t1", "name": "Zo\xc3\xab"}\n]}\n'
+
+
+def write_users(path, *ids):
+    users = [{"user_id": name, "token": f"token-{name}"} for name in ids]
+    path.write_text(json.dumps({"users": users}))
+
+
+def tokens_in(path):
+    return {
+        user["user_id"]: user["token"]
+        for user in json.loads(path.read_bytes())["users"]
+    }
+
+
+def temporary_files(folder):
+    return list(pathlib.Path(folder).glob("*.tmp"))
+
+
+def opened(path, **options):
+    store = UserStore(str(path), **options)
+    store.load()
+    return store
+
+
+def run_store(path, scenario, **options):
+    """Run scenario(store) in a loop with a store on path, and return its result."""
+
+    async def main():
+        store = opened(path, **options)
+        try:
+            return await scenario(store)
+        finally:
+            await store.aclose()
+
+    return asyncio.run(main())
+
+
+def in_child(script, *arguments):
+    """A process that runs script with the module and a store class at hand."""
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(apiserver.__file__)}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from chatgpt_apiserver import *\n" + script]
+        + [str(argument) for argument in arguments],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+# --- Users
+
+
+def test_nothing_is_written_until_a_user_is_added(tmp_path):
+    async def scenario(store):
+        assert store.users == [] and store.find("") is None
+        await store.refresh()
+        with pytest.raises(APIError, match="User not found"):
+            await store.delete("nobody")
+        assert os.listdir(tmp_path) == []
+        await store.add()
+        assert sorted(os.listdir(tmp_path)) == ["users.json", "users.json.lock"]
+
+    UserStore(str(tmp_path / "no such folder" / "users.json"))
+    run_store(tmp_path / "users.json", scenario)
+
+
+def test_added_users_are_found_by_token_here_and_after_a_restart(tmp_path):
+    path = tmp_path / "users.json"
+
+    async def scenario(store):
+        plain = await store.add()
+        agent = await store.add(name="Jürgen 王", role="agent")
+        assert store.find(plain.token) is plain and store.find(agent.token) is agent
+        assert store.users == [plain, agent]
+        assert (agent.name, agent.role, plain.name, plain.role) == (
+            "Jürgen 王",
+            "agent",
+            "",
+            "user",
+        )
+        return plain, agent
+
+    plain, agent = run_store(path, scenario)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [user.user_id for user in opened(path).users] == [
+        plain.user_id,
+        agent.user_id,
+    ]
+    assert opened(path).find(agent.token).name == "Jürgen 王"
+    lines = path.read_text("utf-8").splitlines()
+    assert len(lines) == 4 and "Jürgen 王" in lines[2]  # one user a line, readable
+
+
+def test_a_deleted_token_is_refused(tmp_path):
+    path = tmp_path / "users.json"
+
+    async def scenario(store):
+        user = await store.add()
+        await store.delete(user.user_id)
+        assert store.find(user.token) is None and store.users == []
+        with pytest.raises(APIError) as refused:
+            await store.delete(user.user_id)
+        assert (refused.value.status, refused.value.message) == (404, "User not found")
+
+    run_store(path, scenario)
+    assert tokens_in(path) == {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"role": "admin"},
+        {"role": []},
+        {"name": 5},
+        {"name": "a\nb"},
+        {"name": "x" * 201},
+    ]
+    + [{"name": "\ud800"}],
+)
+def test_a_bad_name_or_role_is_refused(tmp_path, arguments):
+    with pytest.raises(APIError) as refused:
+        run_store(tmp_path / "users.json", lambda store: store.add(**arguments))
+    assert refused.value.status == 400 and refused.value.param in arguments
+    assert os.listdir(tmp_path) == []
+
+
+def test_repr_never_shows_a_token():
+    user = User({"user_id": "u", "token": "sesame", "note": "sesame"})
+    assert "sesame" not in repr(user) and "'u'" in repr(user)
+
+
+ODD = [
+    "",
+    "\x00",
+    "\ud800",
+    "\udcff\udc00",
+    "\xff\xe9",
+    "t1 ",
+    " t1",
+    "T1",
+    "t" * 100_000,
+    "😀",
+]
+
+
+@pytest.mark.parametrize("token", ODD, ids=lambda token: ascii(token[:9]))
+def test_any_string_may_be_looked_up(tmp_path, token):
+    path = tmp_path / "users.json"
+    path.write_bytes(ONE_USER)
+    store = opened(path)
+    assert store.find(token) is None and store.find("t1").user_id == "u1"
+    assert len({apiserver.token_digest(other) for other in ODD}) == len(ODD)
+
+
+def test_unknown_keys_are_kept_and_written_back(tmp_path):
+    path = tmp_path / "users.json"
+    user = {"token": "t", "note": {"a": [1, 2.5, None, "\ud800é"]}, "user_id": "u"}
+    document = {"version": 3, "users": [user], "comment": "mine"}
+    path.write_text(json.dumps(document, indent=4), "utf-8-sig")  # as by Notepad
+
+    async def scenario(store):
+        await store.delete((await store.add()).user_id)
+
+    run_store(path, scenario)
+    assert json.loads(path.read_bytes()) == document
+    assert list(json.loads(path.read_bytes())["users"][0]) == list(
+        user
+    )  # in their order
+
+
+# --- Reading
+
+
+def test_every_truncation_is_refused(tmp_path):
+    """F44."""
+    path = tmp_path / "users.json"
+    for length in range(len(ONE_USER) - 1):  # the last byte is only a line's end
+        path.write_bytes(ONE_USER[:length])
+        with pytest.raises(ConfigurationError) as refused:
+            opened(path)
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+        assert path.read_bytes() == ONE_USER[:length]
+    assert os.listdir(tmp_path) == ["users.json"]
+
+
+def test_every_flipped_bit_is_refused_or_a_whole_table(tmp_path):
+    """F44.  Which texts are right nobody can know; nothing else may come out."""
+    path = tmp_path / "users.json"
+    for position in range(len(ONE_USER)):
+        for bit in range(8):
+            damaged = bytearray(ONE_USER)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            try:
+                (user,) = opened(path).users
+                assert user.user_id and user.token
+            except ConfigurationError as error:
+                assert "t1" not in str(error)
+            assert path.read_bytes() == damaged
+
+
+def user_json(**fields):
+    return json.dumps({"user_id": "u", "token": "sesame", **fields})
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ("", "empty"),
+        ("\0" * 100, "line 1, column 1"),
+        ("\ufeff", "line 1, column 1"),
+        ("[]", 'expected {"users": [...]}'),
+        ("null", 'expected {"users": [...]}'),
+        ("{}", 'expected {"users": [...]}'),
+        ('{"users": {}}', 'expected {"users": [...]}'),
+        ('{"users": [\n\n  5]}', "users[0]: expected an object"),
+        ('{"users": [\n  {"user_id": "a",\n  token}]}', "line 3, column 3"),
+        ('{"users": [{"token": "sesame"}]}', "users[0].user_id"),
+        (
+            '{"users": [' + user_json() + "," + user_json(user_id=7) + "]}",
+            "users[1].user_id",
+        ),
+        ('{"users": [' + user_json(user_id="") + "]}", "users[0].user_id"),
+        ('{"users": [' + user_json(token=None) + "]}", "users[0].token"),
+        ('{"users": [' + user_json(token="") + "]}", "users[0].token"),
+        ('{"users": [' + user_json(token="ses ame") + "]}", "users[0].token"),
+        ('{"users": [' + user_json(token="é") + "]}", "users[0].token"),
+        ('{"users": [' + user_json(name=None) + "]}", "users[0].name"),
+        ('{"users": [' + user_json(role="admin") + "]}", "users[0].role"),
+        ('{"users": [' + user_json(role=[]) + "]}", "users[0].role"),
+        (
+            '{"users": [' + user_json() + "," + user_json(token="x") + "]}",
+            "users[1].user_id",
+        ),
+        (
+            '{"users": [' + user_json() + "," + user_json(user_id="v") + "]}",
+            "users[1].token",
+        ),
+        (
+            '{"users": [{"user_id": "u", "token": "a", "token": "b"}]}',
+            "'token' of user 'u'",
+        ),
+        ('{"users": [], "users": []}', "'users' only once"),
+        ('{"users": [' + user_json(note=float("nan")) + "]}", "instead of NaN"),
+        ('{"users": [], "note": -Infinity}', "instead of -Infinity"),
+        ('{"users": [], "note": 1e999}', "instead of 1e999"),
+        ('{"users": [], "note": ' + "[" * 200_000, "nesting"),
+        ('{"users": []} {}', "line 1, column 15"),
+        ("{'users': []}", "line 1, column 2"),
+    ],
+    ids=lambda value: ascii(value[:40]),
+)
+def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path, content, problem):
+    path = tmp_path / "users.json"
+    path.write_text(content, "utf-8")
+    with pytest.raises(ConfigurationError) as refused:
+        opened(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ") and problem in message
+    assert "\n" not in message and "sesame" not in message
+    assert path.read_text("utf-8") == content
+
+
+def test_bytes_that_are_not_utf_8_are_refused_with_their_place():
+    with pytest.raises(ConfigurationError, match="line 2, column 4: expected UTF-8"):
+        parse_users(b'{"users":\n []\xff}')
+
+
+def test_a_folder_a_pipe_and_a_missing_folder_are_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    for path, problem in [
+        (tmp_path, "expected a regular file"),
+        (tmp_path / "pipe", "expected a regular file"),
+        (tmp_path / "missing" / "users.json", "its folder does not exist"),
+        (tmp_path / "pipe" / "users.json", "Not a directory"),
+    ]:
+        with pytest.raises(ConfigurationError, match=problem):
+            opened(path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ConfigurationError, match="its folder cannot be written to"):
+        opened(tmp_path / "users.json")
+
+
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "users.json"
+    write_users(path, "a")
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(apiserver, "open", refuse, raising=False)
+    with pytest.raises(ConfigurationError, match="users.json: Permission denied"):
+        opened(path)
+
+
+def test_limits_of_a_file_that_is_read(tmp_path):
+    """L43, at the limit and one past it."""
+    path = tmp_path / "users.json"
+    write_users(path, "a", "b")
+    size = path.stat().st_size
+    assert len(opened(path, limits=Limits(users=2, users_file_size=size)).users) == 2
+    with pytest.raises(ConfigurationError, match="users: expected at most 1"):
+        opened(path, limits=Limits(users=1))
+    with pytest.raises(ConfigurationError, match=f"expected at most {size - 1} bytes"):
+        opened(path, limits=Limits(users_file_size=size - 1))
+
+
+# --- Writing
+
+
+def test_limits_of_added_users(tmp_path):
+    """L43, at the limit and one past it; what cannot be added spoils nothing."""
+    path = tmp_path / "users.json"
+
+    async def many(store):
+        adds = [store.add() for _ in range(5)]
+        return await asyncio.gather(*adds, return_exceptions=True)
+
+    results = run_store(path, many, limits=Limits(users=3))
+    assert [getattr(result, "status", 200) for result in results] == [200] * 3 + [
+        507
+    ] * 2
+    size = path.stat().st_size
+    path.unlink()
+    results = run_store(path, many, limits=Limits(users_file_size=size))
+    assert [getattr(result, "status", 200) for result in results] == [200] * 3 + [
+        507
+    ] * 2
+    assert path.stat().st_size == size
+    path.unlink()
+    results = run_store(path, many, limits=Limits(users_file_size=size - 1))
+    assert [getattr(result, "status", 200) for result in results] == [200] * 2 + [
+        507
+    ] * 3
+
+
+def test_the_size_that_is_kept_is_the_size_that_is_written():
+    table = parse_users(b'{"users": [{"user_id": "a", "token": "b"}], "x": "\xc3\xab"}')
+    table.add(User({"user_id": "c", "token": "d", "name": "é"}))
+    assert table.size == len(table.encode()) + len(",\n")  # the last has no comma
+    table.delete("a")
+    assert table.size == len(table.encode()) + len(",\n")
+
+
+def test_changes_that_wait_are_written_together(tmp_path, monkeypatch):
+    syncs = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: syncs.append(fd) or fsync(fd))
+
+    async def scenario(store):
+        users = await asyncio.gather(*[store.add() for _ in range(500)])
+        assert len({user.token for user in users}) == 500
+        assert all(store.find(user.token) for user in users)
+        deletes = [store.delete(user.user_id) for user in users[::2]]
+        gone = [store.delete(users[0].user_id), store.delete("nobody")]
+        results = await asyncio.gather(*deletes, *gone, return_exceptions=True)
+        assert [getattr(result, "status", 200) for result in results] == [200] * 250 + [
+            404
+        ] * 2
+
+    run_store(tmp_path / "users.json", scenario)
+    assert len(tokens_in(tmp_path / "users.json")) == 250
+    assert 4 <= len(syncs) <= 40  # two for each write; 1,500 if each had its own
+
+
+def test_a_cancelled_caller_harms_nobody_else(tmp_path, monkeypatch):
+    release = threading.Event()
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: release.wait(10) and fsync(fd))
+
+    async def scenario(store):
+        first = [asyncio.ensure_future(store.add(name=f"first {n}")) for n in range(3)]
+        deadline = time.monotonic() + 10
+        while not temporary_files(tmp_path) and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)  # until the write is under way
+        second = [
+            asyncio.ensure_future(store.add(name=f"second {n}")) for n in range(3)
+        ]
+        await asyncio.sleep(0)
+        first[1].cancel()
+        second[1].cancel()
+        release.set()
+        results = await asyncio.gather(*first, *second, return_exceptions=True)
+        cancelled = [isinstance(result, asyncio.CancelledError) for result in results]
+        assert cancelled == [False, True, False] * 2
+        names = {user.name for user in store.users}
+        assert {"first 0", "first 2", "second 0", "second 2"} <= names
+        assert "second 1" not in names  # it still waited: taken back
+        return names
+
+    names = run_store(tmp_path / "users.json", scenario)
+    assert {user.name for user in opened(tmp_path / "users.json").users} == names
+
+
+def test_a_bug_in_one_write_leaves_nobody_waiting(tmp_path, monkeypatch):
+    async def scenario(store):
+        with monkeypatch.context() as patch:
+            patch.setattr(UserTable, "encode", lambda self: 1 / 0)
+            results = await asyncio.gather(
+                store.add(), store.add(), return_exceptions=True
+            )
+        assert [type(result) for result in results] == [ZeroDivisionError] * 2
+        await store.add()
+
+    run_store(tmp_path / "users.json", scenario)
+
+
+def test_aclose_finishes_what_waits_and_ends_the_thread(tmp_path):
+    async def scenario(store):
+        adds = [asyncio.ensure_future(store.add()) for _ in range(20)]
+        await asyncio.sleep(0)
+        await store.aclose()
+        assert len([add for add in adds if store.find(add.result().token)]) == 20
+        assert not [t for t in threading.enumerate() if t.name.startswith("users")]
+        with pytest.raises(APIError) as refused:
+            await store.add()
+        assert refused.value.status == 503
+        await store.refresh()
+        await store.aclose()
+        assert not [t for t in threading.enumerate() if t.name.startswith("users")]
+
+    run_store(tmp_path / "users.json", scenario)
+
+
+def test_a_store_serves_one_loop_after_the_other(tmp_path):
+    store = UserStore(str(tmp_path / "users.json"))
+
+    async def session():
+        store.load()
+        await store.add()
+        await store.aclose()
+
+    asyncio.run(session())
+    asyncio.run(session())
+    assert len(store.users) == 2
+
+
+# --- Crashes and faults
+
+CHURN = """
+async def main():
+    store, dice = UserStore(sys.argv[1]), random.Random(sys.argv[2])
+    store.load()
+    say = lambda *words: os.write(1, (" ".join(words) + "\\n").encode())
+    mine = []
+    async def churn():
+        while True:
+            if mine and dice.random() < 0.4:
+                user = mine.pop(dice.randrange(len(mine)))
+                say("deleting", user.user_id, user.token)
+                await store.delete(user.user_id)
+                say("deleted", user.user_id, user.token)
+            else:
+                user = await store.add()
+                say("added", user.user_id, user.token)
+                mine.append(user)
+    await asyncio.gather(*[churn() for _ in range(4)])
+asyncio.run(main())
+"""
+
+
+def test_kill_at_any_moment_loses_nothing_that_was_answered(tmp_path):
+    """F41."""
+    path = tmp_path / "users.json"
+    dice = random.Random(41)
+    present, gone = {}, set()
+    for seed in range(8):
+        child = in_child(CHURN, path, seed)
+        output = b"".join(child.stdout.readline() for _ in range(dice.randrange(1, 60)))
+        time.sleep(dice.uniform(0, 0.005))  # the random moment, within a write
+        child.kill()
+        output += child.stdout.read()  # the whole: what communicate reads skips
+        child.communicate()  # what readline has buffered
+        for line in output.decode().splitlines():
+            what, user_id, token = line.split()
+            if what == "added":
+                present[user_id] = token
+            elif what == "deleting":
+                del present[user_id]  # from now on it may be there or not
+            else:
+                gone.add(token)
+        on_disk = tokens_in(path)
+        assert present.items() <= on_disk.items()
+        assert not gone & set(on_disk.values())
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        store = opened(path)
+        assert all(store.find(token) for token in present.values())
+        assert temporary_files(tmp_path) == []
+    assert present and gone
+
+
+class Recorder:
+    """Writes down what the store's thread asks the operating system for."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        self.names = {}  # of open descriptors
+        for name in ("open", "write", "fsync", "replace", "unlink"):
+            monkeypatch.setattr(os, name, self.recorded(getattr(os, name), name))
+
+    def recorded(self, function, name):
+        def call(*arguments, **options):
+            result = function(*arguments, **options)
+            if name == "open":
+                self.names[result] = os.path.basename(arguments[0])
+                arguments = (self.names[result], bool(arguments[1] & os.O_CREAT))
+            elif name == "replace":
+                arguments = tuple(os.path.basename(path) for path in arguments)
+            elif name == "write":
+                arguments = (self.names[arguments[0]], bytes(arguments[1][:result]))
+            elif name == "fsync":
+                arguments = (self.names[arguments[0]],)
+            self.calls.append((name, *arguments))
+            return result
+
+        return call
+
+
+def after_power_cut(calls, content, name):
+    """All contents that name may have if the power is cut after calls.
+
+    Data that was not synced is there wholly, in part or not at all; names that were
+    not synced are the old or the new ones.
+    """
+    data, synced = {"old": content}, {"old": content}
+    names, possible = {name: "old"}, {"old"}
+    for call, *arguments in calls:
+        if call == "open" and arguments[1]:
+            data[arguments[0]] = synced[arguments[0]] = b""
+            names[arguments[0]] = arguments[0]
+        elif call == "write":
+            data[arguments[0]] += arguments[1]
+        elif call == "fsync" and arguments[0] in data:
+            synced[arguments[0]] = data[arguments[0]]
+        elif call == "fsync":  # the folder
+            possible = {names[name]}
+        elif call == "replace":
+            names[arguments[1]] = names.pop(arguments[0])
+            possible.add(names[name])
+    for file in possible:
+        yield from (
+            {synced[file], data[file], data[file][: len(data[file]) // 2 + 1]}
+            if (synced[file] != data[file])
+            else {data[file]}
+        )
+
+
+def test_a_power_cut_between_any_two_calls_loses_nothing_that_was_answered(
+    tmp_path, monkeypatch
+):
+    """F42."""
+    path = tmp_path / "users.json"
+    write_users(path, "a", "b", "c")
+    before = path.read_bytes()
+    recorder = Recorder(monkeypatch)
+    answers = [(0, frozenset(tokens_in(path)))]
+
+    async def scenario(store):
+        for change in (store.add, lambda: store.delete("b"), store.add):
+            await change()
+            known = frozenset(user.user_id for user in store.users)
+            answers.append((len(recorder.calls), known))
+
+    run_store(path, scenario)
+    names = [call[0] for call in recorder.calls]
+    one_write = ["open", "open", "write", "fsync", "replace", "open", "fsync"]
+    assert names == one_write * 3  # lock, temporary file, ..., folder
+    for cut in range(len(recorder.calls) + 1):
+        answered = max(n for n, (calls, _) in enumerate(answers) if calls <= cut)
+        allowed = [known for _, known in answers[answered : answered + 2]]
+        for content in after_power_cut(recorder.calls[:cut], before, "users.json"):
+            assert frozenset(parse_users(content).users) in allowed
+
+
+class Fault:
+    """Makes the nth call of the store's thread to the operating system fail."""
+
+    CALLS = ("open", "write", "fsync", "replace", "close", "stat", "fstat", "utime")
+
+    def __init__(self, monkeypatch):
+        self.countdown = 0  # 0: nothing fails
+        self.hit = ""
+        for name in self.CALLS:
+            monkeypatch.setattr(os, name, self.failing(getattr(os, name), name))
+
+    def failing(self, function, name):
+        def call(*arguments, **options):
+            if threading.current_thread().name.startswith("users") and self.countdown:
+                self.countdown -= 1
+                if not self.countdown:
+                    self.hit = name
+                    if name == "close":
+                        function(*arguments)  # a file is closed even if it fails
+                    raise OSError(errno.EIO, "Fault")
+                if name == "write" and len(arguments[1]) > 1:  # short, if not failing
+                    arguments = (arguments[0], arguments[1][: len(arguments[1]) // 2])
+            return function(*arguments, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_whatever_call_fails_nothing_has_changed_and_the_next_works(
+    tmp_path, monkeypatch, there
+):
+    """F43."""
+    path = tmp_path / "users.json"
+    fault = Fault(monkeypatch)
+    hits = set()
+
+    async def scenario(store):
+        if there:
+            await store.add(name="first")
+        before = path.read_bytes() if there else None
+        for n in range(1, 100):
+            users, never_reached = store.users, 0
+            fault.hit, fault.countdown = "", n
+            try:
+                await store.add(name="second")
+            except APIError as error:
+                assert error.status == 500
+                assert re.search("Fault|folder does not exist", error.message)
+                assert error.message.endswith("; nothing was changed")
+                assert [u.line for u in store.users] == [u.line for u in users]
+                assert (path.read_bytes() if path.exists() else None) == before
+            else:
+                assert fault.hit in ("", "close")  # of the lock, when all was done
+                never_reached, fault.countdown = fault.countdown, 0
+                await store.delete(store.users[-1].user_id)
+                before = path.read_bytes()
+            hits.add(fault.hit)
+            assert temporary_files(tmp_path) == []
+            user = await store.add()
+            assert store.find(user.token) and user.user_id in tokens_in(path)
+            await store.delete(user.user_id)
+            if there:
+                before = path.read_bytes()
+            else:
+                path.unlink()
+                await store.refresh()
+                before = None
+            if never_reached:
+                return
+
+    run_store(path, scenario)
+    assert {"open", "write", "fsync", "replace", "close", "stat", "fstat"} <= hits
+
+
+def test_two_failures_in_a_row_are_not_called_no_change(tmp_path, monkeypatch):
+    """The folder cannot be synced, and the old file not be put back."""
+    path = tmp_path / "users.json"
+    lines = []
+
+    def fail(*_):
+        monkeypatch.setattr(os, "fsync", fail)
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def scenario(store):
+        await store.add()
+        with monkeypatch.context() as patch:
+            patch.setattr(apiserver, "sync_folder", fail)
+            with pytest.raises(APIError, match="may have changed or not"):
+                await store.add()
+            assert len(store.users) == 1
+        await store.refresh()
+        assert len(store.users) == 2 and "1 added" in lines[-1]
+
+    run_store(path, scenario, report=lines.append)
+
+
+FULL = """
+import resource
+async def main():
+    store = UserStore(sys.argv[1])
+    store.load()
+    size = os.path.getsize(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
+    try:
+        await store.add()
+    except APIError as error:
+        print(error.status, error.message)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    await store.add()
+    print(len(store.users))
+asyncio.run(main())
+"""
+
+
+def test_a_full_disk_is_reported_and_survived(tmp_path):
+    """F43."""
+    path = tmp_path / "users.json"
+    write_users(path, "a")
+    output = in_child(FULL, path).communicate()[0].decode().splitlines()
+    assert output == [
+        "500 users.json could not be written: File too large; nothing was changed",
+        "2",
+    ]
+    assert len(tokens_in(path)) == 2 and temporary_files(tmp_path) == []
+
+
+def test_stale_temporary_files_are_removed_at_the_start_and_no_others(tmp_path):
+    """F48."""
+    path = tmp_path / "users.json"
+    write_users(path, "a")
+    stale = [f"users.json.{pid}.0123456789abcdef.tmp" for pid in (1, 4194304)]
+    others = ["users.json.tmp", "other.json.1.0123456789abcdef.tmp", "users.json.bak"]
+    for name in stale + others:
+        (tmp_path / name).write_text("{")
+    assert len(opened(path).users) == 1
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [*others, "users.json", "users.json.lock"]
+    )
+
+
+def test_a_start_does_not_disturb_another_servers_write(tmp_path, monkeypatch):
+    """F48: the temporary file of a write under way is not stale."""
+    path = tmp_path / "users.json"
+    replace = os.replace
+    starts = []
+
+    def replace_while_another_starts(source, target):
+        thread = threading.Thread(target=lambda: starts.append(opened(path)))
+        thread.start()
+        thread.join(0.05)  # it waits for the lock
+        replace(source, target)
+        threads.append(thread)
+
+    threads = []
+    monkeypatch.setattr(os, "replace", replace_while_another_starts)
+    user = run_store(path, lambda store: store.add())
+    for thread in threads:
+        thread.join(10)
+    assert starts[0].find(user.token)
+
+
+# --- Changes by people and by other servers
+
+
+def test_a_good_edit_is_adopted_and_reported_once(tmp_path):
+    """F45."""
+    path = tmp_path / "users.json"
+    write_users(path, "a", "b")
+    lines = []
+
+    async def scenario(store):
+        await store.refresh()
+        write_users(path, "b", "c", "d")
+        for _ in range(3):
+            await store.refresh()
+        assert store.find("token-c") and not store.find("token-a")
+        os.utime(path)  # no change at all
+        await store.refresh()
+        path.write_text(path.read_text().replace("token-c", "other-c"))
+        await store.refresh()
+        assert store.find("other-c") and not store.find("token-c")
+
+    run_store(path, scenario, report=lines.append)
+    assert lines == [
+        "users.json changed: 3 users (2 added, 1 removed)",
+        "users.json changed: 3 users (0 added, 0 removed, 1 edited)",
+    ]
+
+
+def test_a_bad_edit_keeps_the_old_users_and_is_never_overwritten(tmp_path):
+    """F45."""
+    path = tmp_path / "users.json"
+    write_users(path, "a")
+    lines = []
+
+    async def scenario(store):
+        path.write_text('{"users": [\n  {"user_id": "a", "tok')
+        for _ in range(3):
+            await store.refresh()
+        assert store.find("token-a")
+        changes = store.add(), store.delete("a")
+        for refused in await asyncio.gather(*changes, return_exceptions=True):
+            assert refused.status == 500
+            assert re.search("line 2, column .*nothing was changed", refused.message)
+        assert path.read_text() == '{"users": [\n  {"user_id": "a", "tok'
+        assert len(lines) == 1 and "stay in force" in lines[0] and "\n" not in lines[0]
+        write_users(path, "a", "b")
+        await store.add()
+        assert sorted(tokens_in(path)) == sorted(user.user_id for user in store.users)
+        assert len(store.users) == 3 and lines[1:] == [
+            "users.json changed: 2 users (1 added, 0 removed)"
+        ]
+
+    run_store(path, scenario, report=lines.append)
+
+
+def test_a_removed_file_is_no_users_but_a_removed_folder_is_a_mistake(tmp_path):
+    """F45."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "users.json"
+    write_users(path, "a")
+    lines = []
+
+    async def scenario(store):
+        folder.rename(tmp_path / "elsewhere")
+        for _ in range(2):
+            await store.refresh()
+        assert store.find("token-a") and "its folder does not exist" in lines[0]
+        with pytest.raises(APIError, match="could not be written: No such file"):
+            await store.add()
+        (tmp_path / "elsewhere").rename(folder)
+        await store.refresh()
+        path.unlink()
+        for _ in range(2):
+            await store.refresh()
+        assert store.users == []
+        await store.add()
+        assert len(tokens_in(path)) == 1
+
+    run_store(path, scenario, report=lines.append)
+    assert lines[-1] == "users.json was removed: 0 users (0 added, 1 removed)"
+    assert len(lines) == 4
+
+
+def test_own_writes_are_not_reported_as_changes(tmp_path):
+    lines = []
+
+    async def scenario(store):
+        async def poll():
+            while True:
+                await store.refresh()
+
+        polling = asyncio.ensure_future(poll())
+        for _ in range(30):
+            await asyncio.gather(store.add(), store.add())
+        polling.cancel()
+
+    run_store(tmp_path / "users.json", scenario, report=lines.append)
+    assert lines == []
+
+
+def test_two_versions_never_look_the_same(tmp_path):
+    """Same size, same inode, and a clock that stands still: a change would be lost."""
+    path = tmp_path / "users.json"
+    newest = time.time_ns() + 3600 * 10**9  # or has been set back
+    for n in range(1, 10):
+        stamp = apiserver.replace_file(str(path), b"%d" % n, newest)
+        assert stamp == apiserver.stamp_of(path.stat())
+        assert stamp[0] > newest
+        newest = stamp[0]
+
+
+SHARE = """
+async def main():
+    store, dice = UserStore(sys.argv[1]), random.Random(sys.argv[2])
+    store.load()
+    async def poll():
+        while True:
+            await store.refresh()
+            await asyncio.sleep(store.limits.users_poll_interval)
+    polling = asyncio.ensure_future(poll())
+    print("ready", flush=True)
+    sys.stdin.readline()
+    mine, gone = [], []
+    async def churn():
+        for _ in range(50):
+            if mine and dice.random() < 0.4:
+                user = mine.pop()
+                await store.delete(user.user_id)
+                gone.append(user.token)
+            else:
+                mine.append(await store.add())
+    await asyncio.gather(*[churn() for _ in range(4)])
+    print(json.dumps([[user.token for user in mine], gone]), flush=True)
+    present, gone = json.loads(sys.stdin.readline())
+    deadline = time.monotonic() + 1
+    right = lambda: all(map(store.find, present)) and not any(map(store.find, gone))
+    while not right() and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    print(json.dumps([right(), len(store.users)]), flush=True)
+asyncio.run(main())
+"""
+
+
+def test_two_servers_on_one_file_lose_nothing(tmp_path):
+    """F46."""
+    path = tmp_path / "users.json"
+    children = [in_child(SHARE, path, seed) for seed in range(2)]
+
+    def say(line):
+        for child in children:
+            child.stdin.write(line.encode() + b"\n")
+            child.stdin.flush()
+
+    def hear():
+        assert all(select.select([c.stdout], [], [], 15)[0] for c in children)
+        return [child.stdout.readline() for child in children]
+
+    try:
+        assert hear() == [b"ready\n"] * 2
+        say("go")
+        results = [json.loads(line) for line in hear()]
+        present = [token for result in results for token in result[0]]
+        gone = [token for result in results for token in result[1]]
+        say(json.dumps([present, gone]))
+        assert [json.loads(line) for line in hear()] == [[True, len(present)]] * 2
+        assert set(tokens_in(path).values()) == set(present)
+        assert len(present) + 2 * len(gone) == 400
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
+def test_a_lock_that_is_never_given_back_is_an_error_and_not_a_hang(tmp_path):
+    lock = str(tmp_path / "users.json.lock")
+    with apiserver.file_lock(lock):
+        second = apiserver.file_lock(lock, timeout=0.02)
+        with pytest.raises(OSError, match="another process"), second:
+            pass
+    with apiserver.file_lock(lock):
+        pass
+
+
+# --- Where the file is
+
+
+def test_of_a_symlink_the_target_is_replaced_and_the_link_stays(tmp_path):
+    """F47."""
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    target, link = folder / "data.json", tmp_path / "users.json"
+    link.symlink_to(target)  # to nothing yet
+    run_store(link, lambda store: store.add())
+    user = run_store(link, lambda store: store.add())
+    assert link.is_symlink() and user.user_id in tokens_in(target)
+    assert (
+        os.listdir(tmp_path) == ["users.json", "volume"]
+        or len(os.listdir(tmp_path)) == 2
+    )
+    assert sorted(os.listdir(folder)) == ["data.json", "data.json.lock"]
+
+
+def test_a_file_that_is_mounted_by_itself_is_reported_with_the_cure(
+    tmp_path, monkeypatch
+):
+    """F47."""
+    path = tmp_path / "users.json"
+    write_users(path, "a")
+    lines = []
+
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(APIError, match="mount the folder, not the file") as refused:
+        run_store(path, lambda store: store.add(), report=lines.append)
+    assert refused.value.status == 500 and lines == [refused.value.message]
+    assert list(tokens_in(path)) == ["a"] and temporary_files(tmp_path) == []
+
+
+def test_a_temporary_name_that_was_laid_out_is_not_written_through(
+    tmp_path, monkeypatch
+):
+    path, victim = tmp_path / "users.json", tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr(apiserver.secrets, "token_hex", lambda size: "0" * 16)
+    (tmp_path / f"users.json.{os.getpid()}.{'0' * 16}.tmp").symlink_to(victim)
+    store = UserStore(str(path))  # not loaded: a start would have removed it
+    with pytest.raises(APIError, match="File exists"):
+        asyncio.run(store.add())
+    assert victim.read_text() == "precious"
+
+
+# --- Size
+
+
+def test_a_hundred_thousand_users(tmp_path):
+    """F49; measured on 2 cores: load 0.6 s, add 0.05 s, find 0.5 us."""
+    path = tmp_path / "users.json"
+    table = UserTable()
+    for n in range(99_950):
+        table.add(User({"user_id": f"id-{n:032}", "token": f"token-{n:030}"}))
+    path.write_bytes(table.encode())
+
+    async def scenario(store):
+        times = []
+        for _ in range(30):
+            start = time.perf_counter()
+            await store.add()
+            times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for _ in range(10_000):
+            store.find("no such token")
+        return sorted(times)[-2], (time.perf_counter() - start) / 10_000
+
+    start = time.perf_counter()
+    opened(path)
+    assert time.perf_counter() - start < 3
+    add, find = run_store(path, scenario)
+    assert add < 0.75 and find < 50e-6
+
+
+# -----------------------------------------------------------------------------
+# Controllers and pool
+# -----------------------------------------------------------------------------
+
+
+class PoolLog(apiserver.Log):
+    """A log whose lines a test can read."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def write(self, line):
+        self.lines.append(line)
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+
+def pool_function(text, **options):
+    """A controller named text that answers text to everything."""
+
+    async def answer(request):
+        return text
+
+    return FunctionController(answer, name=text, **options)
+
+
+class PoolGate:
+    """A function whose calls wait until they are let through, and are recorded."""
+
+    def __init__(self, **options):
+        self.asked, self.most, self._open = [], 0, 0
+        self.controller = FunctionController(self.answer, name="gate", **options)
+
+    async def answer(self, request):
+        self.asked.append(request["messages"][-1]["content"])
+        self.most = max(self.most, self.controller.in_flight)
+        number = len(self.asked)
+        while self._open < number:
+            await asyncio.sleep(0.002)
+        return "through"
+
+    def let(self, count=1000):
+        """Let so many more calls through."""
+        self._open += count
+
+
+def chat_body(content="Hello", model="m", **more):
+    return {"model": model, "messages": [{"role": "user", "content": content}], **more}
+
+
+async def chat(server, content="Hello", key=KEY, **more):
+    """One chat request on a connection of its own, and its answer."""
+    body = chat_body(content, **more)
+    return await ask(server.port, "POST", "/v1/chat/completions", body, key)
+
+
+def chat_text(reply):
+    assert reply.status == 200, reply.content
+    return reply.json()["choices"][0]["message"]["content"]
+
+
+def chats(upstream):
+    """The requests of an upstream, without the server's own for its models."""
+    return [r for r in upstream.requests if r.line.startswith("POST")]
+
+
+def chat_error(reply):
+    """The error object of an answer, checked for its four fields."""
+    error = reply.json()["error"]
+    assert {"message", "type", "param", "code"} <= set(error)
+    assert "UPSTREAMSECRET" not in str(reply.headers) + reply.content.decode()
+    return error
+
+
+async def add_user(server):
+    reply = await ask(server.port, "POST", "/admin/users/add", {"admin_key": KEY})
+    return reply.json()["token"]
+
+
+async def controller_line(server, name):
+    """A controller as GET /admin/controllers shows it."""
+    reply = await ask(server.port, "GET", "/admin/controllers")
+    return next(c for c in reply.json()["controllers"] if c["name"] == name)
+
+
+# --- Choosing
+
+
+def test_weights_5_1_1_give_a_a_b_a_c_a_a(tmp_path):
+    async def check():
+        weights = {"a": 5, "b": 1, "c": 1}
+        controllers = [pool_function(n, weight=w) for n, w in weights.items()]
+        async with serving(tmp_path, *controllers) as server:
+            texts = [chat_text(await chat(server)) for _ in range(14)]
+            assert "".join(texts) == "aabacaa" * 2
+
+    run(check())
+
+
+def test_weight_0_counts_as_1_and_a_name_is_taken_once():
+    pool = Pool()
+    pool.add(pool_function("a", weight=0))
+    assert pool.find("a").weight == 1
+    with pytest.raises(ValueError):
+        pool.add(pool_function("a"))
+    with pytest.raises(ValueError):
+        pool_function("b", weight=-1)
+    with pytest.raises(ValueError):
+        Pool("fastest")
+
+
+def test_random_follows_the_weights():
+    async def check():
+        pool = Pool("random")
+        a, b = pool_function("a", weight=9), pool_function("b", weight=1)
+        pool.add(a)
+        pool.add(b)
+        random.seed(7)
+        for _ in range(500):
+            pool_release(pool, await pool_acquire(pool))
+        taken = [await pool_acquire(pool) for _ in range(500)]
+        assert 15 < taken.count(b) < 110 and taken.count(a) + taken.count(b) == 500
+
+    run(check())
+
+
+def pool_request(user=""):
+    request = apiserver.parse_chat_request(json.dumps(CHAT).encode())
+    request.user = user
+    request.deadline = asyncio.get_running_loop().time() + 60
+    return request
+
+
+def pool_release(pool, controller):
+    pool.release(controller, pool_request())
+
+
+async def pool_acquire(pool, user=""):
+    return await pool.acquire(pool_request(user), [])
+
+
+def test_least_busy_counts_requests_in_flight_per_weight():
+    async def check():
+        pool = Pool("least_busy")
+        a, b = pool_function("a", weight=2), pool_function("b", weight=1)
+        pool.add(a)
+        pool.add(b)
+        for _ in range(6):
+            await pool_acquire(pool)
+        assert (a.in_flight, b.in_flight) == (4, 2)
+        pool_release(pool, b)
+        pool_release(pool, b)
+        assert await pool_acquire(pool) is b
+
+    run(check())
+
+
+def test_models_and_aliases_decide_who_is_asked(tmp_path):
+    async def check():
+        behave = http_reply(completion("from upstream", model="real-1"))
+        async with Upstream(behave) as upstream:
+            alias = upstream.controller(models={"alias": "real"})
+            listed = pool_function("listed", models=["x", "y"])
+            async with serving(tmp_path, alias, listed) as server:
+                assert chat_text(await chat(server, model="y")) == "listed"
+                reply = await chat(server, model="alias", temperature=0)
+                assert reply.json()["model"] == "real-1"
+                sent = upstream.requests[-1].json()
+                assert sent["model"] == "real" and sent["temperature"] == 0
+                reply = await chat(server, model="real")
+                assert reply.status == 404
+                assert chat_error(reply)["code"] == "model_not_found"
+                reply = await ask(server.port, "GET", "/v1/models")
+                names = {model["id"] for model in reply.json()["data"]}
+                assert {"alias", "x", "y", "mock/echo"} <= names
+
+    run(check())
+
+
+# --- Waiting
+
+
+def test_max_concurrency_is_kept_and_everybody_served(tmp_path):
+    async def check():
+        gate = PoolGate(max_concurrency=2)
+        async with serving(tmp_path, gate.controller) as server:
+            asking = [asyncio.ensure_future(chat(server)) for _ in range(6)]
+            await until(
+                lambda: len(gate.asked) == 2 and server.service.pool.waiting == 4
+            )
+            assert (await controller_line(server, "gate"))["state"] == "busy"
+            gate.let()
+            replies = await asyncio.gather(*asking)
+            assert all(chat_text(reply) == "through" for reply in replies)
+            assert gate.most == 2 and gate.controller.in_flight == 0
+
+    run(check())
+
+
+def test_the_queue_takes_its_limit_and_not_one_more(tmp_path):
+    async def check():
+        gate = PoolGate(max_concurrency=1)
+        limits = Limits(queue_size_per_controller=3, queue_size_min=3)
+        async with serving(tmp_path, gate.controller, limits=limits) as server:
+            asking = [asyncio.ensure_future(chat(server)) for _ in range(4)]
+            await until(lambda: server.service.pool.waiting == 3)
+            reply = await chat(server)
+            assert reply.status == 503 and reply.headers["retry-after"] == "1"
+            assert chat_error(reply)["code"] == "queue_full"
+            gate.let()
+            assert {r.status for r in await asyncio.gather(*asking)} == {200}
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "controllers, limits, room",
+    [
+        (1, {}, 64),
+        (3, {}, 192),
+        (20, {}, 1024),
+        (2, {"queue_size_per_controller": 1, "queue_size_min": 5}, 5),
+        (4, {"queue_size_per_controller": 2, "queue_size_min": 0}, 8),
+        (9, {"queue_size_per_controller": 2, "queue_size_max": 7}, 7),
+    ],
+)
+def test_queue_sizes(controllers, limits, room):
+    """L22: so many per controller that could serve, between a floor and a ceiling."""
+
+    async def check():
+        pool = Pool(limits=Limits(**{"queue_size_min": 0, **limits} if limits else {}))
+        for number in range(controllers):
+            pool.add(pool_function(f"f{number}", max_concurrency=1))
+            await pool_acquire(pool)
+        pool.add(pool_function("other", models=["other"]))
+        tasks = [asyncio.ensure_future(pool_acquire(pool)) for _ in range(room)]
+        await asyncio.sleep(0)
+        assert pool.waiting == room
+        with pytest.raises(APIError) as caught:
+            await pool_acquire(pool)
+        assert caught.value.code == "queue_full" and pool.waiting == room
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert pool.waiting == 0
+
+    run(check())
+
+
+def test_who_waits_too_long_is_told_to_come_again(tmp_path):
+    async def check():
+        gate = PoolGate(max_concurrency=1)
+        limits = Limits(queue_timeout=0.05)
+        async with serving(tmp_path, gate.controller, limits=limits) as server:
+            first = asyncio.ensure_future(chat(server))
+            await until(lambda: gate.asked)
+            reply = await chat(server)
+            assert reply.status == 503 and reply.headers["retry-after"] == "1"
+            assert chat_error(reply)["code"] == "queue_timeout"
+            gate.let()
+            assert chat_text(await first) == "through"
+            assert chat_text(await chat(server)) == "through"
+
+    run(check())
+
+
+def test_one_user_who_floods_does_not_keep_another_waiting(tmp_path):
+    """F73: the other's request waits at most one service time."""
+
+    async def check():
+        gate = PoolGate(max_concurrency=1)
+        limits = Limits(queue_size_per_controller=8, queue_size_min=8)
+        async with serving(tmp_path, gate.controller, limits=limits) as server:
+            flooder, other = await add_user(server), await add_user(server)
+            pool = server.service.pool
+            flood = []
+            for number in range(9):  # one is served, eight wait: the queue is full
+                flood.append(asyncio.ensure_future(chat(server, f"f{number}", flooder)))
+                await until(lambda n=number: len(gate.asked) + pool.waiting == n + 1)
+            asking = asyncio.ensure_future(chat(server, "other", other))
+            refused = await flood.pop()  # the newest of who has most
+            assert refused.status == 503 and chat_error(refused)["code"] == "queue_full"
+            gate.let(3)
+            assert chat_text(await asking) == "through"
+            assert gate.asked.index("other") <= 2
+            gate.let()
+            assert {r.status for r in await asyncio.gather(*flood)} == {200}
+            flooded = [text for text in gate.asked if text != "other"]
+            assert flooded == [f"f{number}" for number in range(8)]
+
+    run(check())
+
+
+def test_a_client_that_leaves_the_queue_costs_no_slot(tmp_path):
+    """F72."""
+
+    async def check():
+        gate = PoolGate(max_concurrency=1)
+        async with serving(tmp_path, gate.controller) as server:
+            first = asyncio.ensure_future(chat(server, "first"))
+            await until(lambda: gate.asked)
+            async with Client(server.port) as client:
+                body = chat_body("leaver")
+                client.send(request_bytes("POST", "/v1/chat/completions", body))
+                await until(lambda: server.service.pool.waiting == 1)
+            await until(lambda: server.service.pool.waiting == 0)
+            gate.let()
+            assert chat_text(await first) == "through"
+            assert chat_text(await chat(server, "next")) == "through"
+            assert gate.asked == ["first", "next"] and gate.controller.in_flight == 0
+
+    run(check())
+
+
+def test_a_slot_given_to_who_leaves_that_moment_is_not_lost():
+    async def check():
+        pool = Pool()
+        pool.add(pool_function("a", max_concurrency=1))
+        a = await pool_acquire(pool)
+        leaver = asyncio.ensure_future(pool_acquire(pool))
+        patient = asyncio.ensure_future(pool_acquire(pool))
+        await until(lambda: pool.waiting == 2)
+        pool_release(pool, a)  # to leaver, who has not run yet
+        leaver.cancel()
+        assert await asyncio.wait_for(patient, 2) is a and a.in_flight == 1
+        assert leaver.cancelled() and pool.waiting == 0
+        late = asyncio.ensure_future(pool_acquire(pool))
+        await until(lambda: pool.waiting == 1)
+        late.cancel()
+        pool_release(pool, a)  # he has left, but is still in the queue
+        assert a.in_flight == 0
+        await asyncio.wait([late])
+        assert late.cancelled() and await pool_acquire(pool) is a
+
+    run(check())
+
+
+# --- Failing over
+
+
+async def upstream_hangs(request, writer):
+    await asyncio.sleep(60)
+
+
+async def upstream_stops_in_head(request, writer):
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-")
+    await asyncio.sleep(60)
+
+
+async def upstream_drops(request, writer):
+    raise ConnectionResetError
+
+
+async def upstream_resets(request, writer):
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raise ConnectionResetError
+
+
+async def upstream_cuts_body(request, writer):
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+    writer.write(b'Content-Length: 500\r\n\r\n{"id": "chatcmpl-1", "choices": [')
+    await asyncio.sleep(0.01)
+    raise ConnectionResetError
+
+
+async def upstream_cuts_chunk(request, writer):
+    writer.write(STREAM_HEAD.replace(b"text/event-stream", b"application/json"))
+    writer.write(b'500\r\n{"id": "chatcmpl-1", "choices": [')
+    await asyncio.sleep(0.01)
+    raise ConnectionResetError
+
+
+async def upstream_hangs_in_body(request, writer):
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+    writer.write(b'Content-Length: 500\r\n\r\n{"id": "chatcmpl-1"')
+    await asyncio.sleep(60)
+
+
+def error_reply(status, message="went wrong UPSTREAMSECRET", headers=(), **fields):
+    error = {"message": message, "type": "t", "param": None, "code": None, **fields}
+    return http_reply({"error": error}, status, headers=headers)
+
+
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+SSE_ERROR = STREAM_HEAD + chunked(b'data: {"error": {"message": "no GPU"}}\n\n')
+BAD_UPSTREAMS = {
+    "hang": (upstream_hangs, 504),
+    "hang-headers": (upstream_stops_in_head, 504),
+    "hang-body": (upstream_hangs_in_body, 504),
+    "drop": (upstream_drops, 500),
+    "reset": (upstream_resets, 500),
+    "drop-mid": (upstream_cuts_body, 500),
+    "drop-mid-chunk": (upstream_cuts_chunk, 500),
+    "garbage": (b"\x00\x01 no HTTP\r\n\r\n", 500),
+    "two-cl": (JSON_HEAD + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 500),
+    "cl-and-te": (
+        JSON_HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"2\r\n{}\r\n0\r\n\r\n",
+        500,
+    ),
+    "neg-cl": (JSON_HEAD + b"Content-Length: -2\r\n\r\n{}", 500),
+    "huge-cl": (JSON_HEAD + b"Content-Length: 99999999999\r\n\r\n{}", 500),
+    "bad-chunk": (JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}", 500),
+    "bad-status": (b"HTTP/1.1 abc OK\r\n\r\n", 500),
+    "bare-lf": (b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}\r\n\r\n", 500),
+    "gzip": (
+        http_reply(completion(), headers=[("Content-Encoding", "gzip")]),
+        500,
+    ),
+    "no-json": (http_reply(b"<html>UPSTREAMSECRET</html>"), 500),
+    "rate-limit": (error_reply(429), 500),
+    "overloaded": (error_reply(503), 500),
+    "server-error": (http_reply(b"not even JSON", 500), 500),
+    "quota": (error_reply(429, code="insufficient_quota"), 500),
+    "quota-400": (error_reply(400, code="billing_hard_limit_reached"), 500),
+    "unauthorized": (error_reply(401, "bad key UPSTREAMSECRET"), 500),
+    "forbidden": (error_reply(403, "key UPSTR***CRET is no good"), 500),
+    "error-in-200": (http_reply({"error": {"message": "no GPU"}}), 500),
+    "empty-stream": (STREAM_HEAD + b"0\r\n\r\n", 500),
+    "sse-error-first": (SSE_ERROR, 500),
+    "no-finish": (STREAM_HEAD + chunked(chunk("Hi")) + b"0\r\n\r\n", 500),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPSTREAMS)
+def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
+    """F21 to F27, F32 to F35, F40: unseen by the client while another can answer."""
+    behave, alone = BAD_UPSTREAMS[name]
+    limits = Limits(first_byte_timeout=0.15, silence_timeout=0.15)
+    log = PoolLog()
+
+    async def check():
+        async with Upstream(behave) as bad, Upstream(http_reply(completion())) as good:
+            first = bad.controller(name="first", weight=100, limits=limits)
+            second = good.controller(name="second", limits=limits)
+            async with serving(
+                tmp_path, first, second, limits=limits, log=log
+            ) as server:
+                reply = await chat(server)
+                assert chat_text(reply) == "Hi there"
+                assert len(chats(bad)) == len(chats(good)) == 1
+                assert (first.failures, second.failures) == (1, 0)
+                assert first.in_flight == second.in_flight == 0
+            first.health.reset()
+            async with serving(tmp_path, first, limits=limits, log=log) as server:
+                first.health.reset()
+                reply = await chat(server)
+                assert reply.status == alone, reply.content
+                assert chat_error(reply)["message"]
+                line = await controller_line(server, "first")
+                assert "UPSTREAMSECRET" not in str(line) and "CRET is" not in str(line)
+        assert "UPSTREAMSECRET" not in log.text and " second x2 " in log.text
+
+    run(check())
+
+
+@pytest.mark.parametrize("name", ["hang", "drop", "rate-limit", "sse-error-first"])
+def test_a_stream_too_is_taken_over_before_its_first_event(tmp_path, name):
+    limits = Limits(first_byte_timeout=0.15)
+
+    async def check():
+        async with Upstream(BAD_UPSTREAMS[name][0]) as bad:
+            first = bad.controller(weight=100, limits=limits)
+            second = pool_function("good")
+            async with serving(tmp_path, first, second, limits=limits) as server:
+                reply = await chat(server, stream=True)
+                events = [json.loads(e) for e in reply.events()[:-1]]
+                text = [e["choices"][0]["delta"].get("content") for e in events]
+                assert "good" in text and reply.events()[-1] == "[DONE]"
+                assert len(chats(bad)) == 1
+
+    run(check())
+
+
+def test_three_controllers_are_asked_each_once_and_no_more(tmp_path):
+    async def check():
+        async with contextlib.AsyncExitStack() as stack:
+            bad = [
+                await stack.enter_async_context(Upstream(error_reply(500, f"no {n}")))
+                for n in range(5)
+            ]
+            controllers = [upstream.controller() for upstream in bad]
+            async with serving(tmp_path, *controllers) as server:
+                reply = await chat(server)
+                assert reply.status == 500
+                error = chat_error(reply)
+                assert error["upstream_status"] == 500 and "no 2" in error["message"]
+                assert [len(chats(upstream)) for upstream in bad] == [1, 1, 1, 0, 0]
+
+    run(check())
+
+
+def test_refused_connections_fail_over_at_once_and_cool(tmp_path):
+    """F19."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+
+    async def check():
+        dead = OpenAIController(
+            "k", name="dead", base_url=f"http://127.0.0.1:{port}/v1", weight=100
+        )
+        async with serving(tmp_path, dead, pool_function("good")) as server:
+            began = time.monotonic()
+            assert chat_text(await chat(server)) == "good"
+            assert time.monotonic() - began < 1
+            line = await controller_line(server, "dead")
+            assert line["state"] == "cooling" and line["failures"] == 1
+            assert line["until"].endswith("Z") and line["reason"]
+            left = dead.closed_for(asyncio.get_running_loop().time())
+            assert 3 < left <= 5
+            for _ in range(3):
+                assert chat_text(await chat(server)) == "good"
+            assert dead.requests == 1
+
+    run(check())
+
+
+def test_a_kept_connection_that_was_closed_is_no_failure(tmp_path):
+    """F23: one replay on a fresh connection."""
+
+    async def check():
+        async def behave(request, writer):
+            if len(chats(upstream)) != 2:
+                writer.write(http_reply(completion()))
+            else:  # asked on the kept connection: gone without a byte
+                raise ConnectionResetError
+
+        async with Upstream(behave) as upstream:
+            controller = upstream.controller(models=["m"])
+            async with serving(tmp_path, controller) as server:
+                assert chat_text(await chat(server)) == "Hi there"
+                assert chat_text(await chat(server)) == "Hi there"
+                assert len(chats(upstream)) == 3 and upstream.connections == 2
+                assert controller.failures == 0 and controller.requests == 2
+
+    run(check())
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 415, 422])
+def test_errors_about_the_request_go_through_unchanged(tmp_path, status):
+    """F36: no fail-over, no cooling."""
+
+    async def check():
+        content = b'{ "error":{"message":"too long","code":"context_length_exceeded"}}'
+        async with Upstream(http_reply(content, status)) as upstream:
+            first = upstream.controller(weight=100)
+            async with serving(tmp_path, first, pool_function("good")) as server:
+                for _ in range(4):
+                    reply = await chat(server)
+                    assert (reply.status, reply.content) == (status, content)
+                assert first.failures == 0
+                assert (await controller_line(server, first.name))["state"] == "ready"
+
+    run(check())
+
+
+BROKEN_ENDINGS = {
+    "no finish": b"0\r\n\r\n",
+    "bad chunk": b"zz\r\n",
+    "error event": chunked(b'data: {"error": {"message": "GPU lost"}}\n\n'),
+    "half an event": chunked(b'data: {"choices": [') + b"0\r\n\r\n",
+    "reset": None,
+}
+
+
+@pytest.mark.parametrize("ending", BROKEN_ENDINGS)
+def test_a_break_after_the_first_event_is_told_and_not_taken_over(tmp_path, ending):
+    """F26, F40: an error frame, no [DONE], never a second answer behind the first."""
+
+    async def check():
+        arrived = asyncio.Event()
+
+        async def behave(request, writer):
+            writer.write(STREAM_HEAD + chunked(chunk("Hal")))
+            await arrived.wait()
+            if BROKEN_ENDINGS[ending] is None:
+                await upstream_resets(request, writer)
+            writer.write(BROKEN_ENDINGS[ending])
+
+        async with Upstream(behave) as upstream:
+            first = upstream.controller(weight=100, models=["m"])
+            async with serving(tmp_path, first, pool_function("other")) as server:
+                async with Client(server.port) as client:
+                    body = chat_body(stream=True)
+                    client.send(request_bytes("POST", "/v1/chat/completions", body))
+                    assert (await client.read_head())[0] == 200
+                    assert b"Hal" in await client.read_chunk()
+                    arrived.set()
+                    assert (await client.read_chunk()).startswith(b'data: {"error": {')
+                    assert await client.reader.read() == b"0\r\n\r\n"
+                assert first.failures == 1 and first.in_flight == 0
+
+    run(check())
+
+
+def test_a_stream_with_its_finish_reason_is_complete_without_done(tmp_path):
+    async def check():
+        behave = STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop")) + b"0\r\n\r\n"
+        async with Upstream(behave) as upstream:
+            async with serving(tmp_path, upstream.controller()) as server:
+                reply = await chat(server, stream=True)
+                assert reply.events()[-1] == "[DONE]"
+
+    run(check())
+
+
+# --- Cooling, disabling and coming back
+
+
+@pytest.mark.parametrize(
+    "headers, seconds",
+    [
+        ([("Retry-After", "20")], 20),
+        ([("Retry-After", "2.5")], 2.5),
+        ([("retry-after-ms", "7000")], 7),
+        ([("retry-after-ms", "7000"), ("Retry-After", "99")], 7),
+        ([("Retry-After", "date+40")], 40),
+        ([("Retry-After", "date-40")], 10),
+        ([("Retry-After", "0")], 1),
+        ([("Retry-After", "100000000000")], 300),
+        ([("Retry-After", "1e400")], 10),
+        ([("Retry-After", "nan")], 10),
+        ([("Retry-After", "soon")], 10),
+        ([("Retry-After", "-5")], 10),
+        ([("Retry-After", "")], 10),
+        ([("Retry-After", "Xxx, 99 Foo 2099 99:99:99 GMT")], 10),
+        ([], 10),
+    ],
+)
+def test_retry_after_decides_how_long_a_429_cools(tmp_path, headers, seconds):
+    """F34: clamped to 1..300 s; 10 s where nothing usable is said."""
+
+    def dated(value):
+        if not value.startswith("date"):
+            return value
+        when = time.time() + float(value[4:])
+        return email.utils.formatdate(when, usegmt=True)
+
+    async def check():
+        behave = error_reply(429, headers=[(n, dated(v)) for n, v in headers])
+        async with Upstream(behave) as upstream:
+            first = upstream.controller(weight=100)
+            async with serving(tmp_path, first, pool_function("good")) as server:
+                assert chat_text(await chat(server)) == "good"
+                left = first.closed_for(asyncio.get_running_loop().time())
+                assert seconds - 2 < left <= seconds + 0.01
+                assert (await controller_line(server, first.name))["state"] == "cooling"
+
+    run(check())
+
+
+def test_the_later_deadline_wins():
+    health = apiserver.Health()
+    late = apiserver.ControllerError(
+        "a", apiserver.Failure.RATE_LIMITED, retry_after=90
+    )
+    soon = apiserver.ControllerError("b", apiserver.Failure.RATE_LIMITED, retry_after=2)
+    health.fail(late, 1000.0)
+    health.fail(soon, 1001.0)
+    assert health.until == 1090.0
+
+
+def test_5xx_cool_after_three_in_a_row_and_double():
+    health = apiserver.Health()
+    broken = apiserver.ControllerError("broken")
+    now, closed = 1000.0, []
+    assert [health.fail(broken, now) for _ in range(2)] == [0, 0]
+    for _ in range(6):  # the third, then each one tried after its time
+        closed.append(health.fail(broken, now))
+        now = health.until
+    assert closed == [5, 10, 20, 40, 60, 60]
+
+
+def test_disabling_lasts_10_minutes_doubling_to_6_hours():
+    health = apiserver.Health()
+    refused = apiserver.ControllerError("quota", apiserver.Failure.DISABLED)
+    now, closed = 1000.0, []
+    for _ in range(8):
+        closed.append(health.fail(refused, now) / 60)
+        now = health.until
+    assert closed == [10, 20, 40, 80, 160, 320, 360, 360]
+    assert health.disabled
+
+
+def test_a_success_between_begins_the_count_anew(tmp_path):
+    async def check():
+        answers = [500, 500, 200, 500, 500, 200]
+
+        async def behave(request, writer):
+            status = 200 if request.line.startswith("GET") else answers.pop(0)
+            writer.write(
+                http_reply(completion()) if status == 200 else error_reply(500)
+            )
+
+        async with Upstream(behave) as upstream:
+            controller = upstream.controller()
+            async with serving(tmp_path, controller) as server:
+                statuses = [(await chat(server)).status for _ in range(6)]
+                assert statuses == [500, 500, 200, 500, 500, 200]
+
+    run(check())
+
+
+def test_a_controller_that_comes_back_is_tried_by_one_and_then_by_all(tmp_path):
+    """F38."""
+
+    async def check():
+        well, trying, alone = False, [], []
+
+        async def behave(request, writer):
+            if request.line.startswith("GET") or not well:
+                writer.write(error_reply(500))
+                return
+            trying.append(request)
+            if len(trying) == 1:
+                pool = server.service.pool
+                await until(lambda: pool.waiting == 4 or len(trying) > 1)
+                alone.append(len(trying) == 1)
+            writer.write(http_reply(completion()))
+
+        limits = Limits(cool_first=0.3)
+        log = PoolLog()
+        async with Upstream(behave) as upstream:
+            controller = upstream.controller(limits=limits)
+            async with serving(tmp_path, controller, limits=limits, log=log) as server:
+                for _ in range(3):
+                    assert (await chat(server)).status == 500
+                reply = await chat(server)
+                assert reply.status == 503 and reply.headers["retry-after"] == "1"
+                assert len(chats(upstream)) == 3
+                well = True
+                loop = asyncio.get_running_loop()
+                await until(lambda: controller.closed_for(loop.time()) == 0)
+                replies = await asyncio.gather(*(chat(server) for _ in range(5)))
+                assert {reply.status for reply in replies} == {200}
+                assert alone == [True] and log.text.count("is back") == 1
+                assert (await controller_line(server, controller.name))["reason"] == ""
+
+    run(check())
+
+
+def test_an_answer_begun_before_the_429_does_not_end_the_cooling(tmp_path):
+    async def check():
+        go_on = asyncio.Event()
+
+        async def behave(request, writer):
+            if b"slow" in request.content:
+                await go_on.wait()
+                writer.write(http_reply(completion()))
+            else:
+                writer.write(error_reply(429, headers=[("Retry-After", "20")]))
+
+        async with Upstream(behave) as upstream:
+            controller = upstream.controller()
+            async with serving(tmp_path, controller) as server:
+                slow = asyncio.ensure_future(chat(server, "slow"))
+                await until(lambda: controller.in_flight)
+                assert (await chat(server)).status == 500
+                go_on.set()
+                assert chat_text(await slow) == "Hi there"
+                line = await controller_line(server, controller.name)
+                assert line["state"] == "cooling"
+                assert (await chat(server)).status == 503
+
+    run(check())
+
+
+def test_a_long_stream_from_before_does_not_keep_a_controller_closed(tmp_path):
+    """Who cooled for a second is asked again, whatever else it still works on."""
+
+    async def check():
+        end = asyncio.Event()
+        statuses = [429, 200]
+
+        async def behave(request, writer):
+            if b"long" in request.content:
+                writer.write(STREAM_HEAD + chunked(chunk("a")))
+                await end.wait()
+                writer.write(chunked(chunk("b", "stop") + DONE) + b"0\r\n\r\n")
+            elif request.line.startswith("GET") or statuses.pop(0) == 200:
+                writer.write(http_reply(completion()))
+            else:
+                writer.write(error_reply(429, headers=[("Retry-After", "1")]))
+
+        limits = Limits(queue_timeout=3, cool_rate_limited_max=1)
+        async with Upstream(behave) as upstream:
+            controller = upstream.controller(limits=limits)
+            async with serving(tmp_path, controller, limits=limits) as server:
+                stream = asyncio.ensure_future(chat(server, "long", stream=True))
+                await until(lambda: chats(upstream))
+                assert (await chat(server)).status == 500
+                loop = asyncio.get_running_loop()
+                await until(lambda: controller.closed_for(loop.time()) == 0)
+                assert chat_text(await chat(server)) == "Hi there"
+                end.set()
+                assert (await stream).events()[-1] == "[DONE]"
+
+    run(check())
+
+
+def test_a_stream_that_tries_a_controller_opens_it_with_its_first_event(tmp_path):
+    async def check():
+        end = asyncio.Event()
+
+        async def behave(request, writer):
+            if b"long" in request.content:
+                writer.write(STREAM_HEAD + chunked(chunk("a")))
+                await end.wait()
+                writer.write(chunked(chunk("b", "stop") + DONE) + b"0\r\n\r\n")
+            elif len(chats(upstream)) <= 1:
+                writer.write(error_reply(429, headers=[("Retry-After", "1")]))
+            else:
+                writer.write(http_reply(completion()))
+
+        limits = Limits(queue_timeout=3)
+        async with Upstream(behave) as upstream:
+            controller = upstream.controller(limits=limits)
+            async with serving(tmp_path, controller, limits=limits) as server:
+                assert (await chat(server)).status == 500
+                loop = asyncio.get_running_loop()
+                await until(lambda: controller.closed_for(loop.time()) == 0)
+                stream = asyncio.ensure_future(chat(server, "long", stream=True))
+                await until(lambda: len(chats(upstream)) == 2)
+                assert chat_text(await chat(server)) == "Hi there"
+                end.set()
+                assert (await stream).events()[-1] == "[DONE]"
+
+    run(check())
+
+
+def test_controllers_of_one_account_cool_together(tmp_path):
+    async def check():
+        async with Upstream(error_reply(429)) as bad, Upstream() as good:
+            first = bad.controller(account="acme", weight=100)
+            second = good.controller(account="acme")
+            third = pool_function("third")
+            async with serving(tmp_path, first, second, third) as server:
+                assert chat_text(await chat(server)) == "third"
+                assert (await controller_line(server, second.name))[
+                    "state"
+                ] == "cooling"
+                assert chats(good) == []
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "headers, retry_after",
+    [([("Retry-After", "7")], "7"), ([], "10"), ([("Retry-After", "120")], None)],
+)
+def test_all_cooling_is_told_at_once_with_the_soonest(tmp_path, headers, retry_after):
+    """F37."""
+
+    async def check():
+        late = error_reply(429, headers=[("Retry-After", "200")])
+        async with (
+            Upstream(error_reply(429, headers=headers)) as one,
+            Upstream(late) as two,
+        ):
+            controllers = [one.controller(), two.controller()]
+            async with serving(tmp_path, *controllers) as server:
+                reply = await chat(server)
+                assert (
+                    reply.status == 500 and chat_error(reply)["upstream_status"] == 429
+                )
+                reply = await chat(server)
+                assert reply.status == 503
+                error = chat_error(reply)
+                assert error["code"] == "no_controllers_available"
+                assert reply.headers.get("retry-after") == retry_after
+                if retry_after is None:
+                    assert reply.headers["x-should-retry"] == "false"
+            server.service.upstream_errors = "pass"
+        for upstream_errors, statuses in [("pass", [429, 429]), ("map", [500, 503])]:
+            async with Upstream(late) as one:
+                async with serving(
+                    tmp_path, one.controller(), upstream_errors=upstream_errors
+                ) as server:
+                    assert [(await chat(server)).status for _ in range(2)] == statuses
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "behave, reason",
+    [
+        (error_reply(429, "no money", code="insufficient_quota"), "no money"),
+        (error_reply(401, "Incorrect API key: UPSTR"), "key was refused"),
+        (error_reply(403, "UPSTREAMSECRET"), "key was refused"),
+        (error_reply(402, "balance is 0"), "balance is 0"),
+        (error_reply(400, "gone", code="account_deactivated"), "gone"),
+    ],
+)
+def test_a_used_up_controller_is_disabled_with_its_reason(tmp_path, behave, reason):
+    """F35."""
+
+    async def check():
+        log = PoolLog()
+        async with Upstream(behave) as upstream:
+            async with serving(tmp_path, upstream.controller(), log=log) as server:
+                reply = await chat(server)
+                assert reply.status == 500 and reason in chat_error(reply)["message"]
+                line = await controller_line(server, upstream.controller().name)
+                assert line["state"] == "disabled" and reason in line["reason"]
+                reply = await chat(server)
+                assert reply.status == 503
+                assert reply.headers["x-should-retry"] == "false"
+                assert "disabled for 600 s" in log.text
+                assert "UPSTR" not in log.text and "UPSTR" not in reply.content.decode()
+
+    run(check())
+
+
+def test_no_key_and_no_second_line_of_an_upstream_reaches_the_log(tmp_path):
+    async def check():
+        log = PoolLog()
+        text = "UPSTREAMSECRET\n2026-01-01 00:00:00 admin GET / \x1b[2J"
+        async with Upstream(error_reply(429, text)) as upstream:
+            async with serving(tmp_path, upstream.controller(), log=log) as server:
+                reply = await chat(server)
+                assert reply.status == 500
+                assert "UPSTREAMSECRET" not in reply.content.decode()
+        assert "cooling down" in log.text
+        assert "UPSTREAMSECRET" not in log.text and "\x1b" not in log.text
+        assert not any("\n" in line for line in log.lines)
+
+    run(check())
+
+
+def test_own_limits_hold_until_the_next_window(tmp_path, monkeypatch):
+    clock = [1_800_000_010.0]  # ten seconds into its minute
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+
+    async def check():
+        requests = pool_function("requests", limit={"requests": 2, "per": "minute"})
+        async with serving(tmp_path, requests) as server:
+            statuses = [(await chat(server)).status for _ in range(3)]
+            assert statuses == [200, 200, 503]
+            line = await controller_line(server, "requests")
+            assert (
+                line["state"] == "disabled"
+                and "2 requests per minute" in line["reason"]
+            )
+            clock[0] += 25  # 25 s left
+            reply = await chat(server)
+            assert reply.status == 503 and reply.headers["retry-after"] == "25"
+            clock[0] += 25
+            assert [(await chat(server)).status for _ in range(3)] == [200, 200, 503]
+        behave = http_reply(completion())  # 7 tokens each
+        async with Upstream(behave) as upstream:
+            tokens = upstream.controller(limit={"tokens": 14, "per": "hour"})
+            async with serving(tmp_path, tokens) as server:
+                statuses = [(await chat(server)).status for _ in range(3)]
+                assert statuses == [200, 200, 503] and tokens.tokens == 14
+                clock[0] += 3600
+                assert (await chat(server)).status == 200
+
+    run(check())
+
+
+def test_the_administrator_disables_and_enables(tmp_path):
+    async def check():
+        gate = PoolGate()
+        gate.controller.health._failures = 1
+        async with serving(tmp_path, gate.controller) as server:
+
+            async def post(what, name="gate", key=KEY):
+                path = f"/admin/controllers/{what}"
+                return (
+                    await ask(server.port, "POST", path, {"name": name}, key)
+                ).status
+
+            running = asyncio.ensure_future(chat(server))
+            await until(lambda: gate.asked)
+            assert await post("disable") == 200
+            gate.let()
+            assert chat_text(await running) == "through"
+            line = await controller_line(server, "gate")
+            assert line["state"] == "disabled" and line["until"] is None
+            reply = await chat(server)
+            assert reply.status == 503 and "retry-after" not in reply.headers
+            assert reply.headers["x-should-retry"] == "false"
+            assert await post("enable") == 200
+            assert chat_text(await chat(server)) == "through"
+            assert await post("disable", "nobody") == 404
+            assert await post("disable", key=await add_user(server)) == 403
+
+    run(check())
+
+
+def test_enabling_wakes_who_waits(tmp_path):
+    async def check():
+        gate = PoolGate(max_concurrency=1)
+        spare = pool_function("spare")
+        async with serving(tmp_path, gate.controller, spare) as server:
+            spare.switched_off = True
+            first = asyncio.ensure_future(chat(server))
+            await until(lambda: gate.asked)
+            second = asyncio.ensure_future(chat(server))
+            await until(lambda: server.service.pool.waiting)
+            body = {"admin_key": KEY, "name": "spare"}
+            await ask(server.port, "POST", "/admin/controllers/enable", body, key=None)
+            assert chat_text(await second) == "spare"
+            gate.let()
+            await first
+
+    run(check())
+
+
+def test_an_agent_cannot_take_a_controllers_name_from_it(tmp_path):
+    """An agent's name is a label: /admin/controllers means the configured one."""
+
+    async def check():
+        hello = json.dumps({"version": 2, "name": "up", "models": []})
+        async with serving(tmp_path) as server, Agent(server.port, hello=hello):
+            await until(lambda: server.service.agents)
+            up = pool_function("up")
+            server.add(up)
+            assert server.service.pool.find("up") is up
+
+    run(check())
+
+
+# --- Functions and mocks
+
+
+async def gives_text(request):
+    return "Hi " + request["messages"][-1]["content"]
+
+
+def gives_text_in_a_thread(request):
+    assert threading.current_thread() is not threading.main_thread()
+    return "Hi Hello"
+
+
+def gives_pieces(request):
+    yield "Hi "
+    yield "Hello"
+
+
+async def gives_pieces_in_the_loop(request):
+    yield "Hi "
+    await asyncio.sleep(0)
+    yield {"content": "Hello"}
+
+
+async def gives_a_message(request):
+    return {"content": "Hi Hello"}
+
+
+async def gives_a_completion(request):
+    return completion("Hi Hello")
+
+
+def gives_an_iterator(request):
+    return iter(["Hi ", "Hello"])
+
+
+FUNCTIONS = [
+    gives_text,
+    gives_text_in_a_thread,
+    gives_pieces,
+    gives_pieces_in_the_loop,
+    gives_a_message,
+    gives_a_completion,
+    gives_an_iterator,
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_kind_of_function_answers_streamed_and_whole(tmp_path, function):
+    async def check():
+        server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+        assert server.model("f")(function) is function
+        async with server:
+            reply = await chat(server, model="f")
+            assert chat_text(reply) == "Hi Hello"
+            body = reply.json()
+            assert body["object"] == "chat.completion" and body["usage"]["total_tokens"]
+            assert body["choices"][0]["finish_reason"] == "stop"
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            reply = await chat(server, model="f", **options)
+            *events, done = reply.events()
+            events = [json.loads(event) for event in events]
+            deltas = [e["choices"][0]["delta"] for e in events if e["choices"]]
+            assert deltas[0]["role"] == "assistant" and done == "[DONE]"
+            assert "".join(d.get("content") or "" for d in deltas) == "Hi Hello"
+            reasons = [c["finish_reason"] for e in events for c in e["choices"]]
+            assert reasons[-1] == "stop" and events[-1]["usage"]["total_tokens"]
+            ask_body = {"content": "Hello", "model": "f"}
+            reply = await ask(server.port, "POST", "/api/ask", ask_body)
+            assert reply.status == 200 and reply.json()["content"] == "Hi Hello"
+
+    run(check())
+
+
+def test_a_function_may_call_tools(tmp_path):
+    async def check():
+        call = {"name": "f", "arguments": "{}"}
+        call = {"id": "call-1", "type": "function", "function": call}
+
+        async def answer(request):
+            return {"tool_calls": [call]}
+
+        async with serving(tmp_path, FunctionController(answer)) as server:
+            choice = (await chat(server)).json()["choices"][0]
+            assert choice["message"]["tool_calls"] == [call]
+            assert choice["finish_reason"] == "tool_calls"
+
+    run(check())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
+    async def check():
+        async def refuses(request):
+            raise APIError(418, "tea only", type="teapot", param="messages", code="tea")
+
+        async def refuses_late(request):
+            raise APIError(418, "tea only", type="teapot", param="messages", code="tea")
+            yield
+
+        for function in (refuses, refuses_late):
+            first = FunctionController(function, name="first", weight=100)
+            async with serving(tmp_path, first, pool_function("other")) as server:
+                for _ in range(4):
+                    reply = await chat(server, stream=stream)
+                    assert reply.status == 418
+                    error = {
+                        "message": "tea only",
+                        "type": "teapot",
+                        "param": "messages",
+                    }
+                    assert chat_error(reply) == {**error, "code": "tea"}
+                assert (await controller_line(server, "first"))["state"] == "ready"
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("at /home/secret"),
+        FileNotFoundError(2, "No such file", "/home/secret"),
+        ConnectionRefusedError("10.0.0.7 secret"),
+        asyncio.TimeoutError("secret"),
+        StopIteration("secret"),
+        KeyError("secret"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_of_other_errors_the_client_learns_nothing(tmp_path, caplog, error):
+    async def check():
+        def plain(request):
+            raise error
+
+        async def generator(request):
+            raise error
+            yield
+
+        functions = (
+            [generator] if isinstance(error, StopIteration) else [plain, generator]
+        )
+        for function in functions:
+            controller = FunctionController(function, name="f")
+            async with serving(tmp_path, controller) as server:
+                for stream in (False, True, False, False):
+                    reply = await chat(server, stream=stream)
+                    assert reply.status == 500 and b"secret" not in reply.content
+                    assert chat_error(reply)["message"]
+                assert (await controller_line(server, "f"))["state"] == "ready"
+                assert controller.in_flight == 0
+
+    run(check())
+    assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize("result", [None, 5, b"bytes", {"content": object()}])
+def test_a_function_that_returns_nonsense_fails_alone(tmp_path, result):
+    async def check():
+        async def answer(request):
+            return result
+
+        controller = FunctionController(answer, name="f", models=["f"])
+        g = pool_function("g", models=["g"])
+        async with serving(tmp_path, controller, g) as server:
+            for stream in (False, True):
+                assert (await chat(server, model="f", stream=stream)).status == 500
+            assert controller.in_flight == 0
+            assert chat_text(await chat(server, model="g")) == "g"
+
+    run(check())
+
+
+def test_a_generator_that_fails_later_ends_the_stream_with_an_error(tmp_path, caplog):
+    async def check():
+        async def answer(request):
+            yield "a"
+            raise ValueError("secret")
+
+        controller = FunctionController(answer, name="f")
+        async with serving(tmp_path, controller) as server:
+            reply = await chat(server, stream=True)
+            assert reply.events()[-1].startswith('{"error"')
+            assert b"[DONE]" not in reply.content and b"secret" not in reply.content
+            assert controller.in_flight == 0
+            assert (await chat(server)).status == 500
+
+    run(check())
+
+
+def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
+    async def check():
+        closed = []
+
+        async def in_the_loop(request):
+            try:
+                while True:
+                    yield "word "
+                    await asyncio.sleep(0.01)
+            finally:
+                closed.append("in_the_loop")
+
+        def in_a_thread(request):
+            try:
+                while True:
+                    yield "word "
+                    time.sleep(0.05)
+            finally:
+                closed.append("in_a_thread")
+
+        log = PoolLog()
+        for function in (in_the_loop, in_a_thread):
+            controller = FunctionController(function)
+            async with serving(tmp_path, controller, log=log) as server:
+                async with Client(server.port) as client:
+                    body = chat_body(stream=True)
+                    client.send(request_bytes("POST", "/v1/chat/completions", body))
+                    await client.read_head()
+                    await client.read_chunk()
+                await until(lambda name=function.__name__: name in closed, 2)
+                await until(lambda c=controller: c.in_flight == 0, 2)
+        assert "internal error" not in log.text
+
+    run(check())
+    assert not [r for r in caplog.records if r.name == "chatgpt_apiserver"]
+
+
+def test_a_function_that_hangs_is_given_up_at_the_requests_deadline(tmp_path):
+    """L36 holds for functions too."""
+
+    async def check():
+        async def hangs(request):
+            await asyncio.sleep(60)
+
+        async def hangs_later(request):
+            yield "a"
+            await asyncio.sleep(60)
+
+        limits = Limits(request_timeout=0.2)
+        for function in (hangs, hangs_later):
+            controller = FunctionController(function)
+            async with serving(tmp_path, controller, limits=limits) as server:
+                reply = await asyncio.wait_for(chat(server), 3)
+                assert reply.status == 504
+                reply = await asyncio.wait_for(chat(server, stream=True), 3)
+                assert reply.status == 504 or '"error"' in reply.events()[-1]
+                assert controller.in_flight == 0 and b"[DONE]" not in reply.content
+
+    run(check())
+
+
+def test_mocks_answer_by_name_only(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            assert (
+                chat_text(await chat(server, "Say this", model="mock/echo"))
+                == "Say this"
+            )
+            reply = await chat(server, model="gpt-4o")
+            assert reply.status == 503 and "agent" in chat_error(reply)["message"]
+            reply = await ask(server.port, "POST", "/api/ask", {"content": "Hi"})
+            assert reply.status == 503
+            assert reply.json()["error"].startswith("No available clients")
+            reply = await chat(server, model="mock/429")
+            assert reply.status == 429 and reply.headers["retry-after"] == "1"
+            assert (await chat(server, model="mock/500")).status == 500
+            assert (await chat(server, model="mock/slow?seconds=0")).status == 200
+            assert (await chat(server, model="mock/slow?seconds=x")).status == 400
+            reply = await chat(server, model="mock/cut?events=2", stream=True)
+            assert (
+                reply.events()[-1].startswith('{"error"') and len(reply.events()) == 3
+            )
+            assert (await controller_line(server, "mock"))["state"] == "ready"
+
+    run(check())
+
+
+# --- Slow and stalled clients
+
+
+async def upstream_endless(request, writer):
+    writer.write(STREAM_HEAD)
+    block = chunked(b"".join(chunk("x" * 100) for _ in range(40)))
+    while True:
+        writer.write(block)
+        await writer.drain()
+
+
+def test_slow_readers_hold_the_upstream_back_and_nobody_else(tmp_path):
+    """F15: what waits in the server is bounded, however fast the upstream is."""
+
+    async def check():
+        async with Upstream(upstream_endless) as upstream:
+            controller = upstream.controller(models=["m"])
+            f = pool_function("f", models=["f"])
+            async with serving(tmp_path, controller, f) as server:
+                body = chat_body(stream=True)
+                async with contextlib.AsyncExitStack() as stack:
+                    for _ in range(5):
+                        client = await stack.enter_async_context(Client(server.port))
+                        client.writer.transport.pause_reading()
+                        client.send(request_bytes("POST", "/v1/chat/completions", body))
+                    connections = server._handlers
+                    await until(lambda: len(connections) == 5)
+                    await until(lambda: not any(c.writable for c in connections), 15)
+                    assert chat_text(await chat(server, model="f")) == "f"
+                    assert (await ask(server.port, "GET", "/health")).status == 200
+                    assert max(c.unsent for c in connections) < 1024 * 1024
+                await until(lambda: controller.in_flight == 0)
+                await until(lambda: upstream.ended >= 5)
+
+    run(check(), 40)
+
+
+def test_a_client_that_stops_reading_is_reset(tmp_path):
+    """F16: with an RST, for what was not sent shall not stay in the kernel."""
+
+    async def check():
+        limits = Limits(write_timeout=0.3)
+        async with Upstream(upstream_endless) as upstream:
+            controller = upstream.controller(models=["m"], limits=limits)
+            async with serving(tmp_path, controller, limits=limits) as server:
+                async with Client(server.port) as client:
+                    client.writer.transport.pause_reading()
+                    body = chat_body(stream=True)
+                    client.send(request_bytes("POST", "/v1/chat/completions", body))
+                    await until(lambda: controller.in_flight == 1)
+                    await until(lambda: controller.in_flight == 0, 10)
+                    client.writer.transport.resume_reading()
+                    with pytest.raises(ConnectionResetError):
+                        while await client.reader.read(1 << 20):
+                            pass
+                await until(lambda: upstream.ended == upstream.connections)
+
+    run(check(), 40)
+
+
+# --- The log and the clock
+
+
+def test_a_log_that_nobody_reads_drops_lines_and_counts_them():
+    """F69, in one process: writing never waits."""
+
+    async def check():
+        reading, writing = os.pipe()
+        try:
+            log = apiserver.Log(writing)
+            began = time.monotonic()
+            for number in range(30_000):
+                log.write(f"line {number} " + "x" * 80)
+                if number % 1000 == 0:
+                    await asyncio.sleep(0)
+            assert time.monotonic() - began < 5
+            text = b""
+            while b"dropped" not in text:
+                text += os.read(reading, 1 << 20)
+                log.flush()
+            lines = text.decode().split("\n")
+            numbers = [int(line.split()[1]) for line in lines if line[:4] == "line"]
+            assert numbers == list(range(len(numbers))) and numbers[-1] < 20_000
+            dropped = int(re.search(r"\((\d+) lines of this log", text.decode())[1])
+            assert dropped + len(numbers) <= 30_000 and dropped > 9_000
+        finally:
+            os.close(reading)
+            os.close(writing)
+
+    run(check())
+
+
+def test_the_log_lives_on_when_its_reader_is_gone():
+    reading, writing = os.pipe()
+    os.close(reading)
+    log = apiserver.Log(writing)
+    log.write("to nobody")
+    log.report("to nobody")
+    os.close(writing)
+    log.write("to nothing at all")
+
+
+def test_a_very_long_line_of_the_log_ends_in_a_line_end():
+    reading, writing = os.pipe()
+    log = apiserver.Log(writing)
+    log.write("x" * 10_000)
+    log.write("next")
+    os.close(writing)
+    with open(reading, "rb") as file:
+        assert file.read().split(b"\n")[-2] == b"next"
+
+
+def test_only_one_function_asks_what_time_it_is():
+    """F55: no timeout and no cooling can depend on a clock that jumps."""
+    source = MODULE.read_text()
+    asked = re.findall(r"(?:time|datetime)\.(?:time|time_ns|now|today)\(.*", source)
+    assert len(asked) == 1 and asked[0] in inspect.getsource(apiserver.unix_time)
+    assert not re.search(r"(?:import|from) (?:datetime|time import)", source)
+
+
+@pytest.mark.parametrize("jump", [86400, -86400, -2_000_000_000])
+def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch, jump):
+    async def check():
+        now, offset = time.time, [0]
+        monkeypatch.setattr(time, "time", lambda: max(0.0, now() + offset[0]))
+        async with Upstream(error_reply(429)) as upstream:
+            cooling = upstream.controller(models=["c"])
+            gate = PoolGate(models=["g"], limit={"requests": 9, "per": "day"})
+            async with serving(tmp_path, cooling, gate.controller) as server:
+                assert (await chat(server, model="c")).status == 500
+                running = asyncio.ensure_future(chat(server, model="g"))
+                await until(lambda: gate.asked)
+                offset[0] = jump
+                gate.let()
+                assert chat_text(await running) == "through"
+                assert chat_text(await chat(server, model="g")) == "through"
+                assert (await chat(server, model="c")).status == 503
+                line = await controller_line(server, cooling.name)
+                assert line["state"] == "cooling" and line["until"]
+
+    run(check())
+
+
+# --- For a long time
+
+
+def resident_size():
+    """This process's memory in bytes, 0 where that cannot be told."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def open_files():
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return len(os.listdir("/dev/fd"))
+
+
+def test_thousands_of_requests_leave_nothing_behind(tmp_path):
+    """F66, short: tasks, files and memory are as before."""
+
+    async def check():
+        stream = STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop") + DONE)
+
+        async def behave(request, writer):
+            streamed = b'"stream":true' in request.content.replace(b" ", b"")
+            writer.write(
+                stream + b"0\r\n\r\n" if streamed else http_reply(completion())
+            )
+
+        async def use(client, count):
+            for number in range(count):
+                body = chat_body(model="m", stream=bool(number % 2))
+                reply = await client.request("POST", "/v1/chat/completions", body)
+                assert reply.status == 200
+
+        async with Upstream(behave) as upstream:
+            async with serving(tmp_path, upstream.controller()) as server:
+                async with Client(server.port) as one, Client(server.port) as two:
+                    await asyncio.gather(use(one, 200), use(two, 200))
+                    before = len(asyncio.all_tasks()), open_files(), resident_size()
+                    await asyncio.gather(use(one, 700), use(two, 700))
+                    tasks, files, size = before
+                    assert len(asyncio.all_tasks()) <= tasks + 2
+                    assert open_files() <= files + 2
+                    assert resident_size() < size + 8 * 1024 * 1024
+                    for _ in range(100):  # connections that come and go
+                        assert (await chat(server)).status == 200
+                    await until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
+                    assert open_files() <= files + 2
+
+    run(check(), 60)
+
+
+# -----------------------------------------------------------------------------
+# Request handler
+# -----------------------------------------------------------------------------
+
+CHAT_URL = "/v1/chat/completions"
+STREAM = {**CHAT, "stream": True}
+UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class HandlerLog:
+    """Takes the lines that a server would log."""
+
+    def __init__(self):
+        self.lines = []
+
+    def write(self, line):
+        self.lines.append(line)
+
+    report = write
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+
+def handler_posts(upstream):
+    """What was asked of an upstream, without the server's own GET /models."""
+    return [r for r in upstream.requests if r.line.startswith("POST")]
+
+
+def handler_split(data):
+    """The answers in a connection's bytes: [(status, content)], by Content-Length."""
+    answers = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: *([0-9]+)", head)
+        length = int(length[1]) if length else 0
+        answers.append((int(head.split()[1]), data[:length]))
+        data = data[length:]
+    return answers
+
+
+def handler_stream(*events, end=True):
+    """An upstream that streams these events; floats wait, an Event is waited for."""
+
+    async def behave(request, writer):
+        if request.line.startswith("GET"):
+            writer.write(http_reply({"data": [{"id": "m"}]}))
+            return
+        writer.write(STREAM_HEAD)
+        for event in events:
+            if isinstance(event, asyncio.Event):
+                await event.wait()
+            else:
+                writer.write(chunked(event))
+                await writer.drain()
+        if end:
+            writer.write(b"0\r\n\r\n")
+
+    return behave
+
+
+def handler_answers(reply):
+    """An upstream that has the model "m" and answers POST with these bytes."""
+
+    async def behave(request, writer):
+        models = http_reply({"data": [{"id": "m"}]})
+        writer.write(models if request.line.startswith("GET") else reply)
+
+    return behave
+
+
+async def handler_hang(request, writer):
+    """An upstream that names its models and then never answers."""
+    if request.line.startswith("GET"):
+        writer.write(http_reply({"data": [{"id": "m"}]}))
+    else:
+        await asyncio.sleep(60)
+
+
+@contextlib.asynccontextmanager
+async def handler_chat(tmp_path, behave=None, controller=None, **options):
+    """An upstream, and a server in front of it."""
+    if isinstance(behave, bytes):
+        behave = handler_answers(behave)
+    async with Upstream(behave) as upstream:
+        made = upstream.controller(**(controller or {}))
+        async with serving(tmp_path, made, **options) as server:
+            await until(lambda: made.listed or made.models or upstream.requests)
+            yield server, upstream
+
+
+async def handler_agents(server, count):
+    await until(lambda: len(server.service.agents) == count)
+
+
+@contextlib.asynccontextmanager
+async def handler_task(work):
+    """A task that is ended with the block."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def handler_add_user(port, **fields):
+    reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY, **fields})
+    assert reply.status == 200
+    return reply.json()
+
+
+# --- HTTP
+
+
+def test_requests_on_one_connection_are_answered_in_order(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server, Client(server.port) as client:
+            client.send(
+                request_bytes("GET", "/health")
+                + request_bytes("GET", "/status", headers=[("x-request-id", "b")])
+                + request_bytes("POST", "/api/ask", {"content": "x"}, key="")
+                + request_bytes("HEAD", "/health")
+                + request_bytes("GET", "/health")
+            )
+            assert (await client.read_reply()).content == b"OK"
+            second = await client.read_reply()
+            assert second.json() == {"status": "ok"}
+            assert second.headers["x-request-id"] == "b"
+            third = await client.read_reply()
+            assert third.status == 401
+            assert third.json() == {"error": "API key not provided"}
+            head = await client.read_reply("HEAD")
+            assert head.status == 200 and head.headers["content-length"] == "2"
+            assert (await client.read_reply()).content == b"OK"
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "line, kept",
+    [
+        ("HTTP/1.1\r\nHost: x", True),
+        ("HTTP/1.1\r\nHost: x\r\nConnection: close", False),
+        ("HTTP/1.0", False),
+        ("HTTP/1.0\r\nConnection: keep-alive", True),
+    ],
+)
+def test_connection_is_kept_or_closed_as_the_client_wants(tmp_path, line, kept):
+    async def check():
+        async with serving(tmp_path) as server, Client(server.port) as client:
+            client.send(f"GET /health {line}\r\n\r\n".encode())
+            reply = await client.read_reply()
+            said = reply.headers.get("connection", "")
+            assert said == ("close" if not kept else "" if "1.1" in line else said)
+            if kept:
+                client.send(f"GET /health {line}\r\n\r\n".encode())
+                assert (await client.read_reply()).content == b"OK"
+            else:
+                assert await client.reader.read() == b""
+
+    run(check())
+
+
+def test_public_routes(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            health = await ask(server.port, "GET", "/health", key="")
+            assert health.content == b"OK" and "text/plain" in str(health.headers)
+            status = await ask(server.port, "GET", "/status", key="wrong")
+            assert status.json() == {"status": "ok"}
+            about = await ask(server.port, "GET", "/", key="")
+            assert b"http://localhost/v1" in about.content
+            assert b"/client/register" in about.content
+            source = await ask(server.port, "GET", "/agent.py", key="")
+            assert source.content == MODULE.read_bytes()
+            absolute = f"http://localhost:{server.port}/status"
+            request = f"GET {absolute} HTTP/1.1\r\nHost: localhost:{server.port}"
+            answer = await raw(
+                server.port, f"{request}\r\nConnection: close\r\n\r\n".encode()
+            )
+            assert answer.endswith(b'{"status": "ok"}')
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "method, path, status, allow",
+    [
+        ("GET", "/nothing", 404, None),
+        ("POST", "/", 405, "GET, HEAD, OPTIONS"),
+        ("DELETE", "/health", 405, "GET, HEAD, OPTIONS"),
+        ("GET", "/api/ask", 405, "POST, OPTIONS"),
+        ("PUT", "/admin/users/add", 405, "POST, OPTIONS"),
+        ("GET", "/v1/chat/completions", 405, "POST, OPTIONS"),
+        ("GET", "/chat/completions", 405, "POST, OPTIONS"),
+        ("POST", "/v1/models", 405, "GET, HEAD, OPTIONS"),
+        ("POST", "/v1/models/x", 405, "GET, HEAD, OPTIONS"),
+        ("GET", "/v1/embeddings", 405, "POST, OPTIONS"),
+        ("GET", "/v2/x", 404, None),
+        ("GET", "/v1", 404, None),
+    ],
+)
+def test_unknown_path_and_method_in_the_shape_of_the_family(
+    tmp_path, method, path, status, allow
+):
+    async def check():
+        async with serving(tmp_path) as server:
+            reply = await ask(server.port, method, path)
+            assert reply.status == status
+            assert reply.headers.get("allow") == allow
+            error = reply.json()["error"]
+            if path.startswith(("/v1", "/chat")):
+                assert list(error) == ["message", "type", "param", "code"]
+            else:
+                assert isinstance(error, str)
+
+    run(check())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/ask", "/nothing"])
+def test_preflight_is_answered_before_authentication(tmp_path, path):
+    async def check():
+        wanted = [("Access-Control-Request-Headers", "authorization, x-odd")]
+        async with serving(tmp_path) as server:
+            origin = [("Origin", "https://example.org"), *wanted]
+            reply = await ask(server.port, "OPTIONS", path, key="", headers=origin)
+            assert reply.status == 204 and "content-length" not in reply.headers
+            assert reply.headers["access-control-allow-origin"] == "*"
+            allowed = reply.headers["access-control-allow-headers"]
+            assert allowed == "authorization, x-odd"
+            assert "access-control-allow-credentials" not in reply.headers
+
+    run(check())
+
+
+def test_other_pages_may_not_read_administration(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            for path in ("/admin/users", "/admin/controllers", "/api/connections"):
+                for method in ("OPTIONS", "GET"):
+                    reply = await ask(server.port, method, path)
+                    assert reply.status in (200, 204)
+                    names = [n for n in reply.headers if n.startswith("access-control")]
+                    assert names == []
+            reply = await ask(server.port, "POST", "/v1/chat/completions", key="")
+            assert reply.status == 401
+            assert reply.headers["access-control-allow-origin"] == "*"
+
+    run(check())
+
+
+def test_content_is_asked_for_only_after_key_and_length(tmp_path):
+    """F74: Expect: 100-continue."""
+
+    async def check():
+        expect = [("Expect", "100-continue")]
+        limits = Limits(ask_content_size=100, linger_timeout=0.05)
+        async with serving(tmp_path, limits=limits) as server:
+
+            async def first_line(key, length, expect=expect):
+                headers = [*expect, ("Content-Length", str(length))]
+                async with Client(server.port) as client:
+                    client.send(request_bytes("POST", "/api/ask", None, key, headers))
+                    return await client.read_head()
+
+            assert (await first_line(KEY, 100))[0] == 100
+            status, headers = await first_line("wrong", 100)
+            assert (status, headers["connection"]) == (401, "close")
+            assert (await first_line(KEY, 101))[0] == 413
+            assert (await first_line(KEY, 10, [("Expect", "tea")]))[0] == 417
+
+    run(check())
+
+
+def test_refusal_says_whether_the_connection_goes_on(tmp_path):
+    """Content that was not read yet, and is not there, costs the connection."""
+
+    async def check():
+        limits = Limits(linger_timeout=0.05)
+        async with serving(tmp_path, limits=limits) as server:
+            async with Client(server.port) as client:
+                reply = await client.request("POST", "/nothing", b"x" * 100)
+                assert "connection" not in reply.headers
+                assert (await client.request("GET", "/health")).status == 200
+            headers = [("Content-Length", "100")]
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", "/nothing", headers=headers))
+                reply = await client.read_reply()
+                assert reply.status == 404 and reply.headers["connection"] == "close"
+                assert await client.reader.read() == b""
+
+    run(check())
+
+
+def test_head_that_does_not_come_is_answered_408(tmp_path):
+    """L5, F17: a byte now and then does not extend the deadline."""
+
+    async def check():
+        limits = Limits(head_timeout=0.2, linger_timeout=0.05)
+        async with serving(tmp_path, limits=limits) as server:
+            began = time.monotonic()
+            assert await raw(server.port, b"") == b""  # silent: nothing to answer
+            async with Client(server.port) as client:
+                client.send(request_bytes("GET", "/health"))
+                await client.read_reply()
+
+                async def trickle():
+                    for byte in b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 1000:
+                        client.send(bytes([byte]))
+                        await asyncio.sleep(0.02)
+
+                async with handler_task(trickle()):
+                    reply = await client.read_reply()
+            assert reply.status == 408 and reply.headers["connection"] == "close"
+            assert reply.headers["x-request-id"]
+            assert 0.35 < time.monotonic() - began < 3
+
+    run(check())
+
+
+def test_idle_connection_is_closed_without_a_word(tmp_path):
+    """L13: and the last of so many requests says that it is the last."""
+
+    async def check():
+        limits = Limits(keep_alive_timeout=0.1, keep_alive_requests=3)
+        async with serving(tmp_path, limits=limits) as server:
+            async with Client(server.port) as client:
+                await client.request("GET", "/health")
+                assert await client.reader.read() == b""
+            async with Client(server.port) as client:
+                for last in (False, False, True):
+                    reply = await client.request("GET", "/health")
+                    assert ("connection" in reply.headers) is last
+                assert await client.reader.read() == b""
+
+    run(check())
+
+
+@pytest.mark.parametrize("chunked_body", [False, True])
+@pytest.mark.parametrize(
+    "path, limit",
+    [
+        ("/v1/chat/completions", "content_size"),
+        ("/v1/embeddings", "content_size"),
+        ("/api/ask", "ask_content_size"),
+        ("/admin/users/add", "admin_content_size"),
+    ],
+)
+def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body):
+    """L6, L7: at the limit it is read, one byte more is 413."""
+
+    async def check():
+        limits = Limits(**{limit: 1000}, linger_timeout=0.05)
+        async with serving(tmp_path, limits=limits) as server:
+            for size, status in ((999, 400), (1000, 400), (1001, 413)):
+                body, headers = b"x" * size, []
+                if chunked_body:
+                    body = chunked(body[:500]) + chunked(body[500:]) + b"0\r\n\r\n"
+                    headers = [("Transfer-Encoding", "chunked")]
+                reply = await ask(server.port, "POST", path, body, headers=headers)
+                assert reply.status == status
+                if path.startswith("/v1"):
+                    assert reply.json()["error"]["type"] == "invalid_request_error"
+
+    run(check())
+
+
+def test_all_contents_together_have_a_limit(tmp_path):
+    """L8."""
+
+    async def check():
+        limits = Limits(total_content_size=1000, linger_timeout=0.05)
+        async with serving(tmp_path, limits=limits) as server:
+            async with Client(server.port) as other:
+                headers = [("Content-Length", "900")]
+                other.send(request_bytes("POST", "/api/ask", headers=headers) + b"x")
+                await until(lambda: server.service.content_size == 900)
+                small = await ask(server.port, "POST", "/api/ask", b"x" * 100)
+                assert small.status == 400
+                large = await ask(server.port, "POST", "/api/ask", b"x" * 101)
+                assert large.status == 503 and large.headers["retry-after"] == "1"
+            await until(lambda: server.service.content_size == 0)
+
+    run(check())
+
+
+@pytest.mark.parametrize("chunked_body", [False, True])
+def test_slow_content_is_answered_408(tmp_path, chunked_body):
+    """L9, F18: too slow on average, and silence."""
+
+    async def check():
+        limits = Limits(
+            content_read_timeout=0.3,
+            content_rate=10_000,
+            content_rate_after=0.2,
+            linger_timeout=0.05,
+        )
+        length = ("Transfer-Encoding", "chunked") if chunked_body else None
+        length = length or ("Content-Length", "100000")
+        async with serving(tmp_path, limits=limits) as server:
+            for trickles in (False, True):
+                async with Client(server.port) as client:
+                    client.send(request_bytes("POST", "/api/ask", headers=[length]))
+
+                    async def trickle(client=client):
+                        while True:
+                            client.send(chunked(b"x") if chunked_body else b"x")
+                            await asyncio.sleep(0.05)
+
+                    async with handler_task(
+                        trickle() if trickles else asyncio.sleep(0)
+                    ):
+                        reply = await asyncio.wait_for(client.read_reply(), 5)
+                    assert reply.status == 408
+                    assert reply.headers["connection"] == "close"
+
+    run(check())
+
+
+def test_refusal_can_be_read_while_the_client_still_sends(tmp_path):
+    """L16: no RST overtakes the answer."""
+
+    async def check():
+        async with serving(tmp_path) as server, Client(server.port) as client:
+            body = b"x" * 250_000
+            client.send(request_bytes("POST", "/admin/users/add", body))
+            await asyncio.sleep(0.1)
+            reply = await client.read_reply()
+            assert reply.status == 413
+            assert await client.reader.read() == b""
+
+    run(check())
+
+
+SMUGGLED = "GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 5",
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5, 5",
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +5",
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0x5",
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1",
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
+        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity",
+        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked",
+        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding : chunked",
+        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding:\x0bchunked",
+        "POST / HTTP/1.0\r\nTransfer-Encoding: chunked",
+        "GET / HTTP/1.1\r\nHost: x\r\nX: a\r\n b",
+        "GET / HTTP/1.1\r\nHost: x\r\nX: a\nY: b",
+        "GET / HTTP/1.1\r\nHost: x\r\nHost: x",
+        "GET / HTTP/1.1\r\nHost: x/y",
+        "GET / HTTP/1.1",
+        "GET  / HTTP/1.1\r\nHost: x",
+        "GET / HTTP/2.0\r\nHost: x",
+        "GET http://other/ HTTP/1.1\r\nHost: x",
+        "GET x HTTP/1.1\r\nHost: x",
+        " GET / HTTP/1.1\r\nHost: x",
+    ],
+)
+def test_smuggled_request_is_never_read(tmp_path, head):
+    """F60: one answer, then the end."""
+
+    async def check():
+        limits = Limits(linger_timeout=0.05)
+        async with serving(tmp_path, limits=limits) as server:
+            data = f"{head}\r\n\r\n0\r\n\r\n{SMUGGLED}".encode()
+            answers = handler_split(await raw(server.port, data))
+            assert len(answers) == 1
+            assert answers[0][0] in (400, 501, 505)
+            assert isinstance(json.loads(answers[0][1])["error"], str)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["5\r\nhello\n0\r\n\r\n", "0x5\r\nhello\r\n0\r\n\r\n", "-1\r\n\r\n", "5;a\nb\r\n"],
+)
+def test_nothing_is_read_behind_a_broken_chunk(tmp_path, content):
+    async def check():
+        limits = Limits(linger_timeout=0.05)
+        async with serving(tmp_path, limits=limits) as server:
+            coding = [("Transfer-Encoding", "chunked")]
+            head = request_bytes("POST", "/api/ask", b"", headers=coding)
+            data = head + content.encode() + SMUGGLED.encode()
+            answers = handler_split(await raw(server.port, data))
+            assert [status for status, _ in answers] == [400]
+
+    run(check())
+
+
+JSON_BODIES = [
+    b"[" * 200_000,
+    b'{"model": ' + b"[" * 200_000,
+    b'{"model": ' + b"1" * 5000 + b"}",
+    b'{"model": "m", "messages": [], "n": ' + b"1" * 5000 + b"}",
+    b'{"model": NaN, "content": NaN, "admin_key": NaN}',
+    b'{"model": "\xff"}',
+    b"\xef\xbb\xbf{}",
+    b"[]",
+    b"null",
+    b'"text"',
+    b"{",
+    b'{"model": {}, "messages": {}, "content": {}, "admin_key": {}, "name": {}}',
+    b'{"model": [], "messages": [], "content": [], "user_id": [], "role": []}',
+    b'{"model": "m", "messages": [], "stream": "yes", "content": 5, "role": {}}',
+    b'{"model": 5, "messages": null, "content": "", "user_id": 5, "name": 5}',
+    b'{"model": "m", "model": 5, "content": "x", "content": 5, "role": "x"}',
+    b'{"content": "x", "parent_id": {}, "conversation_id": [], "role": null}',
+    b'{"content": "x", "model": {}, "user_id": {}, "role": "x", "input": "x"}',
+]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/chat/completions",
+        "/v1/embeddings",
+        "/api/ask",
+        "/admin/users/add",
+        "/admin/users/delete",
+    ],
+)
+def test_odd_json_is_refused_and_never_an_internal_error(tmp_path, path):
+    """F62."""
+
+    async def check():
+        async with serving(tmp_path) as server, Client(server.port) as client:
+            for body in JSON_BODIES:
+                body = body[:60_000]  # of the 64 KiB that /admin takes
+                reply = await client.request("POST", path, body)
+                assert reply.status == 400, (body[:80], reply.content)
+                assert reply.json()["error"]
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "content", ["\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]']
+)
+def test_odd_text_is_served(tmp_path, content):
+    """F62: lone surrogates, a megabyte, control characters."""
+
+    async def check():
+        chat = {**CHAT, "model": "mock/echo"}
+        chat["messages"] = [{"role": "user", "content": content}]
+        async with serving(tmp_path) as server:
+            reply = await ask(server.port, "POST", CHAT_URL, chat)
+            message = reply.json()["choices"][0]["message"]
+            assert message["content"] == content
+            reply = await ask(server.port, "POST", CHAT_URL, {**chat, "stream": True})
+            events = reply.events()
+            deltas = [json.loads(event)["choices"][0] for event in events[:-1]]
+            said = "".join(choice["delta"].get("content", "") for choice in deltas)
+            assert said == content and events[-1] == "[DONE]"
+
+    run(check())
+
+
+def test_non_ascii_key_is_a_wrong_key(tmp_path):
+    """F63."""
+
+    async def check():
+        async with serving(tmp_path) as server:
+            for value in (
+                b"Bearer \xff\xfe",
+                "Schl\u00fcssel".encode(),
+                b"Bearer \x80",
+            ):
+                request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                data = request + b"Authorization: " + value + b"\r\n\r\n"
+                [(status, content)] = handler_split(await raw(server.port, data))
+                assert status == 401
+                assert json.loads(content)["error"]["message"] == "Invalid API key"
+            for key in ("\u00fc", "\ud800", "\u0661"):
+                body = {"admin_key": key}
+                reply = await ask(server.port, "POST", "/admin/users/add", body)
+                assert reply.status == 401
+                assert reply.json() == {"error": "Invalid admin key"}
+
+    run(check())
+
+
+def test_bug_in_a_route_is_told_by_its_request_id_alone(tmp_path, monkeypatch, caplog):
+    """F64."""
+
+    async def broken(self):
+        raise ValueError("SECRET of the handler")
+
+    async def check():
+        log = HandlerLog()
+        monkeypatch.setattr(apiserver.RequestHandler, "do_status", broken)
+        # As the program does it; caplog sees what an embedding program would.
+        monkeypatch.setattr(apiserver.logger, "handlers", [apiserver.LogHandler(log)])
+        async with serving(tmp_path, log=log) as server, Client(server.port) as client:
+            headers = [("x-request-id", "mine")]
+            reply = await client.request("GET", "/status", headers=headers)
+            assert reply.status == 500 and reply.headers["connection"] == "close"
+            assert "mine" in reply.json()["error"] and b"SECRET" not in reply.content
+            assert await client.reader.read() == b""
+            assert (await ask(server.port, "GET", "/health")).status == 200
+            lines = [line for line in log.lines if "mine failed" in line]
+            assert len(lines) == 1 and "(ValueError in broken, " in lines[0]
+            assert "SECRET" not in log.text
+        assert [r.name for r in caplog.records] == ["chatgpt_apiserver"]
+
+    run(check())
+
+
+def test_upgrade_to_what_is_not_spoken_is_ignored(tmp_path):
+    """F74: h2c."""
+
+    async def check():
+        upgrade = [
+            ("Connection", "Upgrade, HTTP2-Settings"),
+            ("Upgrade", "h2c"),
+            ("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA"),
+        ]
+        async with handler_chat(tmp_path) as (server, upstream):
+            reply = await ask(server.port, "GET", "/status", headers=upgrade)
+            assert reply.status == 200
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=upgrade)
+            assert reply.status == 200
+            [asked] = handler_posts(upstream)
+            assert "http2-settings" not in asked.headers
+            assert "upgrade" not in asked.headers
+
+    run(check())
+
+
+def test_handshake_with_content_is_refused(tmp_path):
+    """F75."""
+
+    async def check():
+        async with serving(tmp_path) as server:
+            for length in (("Content-Length", "5"), ("Transfer-Encoding", "chunked")):
+                with pytest.raises(ConnectionError, match="400"):
+                    await Agent(server.port, headers=[length]).connect()
+            reply = await ask(server.port, "GET", "/client/register")
+            assert reply.status == 400
+            upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+            upgrade += [("Sec-WebSocket-Version", "8"), ("Sec-WebSocket-Key", "x")]
+            reply = await ask(server.port, "GET", "/client/register", headers=upgrade)
+            assert reply.status == 426
+            assert reply.headers["sec-websocket-version"] == "13"
+
+    run(check())
+
+
+def test_bytes_behind_a_handshake_are_its_first_frame(tmp_path):
+    """F75."""
+
+    async def check():
+        async with serving(tmp_path) as server, Client(server.port) as client:
+            hello = json.dumps({"id": "early-bird", "message": "Connection id"})
+            frame = apiserver.WebSocketProtocol(apiserver.Side.CLIENT).send(hello)
+            headers = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+            headers += [("Sec-WebSocket-Version", "13")]
+            headers += [("Sec-WebSocket-Key", apiserver.handshake_key())]
+            request = request_bytes("GET", "/client/register", headers=headers)
+            client.send(request + frame)
+            assert (await client.read_head())[0] == 101
+            await until(lambda: "early-bird" in server.service.agents)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "own, kept",
+    [
+        ("abc-123", True),
+        ("x" * 128, True),
+        ("two words", True),
+        ("x" * 129, False),
+        ("tab\tbed", False),
+        ("\u00fc", False),
+        ("", False),
+    ],
+)
+def test_request_id_is_the_clients_own_if_it_can_be(tmp_path, own, kept):
+    async def check():
+        async with serving(tmp_path) as server:
+            seen = set()
+            for path in ("/health", "/nothing", "/v1/models"):
+                line = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                data = f"{line}x-request-id: {own}\r\n\r\n".encode("latin-1")
+                answer = await raw(server.port, data)
+                seen.add(re.search(rb"x-request-id: ([^\r]+)", answer)[1].decode())
+            if kept:
+                assert seen == {own}
+            else:
+                assert own not in seen and len(seen) == 3
+
+    run(check())
+
+
+def test_broken_request_gets_a_request_id_too(tmp_path):
+    async def check():
+        limits = Limits(linger_timeout=0.05)
+        async with serving(tmp_path, limits=limits) as server:
+            assert b"x-request-id: " in await raw(server.port, b"nonsense\r\n\r\n")
+
+    run(check())
+
+
+def test_path_climbs_nowhere(tmp_path):
+    """The upstream's key is for paths under its base URL."""
+
+    async def check():
+        async with handler_chat(tmp_path) as (server, upstream):
+            for path in ("/v1/../x", "/v1/a/..", "/v1/%2e%2e/x", "/v1/.%2E", "/v1/./x"):
+                reply = await ask(server.port, "POST", path, {"model": "m"})
+                assert reply.status == 404, path
+            assert handler_posts(upstream) == []
+
+    run(check())
+
+
+def test_too_many_query_fields_are_no_internal_error(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            for path in ("/admin/users?", "/admin/controllers?"):
+                reply = await ask(server.port, "GET", path + "a&" * 500, key="")
+                assert reply.status in (400, 401)
+
+    run(check())
+
+
+def test_reset_between_refusal_and_close_leaves_no_trace(tmp_path, monkeypatch, caplog):
+    async def check():
+        log = HandlerLog()
+        async with serving(tmp_path, log=log) as server:
+            sock = socket.create_connection(("127.0.0.1", server.port))
+
+            def reset(self):
+                option = struct.pack("ii", 1, 0)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+                sock.close()
+
+            monkeypatch.setattr(apiserver.RequestHandler, "log_request", reset)
+            await until(lambda: server._handlers)
+            sock.sendall(b"nonsense\r\n\r\n")
+            await until(lambda: not server._handlers)
+        assert "failed" not in log.text and caplog.records == []
+
+    run(check())
+
+
+# --- Trust
+
+
+@pytest.mark.parametrize(
+    "fields, answer",
+    [
+        ([("Authorization", "KEY")], 200),
+        ([("Authorization", "Bearer KEY")], 200),
+        ([("authorization", "bearer   KEY")], 200),
+        ([("x-api-key", "KEY")], 200),
+        ([("Authorization", "KEY2")], "Invalid API key"),
+        ([("Authorization", "Basic KEY")], "Invalid API key"),
+        ([("Authorization", "Bearer KE")], "Invalid API key"),
+        ([("x-api-key", "key")], "Invalid API key"),
+        ([("Authorization", "wrong"), ("x-api-key", "KEY")], "Invalid API key"),
+        ([], "API key not provided"),
+        ([("Authorization", "")], "API key not provided"),
+        ([("x-api-key", "")], "API key not provided"),
+        ([("Cookie", "KEY")], "API key not provided"),
+    ],
+)
+def test_credential_travels_in_several_forms(tmp_path, fields, answer):
+    async def check():
+        body = {"content": "hi", "model": "mock/echo"}
+        async with serving(tmp_path) as server:
+            user = await handler_add_user(server.port)
+            for token in (KEY, user["token"]):
+                own = [(name, value.replace("KEY", token)) for name, value in fields]
+                reply = await ask(server.port, "POST", "/api/ask", body, "", own)
+                if answer == 200:
+                    assert reply.status == 200, reply.content
+                else:
+                    assert reply.status == 401 and "www-authenticate" in reply.headers
+                    assert reply.json() == {"error": answer}
+                    assert token.encode() not in reply.content
+
+    run(check())
+
+
+def test_credential_in_the_path(tmp_path):
+    async def check():
+        log = HandlerLog()
+        async with serving(tmp_path, log=log) as server:
+            agent = await handler_add_user(server.port, role="agent")
+            far = [("X-Forwarded-For", "192.0.2.1")]
+            for token in (KEY, agent["token"]):
+                path = f"/k/{token}/client/register"
+                async with Agent(server.port, path, headers=far):
+                    await handler_agents(server, 1)
+                await handler_agents(server, 0)
+            path = "/k/WRONGTOKEN/client/register"
+            with pytest.raises(ConnectionError, match="401"):
+                await Agent(server.port, path).connect()
+            for path in ("/k/WRONGTOKEN", "/k/WRONGTOKEN/nothing", "/k/"):
+                reply = await ask(server.port, "GET", path, key="")
+                assert reply.status == 404 and b"WRONGTOKEN" not in reply.content
+        for secret in (KEY, agent["token"], "WRONGTOKEN"):
+            assert secret not in log.text
+
+    run(check())
+
+
+def test_each_role_may_do_what_it_may(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            user = (await handler_add_user(server.port))["token"]
+            agent = (await handler_add_user(server.port, role="agent"))["token"]
+            table = [
+                ("POST", "/api/ask", {"content": "x", "model": "mock/echo"}, 200, 403),
+                ("GET", "/v1/models", None, 200, 403),
+                ("POST", CHAT_URL, {**CHAT, "model": "mock/echo"}, 200, 403),
+                ("POST", "/v1/embeddings", {"model": "x"}, 503, 403),
+                ("GET", "/api/connections", None, 403, 403),
+                ("GET", "/admin/users", None, 403, 403),
+                ("POST", "/admin/users/add", {}, 403, 403),
+                ("POST", "/admin/users/delete", {"user_id": "x"}, 403, 403),
+                ("GET", "/admin/controllers", None, 403, 403),
+                ("POST", "/admin/controllers/enable", {"name": "mock"}, 403, 403),
+                ("POST", "/admin/controllers/disable", {"name": "mock"}, 403, 403),
+                ("GET", "/client/register", None, 403, 400),
+            ]
+            for method, path, body, as_user, as_agent in table:
+                reply = await ask(server.port, method, path, body, user)
+                assert (path, reply.status) == (path, as_user)
+                reply = await ask(server.port, method, path, body, agent)
+                assert (path, reply.status) == (path, as_agent)
+
+    run(check())
+
+
+def test_admin_key_in_body_query_or_header(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            port = server.port
+            right, wrong = {"admin_key": KEY}, {"admin_key": "wrong"}
+            add, users = "/admin/users/add", "/admin/users"
+            assert (await ask(port, "POST", add, right, "")).status == 200
+            assert (await ask(port, "POST", add, None, KEY)).status == 200
+            assert (
+                await ask(port, "GET", f"{users}?admin_key={KEY}", key="")
+            ).status == 200
+            for reply in (
+                await ask(port, "POST", add, wrong, ""),
+                await ask(port, "POST", add, wrong, KEY),
+                await ask(port, "GET", f"{users}?admin_key=wrong", key=""),
+            ):
+                assert reply.status == 401
+                assert reply.json() == {"error": "Invalid admin key"}
+                assert KEY.encode() not in reply.content
+            for reply in (
+                await ask(port, "POST", add, {}, ""),
+                await ask(port, "GET", users, key=""),
+                await ask(port, "GET", f"{users}?admin_key=", key=""),
+            ):
+                assert reply.status == 401
+                assert reply.json() == {"error": "Admin key not provided"}
+
+    run(check())
+
+
+def test_wrong_keys_are_counted_per_minute(tmp_path):
+    """L21: ten are judged, the next are 429; right keys pass; no key is no key."""
+
+    async def check():
+        async with serving(tmp_path) as server, Client(server.port) as client:
+            for _ in range(3):
+                assert (await client.request("GET", "/v1/models", key="")).status == 401
+            for number in range(10):
+                key = f"wrong{number}"
+                assert (
+                    await client.request("GET", "/v1/models", key=key)
+                ).status == 401
+            reply = await client.request("GET", "/v1/models", key="wrong")
+            assert reply.status == 429
+            assert list(reply.json()["error"]) == ["message", "type", "param", "code"]
+            seconds = int(reply.headers.get("retry-after", 0))
+            stop = reply.headers.get("x-should-retry")
+            assert 1 <= seconds <= 30 if seconds else stop == "false"
+            reply = await client.request("GET", "/admin/users?admin_key=x", key="")
+            assert reply.status == 429
+            assert (await client.request("GET", "/v1/models")).status == 200
+            assert (await client.request("GET", "/v1/models", key="")).status == 401
+
+    run(check())
+
+
+NOT_LOCAL = [
+    ("Origin", "https://evil.example"),
+    ("Origin", "null"),
+    ("Origin", "http://localhost:8080"),
+    ("Origin", "https://chatgpt.com.evil.example"),
+    ("Origin", "http://chatgpt.com"),
+    ("Host", "rebound.example"),
+    ("Host", "rebound.example:8080"),
+    ("Host", "localhost.evil.example"),
+    ("Host", "192.0.2.2"),
+    ("Host", "127.0.0.1.evil.example"),
+    ("Forwarded", "for=192.0.2.1"),
+    ("X-Forwarded-For", "127.0.0.1"),
+    ("X-Real-IP", "127.0.0.1"),
+    ("Via", "1.1 proxy"),
+    ("via", ""),
+]
+
+
+def handler_handshake(path, *fields, host="localhost"):
+    """A websocket handshake in bytes, its Host perhaps given in fields."""
+    lines = [f"GET {path} HTTP/1.1", "Upgrade: websocket", "Connection: Upgrade"]
+    lines += ["Sec-WebSocket-Version: 13"]
+    lines += [f"Sec-WebSocket-Key: {apiserver.handshake_key()}"]
+    if "Host" not in [name for name, _ in fields]:
+        lines.append(f"Host: {host}")
+    lines += [f"{name}: {value}" for name, value in fields]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+async def handler_status(port, request, host="127.0.0.1"):
+    async with Client(port, host) as client:
+        client.send(request)
+        return (await client.read_head())[0]
+
+
+@pytest.mark.parametrize("field", NOT_LOCAL, ids=": ".join)
+def test_only_this_machines_user_needs_no_key(tmp_path, field):
+    """F61."""
+
+    async def check():
+        log = HandlerLog()
+        async with serving(tmp_path, log=log) as server:
+            port = server.port
+            handshake = handler_handshake("/client/register", field)
+            assert await handler_status(port, handshake) == 403
+            assert "/k/<token>" in log.text
+            key = ("Authorization", f"Bearer {KEY}")
+            handshake = handler_handshake("/client/register", field, key)
+            assert await handler_status(port, handshake) == 101
+            handshake = handler_handshake(f"/k/{KEY}/client/register", field)
+            assert await handler_status(port, handshake) == 101
+            listing = handler_handshake("/api/connections", field)
+            assert await handler_status(port, listing) in (401, 403)
+            listing = handler_handshake("/api/connections", field, key)
+            assert await handler_status(port, listing) == 200
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        ("Origin", "https://chat.openai.com"),
+        ("Origin", "https://chatgpt.com"),
+        ("Origin", "moz-extension://2f0d9cd2"),
+        ("Origin", "chrome-extension://abcdef"),
+        ("Host", "127.0.0.1:8080"),
+        ("Host", "[::1]:8080"),
+        ("Host", "LOCALHOST:8080"),
+        ("Host", "127.9.9.9"),
+    ],
+    ids=": ".join,
+)
+def test_this_machines_user_needs_no_key(tmp_path, field):
+    async def check():
+        async with serving(tmp_path) as server:
+            for path, status in (("/client/register", 101), ("/api/connections", 200)):
+                handshake = handler_handshake(path, field)
+                assert await handler_status(server.port, handshake) == status
+                wrong = ("x-api-key", "wrong")  # what is sent is judged
+                handshake = handler_handshake(path, field, wrong)
+                assert await handler_status(server.port, handshake) == 401
+
+    run(check())
+
+
+def test_loopback_in_every_spelling():
+    for address in ("127.0.0.1", "::1", "::ffff:127.0.0.1", "[::1]", "localhost"):
+        assert apiserver.is_loopback(address)
+    for address in ("", "192.0.2.2", "::ffff:192.0.2.2", "::", "0.0.0.0", "fd00::2"):
+        assert not apiserver.is_loopback(address)
+
+
+def handler_other_address():
+    """An address of this machine that is not loopback; skips where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))  # sends nothing
+            address = sock.getsockname()[0]
+        except OSError:
+            address = "127.0.0.1"
+    if apiserver.is_loopback(address):
+        pytest.skip("this machine has no other address")
+    return address
+
+
+def test_peer_at_another_address_is_not_this_machine(tmp_path):
+    """The peer's address decides, whatever the request says."""
+    address = handler_other_address()
+
+    async def status(port, request):
+        sock = socket.create_connection(("127.0.0.1", port), 5, (address, 0))
+        reader, writer = await asyncio.open_connection(sock=sock)
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.transport.abort()
+        return int(head.split()[1])
+
+    async def check():
+        async with serving(tmp_path) as server:
+            for path, refused in (("/client/register", 403), ("/api/connections", 401)):
+                handshake = handler_handshake(path)
+                assert await status(server.port, handshake) == refused
+                assert await handler_status(server.port, handshake) in (101, 200)
+            handshake = handler_handshake(f"/k/{KEY}/client/register")
+            assert await status(server.port, handshake) == 101
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "auth, near, far, listing",
+    [("local", 101, 403, 200), ("key", 401, 401, 401), ("open", 101, 101, 200)],
+)
+def test_who_may_register_without_a_key(tmp_path, auth, near, far, listing):
+    async def check():
+        async with serving(tmp_path, agents_auth=auth) as server:
+            path = "/client/register"
+            origin = ("Origin", "https://evil.example")
+            assert await handler_status(server.port, handler_handshake(path)) == near
+            foreign = handler_handshake(path, origin)
+            assert await handler_status(server.port, foreign) == far
+            reply = await ask(server.port, "GET", "/api/connections", key="")
+            assert reply.status == listing
+            reply = await ask(
+                server.port, "GET", "/api/connections", None, "", [origin]
+            )
+            assert reply.status == 401
+
+    run(check())
+
+
+def test_no_secret_reaches_the_log(tmp_path):
+    async def check():
+        log = HandlerLog()
+        async with handler_chat(tmp_path, log=log, verbose=True) as (server, _):
+            user = await handler_add_user(server.port, name="Ada")
+            token = user["token"]
+            chat = {**CHAT, "messages": [{"role": "user", "content": "PROMPT"}]}
+            await ask(server.port, "POST", CHAT_URL, chat, token)
+            await ask(server.port, "GET", f"/admin/users?admin_key={KEY}")
+            await ask(server.port, "GET", "/admin/users?admin_key=WRONGKEY")
+            await ask(server.port, "GET", f"/k/{token}/v1/models?x={token}")
+            await ask(server.port, "POST", CHAT_URL, chat, "WRONGKEY")
+            body = {"user_id": user["user_id"]}
+            await ask(server.port, "POST", "/admin/users/delete", body)
+            await until(lambda: "delete" in log.text)
+        for secret in (KEY, token, "PROMPT", "WRONGKEY", "UPSTREAMSECRET"):
+            assert secret not in log.text
+        assert " Ada POST /v1/chat/completions 200 m up-" in log.text
+
+    run(check())
+
+
+# --- The ask API
+
+
+async def handler_ask(port, content="Hello", key=KEY, **fields):
+    return await ask(port, "POST", "/api/ask", {"content": content, **fields}, key)
+
+
+def test_ask_is_answered_by_an_agent(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server, Agent(server.port) as agent:
+            await handler_agents(server, 1)
+            asking = asyncio.ensure_future(
+                handler_ask(
+                    server.port, conversation_id="<optional>", parent_id="<optional>"
+                )
+            )
+            id, data = await agent.request()
+            assert list(data) == [
+                "message_id",
+                "conversation_id",
+                "parent_id",
+                "content",
+            ]
+            assert data["content"] == "Hello" and data["conversation_id"] == ""
+            assert UUID_FORM.fullmatch(data["message_id"])
+            assert UUID_FORM.fullmatch(data["parent_id"])
+            await agent.reply(id, "Hi", "conv", "resp")
+            reply = await asking
+            assert reply.status == 200
+            assert list(reply.json().items()) == [
+                ("id", ""),
+                ("response_id", "resp"),
+                ("conversation_id", "conv"),
+                ("content", "Hi"),
+                ("error", ""),
+            ]
+            asking = asyncio.ensure_future(
+                handler_ask(server.port, conversation_id="conv", parent_id="resp")
+            )
+            id, data = await agent.request()
+            assert (data["conversation_id"], data["parent_id"]) == ("conv", "resp")
+            await agent.reply(id, "Ho", "conv", "resp2")
+            assert (await asking).json()["content"] == "Ho"
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "body, status, text",
+    [
+        (b"{", 400, "JSON"),
+        ({}, 400, "content"),
+        ({"content": ""}, 400, "content"),
+        ({"content": ["x"]}, 400, "content"),
+        ({"content": "x", "conversation_id": "c"}, 400, "together"),
+        ({"content": "x", "parent_id": "p"}, 400, "together"),
+        ({"content": "x", "conversation_id": 5, "parent_id": "p"}, 400, "conversation"),
+        ({"content": "x", "model": 5}, 400, "model"),
+        (
+            {"content": "x", "conversation_id": "c", "parent_id": "p"},
+            404,
+            "Conversation doesn't exist",
+        ),
+        ({"content": "x"}, 503, "No available clients"),
+        ({"content": "x", "model": "<optional>"}, 503, "No available clients"),
+        ({"content": "x", "conversation_id": "", "parent_id": ""}, 503, "No available"),
+        ({"content": "x", "conversation_id": None, "parent_id": None}, 503, "No ava"),
+        ({"content": "x", "model": "mock/500"}, 500, "fails"),
+        ({"content": "x", "model": "mock/429"}, 429, "busy"),
+        ({"content": "x", "model": "mock/slow?seconds=nan"}, 400, "number"),
+    ],
+)
+def test_ask_says_what_is_wrong(tmp_path, body, status, text):
+    async def check():
+        async with serving(tmp_path) as server:
+            began = time.monotonic()
+            reply = await ask(server.port, "POST", "/api/ask", body)
+            assert reply.status == status and time.monotonic() - began < 2
+            assert list(reply.json()) == ["error"] and text in reply.json()["error"]
+
+    run(check())
+
+
+def test_ask_without_an_agent_harms_nobody(tmp_path):
+    """F01."""
+
+    async def check():
+        async with serving(tmp_path) as server:
+            assert (await handler_ask(server.port)).status == 503
+            async with Agent(server.port) as agent, handler_task(agent.echo()):
+                await handler_agents(server, 1)
+                reply = await handler_ask(server.port)
+                assert reply.json()["content"] == "echo:Hello"
+
+    run(check())
+
+
+def test_ask_waits_a_moment_for_an_agent_that_has_just_left(tmp_path):
+    async def check():
+        limits = Limits(agent_return_timeout=3, agent_return_window=30)
+        async with serving(tmp_path, limits=limits) as server:
+            async with Agent(server.port):
+                await handler_agents(server, 1)
+            await handler_agents(server, 0)
+            async with handler_task(handler_ask(server.port)) as asking:
+                await until(lambda: server.service.pool.waiting)
+                async with Agent(server.port) as agent, handler_task(agent.echo()):
+                    assert (await asking).json()["content"] == "echo:Hello"
+
+    run(check())
+
+
+def test_conversation_here_can_branch(tmp_path):
+    """Upstreams keep none: the messages on the way to parent_id are sent along."""
+
+    async def check():
+        async with handler_chat(tmp_path, http_reply(completion())) as (
+            server,
+            upstream,
+        ):
+
+            async def say(content, conversation_id="", parent_id=""):
+                ids = {"conversation_id": conversation_id, "parent_id": parent_id}
+                reply = await handler_ask(server.port, content, **ids, model="m")
+                assert reply.status == 200, reply.content
+                sent = handler_posts(upstream)[-1]
+                assert sent.line.startswith("POST /v1/chat/completions ")
+                assert sent.json()["model"] == "m"
+                words = [m["content"] for m in sent.json()["messages"]]
+                return (
+                    reply.json()["conversation_id"],
+                    reply.json()["response_id"],
+                    words,
+                )
+
+            talk, first, sent = await say("one")
+            assert UUID_FORM.fullmatch(talk) and UUID_FORM.fullmatch(first)
+            assert sent == ["one"]
+            same, second, sent = await say("two", talk, first)
+            assert same == talk and sent == ["one", "Hi there", "two"]
+            _, _, sent = await say("branch", talk, first)
+            assert sent == ["one", "Hi there", "branch"]
+            _, _, sent = await say("three", talk, second)
+            assert sent == ["one", "Hi there", "two", "Hi there", "three"]
+            ids = {"conversation_id": talk, "parent_id": str(uuid.uuid4())}
+            reply = await handler_ask(server.port, **ids)
+            assert reply.status == 404
+
+    run(check())
+
+
+def test_conversation_belongs_to_who_began_it(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            other = (await handler_add_user(server.port))["token"]
+            reply = await handler_ask(server.port, model="mock/echo")
+            ids = {key: reply.json()[key] for key in ("conversation_id", "response_id")}
+            ids["parent_id"] = ids.pop("response_id")
+            reply = await handler_ask(server.port, key=other, model="mock/echo", **ids)
+            assert reply.status == 404
+            assert reply.json() == {"error": "Conversation doesn't exist"}
+            reply = await handler_ask(server.port, model="mock/echo", **ids)
+            assert reply.status == 200
+
+    run(check())
+
+
+@pytest.mark.parametrize("limit", [{"conversations": 2}, {"conversations_size": 500}])
+def test_conversations_are_bounded(tmp_path, limit):
+    """L42: the least recently used go first."""
+
+    async def check():
+        async with serving(tmp_path, limits=Limits(**limit)) as server:
+
+            async def go_on(talk):
+                ids = {"conversation_id": talk[0], "parent_id": talk[1]}
+                reply = await handler_ask(server.port, "x", model="mock/echo", **ids)
+                return reply.status
+
+            talks = []
+            for _ in range(3):
+                body = (await handler_ask(server.port, "x", model="mock/echo")).json()
+                talks.append((body["conversation_id"], body["response_id"]))
+            assert await go_on(talks[0]) == 404
+            assert await go_on(talks[2]) == 200
+
+    run(check())
+
+
+def test_kept_size_of_conversations_is_right_whatever_happens():
+    """What has been forgotten must not count for ever."""
+    kept = apiserver.Conversations(Limits(conversations=2))
+    first = kept.keep("u", "1", None)
+    kept.add(first, "a", "", "question", "answer")
+    for id in "23":
+        kept.add(kept.keep("u", id, None), "a", "", "question", "answer")
+    assert kept.find("u", "1") is None
+    kept.add(first, "b", "a", "question", "answer")  # was being answered meanwhile
+    kept.add(kept.keep("u", "3", "agent"), "", "", "", "")  # now it is an agent's
+    for _ in range(5):
+        kept.add(kept.keep("u", "3", "agent"), "", "", "", "")
+    assert kept._size == sum(c.size for c in kept._kept.values()) < 1000
+
+
+def test_conversation_stays_with_its_agent(tmp_path):
+    """F08, F10: pinned; gone is gone; back with its id is the same agent."""
+
+    async def check():
+        limits = Limits(agent_return_timeout=0.05)
+        async with serving(tmp_path, limits=limits) as server:
+            ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
+            async with Agent(server.port) as first, handler_task(first.echo()):
+                await handler_agents(server, 1)
+                assert (await handler_ask(server.port)).status == 200
+                async with Agent(server.port) as second, handler_task(second.echo()):
+                    await handler_agents(server, 2)
+                    for _ in range(4):
+                        asked = first.protocol
+                        reply = await handler_ask(server.port, **ids)
+                        assert reply.status == 200 and asked
+            async with Agent(server.port) as third, handler_task(third.echo()):
+                await until(lambda: list(server.service.agents) == [third.id])
+                reply = await handler_ask(server.port, **ids)
+                assert reply.status == 500
+                assert reply.json() == {"error": "Connection no longer exists"}
+                again = Agent(server.port, id=first.id)
+                async with again, handler_task(again.echo()):
+                    await handler_agents(server, 2)
+                    assert (await handler_ask(server.port, **ids)).status == 200
+
+    run(check())
+
+
+def test_two_agents_may_hand_out_the_same_conversation_id(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            other = (await handler_add_user(server.port))["token"]
+            async with Agent(server.port) as first, Agent(server.port) as second:
+                await handler_agents(server, 2)
+                asked = []
+
+                async def answer(agent, name):
+                    while True:
+                        id, _ = await agent.request()
+                        asked.append(name)
+                        await agent.reply(id, name)
+
+                async with (
+                    handler_task(answer(first, "first")),
+                    handler_task(answer(second, "second")),
+                ):
+                    mine = (await handler_ask(server.port)).json()["content"]
+                    theirs = (await handler_ask(server.port, key=other)).json()[
+                        "content"
+                    ]
+                    assert {mine, theirs} == {"first", "second"}
+                    ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
+                    for key, name in ((KEY, mine), (other, theirs)) * 2:
+                        reply = await handler_ask(server.port, key=key, **ids)
+                        assert reply.json()["content"] == name
+
+    run(check())
+
+
+def test_conversation_kept_here_may_go_on_at_a_browser_agent(tmp_path):
+    """It knows no such id: it is given the text, and the ids stay ours."""
+
+    async def check():
+        async with serving(tmp_path) as server:
+            reply = (await handler_ask(server.port, "one", model="mock/echo")).json()
+            talk = reply["conversation_id"]
+            async with Agent(server.port) as agent:
+                await handler_agents(server, 1)
+                ids = {"conversation_id": talk, "parent_id": reply["response_id"]}
+                async with handler_task(
+                    handler_ask(server.port, "two", **ids)
+                ) as asking:
+                    id, data = await agent.request()
+                    assert data["conversation_id"] == ""
+                    assert data["content"] == "User: one\n\nAssistant: one\n\nUser: two"
+                    await agent.reply(id, "deux", "theirs", "their-answer")
+                    answer = (await asking).json()
+                assert answer["content"] == "deux"
+                assert answer["conversation_id"] == talk
+            ids["parent_id"] = answer["response_id"]
+            reply = await handler_ask(server.port, "three", model="mock/echo", **ids)
+            assert reply.status == 200 and reply.json()["content"] == "three"
+
+    run(check())
+
+
+def test_answer_with_a_response_id_of_its_own_is_still_an_upstreams(tmp_path):
+    async def check():
+        odd = completion(response_id="x", error=None)
+        async with handler_chat(tmp_path, http_reply(odd)) as (server, _):
+            reply = await handler_ask(server.port, model="m")
+            assert reply.status == 200 and reply.json()["content"] == "Hi there"
+            names = ["id", "response_id", "conversation_id", "content", "error"]
+            assert list(reply.json()) == names
+
+    run(check())
+
+
+def test_model_of_an_ask_is_the_first_of_who_answers(tmp_path):
+    async def check():
+        models = {"alias": "real"}
+        async with handler_chat(tmp_path, http_reply(completion())) as (
+            server,
+            upstream,
+        ):
+            assert (await handler_ask(server.port)).status == 200
+            assert handler_posts(upstream)[-1].json()["model"] == "m"  # it lists
+        controller = {"models": models}
+        async with handler_chat(tmp_path, http_reply(completion()), controller) as (
+            server,
+            upstream,
+        ):
+            assert (await handler_ask(server.port)).status == 200
+            assert handler_posts(upstream)[-1].json()["model"] == "real"
+            reply = await handler_ask(server.port, model="other")
+            assert reply.status == 404 and "other" in reply.json()["error"]
+        none = http_reply({"data": []})
+        async with handler_chat(tmp_path, handler_either(none)) as (server, upstream):
+            reply = await handler_ask(server.port)
+            assert reply.status == 400 and "model" in reply.json()["error"]
+
+    run(check())
+
+
+def handler_either(models):
+    async def behave(request, writer):
+        answer = http_reply(completion())
+        writer.write(models if request.line.startswith("GET") else answer)
+
+    return behave
+
+
+# --- Agents
+
+
+def test_agent_that_dies_is_replaced(tmp_path):
+    """F02."""
+
+    async def check():
+        async with serving(tmp_path) as server:
+            async with Agent(server.port) as first, Agent(server.port) as second:
+                await handler_agents(server, 2)
+                asked = []
+
+                async def behave(agent):
+                    id, _ = await agent.request()
+                    asked.append(agent)
+                    if len(asked) == 1:
+                        agent.writer.transport.abort()
+                    else:
+                        await agent.reply(id, "alive")
+
+                async with handler_task(behave(first)), handler_task(behave(second)):
+                    reply = await handler_ask(server.port)
+                    assert reply.json()["content"] == "alive" and len(asked) == 2
+
+    run(check())
+
+
+def test_silent_agent_is_replaced_and_its_late_answer_dropped(tmp_path):
+    """F04, F05, F06: late, unknown and doubled answers disturb nobody."""
+
+    async def check():
+        async with serving(tmp_path, limits=Limits(ask_timeout=0.2)) as server:
+            async with Agent(server.port) as agent:
+                await handler_agents(server, 1)
+                reply = await handler_ask(server.port)
+                assert reply.status == 504 and list(reply.json()) == ["error"]
+                late, _ = await agent.request()
+                async with handler_task(handler_ask(server.port, "two")) as asking:
+                    id, data = await agent.request()
+                    assert data["content"] == "two"
+                    await agent.reply(late, "late")
+                    await agent.reply("unknown", "unknown")
+                    await agent.reply(id, "right")
+                    await agent.reply(id, "again")
+                    assert (await asking).json()["content"] == "right"
+                async with handler_task(handler_ask(server.port, "three")) as asking:
+                    id, _ = await agent.request()
+                    await agent.reply(id, "third")
+                    assert (await asking).json()["content"] == "third"
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "message, data, more",
+    [
+        ("error", "It broke", {"error": {}}),
+        ("error", None, {}),
+        ("error", {"a": 1}, {"error": {}}),
+        ("ChatGptResponse", "no JSON", {}),
+        ("ChatGptResponse", "[]", {}),
+        ("ChatGptResponse", "{}", {}),
+        ("ChatGptResponse", '{"content": 5}', {}),
+        ("ChatGptResponse", None, {}),
+        ("ChatGptResponse", ["x"], {}),
+        ("ApiEnd", "", {}),
+        ("ApiResponse", "{}", {}),
+        ("error", "x" * 100_000, {}),
+    ],
+)
+def test_failed_answer_fails_one_request(tmp_path, message, data, more):
+    """F07: the agent stays, and is asked again."""
+
+    async def check():
+        async with serving(tmp_path) as server, Agent(server.port) as agent:
+            await handler_agents(server, 1)
+            for _ in range(4):
+                async with handler_task(handler_ask(server.port)) as asking:
+                    id, _ = await agent.request()
+                    await agent.send(id, message, data, **more)
+                    reply = await asking
+                assert reply.status == 500
+                error = reply.json()["error"]
+                assert error and len(error) < 4200
+                if data == "It broke":
+                    assert "It broke" in error
+            async with handler_task(handler_ask(server.port)) as asking:
+                id, _ = await agent.request()
+                await agent.reply(id, "well again")
+                assert (await asking).json()["content"] == "well again"
+
+    run(check())
+
+
+def test_failed_agent_is_replaced_by_another(tmp_path):
+    """F07."""
+
+    async def check():
+        async with serving(tmp_path) as server:
+            async with Agent(server.port) as first, Agent(server.port) as second:
+                await handler_agents(server, 2)
+
+                async def fail(agent):
+                    while True:
+                        id, _ = await agent.request()
+                        await agent.send(id, "error", "no", error={})
+
+                async with handler_task(fail(first)), handler_task(second.echo()):
+                    for _ in range(4):
+                        assert (await handler_ask(server.port)).status == 200
+
+    run(check())
+
+
+def test_malformed_messages_harm_nobody(tmp_path):
+    async def check():
+        log = HandlerLog()
+        async with serving(tmp_path, log=log) as server, Agent(server.port) as agent:
+            await handler_agents(server, 1)
+            messages = [
+                "no JSON",
+                "[]",
+                "5",
+                "null",
+                "",
+                "[" * 100_000,
+                '{"message": "ChatGptResponse"}',
+                '{"id": {}, "message": "ChatGptResponse", "data": {}}',
+                '{"id": [], "message": [], "data": []}',
+                '{"id": null, "message": {}, "data": null}',
+                '{"id": 5, "message": "Models", "data": "[5]"}',
+                '{"id": 5, "message": "error", "data": ' + "1" * 5000 + "}",
+                '{"id": "x", "message": "Connection id", "data": "again"}',
+                '{"id": "\\ud800", "message": "ChatGptResponse", "data": "\\ud800"}',
+                b"\xff\xfe binary",
+                b'{"id": "x", "message": "ping"}',
+            ]
+            async with handler_task(handler_ask(server.port)) as asking:
+                id, _ = await agent.request()
+                for message in messages:
+                    agent.writer.write(agent.protocol.send(message))
+                await agent.reply(id, "still here")
+                assert (await asking).json()["content"] == "still here"
+            assert list(server.service.agents) == [agent.id]
+            assert "failed" not in log.text
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "claimed", ["", "a b", "x" * 129, "a;b", "a=b", "\u00fc", 5, {}]
+)
+def test_id_that_cannot_be_a_cookie_is_not_taken(tmp_path, claimed):
+    async def check():
+        async with serving(tmp_path) as server, Agent(server.port) as agent:
+            async with Agent(server.port) as other:
+                pass
+            assert UUID_FORM.fullmatch(agent.id) and agent.id != other.id
+            odd = Agent(server.port)
+            await odd.connect()
+            first = await odd.receive()
+            await odd.send(claimed, "Connection id")
+            await until(lambda: first["id"] in server.service.agents or claimed == 5)
+            odd.writer.transport.abort()
+
+    run(check())
+
+
+def test_agent_that_comes_back_takes_over(tmp_path):
+    """F08."""
+
+    async def check():
+        async with serving(tmp_path) as server, Agent(server.port) as old:
+            await handler_agents(server, 1)
+            async with Agent(server.port, id=old.id) as new, handler_task(new.echo()):
+                while not isinstance(event := await old.event(), apiserver.Close):
+                    pass
+                assert event.code == 4000
+                assert list(server.service.agents) == [old.id]
+                reply = await ask(server.port, "GET", "/api/connections")
+                assert [c["Id"] for c in reply.json()["connections"]] == [old.id]
+                assert (await handler_ask(server.port)).status == 200
+                reply = await ask(server.port, "GET", "/admin/controllers")
+                types = [c["type"] for c in reply.json()["controllers"]]
+                assert types.count("agent") == 1
+
+    run(check())
+
+
+def test_stranger_does_not_get_a_live_agents_id(tmp_path):
+    """F09."""
+
+    async def check():
+        async with serving(tmp_path) as server, Agent(server.port) as old:
+            await handler_agents(server, 1)
+            token = (await handler_add_user(server.port, role="agent"))["token"]
+            path = f"/k/{token}/client/register"
+            async with Agent(server.port, path, id=old.id), handler_task(old.echo()):
+                await handler_agents(server, 2)
+                assert server.service.agents[old.id].credential == "this machine"
+                stranger = [id for id in server.service.agents if id != old.id]
+                assert UUID_FORM.fullmatch(stranger[0])
+
+    run(check())
+
+
+def test_one_agent_is_asked_one_thing_at_a_time(tmp_path):
+    """F11."""
+
+    async def check():
+        async with serving(tmp_path) as server, Agent(server.port) as agent:
+            await handler_agents(server, 1)
+            asks = [handler_ask(server.port, text) for text in ("one", "two")]
+            asks = [asyncio.ensure_future(each) for each in asks]
+            id, data = await agent.request()
+            await until(lambda: server.service.pool.waiting == 1)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(agent.request(), 0.05)
+            await agent.reply(id, data["content"])
+            id, data = await agent.request()
+            await agent.reply(id, data["content"])
+            replies = [(await each).json()["content"] for each in asks]
+            assert replies == ["one", "two"]
+
+    run(check())
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, answers):
+    """Or until its deadline has come."""
+
+    async def check():
+        limits = Limits(ask_timeout=10 if answers else 0.5)
+        async with (
+            serving(tmp_path, limits=limits) as server,
+            Agent(server.port) as agent,
+        ):
+            await handler_agents(server, 1)
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
+                id, _ = await agent.request()
+            await until(lambda: server.service.requests_in_flight == 0, 1)
+            reply = await ask(server.port, "GET", "/admin/controllers")
+            [line] = [c for c in reply.json()["controllers"] if c["type"] == "agent"]
+            assert line["state"] == "busy"
+            async with handler_task(handler_ask(server.port, "two")) as asking:
+                await until(lambda: server.service.pool.waiting == 1)
+                if answers:
+                    await agent.reply(id, "too late")
+                second, data = await agent.request()
+                assert data["content"] == "two"
+                await agent.reply(second, "zwei")
+                assert (await asking).json()["content"] == "zwei"
+
+    run(check())
+
+
+def test_idle_agent_is_pinged_in_its_own_words_and_dropped_when_dead(tmp_path):
+    async def check():
+        limits = Limits(ping_interval=0.1, pong_timeout=0.3)
+        async with serving(tmp_path, limits=limits) as server:
+            async with Agent(server.port) as agent:
+                for _ in range(3):
+                    message = await asyncio.wait_for(agent.receive(), 5)
+                    assert message["message"] == "ping" and message["id"]
+                    await agent.send(message["id"], "pong")
+                assert agent.id in server.service.agents
+                # From here on it says nothing, not even to websocket pings.
+                began = time.monotonic()
+                await handler_agents(server, 0)
+                assert time.monotonic() - began < 4
+
+    run(check())
+
+
+def test_busy_agent_is_not_dropped_for_its_silence(tmp_path):
+    async def check():
+        limits = Limits(ping_interval=0.05, pong_timeout=0.05, ask_timeout=10)
+        async with (
+            serving(tmp_path, limits=limits) as server,
+            Agent(server.port) as agent,
+        ):
+            await handler_agents(server, 1)
+            async with handler_task(handler_ask(server.port)) as asking:
+                id, _ = await agent.request()
+                await asyncio.sleep(0.5)  # many intervals, and no pong
+                await agent.reply(id, "slow but sure")
+                assert (await asking).json()["content"] == "slow but sure"
+
+    run(check())
+
+
+def test_agent_that_does_not_say_its_id_is_sent_away(tmp_path):
+    """L28."""
+
+    async def check():
+        limits = Limits(first_message_timeout=0.1)
+        async with serving(tmp_path, limits=limits) as server:
+            agent = Agent(server.port)
+            await agent.connect()
+            assert (await agent.receive())["message"] == "Connection id"
+            event = await asyncio.wait_for(agent.event(), 5)
+            assert isinstance(event, apiserver.Close) and event.code == 1008
+            agent.writer.transport.abort()
+            assert server.service.agents == {}
+
+    run(check())
+
+
+def test_agents_are_counted(tmp_path):
+    """L24."""
+
+    async def check():
+        async with serving(tmp_path, limits=Limits(agents=1)) as server:
+            async with Agent(server.port):
+                await handler_agents(server, 1)
+                with pytest.raises(ConnectionError, match="503"):
+                    await Agent(server.port).connect()
+            await handler_agents(server, 0)
+            async with Agent(server.port):
+                await handler_agents(server, 1)
+
+    run(check())
+
+
+def test_connections_are_listed_as_the_original_did(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            reply = await ask(server.port, "GET", "/api/connections", key="")
+            assert reply.json() == {"connections": []}
+            async with Agent(server.port) as agent, handler_task(agent.echo()):
+                await handler_agents(server, 1)
+                reply = await ask(server.port, "GET", "/api/connections")
+                [row] = reply.json()["connections"]
+                names = ["Ws", "Id", "Heartbeat", "LastMessageTime"]
+                assert list(row)[:4] == names
+                assert row["Ws"] == {} and row["Id"] == agent.id
+                assert row["LastMessageTime"] == "0001-01-01T00:00:00Z"
+                form = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+                assert form.fullmatch(row["Heartbeat"])
+                await handler_ask(server.port)
+                reply = await ask(server.port, "GET", "/api/connections")
+                assert form.fullmatch(reply.json()["connections"][0]["LastMessageTime"])
+
+    run(check())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_browser_agent_answers_chat_completions(tmp_path, stream):
+    async def check():
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+        ]
+        chat = {"model": "gpt-x", "messages": messages, "stream": stream}
+        async with serving(tmp_path) as server, Agent(server.port) as agent:
+            await handler_agents(server, 1)
+            async with handler_task(ask(server.port, "POST", CHAT_URL, chat)) as asking:
+                id, data = await agent.request()
+                assert data["content"] == "System: Be brief.\n\nUser: Hello"
+                await agent.reply(id, "Hi")
+                reply = await asking
+            assert reply.status == 200
+            if stream:
+                *events, done = reply.events()
+                chunks = [json.loads(event) for event in events]
+                assert done == "[DONE]"
+                assert all(c["object"] == "chat.completion.chunk" for c in chunks)
+                said = [c["choices"][0]["delta"].get("content") or "" for c in chunks]
+                assert "".join(said) == "Hi" and "usage" not in chunks[-1]
+                assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+            else:
+                body = reply.json()
+                names = ["id", "object", "created", "model", "choices", "usage"]
+                assert list(body) == names and body["model"] == "gpt-x"
+                assert body["id"].startswith("chatcmpl-")
+                [choice] = body["choices"]
+                message = {"role": "assistant", "content": "Hi", "refusal": None}
+                assert choice["message"] == message
+                assert body["usage"]["completion_tokens"] == 1
+
+    run(check())
+
+
+def test_paths_that_a_browser_agent_cannot_answer_go_to_who_can(tmp_path):
+    async def check():
+        async with handler_chat(tmp_path, http_reply({"data": []})) as (server, _):
+            async with Agent(server.port):
+                await handler_agents(server, 1)
+                for _ in range(4):
+                    body = {"model": "m", "input": "x"}
+                    reply = await ask(server.port, "POST", "/v1/embeddings", body)
+                    assert reply.status == 200
+        async with serving(tmp_path) as server, Agent(server.port):
+            await handler_agents(server, 1)
+            reply = await ask(server.port, "POST", "/v1/embeddings", body)
+            assert reply.status == 404
+
+    run(check())
+
+
+# --- The OpenAI API
+
+
+def test_unknown_fields_arrive_byte_for_byte(tmp_path):
+    async def check():
+        body = (
+            b'{ "model":"m",  "temperature": 0, "messages":[{"role":"user","content":'
+            b'"\\u00e9\xc3\xa9"}], "next_year": {"b":1.0e5,"a":[ ]},"top_p":1.00 }'
+        )
+        sent_back = http_reply(completion(odd={"x": [1.50]}))
+        async with handler_chat(tmp_path, sent_back) as (server, upstream):
+            for path in (CHAT_URL, "/chat/completions"):
+                form = [
+                    ("Content-Type", "application/x-www-form-urlencoded")
+                ]  # curl -d
+                reply = await ask(server.port, "POST", path, body, headers=form)
+                asked = handler_posts(upstream)[-1]
+                assert asked.content == body
+                assert asked.headers["content-type"] == "application/json"
+                assert asked.line == "POST /v1/chat/completions HTTP/1.1"
+                assert reply.content == sent_back.partition(b"\r\n\r\n")[2]
+            old = {"Model": "m", "Messages": [{"Role": "user", "Content": "x"}]}
+            await ask(server.port, "POST", CHAT_URL, {**old, "temperature": 0})
+            messages = [{"role": "user", "content": "x"}]
+            expected = {"model": "m", "messages": messages, "temperature": 0}
+            assert handler_posts(upstream)[-1].json() == expected
+
+    run(check())
+
+
+def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
+    async def check():
+        on = {
+            "anthropic-version": "2023-06-01",
+            "OpenAI-Beta": "assistants=v2",
+            "Idempotency-Key": "abc",
+            "User-Agent": "sdk/1",
+            "X-Request-Id": "mine",
+            "X-Latin": "caf\u00e9",
+        }
+        private = {
+            "Cookie": "a=PRIVATE",
+            "Origin": "https://PRIVATE.example",
+            "Referer": "https://PRIVATE.example/x",
+            "Forwarded": "for=PRIVATE",
+            "X-Forwarded-For": "PRIVATE",
+            "X-Forwarded-Odd": "PRIVATE",
+            "X-Real-IP": "PRIVATE",
+            "Via": "PRIVATE",
+            "x-api-key": "PRIVATE",
+            "TE": "trailers, PRIVATE",
+            "Keep-Alive": "PRIVATE",
+            "Proxy-Authorization": "PRIVATE",
+            "Accept-Encoding": "gzip, PRIVATE",
+            "X-Hop": "PRIVATE",
+            "Connection": "keep-alive, X-Hop",
+        }
+        back = [("x-ratelimit-remaining", "7"), ("openai-processing-ms", "12")]
+        hidden = ["Set-Cookie", "Server", "OpenAI-Organization", "Keep-Alive"]
+        hidden += ["X-Request-Id", "Access-Control-Max-Age", "X-Hop"]
+        answer = [*back, *((name, "PRIVATE") for name in hidden)]
+        answer.append(("Connection", "keep-alive, x-hop"))
+        reply = http_reply(completion(), headers=answer)
+        async with handler_chat(tmp_path, reply) as (server, upstream):
+            headers = [*on.items(), *private.items()]
+            request = request_bytes("POST", CHAT_URL, CHAT, headers=headers)
+            async with Client(server.port) as client:
+                client.send(request.decode().encode("latin-1"))
+                reply = await client.read_reply()
+            assert reply.status == 200, reply.content
+            [asked] = handler_posts(upstream)
+            assert asked.headers["authorization"] == "Bearer UPSTREAMSECRET"
+            assert asked.headers["host"] == f"127.0.0.1:{upstream.port}"
+            assert asked.headers["accept-encoding"] == "identity"
+            for name, value in on.items():
+                assert asked.headers.get(name.lower()) == value, name
+            assert "PRIVATE" not in str(asked.headers)
+            for name, value in back:
+                assert reply.headers[name] == value
+            assert "PRIVATE" not in str(reply.headers)
+            assert reply.headers["access-control-allow-origin"] == "*"
+            assert reply.headers["x-request-id"] == "mine"
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "change, param",
+    [
+        ({"model": None}, "model"),
+        ({"model": ""}, "model"),
+        ({"model": 5}, "model"),
+        ({"messages": None}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": {}}, "messages"),
+        ({"stream": "true"}, "stream"),
+        ({"stream": 1}, "stream"),
+        (b"not JSON", None),
+        (b"[]", None),
+        (b"", None),
+    ],
+)
+def test_invalid_chat_request_is_400_and_names_the_field(tmp_path, change, param):
+    async def check():
+        async with handler_chat(tmp_path, http_reply({})) as (server, upstream):
+            body = change if isinstance(change, bytes) else {**CHAT, **change}
+            reply = await ask(server.port, "POST", CHAT_URL, body)
+            assert reply.status == 400
+            error = reply.json()["error"]
+            assert list(error) == ["message", "type", "param", "code"]
+            assert error["param"] == param
+            assert error["type"] == "invalid_request_error"
+            assert handler_posts(upstream) == []
+
+    run(check())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 404, 413, 415, 422])
+def test_error_about_the_request_goes_through_unchanged(tmp_path, status, stream):
+    """F36."""
+
+    async def check():
+        content = b'{ "error": {"message": "no", "odd": 1.0} }'
+        answer = http_reply(content, status)
+        async with handler_chat(tmp_path, answer) as (server, upstream):
+            for _ in range(4):  # no cooling down
+                body = {**CHAT, "stream": stream}
+                reply = await ask(server.port, "POST", CHAT_URL, body)
+                assert (reply.status, reply.content) == (status, content)
+                reply = await handler_ask(server.port, model="m")
+                assert (reply.status, reply.json()) == (status, {"error": "no"})
+
+    run(check())
+
+
+@pytest.mark.parametrize("passes", [False, True])
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
+    async def check():
+        error = {"message": "UPSTREAMSECRET says no", "type": "odd", "code": "why"}
+        headers = [("Retry-After", "7")]
+        answer = http_reply({"error": error}, status, headers=headers)
+        how = "pass" if passes else "map"
+        async with handler_chat(tmp_path, answer, upstream_errors=how) as (server, _):
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            mapped = status if passes and status not in (401, 403) else 500
+            assert reply.status == mapped
+            assert reply.headers["retry-after"] == "7"
+            said = reply.json()["error"]
+            assert list(said)[:4] == ["message", "type", "param", "code"]
+            assert said["upstream_status"] == status
+            assert (said["type"], said["code"]) == ("odd", "why")
+            assert b"UPSTREAMSECRET" not in reply.content
+
+    run(check())
+
+
+def test_dead_and_unreadable_upstreams_are_500(tmp_path):
+    async def check():
+        for answer in (b"", b"nonsense\r\n\r\n", http_reply(b"<html>"), STREAM_HEAD):
+
+            async def behave(request, writer, answer=answer):
+                writer.write(answer)
+                writer.close()
+
+            async with handler_chat(tmp_path, behave) as (server, _):
+                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+                assert reply.status == 500, answer
+                assert list(reply.json()["error"]) == [
+                    "message",
+                    "type",
+                    "param",
+                    "code",
+                ]
+
+    run(check())
+
+
+def test_models_nobody_has_are_404(tmp_path):
+    async def check():
+        controller = {"models": ["only"]}
+        async with handler_chat(tmp_path, http_reply({}), controller) as (server, _):
+            for path in (CHAT_URL, "/v1/embeddings"):
+                reply = await ask(server.port, "POST", path, CHAT)
+                assert reply.status == 404
+                assert reply.json()["error"]["code"] == "model_not_found"
+        async with serving(tmp_path) as server:
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            assert reply.status == 503
+            assert "No available clients" in reply.json()["error"]["message"]
+
+    run(check())
+
+
+def test_mocks_are_asked_by_name_and_nobody_else_is(tmp_path):
+    async def check():
+        async with handler_chat(tmp_path, http_reply(completion())) as (
+            server,
+            upstream,
+        ):
+            echo = {**CHAT, "model": "mock/echo"}
+            for _ in range(4):
+                reply = await ask(server.port, "POST", CHAT_URL, echo)
+                assert reply.json()["choices"][0]["message"]["content"] == "Hello"
+            assert handler_posts(upstream) == []
+
+    run(check())
+
+
+def test_models_are_listed(tmp_path):
+    async def check():
+        listed = http_reply({"data": [{"id": "org/m 1"}, {"id": "b"}]})
+        async with handler_chat(tmp_path, handler_either(listed)) as (server, _):
+            await until(lambda: server.service.pool.controllers[-1].listed)
+            reply = await ask(server.port, "GET", "/v1/models")
+            assert reply.json()["object"] == "list"
+            models = {model["id"]: model for model in reply.json()["data"]}
+            assert {"org/m 1", "b", "mock/echo"} <= set(models)
+            fields = {"id", "object", "created", "owned_by"}
+            assert set(models["b"]) == fields
+            for path in ("org/m%201", "org%2Fm%201", "%6frg/m%201"):
+                reply = await ask(server.port, "GET", f"/v1/models/{path}")
+                assert reply.status == 200 and reply.json() == models["org/m 1"]
+            reply = await ask(server.port, "GET", "/v1/models/none")
+            assert reply.status == 404
+            assert reply.json()["error"]["code"] == "model_not_found"
+
+    run(check())
+
+
+def test_other_paths_go_to_who_has_the_model(tmp_path):
+    async def check():
+        one = handler_answers(http_reply({"object": "one"}))
+        two = handler_answers(http_reply({"object": "two"}))
+        async with Upstream(one) as first, Upstream(two) as second:
+            controllers = [
+                first.controller(models=["a"]),
+                second.controller(models=["b"]),
+            ]
+            async with serving(tmp_path, *controllers) as server:
+                body = b'{"model": "b", "input" :"x"}'
+                path = "/v1/embeddings?odd=1"
+                reply = await ask(server.port, "POST", path, body)
+                assert reply.json() == {"object": "two"}
+                [asked] = handler_posts(second)
+                assert asked.content == body
+                assert asked.line == f"POST {path} HTTP/1.1"
+                form = b'--xyz\r\nContent-Disposition: form-data; name="file"'
+                form += b'; filename="a.wav"\r\n\r\n\x00\xff--\r\n--xyz\r\n'
+                form += b'Content-Disposition: form-data; name="model"\r\n\r\n'
+                form += b"a\r\n--xyz--\r\n"
+                kind = ("Content-Type", "multipart/form-data; boundary=xyz")
+                path = "/v1/audio/transcriptions"
+                reply = await ask(server.port, "POST", path, form, headers=[kind])
+                assert reply.json() == {"object": "one"}
+                [asked] = handler_posts(first)
+                assert asked.content == form
+                assert asked.headers["content-type"] == kind[1]
+                form = form.replace(b'"model"', b'"other"')
+                reply = await ask(server.port, "POST", path, form, headers=[kind])
+                assert reply.status == 400
+                assert reply.json()["error"]["param"] == "model"
+
+    run(check())
+
+
+# --- Streams
+
+
+def test_stream_is_relayed_as_it_comes(tmp_path):
+    async def check():
+        go_on = asyncio.Event()
+        first, second = chunk("Hel"), chunk("lo", "stop")
+        behave = handler_stream(first, go_on, second, DONE)
+        async with handler_chat(tmp_path, behave) as (server, upstream):
+            async with Client(server.port) as client:
+                for _ in range(2):
+                    client.send(request_bytes("POST", CHAT_URL, STREAM))
+                    status, headers = await client.read_head()
+                    assert status == 200
+                    kind = "text/event-stream; charset=utf-8"
+                    assert headers["content-type"] == kind
+                    assert headers["cache-control"] == "no-cache"
+                    assert headers["x-accel-buffering"] == "no"
+                    assert headers["x-request-id"]
+                    assert await client.read_chunk() == first
+                    go_on.set()
+                    rest = b""
+                    while piece := await client.read_chunk():
+                        rest += piece
+                    assert rest == second + DONE
+                    go_on.clear()
+            assert upstream.connections <= 2
+
+    run(check())
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_usage_is_counted_and_shown_only_to_who_asked(tmp_path, wanted):
+    async def check():
+        usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+        last = (
+            b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+        )
+        behave = handler_stream(chunk("Hi"), chunk(None, "stop"), last, DONE)
+        async with handler_chat(tmp_path, behave) as (server, upstream):
+            options = {"stream_options": {"include_usage": True}}
+            body = {**STREAM, **(options if wanted else {})}
+            reply = await ask(server.port, "POST", CHAT_URL, body)
+            assert (b"total_tokens" in reply.content) is wanted
+            assert reply.content.endswith(DONE)
+            asked = handler_posts(upstream)[-1].json()
+            assert asked == {**STREAM, **options}
+            reply = await ask(server.port, "GET", "/admin/controllers")
+            assert reply.json()["controllers"][-1]["tokens"] == 7
+
+    run(check())
+
+
+def test_upstream_that_knows_no_stream_options_is_asked_without(tmp_path):
+    async def check():
+        async def behave(request, writer):
+            if b"stream_options" in request.content:
+                writer.write(http_reply({"error": {"message": "unknown"}}, 400))
+            else:
+                await handler_stream(chunk("Hi", "stop"), DONE)(request, writer)
+
+        async with handler_chat(tmp_path, behave) as (server, upstream):
+            for count in (2, 3):  # once more, and then it is known
+                reply = await ask(server.port, "POST", CHAT_URL, STREAM)
+                assert reply.status == 200
+                assert len(handler_posts(upstream)) == count
+            assert handler_posts(upstream)[-1].json() == STREAM
+
+    run(check())
+
+
+def test_json_answer_becomes_a_stream_and_a_stream_an_answer(tmp_path):
+    async def check():
+        async with handler_chat(tmp_path, http_reply(completion())) as (server, _):
+            reply = await ask(server.port, "POST", CHAT_URL, STREAM)
+            assert "text/event-stream" in reply.headers["content-type"]
+            *events, done = reply.events()
+            choices = [json.loads(event)["choices"][0] for event in events]
+            said = "".join(choice["delta"].get("content", "") for choice in choices)
+            assert said == "Hi there" and done == "[DONE]"
+            assert choices[-1]["finish_reason"] == "stop"
+        behave = handler_stream(chunk("Hi "), chunk("there", "stop"), DONE)
+        async with handler_chat(tmp_path, behave) as (server, _):
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            assert reply.headers["content-type"] == "application/json"
+            [choice] = reply.json()["choices"]
+            assert choice["message"]["content"] == "Hi there"
+            assert choice["finish_reason"] == "stop"
+            reply = await handler_ask(server.port)
+            assert reply.json()["content"] == "Hi there"
+
+    run(check())
+
+
+def test_waiting_client_gets_comments(tmp_path):
+    async def check():
+        go_on = asyncio.Event()
+        behave = handler_stream(go_on, chunk("Hi", "stop"), DONE)
+        limits = Limits(heartbeat_interval=0.1)
+        async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", CHAT_URL, STREAM))
+                assert (await client.read_head())[0] == 200
+                for _ in range(2):
+                    assert await client.read_chunk() == b": keep-alive\n\n"
+                go_on.set()
+                rest = b""
+                while piece := await client.read_chunk():
+                    rest += piece
+                assert (
+                    rest.replace(b": keep-alive\n\n", b"") == chunk("Hi", "stop") + DONE
+                )
+
+    run(check())
+
+
+def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
+    """While another controller is asked, the failed one's status is nobody's."""
+
+    async def check():
+        go_on = asyncio.Event()
+        failing = handler_answers(
+            http_reply({"error": {"message": "no"}}, 500, headers=[("X-Failed", "yes")])
+        )
+        slow = handler_stream(go_on, chunk("Hi", "stop"), DONE)
+        limits = Limits(heartbeat_interval=0.1)
+        async with Upstream(failing) as first, Upstream(slow) as second:
+            controllers = [first.controller(weight=9), second.controller()]
+            async with serving(tmp_path, *controllers, limits=limits) as server:
+                async with Client(server.port) as client:
+                    client.send(request_bytes("POST", CHAT_URL, STREAM))
+                    status, headers = await client.read_head()
+                    assert len(handler_posts(first)) == 1
+                    assert status == 200 and "x-failed" not in headers
+                    go_on.set()
+                    reply = b""
+                    while piece := await client.read_chunk():
+                        reply += piece
+                    assert reply.endswith(DONE)
+
+    run(check())
+
+
+def test_refusal_after_a_comment_is_the_streams_last_event(tmp_path):
+    async def check():
+        go_on = asyncio.Event()
+        content = (
+            b'{"error":\n{"message": "no", "type": "t", "param": null, "code": "c"}}'
+        )
+
+        async def behave(request, writer):
+            if request.line.startswith("POST"):
+                await go_on.wait()
+            writer.write(http_reply(content, 400))
+
+        limits = Limits(heartbeat_interval=0.05)
+        async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+            async with Client(server.port) as client:
+                body = {**STREAM, "stream_options": {"include_usage": True}}
+                client.send(request_bytes("POST", CHAT_URL, body))
+                assert (await client.read_head())[0] == 200
+                await client.read_chunk()
+                go_on.set()
+                rest = b""
+                while piece := await client.read_chunk():
+                    rest += piece
+                [event] = Reply(
+                    200, {}, rest.replace(b": keep-alive\n\n", b"")
+                ).events()
+                assert json.loads(event) == json.loads(content)
+
+    run(check())
+
+
+@pytest.mark.parametrize("how", ["cut", "end", "error", "silent", "huge", "reset"])
+def test_failure_in_mid_stream_is_one_error_frame(tmp_path, how):
+    """F22, F25, F26, F30, F40: no [DONE], no invented finish_reason."""
+
+    async def check():
+        go_on = asyncio.Event()
+        error = b'data: {"error": {"message": "overloaded", "code": "x"}}\n\n'
+        more = {"error": [error], "huge": [b"data: " + b"x" * 3000]}.get(how, [])
+        end = how in ("end", "error")
+        inner = handler_stream(chunk("Hel"), go_on, *more, end=end)
+
+        async def behave(request, writer):
+            await inner(request, writer)
+            if request.line.startswith("POST") and how in ("cut", "reset"):
+                writer.close() if how == "cut" else writer.transport.abort()
+            elif request.line.startswith("POST") and how == "silent":
+                await asyncio.sleep(60)
+
+        limits = Limits(silence_timeout=0.2, event_size=2000)
+        async with Upstream(behave) as upstream:
+            made = upstream.controller(limits=limits)
+            async with serving(tmp_path, made, limits=limits) as server:
+                async with Client(server.port) as client:
+                    client.send(request_bytes("POST", CHAT_URL, STREAM))
+                    assert (await client.read_head())[0] == 200
+                    content = await client.read_chunk()
+                    go_on.set()
+                    while piece := await client.read_chunk():
+                        content += piece
+                    reply = Reply(200, {}, content)
+                    first, last = reply.events()
+                    assert f"data: {first}\n\n".encode() == chunk("Hel")
+                    assert list(json.loads(last)) == ["error"]
+                    assert last.startswith('{"error"') and "message" in last
+                    assert b"[DONE]" not in reply.content
+                    assert await client.reader.read() == b""
+
+    run(check())
+
+
+def test_other_dialects_are_relayed_as_they_are_and_cut_where_they_break(tmp_path):
+    async def check():
+        events = b"event: response.created\ndata: {}\n\n"
+        body = {"model": "m", "input": "x", "stream": True}
+        behave = handler_stream(events, events)
+        async with handler_chat(tmp_path, behave) as (server, _):
+            reply = await ask(server.port, "POST", "/v1/responses", body)
+            assert reply.content == events * 2
+        go_on = asyncio.Event()
+        inner = handler_stream(events, go_on, end=False)
+
+        async def broken(request, writer):
+            await inner(request, writer)
+            writer.close()
+
+        async with handler_chat(tmp_path, broken) as (server, _):
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", "/v1/responses", body))
+                await client.read_head()
+                assert await client.read_chunk() == events
+                go_on.set()
+                assert await client.reader.read() == b""  # no last chunk
+
+    run(check())
+
+
+def test_stream_for_http_1_0_ends_with_its_connection(tmp_path):
+    async def check():
+        behave = handler_stream(chunk("Hi", "stop"), DONE)
+        async with handler_chat(tmp_path, behave) as (server, _):
+            request = request_bytes("POST", CHAT_URL, STREAM).decode()
+            request = request.replace("HTTP/1.1", "HTTP/1.0")
+            head, _, content = (await raw(server.port, request.encode())).partition(
+                b"\r\n\r\n"
+            )
+            assert b"Transfer-Encoding" not in head
+            assert content == chunk("Hi", "stop") + DONE
+
+    run(check())
+
+
+# --- Clients that leave
+
+
+@pytest.mark.parametrize("leaves", ["abort", "half-close", "reset"])
+@pytest.mark.parametrize(
+    "phase", ["before head", "after head", "in mid-stream", "in a flood", "whole"]
+)
+def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
+    """F13, F14."""
+
+    async def check():
+        async def behave(request, writer):
+            if request.line.startswith("GET"):
+                writer.write(http_reply({"data": [{"id": "m"}]}))
+                return
+            if phase in ("after head", "in mid-stream", "in a flood"):
+                writer.write(STREAM_HEAD)
+            if phase in ("in mid-stream", "in a flood"):
+                writer.write(chunked(chunk("Hi")))
+            while phase == "in a flood":
+                writer.write(chunked(chunk("x" * 1000)))
+                await writer.drain()
+            await asyncio.sleep(60)
+
+        log = HandlerLog()
+        async with handler_chat(tmp_path, behave, log=log) as (server, upstream):
+            async with Client(server.port) as client:
+                body = CHAT if phase == "whole" else STREAM
+                client.send(request_bytes("POST", CHAT_URL, body))
+                if phase in ("in mid-stream", "in a flood"):
+                    await client.read_head()
+                    await client.read_chunk()
+                await until(lambda: handler_posts(upstream))
+                await until(lambda: server.service.requests_in_flight == 1)
+                ended = upstream.ended
+                if leaves == "half-close":
+                    client.writer.write_eof()
+                elif leaves == "reset":
+                    sock = client.writer.get_extra_info("socket")
+                    option = struct.pack("ii", 1, 0)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+                    client.writer.transport.abort()
+                else:
+                    client.writer.transport.abort()
+                await until(lambda: upstream.ended > ended, 1.5)
+                await until(lambda: server.service.requests_in_flight == 0, 1)
+            assert [c.in_flight for c in server.service.pool.controllers] == [0, 0]
+            assert "failed" not in log.text and "cooling" not in log.text
+
+    run(check())
+
+
+def test_client_that_leaves_the_queue_spends_no_slot(tmp_path):
+    """F72."""
+
+    async def check():
+        controller = {"max_concurrency": 1}
+        async with handler_chat(tmp_path, handler_hang, controller) as (
+            server,
+            upstream,
+        ):
+            async with Client(server.port) as first, Client(server.port) as second:
+                first.send(request_bytes("POST", CHAT_URL, CHAT))
+                await until(lambda: handler_posts(upstream))
+                second.send(request_bytes("POST", CHAT_URL, STREAM))
+                await until(lambda: server.service.pool.waiting == 1)
+                second.writer.transport.abort()
+                await until(lambda: server.service.pool.waiting == 0, 1)
+                first.writer.transport.abort()
+                await until(lambda: upstream.ended, 1.5)
+                assert len(handler_posts(upstream)) == 1
+                await until(lambda: server.service.requests_in_flight == 0, 1)
+
+    run(check())
+
+
+# --- Administration
+
+
+def test_users_come_and_go(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            reply = await ask(
+                server.port, "GET", f"/admin/users?admin_key={KEY}", key=""
+            )
+            assert reply.json() == {"users": []}
+            user = await handler_add_user(server.port)
+            assert list(user) == ["user_id", "token"]
+            assert all(UUID_FORM.fullmatch(value) for value in user.values())
+            named = await handler_add_user(server.port, name="Ada", role="agent")
+            reply = await ask(server.port, "GET", "/admin/users")
+            assert reply.json()["users"] == [
+                user,
+                {**named, "name": "Ada", "role": "agent"},
+            ]
+            token = user["token"]
+            assert (
+                await ask(server.port, "GET", "/v1/models", key=token)
+            ).status == 200
+            body = {"admin_key": KEY, "user_id": user["user_id"]}
+            reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
+            assert reply.json() == {"message": "User deleted"}
+            assert (
+                await ask(server.port, "GET", "/v1/models", key=token)
+            ).status == 401
+            reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
+            assert reply.status == 404 and reply.json() == {"error": "User not found"}
+
+    run(check())
+
+
+def test_controllers_are_shown_disabled_and_enabled(tmp_path):
+    async def check():
+        async with handler_chat(tmp_path, http_reply(completion())) as (
+            server,
+            upstream,
+        ):
+            name = f"up-{upstream.port}"
+
+            async def line():
+                reply = await ask(server.port, "GET", "/admin/controllers")
+                assert b"UPSTREAMSECRET" not in reply.content
+                lines = {each["name"]: each for each in reply.json()["controllers"]}
+                return lines[name]
+
+            fields = "name type weight models state reason until in_flight requests"
+            assert list(await line()) == [*fields.split(), "failures", "tokens"]
+            for what, state, status in (
+                ("disable", "disabled", 503),
+                ("enable", "ready", 200),
+            ):
+                path = f"/admin/controllers/{what}"
+                body = {"admin_key": KEY, "name": name}
+                reply = await ask(server.port, "POST", path, body, "")
+                assert reply.status == 200
+                assert (await line())["state"] == state
+                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+                assert reply.status == status
+                body["name"] = "nobody"
+                assert (await ask(server.port, "POST", path, body)).status == 404
+            told = await line()
+            assert (told["requests"], told["failures"], told["tokens"]) == (1, 0, 7)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "limit", ["user_requests_in_flight", "user_requests_per_minute"]
+)
+def test_one_users_requests_have_a_limit(tmp_path, limit):
+    """L20."""
+
+    async def check():
+        limits = Limits(**{limit: 2})
+        async with handler_chat(tmp_path, handler_hang, limits=limits) as (
+            server,
+            upstream,
+        ):
+            other = (await handler_add_user(server.port))["token"]
+            async with Client(server.port) as one, Client(server.port) as two:
+                for client in (one, two):
+                    client.send(request_bytes("POST", CHAT_URL, CHAT))
+                await until(lambda: len(handler_posts(upstream)) == 2)
+                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+                assert reply.status == 429
+                assert reply.json()["error"]["type"] == "rate_limit_error"
+                echo = {**CHAT, "model": "mock/echo"}
+                reply = await ask(server.port, "POST", CHAT_URL, echo, other)
+                assert reply.status == 200
+            await until(lambda: server.service.requests_in_flight == 0)
+            reply = await ask(server.port, "POST", CHAT_URL, echo)
+            assert reply.status == (200 if limit == "user_requests_in_flight" else 429)
+
+    run(check())
+
+
+def test_requests_in_flight_have_a_limit(tmp_path):
+    """L19."""
+
+    async def check():
+        limits = Limits(requests_in_flight=1)
+        async with handler_chat(tmp_path, handler_hang, limits=limits) as (
+            server,
+            upstream,
+        ):
+            async with Client(server.port) as one:
+                one.send(request_bytes("POST", CHAT_URL, CHAT))
+                await until(lambda: handler_posts(upstream))
+                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+                assert reply.status == 503 and reply.headers["retry-after"] == "1"
+
+    run(check())
+
+
+# -----------------------------------------------------------------------------
+# Server and program
+# -----------------------------------------------------------------------------
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+
+
+def echo_body(content="Hello", model="mock/echo", **more):
+    return {"model": model, "messages": [{"role": "user", "content": content}], **more}
+
+
+async def echo(port, content="Hello", key=KEY, **more):
+    body = echo_body(content, **more)
+    return await ask(port, "POST", "/v1/chat/completions", body, key)
+
+
+def is_refused(port, host="127.0.0.1"):
+    try:
+        socket.create_connection((host, port), 2).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def write_config(folder, **settings):
+    """chatgpt-apiserver.json in a folder."""
+    (folder / "chatgpt-apiserver.json").write_text(json.dumps(settings))
+
+
+@contextlib.contextmanager
+def program_in(folder, *options, key=KEY, env=None, **more):
+    """The program on a port of its own in a folder of its own; quiet environment."""
+    names = ("OPENAI_API_KEY", "API_KEY", "CONFIG_FILE", "CONFIG_PATH")
+    env = {**dict.fromkeys(names, ""), "HOME": str(folder), **(env or {})}
+    with Program("0", key, *options, cwd=folder, env=env, **more) as program:
+        yield program
+
+
+# --- In Python
+
+
+def test_async_with_leaves_nothing_behind(tmp_path):
+    async def check():
+        tasks, files = asyncio.all_tasks(), sorted(os.listdir("/dev/fd"))
+        server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+        assert server.url == "" and "not started" in repr(server)
+        async with server:
+            assert server.url == f"http://127.0.0.1:{server.port}"
+            async with Client(server.port) as idle, Agent(server.port):
+                assert (await idle.request("GET", "/health")).content == b"OK"
+                await until(lambda: server.service.agents)
+                assert (await echo(server.port)).status == 200
+        assert asyncio.all_tasks() == tasks
+        assert is_refused(server.port)
+        await until(lambda: len(os.listdir("/dev/fd")) <= len(files))
+        assert server.service.agents == {} and server._handlers == {}
+        assert not (tmp_path / "users.json").exists()
+
+    run(check())
+
+
+def test_a_server_runs_again_and_again(tmp_path):
+    """In a loop, in a thread, with what it holds: users, upstreams, threads."""
+
+    async def in_the_loop(server):
+        async with server:
+            assert (await echo(server.port)).status == 200
+            assert (await echo(server.port, model="plain")).status == 200
+            assert (await echo(server.port, model="up")).status == 200
+            body = {"admin_key": KEY}
+            added = await ask(server.port, "POST", "/admin/users/add", body, key=None)
+            assert (await echo(server.port, key=added.json()["token"])).status == 200
+
+    async def check():
+        async with Upstream() as upstream:
+            server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+            server.model("plain")(lambda request: "Hi")
+            server.add(upstream.controller(models=["up"]))
+            for _ in range(3):
+                await in_the_loop(server)
+
+            def in_a_thread():
+                for _ in range(3):
+                    with server.running() as url:
+                        port = int(url.rpartition(":")[2])
+                        for model in ("mock/echo", "plain", "up"):
+                            assert run(echo(port, model=model)).status == 200
+                    assert is_refused(port)
+
+            await asyncio.get_running_loop().run_in_executor(None, in_a_thread)
+            users = json.loads((tmp_path / "users.json").read_text())["users"]
+            assert len(users) == 3
+
+    run(check())
+    names = [t.name for t in threading.enumerate()]
+    assert not [name for name in names if name == "server"], names
+
+
+def test_running_tells_why_it_could_not_start(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = Server(KEY, port=port, users=str(tmp_path / "users.json"))
+        with pytest.raises(OSError), server.running():
+            pytest.fail("it started on a port that is taken")
+        with pytest.raises(OSError):
+            run(server.start())
+    with server.running() as url:
+        assert url.endswith(f":{port}")
+        assert fetch(port, "GET", "/health").content == b"OK"
+
+
+def test_an_error_in_the_with_block_comes_out_and_the_server_ends(tmp_path):
+    server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+    with pytest.raises(ZeroDivisionError), server.running():
+        raise ZeroDivisionError
+    assert is_refused(server.port)
+
+
+def test_two_servers_in_one_loop_know_nothing_of_each_other(tmp_path):
+    async def check():
+        async with serving(tmp_path) as one:
+            two = Server("other", port=0, users=str(tmp_path / "two.json"))
+            async with two:
+                assert one.port != two.port
+                assert (await echo(one.port)).status == 200
+                assert (await echo(one.port, key="other")).status == 401
+                assert (await echo(two.port, key="other")).status == 200
+            assert (await echo(one.port)).status == 200 and is_refused(two.port)
+
+    run(check())
+
+
+@pytest.mark.parametrize("key", ["", None])
+def test_a_server_without_a_key_is_no_server(key):
+    with pytest.raises((ValueError, TypeError)):
+        Server(key)
+
+
+SILENT = """
+import asyncio, sys, threading, time, json, urllib.request
+from chatgpt_apiserver import Server, Limits
+
+server = Server("secret", port=0)
+
+@server.model("plain")
+def plain(request):
+    return "Hi"
+
+@server.model("words")
+def words(request):
+    yield "a"
+    yield "b"
+
+def ask(url, model, stream=False):
+    body = {"model": model, "stream": stream, "messages": [{"content": "Hello"}]}
+    headers = {"Authorization": "Bearer secret"}
+    request = urllib.request.Request(
+        url + "/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request) as answer:
+        return answer.read()
+
+for _ in range(2):
+    with server.running() as url:
+        for model in ("plain", "words", "mock/echo"):
+            assert ask(url, model) and b"[DONE]" in ask(url, model, True)
+
+async def main():
+    loop = asyncio.get_running_loop()
+    before = asyncio.all_tasks()
+    two = Server("secret", port=0, limits=Limits(drain_timeout=0.1))
+    async with server, two:
+        for url in (server.url, two.url):
+            await loop.run_in_executor(None, ask, url, "mock/echo")
+        reader, writer = await asyncio.open_connection("127.0.0.1", two.port)
+        body = b'{"model": "mock/slow", "stream": true, "messages": []}'
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\\r\\nHost: a\\r\\n")
+        writer.write(b"Authorization: secret\\r\\n")
+        writer.write(b"Content-Length: %d\\r\\n\\r\\n" % len(body) + body)
+        while not two.service.requests_in_flight:
+            await asyncio.sleep(0.01)
+    assert asyncio.all_tasks() == before
+    assert await reader.read() == b"", "cut, and not answered"
+    writer.close()
+
+asyncio.run(main())
+end = time.monotonic() + 5
+while threading.active_count() > 1 and time.monotonic() < end:
+    time.sleep(0.01)
+assert threading.active_count() == 1, threading.enumerate()
+"""
+
+
+def test_development_mode_has_nothing_to_say(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", SILENT],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not (tmp_path / "users.json").exists()
+
+
+def test_ipv6_is_answered_on_the_same_port(tmp_path):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+
+    async def check():
+        async with serving(tmp_path) as server:
+            async with Client(server.port, "::1") as client:
+                assert (await client.request("GET", "/health")).content == b"OK"
+        async with serving(tmp_path, listen="::1") as server:
+            assert server.url == f"http://[::1]:{server.port}"
+            assert is_refused(server.port)
+            async with Client(server.port, "::1") as client:
+                assert (await client.request("GET", "/health")).content == b"OK"
+
+    run(check())
+
+
+def test_https_and_wss_with_a_certificate(tmp_path):
+    (tmp_path / "cert.pem").write_text(TEST_CERT)
+    (tmp_path / "key.pem").write_text(TEST_KEY)
+    (tmp_path / "ca.pem").write_text(TEST_CA)
+    files = {
+        "tls_cert": str(tmp_path / "cert.pem"),
+        "tls_key": str(tmp_path / "key.pem"),
+    }
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+
+    async def check():
+        async with serving(tmp_path, **files) as server:
+            assert server.url.startswith("https://127.0.0.1:")
+            async with Client(server.port, tls=context) as client:
+                for stream in (False, True):
+                    body = echo_body(stream=stream)
+                    path = "/v1/chat/completions"
+                    reply = await client.request("POST", path, body)
+                    assert reply.status == 200 and b"Hello" in reply.content
+                about = (await client.request("GET", "/")).content
+                assert b"https://" in about and b"wss://" in about
+            # Somebody who speaks no TLS, and somebody who says nothing at all.
+            assert b"HTTP/1.1 200" not in await raw(
+                server.port, b"GET / HTTP/1.1\r\n\r\n"
+            )
+            silent = socket.create_connection(("127.0.0.1", server.port))
+            async with Client(server.port, tls=context) as client:
+                assert (await client.request("GET", "/health")).status == 200
+            silent.close()
+
+    run(check())
+
+
+# --- Connections
+
+
+def test_an_idle_connection_gives_way_and_no_more_are_taken(tmp_path):
+    """L17: also when many come in the same turn of the loop."""
+
+    async def check():
+        gate = asyncio.Event()
+
+        async def waits(request):
+            await gate.wait()
+            return "Hi"
+
+        limits = Limits(connections=4)
+        controller = FunctionController(waits, name="f")
+        async with serving(tmp_path, controller, limits=limits) as server:
+            async with contextlib.AsyncExitStack() as stack:
+
+                async def connect():
+                    return await stack.enter_async_context(Client(server.port))
+
+                idle = await connect()
+                assert (await idle.request("GET", "/health")).status == 200
+                busy = [await connect() for _ in range(3)]
+                for client in busy:
+                    body = echo_body(model="f")
+                    client.send(request_bytes("POST", "/v1/chat/completions", body))
+                await until(lambda: controller.in_flight == 3)
+                surplus = await asyncio.gather(*(connect() for _ in range(20)))
+                ends = [c.reader.read() for c in (*surplus, idle)]
+                done, _ = await asyncio.wait(
+                    [asyncio.ensure_future(end) for end in ends], timeout=0.5
+                )
+                refused = [task for task in done if task.result()]
+                assert len(refused) == 19, "one place was free to be had"
+                assert refused[0].result().startswith(b"HTTP/1.1 503 ")
+                assert len(server._handlers) == 4
+                gate.set()
+                for client in busy:
+                    assert (await client.read_reply()).status == 200
+
+    run(check())
+
+
+def test_connections_that_reset_at_once_leave_nothing(tmp_path):
+    """F58: no file stays open, and the log does not tell each."""
+
+    def storm(port):
+        for _ in range(400):
+            sock = socket.create_connection(("127.0.0.1", port))
+            linger = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            sock.close()
+
+    async def check():
+        async with serving(tmp_path) as server:
+            assert (await echo(server.port)).status == 200
+            files, tasks = len(os.listdir("/dev/fd")), len(asyncio.all_tasks())
+            await asyncio.get_running_loop().run_in_executor(None, storm, server.port)
+            assert (await echo(server.port)).status == 200
+            await until(lambda: not server._handlers)
+            await until(lambda: len(os.listdir("/dev/fd")) <= files + 1)
+            assert len(asyncio.all_tasks()) <= tasks
+
+    run(check())
+    with program_in(tmp_path) as program:
+        port = program.port
+        lines = len(program.lines)
+        storm(port)
+        assert fetch(port, "GET", "/health").status == 200
+        program.wait_for(r"GET /health 200")
+        assert len(program.lines) <= lines + 8  # the start screen may still come
+
+
+@needs_posix
+def test_few_files_are_enough_and_the_surplus_is_told(tmp_path):
+    """F57."""
+
+    def few_files():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+    def flood(port):
+        with contextlib.ExitStack() as stack:
+            socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+            for sock in socks:  # each begins a request: from then on none is idle
+                stack.enter_context(sock)
+                with contextlib.suppress(ConnectionError):  # it had to give way
+                    sock.sendall(b"GET /health HTTP/1.1\r\n")
+            answers, end = [], time.monotonic() + 10
+            while len(socks) > 16 and time.monotonic() < end:
+                for sock in select.select(socks, [], [], 1)[0]:
+                    with contextlib.suppress(ConnectionError):
+                        answers.append(sock.recv(100))
+                    socks.remove(sock)
+            assert select.select(socks, [], [], 0.1)[0] == [] and len(socks) == 16
+            assert any(a.startswith(b"HTTP/1.1 503 ") for a in answers), answers
+
+    async def check(port):
+        reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY})
+        assert reply.status == 200
+        assert (await echo(port, key=reply.json()["token"])).status == 200
+
+    with program_in(tmp_path, preexec_fn=few_files) as program:
+        flood(program.port)
+        run(check(program.port))
+        program.signal(signal.SIGTERM)
+        assert program.end() == 0
+        assert not re.search(r"EMFILE|Too many open files|Traceback", program.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+def test_idle_connections_cost_little(tmp_path):
+    """F56, with some hundreds: at most 8 KiB each, and /health is answered."""
+
+    def size(pid):
+        text = Path(f"/proc/{pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) * 1024
+
+    async def check(port, pid):
+        async with contextlib.AsyncExitStack() as stack:
+            for count in (20, 400):
+                for _ in range(count):
+                    client = await stack.enter_async_context(Client(port))
+                    reply = await client.request("GET", "/health", key=None)
+                    assert reply.status == 200
+                if count == 20:
+                    before = size(pid)
+            each = (size(pid) - before) / 400
+            assert each < 12 * 1024, each
+            began = time.monotonic()
+            for _ in range(20):
+                assert (await ask(port, "GET", "/health", key=None)).status == 200
+            assert time.monotonic() - began < 2
+
+    write_config(tmp_path, limits={"connections": 1000})
+    with program_in(tmp_path) as program:
+        run(check(program.port, program.process.pid))
+
+
+# --- The start
+
+
+def test_the_start_screen_says_what_to_do_and_no_key(tmp_path):
+    key = "a-very-secret-key"
+    with program_in(tmp_path, key=key) as program:
+        port = program.port
+        program.wait_for("mock/echo")
+        text = program.stderr
+        for part in (
+            f"chatgpt_apiserver {apiserver.__version__} listens on http://127.0.0.1:{port}",
+            "--listen 0.0.0.0",
+            f"http://127.0.0.1:{port}/v1",
+            f"ws://127.0.0.1:{port}/client/register",
+            "none yet",
+            "users.json",
+            f"curl http://127.0.0.1:{port}/v1/chat/completions",
+        ):
+            assert part in text, part
+        # The curl line does what it promises.
+        assert run(echo(port, key=key)).status == 200
+        assert os.listdir(tmp_path) == []
+        reply = fetch(port, "POST", "/admin/users/add", {"admin_key": key}, key=None)
+        assert reply.status == 200 and "users.json" in os.listdir(tmp_path)
+        program.signal(signal.SIGTERM)
+        assert program.end() == 0
+        assert key not in program.stderr and "secret" not in program.stderr
+        assert reply.json()["token"] not in program.stderr
+
+
+def test_a_dash_takes_the_key_from_the_environment(tmp_path):
+    with program_in(tmp_path, key="-", env={"API_KEY": "from-the-env"}) as program:
+        assert run(echo(program.port, key="from-the-env")).status == 200
+        assert run(echo(program.port, key="-")).status == 401
+
+
+@pytest.mark.parametrize(
+    "arguments, status, part",
+    [
+        (["0"], 2, "API"),
+        (["0", ""], 2, "key"),
+        (["0", "<API_KEY>"], 2, "key"),
+        (["70000", KEY], 2, "port"),
+        (["nonsense", KEY], 2, "port"),
+        (["TAKEN", KEY], 1, "in use"),
+        (["0", KEY, "--listen", "192.0.2.1"], 1, ""),
+        (["0", KEY, "--users", "broken.json"], 2, "broken.json"),
+        (["0", KEY, "--config_file", "missing.json"], 2, "missing.json"),
+        (["0", KEY, "--tls-cert", "broken.json", "--tls-key", "broken.json"], None, ""),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_a_status(tmp_path, arguments, status, part):
+    """F50 to F52: 2 for a mistake, 1 where the system says no; never a traceback."""
+    (tmp_path / "broken.json").write_text('{"users": [')
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        taken = str(sock.getsockname()[1])
+        arguments = [taken if a == "TAKEN" else a for a in arguments]
+        env = {"API_KEY": "", "CHATGPT_APISERVER_API_KEY": ""}
+        code, stderr = command(*arguments, cwd=tmp_path, env=env)
+    assert code == status or (status is None and code in (1, 2)), stderr
+    last = stderr.strip().split("\n")[-1]
+    assert part.lower() in last.lower() and "Traceback" not in stderr
+    assert stderr.strip().count("\n") == 0 or "usage" in stderr.lower(), stderr
+    assert (tmp_path / "broken.json").read_text() == '{"users": ['
+    if taken in arguments:
+        assert taken in last, "it names the port"
+
+
+def test_openai_api_key_in_the_environment_is_a_controller(tmp_path):
+    async def check():
+        async with Upstream() as upstream:
+            env = {
+                "OPENAI_API_KEY": "sk-UPSTREAMSECRET",
+                "OPENAI_BASE_URL": upstream.url,
+            }
+            with program_in(tmp_path, env=env) as program:
+                reply = await echo(program.port, model="m")
+                assert reply.json()["choices"][0]["message"]["content"] == "Hi there"
+                assert upstream.requests[-1].headers["authorization"] == (
+                    "Bearer sk-UPSTREAMSECRET"
+                )
+                program.wait_for("Controllers +openai")
+                assert "OPENAI_API_KEY" in program.stderr
+                assert "UPSTREAMSECRET" not in program.stderr
+
+    run(check())
+
+
+# --- The log
+
+
+def test_the_access_line_tells_who_what_and_how_and_no_secret(tmp_path):
+    async def check():
+        async with Upstream(http_reply({"error": {"message": "no"}}, 500)) as bad:
+            async with Upstream() as good:
+                first = {"api_key": "UPSTREAMSECRET", "base_url": bad.url}
+                second = {"api_key": "UPSTREAMSECRET", "base_url": good.url}
+                controllers = [
+                    {"type": "openai", "name": "one", "config": first, "weight": 9},
+                    {"type": "openai", "name": "two", "config": second},
+                ]
+                write_config(tmp_path, controllers=controllers)
+                with program_in(tmp_path, key="ADMINSECRET") as program:
+                    await use(program.port, program)
+                    program.signal(signal.SIGTERM)
+                    assert program.end() == 0
+                    return program
+
+    async def use(port, program):
+        body = {"admin_key": "ADMINSECRET", "name": "joe"}
+        reply = await ask(port, "POST", "/admin/users/add", body, key=None)
+        token = reply.json()["token"]
+        headers = [("x-request-id", "req-1")]
+        path = "/v1/chat/completions?q=QUERYSECRET"
+        body = echo_body("PROMPTSECRET", model="m")
+        reply = await ask(port, "POST", path, body, token, headers)
+        assert reply.status == 200 and reply.headers["x-request-id"] == "req-1"
+        program.wait_for(" req-1$")
+        await ask(port, "GET", "/admin/users?admin_key=ADMINSECRET", key=None)
+        await ask(port, "GET", f"/k/{token}/v1/models", key=None)
+        await ask(port, "GET", f"/k/{token}/nothing", key=None)
+        await ask(port, "GET", "/health", key="WRONGSECRET")
+        await echo(port, key="WRONGSECRET", model="m")
+        evil = "m\n2026-01-01 00:00:00 admin POST /x 200\x1b[2J\u202e \x00"
+        await echo(port, "x", "ADMINSECRET", model=evil)
+        program.token = token
+
+    program = run(check())
+    lines = program.stderr.split("\n")
+    line = next(line for line in lines if line.endswith(" req-1"))
+    assert re.fullmatch(
+        r"[0-9-]{10} [0-9:]{8} joe POST /v1/chat/completions 200 m two x2"
+        r" [0-9.]+ [0-9.]+ ms [0-9]+ B req-1",
+        line,
+    ), line
+    for secret in ("SECRET", program.token, "\x1b", "\u202e", "\x00"):
+        assert secret not in program.stderr, secret
+    assert not any(line.startswith("2026-01-01") for line in lines)
+    assert len([line for line in lines if " POST /v1/chat/completions " in line]) == 3
+
+
+def test_verbose_tells_more_and_still_no_secret(tmp_path):
+    with program_in(tmp_path, "--verbose") as program:
+        run(echo(program.port, "PROMPTSECRET"))
+        program.wait_for("connection from 127.0.0.1")
+        assert "PROMPTSECRET" not in program.stderr and KEY not in program.stderr
+
+
+@needs_posix
+def test_a_log_that_nobody_reads_holds_up_no_request(tmp_path):
+    """F69."""
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, str(MODULE), "0", KEY],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stderr=writing,
+    )
+    os.close(writing)
+    try:
+        text = b""
+        while b"curl" not in text:
+            text += os.read(reading, 4096)
+        port = int(re.search(rb"listens on http://[^ ]+:(\d+)", text)[1])
+
+        async def check():
+            async with Client(port) as client:
+                for _ in range(900):  # 100 KB of access lines, into a 64 KB pipe
+                    assert (await client.request("GET", "/health")).status == 200
+
+        run(check())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
+
+
+@needs_posix
+@pytest.mark.parametrize("closed", ["the pipe", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_nobody_to_talk_to_is_no_reason_to_stop(tmp_path, closed):
+    """F54: stdin closed, stderr a closed pipe or none: nothing lands elsewhere."""
+    port = free_port()
+    command = f"exec {sys.executable} {MODULE} {port} {KEY}"
+    reading, writing = os.pipe()
+    redirect = "" if closed == "the pipe" else closed
+    process = subprocess.Popen(
+        ["sh", "-c", f"{command} {redirect}"], cwd=tmp_path, stderr=writing
+    )
+    os.close(writing)
+    os.close(reading)
+
+    async def check():
+        await until(lambda: not is_refused(port), 10)
+        for _ in range(5):
+            data = await raw(port, b"GET /health HTTP/1.0\r\n\r\n")
+            assert data.startswith(b"HTTP/1.1 200") and data.endswith(b"\r\n\r\nOK")
+        reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY})
+        assert reply.status == 200
+        assert len((await echo(port)).json()["choices"]) == 1
+        users = json.loads((tmp_path / "users.json").read_text())
+        assert len(users["users"]) == 1
+
+    try:
+        run(check())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+# --- Signals
+
+
+@needs_posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_program_ends_at_once_and_says_goodbye(tmp_path, number):
+    """F53: idle keep-alives are closed, agents get close 1001."""
+
+    async def check(program):
+        port = program.port
+        async with Client(port) as idle, Client(port) as half, Agent(port) as agent:
+            assert (await idle.request("GET", "/health")).status == 200
+            half.send(b"GET /health HTTP/1.1\r\n")  # and no more: nobody is asked
+            program.wait_for("agent .* joined")
+            began = time.monotonic()
+            program.signal(number)
+            assert await idle.reader.read() == b""
+            event = await agent.event()
+            assert isinstance(event, apiserver.Close) and event.code == 1001
+            agent.writer.write(agent.protocol.close(1001))
+            status = await asyncio.get_running_loop().run_in_executor(None, program.end)
+            assert status == 0 and time.monotonic() - began < 1.5
+
+    with program_in(tmp_path) as program:
+        run(check(program))
+        assert "Traceback" not in program.stderr
+        assert f"shutting down ({number.name})" in program.stderr
+
+
+@needs_posix
+def test_a_running_stream_may_finish_and_nothing_new_begins(tmp_path):
+    async def check(program):
+        port = program.port
+        async with Client(port) as client:
+            body = echo_body("Hello you", model="mock/slow?seconds=0.8", stream=True)
+            client.send(request_bytes("POST", "/v1/chat/completions", body))
+            await until(lambda: not is_refused(port))
+            await echo(port)  # the server has read what came before
+            program.signal(signal.SIGTERM)
+            program.wait_for("may finish")
+            assert is_refused(port)
+            reply = await client.read_reply()
+            assert reply.events()[-1] == "[DONE]" and b"you" in reply.content
+            assert await client.reader.read() == b""
+            status = await asyncio.get_running_loop().run_in_executor(None, program.end)
+            assert status == 0
+
+    with program_in(tmp_path) as program:
+        run(check(program))
+
+
+@needs_posix
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_does_not_finish_is_cut_at_the_end_or_by_a_second_signal(tmp_path, twice):
+    async def check(program):
+        port = program.port
+        async with Client(port) as client:
+            body = echo_body(model="mock/slow?seconds=60", stream=True)
+            client.send(request_bytes("POST", "/v1/chat/completions", body))
+            await echo(port)
+            began = time.monotonic()
+            program.signal(signal.SIGTERM)
+            program.wait_for("may finish")
+            if twice:
+                program.signal(signal.SIGTERM)
+            assert await client.reader.read() == b""
+            status = await asyncio.get_running_loop().run_in_executor(None, program.end)
+            assert status == 0
+            assert time.monotonic() - began < 3
+
+    write_config(tmp_path, limits={"drain_timeout": 30 if twice else 0.3})
+    with program_in(tmp_path) as program:
+        run(check(program))
+        assert "Traceback" not in program.stderr
+
+
+@needs_posix
+def test_a_signal_during_the_start_ends_it_cleanly(tmp_path):
+    for delay in (0.12, 0.2, 0.26, 0.32):
+        process = subprocess.Popen(
+            [sys.executable, str(MODULE), "0", KEY],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(delay)  # any moment will do
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=10)
+        assert process.returncode in (0, -signal.SIGTERM), stderr
+        assert "Traceback" not in stderr and "Error" not in stderr
+
+
+@needs_posix
+def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
+    async def check():
+        go_on = asyncio.Event()
+
+        async def slow(request, writer):
+            if request.line.startswith("POST"):
+                await go_on.wait()
+            writer.write(http_reply(completion("old")))
+
+        async with Upstream(slow) as old, Upstream() as kept, Upstream() as new:
+
+            def entry(name, upstream):
+                config = {"api_key": "k", "base_url": upstream.url}
+                return {
+                    "type": "openai",
+                    "name": name,
+                    "models": [name],
+                    "config": config,
+                }
+
+            write_config(tmp_path, controllers=[entry("old", old), entry("kept", kept)])
+            with program_in(tmp_path) as program:
+                port = program.port
+                assert (await echo(port, model="kept")).status == 200
+                running = asyncio.ensure_future(echo(port, model="old"))
+                await until(lambda: any(r.line[:4] == "POST" for r in old.requests))
+
+                (tmp_path / "chatgpt-apiserver.json").write_text('{"controllers": [')
+                program.signal(signal.SIGHUP)
+                program.wait_for("not reloaded: .*chatgpt-apiserver.json")
+                assert (await echo(port, model="kept")).status == 200
+
+                write_config(
+                    tmp_path,
+                    controllers=[entry("kept", kept), entry("new", new)],
+                    pool={"type": "random"},
+                    upstream_errors="pass",
+                )
+                program.signal(signal.SIGHUP)
+                program.wait_for("configuration reloaded; controllers: kept, new")
+                assert (await echo(port, model="new")).status == 200
+                assert (await echo(port, model="old")).status == 404
+                go_on.set()
+                reply = await running
+                assert reply.status == 200 and b"old" in reply.content
+                reply = await ask(port, "GET", "/admin/controllers")
+                lines = {line["name"]: line for line in reply.json()["controllers"]}
+                assert set(lines) == {"mock", "kept", "new"}
+                assert lines["kept"]["requests"] == 2
+
+                settings = {"controllers": [], "port": 1, "api_key": "other"}
+                write_config(tmp_path, **settings)
+                program.signal(signal.SIGHUP)
+                program.wait_for("controllers: none")
+                assert (await echo(port)).status == 200
+                program.signal(signal.SIGTERM)
+                assert program.end() == 0
+                assert "Traceback" not in program.stderr
+
+    run(check(), 30)
+
+
+@needs_posix
+def test_sighup_takes_over_a_controller_with_an_agents_name_and_changes(tmp_path):
+    """An agent's name is a label of its own: it must not confuse a reload."""
+
+    async def check():
+        async with Upstream() as one, Upstream(http_reply(completion("two"))) as two:
+
+            def configure(*upstreams):
+                configs = [{"api_key": "k", "base_url": u.url} for u in upstreams]
+                entries = [
+                    {"type": "openai", "name": "gpu", "models": ["m"], "config": config}
+                    for config in configs
+                ]
+                write_config(tmp_path, controllers=entries)
+
+            configure()
+            with program_in(tmp_path) as program:
+                port = program.port
+                hello = {"version": 2, "name": "gpu", "models": []}
+                async with Agent(port, hello=json.dumps(hello)):
+                    program.wait_for("agent gpu joined")
+                    configure(one)
+                    program.signal(signal.SIGHUP)
+                    program.wait_for("reloaded; controllers: gpu")
+                    assert b"Hi there" in (await echo(port, model="m")).content
+                    configure(two)
+                    program.signal(signal.SIGHUP)
+                    await until_reply(port, b"two")
+                    agents = (await ask(port, "GET", "/api/connections")).json()
+                    assert len(agents["connections"]) == 1
+                program.signal(signal.SIGTERM)
+                assert program.end() == 0 and "Error" not in program.stderr
+
+    run(check(), 30)
+
+
+def test_a_tls_handshake_that_never_ends_is_not_left_behind(tmp_path):
+    (tmp_path / "cert.pem").write_text(TEST_CERT + TEST_KEY)
+
+    async def check():
+        tasks = asyncio.all_tasks()
+        async with serving(tmp_path, tls_cert=str(tmp_path / "cert.pem")) as server:
+            known = asyncio.all_tasks()
+            silent = socket.create_connection(("127.0.0.1", server.port))
+            await until(lambda: asyncio.all_tasks() - known)
+        left = asyncio.all_tasks() - tasks
+        silent.close()
+        if left:
+            await asyncio.wait(left, timeout=2)
+        assert not left
+
+    run(check())
+
+
+async def until_reply(port, part):
+    """Ask until the answer has part in it."""
+    end = time.monotonic() + 5
+    while part not in (await echo(port, model="m")).content:
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.02)
+
+
+# -----------------------------------------------------------------------------
+# Configuration and command line
+# -----------------------------------------------------------------------------
+
+OPENAI = {"type": "openai", "config": {"api_key": "sk-SECRET"}}
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """load(arguments, environ, file): in an empty folder, file as the one there."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(args=("8080", "my-key"), environ=None, file=None):
+        if file is not None:
+            text = file if isinstance(file, str) else json.dumps(file)
+            (tmp_path / "chatgpt-apiserver.json").write_text(text)
+        return apiserver.load_config(list(args), environ or {})
+
+    return load
+
+
+def mistake(load, *args, **kwargs):
+    """The one line that a wrong configuration ends with; no secret is in it."""
+    with pytest.raises(apiserver.ConfigurationError) as caught:
+        load(*args, **kwargs)
+    line = str(caught.value)
+    assert line and len(line.splitlines()) == 1
+    assert "SECRET" not in line
+    return line
+
+
+def test_two_arguments_are_enough_and_the_rest_has_defaults(load):
+    config = load(["8080", "my-key"])
+    assert (config.port, config.api_key, config.listen) == (8080, "my-key", "")
+    assert (config.users, config.tls_cert, config.tls_key) == ("users.json", None, None)
+    assert (config.pool_type, config.agents_auth) == ("balanced", "local")
+    assert (config.upstream_errors, config.controllers) == ("map", [])
+    assert (config.path, config.notes, config.verbose) == (None, [], False)
+    assert vars(config.limits) == {}
+
+
+# --- Arguments
+
+
+@pytest.mark.parametrize("args", [
+    ["8080", "k", "-listen", "0.0.0.0"],  # the seed's docker-compose
+    ["8080", "k", "--listen", "0.0.0.0"],
+    ["-listen=0.0.0.0", "8080", "k"],
+    ["8080", "--listen", "0.0.0.0", "k"],
+    ["--listen=0.0.0.0", "8080", "--", "k"],
+])  # fmt: skip
+def test_options_go_anywhere_with_one_dash_or_two(load, args):
+    config = load(args)
+    assert (config.port, config.api_key, config.listen) == (8080, "k", "0.0.0.0")
+
+
+def test_key_after_two_dashes_may_begin_with_one(load):
+    assert load(["8080", "--", "-abc"]).api_key == "-abc"
+
+
+def test_dash_as_key_is_the_environment_variable(load):
+    assert load(["80", "-"], {"API_KEY": "from-env"}).api_key == "from-env"
+    environ = {"API_KEY": "short", "CHATGPT_APISERVER_API_KEY": "long"}
+    assert load(["80", "-"], environ).api_key == "short"
+    assert "API_KEY" in mistake(load, ["80", "-"])
+
+
+@pytest.mark.parametrize("option", [
+    "-config_file", "--config_file", "--config-file", "-config-file",
+])  # fmt: skip
+def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, option):
+    (tmp_path / "a.json").write_text('{"port": 1}')
+    assert load([option, "a.json"], {"API_KEY": "k"}).port == 1
+
+
+@pytest.mark.parametrize("args, expected", [
+    ([], "python chatgpt_apiserver.py 8080 <"),
+    (["8080"], "no API key"),
+    (["8080", ""], "api_key: expected a key"),
+    (["8080", "<API_KEY>"], "api_key: expected a key"),
+    (["8080", "SECRET SECRET"], "printable ASCII without spaces"),
+    (["8080", "SECRET\u00e9"], "printable ASCII without spaces"),
+    (["8080", "SECRET\n"], "printable ASCII without spaces"),
+    (["70000", "k"], "port: expected a port from 0 to 65535"),
+    (["abc", "k"], "port: expected a port from 0 to 65535"),
+    (["-1", "k"], "command line: "),
+    (["", "k"], "port: expected"),
+    (["\u0668\u0660", "k"], "port: expected"),
+    (["SECRET", "8080"], "port: expected"),
+    (["8080", "k", "SECRET"], "expected a port and a key"),
+    (["8080", "-SECRET"], "unknown option"),
+    (["8080", "k", "--lisen", "::"], 'unknown option, did you mean "--listen"?'),
+    (["8080", "k", "-confg_file=x"], 'did you mean "--config_file"?'),
+    (["8080", "k", "--list", "::"], "unknown option"),  # no abbreviations
+    (["8080", "k", "-list", "::"], "unknown option"),
+    (["8080", "k", "--listen"], "--listen: expected one argument"),
+    (["8080", "k", "--verbose=SECRET"], "--verbose: ignored explicit argument"),
+    (["8080", "k", "--listen", "0.0.0.0:80"], "listen: expected an address without port"),
+    (["8080", "k", "--listen", "256.0.0.1"], "listen: expected an address"),
+    (["8080", "k", "--listen", "a b"], "listen: expected an address"),
+    (["8080", "k", "--users", ""], "users: expected the path"),
+    (["8080", "k", "--users", "a\nb"], "users: expected the path"),
+    (["8080", "k", "--tls-cert", "no.pem"], "tls_cert: expected the path of a file"),
+    (["8080", "k", "--tls-cert", "."], "tls_cert: expected the path of a file"),
+    (["8080", "k", "--tls-key", __file__], "tls_key: there is no tls_cert"),
+    (["--config_file", "no.json"], "no.json: cannot be read: No such file"),
+    (["--config_file", ""], "config_file: expected the path of a file"),
+])  # fmt: skip
+def test_mistaken_arguments_are_one_line(load, args, expected):
+    assert expected in mistake(load, args)
+
+
+@pytest.mark.parametrize("listen, expected", [
+    ("", ""), ("0.0.0.0", "0.0.0.0"), ("::", "::"), ("[::1]", "::1"),
+    ("localhost", "localhost"), ("my_host.example-1.com", "my_host.example-1.com"),
+    ("fe80::1%eth0", "fe80::1%eth0"),
+])  # fmt: skip
+def test_listen_takes_addresses_and_names(load, listen, expected):
+    assert load(["80", "k", "--listen", listen]).listen == expected
+
+
+def test_certificate_of_an_argument_is_not_paired_with_the_key_in_the_file(load):
+    file = {"tls_cert": __file__, "tls_key": __file__}
+    assert load(file=file).tls_key == __file__
+    config = load(["80", "k", "--tls-cert", __file__], file=file)
+    assert (config.tls_cert, config.tls_key) == (__file__, None)
+
+
+def test_help_is_short_and_names_each_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        apiserver.build_parser().parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert caught.value.code == 0
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    for option, default in [
+        ("<port>", "8080"), ("<API_KEY>", "API_KEY"), ("--listen", "this machine only"),
+        ("--users", "users.json"), ("--tls-cert", "http"), ("--tls-key", "certificate"),
+        ("--config_file", "none"), ("--config_path", "/etc/chatgpt-apiserver"),
+        ("-v, --verbose", "off"),
+    ]:  # fmt: skip
+        assert default in text.split(f" {option} ", 1)[1].split(" --")[0]
+    assert "--version" in text and "--help" in text
+    assert text.count("python chatgpt_apiserver.py") == 2
+
+
+def test_help_names_every_option_of_the_parser():
+    for action in apiserver.build_parser()._actions:
+        if action.option_strings:
+            assert any(option in apiserver.HELP for option in action.option_strings)
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit):
+        apiserver.build_parser().parse_args(["--version"])
+    assert apiserver.__version__ in capsys.readouterr().out
+
+
+# --- Arguments over environment over file over defaults
+
+
+@pytest.mark.parametrize("attribute, args, environ, file, expected", [
+    ("port", [], {}, {}, 8080),
+    ("port", [], {}, {"port": 1}, 1),
+    ("port", [], {}, {"port": "1"}, 1),  # the seed's
+    ("port", [], {"CHATGPT_APISERVER_PORT": "2"}, {"port": 1}, 2),
+    ("port", [], {"CHATGPT_APISERVER_PORT": ""}, {"port": 1}, 1),
+    ("port", ["3"], {"CHATGPT_APISERVER_PORT": "2"}, {"port": 1}, 3),
+    ("port", ["0"], {}, {"port": 1}, 0),
+    ("port", ["3"], {"CHATGPT_APISERVER_PORT": "nonsense"}, {}, 3),
+    ("listen", [], {}, {"listen": "::1"}, "::1"),
+    ("listen", [], {"CHATGPT_APISERVER_LISTEN": "::"}, {"listen": "::1"}, "::"),
+    ("listen", ["-listen", "h"], {"CHATGPT_APISERVER_LISTEN": "::"}, {}, "h"),
+    ("listen", ["-listen", ""], {"CHATGPT_APISERVER_LISTEN": "::"}, {}, ""),
+    ("api_key", [], {}, {"api_key": "f"}, "f"),
+    ("api_key", [], {"API_KEY": "e"}, {"api_key": "f"}, "e"),
+    ("api_key", [], {"API_KEY": "e", "CHATGPT_APISERVER_API_KEY": "E"}, {}, "E"),
+    ("api_key", ["1", "a"], {"API_KEY": "not a key"}, {"api_key": "f"}, "a"),
+    ("pool_type", [], {}, {"pool": {"type": "random"}}, "random"),
+    ("pool_type", [], {}, {"pool": {}}, "balanced"),
+    ("pool_type", [], {"CHATGPT_APISERVER_POOL_TYPE": "least_busy"},
+     {"pool": {"type": "random"}}, "least_busy"),
+    ("agents_auth", [], {}, {"agents": {"auth": "open"}}, "open"),
+    ("upstream_errors", [], {}, {"upstream_errors": "pass"}, "pass"),
+    ("verbose", ["-v"], {}, {}, True),
+    ("verbose", ["-verbose"], {}, {}, True),
+])  # fmt: skip
+def test_arguments_win_over_environment_over_file(
+    load, attribute, args, environ, file, expected
+):
+    environ = {"API_KEY": "k", **environ} if file.get("api_key") is None else environ
+    assert getattr(load(args, environ, file), attribute) == expected
+
+
+@pytest.mark.parametrize("environ, expected", [
+    ({"CHATGPT_APISERVER_PORT": "SECRET"}, "environment: CHATGPT_APISERVER_PORT: expected"),
+    ({"CHATGPT_APISERVER_LISTEN": ":80"}, "CHATGPT_APISERVER_LISTEN: expected an address"),
+    ({"CHATGPT_APISERVER_POOL_TYPE": "SECRET"}, 'expected "balanced" or "random" or'),
+    ({"API_KEY": "<API_KEY>"}, "environment: API_KEY: expected a key"),
+    ({"OPENAI_API_KEY": "SECRET two"}, "environment: OPENAI_API_KEY: expected a key"),
+    ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "api"}, "OPENAI_BASE_URL: expected the"),
+    ({"OPENAI_API_KEY": "k", "https_proxy": "socks5://u:SECRET@h:1"},
+     "environment: https_proxy: expected a proxy as http://host:port"),
+    ({"CONFIG_FILE": "no.json"}, "no.json: cannot be read"),
+])  # fmt: skip
+def test_mistaken_environment_is_one_line(load, environ, expected):
+    assert expected in mistake(load, [], environ)
+
+
+# --- Where the file is
+
+
+def test_the_file_is_searched_in_order(load, tmp_path):
+    """The last place, /etc, is not tried: it is not ours."""
+    for port, folder in [(3, "config"), (2, ".config"), (1, ".")]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "chatgpt-apiserver.json").write_text(f'{{"port": {port}}}')
+        assert load([], {"API_KEY": "k"}).port == port
+    assert load([], {"API_KEY": "k"}).path == "chatgpt-apiserver.json"
+
+
+@pytest.mark.parametrize("args, environ, expected", [
+    (["--config_path", "p1"], {"CONFIG_PATH": "p2"}, 1),
+    (["--config_path", "p1"], {"CONFIG_FILE": "p2/chatgpt-apiserver.json"}, 1),
+    (["--config_path", "p1", "--config_file", "p2/chatgpt-apiserver.json"], {}, 2),
+    ([], {"CONFIG_PATH": "p2"}, 2),
+    ([], {"CONFIG_PATH": "p2", "CHATGPT_APISERVER_CONFIG_PATH": "p1"}, 1),
+    ([], {"CONFIG_FILE": "p2/chatgpt-apiserver.json", "CONFIG_PATH": "p1"}, 2),
+    ([], {"CONFIG_FILE": "", "CONFIG_PATH": ""}, 3),
+    ([], {"CHATGPT_APISERVER_CONFIG_FILE": "p1/chatgpt-apiserver.json",
+          "CONFIG_FILE": "p2/chatgpt-apiserver.json"}, 1),
+])  # fmt: skip
+def test_a_named_file_or_folder_goes_before_the_search(
+    load, tmp_path, args, environ, expected
+):
+    for port in (1, 2):
+        (tmp_path / f"p{port}").mkdir()
+        file = tmp_path / f"p{port}" / "chatgpt-apiserver.json"
+        file.write_text(f'{{"port": {port}}}')
+    config = load(args, {"API_KEY": "k", **environ}, {"port": 3})
+    assert config.port == expected
+
+
+def test_a_named_folder_without_the_file_leaves_the_others_to_be_searched(
+    load, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    config = load(["80", "k", "--config_path", "empty"], file={"listen": "::"})
+    assert config.listen == "::" and config.path == "chatgpt-apiserver.json"
+
+
+def test_a_folder_in_place_of_the_file_is_a_mistake(load, tmp_path):
+    """Docker makes one when the file to be mounted is not there."""
+    (tmp_path / "chatgpt-apiserver.json").mkdir()
+    assert "chatgpt-apiserver.json: cannot be read" in mistake(load)
+
+
+def test_paths_in_a_file_are_relative_to_the_servers_file(load, tmp_path):
+    folder = tmp_path / "config"
+    (folder / "keys").mkdir(parents=True)
+    (folder / "ca.pem").write_text("")
+    (folder / "keys" / "a.json").write_text('{"api_key": "a", "ca_file": "ca.pem"}')
+    file = {"users": "u.json", "tls_cert": "ca.pem", "controllers": [
+        {"type": "openai", "config_file": "keys/a.json"}]}  # fmt: skip
+    (folder / "chatgpt-apiserver.json").write_text(json.dumps(file))
+    config = load()
+    assert config.users == os.path.join("config", "u.json")
+    assert config.tls_cert == os.path.join("config", "ca.pem")
+    assert config.controllers[0]["api_key"] == "a"
+    assert config.controllers[0]["ca_file"] == os.path.join("config", "ca.pem")
+
+
+# --- What is in the file
+
+
+def test_the_seeds_example_is_read(load, tmp_path):
+    (tmp_path / "openai.json").write_text('{"api_key": "second"}')
+    text = """{"port": "8080", "pool": {"type": "balanced"}, "controllers": [
+        {"type": "openai", "weight": 5, "config": {"api_key": "first"}},
+        {"type": "openai", "config_file": "openai.json"}]}"""
+    one, two = load(file=text).controllers
+    assert (one["name"], one["weight"], one["api_key"]) == ("openai-1", 5, "first")
+    assert two == {
+        "name": "openai-2", "weight": 1, "models": None, "max_concurrency": None,
+        "limit": None, "account": None, "api_key": "second",
+        "base_url": "https://api.openai.com/v1", "proxy": None, "ca_file": None,
+        "verify": True, "first_byte_timeout": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("entry, expected", [
+    ({"weight": 0}, {"weight": 1}),
+    ({"name": "gpu"}, {"name": "gpu"}),
+    ({"models": ["a", "b"]}, {"models": {"a": "a", "b": "b"}}),
+    ({"models": {"a": "real"}}, {"models": {"a": "real"}}),
+    ({"models": ["env:MODEL"]}, {"models": {"real": "real"}}),
+    ({"max_concurrency": 4, "account": "x"}, {"max_concurrency": 4, "account": "x"}),
+    ({"limit": {"tokens": 9, "per": "day"}}, {"limit": {"tokens": 9, "per": "day"}}),
+    ({"config": {"api_key": ""}}, {"api_key": ""}),
+    ({"config": {"api_key": "env:KEY"}}, {"api_key": "from-env"}),
+    ({"config": {"api_key": "k", "base_url": "http://[::1]:11434/v1//"}},
+     {"base_url": "http://[::1]:11434/v1"}),
+    ({"config": {"api_key": "k", "proxy": "http://u:p@proxy:3128/"}},
+     {"proxy": "http://u:p@proxy:3128"}),
+    ({"config": {"api_key": "k", "verify": False, "first_byte_timeout": 5}},
+     {"verify": False, "first_byte_timeout": 5}),
+])  # fmt: skip
+def test_a_controller_has_what_was_written_and_nothing_else_changes(
+    load, entry, expected
+):
+    environ = {"KEY": "from-env", "MODEL": "real"}
+    plain = load(file={"controllers": [OPENAI]}).controllers[0]
+    written = load(environ=environ, file={"controllers": [{**OPENAI, **entry}]})
+    assert written.controllers == [
+        {
+            **plain,
+            **expected,
+            "api_key": expected.get("api_key", written.controllers[0]["api_key"]),
+        }
+    ]
+
+
+def test_reading_again_gives_equal_controllers(load):
+    file = {"controllers": [OPENAI, {**OPENAI, "models": ["m"], "weight": 2}]}
+    first = load(file=file).controllers
+    file["controllers"][1]["weight"] = 3
+    second = load(file=file).controllers
+    assert second[0] == first[0] and second[1] != first[1]
+
+
+def test_limits_are_changed_by_name(load):
+    config = load(file={"limits": {"head_timeout": 0.05, "agents": 3}})
+    assert (config.limits.head_timeout, config.limits.agents) == (0.05, 3)
+    assert config.limits.head_size == apiserver.Limits.head_size
+
+
+def test_values_come_from_the_environment(load):
+    file = {"port": "env:P", "api_key": "env:K", "users": "env:U"}
+    config = load([], {"P": "81", "K": "env:K", "U": "u.json"}, file)
+    assert (config.port, config.api_key, config.users) == (81, "env:K", "u.json")
+
+
+def test_byte_order_mark_is_skipped(load):
+    assert load(file="\ufeff{}").path == "chatgpt-apiserver.json"
+
+
+def controllers(*entries):
+    return {"controllers": list(entries)}
+
+
+def openai(**config):
+    return controllers({"type": "openai", "config": {"api_key": "SECRET", **config}})
+
+
+@pytest.mark.parametrize("file, expected", [
+    # The document
+    ("", "line 1 column 1: not JSON"),
+    ('{"port": 1,\n "listen" "::"}', "line 2 column 11: not JSON"),
+    ("[]", "expected an object, got a list"),
+    ('{"port": 1, "port": 2}', "port: this key comes twice"),
+    ('{"controllers": [{"config": {"api_key": "SECRET", "api_key": "SECRET"}}]}',
+     "controllers[0].config.api_key: this key comes twice"),
+    ('{"port": ' + "9" * 5000 + "}", ""),  # 3.9 and later differ in what
+    ("[" * 200_000, "nesting too deep"),
+    ('{"limits": {"head_timeout": NaN}}', "limits.head_timeout: expected a number"),
+    ('{"limits": {"head_timeout": 1e999}}', "limits.head_timeout: expected a number"),
+    # Keys
+    ({"prot": 1}, 'prot: unknown key, did you mean "port"?'),
+    ({"API_KEY": "SECRET"}, 'API_KEY: unknown key, did you mean "api_key"?'),
+    ({"x\ny": 1}, r'"x\ny": unknown key'),
+    ({"limits": {"head_timeuot": 1}}, 'limits.head_timeuot: unknown key, did you mean "head_timeout"?'),
+    ({"limits": {"__init__": 1}}, "limits.__init__: unknown key"),
+    ({"pool": {"kind": "random"}}, "pool.kind: unknown key"),
+    (openai(baseurl="x"), 'controllers[0].config.baseurl: unknown key, did you mean "base_url"?'),
+    (controllers(OPENAI, {"wieght": 1}), 'controllers[1].wieght: unknown key, did you mean "weight"?'),
+    # Types
+    ({"port": None}, "port: expected a port from 0 to 65535, got null"),
+    ({"port": 1.5}, "port: expected a port from 0 to 65535, got a number"),
+    ({"port": True}, "port: expected a port from 0 to 65535, got a boolean"),
+    ({"listen": ["::"]}, "listen: expected an address without port, as 0.0.0.0 or ::, got a list"),
+    ({"pool": "random"}, "pool: expected an object, got a string"),
+    ({"controllers": {}}, "controllers: expected a list, got an object"),
+    (controllers(OPENAI, 5), "controllers[1]: expected an object, got a number"),
+    (controllers(OPENAI, {"config": {"api_key": 5}}), "controllers[1].config.api_key: expected a key"),
+    (openai(api_key=12345), "wants none, got a number"),
+    (openai(verify="no"), "controllers[0].config.verify: expected true or false, got a string"),
+    # Values
+    ({"port": -1}, "port: expected a port from 0 to 65535"),
+    ({"port": "80 "}, "port: expected a port from 0 to 65535"),
+    ({"api_key": ""}, "api_key: expected a key of your own"),
+    ({"api_key": "<API_KEY>"}, "api_key: expected a key of your own"),
+    ({"pool": {"type": "SECRET"}}, 'pool.type: expected "balanced" or "random" or "least_busy"'),
+    ({"agents": {"auth": "none"}}, 'agents.auth: expected "local" or "key" or "open"'),
+    ({"upstream_errors": ""}, 'upstream_errors: expected "map" or "pass"'),
+    ({"limits": {"head_size": 1.5}}, "limits.head_size: expected a whole number from 0, got a number"),
+    ({"limits": {"head_size": -1}}, "limits.head_size: expected a whole number from 0"),
+    ({"limits": {"head_timeout": "5"}}, "limits.head_timeout: expected a number from 0, got a string"),
+    ({"tls_key": "no.pem"}, "tls_key: expected the path of a file that can be read"),
+    ({"tls_cert": "\0"}, "tls_cert: expected the path of a file that can be read"),
+    # Controllers
+    (controllers({"type": "claude"}), 'controllers[0].type: expected "openai"'),
+    (controllers({"type": "openai"}), 'controllers[0]: expected either "config" or "config_file"'),
+    (controllers({**OPENAI, "config_file": "chatgpt-apiserver.json"}), "controllers[0]: expected either"),
+    (controllers({"config": {}}), "controllers[0].config.api_key: expected a key"),
+    (controllers({"config_file": "no.json"}), "controllers[0].config_file: expected the path"),
+    (controllers({"config_file": "chatgpt-apiserver.json"}), "chatgpt-apiserver.json: controllers: unknown key"),
+    (controllers({**OPENAI, "weight": -1}), "controllers[0].weight: expected a whole number from 0"),
+    (controllers({**OPENAI, "weight": 10**400}), "controllers[0].weight: expected a whole number"),
+    (controllers({**OPENAI, "max_concurrency": 0}), "controllers[0].max_concurrency: expected a whole number from 1"),
+    (controllers({**OPENAI, "models": []}), "controllers[0].models: expected"),
+    (controllers({**OPENAI, "models": "m"}), "controllers[0].models: expected"),
+    (controllers({**OPENAI, "models": ["m", 5]}), "controllers[0].models[1]: expected"),
+    (controllers({**OPENAI, "models": {"a": ""}}), "controllers[0].models.a: expected"),
+    (controllers({**OPENAI, "limit": {"requests": 1}}), 'controllers[0].limit: expected "per"'),
+    (controllers({**OPENAI, "limit": {"per": "day"}}), 'controllers[0].limit: expected "per"'),
+    (controllers({**OPENAI, "limit": {"per": "week"}}), "controllers[0].limit.per: expected"),
+    (controllers({**OPENAI, "name": "a\nb"}), "controllers[0].name: expected printable text"),
+    (controllers({**OPENAI, "name": "a"}, {**OPENAI, "name": "a"}), "controllers[1].name: controllers[0] has"),
+    (controllers({**OPENAI, "name": "openai-2"}, OPENAI), "controllers[1].name: controllers[0] has"),
+    (openai(api_key="SECRET two"), "controllers[0].config.api_key: expected a key of printable ASCII"),
+    (openai(api_key="env:NOT_SET"), "api_key: the environment variable NOT_SET is not set"),
+    (openai(api_key="env:sk-SECRET"), "api_key: the environment variable named here is not set"),
+    (openai(base_url="ftp://h"), "controllers[0].config.base_url: expected the http or https URL"),
+    (openai(base_url="api.openai.com/v1"), "base_url: expected"),
+    (openai(base_url="https://u:SECRET@h/v1"), "base_url: expected"),
+    (openai(base_url="https://h/v1?key=SECRET"), "base_url: expected"),
+    (openai(base_url="https://h:70000/v1"), "base_url: expected"),
+    (openai(base_url="https://h:0/v1"), "base_url: expected"),
+    (openai(base_url="https://[::1/v1"), "base_url: expected"),
+    (openai(base_url="https:///v1"), "base_url: expected"),
+    (openai(base_url="https://h/v1\n"), "base_url: expected"),
+    (openai(proxy="socks5://h:1"), "proxy: expected a proxy as http://host:port"),
+    (openai(proxy="http://u:SECRET@h:1/path"), "proxy: expected a proxy"),
+    (openai(proxy="http://u:SEC#RET@h:1"), "proxy: expected a proxy"),
+    (openai(first_byte_timeout=0), "first_byte_timeout: expected seconds, above 0"),
+    (openai(ca_file="no.pem"), "ca_file: expected the path of a file"),
+])  # fmt: skip
+def test_mistaken_file_is_one_line_with_its_place(load, file, expected):
+    line = mistake(load, file=file)
+    assert line.startswith("chatgpt-apiserver.json: ") and expected in line
+
+
+def test_file_that_is_not_utf8_is_a_mistake(load, tmp_path):
+    (tmp_path / "chatgpt-apiserver.json").write_bytes("{}".encode("utf-16"))
+    assert mistake(load) == "chatgpt-apiserver.json: not UTF-8 text"
+
+
+def test_mistake_in_a_config_file_names_that_file(load, tmp_path):
+    (tmp_path / "a.json").write_text('{"api_key": 5}')
+    file = controllers({"type": "openai", "config_file": "a.json"})
+    assert mistake(load, file=file).startswith("a.json: api_key: expected a key")
+    (tmp_path / "a.json").write_text("{}")
+    assert mistake(load, file=file).startswith("a.json: api_key: expected a key")
+
+
+# --- The environment's upstream and proxy
+
+
+def test_openai_api_key_is_a_controller_when_the_file_has_none(load):
+    environ = {"OPENAI_API_KEY": "sk-SECRET", "OPENAI_BASE_URL": "http://ollama/v1/"}
+    config = load(environ=environ, file={})
+    assert [c["name"] for c in config.controllers] == ["openai-1"]
+    assert config.controllers[0]["api_key"] == "sk-SECRET"
+    assert config.controllers[0]["base_url"] == "http://ollama/v1"
+    assert config.notes == [
+        "controller openai-1 from OPENAI_API_KEY in the environment"
+    ]
+    plain = load(
+        environ={"OPENAI_API_KEY": "sk-SECRET"}, file={"controllers": [OPENAI]}
+    )
+    assert plain.notes == [] and len(plain.controllers) == 1
+    same = load(environ={"OPENAI_API_KEY": "sk-SECRET"}, file={"controllers": []})
+    assert same.controllers == plain.controllers
+
+
+@pytest.mark.parametrize("url, environ, expected", [
+    ("https://h/v1", {}, None),
+    ("https://h/v1", {"https_proxy": "http://p:1/"}, "http://p:1"),
+    ("https://h/v1", {"HTTPS_PROXY": "http://p:1"}, "http://p:1"),
+    ("https://h/v1", {"https_proxy": "http://p:1", "HTTPS_PROXY": "http://q:1"}, "http://p:1"),
+    ("https://h/v1", {"https_proxy": "", "HTTPS_PROXY": "http://q:1"}, None),
+    ("https://h/v1", {"https_proxy": "p:1"}, "http://p:1"),
+    ("https://h/v1", {"http_proxy": "http://p:1"}, None),
+    ("http://h/v1", {"https_proxy": "http://p:1"}, None),
+    ("http://h/v1", {"https_proxy": "socks5://not:used"}, None),
+])  # fmt: skip
+def test_https_proxy_holds_for_https_urls(load, url, environ, expected):
+    config = load(environ=environ, file=openai(base_url=url))
+    assert config.controllers[0]["proxy"] == expected
+    environ = {**environ, "OPENAI_API_KEY": "k", "OPENAI_BASE_URL": url}
+    assert load(environ=environ, file={}).controllers[0]["proxy"] == expected
+
+
+def test_own_proxy_wins_over_the_environments(load):
+    environ = {"https_proxy": "http://p:1", "no_proxy": "*"}
+    config = load(environ=environ, file=openai(proxy="http://own:1"))
+    assert config.controllers[0]["proxy"] == "http://own:1"
+
+
+@pytest.mark.parametrize("no_proxy", [
+    "", "*", ".", "h.example.com", "EXAMPLE.com", ".example.com", "ample.com", "other.org",
+    "other.org, example.com", "example.com:8443", "example.com:443", "com", ",", " , ",
+    "[::1]", "::1", "x*", "h.example.com.", "..example.com", "example.com:",
+])  # fmt: skip
+@pytest.mark.parametrize(
+    "host", ["h.example.com", "H.Example.Com:8443", "[::1]:443", "[::1]"]
+)
+def test_no_proxy_means_what_it_means_to_urllib(load, monkeypatch, host, no_proxy):
+    environ = {"https_proxy": "http://p:1", "NO_PROXY": no_proxy}
+    config = load(environ=environ, file=openai(base_url=f"https://{host}/v1"))
+    bypass = urllib.request.proxy_bypass_environment(host, {"no": no_proxy})
+    assert config.controllers[0]["proxy"] == (None if bypass else "http://p:1")
+
+
+# --- Secrets and nonsense
+
+
+def test_repr_shows_no_secret(load):
+    file = openai(proxy="http://user:SECRET@proxy:1")
+    text = repr(load(["80", "SECRET", "-listen", "::"], file=file))
+    assert "SECRET" not in text and "openai-1" in text and "::" in text
+
+
+def mutated(value, rng):
+    """A JSON document with one thing in it exchanged, renamed or taken away."""
+    odd = [None, True, 0, -1, 1e400, 10**30, "", "env:X", "env:", "\ud800", "x\ny",
+           [], {}, [[]], {"a": []}, "http://[", "<API_KEY>", float("nan")]  # fmt: skip
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        changed = dict(value)
+        item = changed.pop(key)
+        if rng.random() < 0.9:
+            new = (
+                key
+                if rng.random() < 0.9
+                else rng.choice(["", "\n", key + "x", "\ud800"])
+            )
+            changed[new] = mutated(item, rng)
+        return changed
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        index = rng.randrange(len(value))
+        return [*value[:index], mutated(value[index], rng), *value[index + 1 :]]
+    return rng.choice(odd)
+
+
+def test_mutated_documents_are_a_config_or_one_line(load, tmp_path):
+    rng = random.Random(50)
+    whole = {
+        "port": "8080", "listen": "::", "api_key": "k", "users": "u.json",
+        "pool": {"type": "random"}, "agents": {"auth": "key"}, "limits": {"agents": 1},
+        "upstream_errors": "pass", "tls_cert": __file__, "tls_key": __file__,
+        "controllers": [
+            {"type": "openai", "name": "a", "weight": 2, "models": {"a": "b"},
+             "max_concurrency": 2, "account": "x",
+             "limit": {"requests": 1, "tokens": 2, "per": "hour"},
+             "config": {"api_key": "SECRET", "base_url": "https://h:1/v1",
+                        "proxy": "http://u:SECRET@p:1", "ca_file": __file__,
+                        "verify": False, "first_byte_timeout": 3.5}},
+            {"type": "openai", "models": ["m", "n"], "config": {"api_key": ""}},
+        ],
+    }  # fmt: skip
+    assert len(load(file=whole).controllers) == 2
+    outcomes = set()
+    for _ in range(600):
+        document = whole
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            document = mutated(document, rng)
+        text = json.dumps(document)
+        if rng.random() < 0.2:
+            cut = rng.randrange(len(text) + 1)
+            text = (
+                text[:cut]
+                + rng.choice(["", "\0", '"', "}", "\n", "9" * 99])
+                + text[cut:]
+            )
+        try:
+            config = load([], {"X": "x", "API_KEY": "k"}, text)
+            assert 0 <= config.port <= 65535 and config.api_key and repr(config)
+            outcomes.add("config")
+        except apiserver.ConfigurationError as error:
+            assert len(str(error).splitlines()) == 1 and "SECRET" not in str(error)
+            assert str(error).startswith(("chatgpt-apiserver.json: ", "tls_key: "))
+            str(error).encode()
+            outcomes.add("mistake")
+    assert outcomes == {"config", "mistake"}
+
+
+def test_near_matches_cost_nothing_until_somebody_mistypes():
+    code = "import sys, chatgpt_apiserver as a; a.load_config(['1', 'k'], {}); print('difflib' in sys.modules)"
+    folder = os.path.dirname(os.path.abspath(apiserver.__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE
+    )
+    assert done.stdout.strip() == b"False"
