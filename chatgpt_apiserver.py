@@ -29,6 +29,7 @@ The file reads downward; each section uses only what stands above it:
     Service                  keys, agents, conversations, the log
     Request handler          routes and authorization
     Server                   sockets, tasks, start and stop
+    Agent                    the side that dials in: the handler's mirror
     Configuration            file, environment, command line; main
 
 A request goes one way down: Connection receives bytes, parse_request_head() makes
@@ -78,22 +79,17 @@ import time
 import urllib.parse
 import uuid
 from collections import OrderedDict, deque
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import (
-    Any,
+from collections.abc import (
     AsyncGenerator,
     Awaitable,
     Callable,
     Coroutine,
-    Dict,
     Iterable,
     Iterator,
     Mapping,
-    NamedTuple,
-    NoReturn,
-    TypeVar,
-    Union,
 )
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, NoReturn, TypeVar, Union
 
 if sys.platform == "win32":
     import msvcrt
@@ -101,6 +97,19 @@ else:
     import fcntl
 
 __version__ = "1.0.0"
+__all__ = [
+    "APIError",
+    "Agent",
+    "ConfigurationError",
+    "Controller",
+    "FunctionController",
+    "Limits",
+    "Log",
+    "OpenAIController",
+    "Server",
+    "WebSocket",
+    "main",
+]
 
 T = TypeVar("T")
 logger = logging.getLogger("chatgpt_apiserver")
@@ -394,7 +403,7 @@ HOP_BY_HOP = frozenset(
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
-class Headers(Dict[str, str]):
+class Headers(dict[str, str]):
     """Header fields by name in lower case; repeated ones are joined by ", "."""
 
     def tokens(self, name: str) -> list[str]:
@@ -3093,6 +3102,7 @@ def file_lock(path: str, timeout: float = 5.0) -> Iterator[None]:
 
 
 def try_lock(fd: int) -> bool:
+    """Take the lock if it is free; whether it was."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
@@ -3169,6 +3179,7 @@ def replace_name(source: str, target: str) -> None:
 
 
 def stamp_of(found: os.stat_result) -> Stamp:
+    """What tells one version of a file from another."""
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
@@ -4936,22 +4947,30 @@ class Pool:
         if not self._queue:
             return
         now = asyncio.get_running_loop().time()
+        # Who asks for the same finds the same: a long queue is looked through once.
+        in_vain: set[tuple[Any, ...]] = set()
         served = True
         while served:
-            served = False
-            for user, line in list(self._queue.items()):
-                for waiter in line:
-                    if waiter.future.done():  # cancelled, and about to leave
-                        continue
-                    controller = self._choose(waiter.request, waiter.tried, now)
-                    if controller is not None:
-                        self._take(controller, waiter.request)
-                        waiter.future.set_result(controller)
-                        self._leave_queue(waiter)
-                        if user in self._queue:  # to the end
-                            self._queue[user] = self._queue.pop(user)
-                        served = True
-                        break
+            served = any([self._serve(u, in_vain, now) for u in list(self._queue)])
+
+    def _serve(self, user: str, in_vain: set[tuple[Any, ...]], now: float) -> bool:
+        """Give a slot to the first of a user's requests that can have one."""
+        for waiter in self._queue[user]:
+            request = waiter.request
+            wish = (request.model, request.path, request.agent_id, *waiter.tried)
+            if waiter.future.done() or wish in in_vain:  # done: it is about to leave
+                continue
+            controller = self._choose(request, waiter.tried, now)
+            if controller is None:
+                in_vain.add(wish)
+                continue
+            self._take(controller, request)
+            waiter.future.set_result(controller)
+            self._leave_queue(waiter)
+            if user in self._queue:  # to the end
+                self._queue[user] = self._queue.pop(user)
+            return True
+        return False
 
     @staticmethod
     def _take(controller: Controller, request: APIRequest) -> None:
@@ -7068,10 +7087,11 @@ def register_url(url: str) -> str:
 async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
     """Cancel tasks, and wait until they have let go of what they hold."""
     running = set(tasks)
-    for task in running:
-        task.cancel()
-    if running:
-        await asyncio.wait(running)
+    while running:
+        for task in running:
+            task.cancel()
+        # Once more for who has missed it: wait_for() loses some before Python 3.12.
+        _, running = await asyncio.wait(running, timeout=1)
 
 
 class Agent:
@@ -7327,10 +7347,11 @@ class Agent:
             self._websocket = None
             await end_tasks(self._calls.values())
             websocket.connection.close()
-        if websocket.close_code == 1006:  # without a word
-            return f"the connection to {self.server} was lost"
-        reason = _word(websocket.close_reason).replace("_", " ")
-        return f"{self.server} closed the connection ({websocket.close_code} {reason})"
+        how = "was lost"
+        if websocket.close_code != 1006:
+            reason = _word(websocket.close_reason).replace("_", " ")
+            how = f"ended ({websocket.close_code} {reason})"
+        return f"the connection to {self.server} {how}"
 
     async def _send(self, id: str, message: str, data: str = "") -> None:
         """Send one message, waiting for a slow server; ConnectionError."""
@@ -7711,16 +7732,19 @@ class Expected(NamedTuple):
     test: Callable[[Any], bool]  # of a value of these types
 
 
-def choice(*words: str) -> Expected:
+def one_of(*words: str) -> Expected:
+    """A string that is one of these words."""
     return Expected(" or ".join(map(json.dumps, words)), str, words.__contains__)
 
 
-def whole(least: int) -> Expected:
+def whole_number(least: int) -> Expected:
+    """A whole number, within reason."""
     words = f"a whole number from {least}"
     return Expected(words, int, lambda value: least <= value < 10**12)
 
 
 def is_port(value: int | str) -> bool:
+    """Whether value is a port, as a number or as a string."""
     if isinstance(value, str):
         return re.fullmatch("[0-9]{1,5}", value) is not None and int(value) <= 65535
     return 0 <= value <= 65535
@@ -7736,6 +7760,7 @@ def is_address(value: str) -> bool:
 
 
 def is_key(value: str) -> bool:
+    """Whether value can travel in a header, and is not the placeholder."""
     return re.fullmatch("[!-~]+", value) is not None and value != "<API_KEY>"
 
 
@@ -7757,10 +7782,11 @@ def is_proxy(value: str) -> bool:
 
 
 def is_readable(path: str) -> bool:
+    """Whether path is that of a file we may read."""
     return path.isprintable() and os.access(path, os.R_OK) and not os.path.isdir(path)
 
 
-def models(value: Any) -> Any:
+def models_shape(value: Any) -> Any:
     """The shape of "models": ["name", ...] or {"alias": "name", ...}."""
     if value and isinstance(value, (list, dict)):
         return [NAME] if isinstance(value, list) else dict.fromkeys(value, NAME)
@@ -7773,7 +7799,7 @@ PATH = Expected("the path of a file", NAME.types, NAME.test)
 FILE = Expected("the path of a file that can be read", str, is_readable)
 NUMBER = Expected("a number from 0", (int, float), lambda value: 0 <= value < 1e12)
 ABOVE_0 = Expected("seconds, above 0", (int, float), lambda value: 0 < value < 1e12)
-POOL_TYPE = choice("balanced", "random", "least_busy")
+POOL_TYPE = one_of("balanced", "random", "least_busy")
 
 # A shape is an object {key: shape}, a list [shape], one Expected value, or a function
 # that looks at what is written and tells its shape.
@@ -7790,15 +7816,15 @@ CONFIG_KEYS = {
     "first_byte_timeout": ABOVE_0,
 }
 CONTROLLER_KEYS = {
-    "type": choice("openai"),
+    "type": one_of("openai"),
     "name": NAME,
-    "weight": whole(0),
-    "models": models,
-    "max_concurrency": whole(1),
+    "weight": whole_number(0),
+    "models": models_shape,
+    "max_concurrency": whole_number(1),
     "limit": {
-        "requests": whole(1),
-        "tokens": whole(1),
-        "per": choice("minute", "hour", "day"),
+        "requests": whole_number(1),
+        "tokens": whole_number(1),
+        "per": one_of("minute", "hour", "day"),
     },
     "account": NAME,
     "config": CONFIG_KEYS,
@@ -7820,10 +7846,10 @@ FILE_KEYS = {
     "tls_cert": FILE,
     "tls_key": FILE,
     "pool": {"type": POOL_TYPE},
-    "agents": {"auth": choice("local", "key", "open")},
-    "upstream_errors": choice("map", "pass"),
+    "agents": {"auth": one_of("local", "key", "open")},
+    "upstream_errors": one_of("map", "pass"),
     "limits": {
-        name: whole(0) if isinstance(default, int) else NUMBER
+        name: whole_number(0) if isinstance(default, int) else NUMBER
         for name, default in vars(Limits).items()
         if not name.startswith("_")
     },
@@ -7901,7 +7927,7 @@ class Source(NamedTuple):
 
     def check_type(self, value: Any, words: str, types: Any, place: str) -> None:
         # To isinstance, true is a number.
-        if not isinstance(value, types) or (isinstance(value, bool) and types != bool):
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
             kind = "null" if value is None else KINDS.get(type(value), "a number")
             raise self.mistake(place, f"expected {words}, got {kind}")
 
@@ -7944,6 +7970,7 @@ def shown(key: str) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A hint at the nearest choice, or ""."""
     import difflib  # 4 ms, for those who mistyped
 
     near = difflib.get_close_matches(word[:40].lower(), list(choices), 1)
@@ -8045,7 +8072,7 @@ def load_config(
     config.port = int(config.port)
     config.listen = config.listen.strip("[]")
     config.limits = Limits(**settings.get("limits", {}))
-    config.controllers = controllers(file, settings.get("controllers", []), environ)
+    config.controllers = read_controllers(file, settings.get("controllers", []), environ)
     if not config.controllers and environ.get("OPENAI_API_KEY"):
         config.controllers = [controller_from_environment(environ)]
         config.notes = ["controller openai-1 from OPENAI_API_KEY in the environment"]
@@ -8075,7 +8102,7 @@ def find_file(args: argparse.Namespace, environ: Mapping[str, str]) -> str | Non
     return next(filter(os.path.lexists, paths), None)
 
 
-def controllers(file: Source, entries: list[Any], environ: Mapping[str, str]) -> Any:
+def read_controllers(file: Source, entries: list[Any], environ: Mapping[str, str]) -> Any:
     """The controllers of a file, names given and unique."""
     result: dict[str, dict[str, Any]] = {}
     for index, entry in enumerate(entries):
@@ -8087,12 +8114,12 @@ def controllers(file: Source, entries: list[Any], environ: Mapping[str, str]) ->
         if "limit" in entry and not {"per"} < entry["limit"].keys():
             text = 'expected "per" and "requests" or "tokens"'
             raise file.mistake(f"{place}.limit", text)
-        config = upstream(file, entry, place)
-        result[name] = controller({**entry, **config}, environ)
+        config = read_upstream(file, entry, place)
+        result[name] = controller_arguments({**entry, **config}, environ)
     return list(result.values())
 
 
-def upstream(file: Source, entry: dict[str, Any], place: str) -> dict[str, Any]:
+def read_upstream(file: Source, entry: dict[str, Any], place: str) -> dict[str, Any]:
     """A controller's "config", written in place or in a file of its own."""
     config = entry.pop("config", None)
     path = entry.pop("config_file", None)
@@ -8109,15 +8136,16 @@ def upstream(file: Source, entry: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def controller_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The one controller that OPENAI_API_KEY stands for."""
     settings = {"name": "openai-1"}
     for key, name in (("api_key", "OPENAI_API_KEY"), ("base_url", "OPENAI_BASE_URL")):
         if environ.get(name):
             shape = CONFIG_KEYS[key]
             settings[key] = Source("environment").check(environ[name], shape, name)
-    return controller(settings, environ)
+    return controller_arguments(settings, environ)
 
 
-def controller(settings: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+def controller_arguments(settings: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """The keyword arguments of an OpenAIController, from what was written."""
     arguments = {**CONTROLLER, **settings}
     arguments.pop("type", None)
@@ -8194,7 +8222,7 @@ def agent_controllers(
         path = source.check(args.config_file, FILE, "config_file")
         file = Source(path, os.path.dirname(path), environ)
         entries = file.read(FILE_KEYS).get("controllers", [])
-        made = controllers(file, entries, environ)
+        made = read_controllers(file, entries, environ)
         return [OpenAIController(**arguments, limits=limits) for arguments in made]
     if args.upstream is None:
         return None
@@ -8207,7 +8235,7 @@ def agent_controllers(
         "api_key": args.upstream_key or "",
         "models": names or None,
     }
-    return [OpenAIController(**controller(settings, environ), limits=limits)]
+    return [OpenAIController(**controller_arguments(settings, environ), limits=limits)]
 
 
 def build_agent(
