@@ -1852,6 +1852,35 @@ class CompletionStream(EventStream):
 # a hang-up only when somebody happens to read.
 
 
+@contextlib.contextmanager
+def time_limit(when: float, error: Exception) -> Iterator[None]:
+    """Raise error in the body at a time on the loop's clock.
+
+    asyncio.timeout_at() is of Python 3.11.  wait_for() loses a cancellation now and
+    then before 3.12, and runs the body in a task of its own.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    late = False
+
+    def cancel() -> None:
+        nonlocal late
+        late = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_at(when, cancel)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not late:
+            raise
+        if hasattr(task, "uncancel") and task.uncancel():  # Python 3.11: two of them
+            raise
+        raise error from None
+    finally:
+        timer.cancel()
+
+
 class Connection(asyncio.Protocol):
     """One TCP or TLS connection.
 
@@ -2462,19 +2491,18 @@ class HTTPClient:
     async def _dial(self, host: str, port: int) -> Connection:
         loop = asyncio.get_running_loop()
         end = loop.time() + self.limits.connect_timeout
-        addresses = await asyncio.wait_for(
-            self._addresses(loop, host, port), self.limits.connect_timeout
-        )
+        with time_limit(end, asyncio.TimeoutError()):
+            addresses = await self._addresses(loop, host, port)
         error: Exception = OSError(f"{host} has no address")
         for number, address in enumerate(addresses):
             # Each address gets its share of what is left of the time.
             share = max(0.0, end - loop.time()) / (len(addresses) - number)
             connection = Connection(self.limits)
             try:
-                await asyncio.wait_for(
-                    loop.create_connection(lambda c=connection: c, address, port),  # type: ignore[misc]
-                    share,
-                )
+                with time_limit(loop.time() + share, asyncio.TimeoutError()):
+                    await loop.create_connection(
+                        lambda: connection, address, port  # noqa: B023  called at once
+                    )
                 return connection
             except (OSError, asyncio.TimeoutError) as caught:
                 error = caught
@@ -4286,35 +4314,6 @@ class GeneratedAnswer(Answer):
 
     async def aclose(self) -> None:
         await self._events.aclose()
-
-
-@contextlib.contextmanager
-def time_limit(when: float, error: Exception) -> Iterator[None]:
-    """Raise error in the body at a time on the loop's clock.
-
-    asyncio.timeout_at() is of Python 3.11; wait_for() would run the body in a task
-    of its own, which a generator with cancel scopes does not survive.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    late = False
-
-    def cancel() -> None:
-        nonlocal late
-        late = True
-        task.cancel()
-
-    timer = asyncio.get_running_loop().call_at(when, cancel)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not late:
-            raise
-        if hasattr(task, "uncancel"):  # Python 3.11
-            task.uncancel()
-        raise error from None
-    finally:
-        timer.cancel()
 
 
 class FunctionController(Controller):
