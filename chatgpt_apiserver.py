@@ -5673,6 +5673,8 @@ An OpenAI-compatible API in front of upstreams, agents and Python functions.
 
   Base URL for clients   {scheme}://{host}/v1   (Authorization: Bearer <token>)
   Agents connect to      {ws}://{host}/client/register
+  Be an agent            curl -fsS {scheme}://{host}/agent.py \\
+                           | python3 - agent {scheme}://{host} --key <token>
   Ask in one line        POST {scheme}://{host}/api/ask   {{"content": "Hello"}}
 """
 
@@ -8278,9 +8280,10 @@ def start_screen(server: Server, config: Config) -> str:
     kinds = [c for c in service.pool.controllers if c.type != "mock"]
     names = ", ".join(f"{c.name} (weight {c.weight:g})" for c in kinds)
     socket_url = url.replace("http", "ws", 1)
-    opening = (
-        "" if config.listen else "   (this machine only; --listen 0.0.0.0 opens it)"
-    )
+    away = url_from_elsewhere(server, config)
+    opening = "   (this machine only; --listen 0.0.0.0 opens it)"
+    if config.listen:
+        opening = "" if away == url else f"   (from elsewhere: {away})"
     count = len(service.users.users)
     lines = [
         f"chatgpt_apiserver {__version__} listens on {url}{opening}",
@@ -8297,20 +8300,18 @@ def start_screen(server: Server, config: Config) -> str:
         f"  curl {url}/v1/chat/completions -H 'Authorization: Bearer <API_KEY>' \\",
         """    -d '{"model": "mock/echo", "messages": """
         """[{"role": "user", "content": "Hello"}]}'""",
-        *agent_lines(url, config.listen),
+        *agent_lines(away, bool(config.listen)),
         "",
     ]
     return "\n".join(lines)
 
 
-def agent_lines(url: str, listen: str) -> list[str]:
+def agent_lines(url: str, away: bool) -> list[str]:
     """The line that makes another machine an agent of this server."""
     source = source_code()
     if source is None:
         return []
-    if listen in ("0.0.0.0", "::"):  # for others it has another name
-        url = re.sub(r"//.*:", f"//{socket.gethostname()}:", url)
-    where = "another machine" if listen else "this machine"
+    where = "another machine" if away else "this machine"
     return [
         "",
         f"Add what runs on {where} (Ollama, llama.cpp, vLLM, LM Studio); there:",
@@ -8319,9 +8320,18 @@ def agent_lines(url: str, listen: str) -> list[str]:
     ]
 
 
+def url_from_elsewhere(server: Server, config: Config) -> str:
+    """The server's URL as another machine has to write it."""
+    if config.listen in ("0.0.0.0", "::"):
+        return re.sub(r"//.*:", f"//{socket.gethostname()}:", server.url)
+    return server.url
+
+
 def warnings(config: Config) -> list[str]:
     """What is dangerous in a configuration."""
     lines = []
+    if not config.tls_cert and not is_loopback(config.listen or "localhost"):
+        lines.append("KEYS AND PROMPTS TRAVEL UNENCRYPTED: use --tls-cert, or a proxy")
     if config.agents_auth == "open" and not is_loopback(config.listen or "localhost"):
         lines.append(
             "ANYBODY CAN REGISTER AN AGENT AND READ PROMPTS (agents.auth: open)"
