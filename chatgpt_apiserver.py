@@ -89,7 +89,7 @@ from collections.abc import (
     Mapping,
 )
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, NamedTuple, NoReturn, TypeVar, Union, cast
 
 if sys.platform == "win32":
     import msvcrt
@@ -112,6 +112,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 logger = logging.getLogger("chatgpt_apiserver")
 
 # -----------------------------------------------------------------------------
@@ -160,6 +161,9 @@ class Limits:
     write_timeout = 30.0  # a peer that takes no byte for so long is cut
     write_high_water = 64 * 1024  # buffered for a slow peer before we wait for it
     write_low_water = 16 * 1024
+    # Unsent in the kernel, which takes megabytes by itself, and then nothing until
+    # a third has gone: a client at 30 KB/s looked like one that takes no byte.
+    write_unsent_size = 16 * 1024
     # After an error answer the rest of the request is read and thrown away for a
     # moment: closing with unread bytes sends RST, which can destroy the answer.
     linger_timeout = 2.0
@@ -1563,6 +1567,8 @@ class CompletionBuilder:
         self._head: dict[str, Any] = {}
         self._usage: Any = None
         self._choices: dict[int, dict[str, Any]] = {}
+        # Pieces by choice and key, joined at the end: += copies all of it each time.
+        self._texts: dict[tuple[int, str], list[str]] = {}
 
     def add(self, chunk: dict[str, Any]) -> None:
         """Take one chat.completion.chunk."""
@@ -1579,17 +1585,20 @@ class CompletionBuilder:
                     "finish_reason": None,
                 },
             )
-            self._add_delta(whole["message"], choice.get("delta") or {})
+            self._add_delta(index, whole["message"], choice.get("delta") or {})
             whole["finish_reason"] = (
                 choice.get("finish_reason") or whole["finish_reason"]
             )
 
-    def _add_delta(self, message: dict[str, Any], delta: dict[str, Any]) -> None:
+    def _add_delta(
+        self, index: int, message: dict[str, Any], delta: dict[str, Any]
+    ) -> None:
         for key, value in delta.items():
+            text = message.get(key)
             if key == "tool_calls":
                 self._add_tool_calls(message.setdefault(key, []), value or [])
-            elif isinstance(value, str) and isinstance(message.get(key), str):
-                message[key] = value if key == "role" else message[key] + value
+            elif isinstance(value, str) and isinstance(text, str) and key != "role":
+                self._texts.setdefault((index, key), [text]).append(value)
             elif value is not None:
                 message[key] = value
 
@@ -1608,6 +1617,8 @@ class CompletionBuilder:
 
     def result(self) -> dict[str, Any]:
         """The chat.completion."""
+        for (index, key), pieces in self._texts.items():
+            self._choices[index]["message"][key] = "".join(pieces)
         return {
             "id": self._head.get("id"),
             "object": "chat.completion",
@@ -1887,6 +1898,7 @@ class Connection(asyncio.Protocol):
     buffer        bytes received and not yet parsed
     eof           the peer has sent its last byte
     lost          the connection is gone, for the reason in error, if any
+    stalled       it was cut, for the peer took no byte for write_timeout
     on_hangup     called once when the peer leaves while nobody is reading
     half_close    whether a peer that has sent its last byte may still read
 
@@ -1905,6 +1917,7 @@ class Connection(asyncio.Protocol):
         self.buffer = bytearray()
         self.eof = False
         self.lost = False
+        self.stalled = False
         self.error: Exception | None = None
         self.half_close = True
         self.on_hangup: Callable[[], None] | None = None
@@ -1926,12 +1939,14 @@ class Connection(asyncio.Protocol):
             self._on_made(self)
 
     def _use(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        # Not asserted: uvloop's transports inherit from none of asyncio's.
+        self.transport = transport = cast(asyncio.Transport, transport)
         transport.set_write_buffer_limits(
             int(self.limits.write_high_water), int(self.limits.write_low_water)
         )
-        keep_alive(transport.get_extra_info("socket"))
+        sock = transport.get_extra_info("socket")
+        keep_alive(sock)
+        limit_unsent(sock, int(self.limits.write_unsent_size))
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -2131,6 +2146,7 @@ class Connection(asyncio.Protocol):
     def _cut_if_stalled(self, taken: int, writer: asyncio.Future[None]) -> None:
         # Not by the size of the buffer: another writer may have filled it up.
         if self.bytes_sent - self.unsent <= taken:
+            self.stalled = True
             self.reset()
         elif not writer.done():
             writer.set_result(None)
@@ -2224,6 +2240,16 @@ def keep_alive(sock: Any) -> None:
         option = getattr(socket, f"TCP_KEEP{name}", None)
         if option is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def limit_unsent(sock: Any, size: int) -> None:
+    """Have the kernel take size bytes beyond what is under way, where it can."""
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if sock is None or option is None:
+        return
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):  # it only makes stalls easier to tell
+            sock.setsockopt(socket.IPPROTO_TCP, option, size)
 
 
 class Address(NamedTuple):
@@ -2477,7 +2503,12 @@ class HTTPClient:
         Raise OSError and asyncio.TimeoutError.
         """
         via = self._proxy or self.address
-        connection = await self._dial(via.host, via.port)
+        try:
+            connection = await self._dial(via.host, via.port)
+        except ConnectionRefusedError:
+            if self._proxy is None:
+                raise
+            raise ConnectionRefusedError("nothing listens at its proxy") from None
         try:
             if self._proxy is not None and self.address.scheme == "https":
                 await self._tunnel(connection)
@@ -3534,13 +3565,17 @@ class Health:
         elif error.failure is Failure.REFUSED:
             seconds = limits.cool_refused
         elif error.failure is Failure.DISABLED:
-            doubled = limits.disabled_first * 2**self._disabled_times
-            seconds = min(doubled, limits.disabled_max)
-            self._disabled_times = min(self._disabled_times + 1, 30)
+            # What was under way when it was disabled says nothing new: a burst of
+            # failures doubles the time once.
+            if not (self.disabled and now < self.until):
+                doubled = limits.disabled_first * 2**self._disabled_times
+                seconds = min(doubled, limits.disabled_max)
+                self._disabled_times = min(self._disabled_times + 1, 30)
         elif error.failure is Failure.BROKEN:
             self._failures += 1
             # While it is being tried again, one failure is enough.
-            if self._failures >= limits.cool_failures or self.reason:
+            enough = self._failures >= limits.cool_failures or self.reason
+            if enough and now >= self.until:
                 seconds = min(limits.cool_first * 2**self._times, limits.cool_max)
                 self._times = min(self._times + 1, 30)
         if seconds and now + seconds > self.until:  # the later deadline wins
@@ -3595,12 +3630,14 @@ class UsageLimit:
         self._maximum = {"requests": requests, "tokens": tokens}
         self._used = {"requests": 0, "tokens": 0}
         self._window = 0
+        self.reported = False  # to a person, in this window
 
     def _turn(self) -> None:
         window = int(unix_time() // self.SECONDS[self.per])
         if window != self._window:
             self._window = window
             self._used = {"requests": 0, "tokens": 0}
+            self.reported = False
 
     def count(self, requests: int = 0, tokens: int = 0) -> None:
         """Add what was used."""
@@ -3720,6 +3757,7 @@ class Controller:
         if self.switched_off:
             exceeded = "disabled by the administrator"
         disabled = self.health.disabled or bool(exceeded)
+        reason = self.health.reason.removeprefix(f"{self.name}: ")
         closed_state = "disabled" if disabled else "cooling"
         open_state = "ready" if self.available(now) else "busy"
         until = None
@@ -3731,7 +3769,7 @@ class Controller:
             "weight": self.weight,
             "models": None if self.models is None else list(self.models),
             "state": closed_state if closed else open_state,
-            "reason": (exceeded or self.health.reason) if closed else "",
+            "reason": (exceeded or reason) if closed else "",
             "until": until,
             "in_flight": self.in_flight,
             "requests": self.requests,
@@ -3834,9 +3872,8 @@ class OpenAIController(Controller):
         answer = await self._send(request, request.encode(model, include_usage))
         if include_usage and answer.status == 400:
             # Perhaps it does not know stream_options: once more, without.
-            refused = answer
+            await answer.aclose()
             answer = await self._send(request, request.encode(model))
-            await refused.aclose()
             self._counts_usage = answer.status == 400
         return answer
 
@@ -3991,6 +4028,7 @@ class AgentController(Controller):
         self.chat_only = True
         self.websocket = websocket
         self.credential = credential
+        self.user: User | None = None  # whose token that is, if it is one
         self.limits = websocket.limits
         self.on_drain: Callable[[], None] = lambda: None  # it wants no new calls
         self.debug: Callable[[str], None] = lambda line: None
@@ -4308,6 +4346,7 @@ class GeneratedAnswer(Answer):
         self._events = events
 
     async def read(self) -> bytes:
+        await asyncio.sleep(0)  # one that never waits must not stop all others
         async for event in self._events:
             return event
         return b""
@@ -4507,7 +4546,8 @@ class MockController(FunctionController):
         self._refused: dict[str, int] = {}  # how often, by name with parameters
 
     def serves(self, model: str | None) -> bool:
-        if model is None or not model.startswith("mock/"):
+        # Not of any length: names are taken apart here, and some are kept.
+        if model is None or not model.startswith("mock/") or len(model) > 2048:
             return False
         return model.partition("?")[0] in self.MODELS
 
@@ -4557,8 +4597,15 @@ class MockController(FunctionController):
                 ]
             }
             return
-        for word in re.findall(r"\s*\S+", text) or [text]:
-            yield word
+        at = 0
+        for _ in range(10_000):  # and the rest of a book as one
+            word = re.compile(r"\s*\S+").match(text, at)
+            if word is None:
+                break
+            yield word[0]
+            at = word.end()
+        if not at or text[at:].strip():
+            yield text[at:]
 
     async def text(
         self, body: dict[str, Any], parameters: dict[str, str]
@@ -4995,7 +5042,7 @@ class Pool:
         seconds = controller.health.fail(error, loop.time())
         if seconds and was_open:  # once, not for each request that was under way
             state = "disabled" if controller.health.disabled else "cooling down"
-            reason = error.message
+            reason = error.message.removeprefix(f"{controller.name}: ")
             self.report(f"{controller.name} {state} for {seconds:.0f} s: {reason}")
             if seconds <= self.limits.queue_timeout:
                 loop.call_later(seconds + 0.001, self.wake)
@@ -5010,7 +5057,19 @@ class Pool:
         """Take a complete answer into account, and its usage."""
         self.began(controller)
         controller.count(usage)
+        self.report_limit(controller)
         controller.health.succeed(asyncio.get_running_loop().time())
+
+    def report_limit(self, controller: Controller) -> None:
+        """Say that a controller's own limit is used up, once in each window."""
+        limit = controller.limit
+        if limit is None or limit.reported:
+            return
+        reason = limit.exceeded()
+        if reason:
+            limit.reported = True
+            seconds = limit.seconds_left()
+            self.report(f"{controller.name} disabled for {seconds:.0f} s: {reason}")
 
     def call(self, request: APIRequest) -> Call:
         """The way of one request: `async with pool.call(request) as call`."""
@@ -5064,6 +5123,7 @@ class Call:
         controller.requests += 1
         if controller.limit is not None:
             controller.limit.count(requests=1)
+            self.pool.report_limit(controller)
         if request.on_asked is not None:
             request.on_asked()
         self.pool.debug(f"attempt {self.attempts}: {controller.name}")
@@ -5094,9 +5154,11 @@ class Call:
         controller = self.controller
         try:
             if answer is not None:
-                if self._complete and self.stream is not None:
-                    await answer.finish()
-                await answer.aclose()
+                try:
+                    if self._complete and self.stream is not None:
+                        await answer.finish()
+                finally:  # many clients leave at [DONE]: that cancels finish()
+                    await answer.aclose()
         finally:
             if controller is not None:
                 self.pool.release(controller, self.request)
@@ -5235,11 +5297,11 @@ class Call:
             while not block and not stream.ended:
                 block = await self._next_block()
         except Exception as caught:
-            raise self._explain(caught) from None
+            raise self._broken_off(caught) from None
         if stream.ended and not self._complete:
             self._complete = True
             if stream.error is not None:
-                self._explain(self._event_error(stream.error))
+                self._broken_off(self._event_error(stream.error))
             else:
                 self._answered(stream.usage)
         return block
@@ -5247,6 +5309,12 @@ class Call:
     def _answered(self, usage: dict[str, Any]) -> None:
         assert self.controller is not None
         self.pool.succeeded(self.controller, usage)
+
+    def _broken_off(self, caught: Exception) -> APIError:
+        """A stream's failure explained, and told: its access line says 200."""
+        error = self._explain(caught)
+        self.pool.report(f"a stream broke off: {error.message}")
+        return error
 
     def _explain(self, caught: Exception) -> APIError:
         """What went wrong, in words for the client; the controller's health with it."""
@@ -5572,7 +5640,7 @@ class Service:
         """Count it out again."""
         self.requests_in_flight -= 1
         load = self._load.get(user.user_id)
-        if load is not None:
+        if load is not None and load.in_flight:  # 0: begun while that had no limit
             load.in_flight -= 1
 
     def hold(self, size: int) -> None:
@@ -5613,6 +5681,16 @@ class Service:
         if self.agents.get(agent.id) is agent:
             del self.agents[agent.id]
         self.pool.remove(agent)
+
+    def dismiss_agents(self) -> None:
+        """Let agents go whose token has been deleted: they would go on reading."""
+        for agent in list(self.agents.values()):
+            if agent.user is None or agent.user is self.admin:
+                continue
+            user = self.users.find(agent.user.token)
+            if user is None or user.role != "agent":
+                self.unregister(agent)
+                agent.websocket.close(1008, "its key is no longer valid")
 
 
 class UserLoad:
@@ -5695,7 +5773,7 @@ def form_field(content: bytes, content_type: str, name: str) -> str | None:
     match = re.search(r'boundary="?([^";,]{1,70})"?', content_type)
     if match is None:
         return None
-    for part in content.split(b"--" + match[1].encode("latin-1"))[:100]:
+    for part in content.split(b"--" + match[1].encode("latin-1"), 100)[:100]:
         head, separator, value = part.partition(b"\r\n\r\n")
         if separator and b'name="%b"' % name.encode() in head[:1024]:
             return value[:-2].decode("utf-8", "replace") if len(value) < 1024 else None
@@ -5775,6 +5853,10 @@ class RequestHandler:
                 if request is None:
                     break
                 await self.respond(request)
+                # Before the next request, or who pipelines and does not read would
+                # fill the memory; and before the end, which waits only a moment.
+                if not self.connection.writable and not self.connection.closing:
+                    await self.connection.drain()
         except ConnectionError:
             self.connection.abort()
         finally:
@@ -5860,6 +5942,9 @@ class RequestHandler:
             self._fail(APIError(408, "The request's content took too long."))
         except (ConnectionError, asyncio.CancelledError):
             self.status = self.status or 499  # nginx's word for: the client has left
+            if self.connection.stalled:
+                seconds = f"{self.limits.write_timeout:g}"
+                self.service.report(f"a client that took no byte for {seconds} s is cut")
             raise
         except Exception:
             logger.exception("request %s failed", self.request_id)
@@ -5919,7 +6004,9 @@ class RequestHandler:
             methods = self.ROUTES["/v1/models/"]
         elif methods is None and path.startswith("/v1/"):
             # An upstream's key is for what is below its base URL.
-            steps = urllib.parse.unquote(path).split("/")
+            # As the most lenient server reads it: decoded twice, "\" for "/", "..;x".
+            plain = urllib.parse.unquote(urllib.parse.unquote(path))
+            steps = re.split(r"[/\\;]", plain)
             if "." not in steps and ".." not in steps:
                 methods = self.ROUTES["/v1/"]
         if request.method == "OPTIONS":
@@ -6033,8 +6120,11 @@ class RequestHandler:
         decoder = content_decoder(length, limits)
         pieces = bytearray()
         began = self.loop.time()
+        deadline = self.started + limits.request_timeout
         while not decoder.complete:
-            piece = await connection.read_content(decoder, limits.content_read_timeout)
+            piece = await connection.read_content(
+                decoder, limits.content_read_timeout, deadline
+            )
             pieces += piece
             if len(pieces) > max_size:
                 raise APIError(413, f"The content is over {max_size:.0f} bytes.")
@@ -6170,6 +6260,7 @@ class RequestHandler:
         async with call:
             if call.content is None:
                 await self._relay_stream(call)
+                connection.half_close = True  # all is sent: who leaves stops nothing
         return call
 
     def _start_heartbeat(self) -> None:
@@ -6239,7 +6330,8 @@ class RequestHandler:
             if name not in _PRIVATE_RESPONSE_FIELDS
             and name not in but
             and name not in hop_by_hop
-            and not name.startswith("access-control-")
+            # The last two speak to a proxy in front of us: send this file instead.
+            and not name.startswith(("access-control-", "x-accel-", "x-sendfile"))
         ]
 
     def _forwarded_fields(self) -> dict[str, str]:
@@ -6411,7 +6503,7 @@ class RequestHandler:
             agent_id = agent.id
         if agent_id and (conversation is None or conversation.agent_id is not None):
             id = answer["conversation_id"]  # the agent keeps the conversation
-            if id:
+            if id and len(id) <= 200:  # not what would fill the memory
                 kept.add(kept.keep(user.user_id, id, agent_id), "", "", "", "")
             return answer
         try:
@@ -6502,6 +6594,7 @@ class RequestHandler:
         self.websocket = websocket
         self.log_request()
         agent = AgentController(str(uuid.uuid4()), websocket, credential)
+        agent.user = self.user
         claimed = await self._introduce(agent)
         if claimed is None:
             return
@@ -6515,8 +6608,8 @@ class RequestHandler:
             await agent.serve()
         finally:
             service.unregister(agent)
-            code, reason = websocket.close_code, _word(websocket.close_reason)
-            service.report(f"agent {agent.name} left ({code} {reason})".rstrip())
+            how = f"{websocket.close_code} {_plain(websocket.close_reason)}".strip()
+            service.report(f"agent {agent.name} left ({how})")
 
     async def _introduce(self, agent: AgentController) -> str | None:
         """Exchange ids; the id that the agent remembers, None if it says nothing."""
@@ -6570,6 +6663,7 @@ class RequestHandler:
         if not isinstance(user_id, str):
             raise APIError(400, "'user_id' must be a string.")
         await self.service.users.delete(user_id)
+        self.service.dismiss_agents()
         self.service.report(f"user {user_id} deleted")
         self.send_json({"message": "User deleted"})
 
@@ -6646,15 +6740,20 @@ class RequestHandler:
         self.send_content(200, source, [("Content-Type", "text/x-python")])
 
 
+def _plain(text: str) -> str:
+    """text for the log: short, and nothing that moves a cursor."""
+    text = " ".join(text[:80].split())
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def _word(text: str) -> str:
-    """text for the log: one word, short, and nothing that moves a cursor."""
+    """text for the log, as one word."""
     return _cached_word(text[:80])
 
 
 @functools.lru_cache(maxsize=1024)  # the same few names in each line
 def _cached_word(text: str) -> str:
-    text = "_".join(text.split())
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return _plain(text).replace(" ", "_")
 
 
 @functools.lru_cache(maxsize=1)
@@ -6819,13 +6918,13 @@ class Server:
 
     def model(
         self, name: str, **options: Any
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    ) -> Callable[[F], F]:
         """Decorate a function that answers for a model; see FunctionController.
 
         options are FunctionController's.
         """
 
-        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def decorate(function: F) -> F:
             self.add(FunctionController(function, name=name, models=[name], **options))
             return function
 
@@ -6993,6 +7092,7 @@ class Server:
         while True:
             await asyncio.sleep(self.service.limits.users_poll_interval)
             await self.service.users.refresh()
+            self.service.dismiss_agents()
 
     async def _list_models(self) -> None:
         """Ask the upstreams for their models, now and each minute."""
@@ -7350,7 +7450,7 @@ class Agent:
             websocket.connection.close()
         how = "was lost"
         if websocket.close_code != 1006:
-            reason = _word(websocket.close_reason).replace("_", " ")
+            reason = _plain(websocket.close_reason)
             how = f"ended ({websocket.close_code} {reason})"
         return f"the connection to {self.server} {how}"
 
@@ -8109,6 +8209,9 @@ def read_controllers(file: Source, entries: list[Any], environ: Mapping[str, str
     for index, entry in enumerate(entries):
         place = f"controllers[{index}]"
         name = entry.setdefault("name", f"openai-{index + 1}")
+        if name == MockController.type:
+            text = f'expected another name: "{name}" is that of the mock models'
+            raise file.mistake(f"{place}.name", text)
         if name in result:
             text = f"controllers[{list(result).index(name)}] has the same name"
             raise file.mistake(f"{place}.name", text)

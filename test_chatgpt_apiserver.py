@@ -5308,11 +5308,17 @@ def run_store(path, scenario, **options):
     return asyncio.run(main())
 
 
+CHILD_IMPORTS = """
+import asyncio, random, resource, signal, sys
+from chatgpt_apiserver import APIError, UserStore
+"""
+
+
 def in_child(script, *arguments):
     """A process that runs script with the module and a store class at hand."""
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(apiserver.__file__)}
     return subprocess.Popen(
-        [sys.executable, "-c", "from chatgpt_apiserver import *\n" + script]
+        [sys.executable, "-c", CHILD_IMPORTS + script]
         + [str(argument) for argument in arguments],
         env=environment,
         stdin=subprocess.PIPE,
@@ -11130,6 +11136,1053 @@ async def until_reply(port, part):
     while part not in (await echo(port, model="m")).content:
         assert time.monotonic() < end, "waited in vain"
         await asyncio.sleep(0.02)
+
+
+# -----------------------------------------------------------------------------
+# Agent
+# -----------------------------------------------------------------------------
+
+AGENT_LIMITS = Limits(redial_first=0.05, redial_max=0.2, look_interval=0.02)
+STREAMED = {**CHAT, "stream": True}
+CHAT_API = "/v1/chat/completions"
+
+
+class AgentLog(list):
+    """A log that keeps its lines."""
+
+    report = write = list.append
+
+    def has(self, text):
+        return any(text in line for line in self)
+
+
+@contextlib.asynccontextmanager
+async def agent_of(server, *controllers, **options):
+    """An agent at work for a server (or a port), its lines in agent.log."""
+    port = getattr(server, "port", server)
+    options = {"key": KEY, "name": "box", "limits": AGENT_LIMITS, **options}
+    options.setdefault("log", AgentLog())
+    options.setdefault("controllers", controllers or None)
+    agent = apiserver.Agent(f"127.0.0.1:{port}", **options)
+    agent.log = options["log"]
+    agent.task = asyncio.ensure_future(agent.serve_forever())
+    try:
+        if server is not port:
+            await until(lambda: agent.id in server.service.agents)
+        yield agent
+    finally:
+        agent.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await agent.task
+
+
+class AgentServer:
+    """A fake server that speaks bytes to one agent after the other."""
+
+    def __init__(self, hello='{"version": 2}', status=101):
+        self.status, self.hello, self.heads, self.said = status, hello, [], []
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc_info):
+        self.server.close()
+        if self.heads:
+            self.writer.transport.abort()
+
+    async def _serve(self, reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        self.heads.append(head)
+        self.writer = writer
+        key = head.split("Sec-WebSocket-Key: ")[1].split("\r\n")[0]
+        lines = [f"HTTP/1.1 {self.status} X", "Upgrade: websocket"]
+        lines += ["Connection: Upgrade", "Content-Length: 0"][: self.status // 101 * 1]
+        lines += ["Connection: close"] if self.status != 101 else []
+        lines.append(f"Sec-WebSocket-Accept: {apiserver.accept_key(key)}")
+        writer.write("\r\n".join([*lines, "", ""]).encode())
+        if self.status != 101:
+            writer.close()
+            return
+        self.protocol = WebSocketProtocol(Side.SERVER)
+        self.send("fresh-id", "Connection id")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                data = await reader.read(65536)
+                for event in self.protocol.receive(data):
+                    if isinstance(event, apiserver.Message):
+                        self.said.append(json.loads(event.data))
+                if not data:
+                    break
+
+    def send(self, id, message, data=""):
+        data = data if isinstance(data, str) else json.dumps(data)
+        text = json.dumps({"id": id, "message": message, "data": data})
+        self.writer.write(self.protocol.send(text))
+
+    async def heard(self, message, id=None):
+        """The first message of a kind that the agent has sent."""
+        return await until(
+            lambda: next(
+                (
+                    said
+                    for said in self.said
+                    if said["message"] == message and id in (None, said["id"])
+                ),
+                None,
+            )
+        )
+
+    async def request(self, id, path, body=CHAT, **more):
+        """What the agent answers to an ApiRequest: the head and the content."""
+        self.send(
+            id, "ApiRequest", {"method": "POST", "path": path, "body": body, **more}
+        )
+        await until(
+            lambda: any(
+                s["id"] == id and s["message"] in ("ApiEnd", "error") for s in self.said
+            )
+        )
+        mine = [said for said in self.said if said["id"] == id]
+        heads = [json.loads(s["data"]) for s in mine if s["message"] == "ApiResponse"]
+        content = "".join(s["data"] for s in mine if s["message"] == "ApiData")
+        return (heads or [None])[0], content
+
+
+def agent_hello(**more):
+    """What a version 2 agent says of itself, for the harness's Agent."""
+    return json.dumps({"version": 2, "name": "fake", "models": ["m"], **more})
+
+
+async def agent_call(agent):
+    """The next ApiRequest that the harness's Agent gets: its id and its data."""
+    while True:
+        message = await agent.receive()
+        if message["message"] == "ApiRequest":
+            return message["id"], json.loads(message["data"])
+
+
+async def agent_upstream(request, writer):
+    """An upstream that has everything: a list, chats, embeddings, sound."""
+    if request.line.startswith("GET /v1/models"):
+        writer.write(http_reply({"data": [{"id": "m"}, {"id": "n"}]}))
+    elif "/speech" in request.line:
+        writer.write(http_reply(bytes(range(256)) * 300, content_type="audio/mpeg"))
+    elif "/embeddings" in request.line:
+        writer.write(
+            http_reply({"data": [{"embedding": [0.5]}], "text": "日本" * 30000})
+        )
+    elif "/transcriptions" in request.line:
+        writer.write(http_reply({"text": str(len(request.content))}))
+    elif request.json().get("stream"):
+        events = [chunk("Hi "), chunk("thé"), chunk("re"), chunk(None, "stop"), DONE]
+        writer.write(STREAM_HEAD + b"".join(map(chunked, events)) + b"0\r\n\r\n")
+    else:
+        writer.write(http_reply(completion()))
+
+
+def test_an_agent_answers_whole_and_streamed(tmp_path):
+    async def check():
+        async with Upstream(agent_upstream) as upstream, serving(tmp_path) as server:
+            async with agent_of(server, upstream.controller()) as agent:
+                whole = await ask(server.port, "POST", CHAT_API, CHAT)
+                assert whole.json() == completion()
+                reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+                texts = [json.loads(e)["choices"][0] for e in reply.events()[:-1]]
+                words = [choice["delta"].get("content", "") for choice in texts]
+                assert "".join(words) == "Hi thére" and reply.events()[-1] == "[DONE]"
+                assert agent.log.has("as box, serving m, n")
+                listed = await ask(server.port, "GET", "/v1/models")
+                assert {"m", "n"} < {m["id"] for m in listed.json()["data"]}
+                # One connection to the upstream: no call was cut at its end.
+                assert upstream.connections == 1
+
+    run(check())
+
+
+def test_an_agent_carries_any_path_and_any_content(tmp_path):
+    async def check():
+        async with Upstream(agent_upstream) as upstream, serving(tmp_path) as server:
+            async with agent_of(server, upstream.controller()):
+                body = {"model": "n", "input": "x", "new_field": 0.0}
+                reply = await ask(server.port, "POST", "/v1/embeddings", body)
+                assert reply.json()["text"] == "日本" * 30000
+                assert upstream.requests[-1].json() == body
+                reply = await ask(server.port, "POST", "/v1/audio/speech", body)
+                assert reply.content == bytes(range(256)) * 300
+                assert reply.headers["content-type"] == "audio/mpeg"
+                form = (
+                    b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n'
+                )
+                form += b"--B\r\n\r\n" + bytes(range(256)) + b"\r\n--B--\r\n"
+                fields = [("Content-Type", "multipart/form-data; boundary=B")]
+                fields.append(("OpenAI-Beta", "v=1"))
+                path = "/v1/audio/transcriptions?x=%20"
+                reply = await ask(server.port, "POST", path, form, headers=fields)
+                assert reply.json() == {"text": str(len(form))}
+                seen = upstream.requests[-1]
+                assert seen.content == form and seen.headers["openai-beta"] == "v=1"
+                assert seen.headers["authorization"] == "Bearer UPSTREAMSECRET"
+                assert seen.line.startswith(f"POST {path} ")
+
+    run(check())
+
+
+def test_an_agents_upstream_refuses_and_the_client_learns_why(tmp_path):
+    async def behave(request, writer):
+        model = request.json()["model"]
+        status = {"bad": 400, "busy": 429}[model]
+        error = {"error": {"message": f"it is {model}", "code": None}}
+        writer.write(http_reply(error, status, headers=[("Retry-After", "7")]))
+
+    async def check():
+        async with (
+            Upstream(behave) as upstream,
+            serving(tmp_path, upstream_errors="pass") as server,
+        ):
+            controller = upstream.controller(models=["bad", "busy"])
+            async with agent_of(server, controller):
+                reply = await ask(
+                    server.port, "POST", CHAT_API, {**CHAT, "model": "bad"}
+                )
+                assert reply.status == 400 and b"it is bad" in reply.content
+                reply = await ask(
+                    server.port, "POST", CHAT_API, {**CHAT, "model": "busy"}
+                )
+                assert reply.status == 429 and b"it is busy" in reply.content
+                assert reply.headers["retry-after"] == "7"
+
+    run(check())
+
+
+def test_stream_options_that_an_agents_upstream_refuses_are_left_out(tmp_path):
+    async def behave(request, writer):
+        if "stream_options" in request.json():
+            writer.write(http_reply({"error": {"message": "stream_options?"}}, 400))
+        else:
+            await agent_upstream(request, writer)
+
+    async def check():
+        async with Upstream(behave) as upstream, serving(tmp_path) as server:
+            async with agent_of(server, upstream.controller(models=["m"])):
+                for asked in (3, 4):  # the server and the agent learn it once each
+                    reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+                    assert reply.status == 200 and len(upstream.requests) == asked
+
+    run(check())
+
+
+def test_a_slow_client_of_an_agent_holds_up_no_other(tmp_path):
+    piece = "x" * 60_000
+
+    async def flood(request):
+        for _ in range(300 if request["messages"][0]["content"] == "much" else 2):
+            yield piece
+
+    async def check():
+        async with serving(tmp_path) as server:
+            async with agent_of(server, FunctionController(flood, models=["m"])):
+                async with Client(server.port) as slow:
+                    much = {
+                        **STREAMED,
+                        "messages": [{"role": "user", "content": "much"}],
+                    }
+                    slow.send(request_bytes("POST", CHAT_API, much))
+                    await slow.read_head()
+                    slow.writer.transport.pause_reading()
+                    began = time.monotonic()
+                    asks = (
+                        ask(server.port, "POST", CHAT_API, STREAMED) for _ in range(20)
+                    )
+                    for reply in await asyncio.gather(*asks):
+                        assert reply.status == 200 and reply.events()[-1] == "[DONE]"
+                    assert time.monotonic() - began < 5
+                    # 18 MB are more than the 8 MiB that wait for one call, and than
+                    # what sockets hold: it is told, and its call is cut.
+                    (controller,) = server.service.agents.values()
+                    await until(lambda: not controller._calls)
+                    slow.writer.transport.resume_reading()
+                    text = (await slow.reader.read()).decode()
+                    assert "client_too_slow" in text and "[DONE]" not in text
+                    reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+                    assert reply.status == 200
+
+    run(check())
+
+
+def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_path):
+    async def behave(request, writer):
+        if request.json().get("stream"):
+            writer.write(STREAM_HEAD + chunked(chunk("Hi ")))
+        await asyncio.sleep(20)
+
+    async def check():
+        async with Upstream(behave) as upstream, serving(tmp_path) as server:
+            async with agent_of(server, upstream.controller(models=["m"])) as agent:
+                for count, body in ((1, CHAT), (2, STREAMED)):
+                    async with Client(server.port) as client:
+                        client.send(request_bytes("POST", CHAT_API, body))
+                        await until(lambda count=count: len(upstream.requests) == count)
+                        if body is STREAMED:
+                            await client.read_head()
+                    began = time.monotonic()
+                    await until(lambda count=count: upstream.ended == count)
+                    assert time.monotonic() - began < 1
+                    await until(lambda: not agent._calls)
+                assert agent.id in server.service.agents  # and stays
+
+    run(check())
+
+
+def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
+    async def behave(request, writer):
+        writer.write(STREAM_HEAD + chunked(chunk("Hi ")))
+        await asyncio.sleep(20)
+
+    async def check():
+        async with Upstream(behave) as upstream, serving(tmp_path) as server:
+            async with (
+                agent_of(server, upstream.controller(models=["m"])) as agent,
+                Client(server.port) as client,
+            ):
+                client.send(request_bytes("POST", CHAT_API, STREAMED))
+                await client.read_head()
+                await until(lambda: agent._calls)
+                agent._websocket.connection.reset()
+                text = (await client.reader.read()).decode()
+                assert '"code": "agent_lost"' in text and "[DONE]" not in text
+                await until(lambda: upstream.ended == 1)
+
+    run(check())
+
+
+def test_what_an_agent_drops_before_the_first_byte_another_answers(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            asked = []
+
+            async def die(request):
+                asked.append("first")
+                first._websocket.connection.reset()
+                await asyncio.sleep(20)
+
+            async def answer(request):
+                asked.append("second")
+                return "from the second"
+
+            async with agent_of(server, FunctionController(die, models=["m"])) as first:
+                async with agent_of(server, FunctionController(answer, models=["m"])):
+                    while "first" not in asked:
+                        reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                        assert reply.status == 200 and b"from the sec" in reply.content
+                    assert asked[-2:] == ["first", "second"]
+
+    run(check())
+
+
+def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
+    async def hi(request):
+        return "Hi"
+
+    async def check():
+        async with contextlib.AsyncExitStack() as stack:
+            async with serving(tmp_path) as server:
+                agent = await stack.enter_async_context(
+                    agent_of(server, FunctionController(hi, models=["m"]))
+                )
+                port, id = server.port, agent.id
+            assert not agent.task.done()
+            again = apiserver.Server(KEY, port=port, users=str(tmp_path / "users.json"))
+            async with again:
+                await until(lambda: list(again.service.agents) == [id])
+                reply = await ask(port, "POST", CHAT_API, CHAT)
+                assert reply.status == 200
+            closed = [line for line in agent.log if "the connection to" in line]
+            assert "1001" in closed[0] and "dialling again" in closed[0]
+
+    run(check())
+
+
+@pytest.mark.parametrize("key, words", [("wrong", "(401)"), ("user", "(403)")])
+def test_a_refused_key_is_told_once_and_tried_again(tmp_path, key, words):
+    async def check():
+        async with serving(tmp_path) as server:
+            user = await server.service.users.add()
+            controller = FunctionController(lambda request: "Hi", models=["m"])
+            token = user.token if key == "user" else key
+            options = {"limits": Limits(redial_max=0.02), "key": token}
+            log = AgentLog()
+            server.service.access = log.write
+            async with agent_of(server.port, controller, **options) as agent:
+                await until(lambda: len(log) > 2)
+                assert len(agent.log) == 1 and words in agent.log[0]
+                assert "--key" in agent.log[0] and token not in agent.log[0]
+
+    run(check())
+
+
+def test_an_agents_token_registers_and_does_nothing_else(tmp_path):
+    async def check():
+        async with serving(tmp_path, agents_auth="key") as server:
+            user = await server.service.users.add(role="agent")
+            controller = FunctionController(lambda request: "Hi", models=["m"])
+            async with agent_of(server, controller, key=user.token):
+                reply = await ask(server.port, "POST", CHAT_API, CHAT, key=user.token)
+                assert reply.status == 403
+                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                assert reply.status == 200
+
+    run(check())
+
+
+def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path):
+    async def check():
+        async with serving(
+            tmp_path, limits=Limits(agent_return_timeout=0.05)
+        ) as server:
+            go = asyncio.Event()
+
+            async def wait(request):
+                yield "Hi "
+                await go.wait()
+                yield "there"
+
+            async with (
+                agent_of(server, FunctionController(wait, models=["m"])) as agent,
+                Client(server.port) as client,
+            ):
+                client.send(request_bytes("POST", CHAT_API, STREAMED))
+                await client.read_head()
+                (controller,) = server.service.agents.values()
+                agent.request_shutdown()
+                await until(lambda: controller not in server.service.pool.controllers)
+                refused = await ask(server.port, "POST", CHAT_API, CHAT)
+                assert refused.status == 503 and not agent.task.done()
+                go.set()
+                text = (await client.reader.readuntil(b"0\r\n\r\n")).decode()
+                assert "there" in text and "[DONE]" in text
+                await asyncio.wait_for(agent.task, 5)
+                assert controller.websocket.close_code == 1001
+                assert not server.service.agents
+
+    run(check())
+
+
+def test_a_second_request_to_shut_down_ends_an_agent_at_once(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+
+            async def wait(request):
+                await asyncio.sleep(20)
+
+            async with agent_of(
+                server, FunctionController(wait, models=["m"])
+            ) as agent:
+                asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+                await until(lambda: agent._calls)
+                agent.request_shutdown()
+                agent.request_shutdown()
+                await asyncio.wait_for(agent.task, 5)
+                reply = await asking
+                assert reply.status == 500 and b"agent_lost" in reply.content
+
+    run(check())
+
+
+def test_an_agent_waits_for_an_upstream_and_tells_when_its_list_changes(tmp_path):
+    names = []
+
+    async def behave(request, writer):
+        writer.write(http_reply({"data": [{"id": name} for name in names]}))
+
+    async def check():
+        async with Upstream(behave) as upstream, serving(tmp_path) as server:
+            limits = Limits(look_interval=0.02, models_interval=0.02)
+            async with agent_of(
+                server.port, upstream.controller(name="up"), limits=limits
+            ) as agent:
+                await until(lambda: agent.log)
+                assert "nothing to serve yet" in agent.log[0] and "up" in agent.log[0]
+                assert not server.service.agents
+                names.append("one")
+                await until(lambda: server.service.agents)
+                (controller,) = server.service.agents.values()
+                assert list(controller.models) == ["one"]
+                names[:] = ["two", "three"]
+                await until(lambda: list(controller.models) == ["two", "three"])
+                names.clear()
+                await until(lambda: controller.models == {})
+                assert not controller.serves(None)
+                assert agent.log.has("now serving two, three")
+
+    run(check())
+
+
+def test_an_agent_finds_the_programs_on_this_machine(monkeypatch):
+    agent = apiserver.Agent("http://127.0.0.1:8080")
+    urls = [upstream.base_url for upstream in agent.pool.controllers]
+    # Not the server itself.
+    assert urls == [f"http://127.0.0.1:{port}/v1" for port in (11434, 8000, 1234)]
+    agent = apiserver.Agent("http://elsewhere:8080")
+    assert len(agent.pool.controllers) == 4
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("http://h:8080", "http://h:8080/client/register"),
+        ("https://h/", "https://h/client/register"),
+        ("ws://h:1", "http://h:1/client/register"),
+        ("wss://h/a/b/", "https://h/a/b/client/register"),
+        ("h:8080", "http://h:8080/client/register"),
+        ("[::1]:8080", "http://[::1]:8080/client/register"),
+        ("http://h/k/T", "http://h/k/T/client/register"),
+        ("ws://h/client/register", "http://h/client/register"),
+        ("", None),
+        ("ftp://h", None),
+        ("http://", None),
+        ("http://h:x", None),
+        ("http://u:p@h", None),
+        ("http://h/\r\nX: y", None),
+        ("http://h/?q", None),
+    ],
+)
+def test_where_an_agent_dials_in(url, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match="expected the URL of a server"):
+            apiserver.register_url(url)
+    else:
+        assert apiserver.register_url(url) == expected
+
+
+PATH_ATTACKS = [
+    "/api/tags",
+    "/v1",
+    "/v1/",
+    "/v1/../api/tags",
+    "/v1/x/../../api/tags",
+    "/v1/..",
+    "/v1/.",
+    "/v1//evil.example/x",
+    "//evil.example/v1/x",
+    "http://evil.example/v1/x",
+    "/v1/%2e%2e/api/tags",
+    "/v1/..%2fapi",
+    "/v1/%252e%252e/x",
+    "/v1/x%00",
+    "/v1/..;/x",
+    "/v1/x;/../../y",
+    "/v1/\\..\\x",
+    "/v1/x y",
+    "/v1/x\r\nHost: evil",
+    "/v1/x HTTP/1.1\r\n\r\nGET /api/tags",
+    "/v1/x#y",
+    "/v1/x?a\nb",
+    "/v1/ｘ",
+    "/V1/x",
+    "@evil.example/v1/x",
+    "",
+    None,
+    7,
+    {"v1": 1},
+]
+
+
+def test_a_malicious_server_reaches_nothing_but_the_api():
+    async def check():
+        async with Upstream(agent_upstream) as upstream, AgentServer() as server:
+            async with agent_of(server.port, upstream.controller(models=["m"])):
+                await server.heard("Connection id")
+                for number, path in enumerate(PATH_ATTACKS):
+                    head, _ = await server.request(f"c{number}", path)
+                    assert head["status"] == 400, path
+                fields = {
+                    "Host": "evil",
+                    "authorization": "Bearer evil",
+                    "x-a": "b\r\nc",
+                }
+                fields.update({"cookie": "c", "x-ok": "1", "x-n": 1, "a b": "c"})
+                assert upstream.requests == []
+                head, content = await server.request("last", CHAT_API, headers=fields)
+                assert head["status"] == 200 and json.loads(content) == completion()
+                (request,) = upstream.requests
+                assert request.headers["authorization"] == "Bearer UPSTREAMSECRET"
+                assert "evil" not in str(request.headers)
+                assert request.headers["x-ok"] == "1"
+                assert {"cookie", "x-a", "x-n"}.isdisjoint(request.headers)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "",
+        "[]",
+        "{}",
+        "7",
+        "[" * 10_000,
+        '{"message": 1}',
+        '{"id": [], "message": "ApiRequest", "data": {}}',
+        '{"id": "\\ud800", "message": "ping"}',
+        '{"id": "a", "message": "ApiCancel", "data": ""}',
+        '{"id": "a", "message": "ApiRequest", "data": "[["}',
+        '{"id": "a", "message": "ChatGptRequest", "data": "7"}',
+        '{"id": "a", "message": "nonsense"}',
+    ],
+)
+def test_nonsense_from_a_server_does_not_end_an_agent(message):
+    async def check():
+        async with AgentServer() as server:
+            controller = FunctionController(lambda request: "Hi", models=["m"])
+            async with agent_of(server.port, controller):
+                await server.heard("Connection id")
+                server.writer.write(server.protocol.send(message))
+                head, _ = await server.request("good", CHAT_API)
+                assert head["status"] == 200 and len(server.heads) == 1
+
+    run(check())
+
+
+def test_an_agent_takes_no_more_calls_than_twice_what_it_said():
+    async def check():
+        async def wait(request):
+            await asyncio.sleep(20)
+
+        async with AgentServer() as server:
+            controller = FunctionController(wait, models=["m"])
+            async with agent_of(server.port, controller, max_concurrency=2) as agent:
+                hello = await server.heard("Connection id")
+                assert json.loads(hello["data"]) == {
+                    "version": 2,
+                    "name": "box",
+                    "models": ["m"],
+                    "max_concurrency": 2,
+                }
+                for number in range(5):
+                    data = {"method": "POST", "path": CHAT_API, "body": CHAT}
+                    server.send(f"c{number}", "ApiRequest", data)
+                assert (await server.heard("error"))["id"] == "c4"
+                assert len(agent._calls) == 4
+                server.send("c0", "ApiCancel")
+                await until(lambda: len(agent._calls) == 3)
+            assert not agent._calls
+
+    run(check())
+
+
+def test_a_slow_server_slows_the_upstream():
+    async def check():
+        made = 0
+
+        async def flood(request):
+            nonlocal made
+            while True:
+                made += 1
+                yield "x" * 60_000
+
+        async with AgentServer() as server:
+            async with agent_of(server.port, FunctionController(flood, models=["m"])):
+                await server.heard("Connection id")
+                server.writer.transport.pause_reading()
+                data = {"method": "POST", "path": CHAT_API, "body": STREAMED}
+                server.send("c", "ApiRequest", data)
+                seen = -1
+                while seen != made or not made:  # until it stands still
+                    seen = made
+                    await asyncio.sleep(0.1)
+                assert made * 60_000 < 12 * 1024 * 1024  # what sockets hold
+                server.writer.transport.resume_reading()
+                await until(lambda: made > seen + 100)
+
+    run(check())
+
+
+def test_the_original_go_server_is_served(tmp_path):
+    async def check():
+        async with Upstream(agent_upstream) as upstream, AgentServer() as server:
+            async with agent_of(server.port, upstream.controller()) as agent:
+                hello = await server.heard("Connection id")
+                assert hello["id"] == "fresh-id" == agent.id
+                assert agent._websocket.patient  # it answers no pings while idle
+                server.send("p", "ping")
+                assert (await server.heard("pong"))["id"] == "p"
+                data = {"message_id": "1", "conversation_id": "", "parent_id": "2"}
+                server.send("q", "ChatGptRequest", {**data, "content": "Hello"})
+                answer = json.loads((await server.heard("ChatGptResponse"))["data"])
+                assert answer["content"] == "Hi there"
+                more = {
+                    "conversation_id": answer["conversation_id"],
+                    "parent_id": answer["response_id"],
+                    "content": "And?",
+                }
+                server.send("r", "ChatGptRequest", more)
+                second = await server.heard("ChatGptResponse", "r")
+                second = json.loads(second["data"])
+                assert second["conversation_id"] == answer["conversation_id"]
+                texts = [m["content"] for m in upstream.requests[-1].json()["messages"]]
+                assert texts == ["Hello", "Hi there", "And?"]
+                upstream.behave = http_reply({"error": {"message": "no luck"}}, 404)
+                server.send("s", "ChatGptRequest", {**data, "content": "Hello"})
+                assert "no luck" in (await server.heard("error"))["data"]
+                server.send("fresh-id", "Connection id", '{"version": 2}')
+                await until(lambda: not agent._websocket.patient)
+
+    run(check())
+
+
+def test_a_server_that_falls_silent_is_left_and_dialled_again():
+    async def check():
+        limits = Limits(redial_first=0.05, ping_interval=0.05, pong_timeout=0.05)
+        async with AgentServer() as server:
+            controller = FunctionController(lambda request: "Hi", models=["m"])
+            async with agent_of(server.port, controller, limits=limits) as agent:
+                await server.heard("Connection id")
+                server.send("its-id", "Connection id", '{"version": 2}')
+                await until(lambda: len(server.heads) > 1)
+                await until(lambda: server.said[-1]["id"] == "its-id")
+                assert agent.log.has("1011 no answer to a ping")
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "status, words", [(404, "is a path missing"), (301, "redirects"), (503, "503")]
+)
+def test_an_agent_says_what_is_wrong_with_a_server(status, words):
+    async def check():
+        async with AgentServer(status=status) as server:
+            controller = FunctionController(lambda request: "Hi", models=["m"])
+            async with agent_of(server.port, controller) as agent:
+                await until(lambda: len(server.heads) > 2)
+                (line,) = agent.log
+                assert words in line and "127.0.0.1" in line
+
+    run(check())
+
+
+def agent_command(script, **options):
+    function = apiserver.command_model([sys.executable, "-c", script], **options)
+    return FunctionController(function, name="program", models=["m"])
+
+
+@pytest.mark.parametrize(
+    "script, whole, expected",
+    [
+        ("import sys; print(sys.stdin.read()[::-1], end='')", False, "olleH"),
+        ("import json, sys; print(json.load(sys.stdin)['model'])", True, "m\n"),
+        ("print('é' * 99999, end='')", False, "é" * 99999),
+        ("import sys; sys.stderr.write('x' * 999999); print(1)", False, "1\n"),
+    ],
+    ids=["text", "json", "much", "complaints"],
+)
+def test_a_program_answers(tmp_path, script, whole, expected):
+    async def check():
+        async with serving(tmp_path) as server:
+            env = {"PYTHONIOENCODING": "utf-8"}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(*next(iter(env.items())))
+                async with agent_of(server, agent_command(script, whole=whole)):
+                    reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                    message = reply.json()["choices"][0]["message"]
+                    assert message["content"] == expected
+
+    run(check())
+
+
+def test_a_program_that_fails_tells_why(tmp_path):
+    script = "import sys; print('Hi', flush=True); sys.exit('no model here')"
+
+    async def check():
+        async with serving(tmp_path) as server, agent_of(server, agent_command(script)):
+            reply = await ask(server.port, "POST", CHAT_API, CHAT)
+            assert reply.status == 500
+            assert "status 1: no model here" in reply.json()["error"]["message"]
+            reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+            assert "Hi" in reply.events()[0] and "no model here" in reply.events()[-1]
+
+    run(check())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_path):
+    script = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen(['sleep', '60'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        "print('Hi', flush=True); time.sleep(60)"
+    )
+
+    def gone(pid):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                return file.read().split()[2] == "Z"  # dead, and not yet collected
+        except OSError:
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            return False
+        return True
+
+    async def check():
+        async with serving(tmp_path) as server, agent_of(server, agent_command(script)):
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", CHAT_API, STREAMED))
+                await client.read_head()
+            pid = int((tmp_path / "pid").read_text())
+            await until(lambda: gone(pid))
+
+    run(check())
+
+
+def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped(tmp_path):
+    head = json.dumps({"status": 200, "content_type": "text/event-stream"})
+    events = (chunk("Hi") + chunk(None, "stop") + DONE).decode()
+
+    async def check():
+        async with serving(tmp_path) as server:
+            async with Agent(server.port, hello=agent_hello()) as agent:
+                assert (await agent.receive())["data"] == '{"version": 2}'
+                asking = asyncio.ensure_future(
+                    ask(server.port, "POST", CHAT_API, STREAMED)
+                )
+                id, data = await agent_call(agent)
+                assert data["method"] == "POST" and data["path"] == CHAT_API
+                await agent.send("unknown", "ApiData", "nobody's")
+                await agent.send(id, "ApiResponse", head)
+                await agent.send(id, "ApiResponse", head)
+                await agent.send(id, "ApiData", events)
+                assert (await asking).content == events.encode()
+                await agent.send(id, "ApiEnd")
+                await agent.send(id, "ApiEnd")
+                asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+                message = await agent.receive()
+                assert message["message"] == "ApiRequest"  # and no ApiCancel
+                await agent.send(message["id"], "error", "no luck")
+                reply = await asking
+                assert reply.status == 500 and b"fake failed: no luck" in reply.content
+                assert reply.json()["error"]["code"] == "agent_error"
+                assert agent.id in server.service.agents
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [("ApiResponse", "nonsense")],
+        [("ApiResponse", '{"status": "200"}')],
+        [("ApiResponse", '{"status": true}')],
+        [("ApiResponse", '{"status": 101}')],
+        [("ApiResponse", '{"status": 99999}')],
+        [("ApiEnd", "")],
+        [("ApiData", "{}")],
+        [("ApiResponse", '{"status": 200}'), ("ApiEnd", "")],
+        [("ApiResponse", '{"status": 200}'), ("ApiData", "<html>"), ("ApiEnd", "")],
+        [("ApiResponse", '{"status": 200, "encoding": "base64"}'), ("ApiData", "é")],
+        [("ApiResponse", '{"status": 200}'), ("error", "it broke")],
+        [("ApiResponse", '{"status": 503, "retry_after": "x\\r\\ny"}'), ("ApiEnd", "")],
+    ],
+)
+def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
+    async def check():
+        async with Upstream() as upstream, serving(tmp_path) as server:
+            server.add(upstream.controller())
+            async with Agent(server.port, hello=agent_hello()) as agent:
+                await until(lambda: server.service.agents)
+                controller = server.service.agents[agent.id]
+                while not controller.requests:
+                    asking = asyncio.ensure_future(
+                        ask(server.port, "POST", CHAT_API, CHAT)
+                    )
+                    await until(lambda t=asking: controller.requests or t.done())
+                id, _ = await agent_call(agent)
+                for kind, data in messages:
+                    await agent.send(id, kind, data)
+                assert (await asking).json() == completion()
+                assert not controller._calls and controller.in_flight == 0
+
+    run(check())
+
+
+def test_a_content_type_of_an_agents_cannot_break_the_answer(tmp_path):
+    head = {"status": 200, "content_type": "text/plain\r\nSet-Cookie: x"}
+
+    async def check():
+        async with serving(tmp_path) as server:
+            async with Agent(server.port, hello=agent_hello()) as agent:
+                path = "/v1/embeddings"
+                asking = asyncio.ensure_future(ask(server.port, "POST", path, CHAT))
+                id, _ = await agent_call(agent)
+                await agent.send(id, "ApiResponse", json.dumps(head))
+                await agent.send(id, "ApiData", "Hi")
+                await agent.send(id, "ApiEnd")
+                reply = await asking
+                assert reply.status == 200 and "set-cookie" not in reply.headers
+                assert reply.headers["content-type"] == "application/octet-stream"
+
+    run(check())
+
+
+def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(tmp_path):
+    limits = Limits(agent_message_size=10_000)
+
+    async def check():
+        async with serving(tmp_path, limits=limits) as server:
+            async with Agent(server.port, hello=agent_hello()) as agent:
+                await until(lambda: server.service.agents)
+                body = {**CHAT, "more": "x" * 10_000}
+                reply = await ask(server.port, "POST", CHAT_API, body)
+                assert reply.status == 413 and agent.id in server.service.agents
+
+    run(check())
+
+
+def test_a_hundred_agents_at_once(tmp_path):
+    async def hi(request):
+        return "Hi"
+
+    async def check():
+        before = asyncio.all_tasks()
+        async with serving(tmp_path) as server, contextlib.AsyncExitStack() as stack:
+            agents = [
+                agent_of(server.port, FunctionController(hi, models=["m"]))
+                for _ in range(100)
+            ]
+            for agent in agents:
+                await stack.enter_async_context(agent)
+            await until(lambda: len(server.service.agents) == 100)
+            asks = (ask(server.port, "POST", CHAT_API, CHAT) for _ in range(200))
+            replies = await asyncio.gather(*asks)
+            assert {reply.status for reply in replies} == {200}
+            counts = [agent.requests for agent in server.service.agents.values()]
+            assert counts == [2] * 100
+            # All are cut at once, and come back.
+            for agent in list(server.service.agents.values()):
+                agent.websocket.connection.reset()
+            await until(lambda: not server.service.agents)
+            await until(lambda: len(server.service.agents) == 100)
+            assert len(server.service.pool.controllers) == 101
+        assert asyncio.all_tasks() == before
+
+    run(check())
+
+
+# --- As a program
+
+
+def agent_program(*arguments, cwd):
+    """The program, piped into python: `curl .../agent.py | python3 - agent ...`."""
+    with open(MODULE, "rb") as source:
+        return subprocess.Popen(
+            [sys.executable, "-", "agent", *arguments],
+            cwd=cwd,
+            stdin=source,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            program = f"'{sys.executable}' -c 'print(42)'"
+            url = f"ws://localhost:{server.port}/k/{KEY}"
+            process = agent_program(
+                url, "--command", program, "-models", "answer", "-v", cwd=tmp_path
+            )
+            try:
+                await until(lambda: server.service.agents, 10)
+                body = {**CHAT, "model": "answer"}
+                reply = await ask(server.port, "POST", CHAT_API, body)
+                assert "42" in reply.json()["choices"][0]["message"]["content"]
+                process.send_signal(signal.SIGINT)
+                loop = asyncio.get_running_loop()
+                _, text = await loop.run_in_executor(None, process.communicate)
+                assert process.returncode == 0, text
+                assert "serving answer" in text and "shutting down (SIGINT)" in text
+                assert "answer 200" in text and KEY not in text
+                await until(lambda: not server.service.agents)
+            finally:
+                process.kill()
+                process.wait()
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "expected the URL of a server"),
+        (["h", "i"], "expected the URL of one server"),
+        (["h", "--hlep"], 'did you mean "--help"'),
+        (["h", "--command", "no-such-program"], "there is no such program"),
+        (["h", "--upstream", "ftp://x"], "upstream: expected"),
+        (["h", "--upstream", "x", "--command", "y"], "only one of"),
+        (["h", "--max-concurrency", "0"], "expected a number"),
+        (["h", "--ca-file", "/nonexistent"], "ca-file: expected"),
+        (["h", "--config_file", "/nonexistent"], "config_file: expected"),
+        (["h", "--key", "a b"], "printable ASCII"),
+    ],
+)
+def test_a_mistake_in_an_agents_arguments_is_one_line(arguments, words, capsys):
+    assert apiserver.main(["agent", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "upstream, base_url",
+    [
+        ("localhost:11434", "http://localhost:11434/v1"),
+        ("http://h:1/", "http://h:1/v1"),
+        ("https://h/v1", "https://h/v1"),
+        ("https://h/openai/v2/", "https://h/openai/v2"),
+    ],
+)
+def test_the_upstream_of_an_agent_is_written_as_people_do(upstream, base_url):
+    argv = ["h", "--upstream", upstream, "--upstream-key", "K", "--models", "a, b"]
+    agent = apiserver.build_agent(argv, {"API_KEY": "T"}, None)
+    (controller,) = agent.pool.controllers
+    assert controller.base_url == base_url and list(controller.models) == ["a", "b"]
+    assert agent._fields == [("Authorization", "Bearer T")]
+
+
+def test_an_agent_serves_the_controllers_of_a_configuration(tmp_path):
+    path = tmp_path / "chatgpt-apiserver.json"
+    config = {"api_key": "k", "models": ["m"], "type": "openai"}
+    entry = {
+        "type": "openai",
+        "models": ["m"],
+        "config": {"api_key": config["api_key"]},
+    }
+    path.write_text(json.dumps({"controllers": [entry]}))
+    agent = apiserver.build_agent(["h", "--config_file", str(path)], {}, None)
+    (controller,) = agent.pool.controllers
+    assert isinstance(controller, OpenAIController) and list(controller.models) == ["m"]
+
+
+def test_the_help_of_an_agent_is_short_and_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        apiserver.main(["agent", "--help"])
+    text = capsys.readouterr().out
+    assert text.count("\n") <= 30 and max(map(len, text.splitlines())) <= 80
+    for action in apiserver.agent_parser()._actions:
+        if action.option_strings:
+            assert any(option in text for option in action.option_strings)
+    assert "agent <URL>" in apiserver.HELP
+
+
+def test_the_start_screen_has_the_line_to_paste_and_a_digest(tmp_path):
+    with Program("0", KEY, cwd=tmp_path) as program:
+        line = program.wait_for(r"curl -fsS (\S+)/agent.py \| python3 - agent (\S+) ")
+        assert line[1] == line[2] == f"http://127.0.0.1:{program.port}"
+        digest = program.wait_for("SHA-256 of agent.py: ([0-9a-f]{64})")[1]
+        source = run(ask(program.port, "GET", "/agent.py", key=None)).content
+        assert apiserver.hashlib.sha256(source).hexdigest() == digest
+        assert KEY not in program.stderr
 
 
 # -----------------------------------------------------------------------------
