@@ -5309,7 +5309,7 @@ def run_store(path, scenario, **options):
 
 
 CHILD_IMPORTS = """
-import asyncio, random, resource, signal, sys
+import asyncio, json, os, random, resource, signal, sys, time
 from chatgpt_apiserver import APIError, UserStore
 """
 
