@@ -5943,8 +5943,9 @@ class RequestHandler:
         except (ConnectionError, asyncio.CancelledError):
             self.status = self.status or 499  # nginx's word for: the client has left
             if self.connection.stalled:
-                seconds = f"{self.limits.write_timeout:g}"
-                self.service.report(f"a client that took no byte for {seconds} s is cut")
+                seconds = self.limits.write_timeout
+                line = f"a client that took no byte for {seconds:g} s is cut"
+                self.service.report(line)
             raise
         except Exception:
             logger.exception("request %s failed", self.request_id)
