@@ -1304,6 +1304,7 @@ class APIRequest:
     stream        whether server-sent events are wanted
     headers       request fields that travel on to an upstream
     user          whose request it is: the queue is fair between users
+    id            x-request-id, for the log
     deadline      when to give up, on the loop's clock
     on_asked      called when a controller is asked: the wait in the queue is over
     agent_id      the one agent that can answer, or None
@@ -1319,6 +1320,7 @@ class APIRequest:
         "content",
         "deadline",
         "headers",
+        "id",
         "method",
         "model",
         "on_asked",
@@ -1354,6 +1356,7 @@ class APIRequest:
         self.on_asked: Callable[[], None] | None = None
         self.agent_id: str | None = None
         self.ask: tuple[str, str, str] | None = None
+        self.id = ""
         if body is not None:
             self._read_body(body)
 
@@ -4362,7 +4365,7 @@ class FunctionController(Controller):
     runs in a thread), async, a generator or an async generator.  It gives
 
     - a string: the answer's text;
-    - an iterator of strings, streamed as they come (or of dicts: deltas);
+    - an iterator or a list of strings, streamed as they come (or of dicts: deltas);
     - a dict: a whole message, such as {"tool_calls": [...]}, or a whole
       chat.completion with "choices";
     - bytes: the answer's JSON, or whole events of its stream, sent as they are;
@@ -4404,6 +4407,8 @@ class FunctionController(Controller):
         body = {**request.body, "model": model}
         with time_limit(request.deadline, self._late()):
             result = await self._call(body)
+        if isinstance(result, (list, tuple)):
+            result = iter(result)
         if hasattr(result, "__anext__") or hasattr(result, "__next__"):
             events = self._events(request, model, result)
             return GeneratedAnswer(events)
@@ -4679,6 +4684,8 @@ _CONTROLLER_STATUSES = {
     425: Failure.BROKEN,
     429: Failure.RATE_LIMITED,
 }
+# A 403 that a user can bring about at will must not close a key for all others.
+_REQUEST_CODES = ("model_not_found", "content_policy_violation", "content_filter")
 _CONTROLLER_CODES = {
     "insufficient_quota": Failure.DISABLED,
     "billing_hard_limit_reached": Failure.DISABLED,
@@ -4726,6 +4733,8 @@ def judge_error(
     code = error.get("code")
     code = code if isinstance(code, str) else None
     kind = error.get("type") if isinstance(error.get("type"), str) else None
+    if status == 403 and code in _REQUEST_CODES:
+        return None
     failure = _CONTROLLER_CODES.get(code or "") or _CONTROLLER_CODES.get(kind or "")
     failure = failure or _CONTROLLER_STATUSES.get(status)
     if failure is None:
@@ -4745,6 +4754,14 @@ def judge_error(
         retry_after=parse_retry_after(headers),
         upstream_status=status,
     )
+
+
+def in_short(error: APIError) -> str:
+    """An error for the log: not in others' words, which may quote what was asked."""
+    name = error.message.partition(":")[0]
+    if error.upstream_status is not None:
+        return f"{name}: status {error.upstream_status} {error.code or ''}".rstrip()
+    return f"{name}" if error.code == "agent_error" else error.message[:200]
 
 
 class Waiter:
@@ -5038,11 +5055,13 @@ class Pool:
         """Take a failure into account: cool down, disable."""
         loop = asyncio.get_running_loop()
         controller.failures += 1
-        was_open = controller.health.until <= loop.time()
-        seconds = controller.health.fail(error, loop.time())
-        if seconds and was_open:  # once, not for each request that was under way
+        health, now = controller.health, loop.time()
+        before = (health.until > now, health.disabled)
+        seconds = health.fail(error, now)
+        # Once, not for each request that was under way.
+        if seconds and before != (health.until > now, health.disabled):
             state = "disabled" if controller.health.disabled else "cooling down"
-            reason = error.message.removeprefix(f"{controller.name}: ")
+            reason = in_short(error).removeprefix(f"{controller.name}: ")
             self.report(f"{controller.name} {state} for {seconds:.0f} s: {reason}")
             if seconds <= self.limits.queue_timeout:
                 loop.call_later(seconds + 0.001, self.wake)
@@ -5142,7 +5161,8 @@ class Call:
             await self._leave()
             if not isinstance(error, ControllerError):
                 raise error from None
-            self.pool.report(f"attempt {self.attempts} failed: {error.message}")
+            which = f"attempt {self.attempts} of {request.id or 'a request'}"
+            self.pool.report(f"{which} failed: {in_short(error)}")
             return error
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -5313,7 +5333,7 @@ class Call:
     def _broken_off(self, caught: Exception) -> APIError:
         """A stream's failure explained, and told: its access line says 200."""
         error = self._explain(caught)
-        self.pool.report(f"a stream broke off: {error.message}")
+        self.pool.report(f"a stream broke off: {in_short(error)}")
         return error
 
     def _explain(self, caught: Exception) -> APIError:
@@ -5559,7 +5579,7 @@ class Service:
     debug            takes lines on each connection, attempt and frame
     """
 
-    ADMIN_ID = "admin"
+    ADMIN_ID = ""  # no user in users.json can have it
 
     def __init__(
         self,
@@ -5730,8 +5750,9 @@ class UserLoad:
 # What of a client's request does not travel on to an upstream, and of an
 # upstream's answer not to the client.
 _PRIVATE_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
-    "accept-encoding authorization content-length cookie expect forwarded host origin"
-    " referer via x-api-key x-real-ip".split()
+    "accept-encoding authorization content-length cookie expect forwarded host"
+    # They name an account, and the key that travels is another one's.
+    " openai-organization openai-project origin referer via x-api-key x-real-ip".split()
 )
 _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
     "alt-svc content-length date openai-organization server set-cookie"
@@ -6085,6 +6106,8 @@ class RequestHandler:
         headers = self.request.headers
         if not is_loopback(self.connection.peer):
             return "it comes from another machine"
+        if self.request.version == "HTTP/1.0":  # nginx as it comes adds no header
+            return "it came in HTTP/1.0, as from a proxy"
         if any(name in headers for name in _FORWARDING_FIELDS):
             return "it was forwarded by a proxy"
         host = headers.get("host", "")
@@ -6115,7 +6138,6 @@ class RequestHandler:
                 self._content_left = False
                 self._hold(length)
                 return content
-            self._hold(length)
         self._continue()
         limits = self.limits
         decoder = content_decoder(length, limits)
@@ -6129,8 +6151,7 @@ class RequestHandler:
             pieces += piece
             if len(pieces) > max_size:
                 raise APIError(413, f"The content is over {max_size:.0f} bytes.")
-            if len(pieces) > self._held:
-                self._hold(len(piece))
+            self._hold(len(piece))  # as it comes: to announce much costs nothing
             seconds = self.loop.time() - began
             slow = len(pieces) < seconds * limits.content_rate
             if slow and seconds > limits.content_rate_after:
@@ -6247,10 +6268,11 @@ class RequestHandler:
         """
         assert self.user is not None and self.request is not None
         connection = self.connection
-        self.model = request.model or ""
+        self.model = (request.model or "").partition("?")[0]  # as mocks have one
         self.service.begin_request(self.user)
         self._counted = True
         request.user = self.user.user_id
+        request.id = self.request_id
         request.deadline = self.started + self.limits.request_timeout
         connection.half_close = False  # from here on, to end is to leave
         if connection.eof:
@@ -6561,7 +6583,7 @@ class RequestHandler:
             if user is not self.service.admin and user.role != "agent":
                 raise APIError(403, "A user's token cannot register an agent.")
             self.user = user
-            return user.user_id
+            return f"token of {user.user_id}"
         auth = self.service.agents_auth
         if auth == "open":
             return "anybody"

@@ -29,6 +29,7 @@ import stat
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -8152,11 +8153,12 @@ def test_all_contents_together_have_a_limit(tmp_path):
         async with serving(tmp_path, limits=limits) as server:
             async with Client(server.port) as other:
                 headers = [("Content-Length", "900")]
-                other.send(request_bytes("POST", "/api/ask", headers=headers) + b"x")
-                await until(lambda: server.service.content_size == 900)
-                small = await ask(server.port, "POST", "/api/ask", b"x" * 100)
+                head = request_bytes("POST", "/api/ask", headers=headers)
+                other.send(head + b"x" * 899)  # and the last one never
+                await until(lambda: server.service.content_size == 899)
+                small = await ask(server.port, "POST", "/api/ask", b"x" * 101)
                 assert small.status == 400
-                large = await ask(server.port, "POST", "/api/ask", b"x" * 101)
+                large = await ask(server.port, "POST", "/api/ask", b"x" * 102)
                 assert large.status == 503 and large.headers["retry-after"] == "1"
             await until(lambda: server.service.content_size == 0)
 
@@ -12779,3 +12781,679 @@ def test_near_matches_cost_nothing_until_somebody_mistypes():
         [sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE
     )
     assert done.stdout.strip() == b"False"
+
+
+# -----------------------------------------------------------------------------
+# What people read: the log, the README
+# -----------------------------------------------------------------------------
+
+TRIAL_CHAT = "/v1/chat/completions"
+
+
+def readme():
+    return MODULE.with_name("README.md").read_text(encoding="utf-8")
+
+
+def test_a_reason_does_not_repeat_the_controllers_name(tmp_path):
+    """In the log, in the answer of those that come next, in the administrator's list."""
+
+    async def check():
+        log = PoolLog()
+        error = {"error": {"message": "slow down"}}
+        async with (
+            Upstream(http_reply(error, 429)) as upstream,
+            serving(tmp_path, upstream.controller(name="one"), log=log) as server,
+        ):
+            first = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
+            assert first.json()["error"]["message"] == "one: slow down"
+            second = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
+            assert second.json()["error"]["message"].endswith(" one: slow down")
+            assert "one: one:" not in second.json()["error"]["message"]
+            assert (await controller_line(server, "one"))["reason"] == "slow down"
+        assert re.search(r"one cooling down for 10 s: (?!one)", log.text)
+
+    run(check())
+
+
+def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path):
+    """Its access line says 200, for that was its status."""
+
+    async def check():
+        begun = asyncio.Event()
+
+        async def cuts(request, writer):
+            writer.write(STREAM_HEAD + chunked(chunk("Hel")))
+            await begun.wait()
+            raise ConnectionError
+
+        async def says_so(request, writer):
+            writer.write(STREAM_HEAD + chunked(chunk("Hel")))
+            await begun.wait()
+            event = b'data: {"error": {"message": "out of memory"}}\n\n'
+            writer.write(chunked(event) + b"0\r\n\r\n")
+
+        for behave, reason in (
+            (cuts, "a stream broke off: one: the connection ended"),
+            (says_so, "a stream broke off: one: "),
+        ):
+            log = PoolLog()
+            begun.clear()
+            async with (
+                Upstream(behave) as upstream,
+                serving(tmp_path, upstream.controller(name="one"), log=log) as server,
+                Client(server.port) as client,
+            ):
+                body = {**CHAT, "stream": True}
+                client.send(request_bytes("POST", TRIAL_CHAT, body))
+                status, _ = await client.read_head()
+                await client.read_chunk()
+                begun.set()
+                assert status == 200 and b'{"error"' in await client.read_chunk()
+            assert log.text.count(reason) == 1
+
+    run(check())
+
+
+@pytest.mark.parametrize("limit", [{"requests": 1}, {"tokens": 5}], ids=["r", "t"])
+def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
+    async def check():
+        log = PoolLog()
+        limit["per"] = "day"
+        async with (
+            Upstream() as upstream,
+            serving(
+                tmp_path, upstream.controller(name="one", limit=limit), log=log
+            ) as server,
+        ):
+            statuses = [
+                (await ask(server.port, "POST", TRIAL_CHAT, CHAT)).status
+                for _ in range(3)
+            ]
+            assert statuses == [200, 503, 503]
+        (unit,) = set(limit) - {"per"}
+        said = rf"one disabled for \d+ s: its limit of {limit[unit]} {unit} per day"
+        assert len(re.findall(said, log.text)) == 1
+
+    run(check())
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_dead_proxy_is_named_as_what_is_dead(tmp_path, scheme):
+    async def check():
+        async with Upstream() as gone:
+            proxy = f"http://127.0.0.1:{gone.port}"
+        async with Upstream() as upstream:
+            url = upstream.url.replace("http", scheme, 1)
+            controller = OpenAIController("k", name="one", base_url=url, proxy=proxy)
+            async with serving(tmp_path, controller) as server:
+                reply = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
+                message = reply.json()["error"]["message"]
+                assert (reply.status, message) == (
+                    500,
+                    "one: nothing listens at its proxy",
+                )
+                assert (await controller_line(server, "one"))["state"] == "cooling"
+            assert upstream.connections == 0
+
+    run(check())
+
+
+def test_a_transport_need_not_inherit_from_asyncios():
+    """uvloop's do not: what counts is that they have the methods."""
+
+    class Transport:
+        def set_write_buffer_limits(self, high, low):
+            self.limits = (high, low)
+
+        def get_extra_info(self, name, default=None):
+            return default
+
+    async def check():
+        connection, transport = apiserver.Connection(), Transport()
+        connection.connection_made(transport)
+        assert connection.transport is transport
+        assert transport.limits == (64 * 1024, 16 * 1024)
+
+    run(check())
+
+
+def test_the_readmes_script_runs_as_printed(tmp_path):
+    """It gets a body for its `with`, and nothing else."""
+    section = readme().split("## In your own script")[1]
+    block = re.search(r"\n\n((?:    .*\n|\n)+)", section)[1]
+    script = textwrap.dedent(block).rstrip() + textwrap.indent(
+        """
+        import json
+        from urllib.request import Request, urlopen
+
+        body = {"model": "shout", "messages": [{"role": "user", "content": "hello"}]}
+        headers = {"Authorization": "Bearer secret"}
+        question = Request(url + "/v1/chat/completions", json.dumps(body).encode(), headers)
+        with urlopen(question) as answer:
+            print(json.load(answer)["choices"][0]["message"]["content"])
+        """.replace("\n        ", "\n"),
+        "    ",
+    )
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "HELLO\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+def test_the_readme_has_the_help_text_as_it_is(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(MODULE), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert textwrap.indent(done.stdout, "    ") in readme()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="no such option")
+@pytest.mark.skipif(sys.platform != "linux", reason="measures Linux's buffers")
+def test_a_client_that_reads_slowly_but_steadily_is_not_cut(tmp_path):
+    """L14 counts bytes taken: what the kernel hoards must not hide them.
+
+    64 KiB in each quarter of write_timeout; without write_unsent_size the kernel
+    takes 2.5 MB first, and then nothing until a third of them has been read.
+    """
+
+    async def check():
+        async def endless(request, writer):
+            writer.write(STREAM_HEAD)
+            while True:
+                writer.write(chunked(chunk("x" * 4000)) * 8)
+                await writer.drain()
+
+        limits = apiserver.Limits(write_timeout=0.6)
+        async with (
+            Upstream(endless) as upstream,
+            serving(tmp_path, upstream.controller(), limits=limits) as server,
+        ):
+            loop = asyncio.get_running_loop()
+            with socket.create_connection(("127.0.0.1", server.port)) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+                sock.setblocking(False)
+                body = {**CHAT, "stream": True}
+                await loop.sock_sendall(sock, request_bytes("POST", TRIAL_CHAT, body))
+                end = loop.time() + 2.4
+                while loop.time() < end:
+                    taken = 0
+                    while taken < 64 * 1024:
+                        piece = await loop.sock_recv(sock, 64 * 1024 - taken)
+                        assert piece, "it was closed"
+                        taken += len(piece)
+                    await asyncio.sleep(0.15)
+
+    run(check())
+
+
+def test_a_client_that_is_cut_for_not_reading_has_a_line_of_its_own(tmp_path):
+    """Its access line says 200 too."""
+
+    async def check():
+        async def endless(request, writer):
+            writer.write(STREAM_HEAD)
+            while True:
+                writer.write(chunked(chunk("x" * 4000)) * 8)
+                await writer.drain()
+
+        log = PoolLog()
+        limits = apiserver.Limits(write_timeout=0.2)
+        async with (
+            Upstream(endless) as upstream,
+            serving(
+                tmp_path, upstream.controller(models=["m"]), limits=limits, log=log
+            ) as server,
+        ):
+            async with Client(server.port) as client:
+                client.writer.transport.pause_reading()
+                body = {**CHAT, "stream": True}
+                client.send(request_bytes("POST", TRIAL_CHAT, body))
+                line = "a client that took no byte for 0.2 s is cut"
+                await until(lambda: log.text.count(line) == 1)
+                await until(lambda: "POST /v1/chat/completions 200" in log.text)
+            await until(lambda: upstream.ended == 1)
+
+    run(check())
+
+
+# -----------------------------------------------------------------------------
+# What a hostile or hasty client must not be able to do
+# -----------------------------------------------------------------------------
+
+STREAM_CHAT = {**CHAT, "stream": True}
+CHAT_URL = "/v1/chat/completions"
+
+
+def open_controller(server):
+    """The one upstream of a server."""
+    return next(c for c in server.service.pool.controllers if c.type == "openai")
+
+
+async def slow_socket(port, data):
+    """A socket with a small window that has sent data."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sock, ("127.0.0.1", port))
+    await loop.sock_sendall(sock, data)
+    return sock
+
+
+def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            data = request_bytes("GET", "/agent.py", key="") * 200
+            with await slow_socket(server.port, data):
+                await until(lambda: server._handlers)
+                (connection,) = server._handlers
+                await until(lambda: connection.unsent)
+                await asyncio.sleep(0.2)  # for the others, which must not come
+                assert connection.unsent < 2 * len(apiserver.source_code())
+
+    run(check())
+
+
+def test_a_slow_client_gets_the_whole_answer_before_the_end(tmp_path):
+    async def check():
+        content = http_reply(completion("x" * 12_000_000))
+        limits = Limits(linger_timeout=0.05)
+        async with (
+            Upstream(content) as upstream,
+            serving(tmp_path, upstream.controller(), limits=limits) as server,
+        ):
+            close = [("Connection", "close")]
+            data = request_bytes("POST", CHAT_URL, CHAT, headers=close)
+            loop, size = asyncio.get_running_loop(), 0
+            with await slow_socket(server.port, data) as sock:
+                await until(lambda: server.service.pool.controllers[-1].tokens)
+                await asyncio.sleep(0.3)  # longer than linger_timeout
+                while True:
+                    piece = await loop.sock_recv(sock, 1 << 20)
+                    if not piece:
+                        break
+                    size += len(piece)
+            assert size > 12_000_000
+
+    run(check())
+
+
+def test_clients_who_leave_at_done_leave_no_connection_behind(tmp_path):
+    async def behave(request, writer):
+        data = chunk("Hi") + chunk(None, "stop") + DONE
+        writer.write(STREAM_HEAD + chunked(data))
+        await asyncio.sleep(30)  # its last chunk never comes
+
+    async def check():
+        async with (
+            Upstream(behave) as upstream,
+            serving(tmp_path, upstream.controller(models=["m"])) as server,
+        ):
+            for reset in (False, True):
+                async with Client(server.port) as client:
+                    client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+                    await client.reader.readuntil(b"[DONE]")
+                    if reset:
+                        linger = struct.pack("ii", 1, 0)
+                        sock = client.writer.get_extra_info("socket")
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            await until(lambda: upstream.ended == upstream.connections == 2)
+            assert not open_controller(server).in_flight
+
+    run(check())
+
+
+def test_clients_who_leave_at_done_leave_no_call_at_an_agent(tmp_path):
+    async def check():
+        hello = json.dumps({"version": 2, "name": "gpu", "models": ["m"]})
+        head = json.dumps({"status": 200, "content_type": "text/event-stream"})
+        events = (chunk("Hi") + chunk(None, "stop") + DONE).decode()
+        async with serving(tmp_path) as server:
+            async with Agent(server.port, hello=hello) as agent:
+                async with Client(server.port) as client:
+                    await until(lambda: server.service.agents)
+                    client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+                    message = await agent.receive()
+                    while message["message"] != "ApiRequest":
+                        message = await agent.receive()
+                    await agent.send(message["id"], "ApiResponse", head)
+                    await agent.send(message["id"], "ApiData", events)
+                    await client.reader.readuntil(b"[DONE]")
+                    linger = struct.pack("ii", 1, 0)
+                    sock = client.writer.get_extra_info("socket")
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                controller = server.service.agents[agent.id]
+                await until(lambda: not controller._calls and not controller.in_flight)
+
+    run(check())
+
+
+def test_a_hang_up_while_asked_again_without_usage_closes_both(tmp_path):
+    async def behave(request, writer):
+        if b"stream_options" in request.content:
+            # Not all of it: a connection that could be kept would be.
+            writer.write(http_reply({"error": {"message": "no"}}, 400)[:-1])
+        await asyncio.sleep(30)
+
+    async def check():
+        async with (
+            Upstream(behave) as upstream,
+            serving(tmp_path, upstream.controller(models=["m"])) as server,
+        ):
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+                await until(lambda: len(upstream.requests) == 2)
+            await until(lambda: upstream.ended == upstream.connections == 2)
+
+    run(check())
+
+
+@pytest.mark.parametrize("status, seconds", [(401, 600), (500, 5)])
+def test_a_burst_of_failures_doubles_the_pause_only_once(tmp_path, status, seconds):
+    async def check():
+        together = asyncio.Event()
+
+        async def behave(request, writer):
+            if len(upstream.requests) >= 8:
+                together.set()
+            await together.wait()
+            writer.write(http_reply({"error": {"message": "no"}}, status))
+
+        async with (
+            Upstream(behave) as upstream,
+            serving(tmp_path, upstream.controller(models=["m"])) as server,
+        ):
+            asks = (ask(server.port, "POST", CHAT_URL, CHAT) for _ in range(8))
+            await asyncio.gather(*asks)
+            until_then = open_controller(server).health.until
+            left = until_then - asyncio.get_running_loop().time()
+            assert seconds - 4 < left <= seconds
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "model, stream",
+    [("mock/echo", False), ("mock/echo", True), ("mock/cut?events=5000", True)],
+)
+def test_a_mock_that_says_much_holds_up_nobody(tmp_path, model, stream):
+    async def check():
+        message = {"role": "user", "content": "a b " * 100_000}
+        body = {"model": model, "stream": stream, "messages": [message]}
+        async with serving(tmp_path) as server:
+            long = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, body))
+            await until(lambda: server.service.requests_in_flight)
+            answered = 0
+            while not long.done():
+                assert (await ask(server.port, "GET", "/health")).status == 200
+                answered += 1
+            assert answered > 3
+            content = (await long).content
+            assert model != "mock/echo" or content.count(b"a b a b") > 1000
+
+    run(check())
+
+
+def test_a_name_of_a_mock_has_a_largest_size(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server:
+            for size, status in ((2048, 200), (2049, 503)):
+                model = "mock/echo?x=".ljust(size, "x")
+                body = {**CHAT, "model": model}
+                assert (await ask(server.port, "POST", CHAT_URL, body)).status == status
+
+    run(check())
+
+
+def test_a_stream_put_together_takes_linear_time():
+    builder = apiserver.CompletionBuilder()
+    began = time.process_time()
+    for _ in range(3000):
+        delta = {"role": "assistant", "content": "x" * 20_000}
+        builder.add({"choices": [{"index": 0, "delta": delta}]})
+    message = builder.result()["choices"][0]["message"]
+    assert message["role"] == "assistant" and len(message["content"]) == 60_000_000
+    assert time.process_time() - began < 2  # 90 GB would have to be copied
+
+
+def test_a_form_of_a_million_parts_is_not_taken_apart():
+    content = b"--axy" * 1_000_000
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        assert apiserver.form_field(content, "x; boundary=a", "model") is None
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(content)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_huge_conversation_id_of_an_agent_is_not_kept(tmp_path):
+    async def check():
+        async with serving(tmp_path) as server, Agent(server.port) as agent:
+            for size in (200, 201):
+                asking = asyncio.ensure_future(
+                    ask(server.port, "POST", "/api/ask", {"content": "Hi"})
+                )
+                id, _ = await agent.request()
+                await agent.reply(id, "Hello", conversation_id="c" * size)
+                assert (await asking).json()["conversation_id"] == "c" * size
+            assert [len(id) for _, id in server.service.conversations._kept] == [200]
+
+    run(check())
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_agent_whose_token_is_deleted_is_sent_away(tmp_path, by_hand):
+    async def check():
+        async with serving(tmp_path) as server:
+            path, body = "/admin/users/add", {"admin_key": KEY, "role": "agent"}
+            user = (await ask(server.port, "POST", path, body)).json()
+            own = Agent(server.port, headers=[("Authorization", user["token"])])
+            admins = Agent(server.port, headers=[("Authorization", KEY)])
+            async with own, admins, Agent(server.port) as local:
+                await until(lambda: len(server.service.agents) == 3)
+                if by_hand:
+                    (tmp_path / "users.json").write_text('{"users": []}')
+                else:
+                    body = {"admin_key": KEY, "user_id": user["user_id"]}
+                    await ask(server.port, "POST", "/admin/users/delete", body)
+                await until(lambda: len(server.service.agents) == 2)
+                assert {*server.service.agents} == {admins.id, local.id}
+                closing = await own.event()
+                while not isinstance(closing, apiserver.Close):
+                    closing = await own.event()
+                assert closing.code == 1008
+
+    run(check())
+
+
+def test_content_that_trickles_has_the_requests_deadline(tmp_path):
+    async def check():
+        limits = Limits(request_timeout=0.3, content_rate=0)
+        async with serving(tmp_path, limits=limits) as server:
+            async with Client(server.port) as client:
+                head = request_bytes("POST", CHAT_URL, headers=[("Content-Length", 99)])
+                client.send(head)
+
+                async def trickle():
+                    while True:
+                        client.send(b" ")
+                        await asyncio.sleep(0.02)
+
+                task = asyncio.ensure_future(trickle())
+                status, _ = await client.read_head()
+                task.cancel()
+                assert status == 408 and not server.service.content_size
+
+    run(check())
+
+
+def test_an_upstream_cannot_speak_to_the_proxy_in_front(tmp_path):
+    async def check():
+        fields = [("X-Accel-Redirect", "/secret"), ("X-Sendfile", "/etc/passwd")]
+        answer = http_reply(completion(), headers=[*fields, ("X-Other", "kept")])
+        async with (
+            Upstream(answer) as upstream,
+            serving(tmp_path, upstream.controller()) as server,
+        ):
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            assert reply.headers["x-other"] == "kept"
+            assert "x-accel-redirect" not in reply.headers
+            assert "x-sendfile" not in reply.headers
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/..;/x", "/v1/..\\x", "/v1/..%5cx", "/v1/%252e%252e/x", "/v1/a/..;b"]
+)
+def test_path_climbs_nowhere_even_for_a_lenient_upstream(tmp_path, path):
+    async def check():
+        async with (
+            Upstream() as upstream,
+            serving(tmp_path, upstream.controller(models=["m"])) as server,
+        ):
+            reply = await ask(server.port, "POST", path, CHAT)
+            assert reply.status == 404 and not upstream.requests
+
+    run(check())
+
+
+def test_a_controller_cannot_be_named_as_the_mocks_are(tmp_path):
+    entry = {"type": "openai", "name": "mock", "config": {"api_key": "k"}}
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"controllers": [entry]}))
+    status, stderr = command("0", KEY, "--config_file", str(path), cwd=tmp_path)
+    assert status == 2 and stderr.count("\n") == 1
+    assert "controllers[0].name: expected another name" in stderr
+
+
+def test_a_users_count_does_not_go_below_nothing_over_a_reload(tmp_path):
+    async def check():
+        limits = Limits(user_requests_in_flight=2)
+        async with (
+            Upstream() as upstream,
+            serving(tmp_path, upstream.controller(), limits=limits) as server,
+        ):
+            for limits in (limits, Limits(), Limits()):
+                server.service.limits = limits
+                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+                assert reply.status == 200
+            assert server.service._load["admin"].in_flight == 0
+
+    run(check())
+
+
+def test_fields_that_name_an_account_do_not_travel(tmp_path):
+    async def check():
+        async with Upstream() as upstream:
+            async with serving(tmp_path, upstream.controller()) as server:
+                fields = [("OpenAI-Organization", "org-1"), ("OpenAI-Project", "p")]
+                fields.append(("OpenAI-Beta", "yes"))
+                path = "/v1/chat/completions"
+                reply = await ask(server.port, "POST", path, CHAT, headers=fields)
+                assert reply.status == 200
+                sent = upstream.requests[-1].headers
+                assert sent["openai-beta"] == "yes"
+                assert not {"openai-organization", "openai-project"} & sent.keys()
+
+    run(check())
+
+
+def test_a_403_about_the_model_closes_no_controller(tmp_path):
+    async def check():
+        error = {"message": "no access", "type": "x", "code": "model_not_found"}
+        async with Upstream(http_reply({"error": error}, 403)) as upstream:
+            async with serving(tmp_path, upstream.controller()) as server:
+                for _ in range(2):
+                    path = "/v1/chat/completions"
+                    reply = await ask(server.port, "POST", path, CHAT)
+                    assert reply.status == 403 and reply.json()["error"] == error
+
+    run(check())
+
+
+def test_http_1_0_is_a_proxys_and_not_this_machines_user(tmp_path):
+    """nginx as it comes adds no header, sets a loopback Host and speaks HTTP/1.0."""
+
+    async def check():
+        async with serving(tmp_path) as server:
+            for version, status in ((b"1.1", b"200"), (b"1.0", b"401")):
+                request = b"GET /api/connections HTTP/%b\r\nHost: localhost\r\n"
+                request = request % version + b"Connection: close\r\n\r\n"
+                assert (await raw(server.port, request)).split()[1] == status
+
+    run(check())
+
+
+def test_content_that_is_only_announced_takes_no_room(tmp_path):
+    async def check():
+        limits = Limits(total_content_size=300)
+        async with serving(tmp_path, limits=limits) as server:
+            async with Client(server.port) as idle:
+                head = request_bytes("POST", "/api/ask", b"x" * 290)
+                idle.send(head[:-290])
+                await until(lambda: any(h.request for h in server._handlers.values()))
+                body = {"content": "Hello", "model": "mock/echo"}
+                assert (await ask(server.port, "POST", "/api/ask", body)).status == 200
+                idle.send(b"x" * 290)
+                assert (await idle.read_reply()).status == 400  # no JSON
+                body["content"] = "x" * 300
+                assert (await ask(server.port, "POST", "/api/ask", body)).status == 503
+
+    run(check())
+
+
+def test_the_log_does_not_repeat_what_an_upstream_says(tmp_path, caplog):
+    async def check():
+        error = {"message": "too long: PROMPT", "type": "x", "code": "overloaded"}
+        async with Upstream(http_reply({"error": error}, 500)) as upstream:
+            async with serving(tmp_path, upstream.controller()) as server:
+                reply = await ask(server.port, "POST", "/v1/chat/completions", CHAT)
+                assert "PROMPT" in reply.json()["error"]["message"]
+        assert "status 500 overloaded" in caplog.text and "PROMPT" not in caplog.text
+
+    run(check())
+
+
+def test_a_readme_fixture_serves_each_test(tmp_path):
+    """The fixture in README.md, as it stands there."""
+    readme = (MODULE.parent / "README.md").read_text(encoding="utf-8")
+    block = re.search(
+        r"( {4}import pytest, chatgpt_apiserver\n(?: {4}.*\n|\n)+)", readme
+    )
+    code = "\n".join(line[4:] for line in block[1].splitlines())
+    code += """
+
+def test_one(base_url):
+    assert base_url.startswith("http://127.0.0.1:") and base_url.endswith("/v1")
+
+
+def test_two(base_url):
+    test_one(base_url)
+"""
+    (tmp_path / "test_it.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
