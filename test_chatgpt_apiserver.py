@@ -13034,7 +13034,6 @@ def test_a_client_that_is_cut_for_not_reading_has_a_line_of_its_own(tmp_path):
 # -----------------------------------------------------------------------------
 
 STREAM_CHAT = {**CHAT, "stream": True}
-CHAT_URL = "/v1/chat/completions"
 
 
 def open_controller(server):
@@ -13353,7 +13352,7 @@ def test_a_users_count_does_not_go_below_nothing_over_a_reload(tmp_path):
                 server.service.limits = limits
                 reply = await ask(server.port, "POST", CHAT_URL, CHAT)
                 assert reply.status == 200
-            assert server.service._load["admin"].in_flight == 0
+            assert server.service._load[apiserver.Service.ADMIN_ID].in_flight == 0
 
     run(check())
 
