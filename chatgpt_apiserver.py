@@ -89,7 +89,7 @@ from collections.abc import (
     Mapping,
 )
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, Union, cast
 
 if sys.platform == "win32":
     import msvcrt
@@ -293,7 +293,7 @@ class APIError(Exception):
     upstream_status  what an upstream answered, where that is the reason
     """
 
-    TYPES = {  # noqa: RUF012  as the OpenAI API pairs them
+    TYPES: ClassVar = {
         401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
@@ -2531,20 +2531,22 @@ class HTTPClient:
         for number, address in enumerate(addresses):
             # Each address gets its share of what is left of the time.
             share = max(0.0, end - loop.time()) / (len(addresses) - number)
-            connection = Connection(self.limits)
             try:
-                with time_limit(loop.time() + share, asyncio.TimeoutError()):
-                    await loop.create_connection(
-                        lambda: connection, address, port  # noqa: B023  called at once
-                    )
-                return connection
+                return await self._connect(address, port, loop.time() + share)
             except (OSError, asyncio.TimeoutError) as caught:
                 error = caught
-                connection.abort()
-            except BaseException:
-                connection.abort()
-                raise
         raise error
+
+    async def _connect(self, address: str, port: int, deadline: float) -> Connection:
+        connection = Connection(self.limits)
+        try:
+            with time_limit(deadline, asyncio.TimeoutError()):
+                loop = connection.loop
+                await loop.create_connection(lambda: connection, address, port)
+        except BaseException:
+            connection.abort()
+            raise
+        return connection
 
     async def _addresses(
         self, loop: asyncio.AbstractEventLoop, host: str, port: int
@@ -3234,7 +3236,8 @@ def replace_name(source: str, target: str) -> None:
     """os.replace; on Windows it fails while somebody is reading the target."""
     for _ in range(5 if sys.platform == "win32" else 0):
         try:
-            return os.replace(source, target)
+            os.replace(source, target)
+            return
         except PermissionError:
             time.sleep(0.05)
     os.replace(source, target)
@@ -3391,7 +3394,7 @@ class UserStore:
         try:
             for answer, user in self._write(batch) if batch else ():
                 answer.set_result(user)
-        except Exception as error:  # noqa: BLE001  whatever it is, nobody waits for ever
+        except Exception as error:
             for _, answer in batch:
                 if not answer.done():
                     answer.set_exception(error)
@@ -3624,7 +3627,7 @@ class UsageLimit:
     Counted in memory; the windows are aligned to the clock.
     """
 
-    SECONDS = {"minute": 60, "hour": 3600, "day": 86400}  # noqa: RUF012
+    SECONDS: ClassVar = {"minute": 60, "hour": 3600, "day": 86400}
 
     def __init__(
         self, *, per: str, requests: int | None = None, tokens: int | None = None
@@ -4536,7 +4539,7 @@ class MockController(FunctionController):
     """
 
     type = "mock"
-    MODELS: dict[str, str] = {  # noqa: RUF012
+    MODELS: ClassVar[dict[str, str]] = {
         "mock/echo": "echo",
         "mock/text": "text",
         "mock/slow": "slow",
@@ -4831,7 +4834,7 @@ class Pool:
                 self._left_at = asyncio.get_running_loop().time()
 
     def find(self, name: str) -> Controller | None:
-        """The controller of a name; an agent, which names itself, if no other has it."""
+        """The controller of a name; of equal names an agent's, its own, counts last."""
         named = [c for c in self.controllers if c.name == name]
         return min(named, key=lambda c: c.type == "agent", default=None)
 
@@ -5014,7 +5017,8 @@ class Pool:
         in_vain: set[tuple[Any, ...]] = set()
         served = True
         while served:
-            served = any([self._serve(u, in_vain, now) for u in list(self._queue)])
+            users = list(self._queue)
+            served = sum(self._serve(user, in_vain, now) for user in users) > 0
 
     def _serve(self, user: str, in_vain: set[tuple[Any, ...]], now: float) -> bool:
         """Give a slot to the first of a user's requests that can have one."""
@@ -5664,7 +5668,7 @@ class Service:
             load.in_flight -= 1
 
     def hold(self, size: int) -> None:
-        """Promise memory for a request's content; release() it.  Raise APIError(503)."""
+        """Take memory for a request's content; release() it.  APIError(503)."""
         if self.content_size + size > self.limits.total_content_size:
             raise APIError(
                 503, "Too much content is on its way in; try again.", retry_after=1
@@ -5809,7 +5813,7 @@ class RequestHandler:
     """
 
     # Path, method, what answers.  HEAD goes where GET goes.
-    ROUTES: dict[str, dict[str, str]] = {  # noqa: RUF012
+    ROUTES: ClassVar[dict[str, dict[str, str]]] = {
         "/": {"GET": "do_about"},
         "/agent.py": {"GET": "do_source"},
         "/health": {"GET": "do_health"},
@@ -6939,9 +6943,7 @@ class Server:
         """Add a controller; ValueError if its name is taken."""
         self.service.pool.add(controller)
 
-    def model(
-        self, name: str, **options: Any
-    ) -> Callable[[F], F]:
+    def model(self, name: str, **options: Any) -> Callable[[F], F]:
         """Decorate a function that answers for a model; see FunctionController.
 
         options are FunctionController's.
@@ -8051,7 +8053,9 @@ class Source(NamedTuple):
 
     def check_type(self, value: Any, words: str, types: Any, place: str) -> None:
         # To isinstance, true is a number.
-        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+        if not isinstance(value, types) or (
+            isinstance(value, bool) and types is not bool
+        ):
             kind = "null" if value is None else KINDS.get(type(value), "a number")
             raise self.mistake(place, f"expected {words}, got {kind}")
 
@@ -8196,7 +8200,9 @@ def load_config(
     config.port = int(config.port)
     config.listen = config.listen.strip("[]")
     config.limits = Limits(**settings.get("limits", {}))
-    config.controllers = read_controllers(file, settings.get("controllers", []), environ)
+    config.controllers = read_controllers(
+        file, settings.get("controllers", []), environ
+    )
     if not config.controllers and environ.get("OPENAI_API_KEY"):
         config.controllers = [controller_from_environment(environ)]
         config.notes = ["controller openai-1 from OPENAI_API_KEY in the environment"]
@@ -8204,8 +8210,8 @@ def load_config(
         raise ConfigurationError("tls_key: there is no tls_cert that it belongs to")
     if not config.api_key:
         raise ConfigurationError(
-            "there is no API key: python chatgpt_apiserver.py 8080 <a key of your own>, "
-            'or set API_KEY, or write "api_key" into chatgpt-apiserver.json'
+            "there is no API key: python chatgpt_apiserver.py 8080 <a key of your own>,"
+            ' or set API_KEY, or write "api_key" into chatgpt-apiserver.json'
         )
     return config
 
@@ -8226,7 +8232,9 @@ def find_file(args: argparse.Namespace, environ: Mapping[str, str]) -> str | Non
     return next(filter(os.path.lexists, paths), None)
 
 
-def read_controllers(file: Source, entries: list[Any], environ: Mapping[str, str]) -> Any:
+def read_controllers(
+    file: Source, entries: list[Any], environ: Mapping[str, str]
+) -> Any:
     """The controllers of a file, names given and unique."""
     result: dict[str, dict[str, Any]] = {}
     for index, entry in enumerate(entries):
@@ -8272,7 +8280,9 @@ def controller_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return controller_arguments(settings, environ)
 
 
-def controller_arguments(settings: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+def controller_arguments(
+    settings: dict[str, Any], environ: Mapping[str, str]
+) -> dict[str, Any]:
     """The keyword arguments of an OpenAIController, from what was written."""
     arguments = {**CONTROLLER, **settings}
     arguments.pop("type", None)
