@@ -11878,16 +11878,15 @@ def agent_command(script, **options):
     ],
     ids=["text", "json", "much", "complaints"],
 )
-def test_a_program_answers(tmp_path, script, whole, expected):
+def test_a_program_answers(tmp_path, monkeypatch, script, whole, expected):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+
     async def check():
         async with serving(tmp_path) as server:
-            env = {"PYTHONIOENCODING": "utf-8"}
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(*next(iter(env.items())))
-                async with agent_of(server, agent_command(script, whole=whole)):
-                    reply = await ask(server.port, "POST", CHAT_API, CHAT)
-                    message = reply.json()["choices"][0]["message"]
-                    assert message["content"] == expected
+            async with agent_of(server, agent_command(script, whole=whole)):
+                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                message = reply.json()["choices"][0]["message"]
+                assert message["content"] == expected
 
     run(check())
 
