@@ -12185,6 +12185,25 @@ def test_the_start_screen_has_the_line_to_paste_and_a_digest(tmp_path):
         assert KEY not in program.stderr
 
 
+def test_an_agent_that_sleeps_is_found_and_comes_back(tmp_path):
+    """F70: a laptop's lid is closed, and opened again."""
+    limits = {"ping_interval": 0.3, "pong_timeout": 0.3}
+    (tmp_path / "config.json").write_text(json.dumps({"limits": limits}))
+    arguments = ("0", KEY, "--config_file", "config.json")
+    with Program(*arguments, cwd=tmp_path) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        program = ("--command", f"{sys.executable} -c print(1)", "--models", "m")
+        with Program("agent", url, "--key", KEY, *program, cwd=tmp_path) as agent:
+            agent.wait_for("connected to")
+            agent.signal(signal.SIGSTOP)
+            server.wait_for(r"left \(1011 no answer to a ping\)")
+            agent.signal(signal.SIGCONT)
+            agent.wait_for("dialling again")
+            run(until(lambda: server.stderr.count(" joined from ") == 2, 10))
+            reply = fetch(server.port, "POST", "/v1/chat/completions", CHAT)
+            assert reply.json()["choices"][0]["message"]["content"] == "1\n"
+
+
 # -----------------------------------------------------------------------------
 # Configuration and command line
 # -----------------------------------------------------------------------------
