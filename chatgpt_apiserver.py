@@ -475,8 +475,6 @@ class Response:
 
 def _take_head(buffer: bytearray, max_size: int, max_line: int) -> bytes | None:
     """Take a head (or trailers) with the last line's CRLF; ProtocolError if large."""
-    if not buffer:
-        return None
     # A head may come byte by byte: this is made anew for each, so it must cost
     # next to nothing.  rfind takes 4 us for 32 KiB; find takes 14, a regex 200.
     if buffer.rfind(b"\r\n\r\n", 0, max_size) < 0:
@@ -2087,7 +2085,7 @@ class Connection(asyncio.Protocol):
         Raise what parse raises, and asyncio.TimeoutError at the deadline.
         """
         while True:
-            event = parse(self.buffer)
+            event = parse(self.buffer) if self.buffer else None
             if event is not None or not await self.receive():
                 return event
 
@@ -2119,7 +2117,7 @@ class Connection(asyncio.Protocol):
 
         Raise ConnectionResetError if the peer is gone.
         """
-        if self.closing:
+        if self.lost or self.transport.is_closing():
             raise ConnectionResetError("the connection is closed")
         self.bytes_sent += len(data)
         self.transport.write(data)
@@ -5914,13 +5912,15 @@ class RequestHandler:
         self.reading_head = True
         try:
             while True:
-                request = parse_request_head(connection.buffer, limits)
-                if request is not None:
-                    return request
-                if connection.buffer and not begun:
-                    begun = True
-                    connection.set_deadline(self.loop.time() + limits.head_timeout)
                 self.idle = not connection.buffer
+                if not self.idle:
+                    request = parse_request_head(connection.buffer, limits)
+                    if request is not None:
+                        return request
+                    if not begun:
+                        begun = True
+                        deadline = self.loop.time() + limits.head_timeout
+                        connection.set_deadline(deadline)
                 if not await connection.receive():
                     return None
         except asyncio.TimeoutError:
