@@ -469,8 +469,9 @@ class Response:
     @property
     def keep_alive(self) -> bool:
         """Whether the connection may carry another request."""
-        tokens = self.headers.tokens("connection")
-        return self.version == "HTTP/1.1" and "close" not in tokens
+        if self.version != "HTTP/1.1" or "connection" not in self.headers:
+            return self.version == "HTTP/1.1"
+        return "close" not in self.headers.tokens("connection")
 
 
 def _take_head(buffer: bytearray, max_size: int, max_line: int) -> bytes | None:
