@@ -3701,6 +3701,7 @@ class Controller:
         self.switched_off = False  # by the administrator
         self.current = 0.0  # of smooth weighted round robin
         self.in_flight = 0
+        self.owed = 0  # slots of requests that have gone, but their work has not
         self.requests = 0
         self.failures = 0
         self.tokens = 0
@@ -3717,13 +3718,14 @@ class Controller:
         """Whether it answers for a model; None is for whatever it has."""
         if self.models is None:  # any, but the mocks' names are theirs alone
             return model is None or not model.startswith("mock/")
-        return model is None or model in self.models
+        return bool(self.models) if model is None else model in self.models
 
     def available(self, now: float) -> bool:
         """Whether it may be asked this moment."""
         if self.switched_off:
             return False
-        if self.max_concurrency is not None and self.in_flight >= self.max_concurrency:
+        taken = self.in_flight + self.owed
+        if self.max_concurrency is not None and taken >= self.max_concurrency:
             return False
         health = self.health
         # While it is being tried again, by one request and not by a crowd.
@@ -4008,7 +4010,7 @@ def envelope(id: str, message: str, data: str = "") -> str:
 def parse_envelope(text: str | bytes) -> dict[str, Any]:
     """The JSON object of one message; {} for anything else (it is dropped)."""
     try:
-        value = json.loads(text)
+        value = json.loads(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -4077,12 +4079,6 @@ class AgentController(Controller):
         with contextlib.suppress(ConnectionError):
             self.websocket.write(envelope(str(uuid.uuid4()), "ping"))
 
-    def serves(self, model: str | None) -> bool:
-        return self.models != {} and super().serves(model)
-
-    def available(self, now: float) -> bool:
-        return not self._owed and super().available(now)
-
     # --- What the agent says
 
     async def serve(self) -> None:
@@ -4121,6 +4117,7 @@ class AgentController(Controller):
         timer = self._owed.pop(id, None)
         if timer is not None:
             timer.cancel()
+            self.owed = len(self._owed)
             self.websocket.patient = bool(self._calls or self._owed)
             self.on_free()
 
@@ -4147,14 +4144,14 @@ class AgentController(Controller):
             content, conversation_id, parent_id = request.ask
         else:  # no conversation of its own: all of it as one text
             content = messages_text(request.body["messages"])
+        id = str(uuid.uuid4())
         data = {
-            "message_id": str(uuid.uuid4()),
+            "message_id": id,
             "conversation_id": conversation_id,
             "parent_id": parent_id or str(uuid.uuid4()),
             "content": content,
         }
         deadline = min(self._loop.time() + self.limits.ask_timeout, request.deadline)
-        id = str(uuid.uuid4())
         call = self._open_call(id, self.limits.ask_answer_size)
         self.asked_at = unix_time()
         self.websocket.patient = True
@@ -4163,6 +4160,7 @@ class AgentController(Controller):
             kind, text = await call.get(deadline)
         except asyncio.CancelledError:
             self._owed[id] = self._loop.call_at(deadline, self._forgive, id)
+            self.owed = len(self._owed)
             raise
         finally:
             self.end_call(id)
@@ -4863,10 +4861,13 @@ class Pool:
         if self.type == "least_busy":
             return min(free, key=lambda c: (c.in_flight + 1) / c.weight)
         # Smooth weighted round robin, as in nginx: weights 5, 1, 1 give a a b a c a a.
+        best, total = free[0], 0.0
         for controller in free:
             controller.current += controller.weight
-        best = max(free, key=lambda c: c.current)
-        best.current -= sum(c.weight for c in free)
+            total += controller.weight
+            if controller.current > best.current:
+                best = controller
+        best.current -= total
         return best
 
     async def acquire(
