@@ -6866,6 +6866,41 @@ def connection_limit(limits: Limits) -> int:
     return min(4096, max(16, (files - 32) // 2))
 
 
+class Shutdown:
+    """How a server or an agent ends: asked once gently, asked twice at once.
+
+    requested, hurried  futures, done once it was asked so; made in the event loop
+    """
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.requested: asyncio.Future[None] = loop.create_future()
+        self.hurried: asyncio.Future[None] = loop.create_future()
+
+    def request(self) -> None:
+        """Ask for it; for signals."""
+        if not self.requested.done():
+            self.requested.set_result(None)
+        elif not self.hurried.done():
+            self.hurried.set_result(None)
+
+    async def wait_for(
+        self, running: Callable[[], Iterable[asyncio.Task[None]]], seconds: float
+    ) -> None:
+        """Wait until nothing runs, the time is over, or somebody is in a hurry."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while not self.hurried.done() and loop.time() < end:
+            left = [task for task in running() if not task.done()]
+            if not left:
+                break
+            await asyncio.wait(
+                {*left, self.hurried},
+                timeout=end - loop.time(),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+
+
 class Server:
     """The whole server.  Nothing happens before it is started.
 
@@ -6932,8 +6967,7 @@ class Server:
         self._handlers: dict[Connection, RequestHandler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.AbstractServer] = []
-        self._stopping: asyncio.Future[None] | None = None
-        self._hurry: asyncio.Future[None] | None = None
+        self._shutdown: Shutdown | None = None  # how it will end, once it runs
         self._max_connections = 0
 
     def __repr__(self) -> str:
@@ -6968,8 +7002,7 @@ class Server:
         try:
             service.tls = self._tls_context()
             self._max_connections = connection_limit(service.limits)
-            self._stopping = loop.create_future()
-            self._hurry = loop.create_future()
+            self._shutdown = Shutdown()
             service.draining = False
             for sock in sockets:
                 listener = await loop.create_server(
@@ -7008,23 +7041,21 @@ class Server:
         """Start, if that is not done, serve until request_shutdown(), shut down."""
         if not self._listeners:
             await self.start()
-        assert self._stopping is not None
+        assert self._shutdown is not None
         try:
-            await self._stopping
+            await self._shutdown.requested
         finally:
             await self.shutdown()
 
     def request_shutdown(self) -> None:
         """Have serve_forever() end: once gently, twice at once.  For signals."""
-        assert self._stopping is not None and self._hurry is not None
-        if not self._stopping.done():
-            self._stopping.set_result(None)
-        elif not self._hurry.done():
-            self._hurry.set_result(None)
+        assert self._shutdown is not None
+        self._shutdown.request()
 
     async def shutdown(self) -> None:
         """Stop: nothing new, what runs may finish for drain_timeout seconds."""
-        service = self.service
+        assert self._shutdown is not None
+        service, wait_for = self.service, self._shutdown.wait_for
         service.draining = True
         for listener in self._listeners:
             listener.close()
@@ -7036,10 +7067,10 @@ class Server:
         if service.requests_in_flight:
             count, seconds = service.requests_in_flight, service.limits.drain_timeout
             service.report(f"{count} running requests may finish ({seconds:.0f} s)")
-        await self._wait_for(self._handler_tasks(False), service.limits.drain_timeout)
+        await wait_for(lambda: self._handler_tasks(False), service.limits.drain_timeout)
         for agent in list(service.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
-        await self._wait_for(self._handler_tasks(True), 1.0)
+        await wait_for(lambda: self._handler_tasks(True), 1.0)
         for _ in range(3):  # a function may swallow a cancellation, but not us
             for task in self._tasks:
                 task.cancel()
@@ -7060,22 +7091,6 @@ class Server:
             for handler in self._handlers.values()
             if handler.task is not None and websockets == bool(handler.websocket)
         ]
-
-    async def _wait_for(
-        self, tasks: Iterable[asyncio.Task[None]], seconds: float
-    ) -> None:
-        """Wait until tasks are done, the time is over, or somebody is in a hurry."""
-        assert self._hurry is not None
-        loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
-        left = {task for task in tasks if not task.done()}
-        while left and loop.time() < end and not self._hurry.done():
-            await asyncio.wait(
-                {*left, self._hurry},
-                timeout=end - loop.time(),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            left = {task for task in left if not task.done()}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:
@@ -7284,8 +7299,7 @@ class Agent:
         self._joined_at = 0.0  # on the loop's clock; 0: not yet
         self._calls: dict[str, asyncio.Task[None]] = {}
         self._told = ""  # the problem that people know of
-        self._stopping: asyncio.Future[None] | None = None
-        self._hurry: asyncio.Future[None] | None = None
+        self._shutdown: Shutdown | None = None  # how it will end, once it runs
 
     def _local(self) -> list[Controller]:
         """What may be running on this machine, but for the server itself."""
@@ -7308,17 +7322,17 @@ class Agent:
         """Serve until request_shutdown(), whatever becomes of the server."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()  # there is something to serve
-        self._stopping, self._hurry = loop.create_future(), loop.create_future()
+        self._shutdown = shutdown = Shutdown()
         watching = loop.create_task(self._watch_models(ready))
         dialling = loop.create_task(self._stay(ready))
         try:
             await asyncio.wait(
-                {watching, dialling, self._stopping},
+                {watching, dialling, shutdown.requested},
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            if not self._stopping.done():  # neither ends but by a fault of its own
+            if not shutdown.requested.done():  # neither ends but by a fault of its own
                 await asyncio.gather(watching, dialling)
-            await self._drain(self._hurry)
+            await self._drain(shutdown)
             if self._websocket is not None:
                 await asyncio.wait({dialling}, timeout=1)  # the server closes, too
         finally:
@@ -7328,30 +7342,21 @@ class Agent:
 
     def request_shutdown(self) -> None:
         """Have serve_forever() end: once gently, twice at once.  For signals."""
-        assert self._stopping is not None and self._hurry is not None
-        if not self._stopping.done():
-            self._stopping.set_result(None)
-        elif not self._hurry.done():
-            self._hurry.set_result(None)
+        assert self._shutdown is not None
+        self._shutdown.request()
 
-    async def _drain(self, hurry: asyncio.Future[None]) -> None:
+    async def _drain(self, shutdown: Shutdown) -> None:
         """Take no new calls; what runs may finish for drain_timeout seconds."""
         websocket = self._websocket
         if websocket is None:
             return
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self.limits.drain_timeout
         with contextlib.suppress(ConnectionError):
             await self._send(self.id, "Drain")
+        seconds = self.limits.drain_timeout
         if self._calls:
-            count, seconds = len(self._calls), self.limits.drain_timeout
+            count = len(self._calls)
             self._report(f"{count} running calls may finish ({seconds:.0f} s)")
-        while self._calls and loop.time() < end and not hurry.done():
-            await asyncio.wait(
-                {*self._calls.values(), hurry},
-                timeout=end - loop.time(),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+        await shutdown.wait_for(self._calls.values, seconds)
         websocket.close(1001, "the agent is shutting down")
 
     # --- What it serves
@@ -7409,8 +7414,8 @@ class Agent:
             except (OSError, asyncio.TimeoutError, ProtocolError) as error:
                 problem = self._explain(error)
                 refused = getattr(error, "status", 0) in (401, 403)
-            assert self._stopping is not None
-            if self._stopping.done():
+            assert self._shutdown is not None
+            if self._shutdown.requested.done():
                 return
             self._tell(f"{problem}; dialling again")
             if self._joined_at and loop.time() - self._joined_at > delay:

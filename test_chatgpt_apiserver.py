@@ -13367,8 +13367,8 @@ def test_a_users_count_does_not_go_below_nothing_over_a_reload(tmp_path):
             Upstream() as upstream,
             serving(tmp_path, upstream.controller(), limits=limits) as server,
         ):
-            for limits in (limits, Limits(), Limits()):
-                server.service.limits = limits
+            for changed in (limits, Limits(), Limits()):
+                server.service.limits = changed
                 reply = await ask(server.port, "POST", CHAT_URL, CHAT)
                 assert reply.status == 200
             assert server.service._load[apiserver.Service.ADMIN_ID].in_flight == 0
