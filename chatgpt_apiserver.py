@@ -6267,10 +6267,10 @@ class RequestHandler:
     # --- Controllers' answers
 
     async def relay(self, request: APIRequest) -> Call:
-        """Have the pool answer a request; the call, left, with what remained to do.
+        """Have the pool answer a request, and give the call it was, now ended.
 
-        A stream is sent as it comes.  The content of a whole answer is left to
-        the caller, in call.content.
+        A stream has been sent as it came.  A whole answer is in call.content, for
+        the caller to send.
         """
         assert self.user is not None and self.request is not None
         connection = self.connection
@@ -8430,6 +8430,7 @@ def start_screen(server: Server, config: Config) -> str:
     count = len(service.users.users)
     lines = [
         f"chatgpt_apiserver {__version__} listens on {url}{opening}",
+        "An OpenAI-compatible API in front of upstreams, agents and Python functions.",
         "",
         f"  Base URL     {url}/v1   for any OpenAI client",
         f"  Agents       {socket_url}/client/register",
