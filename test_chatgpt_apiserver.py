@@ -1103,6 +1103,7 @@ def test_rule_7_a_head_that_comes_byte_by_byte_costs_linear_time(row):
         b"x" + b":\t \t" * 8000,
         b"a:\r\n" * 8000 + b"b",
         b"a: b\r\n" * 5000,
+        b"a:" + b" \t" * 16000 + b"\x00\r\n",
     ],
 )
 def test_fields_are_judged_in_linear_time(block):
@@ -2681,7 +2682,7 @@ def test_error_object_has_all_four_fields():
         (b'{"prompt_tokens": 3}', {}),
         (
             json.dumps(completion()).encode(),
-            {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+            {"total_tokens": 7},
         ),
         (
             b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}',
