@@ -1109,7 +1109,8 @@ def test_rule_7_a_head_that_comes_byte_by_byte_costs_linear_time(row):
 def test_fields_are_judged_in_linear_time(block):
     began = time.process_time()
     with contextlib.suppress(ProtocolError):
-        apiserver.parse_fields(block, 10**6, 10**6)
+        lines = block.decode("latin-1").split("\r\n")
+        apiserver.parse_fields(lines, 10**6, 10**6)
     assert time.process_time() - began < 0.5
 
 
