@@ -78,7 +78,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -3758,8 +3758,7 @@ class Controller:
         self.health = Health()
         self.switched_off = False  # by the administrator
         self.current = 0.0  # of smooth weighted round robin
-        self.in_flight = 0
-        self.owed = 0  # slots of requests that have gone, but their work has not
+        self.in_flight = 0  # also those whose client has gone, but their work has not
         self.requests = 0
         self.failures = 0
         self.tokens = 0
@@ -3780,10 +3779,7 @@ class Controller:
 
     def available(self, now: float) -> bool:
         """Whether it may be asked this moment."""
-        if self.switched_off:
-            return False
-        taken = self.in_flight + self.owed
-        if self.max_concurrency is not None and taken >= self.max_concurrency:
+        if self.switched_off or self.in_flight >= (self.max_concurrency or math.inf):
             return False
         health = self.health
         # While it is being tried again, by one request and not by a crowd.
@@ -4179,7 +4175,7 @@ class AgentController(Controller):
         timer = self._owed.pop(id, None)
         if timer is not None:
             timer.cancel()
-            self.owed = len(self._owed)
+            self.in_flight -= 1
             self.websocket.patient = bool(self._calls or self._owed)
             self.on_free()
 
@@ -4222,7 +4218,7 @@ class AgentController(Controller):
             kind, text = await call.get(deadline)
         except asyncio.CancelledError:
             self._owed[id] = self._loop.call_at(deadline, self._forgive, id)
-            self.owed = len(self._owed)
+            self.in_flight += 1
             raise
         finally:
             self.end_call(id)
@@ -4825,7 +4821,10 @@ def in_short(error: APIError) -> str:
 
 
 class Waiter:
-    """A request in the queue, and the controllers it has been to."""
+    """A request in the queue, and the controllers it has been to.
+
+    wish  what it asks for: who asks for the same finds the same
+    """
 
     def __init__(
         self,
@@ -4836,6 +4835,7 @@ class Waiter:
         self.request = request
         self.tried = tried
         self.future = future
+        self.wish = (request.model, request.path, request.agent_id, *tried)
 
 
 class Pool:
@@ -4865,6 +4865,7 @@ class Pool:
         self.debug = debug
         self.controllers: list[Controller] = []
         self._queue: dict[str, deque[Waiter]] = {}  # by user; who is next is first
+        self._wishes: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
         self._left_at = -math.inf  # when the last agent left
 
     # --- Who is in it
@@ -4944,18 +4945,25 @@ class Pool:
         if controller is not None:
             self._take(controller, request)
             return controller
-        wait = self._may_wait(request, tried, now)
-        return await self._wait(request, tried, *wait) if wait else None
+        suited = [c for c in self.controllers if self._suits(c, request)]
+        wait = self._may_wait(request, suited, tried, now)
+        if wait is None:
+            return None
+        self._make_room(request, len(suited))
+        return await self._wait(request, tried, *wait)
 
     def _may_wait(
-        self, request: APIRequest, tried: list[Controller], now: float
+        self,
+        request: APIRequest,
+        suited: list[Controller],
+        tried: list[Controller],
+        now: float,
     ) -> tuple[float, APIError] | None:
         """How many seconds a request may wait for a slot, and the error after them.
 
         None if only an earlier attempt's error is left; raise APIError if there
         never was anything to wait for.
         """
-        suited = [c for c in self.controllers if self._suits(c, request)]
         left = [c for c in suited if c not in tried]
         if any(not c.closed_for(now) for c in left):
             timeout = min(self.limits.queue_timeout, max(0.0, request.deadline - now))
@@ -5023,10 +5031,10 @@ class Pool:
         timeout: float,
         error: APIError,
     ) -> Controller:
-        self._make_room(request)
         loop = asyncio.get_running_loop()
         waiter = Waiter(request, tried, loop.create_future())
         self._queue.setdefault(request.user, deque()).append(waiter)
+        self._wishes[waiter.wish] += 1
         timer = loop.call_later(timeout, self._refuse, waiter, error)
         try:
             return await waiter.future
@@ -5039,10 +5047,9 @@ class Pool:
             timer.cancel()
             self._leave_queue(waiter)
 
-    def _make_room(self, request: APIRequest) -> None:
+    def _make_room(self, request: APIRequest, suited: int) -> None:
         """Keep the queue bounded: who has most in it gives way."""
         limits = self.limits
-        suited = sum(self._suits(c, request) for c in self.controllers)
         room = suited * limits.queue_size_per_controller
         room = min(max(room, limits.queue_size_min), limits.queue_size_max)
         if self.waiting < room:
@@ -5067,14 +5074,16 @@ class Pool:
             line.remove(waiter)
             if not line:
                 del self._queue[waiter.request.user]
+            self._wishes[waiter.wish] -= 1
+            if not self._wishes[waiter.wish]:
+                del self._wishes[waiter.wish]
 
     def wake(self) -> None:
         """Give free slots to who waits: one request of each user in turn."""
         if not self._queue:
             return
         now = asyncio.get_running_loop().time()
-        # Who asks for the same finds the same: a long queue is looked through once.
-        in_vain: set[tuple[Any, ...]] = set()
+        in_vain: set[tuple[Any, ...]] = set()  # wishes
         served = True
         while served:
             users = list(self._queue)
@@ -5083,15 +5092,15 @@ class Pool:
     def _serve(self, user: str, in_vain: set[tuple[Any, ...]], now: float) -> bool:
         """Give a slot to the first of a user's requests that can have one."""
         for waiter in self._queue[user]:
-            request = waiter.request
-            wish = (request.model, request.path, request.agent_id, *waiter.tried)
-            if waiter.future.done() or wish in in_vain:  # done: it is about to leave
+            if len(in_vain) == len(self._wishes):  # a long queue is not looked through
+                break
+            if waiter.future.done() or waiter.wish in in_vain:  # done: about to leave
                 continue
-            controller = self._choose(request, waiter.tried, now)
+            controller = self._choose(waiter.request, waiter.tried, now)
             if controller is None:
-                in_vain.add(wish)
+                in_vain.add(waiter.wish)
                 continue
-            self._take(controller, request)
+            self._take(controller, waiter.request)
             waiter.future.set_result(controller)
             self._leave_queue(waiter)
             if user in self._queue:  # to the end
