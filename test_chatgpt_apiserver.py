@@ -6406,8 +6406,9 @@ def test_random_follows_the_weights():
     run(check())
 
 
-def pool_request(user=""):
-    request = apiserver.parse_chat_request(json.dumps(CHAT).encode())
+def pool_request(user="", model="m"):
+    chat = {**CHAT, "model": model}
+    request = apiserver.parse_chat_request(json.dumps(chat).encode())
     request.user = user
     request.deadline = asyncio.get_running_loop().time() + 60
     return request
@@ -6417,8 +6418,8 @@ def pool_release(pool, controller):
     pool.release(controller, pool_request())
 
 
-async def pool_acquire(pool, user=""):
-    return await pool.acquire(pool_request(user), [])
+async def pool_acquire(pool, user="", model="m"):
+    return await pool.acquire(pool_request(user, model), [])
 
 
 def test_least_busy_counts_requests_in_flight_per_weight():
@@ -6605,7 +6606,7 @@ def test_a_slot_given_to_who_leaves_that_moment_is_not_lost():
         pool_release(pool, a)  # to leaver, who has not run yet
         leaver.cancel()
         assert await asyncio.wait_for(patient, 2) is a and a.in_flight == 1
-        assert leaver.cancelled() and pool.waiting == 0
+        assert leaver.cancelled() and pool.waiting == 0 and not pool._wishes
         late = asyncio.ensure_future(pool_acquire(pool))
         await until(lambda: pool.waiting == 1)
         late.cancel()
@@ -6613,6 +6614,28 @@ def test_a_slot_given_to_who_leaves_that_moment_is_not_lost():
         assert a.in_flight == 0
         await asyncio.wait([late])
         assert late.cancelled() and await pool_acquire(pool) is a
+
+    run(check())
+
+
+def test_who_waits_for_one_model_does_not_keep_another_waiting():
+    async def check():
+        pool = Pool()
+        for name in ("a", "b"):
+            pool.add(pool_function(name, models=[name], max_concurrency=1))
+        a, b = [await pool_acquire(pool, model=name) for name in ("a", "b")]
+        waiting = [
+            asyncio.ensure_future(pool_acquire(pool, model=name)) for name in "aab"
+        ]
+        await until(lambda: pool.waiting == 3)
+        pool_release(pool, b)
+        assert await asyncio.wait_for(waiting[2], 2) is b
+        pool_release(pool, b)  # nobody wants it
+        assert pool.waiting == 2 and not waiting[0].done()
+        for one in waiting[:2]:
+            pool_release(pool, a)
+            assert await asyncio.wait_for(one, 2) is a
+        assert not pool.waiting and not pool._wishes
 
     run(check())
 
