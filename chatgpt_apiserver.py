@@ -1953,6 +1953,7 @@ class Connection(asyncio.Protocol):
     eof           the peer has sent its last byte
     lost          the connection is gone, for the reason in error, if any
     stalled       it was cut, for the peer took no byte for write_timeout
+    peer          the peer's IP address, or "" where there is none
     on_hangup     called once when the peer leaves while nobody is reading
     half_close    whether a peer that has sent its last byte may still read
 
@@ -1976,6 +1977,7 @@ class Connection(asyncio.Protocol):
         self.half_close = True
         self.on_hangup: Callable[[], None] | None = None
         self.bytes_sent = 0
+        self.peer = ""
         self._on_made = on_made
         self._on_lost = on_lost
         self._reader: asyncio.Future[None] | None = None
@@ -1998,6 +2000,8 @@ class Connection(asyncio.Protocol):
         transport.set_write_buffer_limits(
             int(self.limits.write_high_water), int(self.limits.write_low_water)
         )
+        name = transport.get_extra_info("peername")
+        self.peer = str(name[0]) if isinstance(name, tuple) else ""
         sock = transport.get_extra_info("socket")
         keep_alive(sock)
         limit_unsent(sock, int(self.limits.write_unsent_size))
@@ -2274,12 +2278,6 @@ class Connection(asyncio.Protocol):
     def tls(self) -> bool:
         """Whether it is encrypted."""
         return self.transport.get_extra_info("sslcontext") is not None
-
-    @property
-    def peer(self) -> str:
-        """The peer's IP address, or "" where there is none."""
-        name = self.transport.get_extra_info("peername")
-        return str(name[0]) if isinstance(name, tuple) else ""
 
 
 _NO_TRANSPORT = asyncio.Transport()
@@ -4768,6 +4766,8 @@ def parse_retry_after(headers: dict[str, str]) -> float | None:
 
 def error_fields(content: bytes) -> dict[str, Any]:
     """The error object of an answer; {} where there is none to be read."""
+    if content.find(b'"error"') < 0 and content.find(b'"detail"') < 0:
+        return {}
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
@@ -5294,11 +5294,10 @@ class Call:
             start = content[:64].lstrip()
             if not start.startswith(b"{"):
                 raise ProtocolError(502, "its answer is not a JSON object")
-            suspect = b'"error"' in content or b'"detail"' in content
-            if suspect and b'"choices"' not in content:
-                fields = error_fields(content)
-                if fields:
-                    raise self._event_error(fields)
+            answers = content.find(b'"choices"') >= 0  # "in" takes 0.2 us more
+            fields = {} if answers else error_fields(content)
+            if fields:
+                raise self._event_error(fields)
         return content
 
     def _event_error(self, error: dict[str, Any]) -> ControllerError:
