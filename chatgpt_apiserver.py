@@ -4863,6 +4863,7 @@ class Pool:
         self.controllers: list[Controller] = []
         self._queue: dict[str, deque[Waiter]] = {}  # by user; who is next is first
         self._wishes: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
+        self._alarm: asyncio.TimerHandle | None = None  # see _set_alarm()
         self._left_at = -math.inf  # when the last agent left
 
     # --- Who is in it
@@ -5026,8 +5027,11 @@ class Pool:
     ) -> Controller:
         loop = asyncio.get_running_loop()
         waiter = Waiter(request, tried, loop.create_future())
+        is_first = not self._queue
         self._queue.setdefault(request.user, deque()).append(waiter)
         self._wishes[waiter.wish] += 1
+        if is_first:
+            self._set_alarm()
         timer = loop.call_later(timeout, self._refuse, waiter, error)
         try:
             return await waiter.future
@@ -5085,6 +5089,22 @@ class Pool:
             users = list(self._queue)
             served = sum(self._serve(user, in_vain, now) for user in users) > 0
 
+    def _set_alarm(self) -> None:
+        """Wake who waits when the next closed controller opens again."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if self._queue:
+            loop = asyncio.get_running_loop()
+            closed = [c.closed_for(loop.time()) for c in self.controllers]
+            soonest = min(filter(None, closed), default=math.inf)
+            if soonest < math.inf:
+                self._alarm = loop.call_later(soonest + 0.001, self._on_alarm)
+
+    def _on_alarm(self) -> None:
+        self.wake()
+        self._set_alarm()
+
     def _serve(self, user: str, in_vain: set[tuple[Any, ...]], now: float) -> bool:
         """Give a slot to the first of a user's requests that can have one."""
         for waiter in self._queue[user]:
@@ -5122,9 +5142,8 @@ class Pool:
 
     def failed(self, controller: Controller, error: ControllerError) -> None:
         """Take a failure into account: cool down, disable."""
-        loop = asyncio.get_running_loop()
         controller.failures += 1
-        health, now = controller.health, loop.time()
+        health, now = controller.health, asyncio.get_running_loop().time()
         before = (health.until > now, health.disabled)
         seconds = health.fail(error, now)
         # Once, not for each request that was under way.
@@ -5132,8 +5151,7 @@ class Pool:
             state = "disabled" if controller.health.disabled else "cooling down"
             reason = in_short(error).removeprefix(f"{controller.name}: ")
             self.report(f"{controller.name} {state} for {seconds:.0f} s: {reason}")
-            if seconds <= self.limits.queue_timeout:
-                loop.call_later(seconds + 0.001, self.wake)
+        self._set_alarm()
 
     def began(self, controller: Controller) -> None:
         """Take an answer's beginning into account: perhaps it is back."""
@@ -5157,6 +5175,7 @@ class Pool:
             limit.reported = True
             seconds = limit.seconds_left()
             self.report(f"{controller.name} disabled for {seconds:.0f} s: {reason}")
+            self._set_alarm()
 
     def call(self, request: APIRequest) -> Call:
         """The way of one request: `async with pool.call(request) as call`."""

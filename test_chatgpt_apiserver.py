@@ -6640,6 +6640,38 @@ def test_who_waits_for_one_model_does_not_keep_another_waiting():
     run(check())
 
 
+@pytest.mark.parametrize("why", ["cooling", "limit", "both"])
+def test_who_waits_is_woken_when_a_controller_opens_again(why, monkeypatch):
+    """Also who came when it had been closed for a while, and while others are busy."""
+
+    async def check():
+        loop = asyncio.get_running_loop()
+        shift = 60 - time.time() % 60 - 0.5  # the minute ends in half a second
+        monkeypatch.setattr(apiserver, "unix_time", lambda: time.time() + shift)
+        pool = Pool(limits=Limits(queue_timeout=0.7))
+        busy = pool_function("busy", max_concurrency=1)
+        limit = {"requests": 1, "per": "minute"} if why != "cooling" else None
+        closed = pool_function("closed", limit=limit)
+        pool.add(busy)
+        pool.add(closed)
+        assert await pool_acquire(pool) is busy
+        if why != "limit":
+            error = apiserver.ControllerError(
+                "closed", apiserver.Failure.RATE_LIMITED, retry_after=1
+            )
+            pool.failed(closed, error)
+        if why != "cooling":
+            closed.limit.count(requests=1)
+        began = loop.time()
+        if why != "limit":
+            await asyncio.sleep(0.4)  # of the second: more than queue_timeout was left
+        assert await pool_acquire(pool) is closed
+        assert 0.3 < loop.time() - began < (0.7 if why == "limit" else 1.1)
+        assert busy.in_flight == 1
+
+    run(check())
+
+
 # --- Failing over
 
 
