@@ -490,17 +490,22 @@ def _take_head(buffer: bytearray, max_size: int, max_line: int) -> list[str] | N
     return lines
 
 
-def _parse_field(line: str, max_size: float = math.inf) -> tuple[str, str]:
-    if len(line) > max_size:
-        raise ProtocolError(431, f"a header field is over {max_size} bytes")
+def _remembered(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """parse, which knows what it parsed before: 0.1 us a line, not 0.5.
+
+    Most lines of a client are the same in each of its requests.  Long ones are
+    not kept, for anybody can send them.
+    """
+    known = functools.lru_cache(maxsize=1024)(parse)
+    return lambda line: known(line) if len(line) <= 256 else parse(line)
+
+
+@_remembered
+def _parse_field(line: str) -> tuple[str, str]:
     match = _FIELD_LINE.fullmatch(line)
     if match is None:
         raise ProtocolError(400, "a header field is malformed")
     return match[1].lower(), match[2].strip("\t ")
-
-
-# Most lines of a client are the same in each of its requests: 0.1 us, not 0.4.
-_known_field = functools.lru_cache(maxsize=1024)(_parse_field)
 
 
 def _join_repeated(headers: Headers, fields: list[tuple[str, str]]) -> None:
@@ -521,18 +526,16 @@ def parse_fields(lines: list[str], max_count: int, max_line: int) -> Headers:
     """
     if len(lines) > max_count:
         raise ProtocolError(431, f"more than {max_count} header fields")
-    short = min(256, max_line)
-    fields = [
-        _known_field(line) if len(line) <= short else _parse_field(line, max_line)
-        for line in lines
-    ]
+    if sum(map(len, lines)) > max_line and max(map(len, lines)) > max_line:
+        raise ProtocolError(431, f"a header field is over {max_line} bytes")
+    fields = list(map(_parse_field, lines))
     headers = Headers(fields)
     if len(headers) < len(fields):
         _join_repeated(headers, fields)
     return headers
 
 
-@functools.lru_cache(maxsize=128)  # a client asks for the same again
+@_remembered
 def _parse_request_line(line: str) -> tuple[str, str, str]:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
@@ -568,7 +571,7 @@ def parse_request_head(
     return Request(method, target, version, headers)
 
 
-@functools.lru_cache(maxsize=16)  # mostly "HTTP/1.1 200 OK"
+@_remembered
 def _parse_status_line(line: str) -> tuple[str, int]:
     match = _STATUS_LINE.fullmatch(line)
     if match is None:
@@ -4027,6 +4030,11 @@ class AgentCall:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    @property
+    def answered(self) -> bool:
+        """Whether get() would return, or raise, at once."""
+        return bool(self._messages) or self._error is not None
+
     async def get(self, deadline: float) -> tuple[str, str]:
         """The next message: kind and data.
 
@@ -4212,8 +4220,9 @@ class AgentController(Controller):
             await self.websocket.send(envelope(id, "ChatGptRequest", _to_ascii(data)))
             kind, text = await call.get(deadline)
         except asyncio.CancelledError:
-            self._owed[id] = self._loop.call_at(deadline, self._forgive, id)
-            self.in_flight += 1
+            if not call.answered:
+                self._owed[id] = self._loop.call_at(deadline, self._forgive, id)
+                self.in_flight += 1
             raise
         finally:
             self.end_call(id)
@@ -4863,6 +4872,7 @@ class Pool:
         self.controllers: list[Controller] = []
         self._queue: dict[str, deque[Waiter]] = {}  # by user; who is next is first
         self._wishes: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
+        self._loop: asyncio.AbstractEventLoop  # of those in the queue
         self._alarm: asyncio.TimerHandle | None = None  # see _set_alarm()
         self._left_at = -math.inf  # when the last agent left
 
@@ -4880,7 +4890,8 @@ class Pool:
         controller.health = health
         controller.on_free = self.wake
         self.controllers.append(controller)
-        self.wake()
+        if self._queue:  # who adds it may be in another thread
+            self._loop.call_soon_threadsafe(self.wake)
 
     def remove(self, controller: Controller) -> None:
         """Let a controller go; its requests in flight end by themselves."""
@@ -5027,10 +5038,11 @@ class Pool:
     ) -> Controller:
         loop = asyncio.get_running_loop()
         waiter = Waiter(request, tried, loop.create_future())
-        is_first = not self._queue
+        if not self._queue:
+            self._loop = loop
         self._queue.setdefault(request.user, deque()).append(waiter)
         self._wishes[waiter.wish] += 1
-        if is_first:
+        if self.waiting == 1:
             self._set_alarm()
         timer = loop.call_later(timeout, self._refuse, waiter, error)
         try:
@@ -5077,12 +5089,18 @@ class Pool:
             self._wishes[waiter.wish] -= 1
             if not self._wishes[waiter.wish]:
                 del self._wishes[waiter.wish]
+            if not self._queue:
+                self._set_alarm()
 
     def wake(self) -> None:
+        """Some controllers may have become free: serve who waits."""
+        if self._queue:
+            self._serve_queue()
+            self._set_alarm()
+
+    def _serve_queue(self) -> None:
         """Give free slots to who waits: one request of each user in turn."""
-        if not self._queue:
-            return
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         in_vain: set[tuple[Any, ...]] = set()  # wishes
         served = True
         while served:
@@ -5090,20 +5108,16 @@ class Pool:
             served = sum(self._serve(user, in_vain, now) for user in users) > 0
 
     def _set_alarm(self) -> None:
-        """Wake who waits when the next closed controller opens again."""
+        """Wake who waits, if anybody does, when the next controller opens again."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
         if self._queue:
-            loop = asyncio.get_running_loop()
-            closed = [c.closed_for(loop.time()) for c in self.controllers]
+            now = self._loop.time()
+            closed = [c.closed_for(now) for c in self.controllers]
             soonest = min(filter(None, closed), default=math.inf)
             if soonest < math.inf:
-                self._alarm = loop.call_later(soonest + 0.001, self._on_alarm)
-
-    def _on_alarm(self) -> None:
-        self.wake()
-        self._set_alarm()
+                self._alarm = self._loop.call_later(soonest + 0.001, self.wake)
 
     def _serve(self, user: str, in_vain: set[tuple[Any, ...]], now: float) -> bool:
         """Give a slot to the first of a user's requests that can have one."""
@@ -5136,7 +5150,7 @@ class Pool:
         if controller.health.trial is request:
             controller.health.trial = None
         if self._queue:
-            self.wake()
+            self._serve_queue()
 
     # --- What answers and failures say
 
@@ -7051,7 +7065,7 @@ class Server:
     # --- What answers
 
     def add(self, controller: Controller) -> None:
-        """Add a controller; ValueError if its name is taken."""
+        """Add a controller, from any thread; ValueError if its name is taken."""
         self.service.pool.add(controller)
 
     def model(self, name: str, **options: Any) -> Callable[[F], F]:

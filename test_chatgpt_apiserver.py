@@ -1114,6 +1114,19 @@ def test_fields_are_judged_in_linear_time(block):
     assert time.process_time() - began < 0.5
 
 
+def test_long_lines_are_not_remembered():
+    parsed = []
+
+    @apiserver._remembered
+    def parse(line):
+        parsed.append(line)
+        return line.upper()
+
+    for line in ("a" * 256, "b" * 257):
+        assert parse(line) == parse(line) == line.upper()
+    assert parsed == ["a" * 256, "b" * 257, "b" * 257]
+
+
 # --- Answers
 
 
@@ -6640,7 +6653,7 @@ def test_who_waits_for_one_model_does_not_keep_another_waiting():
     run(check())
 
 
-@pytest.mark.parametrize("why", ["cooling", "limit", "both"])
+@pytest.mark.parametrize("why", ["cooling", "limit", "both", "enabled"])
 def test_who_waits_is_woken_when_a_controller_opens_again(why, monkeypatch):
     """Also who came when it had been closed for a while, and while others are busy."""
 
@@ -6655,19 +6668,60 @@ def test_who_waits_is_woken_when_a_controller_opens_again(why, monkeypatch):
         pool.add(busy)
         pool.add(closed)
         assert await pool_acquire(pool) is busy
-        if why != "limit":
+        cools = why in ("cooling", "both")
+        if cools:
             error = apiserver.ControllerError(
                 "closed", apiserver.Failure.RATE_LIMITED, retry_after=1
             )
             pool.failed(closed, error)
         if why != "cooling":
             closed.limit.count(requests=1)
+        closed.switched_off = why == "enabled"
         began = loop.time()
-        if why != "limit":
+        if cools:
             await asyncio.sleep(0.4)  # of the second: more than queue_timeout was left
-        assert await pool_acquire(pool) is closed
-        assert 0.3 < loop.time() - began < (0.7 if why == "limit" else 1.1)
+        waiting = asyncio.ensure_future(pool_acquire(pool))
+        await until(lambda: pool.waiting)
+        if why == "enabled":
+            closed.switched_off = False
+            pool.wake()
+        assert await waiting is closed
+        assert 0.3 < loop.time() - began < (1.1 if cools else 0.7)
         assert busy.in_flight == 1
+
+    run(check())
+
+
+def test_nothing_is_left_of_a_queue_that_is_empty_again():
+    async def check():
+        pool = Pool()
+        busy, closed = pool_function("busy", max_concurrency=1), pool_function("closed")
+        pool.add(busy)
+        pool.add(closed)
+        await pool_acquire(pool)
+        error = apiserver.ControllerError(
+            "closed", apiserver.Failure.RATE_LIMITED, retry_after=60
+        )
+        pool.failed(closed, error)
+        leaver = asyncio.ensure_future(pool_acquire(pool))
+        await until(lambda: pool._alarm)
+        leaver.cancel()
+        await asyncio.wait([leaver])
+        assert not pool.waiting and not pool._wishes and pool._alarm is None
+
+    run(check())
+
+
+def test_a_controller_may_be_added_from_another_thread():
+    async def check():
+        pool = Pool()
+        pool.add(pool_function("busy", max_concurrency=1))
+        await pool_acquire(pool)
+        waiting = asyncio.ensure_future(pool_acquire(pool))
+        await until(lambda: pool.waiting)
+        new = pool_function("new")
+        await asyncio.get_running_loop().run_in_executor(None, pool.add, new)
+        assert await asyncio.wait_for(waiting, 2) is new
 
     run(check())
 
@@ -9468,6 +9522,25 @@ def test_one_agent_is_asked_one_thing_at_a_time(tmp_path):
             await agent.reply(id, data["content"])
             replies = [(await each).json()["content"] for each in asks]
             assert replies == ["one", "two"]
+
+    run(check())
+
+
+def test_an_answer_that_comes_as_its_client_leaves_frees_the_agent(tmp_path):
+    async def check():
+        async with (
+            serving(tmp_path) as server,
+            Agent(server.port) as agent,
+            Client(server.port) as client,
+        ):
+            await handler_agents(server, 1)
+            client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
+            id, _ = await agent.request()
+            # Both are there before the server sees either.
+            await agent.reply(id, "eins")
+            client.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+            await until(lambda: server.service.requests_in_flight == 0, 1)
+            assert server.service.agents[agent.id].in_flight == 0
 
     run(check())
 
