@@ -203,7 +203,7 @@ class Limits:
     models_interval = 30.0  # one that has reads its list of models again
 
     # --- Upstreams.
-    connect_timeout = 10.0  # with DNS
+    connect_timeout = 10.0  # with DNS; also for a proxy's answer, a list of models
     tls_timeout = 10.0
     first_byte_timeout = 300.0
     silence_timeout = 120.0  # between two reads of an answer
@@ -213,7 +213,7 @@ class Limits:
     response_header_count = 200
     interim_responses = 16  # 1xx before the answer
     response_size = 64 * 1024 * 1024  # an answer that is not streamed
-    event_size = 8 * 1024 * 1024  # one server-sent event
+    event_size = 8 * 1024 * 1024  # one event; an agent's answer that waits unread
     idle_upstream_timeout = 30.0  # most servers close theirs after 60 s and more
     idle_upstream_connections = 1024  # each costs 155 us and a handshake to reopen
 
@@ -511,11 +511,12 @@ def _parse_field(line: str) -> tuple[str, str]:
 def _join_repeated(headers: Headers, fields: list[tuple[str, str]]) -> None:
     headers.clear()
     for name, value in fields:
-        if name in headers:
-            if name in _SINGLE_FIELDS:
-                raise ProtocolError(400, f"more than one {name} field")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
+        if name not in headers:
+            headers[name] = value
+        elif name in _SINGLE_FIELDS:
+            raise ProtocolError(400, f"more than one {name} field")
+        else:
+            headers[name] += f", {value}"
 
 
 def parse_fields(lines: list[str], max_count: int, max_line: int) -> Headers:
@@ -827,7 +828,7 @@ def end_to_end(
 
 
 def encode_head(start_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    """The bytes of a head: the one place that writes start lines and fields.
+    """The bytes of a head: the one place that writes fields.
 
     Raise ProtocolError(500) for a control character anywhere in it (header
     injection) and for what Latin-1 cannot say.
@@ -1343,8 +1344,7 @@ COMPLETION_PATHS = (CHAT_PATH, "/v1/completions")
 class APIRequest:
     """A request to a controller, understood as far as routing needs.
 
-    method, path  "POST", "/v1/chat/completions"
-    query         the query behind it, or ""
+    path, query   of a POST: "/v1/chat/completions", and what stands behind "?"
     content       bytes as the client sent them
     body          the same parsed, or None if it is not JSON
     model         the model asked for, or None
@@ -1368,7 +1368,6 @@ class APIRequest:
         "deadline",
         "headers",
         "id",
-        "method",
         "model",
         "on_asked",
         "path",
@@ -1383,13 +1382,10 @@ class APIRequest:
         path: str,
         content: bytes = b"",
         *,
-        method: str = "POST",
         query: str = "",
         body: dict[str, Any] | None = None,
         headers: dict[str, str] | None = None,
-        user: str = "",
     ) -> None:
-        self.method = method
         self.path = path
         self.query = query
         self.content = content
@@ -1398,7 +1394,7 @@ class APIRequest:
         self.stream = False
         self.wants_usage = False
         self.headers = headers or {}
-        self.user = user
+        self.user = ""
         self.deadline = math.inf
         self.on_asked: Callable[[], None] | None = None
         self.agent_id: str | None = None
@@ -1984,7 +1980,7 @@ class Connection(asyncio.Protocol):
         self._on_made = on_made
         self._on_lost = on_lost
         self._reader: asyncio.Future[None] | None = None
-        self._writers: deque[asyncio.Future[None]] | None = None
+        self._writers: list[asyncio.Future[None]] = []
         self._reading = True
         self._writable = True
         self._deadline = self.loop.time() + limits.head_timeout
@@ -2005,9 +2001,7 @@ class Connection(asyncio.Protocol):
         )
         name = transport.get_extra_info("peername")
         self.peer = str(name[0]) if isinstance(name, tuple) else ""
-        sock = transport.get_extra_info("socket")
-        keep_alive(sock)
-        limit_unsent(sock, int(self.limits.write_unsent_size))
+        tune(transport.get_extra_info("socket"), int(self.limits.write_unsent_size))
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -2059,10 +2053,10 @@ class Connection(asyncio.Protocol):
         self._release_writers()
 
     def _release_writers(self) -> None:
-        for writer in self._writers or ():
+        for writer in self._writers:
             if not writer.done():
                 writer.set_result(None)
-        self._writers = None
+        self._writers.clear()
 
     async def start_tls(
         self,
@@ -2191,8 +2185,6 @@ class Connection(asyncio.Protocol):
         while not self._writable and not self.lost:
             taken = self.bytes_sent - self.unsent
             writer: asyncio.Future[None] = self.loop.create_future()
-            if self._writers is None:
-                self._writers = deque()
             self._writers.append(writer)
             timer = self.loop.call_later(
                 self.limits.write_timeout, self._cut_if_stalled, taken, writer
@@ -2286,25 +2278,20 @@ class Connection(asyncio.Protocol):
 _NO_TRANSPORT = asyncio.Transport()
 
 
-def keep_alive(sock: Any) -> None:
-    """Have the kernel find a peer that vanished: after 60 s, four probes, 15 s each."""
+_TCP_OPTIONS = {"KEEPIDLE": 60, "KEEPINTVL": 15, "KEEPCNT": 4}
+
+
+def tune(sock: Any, unsent_size: int) -> None:
+    """Have the kernel find a peer that vanished (after 60 s, four probes, 15 s each)
+    and take unsent_size bytes beyond what is under way, as far as it can."""
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("IDLE", 60), ("INTVL", 15), ("CNT", 4)):
-        option = getattr(socket, f"TCP_KEEP{name}", None)
+    for name, value in {**_TCP_OPTIONS, "NOTSENT_LOWAT": unsent_size}.items():
+        option = getattr(socket, f"TCP_{name}", None)
         if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def limit_unsent(sock: Any, size: int) -> None:
-    """Have the kernel take size bytes beyond what is under way, where it can."""
-    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
-    if sock is None or option is None:
-        return
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError):  # it only makes stalls easier to tell
-            sock.setsockopt(socket.IPPROTO_TCP, option, size)
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Address(NamedTuple):
@@ -2499,18 +2486,11 @@ class HTTPClient:
 
     def _take_idle(self) -> Connection | None:
         while self._idle:
-            connection, since = self._idle.popitem()
+            connection, _ = self._idle.popitem()
             connection.on_hangup = None
-            age = connection.loop.time() - since
-            # Bytes that nobody asked for belong to no request of ours.
-            if (
-                connection.eof
-                or connection.buffer
-                or age > self.limits.idle_upstream_timeout
-            ):
-                connection.abort()
-            else:
+            if not connection.buffer:
                 return connection
+            connection.abort()  # bytes that nobody asked for are no answer of ours
         return None
 
     def keep(self, connection: Connection) -> None:
@@ -2623,21 +2603,11 @@ class HTTPClient:
         host: str,
         port: int,
     ) -> None:
-        def finish(
-            result: list[str] | None = None, error: OSError | None = None
-        ) -> None:
-            if lookup.done():
-                return
-            if error is not None:
-                lookup.set_exception(error)
-            else:
-                lookup.set_result(result or [])
-
         try:
-            outcome = functools.partial(finish, self._resolve(host, port))
+            outcome = functools.partial(lookup.set_result, self._resolve(host, port))
         except (OSError, UnicodeError) as error:
             reason = OSError(f"{host} could not be resolved: {error}")
-            outcome = functools.partial(finish, None, reason)
+            outcome = functools.partial(lookup.set_exception, reason)
         with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
             loop.call_soon_threadsafe(outcome)
 
@@ -2903,7 +2873,9 @@ class WebSocket:
         connection = self.connection
         if not connection.buffer:
             self._send_late_pong()
-            connection.set_deadline(connection.loop.time() + self._patience())
+            limits = self.limits
+            wait = limits.pong_timeout if self._silences else limits.ping_interval
+            connection.set_deadline(connection.loop.time() + wait)
             try:
                 if not await connection.receive():
                     self._end(1006)
@@ -2916,10 +2888,6 @@ class WebSocket:
         data = bytes(connection.buffer)
         connection.buffer.clear()
         self._events = self._protocol.receive(data)[::-1]
-
-    def _patience(self) -> float:
-        limits = self.limits
-        return limits.pong_timeout if self._silences else limits.ping_interval
 
     def _fall_silent(self) -> None:
         """An interval without a byte: ask for a sign of life, then give up."""
@@ -3617,7 +3585,7 @@ class Health:
         self._disabled_times = 0
 
     def fail(self, error: ControllerError, now: float) -> float:
-        """Take a failure into account; the seconds for which this closes it, or 0."""
+        """Take a failure into account; the seconds for which it asks to close it."""
         limits = self.limits
         seconds = 0.0
         if error.failure is Failure.RATE_LIMITED:
@@ -3760,12 +3728,32 @@ class Controller:
         self.failures = 0
         self.tokens = 0
         self.on_free: Callable[[], None] = lambda: None  # the pool's
+        self._counts_usage = True  # until it refuses stream_options
 
     async def answer(self, request: APIRequest) -> Answer:
         """Ask it; return once the answer's head is there.
 
-        Raise APIError, OSError, asyncio.TimeoutError or ProtocolError.
+        This is for what speaks the API itself, and has only to _send(); others
+        override it.  Raise APIError, OSError, asyncio.TimeoutError or ProtocolError.
         """
+        model = request.model
+        if model is None and request.ask is not None:
+            model = next(iter(await self.list_models()), None)
+            if model is None:
+                raise APIError(400, "Say which 'model' to ask.", param="model")
+        if model is not None and self.models is not None:
+            model = self.models.get(model, model)
+        include_usage = self._counts_usage and request.counts_usage
+        answer = await self._send(request, request.encode(model, include_usage))
+        if include_usage and answer.status == 400:
+            # Perhaps it does not know stream_options: once more, without.
+            await answer.aclose()
+            answer = await self._send(request, request.encode(model))
+            self._counts_usage = answer.status == 400
+        return answer
+
+    async def _send(self, request: APIRequest, content: bytes) -> Answer:
+        """Ask it once, with this content."""
         raise NotImplementedError
 
     def serves(self, model: str | None) -> bool:
@@ -3910,7 +3898,6 @@ class OpenAIController(Controller):
         self._fields = [("Accept-Encoding", "identity")]
         if api_key:
             self._fields.append(("Authorization", f"Bearer {api_key}"))
-        self._counts_usage = True  # until it refuses stream_options
         self._client = HTTPClient(
             base_url,
             proxy=proxy,
@@ -3923,36 +3910,15 @@ class OpenAIController(Controller):
     def __repr__(self) -> str:
         return f"OpenAIController(name={self.name!r}, base_url={self.base_url!r})"
 
-    async def answer(self, request: APIRequest) -> Answer:
-        model = request.model
-        if model is None and request.ask is not None:
-            model = await self._default_model()
-        if model is not None and self.models is not None:
-            model = self.models.get(model, model)
-        include_usage = self._counts_usage and request.counts_usage
-        answer = await self._send(request, request.encode(model, include_usage))
-        if include_usage and answer.status == 400:
-            # Perhaps it does not know stream_options: once more, without.
-            await answer.aclose()
-            answer = await self._send(request, request.encode(model))
-            self._counts_usage = answer.status == 400
-        return answer
-
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
         return await self._client.request(
-            request.method,
+            "POST",
             request.target[3:],  # the base URL has the "/v1"
             [*self._fields, *request.headers.items()],
             content,
             first_byte_timeout=self.first_byte_timeout,
             deadline=request.deadline,
         )
-
-    async def _default_model(self) -> str:
-        names = await self.list_models()
-        if not names:
-            raise APIError(400, "Say which 'model' to ask.", param="model")
-        return names[0]
 
     async def list_models(self) -> list[str]:
         if self.models is not None:
@@ -4064,8 +4030,10 @@ class AgentCall:
 def envelope(id: str, message: str, data: str = "") -> str:
     """One message between server and agent, as JSON."""
     # json builds an encoder anew for each object, in 3 us; a text takes it 0.2.
-    texts = (_to_ascii(id), _to_ascii(message), _to_ascii(data))
-    return '{"id":%s,"message":%s,"data":%s}' % texts
+    return (
+        f'{{"id":{_to_ascii(id)},"message":{_to_ascii(message)},'
+        f'"data":{_to_ascii(data)}}}'
+    )
 
 
 def parse_envelope(text: str | bytes) -> dict[str, Any]:
@@ -4100,7 +4068,6 @@ class AgentController(Controller):
         self.limits = websocket.limits
         self.on_drain: Callable[[], None] = lambda: None  # it wants no new calls
         self.debug: Callable[[str], None] = lambda line: None
-        self._counts_usage = True  # until it refuses stream_options
         self.heard_at = unix_time()
         self.asked_at: float | None = None
         self._loop = websocket.connection.loop
@@ -4136,6 +4103,7 @@ class AgentController(Controller):
 
     def _ping(self) -> None:
         """Version 1 is pinged in its own words, as the original server did."""
+        self.debug(f"{self.name} is sent 'ping'")
         self.websocket.ping()
         with contextlib.suppress(ConnectionError):
             self.websocket.write(envelope(str(uuid.uuid4()), "ping"))
@@ -4193,7 +4161,7 @@ class AgentController(Controller):
 
     async def answer(self, request: APIRequest) -> Answer:
         if self.version == 2:
-            return await self._answer_api(request)
+            return await super().answer(request)
         return await self._answer_text(request)
 
     async def _answer_text(self, request: APIRequest) -> Answer:
@@ -4216,6 +4184,7 @@ class AgentController(Controller):
         call = self._open_call(id, self.limits.ask_answer_size)
         self.asked_at = unix_time()
         self.websocket.patient = True
+        self.debug(f"{self.name} is sent 'ChatGptRequest'")
         try:
             await self.websocket.send(envelope(id, "ChatGptRequest", _to_ascii(data)))
             kind, text = await call.get(deadline)
@@ -4253,22 +4222,8 @@ class AgentController(Controller):
             body = chat_completion(model, {"content": content}, usage)
         return WholeAnswer(encode_json(body))
 
-    async def _answer_api(self, request: APIRequest) -> Answer:
+    async def _send(self, request: APIRequest, content: bytes) -> Answer:
         """Ask a version 2 agent: any request, any answer, streamed."""
-        model = request.model
-        if model is None and request.ask is not None:
-            model = next(iter(self.models or ()), None)
-            if model is None:
-                raise APIError(400, "Say which 'model' to ask.", param="model")
-        include_usage = self._counts_usage and request.counts_usage
-        answer = await self._call_api(request, request.encode(model, include_usage))
-        if include_usage and answer.status == 400:  # as OpenAIController does
-            await answer.aclose()
-            answer = await self._call_api(request, request.encode(model))
-            self._counts_usage = answer.status == 400
-        return answer
-
-    async def _call_api(self, request: APIRequest, content: bytes) -> Answer:
         id = random_id("call-")
         text = envelope(id, "ApiRequest", self._request_data(request, content))
         if len(text) > self.limits.agent_message_size:  # it would close the socket
@@ -4276,6 +4231,7 @@ class AgentController(Controller):
             raise ControllerError(reason, Failure.NONE, status=413)
         call = self._open_call(id, self.limits.event_size)
         self.asked_at = unix_time()
+        self.debug(f"{self.name} is sent 'ApiRequest'")
         try:
             # One large request after the other: together they would be more than
             # may wait to be sent.
@@ -4292,7 +4248,7 @@ class AgentController(Controller):
     @staticmethod
     def _request_data(request: APIRequest, content: bytes) -> str:
         """What an ApiRequest says; the client's own JSON goes in as it came."""
-        data: dict[str, Any] = {"method": request.method, "path": request.target}
+        data: dict[str, Any] = {"method": "POST", "path": request.target}
         data["headers"] = request.headers
         if request.body is not None:
             return f'{_to_ascii(data)[:-1]},"body":{content.decode()}}}'
@@ -4306,6 +4262,7 @@ class AgentController(Controller):
     def cancel(self, id: str) -> None:
         """Forget a call, and have a version 2 agent stop working on it."""
         if self._calls.pop(id, None) is not None and self.version == 2:
+            self.debug(f"{self.name} is sent 'ApiCancel'")
             with contextlib.suppress(ConnectionError):
                 self.websocket.write(envelope(id, "ApiCancel"))
 
@@ -4388,12 +4345,10 @@ class AgentAnswer(Answer):
 
 
 class WholeAnswer(Answer):
-    """An answer that is there at once, by default JSON."""
+    """JSON that is there at once."""
 
-    def __init__(
-        self, content: bytes, status: int = 200, content_type: str = "application/json"
-    ) -> None:
-        super().__init__(status, {"content-type": content_type})
+    def __init__(self, content: bytes) -> None:
+        super().__init__(200, {"content-type": "application/json"})
         self._content = content
 
     async def read(self) -> bytes:
@@ -4477,8 +4432,9 @@ class FunctionController(Controller):
         return WholeAnswer(result)
 
     def head(self, model: str) -> dict[str, Any]:
-        """The id, object, created and model of an answer."""
-        return chat_completion(model, {})
+        """The id, created and model of an answer."""
+        now = int(unix_time())
+        return {"id": random_id("chatcmpl-"), "created": now, "model": model}
 
     def _late(self) -> ControllerError:
         reason = f"{self.name} was silent for too long"
@@ -4523,8 +4479,7 @@ class FunctionController(Controller):
             kind = type(result).__name__
             raise TypeError(f"{self.name} returned {kind}, not a str, dict or iterator")
         completion = chat_completion(model, result, self._usage(request, result))
-        head = self.head(model)
-        return {**completion, "id": head["id"], "created": head["created"]}
+        return {**completion, **self.head(model)}
 
     @staticmethod
     def _usage(request: APIRequest, message: dict[str, Any]) -> dict[str, int]:
@@ -4947,7 +4902,8 @@ class Pool:
 
         None when nothing is left that has not been tried.  Raise APIError: 404
         when no controller has the model, 503 when there is nobody, all are
-        closed, the queue is full or the wait was too long.
+        closed, the queue is full or the wait was too long, 500 when the agent
+        of the conversation is gone.
         """
         now = asyncio.get_running_loop().time()
         controller = self._choose(request, tried, now)
@@ -5199,7 +5155,7 @@ class Pool:
 class Call:
     """A request's way through the pool; entered, its answer has begun.
 
-    status, headers  of the answer, by name in lower case
+    status, headers  of the answer, by name in lower case; 0 until it has begun
     content          the whole content, or None for a stream: then read()
     controller       who answered, or was asked last
     attempts         how many were asked
@@ -5216,10 +5172,9 @@ class Call:
         self.controller: Controller | None = None
         self.attempts = 0
         self.stream: EventStream | None = None
+        self.ended = False  # read() has given all there is of a stream
         self._answer: Answer | None = None
         self._first = b""
-        self.begun = False  # nobody else will be asked: the answer is this one
-        self._complete = False
 
     async def __aenter__(self) -> Call:
         tried: list[Controller] = []
@@ -5251,7 +5206,7 @@ class Call:
             self._answer = await controller.answer(request)
             self.content = None  # of an attempt before this one
             await self._begin(controller, self._answer)
-            self.begun = True
+            self.status = self._answer.status  # nobody else will be asked
             return None
         except asyncio.CancelledError:
             await self._leave()
@@ -5275,7 +5230,7 @@ class Call:
         try:
             if answer is not None:
                 try:
-                    if self._complete and self.stream is not None:
+                    if self.ended:
                         await answer.finish()
                 finally:  # many clients leave at [DONE]: that cancels finish()
                     await answer.aclose()
@@ -5293,7 +5248,6 @@ class Call:
         coding = headers.get("content-encoding", "identity")
         if coding.lower() != "identity":
             raise ProtocolError(502, f"it sent {coding} content, unasked")
-        self.status = status
         self.headers = headers
         is_stream = headers.get("content-type", "").startswith("text/event-stream")
         if 200 <= status < 300 and is_stream:
@@ -5346,10 +5300,10 @@ class Call:
         else:
             self.stream = EventStream(size)
 
-    async def _next_block(self) -> bytes:
-        assert self._answer is not None and self.stream is not None
+    async def _next_block(self, stream: EventStream) -> bytes:
+        assert self._answer is not None
         piece = await self._answer.read()
-        return self.stream.receive(piece) if piece else self.stream.end()
+        return stream.receive(piece) if piece else stream.end()
 
     async def _await_event(self) -> None:
         """Read up to the first event: until then another may take over."""
@@ -5357,7 +5311,7 @@ class Call:
         while not self.stream.began:
             if self.stream.ended:
                 raise ProtocolError(502, "its stream was empty")
-            self._first = await self._next_block()
+            self._first = await self._next_block(self.stream)
         if self.stream.error is not None:
             raise self._event_error(self.stream.error)
 
@@ -5365,12 +5319,10 @@ class Call:
         """A stream that nobody asked for, put together to one answer."""
         assert self.stream is not None
         stream, self.stream = self.stream, None
-        assert self._answer is not None
         builder = CompletionBuilder()
         size = 0
         while not stream.ended:
-            piece = await self._answer.read()
-            block = stream.receive(piece) if piece else stream.end()
+            block = await self._next_block(stream)
             size += len(block)
             if size > self.pool.limits.response_size:
                 raise ProtocolError(502, "its answer is too large")
@@ -5403,11 +5355,6 @@ class Call:
         self.stream.ended = True
         self._first = events
 
-    @property
-    def ended(self) -> bool:
-        """Whether read() has given all there is of a stream."""
-        return self._complete
-
     async def read(self) -> bytes:
         """The next bytes of a stream for the client; b"" at its end.
 
@@ -5418,11 +5365,11 @@ class Call:
         assert stream is not None
         try:
             while not block and not stream.ended:
-                block = await self._next_block()
+                block = await self._next_block(stream)
         except Exception as caught:
             raise self._broken_off(caught) from None
-        if stream.ended and not self._complete:
-            self._complete = True
+        if stream.ended and not self.ended:
+            self.ended = True
             if stream.error is not None:
                 self._broken_off(self._event_error(stream.error))
             else:
@@ -5551,7 +5498,7 @@ class Log:
 class LogHandler(logging.Handler):
     """Brings what goes to logging into a Log: one line, and where it was raised.
 
-    Of an exception only the type: its text may hold what was asked.
+    Of exc_info only the type: an exception's text may hold what was asked.
     """
 
     def __init__(self, log: Log) -> None:
@@ -5676,7 +5623,7 @@ class Service:
     upstream_errors  "map" (500) or "pass" (429 and 5xx as they are)
     report           takes lines for people
     access           takes access lines, or None
-    debug            takes lines on each connection, attempt and frame
+    debug            takes lines on each connection, attempt and agent's message
     """
 
     ADMIN_ID = ""  # no user in users.json can have it
@@ -5826,10 +5773,8 @@ class UserLoad:
         minute = int(time.monotonic() // 60)
         if minute != self._minute:
             self._minute, self._count = minute, 0
-        in_flight, per_minute = (
-            limits.user_requests_in_flight,
-            limits.user_requests_per_minute,
-        )
+        in_flight = limits.user_requests_in_flight
+        per_minute = limits.user_requests_per_minute
         if in_flight and self.in_flight >= in_flight:
             raise APIError(429, "Too many requests of yours at once.", retry_after=1)
         if per_minute and self._count >= per_minute:
@@ -5882,7 +5827,7 @@ An OpenAI-compatible API in front of upstreams, agents and Python functions.
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address, a name or a Host field's value is this machine's own."""
+    """Whether an address or a name (in a Host field, without port) is this machine."""
     host = address.strip("[]").lower()
     try:
         ip = ipaddress.ip_address(host)
@@ -6089,12 +6034,8 @@ class RequestHandler:
         self.connection.half_close = True
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-            self._heartbeat = None
-        if self._held:
-            self.service.release(self._held)
-            self._held = 0
+        self.service.release(self._held)
         if self._counted and self.user is not None:
-            self._counted = False
             self.service.end_request(self.user)
 
     def _content_is_here(self) -> bool:
@@ -6432,7 +6373,7 @@ class RequestHandler:
         else:
             self.close_connection = True
         status = 200
-        if self.call is not None and self.call.begun:
+        if self.call is not None and self.call.status:
             status = self.call.status
             relayed = self._relayed_fields(self.call)
             relayed.pop("content-type", None)
@@ -6554,11 +6495,7 @@ class RequestHandler:
                 " and the response_id of the answer to continue from.",
             )
         request, conversation = self._ask_request(user, question, *ids)
-        model = body.get("model")
-        if model not in _ABSENT:
-            if not isinstance(model, str):
-                raise APIError(400, "'model' must be a string.")
-            request.model = model
+        request.model = self._optional(body, "model") or None
         call = await self.relay(request)
         if call.status >= 300:
             error = error_fields(call.content or b"")
@@ -6889,7 +6826,7 @@ def source_code() -> bytes | None:
 # -----------------------------------------------------------------------------
 #
 # Server opens the sockets and starts one task for each connection.  Everything
-# that it starts, it holds: after shutdown() no task, thread or socket is left.
+# that it starts, it holds: after shutdown() no task and no socket is left.
 
 
 def open_sockets(listen: str, port: int) -> list[socket.socket]:
@@ -7009,7 +6946,7 @@ class Server:
     upstream_errors  "map" (to 500) or "pass" (429 and 5xx as they are)
     limits           Limits
     log              a Log for lines and access lines; None: warnings go to logging
-    verbose          log each connection, attempt and frame too
+    verbose          log each connection, attempt and agent's message too
 
     Raise ValueError for arguments that cannot be; starting raises OSError when the
     port is taken, and ConfigurationError for a damaged users.json.
@@ -7036,7 +6973,6 @@ class Server:
         self.listen = listen
         self.port = port
         self.url = ""
-        self.log = log
         report = logger.warning if log is None else log.report
         debug = log.report if log is not None and verbose else lambda line: None
         self.service = Service(
@@ -7265,7 +7201,7 @@ class Server:
         for other, handler in self._handlers.items():
             if handler.idle:
                 other.abort()
-                self._lost(other)  # at once: more may come in this turn of the loop
+                del self._handlers[other]  # at once: more may come in this turn
                 return True
         return False
 
@@ -7816,8 +7752,8 @@ def command_model(
                 errors.seek(max(0, errors.seek(0, os.SEEK_END) - 2048))
                 said = errors.read().decode("utf-8", "replace").strip()
                 name = os.path.basename(arguments[0])
-                reason = f"{name} ended with status {status}: {said}"
-                raise ControllerError(reason, Failure.NONE)
+                reason = f"{name} ended with status {status}" + (said and f": {said}")
+                raise ControllerError(reason, Failure.NONE, code="agent_error")
 
     return answer
 
@@ -7862,7 +7798,7 @@ options, with one dash or two:
   --config_file FILE  the configuration (default: none is needed)
   --config_path DIR   folder of chatgpt-apiserver.json (default: the first with
                       one of . .config config /etc/chatgpt-apiserver)
-  -v, --verbose       log each connection, frame and attempt (default: off)
+  -v, --verbose       log connections, attempts, agents' messages (default: off)
   --version           print the version
   -h, --help          print this
 
@@ -8265,19 +8201,13 @@ def given(key: str, args: argparse.Namespace, environ: Mapping[str, str]) -> Any
 # --- Putting it together
 
 
-def load_config(
-    args: argparse.Namespace | list[str], environ: Mapping[str, str]
-) -> Config:
+def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     """What arguments, environment and file say together.
-
-    args     what build_parser() made of the arguments, or they themselves
-    environ  os.environ
 
     Raise ConfigurationError if anything is wrong.  Nothing is kept between calls,
     so a reload is another call.
     """
-    if not isinstance(args, argparse.Namespace):
-        args = build_parser().parse_args(args)
+    args = build_parser().parse_args(argv)
     config = Config()
     config.verbose = bool(args.verbose)
     config.path = find_file(args, environ)
@@ -8440,7 +8370,7 @@ def agent_controllers(
     source = Source("command line")
     if sum(x is not None for x in (args.upstream, args.command, args.config_file)) > 1:
         text = "only one of --upstream, --command and --config_file goes"
-        raise ConfigurationError(f"command line: {text}")
+        raise source.mistake("", text)
     if args.command is not None:
         import shlex
         import shutil
@@ -8597,26 +8527,25 @@ def build_server(config: Config, log: Log) -> Server:
 
 
 class Program:
-    """The server as a program: signals, reloading, the start screen."""
+    """What server and agent have in common as programs: the log and the signals."""
 
-    def __init__(self, argv: list[str]) -> None:
-        self._argv = argv
+    def __init__(self) -> None:
         self._log = Log()
         logger.addHandler(LogHandler(self._log))
         logger.propagate = False
-        self._config = load_config(argv, os.environ)
-        self._server = build_server(self._config, self._log)
+
+    async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        raise NotImplementedError
+
+    def _request_shutdown(self) -> None:
+        raise NotImplementedError
 
     async def run(self) -> None:
         """Serve until a signal says otherwise."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_loop_error)
         self._handle_signals(loop)
-        if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, self._reload)
-        await self._server.start()
-        self._log.write(start_screen(self._server, self._config))
-        await self._server.serve_forever()
+        await self._serve(loop)
         self._log.report("stopped")
         self._log.flush()
 
@@ -8633,13 +8562,33 @@ class Program:
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
         self._log.report(f"shutting down ({name}); once more ends it at once")
-        self._server.request_shutdown()
+        self._request_shutdown()
 
     def _on_loop_error(
         self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
     ) -> None:
         error = context.get("exception")
         self._log.report(f"{context['message']}: {type(error).__name__}")
+
+
+class ServerProgram(Program):
+    """The server as a program: the start screen, reloading."""
+
+    def __init__(self, argv: list[str]) -> None:
+        super().__init__()
+        self._argv = argv
+        self._config = load_config(argv, os.environ)
+        self._server = build_server(self._config, self._log)
+
+    async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        if hasattr(signal, "SIGHUP"):
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
+        await self._server.start()
+        self._log.write(start_screen(self._server, self._config))
+        await self._server.serve_forever()
+
+    def _request_shutdown(self) -> None:
+        self._server.request_shutdown()
 
     def _reload(self) -> None:
         """Read the configuration again; a bad one changes nothing and says so."""
@@ -8651,10 +8600,15 @@ class Program:
         old, self._config = self._config, config
         fixed = ("port", "listen", "api_key", "users", "tls_cert", "tls_key")
         later = [name for name in fixed if getattr(old, name) != getattr(config, name)]
+        if old.limits.connections != config.limits.connections:
+            later.append("limits.connections")
+        # All share one Limits: what is changed in it is changed for all.
+        vars(old.limits).clear()
+        vars(old.limits).update(vars(config.limits))
+        config.limits = old.limits
         service = self._server.service
         service.agents_auth = config.agents_auth
         service.upstream_errors = config.upstream_errors
-        service.limits = service.pool.limits = config.limits
         service.pool.type = config.pool_type
         self._replace_controllers(old, config)
         names = ", ".join(controller["name"] for controller in config.controllers)
@@ -8679,20 +8633,13 @@ class AgentProgram(Program):
     """The agent as a program."""
 
     def __init__(self, argv: list[str]) -> None:
-        self._log = Log()
+        super().__init__()
         self._agent = build_agent(argv, os.environ, self._log)
 
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(self._on_loop_error)
-        self._handle_signals(loop)
+    async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         await self._agent.serve_forever()
-        self._log.report("stopped")
-        self._log.flush()
 
-    def _stop(self, number: int) -> None:
-        name = signal.Signals(number).name
-        self._log.report(f"shutting down ({name}); once more ends it at once")
+    def _request_shutdown(self) -> None:
         self._agent.request_shutdown()
 
 
@@ -8702,9 +8649,8 @@ def raise_file_limit() -> None:
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(
-            ValueError, OSError
-        ):  # macOS: its hard one is too much
+        # macOS: its hard one is too much.
+        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -8712,8 +8658,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command line: 0 after a shutdown, 1 if it cannot run, 2 for a mistake."""
     try:
         arguments = sys.argv[1:] if argv is None else argv
-        is_agent = arguments[:1] == ["agent"]
-        program = AgentProgram(arguments[1:]) if is_agent else Program(arguments)
+        program: Program
+        if arguments[:1] == ["agent"]:
+            program = AgentProgram(arguments[1:])
+        else:
+            program = ServerProgram(arguments)
         raise_file_limit()
         asyncio.run(program.run())
     except ConfigurationError as error:

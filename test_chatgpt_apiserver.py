@@ -2357,7 +2357,7 @@ def test_chat_request_is_understood_and_sent_on_as_it_came():
     )
     request = apiserver.parse_chat_request(content)
     assert (request.model, request.stream, request.wants_usage) == ("m", False, False)
-    assert (request.method, request.path) == ("POST", "/v1/chat/completions")
+    assert request.path == "/v1/chat/completions"
     assert request.content == content
     assert request.encode() == request.encode("m") == content
     assert not request.counts_usage
@@ -11208,6 +11208,30 @@ def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
 
 
 @needs_posix
+def test_sighup_changes_the_limits_of_what_stays(tmp_path):
+    async def check():
+        async def silent(request, writer):
+            await asyncio.sleep(60)
+
+        async with Upstream(silent) as upstream:
+            config = {"api_key": "k", "base_url": upstream.url}
+            entries = [{"type": "openai", "name": "kept", "config": config}]
+            write_config(tmp_path, controllers=entries)
+            with program_in(tmp_path) as program:
+                port = program.port  # it has started
+                limits = {"first_byte_timeout": 0.2, "connections": 9}
+                write_config(tmp_path, controllers=entries, limits=limits)
+                program.signal(signal.SIGHUP)
+                program.wait_for("only a restart changes limits.connections")
+                reply = await asyncio.wait_for(echo(port, model="kept"), 10)
+                assert reply.status == 504
+                program.signal(signal.SIGTERM)
+                assert program.end() == 0 and "Error" not in program.stderr
+
+    run(check(), 30)
+
+
+@needs_posix
 def test_sighup_takes_over_a_controller_with_an_agents_name_and_changes(tmp_path):
     """An agent's name is a label of its own: it must not confuse a reload."""
 
@@ -12025,12 +12049,16 @@ def test_a_program_that_fails_tells_why(tmp_path):
     script = "import sys; print('Hi', flush=True); sys.exit('no model here')"
 
     async def check():
-        async with serving(tmp_path) as server, agent_of(server, agent_command(script)):
+        command = agent_command(script)
+        async with serving(tmp_path) as server, agent_of(server, command) as agent:
             reply = await ask(server.port, "POST", CHAT_API, CHAT)
             assert reply.status == 500
             assert "status 1: no model here" in reply.json()["error"]["message"]
             reply = await ask(server.port, "POST", CHAT_API, STREAMED)
             assert "Hi" in reply.events()[0] and "no model here" in reply.events()[-1]
+            # Not in the log: it may say again what was asked.
+            assert agent.log.has("ended with status 1")
+            assert not agent.log.has("no model here")
 
     run(check())
 
@@ -12334,6 +12362,23 @@ def test_an_agent_that_sleeps_is_found_and_comes_back(tmp_path):
             run(until(lambda: server.stderr.count(" joined from ") == 2, 10))
             reply = fetch(server.port, "POST", "/v1/chat/completions", CHAT)
             assert reply.json()["choices"][0]["message"]["content"] == "1\n"
+
+
+@needs_posix
+def test_what_goes_wrong_in_an_agent_is_one_line_of_its_log(tmp_path):
+    program = tmp_path / "prog"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    with Program("0", KEY, cwd=tmp_path) as server:
+        options = ("--key", KEY, "--command", str(program))
+        url = f"http://127.0.0.1:{server.port}"
+        with Program("agent", url, *options, cwd=tmp_path) as agent:
+            agent.wait_for("connected to")
+            program.unlink()
+            reply = fetch(server.port, "POST", CHAT_URL, {**CHAT, "model": "prog"})
+            assert reply.status == 500
+            agent.wait_for(r"prog failed.*FileNotFoundError in ")
+            assert "Traceback" not in agent.stderr
 
 
 # -----------------------------------------------------------------------------
