@@ -2131,6 +2131,7 @@ class Connection(asyncio.Protocol):
             await reader
         finally:
             self._reader = None
+            del reader  # it holds a TimeoutError that holds this frame that holds it
         return len(self.buffer) > size or not self.eof
 
     async def read(self, parse: Callable[[bytearray], T | None]) -> T | None:
@@ -2713,7 +2714,7 @@ class WebSocket:
     peer's pings and finds out that it has vanished: one task has to.
 
     patient    the peer may be too busy to answer pings: do not cut it
-    heartbeat  what is sent into a silence; by default a ping
+    heartbeat  sends something into a silence; None is for a ping
     """
 
     def __init__(
@@ -2729,7 +2730,7 @@ class WebSocket:
         self.close_code = 1006
         self.close_reason = ""
         self.patient = False
-        self.heartbeat: Callable[[], None] = self.ping
+        self.heartbeat: Callable[[], None] | None = None
         self._protocol = WebSocketProtocol(
             side,
             max_size=limits.message_size if max_size is None else max_size,
@@ -2896,8 +2897,10 @@ class WebSocket:
             self._end(1011, "no answer to a ping")
             self._write(self._protocol.close(1011, self.close_reason))
             self.connection.reset()  # it would not read a close frame either
-        else:
+        elif self.heartbeat is not None:
             self.heartbeat()
+        else:
+            self.ping()
 
     def _take_control(self, event: Ping | Pong | Close) -> None:
         if isinstance(event, Close):
@@ -4017,6 +4020,7 @@ class AgentCall:
             finally:
                 timer.cancel()
                 self._waiter = None
+                del waiter  # see Connection.receive()
         kind, data = self._messages.popleft()
         self._size -= len(data) + self.MESSAGE_COST
         return kind, data
@@ -4066,7 +4070,8 @@ class AgentController(Controller):
         self.credential = credential
         self.user: User | None = None  # whose token that is, if it is one
         self.limits = websocket.limits
-        self.on_drain: Callable[[], None] = lambda: None  # it wants no new calls
+        # It wants no new calls.
+        self.on_drain: Callable[[Controller], None] = lambda controller: None
         self.debug: Callable[[str], None] = lambda line: None
         self.heard_at = unix_time()
         self.asked_at: float | None = None
@@ -4124,8 +4129,9 @@ class AgentController(Controller):
                 elif kind == "Models" and isinstance(data, str) and self.version == 2:
                     self._change_models(data)
                 elif kind == "Drain" and self.version == 2:
-                    self.on_drain()
+                    self.on_drain(self)
         finally:
+            self.websocket.heartbeat = None  # it would hold us, as we hold it
             for timer in self._owed.values():
                 timer.cancel()
             reason = f"{self.name} has left"
@@ -5011,6 +5017,7 @@ class Pool:
         finally:
             timer.cancel()
             self._leave_queue(waiter)
+            del waiter, error  # see Connection.receive()
 
     def _make_room(self, request: APIRequest) -> None:
         """Keep the queue bounded: who has most in it gives way."""
@@ -5414,6 +5421,8 @@ class Call:
             self.pool.failed(self.controller, error)
         else:
             self.controller.failures += 1
+        # It leads to frames that hold the request's content, and lead back to it.
+        caught.__traceback__ = None
         return error
 
 
@@ -5986,6 +5995,7 @@ class RequestHandler:
         self.request = None
         self.request_id = random_id("req_")
         self.close_connection = True
+        error.__traceback__ = None  # as in Call._explain()
         self.send_error(APIError(error.status, f"Bad request: {error}."))
         self.log_request()
         await self.connection.linger()
@@ -6027,6 +6037,7 @@ class RequestHandler:
             self._end_request()
             if self.websocket is None:  # a websocket's line came with its 101
                 self.log_request()
+            self.call = None  # or its content stays as long as the connection
         if self._content_left and self.websocket is None:
             await self._skip_content(request)
 
@@ -6295,6 +6306,7 @@ class RequestHandler:
 
     def _fail(self, error: APIError) -> None:
         """Answer an error: with a status, or as the last event of a stream."""
+        error.__traceback__ = None  # as in Call._explain()
         if not self.head_sent:
             self.send_error(error)
             return
@@ -6655,7 +6667,7 @@ class RequestHandler:
             return
         agent.debug = service.debug
         service.register(agent, claimed)
-        agent.on_drain = functools.partial(service.pool.remove, agent)
+        agent.on_drain = service.pool.remove
         service.report(f"agent {agent.name} joined from {self.connection.peer}")
         try:
             if agent.version == 2:  # the id it got; and pings are answered here
@@ -7206,7 +7218,10 @@ class Server:
         return False
 
     def _lost(self, connection: Connection) -> None:
-        self._handlers.pop(connection, None)
+        handler = self._handlers.pop(connection, None)
+        if handler is not None:
+            handler.task = None  # it may hold an error that holds all its frames
+        connection.on_hangup = None
         self.service.debug(f"connection from {connection.peer} ended")
 
 
@@ -7544,7 +7559,7 @@ class Agent:
         if parse_envelope(data).get("version") == 2:
             self.id = id
             websocket.patient = False
-            websocket.heartbeat = websocket.ping
+            websocket.heartbeat = None
             return
         self.id = self.id or id
         hello = {"version": 2, "name": self.name, "models": self.serves}

@@ -13611,6 +13611,103 @@ def test_content_that_is_only_announced_takes_no_room(tmp_path):
     run(check())
 
 
+def garbage():
+    """Objects of the module, and frames in it, that only the collector would free."""
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    gc.set_debug(0)
+    found = [
+        thing
+        for thing in gc.garbage
+        if type(thing).__module__ == apiserver.__name__
+        or (inspect.isframe(thing) and thing.f_code.co_filename == apiserver.__file__)
+    ]
+    gc.garbage.clear()
+    gc.collect()
+    return found
+
+
+async def client_breaks_http(server):
+    async with Client(server.port) as client:
+        client.send(b"GET / HTTP/1.1\r\nno field\r\n\r\n")
+        assert (await client.read_reply()).status == 400
+
+
+async def client_leaves(server, model):
+    async with Client(server.port) as client:
+        body = chat_body(model=model)
+        client.send(request_bytes("POST", "/v1/chat/completions", body))
+        await until(lambda: server.service.requests_in_flight > (model == "gate"))
+
+
+async def agent_comes_and_goes(server):
+    async with Agent(server.port) as agent:
+        assert (await agent.receive())["message"] == "ping"
+    await handler_agents(server, 0)
+
+
+@pytest.mark.parametrize(
+    "request_once",
+    [
+        lambda server: chat(server, model="mock/echo"),
+        lambda server: chat(server, model="mock/echo", stream=True),
+        lambda server: chat(server, model="mock/500"),
+        lambda server: chat(server, model="nobody's"),
+        lambda server: chat(server, model="silent"),
+        lambda server: chat(server, model="drops"),
+        lambda server: chat(server, model="fails"),
+        lambda server: chat(server, model="gate"),
+        lambda server: client_leaves(server, "silent"),
+        lambda server: client_leaves(server, "gate"),
+        client_breaks_http,
+        agent_comes_and_goes,
+    ],
+    ids="whole stream error nobody silent drops fails queue leaves leaves-queue broken"
+    " agent".split(),
+)
+def test_what_a_request_holds_is_freed_with_it(tmp_path, request_once):
+    """It may be 32 MiB, and the garbage collector comes when it comes."""
+
+    async def check():
+        limits = Limits(
+            first_byte_timeout=0.3,
+            queue_timeout=0.1,
+            ping_interval=0.1,
+            cool_failures=1000,
+            agent_return_window=0,
+        )
+        gate = PoolGate(models=["gate"], max_concurrency=1)
+        async with (
+            Upstream(upstream_hangs) as silent,
+            Upstream(upstream_drops) as drops,
+            Upstream(error_reply(500)) as fails,
+            serving(
+                tmp_path,
+                silent.controller(models=["silent"], limits=limits),
+                drops.controller(models=["drops"], limits=limits),
+                fails.controller(models=["fails"], limits=limits),
+                gate.controller,
+                limits=limits,
+            ) as server,
+            handler_task(chat(server, model="gate")),
+        ):
+            await until(lambda: gate.asked)
+            await request_once(server)  # what is made once is there
+            await until(lambda: len(server._handlers) == 1)
+            gc.collect()
+            gc.disable()
+            try:
+                await request_once(server)
+                await until(lambda: len(server._handlers) == 1)
+                await asyncio.sleep(0.05)  # for what ends after the connection
+                assert garbage() == []
+            finally:
+                gc.enable()
+            gate.let()
+
+    run(check())
+
+
 def test_the_log_does_not_repeat_what_an_upstream_says(tmp_path, caplog):
     async def check():
         error = {"message": "too long: PROMPT", "type": "x", "code": "overloaded"}
