@@ -4942,10 +4942,9 @@ class Pool:
             raise self._all_closed(closed, now)
         if request.agent_id is not None:
             raise APIError(500, "Connection no longer exists", code="agent_lost")
-        nobody = self._nobody(request)
         if now - self._left_at < self.limits.agent_return_window:
-            return self.limits.agent_return_timeout, nobody
-        raise nobody
+            return self.limits.agent_return_timeout, self._nobody(request)
+        raise self._nobody(request)
 
     def _nobody(self, request: APIRequest) -> APIError:
         if any(c.serves(request.model) for c in self.controllers):
@@ -5195,7 +5194,10 @@ class Call:
             if error is None:
                 return self
         assert error is not None
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # or it holds this frame, which holds it
 
     async def _attempt(self, controller: Controller) -> ControllerError | None:
         """Ask one controller; None if its answer has begun, else why not."""
@@ -7585,7 +7587,7 @@ class Agent:
             try:
                 outcome = await answer(id, data)
             except APIError as error:
-                outcome = f"failed: {error.message}"
+                outcome = f"failed: {in_short(error)}"
                 await self._send(id, "error", error.message[:4096])
             except ConnectionError:
                 raise
@@ -7619,7 +7621,7 @@ class Agent:
             if begun:
                 raise
             await self._send_refusal(id, error)
-            return f"refused ({error.status}): {error.message}"
+            return f"refused ({error.status}): {in_short(error)}"
 
     def _read_request(self, data: str) -> APIRequest:
         """The request in an ApiRequest; APIError(400) for what is not served."""

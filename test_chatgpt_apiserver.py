@@ -12050,7 +12050,10 @@ def test_a_program_that_fails_tells_why(tmp_path):
 
     async def check():
         command = agent_command(script)
-        async with serving(tmp_path) as server, agent_of(server, command) as agent:
+        async with (
+            serving(tmp_path) as server,
+            agent_of(server, command, verbose=True) as agent,
+        ):
             reply = await ask(server.port, "POST", CHAT_API, CHAT)
             assert reply.status == 500
             assert "status 1: no model here" in reply.json()["error"]["message"]
