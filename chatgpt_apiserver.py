@@ -4119,17 +4119,8 @@ class AgentController(Controller):
         """Read the agent's messages until it leaves."""
         try:
             async for message in self.websocket:
-                self.heard_at = unix_time()
-                said = parse_envelope(message)
-                kind = said.get("message")
-                data = said.get("data")
-                self.debug(f"{self.name} says {str(kind)[:40]!r}")
-                if kind in self.REPLIES:
-                    self._deliver(str(said.get("id")), str(kind), data)
-                elif kind == "Models" and isinstance(data, str) and self.version == 2:
-                    self._change_models(data)
-                elif kind == "Drain" and self.version == 2:
-                    self.on_drain(self)
+                self._hear(parse_envelope(message))
+                del message  # it may be large, and the next one far
         finally:
             self.websocket.heartbeat = None  # it would hold us, as we hold it
             for timer in self._owed.values():
@@ -4137,6 +4128,17 @@ class AgentController(Controller):
             reason = f"{self.name} has left"
             for call in self._calls.values():
                 call.fail(ControllerError(reason, Failure.NONE, code="agent_lost"))
+
+    def _hear(self, said: dict[str, Any]) -> None:
+        self.heard_at = unix_time()
+        kind, data = said.get("message"), said.get("data")
+        self.debug(f"{self.name} says {str(kind)[:40]!r}")
+        if kind in self.REPLIES:
+            self._deliver(str(said.get("id")), str(kind), data)
+        elif kind == "Models" and isinstance(data, str) and self.version == 2:
+            self._change_models(data)
+        elif kind == "Drain" and self.version == 2:
+            self.on_drain(self)
 
     def _deliver(self, id: str, kind: str, data: Any) -> None:
         """Hand a message to its call; late is not wrong, it is dropped quietly."""
@@ -7515,6 +7517,7 @@ class Agent:
             with contextlib.suppress(ConnectionError):
                 async for message in websocket:
                     await self._take(parse_envelope(message))
+                    del message  # it may be large, and the next one far
                     if self._joined_at:
                         timer.cancel()
         finally:
@@ -8548,8 +8551,6 @@ class Program:
 
     def __init__(self) -> None:
         self._log = Log()
-        logger.addHandler(LogHandler(self._log))
-        logger.propagate = False
 
     async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         raise NotImplementedError
@@ -8562,7 +8563,14 @@ class Program:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_loop_error)
         self._handle_signals(loop)
-        await self._serve(loop)
+        handler = LogHandler(self._log)
+        logger.addHandler(handler)
+        logger.propagate = False
+        try:
+            await self._serve(loop)
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = True
         self._log.report("stopped")
         self._log.flush()
 
