@@ -4835,7 +4835,7 @@ class Pool:
         self.controllers: list[Controller] = []
         self._queue: dict[str, deque[Waiter]] = {}  # by user; who is next is first
         self._wishes: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
-        self._loop: asyncio.AbstractEventLoop  # of those in the queue
+        self._loop: asyncio.AbstractEventLoop | None = None  # of who asks
         self._alarm: asyncio.TimerHandle | None = None  # see _set_alarm()
         self._left_at = -math.inf  # when the last agent left
 
@@ -4853,8 +4853,9 @@ class Pool:
         controller.health = health
         controller.on_free = self.wake
         self.controllers.append(controller)
-        if self._queue:  # who adds it may be in another thread
-            self._loop.call_soon_threadsafe(self.wake)
+        if self._loop is not None:  # who adds it may be in another thread
+            with contextlib.suppress(RuntimeError):  # that loop has been closed
+                self._loop.call_soon_threadsafe(self.wake)
 
     def remove(self, controller: Controller) -> None:
         """Let a controller go; its requests in flight end by themselves."""
@@ -4913,7 +4914,8 @@ class Pool:
         closed, the queue is full or the wait was too long, 500 when the agent
         of the conversation is gone.
         """
-        now = asyncio.get_running_loop().time()
+        self._loop = loop = asyncio.get_running_loop()
+        now = loop.time()
         controller = self._choose(request, tried, now)
         if controller is not None:
             self._take(controller, request)
@@ -5001,8 +5003,6 @@ class Pool:
     ) -> Controller:
         loop = asyncio.get_running_loop()
         waiter = Waiter(request, tried, loop.create_future())
-        if not self._queue:
-            self._loop = loop
         self._queue.setdefault(request.user, deque()).append(waiter)
         self._wishes[waiter.wish] += 1
         if self.waiting == 1:
@@ -5064,7 +5064,7 @@ class Pool:
 
     def _serve_queue(self) -> None:
         """Give free slots to who waits: one request of each user in turn."""
-        now = self._loop.time()
+        now = asyncio.get_running_loop().time()
         in_vain: set[tuple[Any, ...]] = set()  # wishes
         served = True
         while served:
@@ -5077,11 +5077,11 @@ class Pool:
             self._alarm.cancel()
             self._alarm = None
         if self._queue:
-            now = self._loop.time()
-            closed = [c.closed_for(now) for c in self.controllers]
+            loop = asyncio.get_running_loop()
+            closed = [c.closed_for(loop.time()) for c in self.controllers]
             soonest = min(filter(None, closed), default=math.inf)
             if soonest < math.inf:
-                self._alarm = self._loop.call_later(soonest + 0.001, self.wake)
+                self._alarm = loop.call_later(soonest + 0.001, self.wake)
 
     def _serve(self, user: str, in_vain: set[tuple[Any, ...]], now: float) -> bool:
         """Give a slot to the first of a user's requests that can have one."""
@@ -5223,8 +5223,10 @@ class Call:
             await self._leave()
             raise
         except Exception as caught:
-            error = self._explain(caught)
-            await self._leave()
+            try:
+                error = self._explain(caught)
+            finally:
+                await self._leave()
             if not isinstance(error, ControllerError):
                 raise error from None
             which = f"attempt {self.attempts} of {request.id or 'a request'}"
@@ -5426,7 +5428,7 @@ class Call:
         else:
             self.controller.failures += 1
         # It leads to frames that hold the request's content, and lead back to it.
-        caught.__traceback__ = None
+        caught.with_traceback(None)  # a frozen dataclass lets nobody assign it
         return error
 
 
@@ -5999,7 +6001,7 @@ class RequestHandler:
         self.request = None
         self.request_id = random_id("req_")
         self.close_connection = True
-        error.__traceback__ = None  # as in Call._explain()
+        error.with_traceback(None)  # as in Call._explain()
         self.send_error(APIError(error.status, f"Bad request: {error}."))
         self.log_request()
         await self.connection.linger()
@@ -6310,7 +6312,7 @@ class RequestHandler:
 
     def _fail(self, error: APIError) -> None:
         """Answer an error: with a status, or as the last event of a stream."""
-        error.__traceback__ = None  # as in Call._explain()
+        error.with_traceback(None)  # as in Call._explain()
         if not self.head_sent:
             self.send_error(error)
             return

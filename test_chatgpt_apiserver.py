@@ -6719,9 +6719,39 @@ def test_a_controller_may_be_added_from_another_thread():
         await pool_acquire(pool)
         waiting = asyncio.ensure_future(pool_acquire(pool))
         await until(lambda: pool.waiting)
-        new = pool_function("new")
+        new = pool_function("new", max_concurrency=1)
         await asyncio.get_running_loop().run_in_executor(None, pool.add, new)
         assert await asyncio.wait_for(waiting, 2) is new
+        make_room = pool._make_room
+
+        def add_first(request):
+            """In the moment between finding nobody and joining the queue."""
+            thread = threading.Thread(target=pool.add, args=(pool_function("late"),))
+            thread.start()
+            thread.join()
+            make_room(request)
+
+        pool._make_room = add_first
+        assert (await asyncio.wait_for(pool_acquire(pool), 2)).name == "late"
+
+    run(check())
+
+
+def test_an_exception_that_cannot_be_changed_costs_no_slot(tmp_path):
+    class Frozen(Exception):
+        def __setattr__(self, name, value):
+            raise AttributeError(name)
+
+    class Own(apiserver.Controller):
+        async def answer(self, request):
+            raise Frozen
+
+    async def check():
+        own = Own("own", max_concurrency=1)
+        async with serving(tmp_path, own) as server:
+            for _ in range(2):
+                assert (await asyncio.wait_for(chat(server), 5)).status == 500
+                assert own.in_flight == 0
 
     run(check())
 
