@@ -2291,7 +2291,7 @@ def tune(sock: Any, unsent_size: int) -> None:
     for name, value in {**_TCP_OPTIONS, "NOTSENT_LOWAT": unsent_size}.items():
         option = getattr(socket, f"TCP_{name}", None)
         if option is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # we do without what it refuses
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
@@ -5163,10 +5163,12 @@ class Pool:
 class Call:
     """A request's way through the pool; entered, its answer has begun.
 
-    status, headers  of the answer, by name in lower case; 0 until it has begun
-    content          the whole content, or None for a stream: then read()
-    controller       who answered, or was asked last
-    attempts         how many were asked
+    status      of the answer; 0 until it has begun
+    headers     of the answer, by name in lower case
+    content     the whole content, or None for a stream: then read()
+    controller  who answered, or was asked last
+    attempts    how many were asked
+    ended       read() has given all there is of a stream
 
     Entering raises APIError; so does read(), for a stream that breaks.
     """
@@ -5180,7 +5182,7 @@ class Call:
         self.controller: Controller | None = None
         self.attempts = 0
         self.stream: EventStream | None = None
-        self.ended = False  # read() has given all there is of a stream
+        self.ended = False
         self._answer: Answer | None = None
         self._first = b""
 
@@ -6358,6 +6360,8 @@ class RequestHandler:
 
     def _beat(self) -> None:
         """Send a comment into a long silence, or proxies in between hang up."""
+        if self.call is not None and self.call.ended:
+            return  # the last chunk is out: a byte more would begin the next answer
         due = self._written_at + self.limits.heartbeat_interval
         if self.loop.time() >= due:
             due = self.loop.time() + self.limits.heartbeat_interval

@@ -10132,6 +10132,24 @@ def test_waiting_client_gets_comments(tmp_path):
     run(check())
 
 
+def test_no_comment_follows_the_end_of_a_stream(tmp_path):
+    async def check():
+        async def behave(request, writer):
+            writer.write(STREAM_HEAD + chunked(chunk("Hi", "stop") + DONE))
+            await asyncio.sleep(60)  # its last chunk is waited for, a moment
+
+        limits = Limits(heartbeat_interval=0.05)
+        async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+            async with Client(server.port) as client:
+                for _ in range(2):  # on one connection
+                    client.send(request_bytes("POST", CHAT_URL, STREAM))
+                    reply = await client.read_reply()
+                    assert reply.content == chunk("Hi", "stop") + DONE
+                    await asyncio.sleep(0.3)
+
+    run(check())
+
+
 def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
     """While another controller is asked, the failed one's status is nobody's."""
 
