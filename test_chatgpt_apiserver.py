@@ -12,6 +12,7 @@ import contextlib
 import email.utils
 import errno
 import faulthandler
+import functools
 import gc
 import inspect
 import json
@@ -88,6 +89,18 @@ faulthandler.dump_traceback_later(180, exit=True)
 def run(work, timeout=20):
     """Run a coroutine to its end, in an event loop of its own."""
     return asyncio.run(asyncio.wait_for(work, timeout))
+
+
+def flow(test=None, *, timeout=20):
+    """Decorate an async test: it runs in an event loop of its own."""
+    if test is None:
+        return functools.partial(flow, timeout=timeout)
+
+    @functools.wraps(test)
+    def run_test(*args, **kwargs):
+        run(test(*args, **kwargs), timeout)
+
+    return run_test
 
 
 async def until(condition, timeout=5.0):
@@ -507,19 +520,17 @@ def command(*arguments, cwd, env=None, timeout=15):
     return done.returncode, done.stderr
 
 
-def test_the_harness_reaches_the_server(tmp_path):
-    async def check():
-        async with (
-            Upstream() as upstream,
-            serving(tmp_path, upstream.controller()) as server,
-            Agent(server.port) as agent,
-        ):
-            reply = await ask(server.port, "POST", "/v1/chat/completions", CHAT)
-            assert reply.status == 200 and reply.headers["content-type"]
-            await until(lambda: server.service.agents)
-            assert agent.id in server.service.agents
-
-    run(check())
+@flow
+async def test_the_harness_reaches_the_server(tmp_path):
+    async with (
+        Upstream() as upstream,
+        serving(tmp_path, upstream.controller()) as server,
+        Agent(server.port) as agent,
+    ):
+        reply = await ask(server.port, "POST", "/v1/chat/completions", CHAT)
+        assert reply.status == 200 and reply.headers["content-type"]
+        await until(lambda: server.service.agents)
+        assert agent.id in server.service.agents
 
 
 # -----------------------------------------------------------------------------
@@ -3241,73 +3252,63 @@ def connection_cut(writer):
 # --- Reading
 
 
-def test_deadline_is_absolute_although_bytes_trickle():
-    async def check():
-        async with connection_pair(head_timeout=0.15) as (connection, _, writer):
-            began = time.monotonic()
-            trickle = asyncio.ensure_future(connection_trickle(writer, b"GET /" * 30))
-            with pytest.raises(asyncio.TimeoutError):
-                await connection.read(apiserver.parse_request_head)
-            assert 0.1 < time.monotonic() - began < 2  # and not the trickle's 3 s
-            assert connection.buffer.startswith(b"GET")
-            trickle.cancel()
-
-    run(check())
+@flow
+async def test_deadline_is_absolute_although_bytes_trickle():
+    async with connection_pair(head_timeout=0.15) as (connection, _, writer):
+        began = time.monotonic()
+        trickle = asyncio.ensure_future(connection_trickle(writer, b"GET /" * 30))
+        with pytest.raises(asyncio.TimeoutError):
+            await connection.read(apiserver.parse_request_head)
+        assert 0.1 < time.monotonic() - began < 2  # and not the trickle's 3 s
+        assert connection.buffer.startswith(b"GET")
+        trickle.cancel()
 
 
-def test_deadline_can_be_moved_both_ways():
-    async def check():
-        async with connection_pair(head_timeout=0.01) as (connection, _, writer):
-            now = connection.loop.time()
-            connection.set_deadline(now + 60)
-            writer.write(b"a")
-            assert await connection.receive()
-            connection.set_deadline(now + 0.05)
-            with pytest.raises(asyncio.TimeoutError):
-                await connection.receive()
-
-    run(check())
+@flow
+async def test_deadline_can_be_moved_both_ways():
+    async with connection_pair(head_timeout=0.01) as (connection, _, writer):
+        now = connection.loop.time()
+        connection.set_deadline(now + 60)
+        writer.write(b"a")
+        assert await connection.receive()
+        connection.set_deadline(now + 0.05)
+        with pytest.raises(asyncio.TimeoutError):
+            await connection.receive()
 
 
 @pytest.mark.parametrize("size, reading", [(999, True), (1000, True), (1001, False)])
-def test_reading_pauses_once_more_than_pipelined_size_waits(size, reading):
-    async def check():
-        async with connection_pair(pipelined_size=1000) as (connection, _, writer):
-            writer.write(bytes(size))
-            await until(lambda: len(connection.buffer) == size)
-            assert connection.transport.is_reading() is reading
-            connection.buffer.clear()
-            writer.write(b"more")
-            assert await connection.receive()  # goes on reading
-            assert connection.buffer == b"more"
-
-    run(check())
+@flow
+async def test_reading_pauses_once_more_than_pipelined_size_waits(size, reading):
+    async with connection_pair(pipelined_size=1000) as (connection, _, writer):
+        writer.write(bytes(size))
+        await until(lambda: len(connection.buffer) == size)
+        assert connection.transport.is_reading() is reading
+        connection.buffer.clear()
+        writer.write(b"more")
+        assert await connection.receive()  # goes on reading
+        assert connection.buffer == b"more"
 
 
-def test_a_peer_that_nobody_reads_cannot_fill_the_memory():
-    async def check():
-        async with connection_pair(pipelined_size=1000) as (connection, _, writer):
-            writer.write(bytes(32 * 1024 * 1024))
-            await until(lambda: not connection.transport.is_reading())
-            assert len(connection.buffer) <= 1000 + 256 * 1024
-            decoder = apiserver.SizedDecoder(32 * 1024 * 1024)
-            size = 0
-            while not decoder.complete:
-                size += len(await connection.read_content(decoder, 5))
-            assert size == 32 * 1024 * 1024
-
-    run(check())
+@flow
+async def test_a_peer_that_nobody_reads_cannot_fill_the_memory():
+    async with connection_pair(pipelined_size=1000) as (connection, _, writer):
+        writer.write(bytes(32 * 1024 * 1024))
+        await until(lambda: not connection.transport.is_reading())
+        assert len(connection.buffer) <= 1000 + 256 * 1024
+        decoder = apiserver.SizedDecoder(32 * 1024 * 1024)
+        size = 0
+        while not decoder.complete:
+            size += len(await connection.read_content(decoder, 5))
+        assert size == 32 * 1024 * 1024
 
 
-def test_read_returns_none_when_the_peer_ends_too_early():
-    async def check():
-        async with connection_pair() as (connection, _, writer):
-            writer.write(b"GET / HT")
-            writer.write_eof()
-            assert await connection.read(apiserver.parse_request_head) is None
-            assert connection.buffer == b"GET / HT" and not connection.lost
-
-    run(check())
+@flow
+async def test_read_returns_none_when_the_peer_ends_too_early():
+    async with connection_pair() as (connection, _, writer):
+        writer.write(b"GET / HT")
+        writer.write_eof()
+        assert await connection.read(apiserver.parse_request_head) is None
+        assert connection.buffer == b"GET / HT" and not connection.lost
 
 
 @pytest.mark.parametrize(
@@ -3317,248 +3318,220 @@ def test_read_returns_none_when_the_peer_ends_too_early():
         (connection_cut, ConnectionResetError),
     ],
 )
-def test_content_cut_short_is_an_error(end, error):
-    async def check():
-        async with connection_pair() as (connection, _, writer):
-            decoder = apiserver.SizedDecoder(10)
-            writer.write(b"12345")
-            assert await connection.read_content(decoder, 5) == b"12345"
-            end(writer)
-            with pytest.raises(error):
-                await connection.read_content(decoder, 5)
-
-    run(check())
+@flow
+async def test_content_cut_short_is_an_error(end, error):
+    async with connection_pair() as (connection, _, writer):
+        decoder = apiserver.SizedDecoder(10)
+        writer.write(b"12345")
+        assert await connection.read_content(decoder, 5) == b"12345"
+        end(writer)
+        with pytest.raises(error):
+            await connection.read_content(decoder, 5)
 
 
 @pytest.mark.parametrize("timeout, deadline", [(0.05, 60), (60, 0.05)])
-def test_content_has_a_silence_and_a_deadline(timeout, deadline):
-    async def check():
-        async with connection_pair() as (connection, _, _writer):
-            decoder = apiserver.SizedDecoder(10)
-            end = connection.loop.time() + deadline
-            with pytest.raises(asyncio.TimeoutError):
-                await connection.read_content(decoder, timeout, end)
-
-    run(check())
+@flow
+async def test_content_has_a_silence_and_a_deadline(timeout, deadline):
+    async with connection_pair() as (connection, _, _writer):
+        decoder = apiserver.SizedDecoder(10)
+        end = connection.loop.time() + deadline
+        with pytest.raises(asyncio.TimeoutError):
+            await connection.read_content(decoder, timeout, end)
 
 
 # --- Writing
 
 
-def test_a_client_that_reads_nothing_is_reset():
-    async def check():
-        async with connection_pair(write_timeout=0.2) as (connection, reader, _):
-            connection.write(bytes(16 * 1024 * 1024))
-            began = time.monotonic()
-            with pytest.raises(ConnectionResetError):
-                await connection.drain()
-            assert 0.15 < time.monotonic() - began < 5
-            assert connection.lost
-            with pytest.raises(ConnectionResetError):  # an RST, not a FIN
-                while await reader.read(1 << 20):
-                    pass
-
-    run(check())
+@flow
+async def test_a_client_that_reads_nothing_is_reset():
+    async with connection_pair(write_timeout=0.2) as (connection, reader, _):
+        connection.write(bytes(16 * 1024 * 1024))
+        began = time.monotonic()
+        with pytest.raises(ConnectionResetError):
+            await connection.drain()
+        assert 0.15 < time.monotonic() - began < 5
+        assert connection.lost
+        with pytest.raises(ConnectionResetError):  # an RST, not a FIN
+            while await reader.read(1 << 20):
+                pass
 
 
-def test_a_client_that_reads_is_not_cut_for_another_writer():
+@flow
+async def test_a_client_that_reads_is_not_cut_for_another_writer():
     """The buffer may grow while the client takes from it."""
 
-    async def check():
-        async with connection_pair(write_timeout=0.8) as (connection, reader, _):
-            connection.write(bytes(20 * 1024 * 1024))
-            draining = asyncio.ensure_future(connection.drain())
-            await asyncio.sleep(0)
-            await reader.readexactly(6 * 1024 * 1024)
-            connection.write(bytes(20 * 1024 * 1024))
-            await asyncio.sleep(1.0)  # the first interval is over
-            assert not draining.done()
-            await reader.readexactly(34 * 1024 * 1024)
+    async with connection_pair(write_timeout=0.8) as (connection, reader, _):
+        connection.write(bytes(20 * 1024 * 1024))
+        draining = asyncio.ensure_future(connection.drain())
+        await asyncio.sleep(0)
+        await reader.readexactly(6 * 1024 * 1024)
+        connection.write(bytes(20 * 1024 * 1024))
+        await asyncio.sleep(1.0)  # the first interval is over
+        assert not draining.done()
+        await reader.readexactly(34 * 1024 * 1024)
+        await draining
+
+
+@flow
+async def test_two_may_drain_at_once():
+    async with connection_pair() as (connection, reader, _):
+        connection.write(bytes(16 * 1024 * 1024))
+        assert not connection.writable and connection.unsent
+        drains = [asyncio.ensure_future(connection.drain()) for _ in range(2)]
+        await reader.readexactly(16 * 1024 * 1024)
+        await asyncio.gather(*drains)
+        drains = [asyncio.ensure_future(connection.drain()) for _ in range(2)]
+        await asyncio.gather(*drains)  # nothing to wait for
+
+
+@flow
+async def test_drain_and_write_tell_that_the_peer_has_left():
+    async with connection_pair() as (connection, _, writer):
+        connection.write(bytes(16 * 1024 * 1024))
+        draining = asyncio.ensure_future(connection.drain())
+        await asyncio.sleep(0)
+        connection_cut(writer)
+        with pytest.raises(ConnectionResetError):
             await draining
-
-    run(check())
-
-
-def test_two_may_drain_at_once():
-    async def check():
-        async with connection_pair() as (connection, reader, _):
-            connection.write(bytes(16 * 1024 * 1024))
-            assert not connection.writable and connection.unsent
-            drains = [asyncio.ensure_future(connection.drain()) for _ in range(2)]
-            await reader.readexactly(16 * 1024 * 1024)
-            await asyncio.gather(*drains)
-            drains = [asyncio.ensure_future(connection.drain()) for _ in range(2)]
-            await asyncio.gather(*drains)  # nothing to wait for
-
-    run(check())
-
-
-def test_drain_and_write_tell_that_the_peer_has_left():
-    async def check():
-        async with connection_pair() as (connection, _, writer):
-            connection.write(bytes(16 * 1024 * 1024))
-            draining = asyncio.ensure_future(connection.drain())
-            await asyncio.sleep(0)
-            connection_cut(writer)
-            with pytest.raises(ConnectionResetError):
-                await draining
-            with pytest.raises(ConnectionResetError):
-                connection.write(b"more")
-
-    run(check())
+        with pytest.raises(ConnectionResetError):
+            connection.write(b"more")
 
 
 # --- The end
 
 
-def test_close_sends_what_was_written():
-    async def check():
-        async with connection_pair() as (connection, reader, _):
-            connection.write(bytes(8 * 1024 * 1024))
-            connection.close()
-            assert len(await reader.read()) == 8 * 1024 * 1024
-
-    run(check())
+@flow
+async def test_close_sends_what_was_written():
+    async with connection_pair() as (connection, reader, _):
+        connection.write(bytes(8 * 1024 * 1024))
+        connection.close()
+        assert len(await reader.read()) == 8 * 1024 * 1024
 
 
-def test_close_does_not_wait_for_ever():
-    async def check():
-        async with connection_pair(linger_timeout=0.1) as (connection, _, _writer):
-            connection.write(bytes(16 * 1024 * 1024))
-            connection.close()
-            await until(lambda: connection.lost)
-
-    run(check())
+@flow
+async def test_close_does_not_wait_for_ever():
+    async with connection_pair(linger_timeout=0.1) as (connection, _, _writer):
+        connection.write(bytes(16 * 1024 * 1024))
+        connection.close()
+        await until(lambda: connection.lost)
 
 
-def test_a_tls_connection_may_be_closed_twice_and_is_gone_in_time(tmp_path):
+@flow
+async def test_a_tls_connection_may_be_closed_twice_and_is_gone_in_time(tmp_path):
     """The peer answers no close_notify; what is asked afterwards harms nobody."""
 
-    async def check():
-        async def serve(connection):
-            connection.write(b"x")
-            assert connection.tls
-            connection.close()
-            connection.close()
-            accepted.append(connection)
+    async def serve(connection):
+        connection.write(b"x")
+        assert connection.tls
+        connection.close()
+        connection.close()
+        accepted.append(connection)
 
-        accepted = []
-        context = tls_server_context(tmp_path)
-        async with connection_server(serve, context, linger_timeout=0.2) as port:
-            trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
-            sock = socket.create_connection(("127.0.0.1", port))
-            sock.setblocking(False)
-            wire, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
-            tls = trusting.wrap_bio(wire, sent, server_hostname="127.0.0.1")
-            while not accepted:  # the handshake by hand, and then nothing more
-                with contextlib.suppress(ssl.SSLWantReadError):
-                    tls.do_handshake()
-                with contextlib.suppress(BlockingIOError):
-                    sock.send(sent.read())
-                    wire.write(sock.recv(65536))
-                await asyncio.sleep(0.001)
-            (connection,) = accepted
-            await until(lambda: connection.lost)
-            assert connection.unsent == 0 and connection.closing
-            with pytest.raises(ConnectionResetError):
-                connection.write(b"late")
-            connection.abort()
-            sock.close()
-
-    run(check())
+    accepted = []
+    context = tls_server_context(tmp_path)
+    async with connection_server(serve, context, linger_timeout=0.2) as port:
+        trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setblocking(False)
+        wire, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = trusting.wrap_bio(wire, sent, server_hostname="127.0.0.1")
+        while not accepted:  # the handshake by hand, and then nothing more
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+            with contextlib.suppress(BlockingIOError):
+                sock.send(sent.read())
+                wire.write(sock.recv(65536))
+            await asyncio.sleep(0.001)
+        (connection,) = accepted
+        await until(lambda: connection.lost)
+        assert connection.unsent == 0 and connection.closing
+        with pytest.raises(ConnectionResetError):
+            connection.write(b"late")
+        connection.abort()
+        sock.close()
 
 
-def test_an_answer_can_be_read_while_the_request_is_still_sent():
+@flow
+async def test_an_answer_can_be_read_while_the_request_is_still_sent():
     """RFC 9112 section 9.6: without the lingering an RST may destroy it."""
 
-    async def check():
-        async with connection_pair() as (connection, reader, writer):
+    async with connection_pair() as (connection, reader, writer):
+        writer.write(bytes(10_000))
+        await connection.receive()
+        connection.write(b"413 and why")
+        lingering = asyncio.ensure_future(connection.linger())
+        await asyncio.sleep(0)
+        for _ in range(10):
             writer.write(bytes(10_000))
-            await connection.receive()
-            connection.write(b"413 and why")
-            lingering = asyncio.ensure_future(connection.linger())
-            await asyncio.sleep(0)
-            for _ in range(10):
-                writer.write(bytes(10_000))
-                await writer.drain()
-                await asyncio.sleep(0.005)
-            assert await reader.read() == b"413 and why"
-            assert not lingering.done()
-            writer.close()
-            await lingering
-
-    run(check())
+            await writer.drain()
+            await asyncio.sleep(0.005)
+        assert await reader.read() == b"413 and why"
+        assert not lingering.done()
+        writer.close()
+        await lingering
 
 
 @pytest.mark.parametrize(
     "limits", [{"linger_timeout": 0.1}, {"linger_timeout": 60, "linger_size": 50_000}]
 )
-def test_lingering_ends_after_a_time_and_after_a_size(limits):
-    async def check():
-        async with connection_pair(**limits) as (connection, _, writer):
-            if "linger_size" in limits:
-                writer.write(bytes(1024 * 1024))
-                trickle = None
-            else:  # bytes do not extend it
-                trickle = asyncio.ensure_future(
-                    connection_trickle(writer, bytes(1000), 0.01)
-                )
-            await asyncio.wait_for(connection.linger(), 5)
-            await until(lambda: connection.lost)
-            if trickle is not None:
-                trickle.cancel()
-
-    run(check())
+@flow
+async def test_lingering_ends_after_a_time_and_after_a_size(limits):
+    async with connection_pair(**limits) as (connection, _, writer):
+        if "linger_size" in limits:
+            writer.write(bytes(1024 * 1024))
+            trickle = None
+        else:  # bytes do not extend it
+            trickle = asyncio.ensure_future(
+                connection_trickle(writer, bytes(1000), 0.01)
+            )
+        await asyncio.wait_for(connection.linger(), 5)
+        await until(lambda: connection.lost)
+        if trickle is not None:
+            trickle.cancel()
 
 
 @pytest.mark.parametrize("half_close", [True, False])
 @pytest.mark.parametrize("end", ["fin", "rst"])
-def test_hang_up_is_told_once_while_nobody_reads(half_close, end):
-    async def check():
-        async with connection_pair() as (connection, _, writer):
-            connection.half_close = half_close
-            calls = []
-            connection.on_hangup = lambda: calls.append(1)
-            if end == "rst":
-                connection_cut(writer)
-                await until(lambda: connection.lost)
-            else:
-                writer.write_eof()
-                await until(lambda: connection.eof)
-            # Who has only sent his last byte may still read, if that is allowed.
-            told = end == "rst" or not half_close
-            assert len(calls) == told
-            connection.abort()
-            await until(lambda: connection.lost)
-            assert len(calls) == 1
-
-    run(check())
-
-
-def test_hang_up_is_told_to_who_reads():
-    async def check():
-        async with connection_pair() as (connection, _, writer):
-            calls = []
-            connection.half_close = False
-            connection.on_hangup = lambda: calls.append(1)
-            reading = asyncio.ensure_future(connection.receive())
-            await asyncio.sleep(0)
+@flow
+async def test_hang_up_is_told_once_while_nobody_reads(half_close, end):
+    async with connection_pair() as (connection, _, writer):
+        connection.half_close = half_close
+        calls = []
+        connection.on_hangup = lambda: calls.append(1)
+        if end == "rst":
             connection_cut(writer)
-            assert await reading is False
-            assert calls == []
+            await until(lambda: connection.lost)
+        else:
+            writer.write_eof()
+            await until(lambda: connection.eof)
+        # Who has only sent his last byte may still read, if that is allowed.
+        told = end == "rst" or not half_close
+        assert len(calls) == told
+        connection.abort()
+        await until(lambda: connection.lost)
+        assert len(calls) == 1
 
-    run(check())
+
+@flow
+async def test_hang_up_is_told_to_who_reads():
+    async with connection_pair() as (connection, _, writer):
+        calls = []
+        connection.half_close = False
+        connection.on_hangup = lambda: calls.append(1)
+        reading = asyncio.ensure_future(connection.receive())
+        await asyncio.sleep(0)
+        connection_cut(writer)
+        assert await reading is False
+        assert calls == []
 
 
-def test_the_kernel_is_asked_to_find_a_peer_that_vanished():
-    async def check():
-        async with connection_pair() as (connection, _, _writer):
-            sock = connection.transport.get_extra_info("socket")
-            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert connection.peer == "127.0.0.1" and not connection.tls
-
-    run(check())
+@flow
+async def test_the_kernel_is_asked_to_find_a_peer_that_vanished():
+    async with connection_pair() as (connection, _, _writer):
+        sock = connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert connection.peer == "127.0.0.1" and not connection.tls
 
 
 # --- HTTPClient
@@ -3621,24 +3594,22 @@ async def get(client, target="/x", **options):
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-def test_requests_share_a_connection():
-    async def check():
-        async with Upstream(OK) as upstream:
-            client = HTTPClient(upstream.url)
-            for _ in range(3):
-                assert await get(client) == (200, b"ok")
-            answer = await client.request("POST", "/y?z", [("X-A", "b")], b"content")
-            assert await answer.read_all(2) == b"ok"
-            assert upstream.connections == 1
-            last = upstream.requests[-1]
-            assert last.line == "POST /v1/y?z HTTP/1.1"
-            assert last.headers["host"] == f"127.0.0.1:{upstream.port}"
-            assert last.headers["content-length"] == "7" and last.content == b"content"
-            assert last.headers["x-a"] == "b"
-            client.close()
-            await until(lambda: upstream.ended == 1)
-
-    run(check())
+@flow
+async def test_requests_share_a_connection():
+    async with Upstream(OK) as upstream:
+        client = HTTPClient(upstream.url)
+        for _ in range(3):
+            assert await get(client) == (200, b"ok")
+        answer = await client.request("POST", "/y?z", [("X-A", "b")], b"content")
+        assert await answer.read_all(2) == b"ok"
+        assert upstream.connections == 1
+        last = upstream.requests[-1]
+        assert last.line == "POST /v1/y?z HTTP/1.1"
+        assert last.headers["host"] == f"127.0.0.1:{upstream.port}"
+        assert last.headers["content-length"] == "7" and last.content == b"content"
+        assert last.headers["x-a"] == "b"
+        client.close()
+        await until(lambda: upstream.ended == 1)
 
 
 @pytest.mark.parametrize(
@@ -3649,83 +3620,73 @@ def test_requests_share_a_connection():
         b"HTTP/1.1 200 OK\r\n\r\nok",  # ends with the connection
     ],
 )
-def test_a_connection_that_will_close_is_not_kept(answer):
-    async def check():
-        end = None if b"Length" in answer else connection_close
-        async with Upstream(behaves(answer, end)) as upstream:
-            client = HTTPClient(upstream.url)
-            assert await get(client) == await get(client) == (200, b"ok")
-            assert upstream.connections == 2
-            await until(lambda: upstream.ended == 2)
-
-    run(check())
+@flow
+async def test_a_connection_that_will_close_is_not_kept(answer):
+    end = None if b"Length" in answer else connection_close
+    async with Upstream(behaves(answer, end)) as upstream:
+        client = HTTPClient(upstream.url)
+        assert await get(client) == await get(client) == (200, b"ok")
+        assert upstream.connections == 2
+        await until(lambda: upstream.ended == 2)
 
 
-def test_an_answer_not_read_to_its_end_costs_its_connection():
-    async def check():
-        async with Upstream(behaves(STREAM_HEAD + chunked(b"one"))) as upstream:
-            client = HTTPClient(upstream.url)
-            answer = await client.request("GET", "/", [])
-            assert await answer.read() == b"one"
-            await answer.aclose()
-            await until(lambda: upstream.ended == 1)
-            assert await answer.read() == b""
-
-    run(check())
+@flow
+async def test_an_answer_not_read_to_its_end_costs_its_connection():
+    async with Upstream(behaves(STREAM_HEAD + chunked(b"one"))) as upstream:
+        client = HTTPClient(upstream.url)
+        answer = await client.request("GET", "/", [])
+        assert await answer.read() == b"one"
+        await answer.aclose()
+        await until(lambda: upstream.ended == 1)
+        assert await answer.read() == b""
 
 
 @pytest.mark.parametrize("end", [connection_close, connection_cut])
-def test_a_request_is_replayed_when_its_kept_connection_has_died(end):
+@flow
+async def test_a_request_is_replayed_when_its_kept_connection_has_died(end):
     """F23: on a reused connection, without a byte, once."""
 
-    async def check():
-        async def behave(request, writer):
-            if len(upstream.requests) == 2:
-                end(writer)
-                await asyncio.sleep(60)
-            writer.write(OK)
+    async def behave(request, writer):
+        if len(upstream.requests) == 2:
+            end(writer)
+            await asyncio.sleep(60)
+        writer.write(OK)
 
-        async with Upstream(behave) as upstream:
-            client = HTTPClient(upstream.url)
-            assert await get(client) == await get(client) == (200, b"ok")
-            assert upstream.connections == 2 and len(upstream.requests) == 3
-            client.close()
-            await until(lambda: upstream.ended == 2)
-
-    run(check())
+    async with Upstream(behave) as upstream:
+        client = HTTPClient(upstream.url)
+        assert await get(client) == await get(client) == (200, b"ok")
+        assert upstream.connections == 2 and len(upstream.requests) == 3
+        client.close()
+        await until(lambda: upstream.ended == 2)
 
 
 @pytest.mark.parametrize(
     "data, requests", [(b"", 3), (b"H", 2), (b"HTTP/1.1 200 OK\r\n", 2)]
 )
-def test_a_request_is_replayed_only_once_and_not_after_a_byte(data, requests):
-    async def check():
-        async def behave(request, writer):
-            first = len(upstream.requests) == 1
-            end = None if first else connection_close
-            await connection_reply(writer, OK if first else data, end)
+@flow
+async def test_a_request_is_replayed_only_once_and_not_after_a_byte(data, requests):
+    async def behave(request, writer):
+        first = len(upstream.requests) == 1
+        end = None if first else connection_close
+        await connection_reply(writer, OK if first else data, end)
 
-        async with Upstream(behave) as upstream:
-            client = HTTPClient(upstream.url)
+    async with Upstream(behave) as upstream:
+        client = HTTPClient(upstream.url)
+        await get(client)
+        with pytest.raises(ConnectionResetError):
             await get(client)
-            with pytest.raises(ConnectionResetError):
-                await get(client)
-            assert len(upstream.requests) == requests
-
-    run(check())
+        assert len(upstream.requests) == requests
 
 
 @pytest.mark.parametrize("end", [connection_close, connection_cut])
-def test_a_fresh_connection_that_dies_is_a_failure(end):
+@flow
+async def test_a_fresh_connection_that_dies_is_a_failure(end):
     """F24: nothing is replayed."""
 
-    async def check():
-        async with Upstream(behaves(b"", end)) as upstream:
-            with pytest.raises(ConnectionResetError):
-                await get(HTTPClient(upstream.url))
-            assert len(upstream.requests) == 1
-
-    run(check())
+    async with Upstream(behaves(b"", end)) as upstream:
+        with pytest.raises(ConnectionResetError):
+            await get(HTTPClient(upstream.url))
+        assert len(upstream.requests) == 1
 
 
 @pytest.mark.parametrize("end", [connection_close, connection_cut])
@@ -3738,19 +3699,17 @@ def test_a_fresh_connection_that_dies_is_a_failure(end):
         STREAM_HEAD + chunked(b"half") + b"0\r\n",
     ],
 )
-def test_an_answer_cut_short_is_never_complete(data, end):
+@flow
+async def test_an_answer_cut_short_is_never_complete(data, end):
     """F25."""
 
-    async def check():
-        async with Upstream(behaves(data, end)) as upstream:
-            answer = None
-            with pytest.raises((ProtocolError, ConnectionResetError)):
-                answer = await HTTPClient(upstream.url).request("GET", "/", [])
-                while await answer.read():
-                    pass
-                pytest.fail("it passed as complete")
-
-    run(check())
+    async with Upstream(behaves(data, end)) as upstream:
+        answer = None
+        with pytest.raises((ProtocolError, ConnectionResetError)):
+            answer = await HTTPClient(upstream.url).request("GET", "/", [])
+            while await answer.read():
+                pass
+            pytest.fail("it passed as complete")
 
 
 @pytest.mark.parametrize(
@@ -3777,23 +3736,21 @@ def test_an_answer_cut_short_is_never_complete(data, end):
         b"\x15\x03\x01\x00\x02\x02\x16\r\n\r\n",
     ],
 )
-def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data):
+@flow
+async def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data):
     """F27."""
 
-    async def check():
-        async with Upstream(data) as upstream:
-            client = HTTPClient(upstream.url)
-            for number in (1, 2):
-                with pytest.raises(ProtocolError):
-                    answer = await client.request("GET", "/", [])
-                    try:
-                        await answer.read_all(100)
-                    finally:
-                        await answer.aclose()
-                assert upstream.connections == number
-                await until(lambda number=number: upstream.ended == number)
-
-    run(check())
+    async with Upstream(data) as upstream:
+        client = HTTPClient(upstream.url)
+        for number in (1, 2):
+            with pytest.raises(ProtocolError):
+                answer = await client.request("GET", "/", [])
+                try:
+                    await answer.read_all(100)
+                finally:
+                    await answer.aclose()
+            assert upstream.connections == number
+            await until(lambda number=number: upstream.ended == number)
 
 
 @pytest.mark.parametrize(
@@ -3807,52 +3764,49 @@ def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data):
     ],
     ids=["fields", "field", "status-line", "interim", "201-fields"],
 )
-def test_an_endless_head_is_cut_off(start, more):
+@flow
+async def test_an_endless_head_is_cut_off(start, more):
     """F28: nothing is read for ever, and nothing kept."""
 
-    async def check():
-        sent = 0
+    sent = 0
 
-        async def behave(request, writer):
-            nonlocal sent
-            writer.write(start)
-            while more:
-                writer.write(more * 100)
-                sent += len(more) * 100
-                await writer.drain()
-                await asyncio.sleep(0)
+    async def behave(request, writer):
+        nonlocal sent
+        writer.write(start)
+        while more:
+            writer.write(more * 100)
+            sent += len(more) * 100
+            await writer.drain()
+            await asyncio.sleep(0)
 
-        async with Upstream(behave) as upstream:
-            with pytest.raises(ProtocolError):
-                await get(HTTPClient(upstream.url))
-            await until(lambda: upstream.ended == 1)
-            assert sent < 16 * 1024 * 1024
-
-    run(check())
+    async with Upstream(behave) as upstream:
+        with pytest.raises(ProtocolError):
+            await get(HTTPClient(upstream.url))
+        await until(lambda: upstream.ended == 1)
+        assert sent < 16 * 1024 * 1024
 
 
 @pytest.mark.parametrize("count, works", [(0, True), (16, True), (17, False)])
-def test_interim_answers_are_skipped_up_to_a_limit(count, works):
+@flow
+async def test_interim_answers_are_skipped_up_to_a_limit(count, works):
     """F29."""
     interim = [
         b"HTTP/1.1 %d X\r\nA: b\r\n\r\n" % (100, 102, 103)[i % 3] for i in range(count)
     ]
 
-    async def check():
-        async with Upstream(b"".join(interim) + OK) as upstream:
-            client = HTTPClient(upstream.url)
-            if works:
-                assert await get(client) == (200, b"ok")
-            else:
-                with pytest.raises(ProtocolError):
-                    await get(client)
-
-    run(check())
+    async with Upstream(b"".join(interim) + OK) as upstream:
+        client = HTTPClient(upstream.url)
+        if works:
+            assert await get(client) == (200, b"ok")
+        else:
+            with pytest.raises(ProtocolError):
+                await get(client)
 
 
 @pytest.mark.parametrize("size, works", [(999, True), (1000, True), (1001, False)])
 @pytest.mark.parametrize("framing", ["length", "chunked", "chunks", "close"])
-def test_an_answer_has_a_largest_size(size, works, framing):
+@flow
+async def test_an_answer_has_a_largest_size(size, works, framing):
     """F30."""
     body = b"x" * size
     data, end = STREAM_HEAD, None
@@ -3865,17 +3819,14 @@ def test_an_answer_has_a_largest_size(size, works, framing):
     else:
         data, end = b"HTTP/1.1 200 OK\r\n\r\n" + body, connection_close
 
-    async def check():
-        async with Upstream(behaves(data, end)) as upstream:
-            answer = await HTTPClient(upstream.url).request("GET", "/", [])
-            if works:
-                assert await answer.read_all(1000) == body
-            else:
-                with pytest.raises(ProtocolError):
-                    await answer.read_all(1000)
-                await answer.aclose()
-
-    run(check())
+    async with Upstream(behaves(data, end)) as upstream:
+        answer = await HTTPClient(upstream.url).request("GET", "/", [])
+        if works:
+            assert await answer.read_all(1000) == body
+        else:
+            with pytest.raises(ProtocolError):
+                await answer.read_all(1000)
+            await answer.aclose()
 
 
 @pytest.mark.parametrize(
@@ -3887,142 +3838,126 @@ def test_an_answer_has_a_largest_size(size, works, framing):
     ],
     ids=["declared", "chunked", "until-close"],
 )
-def test_a_huge_answer_is_not_collected(start, more):
+@flow
+async def test_a_huge_answer_is_not_collected(start, more):
     """F30: judged by what is declared, or once it is over the limit."""
 
-    async def check():
-        async def behave(request, writer):
-            writer.write(start)
-            while more:
-                writer.write(more)
-                await writer.drain()
-                await asyncio.sleep(0)
-            await asyncio.sleep(60)
+    async def behave(request, writer):
+        writer.write(start)
+        while more:
+            writer.write(more)
+            await writer.drain()
+            await asyncio.sleep(0)
+        await asyncio.sleep(60)
 
-        async with Upstream(behave) as upstream:
-            answer = await HTTPClient(upstream.url).request("GET", "/", [])
-            with pytest.raises(ProtocolError):
-                await asyncio.wait_for(answer.read_all(100_000), 5)
-            await answer.aclose()
-            await until(lambda: upstream.ended == 1)
-
-    run(check())
+    async with Upstream(behave) as upstream:
+        answer = await HTTPClient(upstream.url).request("GET", "/", [])
+        with pytest.raises(ProtocolError):
+            await asyncio.wait_for(answer.read_all(100_000), 5)
+        await answer.aclose()
+        await until(lambda: upstream.ended == 1)
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["same-packet", "later"])
-def test_bytes_behind_an_answer_never_reach_the_next_request(later):
+@flow
+async def test_bytes_behind_an_answer_never_reach_the_next_request(later):
     """F31, response splitting: they go away with their connection."""
     poison = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nPOISON"
 
-    async def check():
-        async def behave(request, writer):
-            writer.write(OK if later else OK + poison)
+    async def behave(request, writer):
+        writer.write(OK if later else OK + poison)
+        if later:
+            await arrived.wait()
+            writer.write(poison)
+            await writer.drain()
+            poisoned.set()
+
+    async with Upstream(behave) as upstream:
+        client = HTTPClient(upstream.url)
+        for number in range(1, 21):
+            arrived, poisoned = asyncio.Event(), asyncio.Event()
+            assert await get(client) == (200, b"ok")
+            assert upstream.connections == number
             if later:
-                await arrived.wait()
-                writer.write(poison)
-                await writer.drain()
-                poisoned.set()
-
-        async with Upstream(behave) as upstream:
-            client = HTTPClient(upstream.url)
-            for number in range(1, 21):
-                arrived, poisoned = asyncio.Event(), asyncio.Event()
-                assert await get(client) == (200, b"ok")
-                assert upstream.connections == number
-                if later:
-                    arrived.set()
-                    await poisoned.wait()
-                    await until(lambda: all(c.buffer for c in client._idle))
-            client.close()
-            await until(lambda: upstream.ended == 20)
-
-    run(check())
+                arrived.set()
+                await poisoned.wait()
+                await until(lambda: all(c.buffer for c in client._idle))
+        client.close()
+        await until(lambda: upstream.ended == 20)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_not_followed(status):
+@flow
+async def test_a_redirect_is_not_followed(status):
     """F33: the key would go where a server sends it."""
 
-    async def check():
-        async with Upstream(OK) as elsewhere:
-            head = f"HTTP/1.1 {status} X\r\nLocation: {elsewhere.url}\r\n"
-            answer = (head + "Content-Length: 2\r\n\r\nno").encode()
-            async with Upstream(answer) as upstream:
-                client = HTTPClient(upstream.url)
-                assert await get(client) == (status, b"no")
-            assert elsewhere.connections == 0
-
-    run(check())
-
-
-def test_a_line_break_in_a_request_is_refused_before_anything_opens():
-    async def check():
-        async with Upstream(OK) as upstream:
+    async with Upstream(OK) as elsewhere:
+        head = f"HTTP/1.1 {status} X\r\nLocation: {elsewhere.url}\r\n"
+        answer = (head + "Content-Length: 2\r\n\r\nno").encode()
+        async with Upstream(answer) as upstream:
             client = HTTPClient(upstream.url)
-            for target, field in [("/\r\nX: y", "z"), ("/", "z\r\nX: y")]:
-                with pytest.raises(ProtocolError):
-                    await client.request("GET", target, [("A", field)])
-            assert upstream.connections == 0
-
-    run(check())
+            assert await get(client) == (status, b"no")
+        assert elsewhere.connections == 0
 
 
-def test_idle_connections_are_closed_after_a_time():
-    async def check():
-        async with Upstream(OK) as upstream:
-            limits = Limits(idle_upstream_timeout=0.1)
-            client = HTTPClient(upstream.url, limits=limits)
-            await get(client)
-            await asyncio.sleep(0.05)
-            await asyncio.gather(get(client), get(client))  # a second, younger one
-            assert upstream.connections == 2 and upstream.ended == 0
-            await until(lambda: upstream.ended == 2)
-            assert await get(client) == (200, b"ok")  # and it opens again
-            client.close()
-
-    run(check())
+@flow
+async def test_a_line_break_in_a_request_is_refused_before_anything_opens():
+    async with Upstream(OK) as upstream:
+        client = HTTPClient(upstream.url)
+        for target, field in [("/\r\nX: y", "z"), ("/", "z\r\nX: y")]:
+            with pytest.raises(ProtocolError):
+                await client.request("GET", target, [("A", field)])
+        assert upstream.connections == 0
 
 
-def test_only_so_many_idle_connections_are_kept():
-    async def check():
-        async def behave(request, writer):
-            await until(lambda: len(upstream.requests) == 3)
-            writer.write(OK)
-
-        async with Upstream(behave) as upstream:
-            limits = Limits(idle_upstream_connections=2)
-            client = HTTPClient(upstream.url, limits=limits)
-            await asyncio.gather(*(get(client) for _ in range(3)))
-            await until(lambda: upstream.ended == 1)
-            client.close()
-            await until(lambda: upstream.ended == 3)
-
-    run(check())
+@flow
+async def test_idle_connections_are_closed_after_a_time():
+    async with Upstream(OK) as upstream:
+        limits = Limits(idle_upstream_timeout=0.1)
+        client = HTTPClient(upstream.url, limits=limits)
+        await get(client)
+        await asyncio.sleep(0.05)
+        await asyncio.gather(get(client), get(client))  # a second, younger one
+        assert upstream.connections == 2 and upstream.ended == 0
+        await until(lambda: upstream.ended == 2)
+        assert await get(client) == (200, b"ok")  # and it opens again
+        client.close()
 
 
-def test_an_idle_connection_that_the_upstream_closes_is_forgotten():
-    async def check():
-        async with Upstream(OK) as upstream:
-            client = HTTPClient(upstream.url)
-            await get(client)
-            for task in upstream.tasks:
-                task.cancel()
-            await until(lambda: not client._idle)
-            assert await get(client) == (200, b"ok")
-            assert len(upstream.requests) == 2  # no replay was needed
+@flow
+async def test_only_so_many_idle_connections_are_kept():
+    async def behave(request, writer):
+        await until(lambda: len(upstream.requests) == 3)
+        writer.write(OK)
 
-    run(check())
+    async with Upstream(behave) as upstream:
+        limits = Limits(idle_upstream_connections=2)
+        client = HTTPClient(upstream.url, limits=limits)
+        await asyncio.gather(*(get(client) for _ in range(3)))
+        await until(lambda: upstream.ended == 1)
+        client.close()
+        await until(lambda: upstream.ended == 3)
 
 
-def test_a_cancelled_request_closes_its_connection():
-    async def check():
-        async with Upstream(behaves(b"", idle)) as upstream:
-            work = asyncio.ensure_future(get(HTTPClient(upstream.url)))
-            await until(lambda: upstream.requests)
-            work.cancel()
-            await until(lambda: upstream.ended == 1, 1)
+@flow
+async def test_an_idle_connection_that_the_upstream_closes_is_forgotten():
+    async with Upstream(OK) as upstream:
+        client = HTTPClient(upstream.url)
+        await get(client)
+        for task in upstream.tasks:
+            task.cancel()
+        await until(lambda: not client._idle)
+        assert await get(client) == (200, b"ok")
+        assert len(upstream.requests) == 2  # no replay was needed
 
-    run(check())
+
+@flow
+async def test_a_cancelled_request_closes_its_connection():
+    async with Upstream(behaves(b"", idle)) as upstream:
+        work = asyncio.ensure_future(get(HTTPClient(upstream.url)))
+        await until(lambda: upstream.requests)
+        work.cancel()
+        await until(lambda: upstream.ended == 1, 1)
 
 
 # --- Deadlines
@@ -4044,22 +3979,20 @@ def idles(data):
     ],
     ids=["hang", "hang-option", "hang-headers", "hang-body", "hang-stream"],
 )
-def test_a_silent_upstream_is_given_up(data, limits, options):
+@flow
+async def test_a_silent_upstream_is_given_up(data, limits, options):
     """F21, F22, L34, L35."""
 
-    async def check():
-        async with Upstream(idles(data)) as upstream:
-            client = HTTPClient(upstream.url, limits=Limits(**limits))
-            answer = None
-            with pytest.raises(asyncio.TimeoutError):
-                answer = await client.request("GET", "/", [], **options)
-                while await answer.read():
-                    pass
-            if answer is not None:
-                await answer.aclose()
-            await until(lambda: upstream.ended == 1)
-
-    run(check())
+    async with Upstream(idles(data)) as upstream:
+        client = HTTPClient(upstream.url, limits=Limits(**limits))
+        answer = None
+        with pytest.raises(asyncio.TimeoutError):
+            answer = await client.request("GET", "/", [], **options)
+            while await answer.read():
+                pass
+        if answer is not None:
+            await answer.aclose()
+        await until(lambda: upstream.ended == 1)
 
 
 @pytest.mark.parametrize(
@@ -4071,69 +4004,63 @@ def test_a_silent_upstream_is_given_up(data, limits, options):
     ],
     ids=["head", "head-deadline", "content-deadline"],
 )
-def test_a_trickle_does_not_extend_a_deadline(data, limits, deadline):
-    async def check():
-        async def behave(request, writer):
-            if data is OK:
-                writer.write(STREAM_HEAD)
-                for _ in range(150):
-                    writer.write(chunked(b"x"))
-                    await asyncio.sleep(0.02)
-            else:
-                await connection_trickle(writer, data + b"X: y\r\n" * 30)
-
-        async with Upstream(behave) as upstream:
-            client = HTTPClient(upstream.url, limits=Limits(**limits))
-            began = time.monotonic()
-            end = asyncio.get_running_loop().time() + deadline
-            with pytest.raises(asyncio.TimeoutError):
-                answer = await client.request("GET", "/", [], deadline=end)
-                while await answer.read():
-                    pass
-            assert 0.1 < time.monotonic() - began < 2
-
-    run(check())
-
-
-def test_a_slow_stream_goes_on_as_long_as_it_is_not_silent():
-    async def check():
-        async def behave(request, writer):
+@flow
+async def test_a_trickle_does_not_extend_a_deadline(data, limits, deadline):
+    async def behave(request, writer):
+        if data is OK:
             writer.write(STREAM_HEAD)
-            for _ in range(12):
-                await asyncio.sleep(0.05)
+            for _ in range(150):
                 writer.write(chunked(b"x"))
-            writer.write(b"0\r\n\r\n")
-
-        async with Upstream(behave) as upstream:
-            limits = Limits(silence_timeout=0.5, first_byte_timeout=0.5)
-            client = HTTPClient(upstream.url, limits=limits)
-            assert await get(client) == (200, b"x" * 12)
-            client.close()
-            await until(lambda: upstream.ended == 1)
-
-    run(check())
-
-
-def test_the_last_chunk_is_waited_for_only_a_moment():
-    async def check():
-        async def behave(request, writer):
-            writer.write(STREAM_HEAD + chunked(b"one"))
-            if len(upstream.requests) == 1:
                 await asyncio.sleep(0.02)
-                writer.write(b"0\r\n\r\n")
-            await asyncio.sleep(0 if len(upstream.requests) == 1 else 60)
+        else:
+            await connection_trickle(writer, data + b"X: y\r\n" * 30)
 
-        async with Upstream(behave) as upstream:
-            client = HTTPClient(upstream.url)
-            for connections in (1, 1):
-                answer = await client.request("GET", "/", [])
-                assert await answer.read() == b"one"
-                await asyncio.wait_for(answer.finish(), 5)
-                await answer.aclose()
-                assert upstream.connections == connections
-            await until(lambda: upstream.ended == 1)
+    async with Upstream(behave) as upstream:
+        client = HTTPClient(upstream.url, limits=Limits(**limits))
+        began = time.monotonic()
+        end = asyncio.get_running_loop().time() + deadline
+        with pytest.raises(asyncio.TimeoutError):
+            answer = await client.request("GET", "/", [], deadline=end)
+            while await answer.read():
+                pass
+        assert 0.1 < time.monotonic() - began < 2
 
-    run(check())
+
+@flow
+async def test_a_slow_stream_goes_on_as_long_as_it_is_not_silent():
+    async def behave(request, writer):
+        writer.write(STREAM_HEAD)
+        for _ in range(12):
+            await asyncio.sleep(0.05)
+            writer.write(chunked(b"x"))
+        writer.write(b"0\r\n\r\n")
+
+    async with Upstream(behave) as upstream:
+        limits = Limits(silence_timeout=0.5, first_byte_timeout=0.5)
+        client = HTTPClient(upstream.url, limits=limits)
+        assert await get(client) == (200, b"x" * 12)
+        client.close()
+        await until(lambda: upstream.ended == 1)
+
+
+@flow
+async def test_the_last_chunk_is_waited_for_only_a_moment():
+    async def behave(request, writer):
+        writer.write(STREAM_HEAD + chunked(b"one"))
+        if len(upstream.requests) == 1:
+            await asyncio.sleep(0.02)
+            writer.write(b"0\r\n\r\n")
+        await asyncio.sleep(0 if len(upstream.requests) == 1 else 60)
+
+    async with Upstream(behave) as upstream:
+        client = HTTPClient(upstream.url)
+        for connections in (1, 1):
+            answer = await client.request("GET", "/", [])
+            assert await answer.read() == b"one"
+            await asyncio.wait_for(answer.finish(), 5)
+            await answer.aclose()
+            assert upstream.connections == connections
+        await until(lambda: upstream.ended == 1)
 
 
 # --- Connecting
@@ -4160,62 +4087,54 @@ def refusing_port():
         return sock.getsockname()[1]
 
 
-def test_a_refused_connection_is_told_at_once():
+@flow
+async def test_a_refused_connection_is_told_at_once():
     """F19."""
 
-    async def check():
-        began = time.monotonic()
-        with pytest.raises(ConnectionRefusedError):
-            await get(HTTPClient(f"http://127.0.0.1:{refusing_port()}"))
-        assert time.monotonic() - began < 1
-
-    run(check())
+    began = time.monotonic()
+    with pytest.raises(ConnectionRefusedError):
+        await get(HTTPClient(f"http://127.0.0.1:{refusing_port()}"))
+    assert time.monotonic() - began < 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse")
-def test_a_black_hole_is_given_up_after_connect_timeout():
+@flow
+async def test_a_black_hole_is_given_up_after_connect_timeout():
     """F20, L33."""
 
-    async def check():
-        with black_hole() as port:
-            client = HTTPClient(
-                f"http://127.0.0.1:{port}", limits=Limits(connect_timeout=0.2)
-            )
-            began = time.monotonic()
-            with pytest.raises(asyncio.TimeoutError):
-                await get(client)
-            assert 0.15 < time.monotonic() - began < 2
-
-    run(check())
+    with black_hole() as port:
+        client = HTTPClient(
+            f"http://127.0.0.1:{port}", limits=Limits(connect_timeout=0.2)
+        )
+        began = time.monotonic()
+        with pytest.raises(asyncio.TimeoutError):
+            await get(client)
+        assert 0.15 < time.monotonic() - began < 2
 
 
-def test_the_next_address_is_tried_when_the_first_is_dead():
+@flow
+async def test_the_next_address_is_tried_when_the_first_is_dead():
     """F68: refused, and unanswered for its share of the time."""
 
-    async def check():
-        async with Upstream(OK) as upstream, contextlib.AsyncExitStack() as stack:
-            dead = ["127.0.0.2"]
-            if sys.platform == "linux":
-                stack.enter_context(black_hole("127.0.0.3", upstream.port))
-                dead.append("127.0.0.3")
-            asked = []
+    async with Upstream(OK) as upstream, contextlib.AsyncExitStack() as stack:
+        dead = ["127.0.0.2"]
+        if sys.platform == "linux":
+            stack.enter_context(black_hole("127.0.0.3", upstream.port))
+            dead.append("127.0.0.3")
+        asked = []
 
-            def resolve(host, port):
-                asked.append((host, port))
-                return [*dead, "127.0.0.1"]
+        def resolve(host, port):
+            asked.append((host, port))
+            return [*dead, "127.0.0.1"]
 
-            client = HTTPClient(
-                f"http://name.example:{upstream.port}",
-                limits=Limits(connect_timeout=0.9),
-                resolve=resolve,
-            )
-            assert await get(client) == (200, b"ok")
-            assert asked == [("name.example", upstream.port)]
-            assert upstream.requests[0].headers["host"] == (
-                f"name.example:{upstream.port}"
-            )
-
-    run(check())
+        client = HTTPClient(
+            f"http://name.example:{upstream.port}",
+            limits=Limits(connect_timeout=0.9),
+            resolve=resolve,
+        )
+        assert await get(client) == (200, b"ok")
+        assert asked == [("name.example", upstream.port)]
+        assert upstream.requests[0].headers["host"] == (f"name.example:{upstream.port}")
 
 
 def not_found(host, port):
@@ -4229,46 +4148,42 @@ def not_found(host, port):
         (lambda host, port: [], "name.example has no address"),
     ],
 )
-def test_a_name_without_an_address_is_told(resolve, words):
+@flow
+async def test_a_name_without_an_address_is_told(resolve, words):
     """F68."""
 
-    async def check():
-        client = HTTPClient("http://name.example", resolve=resolve)
-        for _ in range(2):
-            with pytest.raises(OSError, match=words):
-                await get(client)
-
-    run(check())
+    client = HTTPClient("http://name.example", resolve=resolve)
+    for _ in range(2):
+        with pytest.raises(OSError, match=words):
+            await get(client)
 
 
-def test_a_hanging_resolver_is_asked_once_and_given_up():
+@flow
+async def test_a_hanging_resolver_is_asked_once_and_given_up():
     """F68, L45: everyone waits for the same answer, and it may still come."""
 
-    async def check():
-        answered = threading.Event()
-        asked = []
+    answered = threading.Event()
+    asked = []
 
-        def resolve(host, port):
-            asked.append(host)
-            answered.wait(20)
-            return ["127.0.0.1"]
+    def resolve(host, port):
+        asked.append(host)
+        answered.wait(20)
+        return ["127.0.0.1"]
 
-        async with Upstream(OK) as upstream:
-            client = HTTPClient(
-                f"http://name.example:{upstream.port}",
-                limits=Limits(connect_timeout=0.1),
-                resolve=resolve,
-            )
-            results = await asyncio.gather(
-                *(get(client) for _ in range(3)), return_exceptions=True
-            )
-            assert {type(r) for r in results} == {asyncio.TimeoutError}
-            assert len(asked) == 1
-            answered.set()
-            await until(lambda: client._lookup.done())
-            assert await get(client) == (200, b"ok")
-
-    run(check())
+    async with Upstream(OK) as upstream:
+        client = HTTPClient(
+            f"http://name.example:{upstream.port}",
+            limits=Limits(connect_timeout=0.1),
+            resolve=resolve,
+        )
+        results = await asyncio.gather(
+            *(get(client) for _ in range(3)), return_exceptions=True
+        )
+        assert {type(r) for r in results} == {asyncio.TimeoutError}
+        assert len(asked) == 1
+        answered.set()
+        await until(lambda: client._lookup.done())
+        assert await get(client) == (200, b"ok")
 
 
 def test_a_hanging_resolver_does_not_keep_the_process_alive():
@@ -4337,87 +4252,77 @@ def test_an_address_is_read_off_an_url(url, authority, path):
     ids=["ca", "unknown-ca", "expired", "wrong-name", "any", "any-2", "any-3"],
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_certificates_are_checked(tmp_path, certificate, options, works, host):
+@flow
+async def test_certificates_are_checked(tmp_path, certificate, options, works, host):
     """F67: an unverified connection is never used."""
 
-    async def check():
-        context = tls_server_context(tmp_path, certificate)
-        if options.get("ca_file"):
-            options["ca_file"] = str(tmp_path / "ca.pem")
-        async with Upstream(OK, tls=context) as upstream:
-            client = HTTPClient(
-                f"https://{host}:{upstream.port}",
-                resolve=lambda host, port: ["127.0.0.1"],
-                **options,
-            )
-            if works:
-                assert await get(client) == await get(client) == (200, b"ok")
-                assert upstream.connections == 1
-            else:
-                with pytest.raises(ssl.SSLCertVerificationError):
-                    await get(client)
-            assert len(upstream.requests) == 2 * works
-            client.close()
-
-    run(check())
-
-
-def test_tls_streams_are_relayed_and_cut_ones_seen(tmp_path):
-    async def check():
-        data = STREAM_HEAD + chunked(b"x" * 300_000)
-        tls = tls_server_context(tmp_path)
-        async with Upstream(behaves(data, connection_cut), tls=tls) as upstream:
-            client = HTTPClient(upstream.url, ca_file=str(tmp_path / "ca.pem"))
-            with pytest.raises((ProtocolError, OSError)):
+    context = tls_server_context(tmp_path, certificate)
+    if options.get("ca_file"):
+        options["ca_file"] = str(tmp_path / "ca.pem")
+    async with Upstream(OK, tls=context) as upstream:
+        client = HTTPClient(
+            f"https://{host}:{upstream.port}",
+            resolve=lambda host, port: ["127.0.0.1"],
+            **options,
+        )
+        if works:
+            assert await get(client) == await get(client) == (200, b"ok")
+            assert upstream.connections == 1
+        else:
+            with pytest.raises(ssl.SSLCertVerificationError):
                 await get(client)
+        assert len(upstream.requests) == 2 * works
+        client.close()
 
-    run(check())
+
+@flow
+async def test_tls_streams_are_relayed_and_cut_ones_seen(tmp_path):
+    data = STREAM_HEAD + chunked(b"x" * 300_000)
+    tls = tls_server_context(tmp_path)
+    async with Upstream(behaves(data, connection_cut), tls=tls) as upstream:
+        client = HTTPClient(upstream.url, ca_file=str(tmp_path / "ca.pem"))
+        with pytest.raises((ProtocolError, OSError)):
+            await get(client)
 
 
 @pytest.mark.parametrize(
     "behave", [None, b"HTTP/1.1 400 No TLS\r\n\r\n"], ids=["hang", "plain"]
 )
-def test_a_handshake_that_hangs_or_is_none_fails(behave):
-    async def check():
-        async def serve(reader, writer):
-            await reader.read(1)
-            if behave is not None:
-                writer.write(behave)
-            await asyncio.sleep(60)
+@flow
+async def test_a_handshake_that_hangs_or_is_none_fails(behave):
+    async def serve(reader, writer):
+        await reader.read(1)
+        if behave is not None:
+            writer.write(behave)
+        await asyncio.sleep(60)
 
-        async with connection_streams(serve) as port:
-            limits = Limits(tls_timeout=0.2)
-            client = HTTPClient(f"https://127.0.0.1:{port}", limits=limits)
-            began = time.monotonic()
-            with pytest.raises(OSError):
-                await get(client)
-            assert time.monotonic() - began < 3
-
-    run(check())
+    async with connection_streams(serve) as port:
+        limits = Limits(tls_timeout=0.2)
+        client = HTTPClient(f"https://127.0.0.1:{port}", limits=limits)
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            await get(client)
+        assert time.monotonic() - began < 3
 
 
-def test_plain_bytes_before_the_handshake_are_not_taken_for_encrypted_ones():
+@flow
+async def test_plain_bytes_before_the_handshake_are_not_taken_for_encrypted_ones():
     """Somebody on the way could answer in the upstream's place."""
 
-    async def check():
-        client = HTTPClient("https://127.0.0.1")
-        async with connection_pair() as (connection, _, writer):
-            writer.write(OK)
-            await until(lambda: connection.buffer)
-            with pytest.raises(ConnectionResetError, match="before the TLS handshake"):
-                await client._start_tls(connection)
-
-    run(check())
+    client = HTTPClient("https://127.0.0.1")
+    async with connection_pair() as (connection, _, writer):
+        writer.write(OK)
+        await until(lambda: connection.buffer)
+        with pytest.raises(ConnectionResetError, match="before the TLS handshake"):
+            await client._start_tls(connection)
 
 
-def test_a_ca_file_that_is_missing_is_an_error(tmp_path):
-    async def check():
-        async with Upstream(OK, tls=tls_server_context(tmp_path)) as upstream:
-            client = HTTPClient(upstream.url, ca_file=str(tmp_path / "none.pem"))
-            with pytest.raises(OSError):
-                await get(client)
-
-    run(check())
+@flow
+async def test_a_ca_file_that_is_missing_is_an_error(tmp_path):
+    async with Upstream(OK, tls=tls_server_context(tmp_path)) as upstream:
+        client = HTTPClient(upstream.url, ca_file=str(tmp_path / "none.pem"))
+        with pytest.raises(OSError):
+            await get(client)
 
 
 # --- Proxies
@@ -4463,46 +4368,42 @@ class Proxy:
         return connection_streams(self.serve)
 
 
-def test_https_goes_through_the_proxys_tunnel(tmp_path):
-    async def check():
-        proxy = Proxy()
-        tls = tls_server_context(tmp_path)
-        async with Upstream(OK, tls=tls) as upstream, proxy.serving() as port:
-            client = HTTPClient(
-                upstream.url,
-                proxy=f"http://us%40er:p%3Aw@127.0.0.1:{port}",
-                ca_file=str(tmp_path / "ca.pem"),
-            )
-            assert await get(client) == await get(client) == (200, b"ok")
-            client.close()
-            (head,) = proxy.heads
-            authority = f"127.0.0.1:{upstream.port}"
-            assert head.startswith(f"CONNECT {authority} HTTP/1.1\r\n")
-            assert f"Host: {authority}\r\n" in head
-            credentials = base64.b64encode(b"us@er:p:w").decode()
-            assert f"Proxy-Authorization: Basic {credentials}\r\n" in head
-            assert upstream.requests[0].line == "GET /v1/x HTTP/1.1"
-            assert "proxy-authorization" not in upstream.requests[0].headers
-
-    run(check())
+@flow
+async def test_https_goes_through_the_proxys_tunnel(tmp_path):
+    proxy = Proxy()
+    tls = tls_server_context(tmp_path)
+    async with Upstream(OK, tls=tls) as upstream, proxy.serving() as port:
+        client = HTTPClient(
+            upstream.url,
+            proxy=f"http://us%40er:p%3Aw@127.0.0.1:{port}",
+            ca_file=str(tmp_path / "ca.pem"),
+        )
+        assert await get(client) == await get(client) == (200, b"ok")
+        client.close()
+        (head,) = proxy.heads
+        authority = f"127.0.0.1:{upstream.port}"
+        assert head.startswith(f"CONNECT {authority} HTTP/1.1\r\n")
+        assert f"Host: {authority}\r\n" in head
+        credentials = base64.b64encode(b"us@er:p:w").decode()
+        assert f"Proxy-Authorization: Basic {credentials}\r\n" in head
+        assert upstream.requests[0].line == "GET /v1/x HTTP/1.1"
+        assert "proxy-authorization" not in upstream.requests[0].headers
 
 
-def test_http_goes_to_the_proxy_in_absolute_form():
-    async def check():
-        async with Upstream(OK) as proxy:
-            client = HTTPClient(
-                "http://name.example:8000/v1",
-                proxy=f"http://user:word@127.0.0.1:{proxy.port}",
-            )
-            assert await get(client, "/x?y") == await get(client) == (200, b"ok")
-            request = proxy.requests[0]
-            assert request.line == "GET http://name.example:8000/v1/x?y HTTP/1.1"
-            assert request.headers["host"] == "name.example:8000"
-            credentials = base64.b64encode(b"user:word").decode()
-            assert request.headers["proxy-authorization"] == f"Basic {credentials}"
-            assert proxy.connections == 1
-
-    run(check())
+@flow
+async def test_http_goes_to_the_proxy_in_absolute_form():
+    async with Upstream(OK) as proxy:
+        client = HTTPClient(
+            "http://name.example:8000/v1",
+            proxy=f"http://user:word@127.0.0.1:{proxy.port}",
+        )
+        assert await get(client, "/x?y") == await get(client) == (200, b"ok")
+        request = proxy.requests[0]
+        assert request.line == "GET http://name.example:8000/v1/x?y HTTP/1.1"
+        assert request.headers["host"] == "name.example:8000"
+        credentials = base64.b64encode(b"user:word").decode()
+        assert request.headers["proxy-authorization"] == f"Basic {credentials}"
+        assert proxy.connections == 1
 
 
 @pytest.mark.parametrize(
@@ -4521,55 +4422,49 @@ def test_http_goes_to_the_proxy_in_absolute_form():
         (b"HTTP/1.1 200", connection_close),
     ],
 )
-def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
+@flow
+async def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
     """F67."""
 
-    async def check():
-        proxy = Proxy(answer, end)
-        tls = tls_server_context(tmp_path)
-        async with Upstream(OK, tls=tls) as upstream, proxy.serving() as port:
-            client = HTTPClient(
-                upstream.url,
-                proxy=f"http://127.0.0.1:{port}",
-                ca_file=str(tmp_path / "ca.pem"),
-                limits=Limits(connect_timeout=0.3, tls_timeout=0.3),
-            )
-            with pytest.raises((OSError, asyncio.TimeoutError, ProtocolError)) as why:
-                await get(client)
-            if answer and b" 407 " in answer:
-                assert "the proxy refused the tunnel: status 407" in str(why.value)
-            assert len(proxy.heads) == 1 and upstream.connections == 0
-
-    run(check())
+    proxy = Proxy(answer, end)
+    tls = tls_server_context(tmp_path)
+    async with Upstream(OK, tls=tls) as upstream, proxy.serving() as port:
+        client = HTTPClient(
+            upstream.url,
+            proxy=f"http://127.0.0.1:{port}",
+            ca_file=str(tmp_path / "ca.pem"),
+            limits=Limits(connect_timeout=0.3, tls_timeout=0.3),
+        )
+        with pytest.raises((OSError, asyncio.TimeoutError, ProtocolError)) as why:
+            await get(client)
+        if answer and b" 407 " in answer:
+            assert "the proxy refused the tunnel: status 407" in str(why.value)
+        assert len(proxy.heads) == 1 and upstream.connections == 0
 
 
-def test_a_proxy_that_is_not_there_is_never_left_out():
-    async def check():
-        async with Upstream(OK) as upstream:
-            proxy = f"http://127.0.0.1:{refusing_port()}"
-            for url in (upstream.url, upstream.url.replace("http:", "https:")):
-                with pytest.raises(ConnectionRefusedError):
-                    await get(HTTPClient(url, proxy=proxy))
-            assert upstream.connections == 0
-
-    run(check())
+@flow
+async def test_a_proxy_that_is_not_there_is_never_left_out():
+    async with Upstream(OK) as upstream:
+        proxy = f"http://127.0.0.1:{refusing_port()}"
+        for url in (upstream.url, upstream.url.replace("http:", "https:")):
+            with pytest.raises(ConnectionRefusedError):
+                await get(HTTPClient(url, proxy=proxy))
+        assert upstream.connections == 0
 
 
 @pytest.mark.parametrize("certificate", [TEST_CERT_EXPIRED, TEST_CERT_WRONG_NAME])
-def test_certificates_are_checked_behind_a_proxy_too(tmp_path, certificate):
-    async def check():
-        tls = tls_server_context(tmp_path, certificate)
-        async with Upstream(OK, tls=tls) as upstream, Proxy().serving() as port:
-            client = HTTPClient(
-                upstream.url,
-                proxy=f"http://127.0.0.1:{port}",
-                ca_file=str(tmp_path / "ca.pem"),
-            )
-            with pytest.raises(ssl.SSLCertVerificationError):
-                await get(client)
-            assert upstream.requests == []
-
-    run(check())
+@flow
+async def test_certificates_are_checked_behind_a_proxy_too(tmp_path, certificate):
+    tls = tls_server_context(tmp_path, certificate)
+    async with Upstream(OK, tls=tls) as upstream, Proxy().serving() as port:
+        client = HTTPClient(
+            upstream.url,
+            proxy=f"http://127.0.0.1:{port}",
+            ca_file=str(tmp_path / "ca.pem"),
+        )
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await get(client)
+        assert upstream.requests == []
 
 
 # --- WebSocket
@@ -4625,66 +4520,62 @@ async def websocket_echo(connection, websockets=None):
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_websocket_carries_messages_both_ways(tmp_path, tls):
-    async def check():
-        context = tls_server_context(tmp_path) if tls else None
-        accepted = []
+@flow
+async def test_websocket_carries_messages_both_ways(tmp_path, tls):
+    context = tls_server_context(tmp_path) if tls else None
+    accepted = []
 
-        async def serve(connection):
-            await websocket_echo(connection, accepted)
+    async def serve(connection):
+        await websocket_echo(connection, accepted)
 
-        async with connection_server(serve, context) as port:
-            websocket = await WebSocket.connect(
-                f"ws{'s' if tls else ''}://127.0.0.1:{port}/path",
-                ca_file=str(tmp_path / "ca.pem") if tls else None,
-            )
-            for message in [
-                "Hello",
-                "",
-                b"",
-                b"\x00\xff",
-                "é" * 40_000,
-                b"x" * 300_000,
-            ]:
-                await websocket.send(message)
-                assert await websocket.receive() == message
-            await websocket.aclose(4001, "enough")
-            assert websocket.connection.closing
-            assert (accepted[0].close_code, accepted[0].close_reason) == (
-                4001,
-                "enough",
-            )
-            assert websocket.close_code == 4001
-            with pytest.raises(ConnectionError):
-                await websocket.send("late")
-
-    run(check())
+    async with connection_server(serve, context) as port:
+        websocket = await WebSocket.connect(
+            f"ws{'s' if tls else ''}://127.0.0.1:{port}/path",
+            ca_file=str(tmp_path / "ca.pem") if tls else None,
+        )
+        for message in [
+            "Hello",
+            "",
+            b"",
+            b"\x00\xff",
+            "é" * 40_000,
+            b"x" * 300_000,
+        ]:
+            await websocket.send(message)
+            assert await websocket.receive() == message
+        await websocket.aclose(4001, "enough")
+        assert websocket.connection.closing
+        assert (accepted[0].close_code, accepted[0].close_reason) == (
+            4001,
+            "enough",
+        )
+        assert websocket.close_code == 4001
+        with pytest.raises(ConnectionError):
+            await websocket.send("late")
 
 
-def test_the_server_can_close_a_websocket_too():
-    async def check():
-        async def serve(connection):
-            request = await connection.read(apiserver.parse_request_head)
-            websocket = WebSocket.accept(connection, request)
-            await websocket.send("last")
-            await websocket.aclose(1001, "going away")
-            assert websocket.close_code == 1001
-            assert connection.closing
-            closed.set()
+@flow
+async def test_the_server_can_close_a_websocket_too():
+    async def serve(connection):
+        request = await connection.read(apiserver.parse_request_head)
+        websocket = WebSocket.accept(connection, request)
+        await websocket.send("last")
+        await websocket.aclose(1001, "going away")
+        assert websocket.close_code == 1001
+        assert connection.closing
+        closed.set()
 
-        closed = asyncio.Event()
-        async with connection_server(serve) as port:
-            websocket = await WebSocket.connect(f"ws://127.0.0.1:{port}")
-            assert [message async for message in websocket] == ["last"]
-            assert (websocket.close_code, websocket.close_reason) == (
-                1001,
-                "going away",
-            )
-            await websocket.aclose()
-            await asyncio.wait_for(closed.wait(), 5)
-            await until(lambda: websocket.connection.lost)
-
-    run(check())
+    closed = asyncio.Event()
+    async with connection_server(serve) as port:
+        websocket = await WebSocket.connect(f"ws://127.0.0.1:{port}")
+        assert [message async for message in websocket] == ["last"]
+        assert (websocket.close_code, websocket.close_reason) == (
+            1001,
+            "going away",
+        )
+        await websocket.aclose()
+        await asyncio.wait_for(closed.wait(), 5)
+        await until(lambda: websocket.connection.lost)
 
 
 @pytest.mark.parametrize(
@@ -4697,25 +4588,23 @@ def test_the_server_can_close_a_websocket_too():
         ("ws://127.0.0.1:{}?x", "/?x"),
     ],
 )
-def test_a_websocket_handshake_goes_where_the_url_says(url, target):
-    async def check():
-        requests = []
+@flow
+async def test_a_websocket_handshake_goes_where_the_url_says(url, target):
+    requests = []
 
-        async def serve(connection):
-            request = await connection.read(apiserver.parse_request_head)
-            requests.append(request)
-            WebSocket.accept(connection, request)
+    async def serve(connection):
+        request = await connection.read(apiserver.parse_request_head)
+        requests.append(request)
+        WebSocket.accept(connection, request)
 
-        async with connection_server(serve) as port:
-            fields = [("Authorization", "Bearer key")]
-            websocket = await WebSocket.connect(url.format(port), fields=fields)
-            websocket.connection.abort()
-            (request,) = requests
-            assert request.target == target
-            assert request.headers["host"] == f"127.0.0.1:{port}"
-            assert request.headers["authorization"] == "Bearer key"
-
-    run(check())
+    async with connection_server(serve) as port:
+        fields = [("Authorization", "Bearer key")]
+        websocket = await WebSocket.connect(url.format(port), fields=fields)
+        websocket.connection.abort()
+        (request,) = requests
+        assert request.target == target
+        assert request.headers["host"] == f"127.0.0.1:{port}"
+        assert request.headers["authorization"] == "Bearer key"
 
 
 ACCEPTED = (
@@ -4757,16 +4646,14 @@ async def handshake_server(answer, end=None):
         (b"garbage\r\n\r\n", 502),
     ],
 )
-def test_a_refused_handshake_tells_its_status(answer, status):
-    async def check():
-        async with handshake_server(answer) as url:
-            with pytest.raises(ProtocolError) as caught:
-                await WebSocket.connect(url)
-            assert caught.value.status == status
-            if status != 502:
-                assert f"the websocket was refused: {status} " in str(caught.value)
-
-    run(check())
+@flow
+async def test_a_refused_handshake_tells_its_status(answer, status):
+    async with handshake_server(answer) as url:
+        with pytest.raises(ProtocolError) as caught:
+            await WebSocket.connect(url)
+        assert caught.value.status == status
+        if status != 502:
+            assert f"the websocket was refused: {status} " in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -4778,87 +4665,75 @@ def test_a_refused_handshake_tells_its_status(answer, status):
         (b"HTTP/1.1 101 Sw", None, asyncio.TimeoutError),
     ],
 )
-def test_a_handshake_without_an_answer_is_given_up(answer, end, error):
-    async def check():
-        async with handshake_server(answer, end) as url:
-            with pytest.raises(error):
-                await WebSocket.connect(url, limits=Limits(head_timeout=0.1))
-
-    run(check())
+@flow
+async def test_a_handshake_without_an_answer_is_given_up(answer, end, error):
+    async with handshake_server(answer, end) as url:
+        with pytest.raises(error):
+            await WebSocket.connect(url, limits=Limits(head_timeout=0.1))
 
 
-def test_a_websocket_to_nobody_is_refused():
-    async def check():
-        with pytest.raises(ConnectionRefusedError):
-            await WebSocket.connect(f"ws://127.0.0.1:{refusing_port()}")
-        with pytest.raises(ProtocolError):
-            await WebSocket.connect("ws://127.0.0.1/", fields=[("A", "b\r\nC: d")])
-
-    run(check())
+@flow
+async def test_a_websocket_to_nobody_is_refused():
+    with pytest.raises(ConnectionRefusedError):
+        await WebSocket.connect(f"ws://127.0.0.1:{refusing_port()}")
+    with pytest.raises(ProtocolError):
+        await WebSocket.connect("ws://127.0.0.1/", fields=[("A", "b\r\nC: d")])
 
 
-def test_a_websocket_needs_a_certificate_that_holds(tmp_path):
-    async def check():
-        context = tls_server_context(tmp_path)
-        async with connection_server(websocket_echo, context) as port:
-            with pytest.raises(ssl.SSLCertVerificationError):
-                await WebSocket.connect(f"wss://127.0.0.1:{port}")
-            websocket = await WebSocket.connect(f"wss://127.0.0.1:{port}", verify=False)
-            await websocket.aclose()
-
+@flow
+async def test_a_websocket_needs_a_certificate_that_holds(tmp_path):
+    context = tls_server_context(tmp_path)
+    async with connection_server(websocket_echo, context) as port:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await WebSocket.connect(f"wss://127.0.0.1:{port}")
+        websocket = await WebSocket.connect(f"wss://127.0.0.1:{port}", verify=False)
+        await websocket.aclose()
     # The handler whose TLS handshake failed was never started.
-    run(check())
 
 
-def test_frames_behind_the_servers_handshake_are_read():
+@flow
+async def test_frames_behind_the_servers_handshake_are_read():
     """F75, as client: in the same packet."""
     frames = apiserver.encode_frame(TEXT, b"one", Side.SERVER)
 
-    async def check():
-        async with handshake_server(ACCEPTED + frames) as url:
-            websocket = await WebSocket.connect(url)
-            assert await websocket.receive() == "one"
-            websocket.connection.abort()
-
-    run(check())
+    async with handshake_server(ACCEPTED + frames) as url:
+        websocket = await WebSocket.connect(url)
+        assert await websocket.receive() == "one"
+        websocket.connection.abort()
 
 
-def test_frames_behind_the_clients_handshake_are_read():
+@flow
+async def test_frames_behind_the_clients_handshake_are_read():
     """F75, as server: in the same packet."""
 
-    async def check():
-        async with connection_server(websocket_echo) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            peer = FramePeer(Side.SERVER, reader, writer)
-            writer.write(
-                b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n"
-                b"Connection: upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-                + peer.frame(TEXT, b"one")
-                + peer.frame(TEXT, b"two")
-            )
-            head = await reader.readuntil(b"\r\n\r\n")
-            assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head
-            assert await peer.event() == apiserver.Message("one")
-            assert await peer.event() == apiserver.Message("two")
-            writer.transport.abort()
-
-    run(check())
+    async with connection_server(websocket_echo) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        peer = FramePeer(Side.SERVER, reader, writer)
+        writer.write(
+            b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n"
+            b"Connection: upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+            + peer.frame(TEXT, b"one")
+            + peer.frame(TEXT, b"two")
+        )
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head
+        assert await peer.event() == apiserver.Message("one")
+        assert await peer.event() == apiserver.Message("two")
+        writer.transport.abort()
 
 
-def test_an_end_behind_the_handshake_leaves_nothing_open():
+@flow
+async def test_an_end_behind_the_handshake_leaves_nothing_open():
     """It came while the connection still was one that may stay half open."""
 
-    async def check():
-        async with connection_pair() as (connection, _, writer):
-            writer.write_eof()
-            await until(lambda: connection.eof)
-            websocket = WebSocket(connection, Side.CLIENT)
-            assert await websocket.receive() is None
-            assert websocket.close_code == 1006
-            await until(lambda: connection.lost)
-
-    run(check())
+    async with connection_pair() as (connection, _, writer):
+        writer.write_eof()
+        await until(lambda: connection.eof)
+        websocket = WebSocket(connection, Side.CLIENT)
+        assert await websocket.receive() is None
+        assert websocket.close_code == 1006
+        await until(lambda: connection.lost)
 
 
 @pytest.mark.parametrize(
@@ -4877,64 +4752,58 @@ def test_an_end_behind_the_handshake_leaves_nothing_open():
         ((b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b""), 400),
     ],
 )
-def test_a_request_that_is_no_handshake_is_refused(change, status):
+@flow
+async def test_a_request_that_is_no_handshake_is_refused(change, status):
     head = (
         b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n"
         b"Connection: upgrade\r\nSec-WebSocket-Version: 13\r\n"
         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     )
 
-    async def check():
-        async with connection_pair() as (connection, _, writer):
-            assert change[0] in head
-            writer.write(head.replace(*change))
-            with pytest.raises(ProtocolError) as caught:
-                request = await connection.read(apiserver.parse_request_head)
-                WebSocket.accept(connection, request)
-            assert caught.value.status == status
-            assert connection.bytes_sent == 0
-
-    run(check())
+    async with connection_pair() as (connection, _, writer):
+        assert change[0] in head
+        writer.write(head.replace(*change))
+        with pytest.raises(ProtocolError) as caught:
+            request = await connection.read(apiserver.parse_request_head)
+            WebSocket.accept(connection, request)
+        assert caught.value.status == status
+        assert connection.bytes_sent == 0
 
 
 # --- WebSocket: pings and dead peers
 
 
 @BOTH_ROLES
-def test_pings_are_answered(side):
-    async def check():
-        async with websocket_pair(side) as (websocket, peer):
-            receiving = asyncio.ensure_future(websocket.receive())
-            peer.send(PING, b"one")
-            peer.send(PONG, b"nobody asked")
-            peer.send(PING, b"")
-            assert await peer.event() == apiserver.Pong(b"one")
-            assert await peer.event() == apiserver.Pong(b"")
-            peer.send(TEXT, b"text")
-            assert await receiving == "text"
-
-    run(check())
+@flow
+async def test_pings_are_answered(side):
+    async with websocket_pair(side) as (websocket, peer):
+        receiving = asyncio.ensure_future(websocket.receive())
+        peer.send(PING, b"one")
+        peer.send(PONG, b"nobody asked")
+        peer.send(PING, b"")
+        assert await peer.event() == apiserver.Pong(b"one")
+        assert await peer.event() == apiserver.Pong(b"")
+        peer.send(TEXT, b"text")
+        assert await receiving == "text"
 
 
 @BOTH_ROLES
 @pytest.mark.parametrize("sign", [PONG, TEXT, PING])
-def test_a_silence_is_ended_by_a_ping_and_any_byte_answers_it(side, sign):
+@flow
+async def test_a_silence_is_ended_by_a_ping_and_any_byte_answers_it(side, sign):
     """L29, scaled."""
 
-    async def check():
-        limits = {"ping_interval": 0.03, "pong_timeout": 5}
-        async with websocket_pair(side, **limits) as (websocket, peer):
-            serving = asyncio.ensure_future(until_closed(websocket))
-            for _ in range(4):
+    limits = {"ping_interval": 0.03, "pong_timeout": 5}
+    async with websocket_pair(side, **limits) as (websocket, peer):
+        serving = asyncio.ensure_future(until_closed(websocket))
+        for _ in range(4):
+            event = await peer.event()
+            while isinstance(event, apiserver.Pong):
                 event = await peer.event()
-                while isinstance(event, apiserver.Pong):
-                    event = await peer.event()
-                assert event == apiserver.Ping(b"")
-                peer.send(sign)
-            assert not serving.done()
-            serving.cancel()
-
-    run(check())
+            assert event == apiserver.Ping(b"")
+            peer.send(sign)
+        assert not serving.done()
+        serving.cancel()
 
 
 async def until_closed(websocket):
@@ -4943,47 +4812,41 @@ async def until_closed(websocket):
 
 
 @BOTH_ROLES
-def test_a_peer_that_answers_no_ping_is_cut(side):
+@flow
+async def test_a_peer_that_answers_no_ping_is_cut(side):
     """L29, scaled: a ping, a last silence, 1011."""
 
-    async def check():
-        limits = {"ping_interval": 0.05, "pong_timeout": 0.1}
-        async with websocket_pair(side, **limits) as (websocket, peer):
-            began = time.monotonic()
-            assert await until_closed(websocket) == []
-            assert 0.12 < time.monotonic() - began < 3
-            assert websocket.close_code == 1011
-            await until(lambda: websocket.connection.lost)
-            with contextlib.suppress(ConnectionResetError):
-                assert await peer.event() == apiserver.Ping(b"")
-
-    run(check())
+    limits = {"ping_interval": 0.05, "pong_timeout": 0.1}
+    async with websocket_pair(side, **limits) as (websocket, peer):
+        began = time.monotonic()
+        assert await until_closed(websocket) == []
+        assert 0.12 < time.monotonic() - began < 3
+        assert websocket.close_code == 1011
+        await until(lambda: websocket.connection.lost)
+        with contextlib.suppress(ConnectionResetError):
+            assert await peer.event() == apiserver.Ping(b"")
 
 
-def test_a_patient_websocket_goes_on_pinging():
-    async def check():
-        limits = {"ping_interval": 0.02, "pong_timeout": 0.02}
-        async with websocket_pair(**limits) as (websocket, peer):
-            websocket.patient = True
-            serving = asyncio.ensure_future(until_closed(websocket))
-            for _ in range(5):
-                assert await peer.event() == apiserver.Ping(b"")
-            assert not serving.done()
-            websocket.patient = False
-            assert await serving == [] and websocket.close_code == 1011
-
-    run(check())
+@flow
+async def test_a_patient_websocket_goes_on_pinging():
+    limits = {"ping_interval": 0.02, "pong_timeout": 0.02}
+    async with websocket_pair(**limits) as (websocket, peer):
+        websocket.patient = True
+        serving = asyncio.ensure_future(until_closed(websocket))
+        for _ in range(5):
+            assert await peer.event() == apiserver.Ping(b"")
+        assert not serving.done()
+        websocket.patient = False
+        assert await serving == [] and websocket.close_code == 1011
 
 
-def test_a_heartbeat_of_ones_own_replaces_the_ping():
-    async def check():
-        async with websocket_pair(ping_interval=0.02) as (websocket, peer):
-            websocket.heartbeat = lambda: websocket.write("ping")
-            serving = asyncio.ensure_future(until_closed(websocket))
-            assert await peer.event() == apiserver.Message("ping")
-            serving.cancel()
-
-    run(check())
+@flow
+async def test_a_heartbeat_of_ones_own_replaces_the_ping():
+    async with websocket_pair(ping_interval=0.02) as (websocket, peer):
+        websocket.heartbeat = lambda: websocket.write("ping")
+        serving = asyncio.ensure_future(until_closed(websocket))
+        assert await peer.event() == apiserver.Message("ping")
+        serving.cancel()
 
 
 # --- WebSocket: floods and breaches
@@ -4991,71 +4854,65 @@ def test_a_heartbeat_of_ones_own_replaces_the_ping():
 
 @BOTH_ROLES
 @pytest.mark.parametrize("opcode", [PING, PONG])
-def test_a_flood_of_control_frames_is_ended(side, opcode):
+@flow
+async def test_a_flood_of_control_frames_is_ended(side, opcode):
     """L27: so many at once, then 1008; what comes behind is not served."""
 
-    async def check():
-        limits = {"control_frame_burst": 5, "control_frame_rate": 0}
-        async with websocket_pair(side, **limits) as (websocket, peer):
-            serving = asyncio.ensure_future(until_closed(websocket))
+    limits = {"control_frame_burst": 5, "control_frame_rate": 0}
+    async with websocket_pair(side, **limits) as (websocket, peer):
+        serving = asyncio.ensure_future(until_closed(websocket))
+        for _ in range(5):
+            peer.send(opcode)
+        peer.send(TEXT, b"fine")
+        if opcode is PING:
             for _ in range(5):
-                peer.send(opcode)
-            peer.send(TEXT, b"fine")
-            if opcode is PING:
-                for _ in range(5):
-                    assert await peer.event() == apiserver.Pong(b"")
-            flood = [peer.frame(opcode), peer.frame(TEXT, b"not served")]
-            close = (1000).to_bytes(2, "big")
-            peer.writer.write(b"".join([*flood, peer.frame(CLOSE, close)]))
-            assert (await peer.event()).code == 1008
-            peer.writer.close()
-            assert await serving == ["fine"]
-            assert websocket.close_code == 1008
-
-    run(check())
+                assert await peer.event() == apiserver.Pong(b"")
+        flood = [peer.frame(opcode), peer.frame(TEXT, b"not served")]
+        close = (1000).to_bytes(2, "big")
+        peer.writer.write(b"".join([*flood, peer.frame(CLOSE, close)]))
+        assert (await peer.event()).code == 1008
+        peer.writer.close()
+        assert await serving == ["fine"]
+        assert websocket.close_code == 1008
 
 
-def test_control_frames_are_allowed_again_with_time():
-    async def check():
-        limits = {"control_frame_burst": 2, "control_frame_rate": 50}
-        async with websocket_pair(**limits) as (websocket, peer):
-            serving = asyncio.ensure_future(until_closed(websocket))
-            for _ in range(10):
-                peer.send(PING, b"x")
-                assert await peer.event() == apiserver.Pong(b"x")
-                await asyncio.sleep(0.04)
-            assert not serving.done()
-            serving.cancel()
-
-    run(check())
+@flow
+async def test_control_frames_are_allowed_again_with_time():
+    limits = {"control_frame_burst": 2, "control_frame_rate": 50}
+    async with websocket_pair(**limits) as (websocket, peer):
+        serving = asyncio.ensure_future(until_closed(websocket))
+        for _ in range(10):
+            peer.send(PING, b"x")
+            assert await peer.event() == apiserver.Pong(b"x")
+            await asyncio.sleep(0.04)
+        assert not serving.done()
+        serving.cancel()
 
 
-def test_a_peer_that_does_not_read_gets_one_pong_later():
+@flow
+async def test_a_peer_that_does_not_read_gets_one_pong_later():
     """And the late one is not counted a second time."""
 
-    async def check():
-        limits = {"control_frame_burst": 4, "control_frame_rate": 0}
-        async with websocket_pair(**limits) as (websocket, peer):
-            serving = asyncio.ensure_future(until_closed(websocket))
-            big = asyncio.ensure_future(websocket.send(bytes(16 * 1024 * 1024)))
-            await asyncio.sleep(0)
-            assert not websocket.connection.writable
-            for number in (b"1", b"2", b"3"):
-                peer.send(PING, number)
-            peer.send(TEXT, b"pinged")
-            await until(lambda: websocket._late_pong == b"3")
-            assert isinstance(await peer.event(), apiserver.Message)
-            await big
-            assert await peer.event() == apiserver.Pong(b"3")  # at once
-            peer.send(PING, b"4")
-            assert await peer.event() == apiserver.Pong(b"4")
-            assert not serving.done()
-            peer.send(PING, b"5")
-            assert (await peer.event()).code == 1008
-            peer.writer.close()
-            assert await serving == ["pinged"]
-
-    run(check())
+    limits = {"control_frame_burst": 4, "control_frame_rate": 0}
+    async with websocket_pair(**limits) as (websocket, peer):
+        serving = asyncio.ensure_future(until_closed(websocket))
+        big = asyncio.ensure_future(websocket.send(bytes(16 * 1024 * 1024)))
+        await asyncio.sleep(0)
+        assert not websocket.connection.writable
+        for number in (b"1", b"2", b"3"):
+            peer.send(PING, number)
+        peer.send(TEXT, b"pinged")
+        await until(lambda: websocket._late_pong == b"3")
+        assert isinstance(await peer.event(), apiserver.Message)
+        await big
+        assert await peer.event() == apiserver.Pong(b"3")  # at once
+        peer.send(PING, b"4")
+        assert await peer.event() == apiserver.Pong(b"4")
+        assert not serving.done()
+        peer.send(PING, b"5")
+        assert (await peer.event()).code == 1008
+        peer.writer.close()
+        assert await serving == ["pinged"]
 
 
 def raw_frame(side, first, payload=b"", length=None):
@@ -5088,81 +4945,73 @@ def raw_frame(side, first, payload=b"", length=None):
         ([(0x02, b""), *[(0x00, b"")] * 4], 1008),  # too many fragments
     ],
 )
-def test_a_breach_is_answered_by_a_close_frame(side, frames, code):
+@flow
+async def test_a_breach_is_answered_by_a_close_frame(side, frames, code):
     """L25, L26, and what came before it is still served, in its order."""
 
-    async def check():
-        limits = {"message_fragments": 4}
-        async with websocket_pair(side, max_size=100, **limits) as (websocket, peer):
+    limits = {"message_fragments": 4}
+    async with websocket_pair(side, max_size=100, **limits) as (websocket, peer):
 
-            async def echo():
-                async for message in websocket:
-                    await websocket.send(message)
+        async def echo():
+            async for message in websocket:
+                await websocket.send(message)
 
-            serving = asyncio.ensure_future(echo())
-            data = [peer.frame(TEXT, b"before"), peer.frame(PING, b"!")]
-            data += [raw_frame(side, *frame) for frame in frames]
-            peer.writer.write(b"".join([*data, peer.frame(TEXT, b"after")]))
-            assert await peer.event() == apiserver.Message("before")
-            assert await peer.event() == apiserver.Pong(b"!")
-            close = await peer.event()
-            assert close.code == code and close.reason
-            assert await peer.event() is None
-            peer.writer.close()
-            await serving
-            assert websocket.close_code == code
-            await until(lambda: websocket.connection.lost)
-
-    run(check())
+        serving = asyncio.ensure_future(echo())
+        data = [peer.frame(TEXT, b"before"), peer.frame(PING, b"!")]
+        data += [raw_frame(side, *frame) for frame in frames]
+        peer.writer.write(b"".join([*data, peer.frame(TEXT, b"after")]))
+        assert await peer.event() == apiserver.Message("before")
+        assert await peer.event() == apiserver.Pong(b"!")
+        close = await peer.event()
+        assert close.code == code and close.reason
+        assert await peer.event() is None
+        peer.writer.close()
+        await serving
+        assert websocket.close_code == code
+        await until(lambda: websocket.connection.lost)
 
 
 @pytest.mark.parametrize("side, masked", [(Side.SERVER, False), (Side.CLIENT, True)])
-def test_the_wrong_masking_is_refused(side, masked):
-    async def check():
-        async with websocket_pair(side) as (websocket, peer):
-            wrong = Side.CLIENT if masked else Side.SERVER
-            peer.writer.write(apiserver.encode_frame(TEXT, b"x", wrong))
-            serving = asyncio.ensure_future(until_closed(websocket))
-            assert (await peer.event()).code == 1002
-            peer.writer.close()
-            assert await serving == []
-
-    run(check())
+@flow
+async def test_the_wrong_masking_is_refused(side, masked):
+    async with websocket_pair(side) as (websocket, peer):
+        wrong = Side.CLIENT if masked else Side.SERVER
+        peer.writer.write(apiserver.encode_frame(TEXT, b"x", wrong))
+        serving = asyncio.ensure_future(until_closed(websocket))
+        assert (await peer.event()).code == 1002
+        peer.writer.close()
+        assert await serving == []
 
 
 @pytest.mark.parametrize("size, works", [(99, True), (100, True), (101, False)])
 @BOTH_ROLES
-def test_a_message_has_a_largest_size(side, size, works):
-    async def check():
-        async with websocket_pair(side, message_size=100) as (websocket, peer):
-            peer.send(TEXT, b"x" * size)
-            serving = asyncio.ensure_future(websocket.receive())
-            if works:
-                assert await serving == "x" * size
-            else:
-                assert (await peer.event()).code == 1009
-                peer.writer.close()
-                assert await serving is None
-
-    run(check())
+@flow
+async def test_a_message_has_a_largest_size(side, size, works):
+    async with websocket_pair(side, message_size=100) as (websocket, peer):
+        peer.send(TEXT, b"x" * size)
+        serving = asyncio.ensure_future(websocket.receive())
+        if works:
+            assert await serving == "x" * size
+        else:
+            assert (await peer.event()).code == 1009
+            peer.writer.close()
+            assert await serving is None
 
 
 @pytest.mark.parametrize("count, works", [(3, True), (4, True), (5, False)])
-def test_a_message_has_a_largest_number_of_fragments(count, works):
-    async def check():
-        async with websocket_pair(message_fragments=4) as (websocket, peer):
-            frames = [(0x01, b"a"), *[(0x00, b"b")] * (count - 2), (0x80, b"c")]
-            for frame in frames:
-                peer.writer.write(raw_frame(Side.SERVER, *frame))
-            serving = asyncio.ensure_future(websocket.receive())
-            if works:
-                assert await serving == "a" + "b" * (count - 2) + "c"
-            else:
-                assert (await peer.event()).code == 1008
-                peer.writer.close()
-                assert await serving is None
-
-    run(check())
+@flow
+async def test_a_message_has_a_largest_number_of_fragments(count, works):
+    async with websocket_pair(message_fragments=4) as (websocket, peer):
+        frames = [(0x01, b"a"), *[(0x00, b"b")] * (count - 2), (0x80, b"c")]
+        for frame in frames:
+            peer.writer.write(raw_frame(Side.SERVER, *frame))
+        serving = asyncio.ensure_future(websocket.receive())
+        if works:
+            assert await serving == "a" + "b" * (count - 2) + "c"
+        else:
+            assert (await peer.event()).code == 1008
+            peer.writer.close()
+            assert await serving is None
 
 
 # --- WebSocket: the end
@@ -5177,103 +5026,91 @@ def test_a_message_has_a_largest_number_of_fragments(count, works):
         (b"\x0f\xa0bye", 4000, "bye", apiserver.Close(4000, "")),
     ],
 )
-def test_the_peers_close_is_answered(side, payload, code, reason, answer):
-    async def check():
-        async with websocket_pair(side, close_timeout=0.1) as (websocket, peer):
-            data = [peer.frame(TEXT, b"x"), peer.frame(CLOSE, payload)]
-            peer.writer.write(b"".join([*data, peer.frame(TEXT, b"not served")]))
-            assert await until_closed(websocket) == ["x"]
-            assert (websocket.close_code, websocket.close_reason) == (code, reason)
-            assert await peer.event() == answer
-            # The server closes TCP at once, the client leaves it time to.
-            assert await peer.event() is None
-            await until(lambda: websocket.connection.lost)
-
-    run(check())
+@flow
+async def test_the_peers_close_is_answered(side, payload, code, reason, answer):
+    async with websocket_pair(side, close_timeout=0.1) as (websocket, peer):
+        data = [peer.frame(TEXT, b"x"), peer.frame(CLOSE, payload)]
+        peer.writer.write(b"".join([*data, peer.frame(TEXT, b"not served")]))
+        assert await until_closed(websocket) == ["x"]
+        assert (websocket.close_code, websocket.close_reason) == (code, reason)
+        assert await peer.event() == answer
+        # The server closes TCP at once, the client leaves it time to.
+        assert await peer.event() is None
+        await until(lambda: websocket.connection.lost)
 
 
 @BOTH_ROLES
-def test_a_close_that_is_not_answered_ends_in_an_abort(side):
+@flow
+async def test_a_close_that_is_not_answered_ends_in_an_abort(side):
     """L30, scaled; messages that still come are dropped."""
 
-    async def check():
-        async with websocket_pair(side, close_timeout=0.1) as (websocket, peer):
-            began = time.monotonic()
-            closing = asyncio.ensure_future(websocket.aclose(1001, "going"))
-            assert await peer.event() == apiserver.Close(1001, "going")
-            peer.send(TEXT, b"still here")
-            await closing
-            assert 0.05 < time.monotonic() - began < 3
-            assert websocket.close_code == 1006
-            await until(lambda: websocket.connection.lost)
-
-    run(check())
+    async with websocket_pair(side, close_timeout=0.1) as (websocket, peer):
+        began = time.monotonic()
+        closing = asyncio.ensure_future(websocket.aclose(1001, "going"))
+        assert await peer.event() == apiserver.Close(1001, "going")
+        peer.send(TEXT, b"still here")
+        await closing
+        assert 0.05 < time.monotonic() - began < 3
+        assert websocket.close_code == 1006
+        await until(lambda: websocket.connection.lost)
 
 
-def test_a_server_that_closes_without_ending_is_left():
+@flow
+async def test_a_server_that_closes_without_ending_is_left():
     """The last receive()'s deadline is not the closing's."""
 
-    async def check():
-        limits = {"ping_interval": 0.05, "close_timeout": 0.2}
-        async with websocket_pair(Side.CLIENT, **limits) as (websocket, peer):
-            peer.send(CLOSE)
-            began = time.monotonic()
-            assert await websocket.receive() is None
-            await asyncio.wait_for(websocket.aclose(), 5)
-            assert time.monotonic() - began > 0.15  # all of close_timeout
-            await until(lambda: websocket.connection.lost)
-
-    run(check())
+    limits = {"ping_interval": 0.05, "close_timeout": 0.2}
+    async with websocket_pair(Side.CLIENT, **limits) as (websocket, peer):
+        peer.send(CLOSE)
+        began = time.monotonic()
+        assert await websocket.receive() is None
+        await asyncio.wait_for(websocket.aclose(), 5)
+        assert time.monotonic() - began > 0.15  # all of close_timeout
+        await until(lambda: websocket.connection.lost)
 
 
 @BOTH_ROLES
-def test_a_peer_that_vanishes_is_1006(side):
-    async def check():
-        for end in (connection_close, connection_cut):
-            async with websocket_pair(side) as (websocket, peer):
-                end(peer.writer)
-                assert await until_closed(websocket) == []
-                assert websocket.close_code == 1006
-                await until(lambda websocket=websocket: websocket.connection.lost)
-                websocket.ping()  # both come too late, and harm nobody
-                websocket.close()
-                with pytest.raises(ConnectionError):
-                    websocket.write("late")
-
-    run(check())
+@flow
+async def test_a_peer_that_vanishes_is_1006(side):
+    for end in (connection_close, connection_cut):
+        async with websocket_pair(side) as (websocket, peer):
+            end(peer.writer)
+            assert await until_closed(websocket) == []
+            assert websocket.close_code == 1006
+            await until(lambda websocket=websocket: websocket.connection.lost)
+            websocket.ping()  # both come too late, and harm nobody
+            websocket.close()
+            with pytest.raises(ConnectionError):
+                websocket.write("late")
 
 
-def test_a_peer_that_does_not_read_is_dropped():
+@flow
+async def test_a_peer_that_does_not_read_is_dropped():
     """L31; and whoever reads learns the reason."""
 
-    async def check():
-        async with websocket_pair(agent_write_size=8 * 1024 * 1024) as (websocket, _):
-            serving = asyncio.ensure_future(until_closed(websocket))
-            await asyncio.sleep(0)
-            with pytest.raises(ConnectionError):
-                for _ in range(64):
-                    assert websocket.connection.unsent <= 9 * 1024 * 1024
-                    websocket.write(bytes(1024 * 1024))
-            assert await serving == []
-            assert (websocket.close_code, websocket.close_reason) == (
-                1008,
-                "it does not read",
-            )
-
-    run(check())
+    async with websocket_pair(agent_write_size=8 * 1024 * 1024) as (websocket, _):
+        serving = asyncio.ensure_future(until_closed(websocket))
+        await asyncio.sleep(0)
+        with pytest.raises(ConnectionError):
+            for _ in range(64):
+                assert websocket.connection.unsent <= 9 * 1024 * 1024
+                websocket.write(bytes(1024 * 1024))
+        assert await serving == []
+        assert (websocket.close_code, websocket.close_reason) == (
+            1008,
+            "it does not read",
+        )
 
 
-def test_a_slow_peer_holds_back_send_and_not_reading():
-    async def check():
-        async with websocket_pair() as (websocket, peer):
-            sending = asyncio.ensure_future(websocket.send(bytes(16 * 1024 * 1024)))
-            peer.send(TEXT, b"meanwhile")
-            assert await websocket.receive() == "meanwhile"
-            assert not sending.done()
-            assert len((await peer.event()).data) == 16 * 1024 * 1024
-            await sending
-
-    run(check())
+@flow
+async def test_a_slow_peer_holds_back_send_and_not_reading():
+    async with websocket_pair() as (websocket, peer):
+        sending = asyncio.ensure_future(websocket.send(bytes(16 * 1024 * 1024)))
+        peer.send(TEXT, b"meanwhile")
+        assert await websocket.receive() == "meanwhile"
+        assert not sending.done()
+        assert len((await peer.event()).data) == 16 * 1024 * 1024
+        await sending
 
 
 # -----------------------------------------------------------------------------
@@ -6381,15 +6218,13 @@ async def controller_line(server, name):
 # --- Choosing
 
 
-def test_weights_5_1_1_give_a_a_b_a_c_a_a(tmp_path):
-    async def check():
-        weights = {"a": 5, "b": 1, "c": 1}
-        controllers = [pool_function(n, weight=w) for n, w in weights.items()]
-        async with serving(tmp_path, *controllers) as server:
-            texts = [chat_text(await chat(server)) for _ in range(14)]
-            assert "".join(texts) == "aabacaa" * 2
-
-    run(check())
+@flow
+async def test_weights_5_1_1_give_a_a_b_a_c_a_a(tmp_path):
+    weights = {"a": 5, "b": 1, "c": 1}
+    controllers = [pool_function(n, weight=w) for n, w in weights.items()]
+    async with serving(tmp_path, *controllers) as server:
+        texts = [chat_text(await chat(server)) for _ in range(14)]
+        assert "".join(texts) == "aabacaa" * 2
 
 
 def test_weight_0_counts_as_1_and_a_name_is_taken_once():
@@ -6404,19 +6239,17 @@ def test_weight_0_counts_as_1_and_a_name_is_taken_once():
         Pool("fastest")
 
 
-def test_random_follows_the_weights():
-    async def check():
-        pool = Pool("random")
-        a, b = pool_function("a", weight=9), pool_function("b", weight=1)
-        pool.add(a)
-        pool.add(b)
-        random.seed(7)
-        for _ in range(500):
-            pool_release(pool, await pool_acquire(pool))
-        taken = [await pool_acquire(pool) for _ in range(500)]
-        assert 15 < taken.count(b) < 110 and taken.count(a) + taken.count(b) == 500
-
-    run(check())
+@flow
+async def test_random_follows_the_weights():
+    pool = Pool("random")
+    a, b = pool_function("a", weight=9), pool_function("b", weight=1)
+    pool.add(a)
+    pool.add(b)
+    random.seed(7)
+    for _ in range(500):
+        pool_release(pool, await pool_acquire(pool))
+    taken = [await pool_acquire(pool) for _ in range(500)]
+    assert 15 < taken.count(b) < 110 and taken.count(a) + taken.count(b) == 500
 
 
 def pool_request(user="", model="m"):
@@ -6435,78 +6268,68 @@ async def pool_acquire(pool, user="", model="m"):
     return await pool.acquire(pool_request(user, model), [])
 
 
-def test_least_busy_counts_requests_in_flight_per_weight():
-    async def check():
-        pool = Pool("least_busy")
-        a, b = pool_function("a", weight=2), pool_function("b", weight=1)
-        pool.add(a)
-        pool.add(b)
-        for _ in range(6):
-            await pool_acquire(pool)
-        assert (a.in_flight, b.in_flight) == (4, 2)
-        pool_release(pool, b)
-        pool_release(pool, b)
-        assert await pool_acquire(pool) is b
-
-    run(check())
+@flow
+async def test_least_busy_counts_requests_in_flight_per_weight():
+    pool = Pool("least_busy")
+    a, b = pool_function("a", weight=2), pool_function("b", weight=1)
+    pool.add(a)
+    pool.add(b)
+    for _ in range(6):
+        await pool_acquire(pool)
+    assert (a.in_flight, b.in_flight) == (4, 2)
+    pool_release(pool, b)
+    pool_release(pool, b)
+    assert await pool_acquire(pool) is b
 
 
-def test_models_and_aliases_decide_who_is_asked(tmp_path):
-    async def check():
-        behave = http_reply(completion("from upstream", model="real-1"))
-        async with Upstream(behave) as upstream:
-            alias = upstream.controller(models={"alias": "real"})
-            listed = pool_function("listed", models=["x", "y"])
-            async with serving(tmp_path, alias, listed) as server:
-                assert chat_text(await chat(server, model="y")) == "listed"
-                reply = await chat(server, model="alias", temperature=0)
-                assert reply.json()["model"] == "real-1"
-                sent = upstream.requests[-1].json()
-                assert sent["model"] == "real" and sent["temperature"] == 0
-                reply = await chat(server, model="real")
-                assert reply.status == 404
-                assert chat_error(reply)["code"] == "model_not_found"
-                reply = await ask(server.port, "GET", "/v1/models")
-                names = {model["id"] for model in reply.json()["data"]}
-                assert {"alias", "x", "y", "mock/echo"} <= names
-
-    run(check())
+@flow
+async def test_models_and_aliases_decide_who_is_asked(tmp_path):
+    behave = http_reply(completion("from upstream", model="real-1"))
+    async with Upstream(behave) as upstream:
+        alias = upstream.controller(models={"alias": "real"})
+        listed = pool_function("listed", models=["x", "y"])
+        async with serving(tmp_path, alias, listed) as server:
+            assert chat_text(await chat(server, model="y")) == "listed"
+            reply = await chat(server, model="alias", temperature=0)
+            assert reply.json()["model"] == "real-1"
+            sent = upstream.requests[-1].json()
+            assert sent["model"] == "real" and sent["temperature"] == 0
+            reply = await chat(server, model="real")
+            assert reply.status == 404
+            assert chat_error(reply)["code"] == "model_not_found"
+            reply = await ask(server.port, "GET", "/v1/models")
+            names = {model["id"] for model in reply.json()["data"]}
+            assert {"alias", "x", "y", "mock/echo"} <= names
 
 
 # --- Waiting
 
 
-def test_max_concurrency_is_kept_and_everybody_served(tmp_path):
-    async def check():
-        gate = PoolGate(max_concurrency=2)
-        async with serving(tmp_path, gate.controller) as server:
-            asking = [asyncio.ensure_future(chat(server)) for _ in range(6)]
-            await until(
-                lambda: len(gate.asked) == 2 and server.service.pool.waiting == 4
-            )
-            assert (await controller_line(server, "gate"))["state"] == "busy"
-            gate.let()
-            replies = await asyncio.gather(*asking)
-            assert all(chat_text(reply) == "through" for reply in replies)
-            assert gate.most == 2 and gate.controller.in_flight == 0
-
-    run(check())
+@flow
+async def test_max_concurrency_is_kept_and_everybody_served(tmp_path):
+    gate = PoolGate(max_concurrency=2)
+    async with serving(tmp_path, gate.controller) as server:
+        asking = [asyncio.ensure_future(chat(server)) for _ in range(6)]
+        await until(lambda: len(gate.asked) == 2 and server.service.pool.waiting == 4)
+        assert (await controller_line(server, "gate"))["state"] == "busy"
+        gate.let()
+        replies = await asyncio.gather(*asking)
+        assert all(chat_text(reply) == "through" for reply in replies)
+        assert gate.most == 2 and gate.controller.in_flight == 0
 
 
-def test_the_queue_takes_its_limit_and_not_one_more(tmp_path):
-    async def check():
-        gate = PoolGate(max_concurrency=1)
-        limits = Limits(queue_size_per_controller=3, queue_size_min=3)
-        async with serving(tmp_path, gate.controller, limits=limits) as server:
-            asking = [asyncio.ensure_future(chat(server)) for _ in range(4)]
-            await until(lambda: server.service.pool.waiting == 3)
-            reply = await chat(server)
-            assert reply.status == 503 and reply.headers["retry-after"] == "1"
-            assert chat_error(reply)["code"] == "queue_full"
-            gate.let()
-            assert {r.status for r in await asyncio.gather(*asking)} == {200}
-
-    run(check())
+@flow
+async def test_the_queue_takes_its_limit_and_not_one_more(tmp_path):
+    gate = PoolGate(max_concurrency=1)
+    limits = Limits(queue_size_per_controller=3, queue_size_min=3)
+    async with serving(tmp_path, gate.controller, limits=limits) as server:
+        asking = [asyncio.ensure_future(chat(server)) for _ in range(4)]
+        await until(lambda: server.service.pool.waiting == 3)
+        reply = await chat(server)
+        assert reply.status == 503 and reply.headers["retry-after"] == "1"
+        assert chat_error(reply)["code"] == "queue_full"
+        gate.let()
+        assert {r.status for r in await asyncio.gather(*asking)} == {200}
 
 
 @pytest.mark.parametrize(
@@ -6520,224 +6343,205 @@ def test_the_queue_takes_its_limit_and_not_one_more(tmp_path):
         (9, {"queue_size_per_controller": 2, "queue_size_max": 7}, 7),
     ],
 )
-def test_queue_sizes(controllers, limits, room):
+@flow
+async def test_queue_sizes(controllers, limits, room):
     """L22: so many per controller that could serve, between a floor and a ceiling."""
 
-    async def check():
-        pool = Pool(limits=Limits(**{"queue_size_min": 0, **limits} if limits else {}))
-        for number in range(controllers):
-            pool.add(pool_function(f"f{number}", max_concurrency=1))
-            await pool_acquire(pool)
-        pool.add(pool_function("other", models=["other"]))
-        tasks = [asyncio.ensure_future(pool_acquire(pool)) for _ in range(room)]
-        await asyncio.sleep(0)
-        assert pool.waiting == room
-        with pytest.raises(APIError) as caught:
-            await pool_acquire(pool)
-        assert caught.value.code == "queue_full" and pool.waiting == room
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        assert pool.waiting == 0
-
-    run(check())
+    pool = Pool(limits=Limits(**{"queue_size_min": 0, **limits} if limits else {}))
+    for number in range(controllers):
+        pool.add(pool_function(f"f{number}", max_concurrency=1))
+        await pool_acquire(pool)
+    pool.add(pool_function("other", models=["other"]))
+    tasks = [asyncio.ensure_future(pool_acquire(pool)) for _ in range(room)]
+    await asyncio.sleep(0)
+    assert pool.waiting == room
+    with pytest.raises(APIError) as caught:
+        await pool_acquire(pool)
+    assert caught.value.code == "queue_full" and pool.waiting == room
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert pool.waiting == 0
 
 
-def test_who_waits_too_long_is_told_to_come_again(tmp_path):
-    async def check():
-        gate = PoolGate(max_concurrency=1)
-        limits = Limits(queue_timeout=0.05)
-        async with serving(tmp_path, gate.controller, limits=limits) as server:
-            first = asyncio.ensure_future(chat(server))
-            await until(lambda: gate.asked)
-            reply = await chat(server)
-            assert reply.status == 503 and reply.headers["retry-after"] == "1"
-            assert chat_error(reply)["code"] == "queue_timeout"
-            gate.let()
-            assert chat_text(await first) == "through"
-            assert chat_text(await chat(server)) == "through"
-
-    run(check())
+@flow
+async def test_who_waits_too_long_is_told_to_come_again(tmp_path):
+    gate = PoolGate(max_concurrency=1)
+    limits = Limits(queue_timeout=0.05)
+    async with serving(tmp_path, gate.controller, limits=limits) as server:
+        first = asyncio.ensure_future(chat(server))
+        await until(lambda: gate.asked)
+        reply = await chat(server)
+        assert reply.status == 503 and reply.headers["retry-after"] == "1"
+        assert chat_error(reply)["code"] == "queue_timeout"
+        gate.let()
+        assert chat_text(await first) == "through"
+        assert chat_text(await chat(server)) == "through"
 
 
-def test_one_user_who_floods_does_not_keep_another_waiting(tmp_path):
+@flow
+async def test_one_user_who_floods_does_not_keep_another_waiting(tmp_path):
     """F73: the other's request waits at most one service time."""
 
-    async def check():
-        gate = PoolGate(max_concurrency=1)
-        limits = Limits(queue_size_per_controller=8, queue_size_min=8)
-        async with serving(tmp_path, gate.controller, limits=limits) as server:
-            flooder, other = await add_user(server), await add_user(server)
-            pool = server.service.pool
-            flood = []
-            for number in range(9):  # one is served, eight wait: the queue is full
-                flood.append(asyncio.ensure_future(chat(server, f"f{number}", flooder)))
-                await until(lambda n=number: len(gate.asked) + pool.waiting == n + 1)
-            asking = asyncio.ensure_future(chat(server, "other", other))
-            refused = await flood.pop()  # the newest of who has most
-            assert refused.status == 503 and chat_error(refused)["code"] == "queue_full"
-            gate.let(3)
-            assert chat_text(await asking) == "through"
-            assert gate.asked.index("other") <= 2
-            gate.let()
-            assert {r.status for r in await asyncio.gather(*flood)} == {200}
-            flooded = [text for text in gate.asked if text != "other"]
-            assert flooded == [f"f{number}" for number in range(8)]
-
-    run(check())
+    gate = PoolGate(max_concurrency=1)
+    limits = Limits(queue_size_per_controller=8, queue_size_min=8)
+    async with serving(tmp_path, gate.controller, limits=limits) as server:
+        flooder, other = await add_user(server), await add_user(server)
+        pool = server.service.pool
+        flood = []
+        for number in range(9):  # one is served, eight wait: the queue is full
+            flood.append(asyncio.ensure_future(chat(server, f"f{number}", flooder)))
+            await until(lambda n=number: len(gate.asked) + pool.waiting == n + 1)
+        asking = asyncio.ensure_future(chat(server, "other", other))
+        refused = await flood.pop()  # the newest of who has most
+        assert refused.status == 503 and chat_error(refused)["code"] == "queue_full"
+        gate.let(3)
+        assert chat_text(await asking) == "through"
+        assert gate.asked.index("other") <= 2
+        gate.let()
+        assert {r.status for r in await asyncio.gather(*flood)} == {200}
+        flooded = [text for text in gate.asked if text != "other"]
+        assert flooded == [f"f{number}" for number in range(8)]
 
 
-def test_a_client_that_leaves_the_queue_costs_no_slot(tmp_path):
+@flow
+async def test_a_client_that_leaves_the_queue_costs_no_slot(tmp_path):
     """F72."""
 
-    async def check():
-        gate = PoolGate(max_concurrency=1)
-        async with serving(tmp_path, gate.controller) as server:
-            first = asyncio.ensure_future(chat(server, "first"))
-            await until(lambda: gate.asked)
-            async with Client(server.port) as client:
-                body = chat_body("leaver")
-                client.send(request_bytes("POST", "/v1/chat/completions", body))
-                await until(lambda: server.service.pool.waiting == 1)
-            await until(lambda: server.service.pool.waiting == 0)
-            gate.let()
-            assert chat_text(await first) == "through"
-            assert chat_text(await chat(server, "next")) == "through"
-            assert gate.asked == ["first", "next"] and gate.controller.in_flight == 0
-
-    run(check())
+    gate = PoolGate(max_concurrency=1)
+    async with serving(tmp_path, gate.controller) as server:
+        first = asyncio.ensure_future(chat(server, "first"))
+        await until(lambda: gate.asked)
+        async with Client(server.port) as client:
+            body = chat_body("leaver")
+            client.send(request_bytes("POST", "/v1/chat/completions", body))
+            await until(lambda: server.service.pool.waiting == 1)
+        await until(lambda: server.service.pool.waiting == 0)
+        gate.let()
+        assert chat_text(await first) == "through"
+        assert chat_text(await chat(server, "next")) == "through"
+        assert gate.asked == ["first", "next"] and gate.controller.in_flight == 0
 
 
-def test_a_slot_given_to_who_leaves_that_moment_is_not_lost():
-    async def check():
-        pool = Pool()
-        pool.add(pool_function("a", max_concurrency=1))
-        a = await pool_acquire(pool)
-        leaver = asyncio.ensure_future(pool_acquire(pool))
-        patient = asyncio.ensure_future(pool_acquire(pool))
-        await until(lambda: pool.waiting == 2)
-        pool_release(pool, a)  # to leaver, who has not run yet
-        leaver.cancel()
-        assert await asyncio.wait_for(patient, 2) is a and a.in_flight == 1
-        assert leaver.cancelled() and pool.waiting == 0 and not pool._wishes
-        late = asyncio.ensure_future(pool_acquire(pool))
-        await until(lambda: pool.waiting == 1)
-        late.cancel()
-        pool_release(pool, a)  # he has left, but is still in the queue
-        assert a.in_flight == 0
-        await asyncio.wait([late])
-        assert late.cancelled() and await pool_acquire(pool) is a
-
-    run(check())
+@flow
+async def test_a_slot_given_to_who_leaves_that_moment_is_not_lost():
+    pool = Pool()
+    pool.add(pool_function("a", max_concurrency=1))
+    a = await pool_acquire(pool)
+    leaver = asyncio.ensure_future(pool_acquire(pool))
+    patient = asyncio.ensure_future(pool_acquire(pool))
+    await until(lambda: pool.waiting == 2)
+    pool_release(pool, a)  # to leaver, who has not run yet
+    leaver.cancel()
+    assert await asyncio.wait_for(patient, 2) is a and a.in_flight == 1
+    assert leaver.cancelled() and pool.waiting == 0 and not pool._wishes
+    late = asyncio.ensure_future(pool_acquire(pool))
+    await until(lambda: pool.waiting == 1)
+    late.cancel()
+    pool_release(pool, a)  # he has left, but is still in the queue
+    assert a.in_flight == 0
+    await asyncio.wait([late])
+    assert late.cancelled() and await pool_acquire(pool) is a
 
 
-def test_who_waits_for_one_model_does_not_keep_another_waiting():
-    async def check():
-        pool = Pool()
-        for name in ("a", "b"):
-            pool.add(pool_function(name, models=[name], max_concurrency=1))
-        a, b = [await pool_acquire(pool, model=name) for name in ("a", "b")]
-        waiting = [
-            asyncio.ensure_future(pool_acquire(pool, model=name)) for name in "aab"
-        ]
-        await until(lambda: pool.waiting == 3)
-        pool_release(pool, b)
-        assert await asyncio.wait_for(waiting[2], 2) is b
-        pool_release(pool, b)  # nobody wants it
-        assert pool.waiting == 2 and not waiting[0].done()
-        for one in waiting[:2]:
-            pool_release(pool, a)
-            assert await asyncio.wait_for(one, 2) is a
-        assert not pool.waiting and not pool._wishes
-
-    run(check())
+@flow
+async def test_who_waits_for_one_model_does_not_keep_another_waiting():
+    pool = Pool()
+    for name in ("a", "b"):
+        pool.add(pool_function(name, models=[name], max_concurrency=1))
+    a, b = [await pool_acquire(pool, model=name) for name in ("a", "b")]
+    waiting = [asyncio.ensure_future(pool_acquire(pool, model=name)) for name in "aab"]
+    await until(lambda: pool.waiting == 3)
+    pool_release(pool, b)
+    assert await asyncio.wait_for(waiting[2], 2) is b
+    pool_release(pool, b)  # nobody wants it
+    assert pool.waiting == 2 and not waiting[0].done()
+    for one in waiting[:2]:
+        pool_release(pool, a)
+        assert await asyncio.wait_for(one, 2) is a
+    assert not pool.waiting and not pool._wishes
 
 
 @pytest.mark.parametrize("why", ["cooling", "limit", "both", "enabled"])
-def test_who_waits_is_woken_when_a_controller_opens_again(why, monkeypatch):
+@flow
+async def test_who_waits_is_woken_when_a_controller_opens_again(why, monkeypatch):
     """Also who came when it had been closed for a while, and while others are busy."""
 
-    async def check():
-        loop = asyncio.get_running_loop()
-        shift = 60 - time.time() % 60 - 0.6  # the minute ends in so many seconds
-        monkeypatch.setattr(apiserver, "unix_time", lambda: time.time() + shift)
-        cools = why in ("cooling", "both")
-        pool = Pool(limits=Limits(queue_timeout=1.5 if cools else 5))
-        busy = pool_function("busy", max_concurrency=1)
-        limit = {"requests": 1, "per": "minute"} if why != "cooling" else None
-        closed = pool_function("closed", limit=limit)
-        pool.add(busy)
-        pool.add(closed)
-        assert await pool_acquire(pool) is busy
-        if cools:
-            error = apiserver.ControllerError(
-                "closed", apiserver.Failure.RATE_LIMITED, retry_after=2
-            )
-            pool.failed(closed, error)
-        if why != "cooling":
-            closed.limit.count(requests=1)
-        closed.switched_off = why == "enabled"
-        began = loop.time()
-        if cools:
-            await asyncio.sleep(1)  # of the two: more than queue_timeout was left
-        waiting = asyncio.ensure_future(pool_acquire(pool))
-        await until(lambda: pool.waiting)
-        if why == "enabled":
-            closed.switched_off = False
-            pool.wake()
-        assert await waiting is closed
-        assert loop.time() - began > (1.9 if cools else 0.3)
-        assert busy.in_flight == 1
-
-    run(check())
-
-
-def test_nothing_is_left_of_a_queue_that_is_empty_again():
-    async def check():
-        pool = Pool()
-        busy, closed = pool_function("busy", max_concurrency=1), pool_function("closed")
-        pool.add(busy)
-        pool.add(closed)
-        await pool_acquire(pool)
+    loop = asyncio.get_running_loop()
+    shift = 60 - time.time() % 60 - 0.6  # the minute ends in so many seconds
+    monkeypatch.setattr(apiserver, "unix_time", lambda: time.time() + shift)
+    cools = why in ("cooling", "both")
+    pool = Pool(limits=Limits(queue_timeout=1.5 if cools else 5))
+    busy = pool_function("busy", max_concurrency=1)
+    limit = {"requests": 1, "per": "minute"} if why != "cooling" else None
+    closed = pool_function("closed", limit=limit)
+    pool.add(busy)
+    pool.add(closed)
+    assert await pool_acquire(pool) is busy
+    if cools:
         error = apiserver.ControllerError(
-            "closed", apiserver.Failure.RATE_LIMITED, retry_after=60
+            "closed", apiserver.Failure.RATE_LIMITED, retry_after=2
         )
         pool.failed(closed, error)
-        leaver = asyncio.ensure_future(pool_acquire(pool))
-        await until(lambda: pool._alarm)
-        leaver.cancel()
-        await asyncio.wait([leaver])
-        assert not pool.waiting and not pool._wishes and pool._alarm is None
-
-    run(check())
-
-
-def test_a_controller_may_be_added_from_another_thread():
-    async def check():
-        pool = Pool()
-        pool.add(pool_function("busy", max_concurrency=1))
-        await pool_acquire(pool)
-        waiting = asyncio.ensure_future(pool_acquire(pool))
-        await until(lambda: pool.waiting)
-        new = pool_function("new", max_concurrency=1)
-        await asyncio.get_running_loop().run_in_executor(None, pool.add, new)
-        assert await asyncio.wait_for(waiting, 2) is new
-        make_room = pool._make_room
-
-        def add_first(request):
-            """In the moment between finding nobody and joining the queue."""
-            thread = threading.Thread(target=pool.add, args=(pool_function("late"),))
-            thread.start()
-            thread.join()
-            make_room(request)
-
-        pool._make_room = add_first
-        assert (await asyncio.wait_for(pool_acquire(pool), 2)).name == "late"
-
-    run(check())
+    if why != "cooling":
+        closed.limit.count(requests=1)
+    closed.switched_off = why == "enabled"
+    began = loop.time()
+    if cools:
+        await asyncio.sleep(1)  # of the two: more than queue_timeout was left
+    waiting = asyncio.ensure_future(pool_acquire(pool))
+    await until(lambda: pool.waiting)
+    if why == "enabled":
+        closed.switched_off = False
+        pool.wake()
+    assert await waiting is closed
+    assert loop.time() - began > (1.9 if cools else 0.3)
+    assert busy.in_flight == 1
 
 
-def test_an_exception_that_cannot_be_changed_costs_no_slot(tmp_path):
+@flow
+async def test_nothing_is_left_of_a_queue_that_is_empty_again():
+    pool = Pool()
+    busy, closed = pool_function("busy", max_concurrency=1), pool_function("closed")
+    pool.add(busy)
+    pool.add(closed)
+    await pool_acquire(pool)
+    error = apiserver.ControllerError(
+        "closed", apiserver.Failure.RATE_LIMITED, retry_after=60
+    )
+    pool.failed(closed, error)
+    leaver = asyncio.ensure_future(pool_acquire(pool))
+    await until(lambda: pool._alarm)
+    leaver.cancel()
+    await asyncio.wait([leaver])
+    assert not pool.waiting and not pool._wishes and pool._alarm is None
+
+
+@flow
+async def test_a_controller_may_be_added_from_another_thread():
+    pool = Pool()
+    pool.add(pool_function("busy", max_concurrency=1))
+    await pool_acquire(pool)
+    waiting = asyncio.ensure_future(pool_acquire(pool))
+    await until(lambda: pool.waiting)
+    new = pool_function("new", max_concurrency=1)
+    await asyncio.get_running_loop().run_in_executor(None, pool.add, new)
+    assert await asyncio.wait_for(waiting, 2) is new
+    make_room = pool._make_room
+
+    def add_first(request):
+        """In the moment between finding nobody and joining the queue."""
+        thread = threading.Thread(target=pool.add, args=(pool_function("late"),))
+        thread.start()
+        thread.join()
+        make_room(request)
+
+    pool._make_room = add_first
+    assert (await asyncio.wait_for(pool_acquire(pool), 2)).name == "late"
+
+
+@flow
+async def test_an_exception_that_cannot_be_changed_costs_no_slot(tmp_path):
     class Frozen(Exception):
         def __setattr__(self, name, value):
             raise AttributeError(name)
@@ -6746,14 +6550,11 @@ def test_an_exception_that_cannot_be_changed_costs_no_slot(tmp_path):
         async def answer(self, request):
             raise Frozen
 
-    async def check():
-        own = Own("own", max_concurrency=1)
-        async with serving(tmp_path, own) as server:
-            for _ in range(2):
-                assert (await asyncio.wait_for(chat(server), 5)).status == 500
-                assert own.in_flight == 0
-
-    run(check())
+    own = Own("own", max_concurrency=1)
+    async with serving(tmp_path, own) as server:
+        for _ in range(2):
+            assert (await asyncio.wait_for(chat(server), 5)).status == 500
+            assert own.in_flight == 0
 
 
 # --- Failing over
@@ -6845,71 +6646,63 @@ BAD_UPSTREAMS = {
 
 
 @pytest.mark.parametrize("name", BAD_UPSTREAMS)
-def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
+@flow
+async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
     """F21 to F27, F32 to F35, F40: unseen by the client while another can answer."""
     behave, alone = BAD_UPSTREAMS[name]
     limits = Limits(first_byte_timeout=0.15, silence_timeout=0.15)
     log = PoolLog()
 
-    async def check():
-        async with Upstream(behave) as bad, Upstream(http_reply(completion())) as good:
-            first = bad.controller(name="first", weight=100, limits=limits)
-            second = good.controller(name="second", limits=limits)
-            async with serving(
-                tmp_path, first, second, limits=limits, log=log
-            ) as server:
-                reply = await chat(server)
-                assert chat_text(reply) == "Hi there"
-                assert len(chats(bad)) == len(chats(good)) == 1
-                assert (first.failures, second.failures) == (1, 0)
-                assert first.in_flight == second.in_flight == 0
+    async with Upstream(behave) as bad, Upstream(http_reply(completion())) as good:
+        first = bad.controller(name="first", weight=100, limits=limits)
+        second = good.controller(name="second", limits=limits)
+        async with serving(tmp_path, first, second, limits=limits, log=log) as server:
+            reply = await chat(server)
+            assert chat_text(reply) == "Hi there"
+            assert len(chats(bad)) == len(chats(good)) == 1
+            assert (first.failures, second.failures) == (1, 0)
+            assert first.in_flight == second.in_flight == 0
+        first.health.reset()
+        async with serving(tmp_path, first, limits=limits, log=log) as server:
             first.health.reset()
-            async with serving(tmp_path, first, limits=limits, log=log) as server:
-                first.health.reset()
-                reply = await chat(server)
-                assert reply.status == alone, reply.content
-                assert chat_error(reply)["message"]
-                line = await controller_line(server, "first")
-                assert "UPSTREAMSECRET" not in str(line) and "CRET is" not in str(line)
-        assert "UPSTREAMSECRET" not in log.text and " second x2 " in log.text
-
-    run(check())
+            reply = await chat(server)
+            assert reply.status == alone, reply.content
+            assert chat_error(reply)["message"]
+            line = await controller_line(server, "first")
+            assert "UPSTREAMSECRET" not in str(line) and "CRET is" not in str(line)
+    assert "UPSTREAMSECRET" not in log.text and " second x2 " in log.text
 
 
 @pytest.mark.parametrize("name", ["hang", "drop", "rate-limit", "sse-error-first"])
-def test_a_stream_too_is_taken_over_before_its_first_event(tmp_path, name):
+@flow
+async def test_a_stream_too_is_taken_over_before_its_first_event(tmp_path, name):
     limits = Limits(first_byte_timeout=0.15)
 
-    async def check():
-        async with Upstream(BAD_UPSTREAMS[name][0]) as bad:
-            first = bad.controller(weight=100, limits=limits)
-            second = pool_function("good")
-            async with serving(tmp_path, first, second, limits=limits) as server:
-                reply = await chat(server, stream=True)
-                events = [json.loads(e) for e in reply.events()[:-1]]
-                text = [e["choices"][0]["delta"].get("content") for e in events]
-                assert "good" in text and reply.events()[-1] == "[DONE]"
-                assert len(chats(bad)) == 1
-
-    run(check())
+    async with Upstream(BAD_UPSTREAMS[name][0]) as bad:
+        first = bad.controller(weight=100, limits=limits)
+        second = pool_function("good")
+        async with serving(tmp_path, first, second, limits=limits) as server:
+            reply = await chat(server, stream=True)
+            events = [json.loads(e) for e in reply.events()[:-1]]
+            text = [e["choices"][0]["delta"].get("content") for e in events]
+            assert "good" in text and reply.events()[-1] == "[DONE]"
+            assert len(chats(bad)) == 1
 
 
-def test_three_controllers_are_asked_each_once_and_no_more(tmp_path):
-    async def check():
-        async with contextlib.AsyncExitStack() as stack:
-            bad = [
-                await stack.enter_async_context(Upstream(error_reply(500, f"no {n}")))
-                for n in range(5)
-            ]
-            controllers = [upstream.controller() for upstream in bad]
-            async with serving(tmp_path, *controllers) as server:
-                reply = await chat(server)
-                assert reply.status == 500
-                error = chat_error(reply)
-                assert error["upstream_status"] == 500 and "no 2" in error["message"]
-                assert [len(chats(upstream)) for upstream in bad] == [1, 1, 1, 0, 0]
-
-    run(check())
+@flow
+async def test_three_controllers_are_asked_each_once_and_no_more(tmp_path):
+    async with contextlib.AsyncExitStack() as stack:
+        bad = [
+            await stack.enter_async_context(Upstream(error_reply(500, f"no {n}")))
+            for n in range(5)
+        ]
+        controllers = [upstream.controller() for upstream in bad]
+        async with serving(tmp_path, *controllers) as server:
+            reply = await chat(server)
+            assert reply.status == 500
+            error = chat_error(reply)
+            assert error["upstream_status"] == 500 and "no 2" in error["message"]
+            assert [len(chats(upstream)) for upstream in bad] == [1, 1, 1, 0, 0]
 
 
 def test_refused_connections_fail_over_at_once_and_cool(tmp_path):
@@ -6937,43 +6730,39 @@ def test_refused_connections_fail_over_at_once_and_cool(tmp_path):
     run(check())
 
 
-def test_a_kept_connection_that_was_closed_is_no_failure(tmp_path):
+@flow
+async def test_a_kept_connection_that_was_closed_is_no_failure(tmp_path):
     """F23: one replay on a fresh connection."""
 
-    async def check():
-        async def behave(request, writer):
-            if len(chats(upstream)) != 2:
-                writer.write(http_reply(completion()))
-            else:  # asked on the kept connection: gone without a byte
-                raise ConnectionResetError
+    async def behave(request, writer):
+        if len(chats(upstream)) != 2:
+            writer.write(http_reply(completion()))
+        else:  # asked on the kept connection: gone without a byte
+            raise ConnectionResetError
 
-        async with Upstream(behave) as upstream:
-            controller = upstream.controller(models=["m"])
-            async with serving(tmp_path, controller) as server:
-                assert chat_text(await chat(server)) == "Hi there"
-                assert chat_text(await chat(server)) == "Hi there"
-                assert len(chats(upstream)) == 3 and upstream.connections == 2
-                assert controller.failures == 0 and controller.requests == 2
-
-    run(check())
+    async with Upstream(behave) as upstream:
+        controller = upstream.controller(models=["m"])
+        async with serving(tmp_path, controller) as server:
+            assert chat_text(await chat(server)) == "Hi there"
+            assert chat_text(await chat(server)) == "Hi there"
+            assert len(chats(upstream)) == 3 and upstream.connections == 2
+            assert controller.failures == 0 and controller.requests == 2
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 415, 422])
-def test_errors_about_the_request_go_through_unchanged(tmp_path, status):
+@flow
+async def test_errors_about_the_request_go_through_unchanged(tmp_path, status):
     """F36: no fail-over, no cooling."""
 
-    async def check():
-        content = b'{ "error":{"message":"too long","code":"context_length_exceeded"}}'
-        async with Upstream(http_reply(content, status)) as upstream:
-            first = upstream.controller(weight=100)
-            async with serving(tmp_path, first, pool_function("good")) as server:
-                for _ in range(4):
-                    reply = await chat(server)
-                    assert (reply.status, reply.content) == (status, content)
-                assert first.failures == 0
-                assert (await controller_line(server, first.name))["state"] == "ready"
-
-    run(check())
+    content = b'{ "error":{"message":"too long","code":"context_length_exceeded"}}'
+    async with Upstream(http_reply(content, status)) as upstream:
+        first = upstream.controller(weight=100)
+        async with serving(tmp_path, first, pool_function("good")) as server:
+            for _ in range(4):
+                reply = await chat(server)
+                assert (reply.status, reply.content) == (status, content)
+            assert first.failures == 0
+            assert (await controller_line(server, first.name))["state"] == "ready"
 
 
 BROKEN_ENDINGS = {
@@ -6986,44 +6775,42 @@ BROKEN_ENDINGS = {
 
 
 @pytest.mark.parametrize("ending", BROKEN_ENDINGS)
-def test_a_break_after_the_first_event_is_told_and_not_taken_over(tmp_path, ending):
+@flow
+async def test_a_break_after_the_first_event_is_told_and_not_taken_over(
+    tmp_path, ending
+):
     """F26, F40: an error frame, no [DONE], never a second answer behind the first."""
 
-    async def check():
-        arrived = asyncio.Event()
+    arrived = asyncio.Event()
 
-        async def behave(request, writer):
-            writer.write(STREAM_HEAD + chunked(chunk("Hal")))
-            await arrived.wait()
-            if BROKEN_ENDINGS[ending] is None:
-                await upstream_resets(request, writer)
-            writer.write(BROKEN_ENDINGS[ending])
+    async def behave(request, writer):
+        writer.write(STREAM_HEAD + chunked(chunk("Hal")))
+        await arrived.wait()
+        if BROKEN_ENDINGS[ending] is None:
+            await upstream_resets(request, writer)
+        writer.write(BROKEN_ENDINGS[ending])
 
-        async with Upstream(behave) as upstream:
-            first = upstream.controller(weight=100, models=["m"])
-            async with serving(tmp_path, first, pool_function("other")) as server:
-                async with Client(server.port) as client:
-                    body = chat_body(stream=True)
-                    client.send(request_bytes("POST", "/v1/chat/completions", body))
-                    assert (await client.read_head())[0] == 200
-                    assert b"Hal" in await client.read_chunk()
-                    arrived.set()
-                    assert (await client.read_chunk()).startswith(b'data: {"error": {')
-                    assert await client.reader.read() == b"0\r\n\r\n"
-                assert first.failures == 1 and first.in_flight == 0
-
-    run(check())
+    async with Upstream(behave) as upstream:
+        first = upstream.controller(weight=100, models=["m"])
+        async with serving(tmp_path, first, pool_function("other")) as server:
+            async with Client(server.port) as client:
+                body = chat_body(stream=True)
+                client.send(request_bytes("POST", "/v1/chat/completions", body))
+                assert (await client.read_head())[0] == 200
+                assert b"Hal" in await client.read_chunk()
+                arrived.set()
+                assert (await client.read_chunk()).startswith(b'data: {"error": {')
+                assert await client.reader.read() == b"0\r\n\r\n"
+            assert first.failures == 1 and first.in_flight == 0
 
 
-def test_a_stream_with_its_finish_reason_is_complete_without_done(tmp_path):
-    async def check():
-        behave = STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop")) + b"0\r\n\r\n"
-        async with Upstream(behave) as upstream:
-            async with serving(tmp_path, upstream.controller()) as server:
-                reply = await chat(server, stream=True)
-                assert reply.events()[-1] == "[DONE]"
-
-    run(check())
+@flow
+async def test_a_stream_with_its_finish_reason_is_complete_without_done(tmp_path):
+    behave = STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop")) + b"0\r\n\r\n"
+    async with Upstream(behave) as upstream:
+        async with serving(tmp_path, upstream.controller()) as server:
+            reply = await chat(server, stream=True)
+            assert reply.events()[-1] == "[DONE]"
 
 
 # --- Cooling, disabling and coming back
@@ -7049,7 +6836,8 @@ def test_a_stream_with_its_finish_reason_is_complete_without_done(tmp_path):
         ([], 10),
     ],
 )
-def test_retry_after_decides_how_long_a_429_cools(tmp_path, headers, seconds):
+@flow
+async def test_retry_after_decides_how_long_a_429_cools(tmp_path, headers, seconds):
     """F34: clamped to 1..300 s; 10 s where nothing usable is said."""
 
     def dated(value):
@@ -7058,17 +6846,14 @@ def test_retry_after_decides_how_long_a_429_cools(tmp_path, headers, seconds):
         when = time.time() + float(value[4:])
         return email.utils.formatdate(when, usegmt=True)
 
-    async def check():
-        behave = error_reply(429, headers=[(n, dated(v)) for n, v in headers])
-        async with Upstream(behave) as upstream:
-            first = upstream.controller(weight=100)
-            async with serving(tmp_path, first, pool_function("good")) as server:
-                assert chat_text(await chat(server)) == "good"
-                left = first.closed_for(asyncio.get_running_loop().time())
-                assert seconds - 2 < left <= seconds + 0.01
-                assert (await controller_line(server, first.name))["state"] == "cooling"
-
-    run(check())
+    behave = error_reply(429, headers=[(n, dated(v)) for n, v in headers])
+    async with Upstream(behave) as upstream:
+        first = upstream.controller(weight=100)
+        async with serving(tmp_path, first, pool_function("good")) as server:
+            assert chat_text(await chat(server)) == "good"
+            left = first.closed_for(asyncio.get_running_loop().time())
+            assert seconds - 2 < left <= seconds + 0.01
+            assert (await controller_line(server, first.name))["state"] == "cooling"
 
 
 def test_the_later_deadline_wins():
@@ -7104,203 +6889,185 @@ def test_disabling_lasts_10_minutes_doubling_to_6_hours():
     assert health.disabled
 
 
-def test_a_success_between_begins_the_count_anew(tmp_path):
-    async def check():
-        answers = [500, 500, 200, 500, 500, 200]
+@flow
+async def test_a_success_between_begins_the_count_anew(tmp_path):
+    answers = [500, 500, 200, 500, 500, 200]
 
-        async def behave(request, writer):
-            status = 200 if request.line.startswith("GET") else answers.pop(0)
-            writer.write(
-                http_reply(completion()) if status == 200 else error_reply(500)
-            )
+    async def behave(request, writer):
+        status = 200 if request.line.startswith("GET") else answers.pop(0)
+        writer.write(http_reply(completion()) if status == 200 else error_reply(500))
 
-        async with Upstream(behave) as upstream:
-            controller = upstream.controller()
-            async with serving(tmp_path, controller) as server:
-                statuses = [(await chat(server)).status for _ in range(6)]
-                assert statuses == [500, 500, 200, 500, 500, 200]
-
-    run(check())
+    async with Upstream(behave) as upstream:
+        controller = upstream.controller()
+        async with serving(tmp_path, controller) as server:
+            statuses = [(await chat(server)).status for _ in range(6)]
+            assert statuses == [500, 500, 200, 500, 500, 200]
 
 
-def test_a_controller_that_comes_back_is_tried_by_one_and_then_by_all(tmp_path):
+@flow
+async def test_a_controller_that_comes_back_is_tried_by_one_and_then_by_all(tmp_path):
     """F38."""
 
-    async def check():
-        well, trying, alone = False, [], []
+    well, trying, alone = False, [], []
 
-        async def behave(request, writer):
-            if request.line.startswith("GET") or not well:
-                writer.write(error_reply(500))
-                return
-            trying.append(request)
-            if len(trying) == 1:
-                pool = server.service.pool
-                await until(lambda: pool.waiting == 4 or len(trying) > 1)
-                alone.append(len(trying) == 1)
-            writer.write(http_reply(completion()))
+    async def behave(request, writer):
+        if request.line.startswith("GET") or not well:
+            writer.write(error_reply(500))
+            return
+        trying.append(request)
+        if len(trying) == 1:
+            pool = server.service.pool
+            await until(lambda: pool.waiting == 4 or len(trying) > 1)
+            alone.append(len(trying) == 1)
+        writer.write(http_reply(completion()))
 
-        limits = Limits(cool_first=0.3)
-        log = PoolLog()
-        async with Upstream(behave) as upstream:
-            controller = upstream.controller(limits=limits)
-            async with serving(tmp_path, controller, limits=limits, log=log) as server:
-                for _ in range(3):
-                    assert (await chat(server)).status == 500
-                reply = await chat(server)
-                assert reply.status == 503 and reply.headers["retry-after"] == "1"
-                assert len(chats(upstream)) == 3
-                well = True
-                loop = asyncio.get_running_loop()
-                await until(lambda: controller.closed_for(loop.time()) == 0)
-                replies = await asyncio.gather(*(chat(server) for _ in range(5)))
-                assert {reply.status for reply in replies} == {200}
-                assert alone == [True] and log.text.count("is back") == 1
-                assert (await controller_line(server, controller.name))["reason"] == ""
-
-    run(check())
-
-
-def test_an_answer_begun_before_the_429_does_not_end_the_cooling(tmp_path):
-    async def check():
-        go_on = asyncio.Event()
-
-        async def behave(request, writer):
-            if b"slow" in request.content:
-                await go_on.wait()
-                writer.write(http_reply(completion()))
-            else:
-                writer.write(error_reply(429, headers=[("Retry-After", "20")]))
-
-        async with Upstream(behave) as upstream:
-            controller = upstream.controller()
-            async with serving(tmp_path, controller) as server:
-                slow = asyncio.ensure_future(chat(server, "slow"))
-                await until(lambda: controller.in_flight)
+    limits = Limits(cool_first=0.3)
+    log = PoolLog()
+    async with Upstream(behave) as upstream:
+        controller = upstream.controller(limits=limits)
+        async with serving(tmp_path, controller, limits=limits, log=log) as server:
+            for _ in range(3):
                 assert (await chat(server)).status == 500
-                go_on.set()
-                assert chat_text(await slow) == "Hi there"
-                line = await controller_line(server, controller.name)
-                assert line["state"] == "cooling"
-                assert (await chat(server)).status == 503
+            reply = await chat(server)
+            assert reply.status == 503 and reply.headers["retry-after"] == "1"
+            assert len(chats(upstream)) == 3
+            well = True
+            loop = asyncio.get_running_loop()
+            await until(lambda: controller.closed_for(loop.time()) == 0)
+            replies = await asyncio.gather(*(chat(server) for _ in range(5)))
+            assert {reply.status for reply in replies} == {200}
+            assert alone == [True] and log.text.count("is back") == 1
+            assert (await controller_line(server, controller.name))["reason"] == ""
 
-    run(check())
+
+@flow
+async def test_an_answer_begun_before_the_429_does_not_end_the_cooling(tmp_path):
+    go_on = asyncio.Event()
+
+    async def behave(request, writer):
+        if b"slow" in request.content:
+            await go_on.wait()
+            writer.write(http_reply(completion()))
+        else:
+            writer.write(error_reply(429, headers=[("Retry-After", "20")]))
+
+    async with Upstream(behave) as upstream:
+        controller = upstream.controller()
+        async with serving(tmp_path, controller) as server:
+            slow = asyncio.ensure_future(chat(server, "slow"))
+            await until(lambda: controller.in_flight)
+            assert (await chat(server)).status == 500
+            go_on.set()
+            assert chat_text(await slow) == "Hi there"
+            line = await controller_line(server, controller.name)
+            assert line["state"] == "cooling"
+            assert (await chat(server)).status == 503
 
 
-def test_a_long_stream_from_before_does_not_keep_a_controller_closed(tmp_path):
+@flow
+async def test_a_long_stream_from_before_does_not_keep_a_controller_closed(tmp_path):
     """Who cooled for a second is asked again, whatever else it still works on."""
 
-    async def check():
-        end = asyncio.Event()
-        statuses = [429, 200]
+    end = asyncio.Event()
+    statuses = [429, 200]
 
-        async def behave(request, writer):
-            if b"long" in request.content:
-                writer.write(STREAM_HEAD + chunked(chunk("a")))
-                await end.wait()
-                writer.write(chunked(chunk("b", "stop") + DONE) + b"0\r\n\r\n")
-            elif request.line.startswith("GET") or statuses.pop(0) == 200:
-                writer.write(http_reply(completion()))
-            else:
-                writer.write(error_reply(429, headers=[("Retry-After", "1")]))
+    async def behave(request, writer):
+        if b"long" in request.content:
+            writer.write(STREAM_HEAD + chunked(chunk("a")))
+            await end.wait()
+            writer.write(chunked(chunk("b", "stop") + DONE) + b"0\r\n\r\n")
+        elif request.line.startswith("GET") or statuses.pop(0) == 200:
+            writer.write(http_reply(completion()))
+        else:
+            writer.write(error_reply(429, headers=[("Retry-After", "1")]))
 
-        limits = Limits(queue_timeout=3, cool_rate_limited_max=1)
-        async with Upstream(behave) as upstream:
-            controller = upstream.controller(limits=limits)
-            async with serving(tmp_path, controller, limits=limits) as server:
-                stream = asyncio.ensure_future(chat(server, "long", stream=True))
-                await until(lambda: chats(upstream))
-                assert (await chat(server)).status == 500
-                loop = asyncio.get_running_loop()
-                await until(lambda: controller.closed_for(loop.time()) == 0)
-                assert chat_text(await chat(server)) == "Hi there"
-                end.set()
-                assert (await stream).events()[-1] == "[DONE]"
-
-    run(check())
+    limits = Limits(queue_timeout=3, cool_rate_limited_max=1)
+    async with Upstream(behave) as upstream:
+        controller = upstream.controller(limits=limits)
+        async with serving(tmp_path, controller, limits=limits) as server:
+            stream = asyncio.ensure_future(chat(server, "long", stream=True))
+            await until(lambda: chats(upstream))
+            assert (await chat(server)).status == 500
+            loop = asyncio.get_running_loop()
+            await until(lambda: controller.closed_for(loop.time()) == 0)
+            assert chat_text(await chat(server)) == "Hi there"
+            end.set()
+            assert (await stream).events()[-1] == "[DONE]"
 
 
-def test_a_stream_that_tries_a_controller_opens_it_with_its_first_event(tmp_path):
-    async def check():
-        end = asyncio.Event()
+@flow
+async def test_a_stream_that_tries_a_controller_opens_it_with_its_first_event(tmp_path):
+    end = asyncio.Event()
 
-        async def behave(request, writer):
-            if b"long" in request.content:
-                writer.write(STREAM_HEAD + chunked(chunk("a")))
-                await end.wait()
-                writer.write(chunked(chunk("b", "stop") + DONE) + b"0\r\n\r\n")
-            elif len(chats(upstream)) <= 1:
-                writer.write(error_reply(429, headers=[("Retry-After", "1")]))
-            else:
-                writer.write(http_reply(completion()))
+    async def behave(request, writer):
+        if b"long" in request.content:
+            writer.write(STREAM_HEAD + chunked(chunk("a")))
+            await end.wait()
+            writer.write(chunked(chunk("b", "stop") + DONE) + b"0\r\n\r\n")
+        elif len(chats(upstream)) <= 1:
+            writer.write(error_reply(429, headers=[("Retry-After", "1")]))
+        else:
+            writer.write(http_reply(completion()))
 
-        limits = Limits(queue_timeout=3)
-        async with Upstream(behave) as upstream:
-            controller = upstream.controller(limits=limits)
-            async with serving(tmp_path, controller, limits=limits) as server:
-                assert (await chat(server)).status == 500
-                loop = asyncio.get_running_loop()
-                await until(lambda: controller.closed_for(loop.time()) == 0)
-                stream = asyncio.ensure_future(chat(server, "long", stream=True))
-                await until(lambda: len(chats(upstream)) == 2)
-                assert chat_text(await chat(server)) == "Hi there"
-                end.set()
-                assert (await stream).events()[-1] == "[DONE]"
-
-    run(check())
+    limits = Limits(queue_timeout=3)
+    async with Upstream(behave) as upstream:
+        controller = upstream.controller(limits=limits)
+        async with serving(tmp_path, controller, limits=limits) as server:
+            assert (await chat(server)).status == 500
+            loop = asyncio.get_running_loop()
+            await until(lambda: controller.closed_for(loop.time()) == 0)
+            stream = asyncio.ensure_future(chat(server, "long", stream=True))
+            await until(lambda: len(chats(upstream)) == 2)
+            assert chat_text(await chat(server)) == "Hi there"
+            end.set()
+            assert (await stream).events()[-1] == "[DONE]"
 
 
-def test_controllers_of_one_account_cool_together(tmp_path):
-    async def check():
-        async with Upstream(error_reply(429)) as bad, Upstream() as good:
-            first = bad.controller(account="acme", weight=100)
-            second = good.controller(account="acme")
-            third = pool_function("third")
-            async with serving(tmp_path, first, second, third) as server:
-                assert chat_text(await chat(server)) == "third"
-                assert (await controller_line(server, second.name))[
-                    "state"
-                ] == "cooling"
-                assert chats(good) == []
-
-    run(check())
+@flow
+async def test_controllers_of_one_account_cool_together(tmp_path):
+    async with Upstream(error_reply(429)) as bad, Upstream() as good:
+        first = bad.controller(account="acme", weight=100)
+        second = good.controller(account="acme")
+        third = pool_function("third")
+        async with serving(tmp_path, first, second, third) as server:
+            assert chat_text(await chat(server)) == "third"
+            assert (await controller_line(server, second.name))["state"] == "cooling"
+            assert chats(good) == []
 
 
 @pytest.mark.parametrize(
     "headers, retry_after",
     [([("Retry-After", "7")], "7"), ([], "10"), ([("Retry-After", "120")], None)],
 )
-def test_all_cooling_is_told_at_once_with_the_soonest(tmp_path, headers, retry_after):
+@flow
+async def test_all_cooling_is_told_at_once_with_the_soonest(
+    tmp_path, headers, retry_after
+):
     """F37."""
 
-    async def check():
-        late = error_reply(429, headers=[("Retry-After", "200")])
-        async with (
-            Upstream(error_reply(429, headers=headers)) as one,
-            Upstream(late) as two,
-        ):
-            controllers = [one.controller(), two.controller()]
-            async with serving(tmp_path, *controllers) as server:
-                reply = await chat(server)
-                assert (
-                    reply.status == 500 and chat_error(reply)["upstream_status"] == 429
-                )
-                reply = await chat(server)
-                assert reply.status == 503
-                error = chat_error(reply)
-                assert error["code"] == "no_controllers_available"
-                assert reply.headers.get("retry-after") == retry_after
-                if retry_after is None:
-                    assert reply.headers["x-should-retry"] == "false"
-            server.service.upstream_errors = "pass"
-        for upstream_errors, statuses in [("pass", [429, 429]), ("map", [500, 503])]:
-            async with Upstream(late) as one:
-                async with serving(
-                    tmp_path, one.controller(), upstream_errors=upstream_errors
-                ) as server:
-                    assert [(await chat(server)).status for _ in range(2)] == statuses
-
-    run(check())
+    late = error_reply(429, headers=[("Retry-After", "200")])
+    async with (
+        Upstream(error_reply(429, headers=headers)) as one,
+        Upstream(late) as two,
+    ):
+        controllers = [one.controller(), two.controller()]
+        async with serving(tmp_path, *controllers) as server:
+            reply = await chat(server)
+            assert reply.status == 500 and chat_error(reply)["upstream_status"] == 429
+            reply = await chat(server)
+            assert reply.status == 503
+            error = chat_error(reply)
+            assert error["code"] == "no_controllers_available"
+            assert reply.headers.get("retry-after") == retry_after
+            if retry_after is None:
+                assert reply.headers["x-should-retry"] == "false"
+        server.service.upstream_errors = "pass"
+    for upstream_errors, statuses in [("pass", [429, 429]), ("map", [500, 503])]:
+        async with Upstream(late) as one:
+            async with serving(
+                tmp_path, one.controller(), upstream_errors=upstream_errors
+            ) as server:
+                assert [(await chat(server)).status for _ in range(2)] == statuses
 
 
 @pytest.mark.parametrize(
@@ -7313,134 +7080,119 @@ def test_all_cooling_is_told_at_once_with_the_soonest(tmp_path, headers, retry_a
         (error_reply(400, "gone", code="account_deactivated"), "gone"),
     ],
 )
-def test_a_used_up_controller_is_disabled_with_its_reason(tmp_path, behave, reason):
+@flow
+async def test_a_used_up_controller_is_disabled_with_its_reason(
+    tmp_path, behave, reason
+):
     """F35."""
 
-    async def check():
-        log = PoolLog()
-        async with Upstream(behave) as upstream:
-            async with serving(tmp_path, upstream.controller(), log=log) as server:
-                reply = await chat(server)
-                assert reply.status == 500 and reason in chat_error(reply)["message"]
-                line = await controller_line(server, upstream.controller().name)
-                assert line["state"] == "disabled" and reason in line["reason"]
-                reply = await chat(server)
-                assert reply.status == 503
-                assert reply.headers["x-should-retry"] == "false"
-                assert "disabled for 600 s" in log.text
-                assert "UPSTR" not in log.text and "UPSTR" not in reply.content.decode()
-
-    run(check())
+    log = PoolLog()
+    async with Upstream(behave) as upstream:
+        async with serving(tmp_path, upstream.controller(), log=log) as server:
+            reply = await chat(server)
+            assert reply.status == 500 and reason in chat_error(reply)["message"]
+            line = await controller_line(server, upstream.controller().name)
+            assert line["state"] == "disabled" and reason in line["reason"]
+            reply = await chat(server)
+            assert reply.status == 503
+            assert reply.headers["x-should-retry"] == "false"
+            assert "disabled for 600 s" in log.text
+            assert "UPSTR" not in log.text and "UPSTR" not in reply.content.decode()
 
 
-def test_no_key_and_no_second_line_of_an_upstream_reaches_the_log(tmp_path):
-    async def check():
-        log = PoolLog()
-        text = "UPSTREAMSECRET\n2026-01-01 00:00:00 admin GET / \x1b[2J"
-        async with Upstream(error_reply(429, text)) as upstream:
-            async with serving(tmp_path, upstream.controller(), log=log) as server:
-                reply = await chat(server)
-                assert reply.status == 500
-                assert "UPSTREAMSECRET" not in reply.content.decode()
-        assert "cooling down" in log.text
-        assert "UPSTREAMSECRET" not in log.text and "\x1b" not in log.text
-        assert not any("\n" in line for line in log.lines)
-
-    run(check())
+@flow
+async def test_no_key_and_no_second_line_of_an_upstream_reaches_the_log(tmp_path):
+    log = PoolLog()
+    text = "UPSTREAMSECRET\n2026-01-01 00:00:00 admin GET / \x1b[2J"
+    async with Upstream(error_reply(429, text)) as upstream:
+        async with serving(tmp_path, upstream.controller(), log=log) as server:
+            reply = await chat(server)
+            assert reply.status == 500
+            assert "UPSTREAMSECRET" not in reply.content.decode()
+    assert "cooling down" in log.text
+    assert "UPSTREAMSECRET" not in log.text and "\x1b" not in log.text
+    assert not any("\n" in line for line in log.lines)
 
 
-def test_own_limits_hold_until_the_next_window(tmp_path, monkeypatch):
+@flow
+async def test_own_limits_hold_until_the_next_window(tmp_path, monkeypatch):
     clock = [1_800_000_010.0]  # ten seconds into its minute
     monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
 
-    async def check():
-        requests = pool_function("requests", limit={"requests": 2, "per": "minute"})
-        async with serving(tmp_path, requests) as server:
+    requests = pool_function("requests", limit={"requests": 2, "per": "minute"})
+    async with serving(tmp_path, requests) as server:
+        statuses = [(await chat(server)).status for _ in range(3)]
+        assert statuses == [200, 200, 503]
+        line = await controller_line(server, "requests")
+        assert line["state"] == "disabled" and "2 requests per minute" in line["reason"]
+        clock[0] += 25  # 25 s left
+        reply = await chat(server)
+        assert reply.status == 503 and reply.headers["retry-after"] == "25"
+        clock[0] += 25
+        assert [(await chat(server)).status for _ in range(3)] == [200, 200, 503]
+    behave = http_reply(completion())  # 7 tokens each
+    async with Upstream(behave) as upstream:
+        tokens = upstream.controller(limit={"tokens": 14, "per": "hour"})
+        async with serving(tmp_path, tokens) as server:
             statuses = [(await chat(server)).status for _ in range(3)]
-            assert statuses == [200, 200, 503]
-            line = await controller_line(server, "requests")
-            assert (
-                line["state"] == "disabled"
-                and "2 requests per minute" in line["reason"]
-            )
-            clock[0] += 25  # 25 s left
-            reply = await chat(server)
-            assert reply.status == 503 and reply.headers["retry-after"] == "25"
-            clock[0] += 25
-            assert [(await chat(server)).status for _ in range(3)] == [200, 200, 503]
-        behave = http_reply(completion())  # 7 tokens each
-        async with Upstream(behave) as upstream:
-            tokens = upstream.controller(limit={"tokens": 14, "per": "hour"})
-            async with serving(tmp_path, tokens) as server:
-                statuses = [(await chat(server)).status for _ in range(3)]
-                assert statuses == [200, 200, 503] and tokens.tokens == 14
-                clock[0] += 3600
-                assert (await chat(server)).status == 200
-
-    run(check())
+            assert statuses == [200, 200, 503] and tokens.tokens == 14
+            clock[0] += 3600
+            assert (await chat(server)).status == 200
 
 
-def test_the_administrator_disables_and_enables(tmp_path):
-    async def check():
-        gate = PoolGate()
-        gate.controller.health._failures = 1
-        async with serving(tmp_path, gate.controller) as server:
+@flow
+async def test_the_administrator_disables_and_enables(tmp_path):
+    gate = PoolGate()
+    gate.controller.health._failures = 1
+    async with serving(tmp_path, gate.controller) as server:
 
-            async def post(what, name="gate", key=KEY):
-                path = f"/admin/controllers/{what}"
-                return (
-                    await ask(server.port, "POST", path, {"name": name}, key)
-                ).status
+        async def post(what, name="gate", key=KEY):
+            path = f"/admin/controllers/{what}"
+            return (await ask(server.port, "POST", path, {"name": name}, key)).status
 
-            running = asyncio.ensure_future(chat(server))
-            await until(lambda: gate.asked)
-            assert await post("disable") == 200
-            gate.let()
-            assert chat_text(await running) == "through"
-            line = await controller_line(server, "gate")
-            assert line["state"] == "disabled" and line["until"] is None
-            reply = await chat(server)
-            assert reply.status == 503 and "retry-after" not in reply.headers
-            assert reply.headers["x-should-retry"] == "false"
-            assert await post("enable") == 200
-            assert chat_text(await chat(server)) == "through"
-            assert await post("disable", "nobody") == 404
-            assert await post("disable", key=await add_user(server)) == 403
-
-    run(check())
+        running = asyncio.ensure_future(chat(server))
+        await until(lambda: gate.asked)
+        assert await post("disable") == 200
+        gate.let()
+        assert chat_text(await running) == "through"
+        line = await controller_line(server, "gate")
+        assert line["state"] == "disabled" and line["until"] is None
+        reply = await chat(server)
+        assert reply.status == 503 and "retry-after" not in reply.headers
+        assert reply.headers["x-should-retry"] == "false"
+        assert await post("enable") == 200
+        assert chat_text(await chat(server)) == "through"
+        assert await post("disable", "nobody") == 404
+        assert await post("disable", key=await add_user(server)) == 403
 
 
-def test_enabling_wakes_who_waits(tmp_path):
-    async def check():
-        gate = PoolGate(max_concurrency=1)
-        spare = pool_function("spare")
-        async with serving(tmp_path, gate.controller, spare) as server:
-            spare.switched_off = True
-            first = asyncio.ensure_future(chat(server))
-            await until(lambda: gate.asked)
-            second = asyncio.ensure_future(chat(server))
-            await until(lambda: server.service.pool.waiting)
-            body = {"admin_key": KEY, "name": "spare"}
-            await ask(server.port, "POST", "/admin/controllers/enable", body, key=None)
-            assert chat_text(await second) == "spare"
-            gate.let()
-            await first
-
-    run(check())
+@flow
+async def test_enabling_wakes_who_waits(tmp_path):
+    gate = PoolGate(max_concurrency=1)
+    spare = pool_function("spare")
+    async with serving(tmp_path, gate.controller, spare) as server:
+        spare.switched_off = True
+        first = asyncio.ensure_future(chat(server))
+        await until(lambda: gate.asked)
+        second = asyncio.ensure_future(chat(server))
+        await until(lambda: server.service.pool.waiting)
+        body = {"admin_key": KEY, "name": "spare"}
+        await ask(server.port, "POST", "/admin/controllers/enable", body, key=None)
+        assert chat_text(await second) == "spare"
+        gate.let()
+        await first
 
 
-def test_an_agent_cannot_take_a_controllers_name_from_it(tmp_path):
+@flow
+async def test_an_agent_cannot_take_a_controllers_name_from_it(tmp_path):
     """An agent's name is a label: /admin/controllers means the configured one."""
 
-    async def check():
-        hello = json.dumps({"version": 2, "name": "up", "models": []})
-        async with serving(tmp_path) as server, Agent(server.port, hello=hello):
-            await until(lambda: server.service.agents)
-            up = pool_function("up")
-            server.add(up)
-            assert server.service.pool.find("up") is up
-
-    run(check())
+    hello = json.dumps({"version": 2, "name": "up", "models": []})
+    async with serving(tmp_path) as server, Agent(server.port, hello=hello):
+        await until(lambda: server.service.agents)
+        up = pool_function("up")
+        server.add(up)
+        assert server.service.pool.find("up") is up
 
 
 # --- Functions and mocks
@@ -7490,73 +7242,67 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_every_kind_of_function_answers_streamed_and_whole(tmp_path, function):
-    async def check():
-        server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
-        assert server.model("f")(function) is function
-        async with server:
-            reply = await chat(server, model="f")
-            assert chat_text(reply) == "Hi Hello"
-            body = reply.json()
-            assert body["object"] == "chat.completion" and body["usage"]["total_tokens"]
-            assert body["choices"][0]["finish_reason"] == "stop"
-            options = {"stream": True, "stream_options": {"include_usage": True}}
-            reply = await chat(server, model="f", **options)
-            *events, done = reply.events()
-            events = [json.loads(event) for event in events]
-            deltas = [e["choices"][0]["delta"] for e in events if e["choices"]]
-            assert deltas[0]["role"] == "assistant" and done == "[DONE]"
-            assert "".join(d.get("content") or "" for d in deltas) == "Hi Hello"
-            reasons = [c["finish_reason"] for e in events for c in e["choices"]]
-            assert reasons[-1] == "stop" and events[-1]["usage"]["total_tokens"]
-            ask_body = {"content": "Hello", "model": "f"}
-            reply = await ask(server.port, "POST", "/api/ask", ask_body)
-            assert reply.status == 200 and reply.json()["content"] == "Hi Hello"
-
-    run(check())
+@flow
+async def test_every_kind_of_function_answers_streamed_and_whole(tmp_path, function):
+    server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+    assert server.model("f")(function) is function
+    async with server:
+        reply = await chat(server, model="f")
+        assert chat_text(reply) == "Hi Hello"
+        body = reply.json()
+        assert body["object"] == "chat.completion" and body["usage"]["total_tokens"]
+        assert body["choices"][0]["finish_reason"] == "stop"
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        reply = await chat(server, model="f", **options)
+        *events, done = reply.events()
+        events = [json.loads(event) for event in events]
+        deltas = [e["choices"][0]["delta"] for e in events if e["choices"]]
+        assert deltas[0]["role"] == "assistant" and done == "[DONE]"
+        assert "".join(d.get("content") or "" for d in deltas) == "Hi Hello"
+        reasons = [c["finish_reason"] for e in events for c in e["choices"]]
+        assert reasons[-1] == "stop" and events[-1]["usage"]["total_tokens"]
+        ask_body = {"content": "Hello", "model": "f"}
+        reply = await ask(server.port, "POST", "/api/ask", ask_body)
+        assert reply.status == 200 and reply.json()["content"] == "Hi Hello"
 
 
-def test_a_function_may_call_tools(tmp_path):
-    async def check():
-        call = {"name": "f", "arguments": "{}"}
-        call = {"id": "call-1", "type": "function", "function": call}
+@flow
+async def test_a_function_may_call_tools(tmp_path):
+    call = {"name": "f", "arguments": "{}"}
+    call = {"id": "call-1", "type": "function", "function": call}
 
-        async def answer(request):
-            return {"tool_calls": [call]}
+    async def answer(request):
+        return {"tool_calls": [call]}
 
-        async with serving(tmp_path, FunctionController(answer)) as server:
-            choice = (await chat(server)).json()["choices"][0]
-            assert choice["message"]["tool_calls"] == [call]
-            assert choice["finish_reason"] == "tool_calls"
-
-    run(check())
+    async with serving(tmp_path, FunctionController(answer)) as server:
+        choice = (await chat(server)).json()["choices"][0]
+        assert choice["message"]["tool_calls"] == [call]
+        assert choice["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
-    async def check():
-        async def refuses(request):
-            raise APIError(418, "tea only", type="teapot", param="messages", code="tea")
+@flow
+async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
+    async def refuses(request):
+        raise APIError(418, "tea only", type="teapot", param="messages", code="tea")
 
-        async def refuses_late(request):
-            raise APIError(418, "tea only", type="teapot", param="messages", code="tea")
-            yield
+    async def refuses_late(request):
+        raise APIError(418, "tea only", type="teapot", param="messages", code="tea")
+        yield
 
-        for function in (refuses, refuses_late):
-            first = FunctionController(function, name="first", weight=100)
-            async with serving(tmp_path, first, pool_function("other")) as server:
-                for _ in range(4):
-                    reply = await chat(server, stream=stream)
-                    assert reply.status == 418
-                    error = {
-                        "message": "tea only",
-                        "type": "teapot",
-                        "param": "messages",
-                    }
-                    assert chat_error(reply) == {**error, "code": "tea"}
-                assert (await controller_line(server, "first"))["state"] == "ready"
-
-    run(check())
+    for function in (refuses, refuses_late):
+        first = FunctionController(function, name="first", weight=100)
+        async with serving(tmp_path, first, pool_function("other")) as server:
+            for _ in range(4):
+                reply = await chat(server, stream=stream)
+                assert reply.status == 418
+                error = {
+                    "message": "tea only",
+                    "type": "teapot",
+                    "param": "messages",
+                }
+                assert chat_error(reply) == {**error, "code": "tea"}
+            assert (await controller_line(server, "first"))["state"] == "ready"
 
 
 @pytest.mark.parametrize(
@@ -7598,37 +7344,35 @@ def test_of_other_errors_the_client_learns_nothing(tmp_path, caplog, error):
 
 
 @pytest.mark.parametrize("result", [None, 5, b"bytes", {"content": object()}])
-def test_a_function_that_returns_nonsense_fails_alone(tmp_path, result):
-    async def check():
-        async def answer(request):
-            return result
+@flow
+async def test_a_function_that_returns_nonsense_fails_alone(tmp_path, result):
+    async def answer(request):
+        return result
 
-        controller = FunctionController(answer, name="f", models=["f"])
-        g = pool_function("g", models=["g"])
-        async with serving(tmp_path, controller, g) as server:
-            for stream in (False, True):
-                assert (await chat(server, model="f", stream=stream)).status == 500
-            assert controller.in_flight == 0
-            assert chat_text(await chat(server, model="g")) == "g"
-
-    run(check())
+    controller = FunctionController(answer, name="f", models=["f"])
+    g = pool_function("g", models=["g"])
+    async with serving(tmp_path, controller, g) as server:
+        for stream in (False, True):
+            assert (await chat(server, model="f", stream=stream)).status == 500
+        assert controller.in_flight == 0
+        assert chat_text(await chat(server, model="g")) == "g"
 
 
-def test_a_generator_that_fails_later_ends_the_stream_with_an_error(tmp_path, caplog):
-    async def check():
-        async def answer(request):
-            yield "a"
-            raise ValueError("secret")
+@flow
+async def test_a_generator_that_fails_later_ends_the_stream_with_an_error(
+    tmp_path, caplog
+):
+    async def answer(request):
+        yield "a"
+        raise ValueError("secret")
 
-        controller = FunctionController(answer, name="f")
-        async with serving(tmp_path, controller) as server:
-            reply = await chat(server, stream=True)
-            assert reply.events()[-1].startswith('{"error"')
-            assert b"[DONE]" not in reply.content and b"secret" not in reply.content
-            assert controller.in_flight == 0
-            assert (await chat(server)).status == 500
-
-    run(check())
+    controller = FunctionController(answer, name="f")
+    async with serving(tmp_path, controller) as server:
+        reply = await chat(server, stream=True)
+        assert reply.events()[-1].startswith('{"error"')
+        assert b"[DONE]" not in reply.content and b"secret" not in reply.content
+        assert controller.in_flight == 0
+        assert (await chat(server)).status == 500
 
 
 def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
@@ -7668,54 +7412,47 @@ def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
     assert not [r for r in caplog.records if r.name == "chatgpt_apiserver"]
 
 
-def test_a_function_that_hangs_is_given_up_at_the_requests_deadline(tmp_path):
+@flow
+async def test_a_function_that_hangs_is_given_up_at_the_requests_deadline(tmp_path):
     """L36 holds for functions too."""
 
-    async def check():
-        async def hangs(request):
-            await asyncio.sleep(60)
+    async def hangs(request):
+        await asyncio.sleep(60)
 
-        async def hangs_later(request):
-            yield "a"
-            await asyncio.sleep(60)
+    async def hangs_later(request):
+        yield "a"
+        await asyncio.sleep(60)
 
-        limits = Limits(request_timeout=0.2)
-        for function in (hangs, hangs_later):
-            controller = FunctionController(function)
-            async with serving(tmp_path, controller, limits=limits) as server:
-                reply = await asyncio.wait_for(chat(server), 3)
-                assert reply.status == 504
-                reply = await asyncio.wait_for(chat(server, stream=True), 3)
-                assert reply.status == 504 or '"error"' in reply.events()[-1]
-                assert controller.in_flight == 0 and b"[DONE]" not in reply.content
-
-    run(check())
+    limits = Limits(request_timeout=0.2)
+    for function in (hangs, hangs_later):
+        controller = FunctionController(function)
+        async with serving(tmp_path, controller, limits=limits) as server:
+            reply = await asyncio.wait_for(chat(server), 3)
+            assert reply.status == 504
+            reply = await asyncio.wait_for(chat(server, stream=True), 3)
+            assert reply.status == 504 or '"error"' in reply.events()[-1]
+            assert controller.in_flight == 0 and b"[DONE]" not in reply.content
 
 
-def test_mocks_answer_by_name_only(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            assert (
-                chat_text(await chat(server, "Say this", model="mock/echo"))
-                == "Say this"
-            )
-            reply = await chat(server, model="gpt-4o")
-            assert reply.status == 503 and "agent" in chat_error(reply)["message"]
-            reply = await ask(server.port, "POST", "/api/ask", {"content": "Hi"})
-            assert reply.status == 503
-            assert reply.json()["error"].startswith("No available clients")
-            reply = await chat(server, model="mock/429")
-            assert reply.status == 429 and reply.headers["retry-after"] == "1"
-            assert (await chat(server, model="mock/500")).status == 500
-            assert (await chat(server, model="mock/slow?seconds=0")).status == 200
-            assert (await chat(server, model="mock/slow?seconds=x")).status == 400
-            reply = await chat(server, model="mock/cut?events=2", stream=True)
-            assert (
-                reply.events()[-1].startswith('{"error"') and len(reply.events()) == 3
-            )
-            assert (await controller_line(server, "mock"))["state"] == "ready"
-
-    run(check())
+@flow
+async def test_mocks_answer_by_name_only(tmp_path):
+    async with serving(tmp_path) as server:
+        assert (
+            chat_text(await chat(server, "Say this", model="mock/echo")) == "Say this"
+        )
+        reply = await chat(server, model="gpt-4o")
+        assert reply.status == 503 and "agent" in chat_error(reply)["message"]
+        reply = await ask(server.port, "POST", "/api/ask", {"content": "Hi"})
+        assert reply.status == 503
+        assert reply.json()["error"].startswith("No available clients")
+        reply = await chat(server, model="mock/429")
+        assert reply.status == 429 and reply.headers["retry-after"] == "1"
+        assert (await chat(server, model="mock/500")).status == 500
+        assert (await chat(server, model="mock/slow?seconds=0")).status == 200
+        assert (await chat(server, model="mock/slow?seconds=x")).status == 400
+        reply = await chat(server, model="mock/cut?events=2", stream=True)
+        assert reply.events()[-1].startswith('{"error"') and len(reply.events()) == 3
+        assert (await controller_line(server, "mock"))["state"] == "ready"
 
 
 # --- Slow and stalled clients
@@ -7729,85 +7466,79 @@ async def upstream_endless(request, writer):
         await writer.drain()
 
 
-def test_slow_readers_hold_the_upstream_back_and_nobody_else(tmp_path):
+@flow(timeout=40)
+async def test_slow_readers_hold_the_upstream_back_and_nobody_else(tmp_path):
     """F15: what waits in the server is bounded, however fast the upstream is."""
 
-    async def check():
-        async with Upstream(upstream_endless) as upstream:
-            controller = upstream.controller(models=["m"])
-            f = pool_function("f", models=["f"])
-            async with serving(tmp_path, controller, f) as server:
-                body = chat_body(stream=True)
-                async with contextlib.AsyncExitStack() as stack:
-                    for _ in range(5):
-                        client = await stack.enter_async_context(Client(server.port))
-                        client.writer.transport.pause_reading()
-                        client.send(request_bytes("POST", "/v1/chat/completions", body))
-                    connections = server._handlers
-                    await until(lambda: len(connections) == 5)
-                    await until(lambda: not any(c.writable for c in connections), 15)
-                    assert chat_text(await chat(server, model="f")) == "f"
-                    assert (await ask(server.port, "GET", "/health")).status == 200
-                    assert max(c.unsent for c in connections) < 1024 * 1024
-                await until(lambda: controller.in_flight == 0)
-                await until(lambda: upstream.ended >= 5)
-
-    run(check(), 40)
+    async with Upstream(upstream_endless) as upstream:
+        controller = upstream.controller(models=["m"])
+        f = pool_function("f", models=["f"])
+        async with serving(tmp_path, controller, f) as server:
+            body = chat_body(stream=True)
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(5):
+                    client = await stack.enter_async_context(Client(server.port))
+                    client.writer.transport.pause_reading()
+                    client.send(request_bytes("POST", "/v1/chat/completions", body))
+                connections = server._handlers
+                await until(lambda: len(connections) == 5)
+                await until(lambda: not any(c.writable for c in connections), 15)
+                assert chat_text(await chat(server, model="f")) == "f"
+                assert (await ask(server.port, "GET", "/health")).status == 200
+                assert max(c.unsent for c in connections) < 1024 * 1024
+            await until(lambda: controller.in_flight == 0)
+            await until(lambda: upstream.ended >= 5)
 
 
-def test_a_client_that_stops_reading_is_reset(tmp_path):
+@flow(timeout=40)
+async def test_a_client_that_stops_reading_is_reset(tmp_path):
     """F16: with an RST, for what was not sent shall not stay in the kernel."""
 
-    async def check():
-        limits = Limits(write_timeout=0.3)
-        async with Upstream(upstream_endless) as upstream:
-            controller = upstream.controller(models=["m"], limits=limits)
-            async with serving(tmp_path, controller, limits=limits) as server:
-                async with Client(server.port) as client:
-                    client.writer.transport.pause_reading()
-                    body = chat_body(stream=True)
-                    client.send(request_bytes("POST", "/v1/chat/completions", body))
-                    await until(lambda: controller.in_flight == 1)
-                    await until(lambda: controller.in_flight == 0, 10)
-                    client.writer.transport.resume_reading()
-                    with pytest.raises(ConnectionResetError):
-                        while await client.reader.read(1 << 20):
-                            pass
-                await until(lambda: upstream.ended == upstream.connections)
-
-    run(check(), 40)
+    limits = Limits(write_timeout=0.3)
+    async with Upstream(upstream_endless) as upstream:
+        controller = upstream.controller(models=["m"], limits=limits)
+        async with serving(tmp_path, controller, limits=limits) as server:
+            async with Client(server.port) as client:
+                client.writer.transport.pause_reading()
+                body = chat_body(stream=True)
+                client.send(request_bytes("POST", "/v1/chat/completions", body))
+                await until(lambda: controller.in_flight == 1)
+                await until(lambda: controller.in_flight == 0, 10)
+                client.writer.transport.resume_reading()
+                with pytest.raises(ConnectionResetError):
+                    while await client.reader.read(1 << 20):
+                        pass
+            await until(lambda: upstream.ended == upstream.connections)
 
 
 # --- The log and the clock
 
 
-def test_a_log_that_nobody_reads_drops_lines_and_counts_them():
+@flow
+async def test_a_log_that_nobody_reads_drops_lines_and_counts_them():
     """F69, in one process: writing never waits."""
 
-    async def check():
-        reading, writing = os.pipe()
-        try:
-            log = apiserver.Log(writing)
-            began = time.monotonic()
-            for number in range(30_000):
-                log.write(f"line {number} " + "x" * 80)
-                if number % 1000 == 0:
-                    await asyncio.sleep(0)
-            assert time.monotonic() - began < 5
-            text = b""
-            while b"dropped" not in text:
-                text += os.read(reading, 1 << 20)
-                log.flush()
-            lines = text.decode().split("\n")
-            numbers = [int(line.split()[1]) for line in lines if line[:4] == "line"]
-            assert numbers == list(range(len(numbers))) and numbers[-1] < 20_000
-            dropped = int(re.search(r"\((\d+) lines of this log", text.decode())[1])
-            assert dropped + len(numbers) <= 30_000 and dropped > 9_000
-        finally:
-            os.close(reading)
-            os.close(writing)
-
-    run(check())
+    reading, writing = os.pipe()
+    try:
+        log = apiserver.Log(writing)
+        began = time.monotonic()
+        for number in range(30_000):
+            log.write(f"line {number} " + "x" * 80)
+            if number % 1000 == 0:
+                await asyncio.sleep(0)
+        assert time.monotonic() - began < 5
+        text = b""
+        while b"dropped" not in text:
+            text += os.read(reading, 1 << 20)
+            log.flush()
+        lines = text.decode().split("\n")
+        numbers = [int(line.split()[1]) for line in lines if line[:4] == "line"]
+        assert numbers == list(range(len(numbers))) and numbers[-1] < 20_000
+        dropped = int(re.search(r"\((\d+) lines of this log", text.decode())[1])
+        assert dropped + len(numbers) <= 30_000 and dropped > 9_000
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_the_log_lives_on_when_its_reader_is_gone():
@@ -7839,26 +7570,24 @@ def test_only_one_function_asks_what_time_it_is():
 
 
 @pytest.mark.parametrize("jump", [86400, -86400, -2_000_000_000])
-def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch, jump):
-    async def check():
-        now, offset = time.time, [0]
-        monkeypatch.setattr(time, "time", lambda: max(0.0, now() + offset[0]))
-        async with Upstream(error_reply(429)) as upstream:
-            cooling = upstream.controller(models=["c"])
-            gate = PoolGate(models=["g"], limit={"requests": 9, "per": "day"})
-            async with serving(tmp_path, cooling, gate.controller) as server:
-                assert (await chat(server, model="c")).status == 500
-                running = asyncio.ensure_future(chat(server, model="g"))
-                await until(lambda: gate.asked)
-                offset[0] = jump
-                gate.let()
-                assert chat_text(await running) == "through"
-                assert chat_text(await chat(server, model="g")) == "through"
-                assert (await chat(server, model="c")).status == 503
-                line = await controller_line(server, cooling.name)
-                assert line["state"] == "cooling" and line["until"]
-
-    run(check())
+@flow
+async def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch, jump):
+    now, offset = time.time, [0]
+    monkeypatch.setattr(time, "time", lambda: max(0.0, now() + offset[0]))
+    async with Upstream(error_reply(429)) as upstream:
+        cooling = upstream.controller(models=["c"])
+        gate = PoolGate(models=["g"], limit={"requests": 9, "per": "day"})
+        async with serving(tmp_path, cooling, gate.controller) as server:
+            assert (await chat(server, model="c")).status == 500
+            running = asyncio.ensure_future(chat(server, model="g"))
+            await until(lambda: gate.asked)
+            offset[0] = jump
+            gate.let()
+            assert chat_text(await running) == "through"
+            assert chat_text(await chat(server, model="g")) == "through"
+            assert (await chat(server, model="c")).status == 503
+            line = await controller_line(server, cooling.name)
+            assert line["state"] == "cooling" and line["until"]
 
 
 # --- For a long time
@@ -7880,40 +7609,36 @@ def open_files():
         return len(os.listdir("/dev/fd"))
 
 
-def test_thousands_of_requests_leave_nothing_behind(tmp_path):
+@flow(timeout=60)
+async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
     """F66, short: tasks, files and memory are as before."""
 
-    async def check():
-        stream = STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop") + DONE)
+    stream = STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop") + DONE)
 
-        async def behave(request, writer):
-            streamed = b'"stream":true' in request.content.replace(b" ", b"")
-            writer.write(
-                stream + b"0\r\n\r\n" if streamed else http_reply(completion())
-            )
+    async def behave(request, writer):
+        streamed = b'"stream":true' in request.content.replace(b" ", b"")
+        writer.write(stream + b"0\r\n\r\n" if streamed else http_reply(completion()))
 
-        async def use(client, count):
-            for number in range(count):
-                body = chat_body(model="m", stream=bool(number % 2))
-                reply = await client.request("POST", "/v1/chat/completions", body)
-                assert reply.status == 200
+    async def use(client, count):
+        for number in range(count):
+            body = chat_body(model="m", stream=bool(number % 2))
+            reply = await client.request("POST", "/v1/chat/completions", body)
+            assert reply.status == 200
 
-        async with Upstream(behave) as upstream:
-            async with serving(tmp_path, upstream.controller()) as server:
-                async with Client(server.port) as one, Client(server.port) as two:
-                    await asyncio.gather(use(one, 200), use(two, 200))
-                    before = len(asyncio.all_tasks()), open_files(), resident_size()
-                    await asyncio.gather(use(one, 700), use(two, 700))
-                    tasks, files, size = before
-                    assert len(asyncio.all_tasks()) <= tasks + 2
-                    assert open_files() <= files + 2
-                    assert resident_size() < size + 8 * 1024 * 1024
-                    for _ in range(100):  # connections that come and go
-                        assert (await chat(server)).status == 200
-                    await until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
-                    assert open_files() <= files + 2
-
-    run(check(), 60)
+    async with Upstream(behave) as upstream:
+        async with serving(tmp_path, upstream.controller()) as server:
+            async with Client(server.port) as one, Client(server.port) as two:
+                await asyncio.gather(use(one, 200), use(two, 200))
+                before = len(asyncio.all_tasks()), open_files(), resident_size()
+                await asyncio.gather(use(one, 700), use(two, 700))
+                tasks, files, size = before
+                assert len(asyncio.all_tasks()) <= tasks + 2
+                assert open_files() <= files + 2
+                assert resident_size() < size + 8 * 1024 * 1024
+                for _ in range(100):  # connections that come and go
+                    assert (await chat(server)).status == 200
+                await until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
+                assert open_files() <= files + 2
 
 
 # -----------------------------------------------------------------------------
@@ -8032,28 +7757,26 @@ async def handler_add_user(port, **fields):
 # --- HTTP
 
 
-def test_requests_on_one_connection_are_answered_in_order(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server, Client(server.port) as client:
-            client.send(
-                request_bytes("GET", "/health")
-                + request_bytes("GET", "/status", headers=[("x-request-id", "b")])
-                + request_bytes("POST", "/api/ask", {"content": "x"}, key="")
-                + request_bytes("HEAD", "/health")
-                + request_bytes("GET", "/health")
-            )
-            assert (await client.read_reply()).content == b"OK"
-            second = await client.read_reply()
-            assert second.json() == {"status": "ok"}
-            assert second.headers["x-request-id"] == "b"
-            third = await client.read_reply()
-            assert third.status == 401
-            assert third.json() == {"error": "API key not provided"}
-            head = await client.read_reply("HEAD")
-            assert head.status == 200 and head.headers["content-length"] == "2"
-            assert (await client.read_reply()).content == b"OK"
-
-    run(check())
+@flow
+async def test_requests_on_one_connection_are_answered_in_order(tmp_path):
+    async with serving(tmp_path) as server, Client(server.port) as client:
+        client.send(
+            request_bytes("GET", "/health")
+            + request_bytes("GET", "/status", headers=[("x-request-id", "b")])
+            + request_bytes("POST", "/api/ask", {"content": "x"}, key="")
+            + request_bytes("HEAD", "/health")
+            + request_bytes("GET", "/health")
+        )
+        assert (await client.read_reply()).content == b"OK"
+        second = await client.read_reply()
+        assert second.json() == {"status": "ok"}
+        assert second.headers["x-request-id"] == "b"
+        third = await client.read_reply()
+        assert third.status == 401
+        assert third.json() == {"error": "API key not provided"}
+        head = await client.read_reply("HEAD")
+        assert head.status == 200 and head.headers["content-length"] == "2"
+        assert (await client.read_reply()).content == b"OK"
 
 
 @pytest.mark.parametrize(
@@ -8065,42 +7788,38 @@ def test_requests_on_one_connection_are_answered_in_order(tmp_path):
         ("HTTP/1.0\r\nConnection: keep-alive", True),
     ],
 )
-def test_connection_is_kept_or_closed_as_the_client_wants(tmp_path, line, kept):
-    async def check():
-        async with serving(tmp_path) as server, Client(server.port) as client:
+@flow
+async def test_connection_is_kept_or_closed_as_the_client_wants(tmp_path, line, kept):
+    async with serving(tmp_path) as server, Client(server.port) as client:
+        client.send(f"GET /health {line}\r\n\r\n".encode())
+        reply = await client.read_reply()
+        said = reply.headers.get("connection", "")
+        assert said == ("close" if not kept else "" if "1.1" in line else said)
+        if kept:
             client.send(f"GET /health {line}\r\n\r\n".encode())
-            reply = await client.read_reply()
-            said = reply.headers.get("connection", "")
-            assert said == ("close" if not kept else "" if "1.1" in line else said)
-            if kept:
-                client.send(f"GET /health {line}\r\n\r\n".encode())
-                assert (await client.read_reply()).content == b"OK"
-            else:
-                assert await client.reader.read() == b""
-
-    run(check())
+            assert (await client.read_reply()).content == b"OK"
+        else:
+            assert await client.reader.read() == b""
 
 
-def test_public_routes(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            health = await ask(server.port, "GET", "/health", key="")
-            assert health.content == b"OK" and "text/plain" in str(health.headers)
-            status = await ask(server.port, "GET", "/status", key="wrong")
-            assert status.json() == {"status": "ok"}
-            about = await ask(server.port, "GET", "/", key="")
-            assert b"http://localhost/v1" in about.content
-            assert b"/client/register" in about.content
-            source = await ask(server.port, "GET", "/agent.py", key="")
-            assert source.content == MODULE.read_bytes()
-            absolute = f"http://localhost:{server.port}/status"
-            request = f"GET {absolute} HTTP/1.1\r\nHost: localhost:{server.port}"
-            answer = await raw(
-                server.port, f"{request}\r\nConnection: close\r\n\r\n".encode()
-            )
-            assert answer.endswith(b'{"status": "ok"}')
-
-    run(check())
+@flow
+async def test_public_routes(tmp_path):
+    async with serving(tmp_path) as server:
+        health = await ask(server.port, "GET", "/health", key="")
+        assert health.content == b"OK" and "text/plain" in str(health.headers)
+        status = await ask(server.port, "GET", "/status", key="wrong")
+        assert status.json() == {"status": "ok"}
+        about = await ask(server.port, "GET", "/", key="")
+        assert b"http://localhost/v1" in about.content
+        assert b"/client/register" in about.content
+        source = await ask(server.port, "GET", "/agent.py", key="")
+        assert source.content == MODULE.read_bytes()
+        absolute = f"http://localhost:{server.port}/status"
+        request = f"GET {absolute} HTTP/1.1\r\nHost: localhost:{server.port}"
+        answer = await raw(
+            server.port, f"{request}\r\nConnection: close\r\n\r\n".encode()
+        )
+        assert answer.endswith(b'{"status": "ok"}')
 
 
 @pytest.mark.parametrize(
@@ -8120,140 +7839,126 @@ def test_public_routes(tmp_path):
         ("GET", "/v1", 404, None),
     ],
 )
-def test_unknown_path_and_method_in_the_shape_of_the_family(
+@flow
+async def test_unknown_path_and_method_in_the_shape_of_the_family(
     tmp_path, method, path, status, allow
 ):
-    async def check():
-        async with serving(tmp_path) as server:
-            reply = await ask(server.port, method, path)
-            assert reply.status == status
-            assert reply.headers.get("allow") == allow
-            error = reply.json()["error"]
-            if path.startswith(("/v1", "/chat")):
-                assert list(error) == ["message", "type", "param", "code"]
-            else:
-                assert isinstance(error, str)
-
-    run(check())
+    async with serving(tmp_path) as server:
+        reply = await ask(server.port, method, path)
+        assert reply.status == status
+        assert reply.headers.get("allow") == allow
+        error = reply.json()["error"]
+        if path.startswith(("/v1", "/chat")):
+            assert list(error) == ["message", "type", "param", "code"]
+        else:
+            assert isinstance(error, str)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/ask", "/nothing"])
-def test_preflight_is_answered_before_authentication(tmp_path, path):
-    async def check():
-        wanted = [("Access-Control-Request-Headers", "authorization, x-odd")]
-        async with serving(tmp_path) as server:
-            origin = [("Origin", "https://example.org"), *wanted]
-            reply = await ask(server.port, "OPTIONS", path, key="", headers=origin)
-            assert reply.status == 204 and "content-length" not in reply.headers
-            assert reply.headers["access-control-allow-origin"] == "*"
-            allowed = reply.headers["access-control-allow-headers"]
-            assert allowed == "authorization, x-odd"
-            assert "access-control-allow-credentials" not in reply.headers
-
-    run(check())
+@flow
+async def test_preflight_is_answered_before_authentication(tmp_path, path):
+    wanted = [("Access-Control-Request-Headers", "authorization, x-odd")]
+    async with serving(tmp_path) as server:
+        origin = [("Origin", "https://example.org"), *wanted]
+        reply = await ask(server.port, "OPTIONS", path, key="", headers=origin)
+        assert reply.status == 204 and "content-length" not in reply.headers
+        assert reply.headers["access-control-allow-origin"] == "*"
+        allowed = reply.headers["access-control-allow-headers"]
+        assert allowed == "authorization, x-odd"
+        assert "access-control-allow-credentials" not in reply.headers
 
 
-def test_other_pages_may_not_read_administration(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            for path in ("/admin/users", "/admin/controllers", "/api/connections"):
-                for method in ("OPTIONS", "GET"):
-                    reply = await ask(server.port, method, path)
-                    assert reply.status in (200, 204)
-                    names = [n for n in reply.headers if n.startswith("access-control")]
-                    assert names == []
-            reply = await ask(server.port, "POST", "/v1/chat/completions", key="")
-            assert reply.status == 401
-            assert reply.headers["access-control-allow-origin"] == "*"
-
-    run(check())
+@flow
+async def test_other_pages_may_not_read_administration(tmp_path):
+    async with serving(tmp_path) as server:
+        for path in ("/admin/users", "/admin/controllers", "/api/connections"):
+            for method in ("OPTIONS", "GET"):
+                reply = await ask(server.port, method, path)
+                assert reply.status in (200, 204)
+                names = [n for n in reply.headers if n.startswith("access-control")]
+                assert names == []
+        reply = await ask(server.port, "POST", "/v1/chat/completions", key="")
+        assert reply.status == 401
+        assert reply.headers["access-control-allow-origin"] == "*"
 
 
-def test_content_is_asked_for_only_after_key_and_length(tmp_path):
+@flow
+async def test_content_is_asked_for_only_after_key_and_length(tmp_path):
     """F74: Expect: 100-continue."""
 
-    async def check():
-        expect = [("Expect", "100-continue")]
-        limits = Limits(ask_content_size=100, linger_timeout=0.05)
-        async with serving(tmp_path, limits=limits) as server:
+    expect = [("Expect", "100-continue")]
+    limits = Limits(ask_content_size=100, linger_timeout=0.05)
+    async with serving(tmp_path, limits=limits) as server:
 
-            async def first_line(key, length, expect=expect):
-                headers = [*expect, ("Content-Length", str(length))]
-                async with Client(server.port) as client:
-                    client.send(request_bytes("POST", "/api/ask", None, key, headers))
-                    return await client.read_head()
+        async def first_line(key, length, expect=expect):
+            headers = [*expect, ("Content-Length", str(length))]
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", "/api/ask", None, key, headers))
+                return await client.read_head()
 
-            assert (await first_line(KEY, 100))[0] == 100
-            status, headers = await first_line("wrong", 100)
-            assert (status, headers["connection"]) == (401, "close")
-            assert (await first_line(KEY, 101))[0] == 413
-            assert (await first_line(KEY, 10, [("Expect", "tea")]))[0] == 417
-
-    run(check())
+        assert (await first_line(KEY, 100))[0] == 100
+        status, headers = await first_line("wrong", 100)
+        assert (status, headers["connection"]) == (401, "close")
+        assert (await first_line(KEY, 101))[0] == 413
+        assert (await first_line(KEY, 10, [("Expect", "tea")]))[0] == 417
 
 
-def test_refusal_says_whether_the_connection_goes_on(tmp_path):
+@flow
+async def test_refusal_says_whether_the_connection_goes_on(tmp_path):
     """Content that was not read yet, and is not there, costs the connection."""
 
-    async def check():
-        limits = Limits(linger_timeout=0.05)
-        async with serving(tmp_path, limits=limits) as server:
-            async with Client(server.port) as client:
-                reply = await client.request("POST", "/nothing", b"x" * 100)
-                assert "connection" not in reply.headers
-                assert (await client.request("GET", "/health")).status == 200
-            headers = [("Content-Length", "100")]
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", "/nothing", headers=headers))
-                reply = await client.read_reply()
-                assert reply.status == 404 and reply.headers["connection"] == "close"
-                assert await client.reader.read() == b""
-
-    run(check())
+    limits = Limits(linger_timeout=0.05)
+    async with serving(tmp_path, limits=limits) as server:
+        async with Client(server.port) as client:
+            reply = await client.request("POST", "/nothing", b"x" * 100)
+            assert "connection" not in reply.headers
+            assert (await client.request("GET", "/health")).status == 200
+        headers = [("Content-Length", "100")]
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", "/nothing", headers=headers))
+            reply = await client.read_reply()
+            assert reply.status == 404 and reply.headers["connection"] == "close"
+            assert await client.reader.read() == b""
 
 
-def test_head_that_does_not_come_is_answered_408(tmp_path):
+@flow
+async def test_head_that_does_not_come_is_answered_408(tmp_path):
     """L5, F17: a byte now and then does not extend the deadline."""
 
-    async def check():
-        limits = Limits(head_timeout=0.2, linger_timeout=0.05)
-        async with serving(tmp_path, limits=limits) as server:
-            began = time.monotonic()
-            assert await raw(server.port, b"") == b""  # silent: nothing to answer
-            async with Client(server.port) as client:
-                client.send(request_bytes("GET", "/health"))
-                await client.read_reply()
+    limits = Limits(head_timeout=0.2, linger_timeout=0.05)
+    async with serving(tmp_path, limits=limits) as server:
+        began = time.monotonic()
+        assert await raw(server.port, b"") == b""  # silent: nothing to answer
+        async with Client(server.port) as client:
+            client.send(request_bytes("GET", "/health"))
+            await client.read_reply()
 
-                async def trickle():
-                    for byte in b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 1000:
-                        client.send(bytes([byte]))
-                        await asyncio.sleep(0.02)
+            async def trickle():
+                for byte in b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 1000:
+                    client.send(bytes([byte]))
+                    await asyncio.sleep(0.02)
 
-                async with handler_task(trickle()):
-                    reply = await client.read_reply()
-            assert reply.status == 408 and reply.headers["connection"] == "close"
-            assert reply.headers["x-request-id"]
-            assert 0.35 < time.monotonic() - began < 3
-
-    run(check())
+            async with handler_task(trickle()):
+                reply = await client.read_reply()
+        assert reply.status == 408 and reply.headers["connection"] == "close"
+        assert reply.headers["x-request-id"]
+        assert 0.35 < time.monotonic() - began < 3
 
 
-def test_idle_connection_is_closed_without_a_word(tmp_path):
+@flow
+async def test_idle_connection_is_closed_without_a_word(tmp_path):
     """L13: and the last of so many requests says that it is the last."""
 
-    async def check():
-        limits = Limits(keep_alive_timeout=0.1, keep_alive_requests=3)
-        async with serving(tmp_path, limits=limits) as server:
-            async with Client(server.port) as client:
-                await client.request("GET", "/health")
-                assert await client.reader.read() == b""
-            async with Client(server.port) as client:
-                for last in (False, False, True):
-                    reply = await client.request("GET", "/health")
-                    assert ("connection" in reply.headers) is last
-                assert await client.reader.read() == b""
-
-    run(check())
+    limits = Limits(keep_alive_timeout=0.1, keep_alive_requests=3)
+    async with serving(tmp_path, limits=limits) as server:
+        async with Client(server.port) as client:
+            await client.request("GET", "/health")
+            assert await client.reader.read() == b""
+        async with Client(server.port) as client:
+            for last in (False, False, True):
+                reply = await client.request("GET", "/health")
+                assert ("connection" in reply.headers) is last
+            assert await client.reader.read() == b""
 
 
 @pytest.mark.parametrize("chunked_body", [False, True])
@@ -8266,91 +7971,81 @@ def test_idle_connection_is_closed_without_a_word(tmp_path):
         ("/admin/users/add", "admin_content_size"),
     ],
 )
-def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body):
+@flow
+async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body):
     """L6, L7: at the limit it is read, one byte more is 413."""
 
-    async def check():
-        limits = Limits(**{limit: 1000}, linger_timeout=0.05)
-        async with serving(tmp_path, limits=limits) as server:
-            for size, status in ((999, 400), (1000, 400), (1001, 413)):
-                body, headers = b"x" * size, []
-                if chunked_body:
-                    body = chunked(body[:500]) + chunked(body[500:]) + b"0\r\n\r\n"
-                    headers = [("Transfer-Encoding", "chunked")]
-                reply = await ask(server.port, "POST", path, body, headers=headers)
-                assert reply.status == status
-                if path.startswith("/v1"):
-                    assert reply.json()["error"]["type"] == "invalid_request_error"
-
-    run(check())
+    limits = Limits(**{limit: 1000}, linger_timeout=0.05)
+    async with serving(tmp_path, limits=limits) as server:
+        for size, status in ((999, 400), (1000, 400), (1001, 413)):
+            body, headers = b"x" * size, []
+            if chunked_body:
+                body = chunked(body[:500]) + chunked(body[500:]) + b"0\r\n\r\n"
+                headers = [("Transfer-Encoding", "chunked")]
+            reply = await ask(server.port, "POST", path, body, headers=headers)
+            assert reply.status == status
+            if path.startswith("/v1"):
+                assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_all_contents_together_have_a_limit(tmp_path):
+@flow
+async def test_all_contents_together_have_a_limit(tmp_path):
     """L8."""
 
-    async def check():
-        limits = Limits(total_content_size=1000, linger_timeout=0.05)
-        async with serving(tmp_path, limits=limits) as server:
-            async with Client(server.port) as other:
-                headers = [("Content-Length", "900")]
-                head = request_bytes("POST", "/api/ask", headers=headers)
-                other.send(head + b"x" * 899)  # and the last one never
-                await until(lambda: server.service.content_size == 899)
-                small = await ask(server.port, "POST", "/api/ask", b"x" * 101)
-                assert small.status == 400
-                large = await ask(server.port, "POST", "/api/ask", b"x" * 102)
-                assert large.status == 503 and large.headers["retry-after"] == "1"
-            await until(lambda: server.service.content_size == 0)
-
-    run(check())
+    limits = Limits(total_content_size=1000, linger_timeout=0.05)
+    async with serving(tmp_path, limits=limits) as server:
+        async with Client(server.port) as other:
+            headers = [("Content-Length", "900")]
+            head = request_bytes("POST", "/api/ask", headers=headers)
+            other.send(head + b"x" * 899)  # and the last one never
+            await until(lambda: server.service.content_size == 899)
+            small = await ask(server.port, "POST", "/api/ask", b"x" * 101)
+            assert small.status == 400
+            large = await ask(server.port, "POST", "/api/ask", b"x" * 102)
+            assert large.status == 503 and large.headers["retry-after"] == "1"
+        await until(lambda: server.service.content_size == 0)
 
 
 @pytest.mark.parametrize("chunked_body", [False, True])
-def test_slow_content_is_answered_408(tmp_path, chunked_body):
+@flow
+async def test_slow_content_is_answered_408(tmp_path, chunked_body):
     """L9, F18: too slow on average, and silence."""
 
-    async def check():
-        limits = Limits(
-            content_read_timeout=0.3,
-            content_rate=10_000,
-            content_rate_after=0.2,
-            linger_timeout=0.05,
-        )
-        length = ("Transfer-Encoding", "chunked") if chunked_body else None
-        length = length or ("Content-Length", "100000")
-        async with serving(tmp_path, limits=limits) as server:
-            for trickles in (False, True):
-                async with Client(server.port) as client:
-                    client.send(request_bytes("POST", "/api/ask", headers=[length]))
+    limits = Limits(
+        content_read_timeout=0.3,
+        content_rate=10_000,
+        content_rate_after=0.2,
+        linger_timeout=0.05,
+    )
+    length = ("Transfer-Encoding", "chunked") if chunked_body else None
+    length = length or ("Content-Length", "100000")
+    async with serving(tmp_path, limits=limits) as server:
+        for trickles in (False, True):
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", "/api/ask", headers=[length]))
 
-                    async def trickle(client=client):
-                        while True:
-                            client.send(chunked(b"x") if chunked_body else b"x")
-                            await asyncio.sleep(0.05)
+                async def trickle(client=client):
+                    while True:
+                        client.send(chunked(b"x") if chunked_body else b"x")
+                        await asyncio.sleep(0.05)
 
-                    async with handler_task(
-                        trickle() if trickles else asyncio.sleep(0)
-                    ):
-                        reply = await asyncio.wait_for(client.read_reply(), 5)
-                    assert reply.status == 408
-                    assert reply.headers["connection"] == "close"
-
-    run(check())
+                async with handler_task(trickle() if trickles else asyncio.sleep(0)):
+                    reply = await asyncio.wait_for(client.read_reply(), 5)
+                assert reply.status == 408
+                assert reply.headers["connection"] == "close"
 
 
-def test_refusal_can_be_read_while_the_client_still_sends(tmp_path):
+@flow
+async def test_refusal_can_be_read_while_the_client_still_sends(tmp_path):
     """L16: no RST overtakes the answer."""
 
-    async def check():
-        async with serving(tmp_path) as server, Client(server.port) as client:
-            body = b"x" * 250_000
-            client.send(request_bytes("POST", "/admin/users/add", body))
-            await asyncio.sleep(0.1)
-            reply = await client.read_reply()
-            assert reply.status == 413
-            assert await client.reader.read() == b""
-
-    run(check())
+    async with serving(tmp_path) as server, Client(server.port) as client:
+        body = b"x" * 250_000
+        client.send(request_bytes("POST", "/admin/users/add", body))
+        await asyncio.sleep(0.1)
+        reply = await client.read_reply()
+        assert reply.status == 413
+        assert await client.reader.read() == b""
 
 
 SMUGGLED = "GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -8382,36 +8077,32 @@ SMUGGLED = "GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
         " GET / HTTP/1.1\r\nHost: x",
     ],
 )
-def test_smuggled_request_is_never_read(tmp_path, head):
+@flow
+async def test_smuggled_request_is_never_read(tmp_path, head):
     """F60: one answer, then the end."""
 
-    async def check():
-        limits = Limits(linger_timeout=0.05)
-        async with serving(tmp_path, limits=limits) as server:
-            data = f"{head}\r\n\r\n0\r\n\r\n{SMUGGLED}".encode()
-            answers = handler_split(await raw(server.port, data))
-            assert len(answers) == 1
-            assert answers[0][0] in (400, 501, 505)
-            assert isinstance(json.loads(answers[0][1])["error"], str)
-
-    run(check())
+    limits = Limits(linger_timeout=0.05)
+    async with serving(tmp_path, limits=limits) as server:
+        data = f"{head}\r\n\r\n0\r\n\r\n{SMUGGLED}".encode()
+        answers = handler_split(await raw(server.port, data))
+        assert len(answers) == 1
+        assert answers[0][0] in (400, 501, 505)
+        assert isinstance(json.loads(answers[0][1])["error"], str)
 
 
 @pytest.mark.parametrize(
     "content",
     ["5\r\nhello\n0\r\n\r\n", "0x5\r\nhello\r\n0\r\n\r\n", "-1\r\n\r\n", "5;a\nb\r\n"],
 )
-def test_nothing_is_read_behind_a_broken_chunk(tmp_path, content):
-    async def check():
-        limits = Limits(linger_timeout=0.05)
-        async with serving(tmp_path, limits=limits) as server:
-            coding = [("Transfer-Encoding", "chunked")]
-            head = request_bytes("POST", "/api/ask", b"", headers=coding)
-            data = head + content.encode() + SMUGGLED.encode()
-            answers = handler_split(await raw(server.port, data))
-            assert [status for status, _ in answers] == [400]
-
-    run(check())
+@flow
+async def test_nothing_is_read_behind_a_broken_chunk(tmp_path, content):
+    limits = Limits(linger_timeout=0.05)
+    async with serving(tmp_path, limits=limits) as server:
+        coding = [("Transfer-Encoding", "chunked")]
+        head = request_bytes("POST", "/api/ask", b"", headers=coding)
+        data = head + content.encode() + SMUGGLED.encode()
+        answers = handler_split(await raw(server.port, data))
+        assert [status for status, _ in answers] == [400]
 
 
 JSON_BODIES = [
@@ -8446,148 +8137,136 @@ JSON_BODIES = [
         "/admin/users/delete",
     ],
 )
-def test_odd_json_is_refused_and_never_an_internal_error(tmp_path, path):
+@flow
+async def test_odd_json_is_refused_and_never_an_internal_error(tmp_path, path):
     """F62."""
 
-    async def check():
-        async with serving(tmp_path) as server, Client(server.port) as client:
-            for body in JSON_BODIES:
-                body = body[:60_000]  # of the 64 KiB that /admin takes
-                reply = await client.request("POST", path, body)
-                assert reply.status == 400, (body[:80], reply.content)
-                assert reply.json()["error"]
-
-    run(check())
+    async with serving(tmp_path) as server, Client(server.port) as client:
+        for body in JSON_BODIES:
+            body = body[:60_000]  # of the 64 KiB that /admin takes
+            reply = await client.request("POST", path, body)
+            assert reply.status == 400, (body[:80], reply.content)
+            assert reply.json()["error"]
 
 
 @pytest.mark.parametrize(
     "content", ["\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]']
 )
-def test_odd_text_is_served(tmp_path, content):
+@flow
+async def test_odd_text_is_served(tmp_path, content):
     """F62: lone surrogates, a megabyte, control characters."""
 
-    async def check():
-        chat = {**CHAT, "model": "mock/echo"}
-        chat["messages"] = [{"role": "user", "content": content}]
-        async with serving(tmp_path) as server:
-            reply = await ask(server.port, "POST", CHAT_URL, chat)
-            message = reply.json()["choices"][0]["message"]
-            assert message["content"] == content
-            reply = await ask(server.port, "POST", CHAT_URL, {**chat, "stream": True})
-            events = reply.events()
-            deltas = [json.loads(event)["choices"][0] for event in events[:-1]]
-            said = "".join(choice["delta"].get("content", "") for choice in deltas)
-            assert said == content and events[-1] == "[DONE]"
-
-    run(check())
+    chat = {**CHAT, "model": "mock/echo"}
+    chat["messages"] = [{"role": "user", "content": content}]
+    async with serving(tmp_path) as server:
+        reply = await ask(server.port, "POST", CHAT_URL, chat)
+        message = reply.json()["choices"][0]["message"]
+        assert message["content"] == content
+        reply = await ask(server.port, "POST", CHAT_URL, {**chat, "stream": True})
+        events = reply.events()
+        deltas = [json.loads(event)["choices"][0] for event in events[:-1]]
+        said = "".join(choice["delta"].get("content", "") for choice in deltas)
+        assert said == content and events[-1] == "[DONE]"
 
 
-def test_non_ascii_key_is_a_wrong_key(tmp_path):
+@flow
+async def test_non_ascii_key_is_a_wrong_key(tmp_path):
     """F63."""
 
-    async def check():
-        async with serving(tmp_path) as server:
-            for value in (
-                b"Bearer \xff\xfe",
-                "Schl\u00fcssel".encode(),
-                b"Bearer \x80",
-            ):
-                request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                data = request + b"Authorization: " + value + b"\r\n\r\n"
-                [(status, content)] = handler_split(await raw(server.port, data))
-                assert status == 401
-                assert json.loads(content)["error"]["message"] == "Invalid API key"
-            for key in ("\u00fc", "\ud800", "\u0661"):
-                body = {"admin_key": key}
-                reply = await ask(server.port, "POST", "/admin/users/add", body)
-                assert reply.status == 401
-                assert reply.json() == {"error": "Invalid admin key"}
-
-    run(check())
+    async with serving(tmp_path) as server:
+        for value in (
+            b"Bearer \xff\xfe",
+            "Schl\u00fcssel".encode(),
+            b"Bearer \x80",
+        ):
+            request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            data = request + b"Authorization: " + value + b"\r\n\r\n"
+            [(status, content)] = handler_split(await raw(server.port, data))
+            assert status == 401
+            assert json.loads(content)["error"]["message"] == "Invalid API key"
+        for key in ("\u00fc", "\ud800", "\u0661"):
+            body = {"admin_key": key}
+            reply = await ask(server.port, "POST", "/admin/users/add", body)
+            assert reply.status == 401
+            assert reply.json() == {"error": "Invalid admin key"}
 
 
-def test_bug_in_a_route_is_told_by_its_request_id_alone(tmp_path, monkeypatch, caplog):
+@flow
+async def test_bug_in_a_route_is_told_by_its_request_id_alone(
+    tmp_path, monkeypatch, caplog
+):
     """F64."""
 
     async def broken(self):
         raise ValueError("SECRET of the handler")
 
-    async def check():
-        log = HandlerLog()
-        monkeypatch.setattr(apiserver.RequestHandler, "do_status", broken)
-        # As the program does it; caplog sees what an embedding program would.
-        monkeypatch.setattr(apiserver.logger, "handlers", [apiserver.LogHandler(log)])
-        async with serving(tmp_path, log=log) as server, Client(server.port) as client:
-            headers = [("x-request-id", "mine")]
-            reply = await client.request("GET", "/status", headers=headers)
-            assert reply.status == 500 and reply.headers["connection"] == "close"
-            assert "mine" in reply.json()["error"] and b"SECRET" not in reply.content
-            assert await client.reader.read() == b""
-            assert (await ask(server.port, "GET", "/health")).status == 200
-            lines = [line for line in log.lines if "mine failed" in line]
-            assert len(lines) == 1 and "(ValueError in broken, " in lines[0]
-            assert "SECRET" not in log.text
-        assert [r.name for r in caplog.records] == ["chatgpt_apiserver"]
-
-    run(check())
+    log = HandlerLog()
+    monkeypatch.setattr(apiserver.RequestHandler, "do_status", broken)
+    # As the program does it; caplog sees what an embedding program would.
+    monkeypatch.setattr(apiserver.logger, "handlers", [apiserver.LogHandler(log)])
+    async with serving(tmp_path, log=log) as server, Client(server.port) as client:
+        headers = [("x-request-id", "mine")]
+        reply = await client.request("GET", "/status", headers=headers)
+        assert reply.status == 500 and reply.headers["connection"] == "close"
+        assert "mine" in reply.json()["error"] and b"SECRET" not in reply.content
+        assert await client.reader.read() == b""
+        assert (await ask(server.port, "GET", "/health")).status == 200
+        lines = [line for line in log.lines if "mine failed" in line]
+        assert len(lines) == 1 and "(ValueError in broken, " in lines[0]
+        assert "SECRET" not in log.text
+    assert [r.name for r in caplog.records] == ["chatgpt_apiserver"]
 
 
-def test_upgrade_to_what_is_not_spoken_is_ignored(tmp_path):
+@flow
+async def test_upgrade_to_what_is_not_spoken_is_ignored(tmp_path):
     """F74: h2c."""
 
-    async def check():
-        upgrade = [
-            ("Connection", "Upgrade, HTTP2-Settings"),
-            ("Upgrade", "h2c"),
-            ("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA"),
-        ]
-        async with handler_chat(tmp_path) as (server, upstream):
-            reply = await ask(server.port, "GET", "/status", headers=upgrade)
-            assert reply.status == 200
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=upgrade)
-            assert reply.status == 200
-            [asked] = handler_posts(upstream)
-            assert "http2-settings" not in asked.headers
-            assert "upgrade" not in asked.headers
-
-    run(check())
+    upgrade = [
+        ("Connection", "Upgrade, HTTP2-Settings"),
+        ("Upgrade", "h2c"),
+        ("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA"),
+    ]
+    async with handler_chat(tmp_path) as (server, upstream):
+        reply = await ask(server.port, "GET", "/status", headers=upgrade)
+        assert reply.status == 200
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=upgrade)
+        assert reply.status == 200
+        [asked] = handler_posts(upstream)
+        assert "http2-settings" not in asked.headers
+        assert "upgrade" not in asked.headers
 
 
-def test_handshake_with_content_is_refused(tmp_path):
+@flow
+async def test_handshake_with_content_is_refused(tmp_path):
     """F75."""
 
-    async def check():
-        async with serving(tmp_path) as server:
-            for length in (("Content-Length", "5"), ("Transfer-Encoding", "chunked")):
-                with pytest.raises(ConnectionError, match="400"):
-                    await Agent(server.port, headers=[length]).connect()
-            reply = await ask(server.port, "GET", "/client/register")
-            assert reply.status == 400
-            upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
-            upgrade += [("Sec-WebSocket-Version", "8"), ("Sec-WebSocket-Key", "x")]
-            reply = await ask(server.port, "GET", "/client/register", headers=upgrade)
-            assert reply.status == 426
-            assert reply.headers["sec-websocket-version"] == "13"
-
-    run(check())
+    async with serving(tmp_path) as server:
+        for length in (("Content-Length", "5"), ("Transfer-Encoding", "chunked")):
+            with pytest.raises(ConnectionError, match="400"):
+                await Agent(server.port, headers=[length]).connect()
+        reply = await ask(server.port, "GET", "/client/register")
+        assert reply.status == 400
+        upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+        upgrade += [("Sec-WebSocket-Version", "8"), ("Sec-WebSocket-Key", "x")]
+        reply = await ask(server.port, "GET", "/client/register", headers=upgrade)
+        assert reply.status == 426
+        assert reply.headers["sec-websocket-version"] == "13"
 
 
-def test_bytes_behind_a_handshake_are_its_first_frame(tmp_path):
+@flow
+async def test_bytes_behind_a_handshake_are_its_first_frame(tmp_path):
     """F75."""
 
-    async def check():
-        async with serving(tmp_path) as server, Client(server.port) as client:
-            hello = json.dumps({"id": "early-bird", "message": "Connection id"})
-            frame = apiserver.WebSocketProtocol(apiserver.Side.CLIENT).send(hello)
-            headers = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
-            headers += [("Sec-WebSocket-Version", "13")]
-            headers += [("Sec-WebSocket-Key", apiserver.handshake_key())]
-            request = request_bytes("GET", "/client/register", headers=headers)
-            client.send(request + frame)
-            assert (await client.read_head())[0] == 101
-            await until(lambda: "early-bird" in server.service.agents)
-
-    run(check())
+    async with serving(tmp_path) as server, Client(server.port) as client:
+        hello = json.dumps({"id": "early-bird", "message": "Connection id"})
+        frame = apiserver.WebSocketProtocol(apiserver.Side.CLIENT).send(hello)
+        headers = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+        headers += [("Sec-WebSocket-Version", "13")]
+        headers += [("Sec-WebSocket-Key", apiserver.handshake_key())]
+        request = request_bytes("GET", "/client/register", headers=headers)
+        client.send(request + frame)
+        assert (await client.read_head())[0] == 101
+        await until(lambda: "early-bird" in server.service.agents)
 
 
 @pytest.mark.parametrize(
@@ -8602,73 +8281,65 @@ def test_bytes_behind_a_handshake_are_its_first_frame(tmp_path):
         ("", False),
     ],
 )
-def test_request_id_is_the_clients_own_if_it_can_be(tmp_path, own, kept):
-    async def check():
-        async with serving(tmp_path) as server:
-            seen = set()
-            for path in ("/health", "/nothing", "/v1/models"):
-                line = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                data = f"{line}x-request-id: {own}\r\n\r\n".encode("latin-1")
-                answer = await raw(server.port, data)
-                seen.add(re.search(rb"x-request-id: ([^\r]+)", answer)[1].decode())
-            if kept:
-                assert seen == {own}
-            else:
-                assert own not in seen and len(seen) == 3
-
-    run(check())
+@flow
+async def test_request_id_is_the_clients_own_if_it_can_be(tmp_path, own, kept):
+    async with serving(tmp_path) as server:
+        seen = set()
+        for path in ("/health", "/nothing", "/v1/models"):
+            line = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            data = f"{line}x-request-id: {own}\r\n\r\n".encode("latin-1")
+            answer = await raw(server.port, data)
+            seen.add(re.search(rb"x-request-id: ([^\r]+)", answer)[1].decode())
+        if kept:
+            assert seen == {own}
+        else:
+            assert own not in seen and len(seen) == 3
 
 
-def test_broken_request_gets_a_request_id_too(tmp_path):
-    async def check():
-        limits = Limits(linger_timeout=0.05)
-        async with serving(tmp_path, limits=limits) as server:
-            assert b"x-request-id: " in await raw(server.port, b"nonsense\r\n\r\n")
-
-    run(check())
+@flow
+async def test_broken_request_gets_a_request_id_too(tmp_path):
+    limits = Limits(linger_timeout=0.05)
+    async with serving(tmp_path, limits=limits) as server:
+        assert b"x-request-id: " in await raw(server.port, b"nonsense\r\n\r\n")
 
 
-def test_path_climbs_nowhere(tmp_path):
+@flow
+async def test_path_climbs_nowhere(tmp_path):
     """The upstream's key is for paths under its base URL."""
 
-    async def check():
-        async with handler_chat(tmp_path) as (server, upstream):
-            for path in ("/v1/../x", "/v1/a/..", "/v1/%2e%2e/x", "/v1/.%2E", "/v1/./x"):
-                reply = await ask(server.port, "POST", path, {"model": "m"})
-                assert reply.status == 404, path
-            assert handler_posts(upstream) == []
-
-    run(check())
+    async with handler_chat(tmp_path) as (server, upstream):
+        for path in ("/v1/../x", "/v1/a/..", "/v1/%2e%2e/x", "/v1/.%2E", "/v1/./x"):
+            reply = await ask(server.port, "POST", path, {"model": "m"})
+            assert reply.status == 404, path
+        assert handler_posts(upstream) == []
 
 
-def test_too_many_query_fields_are_no_internal_error(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            for path in ("/admin/users?", "/admin/controllers?"):
-                reply = await ask(server.port, "GET", path + "a&" * 500, key="")
-                assert reply.status in (400, 401)
-
-    run(check())
+@flow
+async def test_too_many_query_fields_are_no_internal_error(tmp_path):
+    async with serving(tmp_path) as server:
+        for path in ("/admin/users?", "/admin/controllers?"):
+            reply = await ask(server.port, "GET", path + "a&" * 500, key="")
+            assert reply.status in (400, 401)
 
 
-def test_reset_between_refusal_and_close_leaves_no_trace(tmp_path, monkeypatch, caplog):
-    async def check():
-        log = HandlerLog()
-        async with serving(tmp_path, log=log) as server:
-            sock = socket.create_connection(("127.0.0.1", server.port))
+@flow
+async def test_reset_between_refusal_and_close_leaves_no_trace(
+    tmp_path, monkeypatch, caplog
+):
+    log = HandlerLog()
+    async with serving(tmp_path, log=log) as server:
+        sock = socket.create_connection(("127.0.0.1", server.port))
 
-            def reset(self):
-                option = struct.pack("ii", 1, 0)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
-                sock.close()
+        def reset(self):
+            option = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+            sock.close()
 
-            monkeypatch.setattr(apiserver.RequestHandler, "log_request", reset)
-            await until(lambda: server._handlers)
-            sock.sendall(b"nonsense\r\n\r\n")
-            await until(lambda: not server._handlers)
-        assert "failed" not in log.text and caplog.records == []
-
-    run(check())
+        monkeypatch.setattr(apiserver.RequestHandler, "log_request", reset)
+        await until(lambda: server._handlers)
+        sock.sendall(b"nonsense\r\n\r\n")
+        await until(lambda: not server._handlers)
+    assert "failed" not in log.text and caplog.records == []
 
 
 # --- Trust
@@ -8692,129 +8363,117 @@ def test_reset_between_refusal_and_close_leaves_no_trace(tmp_path, monkeypatch, 
         ([("Cookie", "KEY")], "API key not provided"),
     ],
 )
-def test_credential_travels_in_several_forms(tmp_path, fields, answer):
-    async def check():
-        body = {"content": "hi", "model": "mock/echo"}
-        async with serving(tmp_path) as server:
-            user = await handler_add_user(server.port)
-            for token in (KEY, user["token"]):
-                own = [(name, value.replace("KEY", token)) for name, value in fields]
-                reply = await ask(server.port, "POST", "/api/ask", body, "", own)
-                if answer == 200:
-                    assert reply.status == 200, reply.content
-                else:
-                    assert reply.status == 401 and "www-authenticate" in reply.headers
-                    assert reply.json() == {"error": answer}
-                    assert token.encode() not in reply.content
-
-    run(check())
+@flow
+async def test_credential_travels_in_several_forms(tmp_path, fields, answer):
+    body = {"content": "hi", "model": "mock/echo"}
+    async with serving(tmp_path) as server:
+        user = await handler_add_user(server.port)
+        for token in (KEY, user["token"]):
+            own = [(name, value.replace("KEY", token)) for name, value in fields]
+            reply = await ask(server.port, "POST", "/api/ask", body, "", own)
+            if answer == 200:
+                assert reply.status == 200, reply.content
+            else:
+                assert reply.status == 401 and "www-authenticate" in reply.headers
+                assert reply.json() == {"error": answer}
+                assert token.encode() not in reply.content
 
 
-def test_credential_in_the_path(tmp_path):
-    async def check():
-        log = HandlerLog()
-        async with serving(tmp_path, log=log) as server:
-            agent = await handler_add_user(server.port, role="agent")
-            far = [("X-Forwarded-For", "192.0.2.1")]
-            for token in (KEY, agent["token"]):
-                path = f"/k/{token}/client/register"
-                async with Agent(server.port, path, headers=far):
-                    await handler_agents(server, 1)
-                await handler_agents(server, 0)
-            path = "/k/WRONGTOKEN/client/register"
-            with pytest.raises(ConnectionError, match="401"):
-                await Agent(server.port, path).connect()
-            for path in ("/k/WRONGTOKEN", "/k/WRONGTOKEN/nothing", "/k/"):
-                reply = await ask(server.port, "GET", path, key="")
-                assert reply.status == 404 and b"WRONGTOKEN" not in reply.content
-        for secret in (KEY, agent["token"], "WRONGTOKEN"):
-            assert secret not in log.text
-
-    run(check())
+@flow
+async def test_credential_in_the_path(tmp_path):
+    log = HandlerLog()
+    async with serving(tmp_path, log=log) as server:
+        agent = await handler_add_user(server.port, role="agent")
+        far = [("X-Forwarded-For", "192.0.2.1")]
+        for token in (KEY, agent["token"]):
+            path = f"/k/{token}/client/register"
+            async with Agent(server.port, path, headers=far):
+                await handler_agents(server, 1)
+            await handler_agents(server, 0)
+        path = "/k/WRONGTOKEN/client/register"
+        with pytest.raises(ConnectionError, match="401"):
+            await Agent(server.port, path).connect()
+        for path in ("/k/WRONGTOKEN", "/k/WRONGTOKEN/nothing", "/k/"):
+            reply = await ask(server.port, "GET", path, key="")
+            assert reply.status == 404 and b"WRONGTOKEN" not in reply.content
+    for secret in (KEY, agent["token"], "WRONGTOKEN"):
+        assert secret not in log.text
 
 
-def test_each_role_may_do_what_it_may(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            user = (await handler_add_user(server.port))["token"]
-            agent = (await handler_add_user(server.port, role="agent"))["token"]
-            table = [
-                ("POST", "/api/ask", {"content": "x", "model": "mock/echo"}, 200, 403),
-                ("GET", "/v1/models", None, 200, 403),
-                ("POST", CHAT_URL, {**CHAT, "model": "mock/echo"}, 200, 403),
-                ("POST", "/v1/embeddings", {"model": "x"}, 503, 403),
-                ("GET", "/api/connections", None, 403, 403),
-                ("GET", "/admin/users", None, 403, 403),
-                ("POST", "/admin/users/add", {}, 403, 403),
-                ("POST", "/admin/users/delete", {"user_id": "x"}, 403, 403),
-                ("GET", "/admin/controllers", None, 403, 403),
-                ("POST", "/admin/controllers/enable", {"name": "mock"}, 403, 403),
-                ("POST", "/admin/controllers/disable", {"name": "mock"}, 403, 403),
-                ("GET", "/client/register", None, 403, 400),
-            ]
-            for method, path, body, as_user, as_agent in table:
-                reply = await ask(server.port, method, path, body, user)
-                assert (path, reply.status) == (path, as_user)
-                reply = await ask(server.port, method, path, body, agent)
-                assert (path, reply.status) == (path, as_agent)
-
-    run(check())
+@flow
+async def test_each_role_may_do_what_it_may(tmp_path):
+    async with serving(tmp_path) as server:
+        user = (await handler_add_user(server.port))["token"]
+        agent = (await handler_add_user(server.port, role="agent"))["token"]
+        table = [
+            ("POST", "/api/ask", {"content": "x", "model": "mock/echo"}, 200, 403),
+            ("GET", "/v1/models", None, 200, 403),
+            ("POST", CHAT_URL, {**CHAT, "model": "mock/echo"}, 200, 403),
+            ("POST", "/v1/embeddings", {"model": "x"}, 503, 403),
+            ("GET", "/api/connections", None, 403, 403),
+            ("GET", "/admin/users", None, 403, 403),
+            ("POST", "/admin/users/add", {}, 403, 403),
+            ("POST", "/admin/users/delete", {"user_id": "x"}, 403, 403),
+            ("GET", "/admin/controllers", None, 403, 403),
+            ("POST", "/admin/controllers/enable", {"name": "mock"}, 403, 403),
+            ("POST", "/admin/controllers/disable", {"name": "mock"}, 403, 403),
+            ("GET", "/client/register", None, 403, 400),
+        ]
+        for method, path, body, as_user, as_agent in table:
+            reply = await ask(server.port, method, path, body, user)
+            assert (path, reply.status) == (path, as_user)
+            reply = await ask(server.port, method, path, body, agent)
+            assert (path, reply.status) == (path, as_agent)
 
 
-def test_admin_key_in_body_query_or_header(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            port = server.port
-            right, wrong = {"admin_key": KEY}, {"admin_key": "wrong"}
-            add, users = "/admin/users/add", "/admin/users"
-            assert (await ask(port, "POST", add, right, "")).status == 200
-            assert (await ask(port, "POST", add, None, KEY)).status == 200
-            assert (
-                await ask(port, "GET", f"{users}?admin_key={KEY}", key="")
-            ).status == 200
-            for reply in (
-                await ask(port, "POST", add, wrong, ""),
-                await ask(port, "POST", add, wrong, KEY),
-                await ask(port, "GET", f"{users}?admin_key=wrong", key=""),
-            ):
-                assert reply.status == 401
-                assert reply.json() == {"error": "Invalid admin key"}
-                assert KEY.encode() not in reply.content
-            for reply in (
-                await ask(port, "POST", add, {}, ""),
-                await ask(port, "GET", users, key=""),
-                await ask(port, "GET", f"{users}?admin_key=", key=""),
-            ):
-                assert reply.status == 401
-                assert reply.json() == {"error": "Admin key not provided"}
-
-    run(check())
+@flow
+async def test_admin_key_in_body_query_or_header(tmp_path):
+    async with serving(tmp_path) as server:
+        port = server.port
+        right, wrong = {"admin_key": KEY}, {"admin_key": "wrong"}
+        add, users = "/admin/users/add", "/admin/users"
+        assert (await ask(port, "POST", add, right, "")).status == 200
+        assert (await ask(port, "POST", add, None, KEY)).status == 200
+        assert (
+            await ask(port, "GET", f"{users}?admin_key={KEY}", key="")
+        ).status == 200
+        for reply in (
+            await ask(port, "POST", add, wrong, ""),
+            await ask(port, "POST", add, wrong, KEY),
+            await ask(port, "GET", f"{users}?admin_key=wrong", key=""),
+        ):
+            assert reply.status == 401
+            assert reply.json() == {"error": "Invalid admin key"}
+            assert KEY.encode() not in reply.content
+        for reply in (
+            await ask(port, "POST", add, {}, ""),
+            await ask(port, "GET", users, key=""),
+            await ask(port, "GET", f"{users}?admin_key=", key=""),
+        ):
+            assert reply.status == 401
+            assert reply.json() == {"error": "Admin key not provided"}
 
 
-def test_wrong_keys_are_counted_per_minute(tmp_path):
+@flow
+async def test_wrong_keys_are_counted_per_minute(tmp_path):
     """L21: ten are judged, the next are 429; right keys pass; no key is no key."""
 
-    async def check():
-        async with serving(tmp_path) as server, Client(server.port) as client:
-            for _ in range(3):
-                assert (await client.request("GET", "/v1/models", key="")).status == 401
-            for number in range(10):
-                key = f"wrong{number}"
-                assert (
-                    await client.request("GET", "/v1/models", key=key)
-                ).status == 401
-            reply = await client.request("GET", "/v1/models", key="wrong")
-            assert reply.status == 429
-            assert list(reply.json()["error"]) == ["message", "type", "param", "code"]
-            seconds = int(reply.headers.get("retry-after", 0))
-            stop = reply.headers.get("x-should-retry")
-            assert 1 <= seconds <= 30 if seconds else stop == "false"
-            reply = await client.request("GET", "/admin/users?admin_key=x", key="")
-            assert reply.status == 429
-            assert (await client.request("GET", "/v1/models")).status == 200
+    async with serving(tmp_path) as server, Client(server.port) as client:
+        for _ in range(3):
             assert (await client.request("GET", "/v1/models", key="")).status == 401
-
-    run(check())
+        for number in range(10):
+            key = f"wrong{number}"
+            assert (await client.request("GET", "/v1/models", key=key)).status == 401
+        reply = await client.request("GET", "/v1/models", key="wrong")
+        assert reply.status == 429
+        assert list(reply.json()["error"]) == ["message", "type", "param", "code"]
+        seconds = int(reply.headers.get("retry-after", 0))
+        stop = reply.headers.get("x-should-retry")
+        assert 1 <= seconds <= 30 if seconds else stop == "false"
+        reply = await client.request("GET", "/admin/users?admin_key=x", key="")
+        assert reply.status == 429
+        assert (await client.request("GET", "/v1/models")).status == 200
+        assert (await client.request("GET", "/v1/models", key="")).status == 401
 
 
 NOT_LOCAL = [
@@ -8854,27 +8513,25 @@ async def handler_status(port, request, host="127.0.0.1"):
 
 
 @pytest.mark.parametrize("field", NOT_LOCAL, ids=": ".join)
-def test_only_this_machines_user_needs_no_key(tmp_path, field):
+@flow
+async def test_only_this_machines_user_needs_no_key(tmp_path, field):
     """F61."""
 
-    async def check():
-        log = HandlerLog()
-        async with serving(tmp_path, log=log) as server:
-            port = server.port
-            handshake = handler_handshake("/client/register", field)
-            assert await handler_status(port, handshake) == 403
-            assert "/k/<token>" in log.text
-            key = ("Authorization", f"Bearer {KEY}")
-            handshake = handler_handshake("/client/register", field, key)
-            assert await handler_status(port, handshake) == 101
-            handshake = handler_handshake(f"/k/{KEY}/client/register", field)
-            assert await handler_status(port, handshake) == 101
-            listing = handler_handshake("/api/connections", field)
-            assert await handler_status(port, listing) in (401, 403)
-            listing = handler_handshake("/api/connections", field, key)
-            assert await handler_status(port, listing) == 200
-
-    run(check())
+    log = HandlerLog()
+    async with serving(tmp_path, log=log) as server:
+        port = server.port
+        handshake = handler_handshake("/client/register", field)
+        assert await handler_status(port, handshake) == 403
+        assert "/k/<token>" in log.text
+        key = ("Authorization", f"Bearer {KEY}")
+        handshake = handler_handshake("/client/register", field, key)
+        assert await handler_status(port, handshake) == 101
+        handshake = handler_handshake(f"/k/{KEY}/client/register", field)
+        assert await handler_status(port, handshake) == 101
+        listing = handler_handshake("/api/connections", field)
+        assert await handler_status(port, listing) in (401, 403)
+        listing = handler_handshake("/api/connections", field, key)
+        assert await handler_status(port, listing) == 200
 
 
 @pytest.mark.parametrize(
@@ -8891,17 +8548,15 @@ def test_only_this_machines_user_needs_no_key(tmp_path, field):
     ],
     ids=": ".join,
 )
-def test_this_machines_user_needs_no_key(tmp_path, field):
-    async def check():
-        async with serving(tmp_path) as server:
-            for path, status in (("/client/register", 101), ("/api/connections", 200)):
-                handshake = handler_handshake(path, field)
-                assert await handler_status(server.port, handshake) == status
-                wrong = ("x-api-key", "wrong")  # what is sent is judged
-                handshake = handler_handshake(path, field, wrong)
-                assert await handler_status(server.port, handshake) == 401
-
-    run(check())
+@flow
+async def test_this_machines_user_needs_no_key(tmp_path, field):
+    async with serving(tmp_path) as server:
+        for path, status in (("/client/register", 101), ("/api/connections", 200)):
+            handshake = handler_handshake(path, field)
+            assert await handler_status(server.port, handshake) == status
+            wrong = ("x-api-key", "wrong")  # what is sent is judged
+            handshake = handler_handshake(path, field, wrong)
+            assert await handler_status(server.port, handshake) == 401
 
 
 def test_loopback_in_every_spelling():
@@ -8924,7 +8579,8 @@ def handler_other_address():
     return address
 
 
-def test_peer_at_another_address_is_not_this_machine(tmp_path):
+@flow
+async def test_peer_at_another_address_is_not_this_machine(tmp_path):
     """The peer's address decides, whatever the request says."""
     address = handler_other_address()
 
@@ -8936,60 +8592,51 @@ def test_peer_at_another_address_is_not_this_machine(tmp_path):
         writer.transport.abort()
         return int(head.split()[1])
 
-    async def check():
-        async with serving(tmp_path) as server:
-            for path, refused in (("/client/register", 403), ("/api/connections", 401)):
-                handshake = handler_handshake(path)
-                assert await status(server.port, handshake) == refused
-                assert await handler_status(server.port, handshake) in (101, 200)
-            handshake = handler_handshake(f"/k/{KEY}/client/register")
-            assert await status(server.port, handshake) == 101
-
-    run(check())
+    async with serving(tmp_path) as server:
+        for path, refused in (("/client/register", 403), ("/api/connections", 401)):
+            handshake = handler_handshake(path)
+            assert await status(server.port, handshake) == refused
+            assert await handler_status(server.port, handshake) in (101, 200)
+        handshake = handler_handshake(f"/k/{KEY}/client/register")
+        assert await status(server.port, handshake) == 101
 
 
 @pytest.mark.parametrize(
     "auth, near, far, listing",
     [("local", 101, 403, 200), ("key", 401, 401, 401), ("open", 101, 101, 200)],
 )
-def test_who_may_register_without_a_key(tmp_path, auth, near, far, listing):
-    async def check():
-        async with serving(tmp_path, agents_auth=auth) as server:
-            path = "/client/register"
-            origin = ("Origin", "https://evil.example")
-            assert await handler_status(server.port, handler_handshake(path)) == near
-            foreign = handler_handshake(path, origin)
-            assert await handler_status(server.port, foreign) == far
-            reply = await ask(server.port, "GET", "/api/connections", key="")
-            assert reply.status == listing
-            reply = await ask(
-                server.port, "GET", "/api/connections", None, "", [origin]
-            )
-            assert reply.status == 401
-
-    run(check())
+@flow
+async def test_who_may_register_without_a_key(tmp_path, auth, near, far, listing):
+    async with serving(tmp_path, agents_auth=auth) as server:
+        path = "/client/register"
+        origin = ("Origin", "https://evil.example")
+        assert await handler_status(server.port, handler_handshake(path)) == near
+        foreign = handler_handshake(path, origin)
+        assert await handler_status(server.port, foreign) == far
+        reply = await ask(server.port, "GET", "/api/connections", key="")
+        assert reply.status == listing
+        reply = await ask(server.port, "GET", "/api/connections", None, "", [origin])
+        assert reply.status == 401
 
 
-def test_no_secret_reaches_the_log(tmp_path):
-    async def check():
-        log = HandlerLog()
-        async with handler_chat(tmp_path, log=log, verbose=True) as (server, _):
-            user = await handler_add_user(server.port, name="Ada")
-            token = user["token"]
-            chat = {**CHAT, "messages": [{"role": "user", "content": "PROMPT"}]}
-            await ask(server.port, "POST", CHAT_URL, chat, token)
-            await ask(server.port, "GET", f"/admin/users?admin_key={KEY}")
-            await ask(server.port, "GET", "/admin/users?admin_key=WRONGKEY")
-            await ask(server.port, "GET", f"/k/{token}/v1/models?x={token}")
-            await ask(server.port, "POST", CHAT_URL, chat, "WRONGKEY")
-            body = {"user_id": user["user_id"]}
-            await ask(server.port, "POST", "/admin/users/delete", body)
-            await until(lambda: "delete" in log.text)
-        for secret in (KEY, token, "PROMPT", "WRONGKEY", "UPSTREAMSECRET"):
-            assert secret not in log.text
-        assert " Ada POST /v1/chat/completions 200 m up-" in log.text
-
-    run(check())
+@flow
+async def test_no_secret_reaches_the_log(tmp_path):
+    log = HandlerLog()
+    async with handler_chat(tmp_path, log=log, verbose=True) as (server, _):
+        user = await handler_add_user(server.port, name="Ada")
+        token = user["token"]
+        chat = {**CHAT, "messages": [{"role": "user", "content": "PROMPT"}]}
+        await ask(server.port, "POST", CHAT_URL, chat, token)
+        await ask(server.port, "GET", f"/admin/users?admin_key={KEY}")
+        await ask(server.port, "GET", "/admin/users?admin_key=WRONGKEY")
+        await ask(server.port, "GET", f"/k/{token}/v1/models?x={token}")
+        await ask(server.port, "POST", CHAT_URL, chat, "WRONGKEY")
+        body = {"user_id": user["user_id"]}
+        await ask(server.port, "POST", "/admin/users/delete", body)
+        await until(lambda: "delete" in log.text)
+    for secret in (KEY, token, "PROMPT", "WRONGKEY", "UPSTREAMSECRET"):
+        assert secret not in log.text
+    assert " Ada POST /v1/chat/completions 200 m up-" in log.text
 
 
 # --- The ask API
@@ -8999,44 +8646,42 @@ async def handler_ask(port, content="Hello", key=KEY, **fields):
     return await ask(port, "POST", "/api/ask", {"content": content, **fields}, key)
 
 
-def test_ask_is_answered_by_an_agent(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server, Agent(server.port) as agent:
-            await handler_agents(server, 1)
-            asking = asyncio.ensure_future(
-                handler_ask(
-                    server.port, conversation_id="<optional>", parent_id="<optional>"
-                )
+@flow
+async def test_ask_is_answered_by_an_agent(tmp_path):
+    async with serving(tmp_path) as server, Agent(server.port) as agent:
+        await handler_agents(server, 1)
+        asking = asyncio.ensure_future(
+            handler_ask(
+                server.port, conversation_id="<optional>", parent_id="<optional>"
             )
-            id, data = await agent.request()
-            assert list(data) == [
-                "message_id",
-                "conversation_id",
-                "parent_id",
-                "content",
-            ]
-            assert data["content"] == "Hello" and data["conversation_id"] == ""
-            assert UUID_FORM.fullmatch(data["message_id"])
-            assert UUID_FORM.fullmatch(data["parent_id"])
-            await agent.reply(id, "Hi", "conv", "resp")
-            reply = await asking
-            assert reply.status == 200
-            assert list(reply.json().items()) == [
-                ("id", ""),
-                ("response_id", "resp"),
-                ("conversation_id", "conv"),
-                ("content", "Hi"),
-                ("error", ""),
-            ]
-            asking = asyncio.ensure_future(
-                handler_ask(server.port, conversation_id="conv", parent_id="resp")
-            )
-            id, data = await agent.request()
-            assert (data["conversation_id"], data["parent_id"]) == ("conv", "resp")
-            await agent.reply(id, "Ho", "conv", "resp2")
-            assert (await asking).json()["content"] == "Ho"
-
-    run(check())
+        )
+        id, data = await agent.request()
+        assert list(data) == [
+            "message_id",
+            "conversation_id",
+            "parent_id",
+            "content",
+        ]
+        assert data["content"] == "Hello" and data["conversation_id"] == ""
+        assert UUID_FORM.fullmatch(data["message_id"])
+        assert UUID_FORM.fullmatch(data["parent_id"])
+        await agent.reply(id, "Hi", "conv", "resp")
+        reply = await asking
+        assert reply.status == 200
+        assert list(reply.json().items()) == [
+            ("id", ""),
+            ("response_id", "resp"),
+            ("conversation_id", "conv"),
+            ("content", "Hi"),
+            ("error", ""),
+        ]
+        asking = asyncio.ensure_future(
+            handler_ask(server.port, conversation_id="conv", parent_id="resp")
+        )
+        id, data = await agent.request()
+        assert (data["conversation_id"], data["parent_id"]) == ("conv", "resp")
+        await agent.reply(id, "Ho", "conv", "resp2")
+        assert (await asking).json()["content"] == "Ho"
 
 
 @pytest.mark.parametrize(
@@ -9064,121 +8709,109 @@ def test_ask_is_answered_by_an_agent(tmp_path):
         ({"content": "x", "model": "mock/slow?seconds=nan"}, 400, "number"),
     ],
 )
-def test_ask_says_what_is_wrong(tmp_path, body, status, text):
-    async def check():
-        async with serving(tmp_path) as server:
-            began = time.monotonic()
-            reply = await ask(server.port, "POST", "/api/ask", body)
-            assert reply.status == status and time.monotonic() - began < 2
-            assert list(reply.json()) == ["error"] and text in reply.json()["error"]
-
-    run(check())
+@flow
+async def test_ask_says_what_is_wrong(tmp_path, body, status, text):
+    async with serving(tmp_path) as server:
+        began = time.monotonic()
+        reply = await ask(server.port, "POST", "/api/ask", body)
+        assert reply.status == status and time.monotonic() - began < 2
+        assert list(reply.json()) == ["error"] and text in reply.json()["error"]
 
 
-def test_ask_without_an_agent_harms_nobody(tmp_path):
+@flow
+async def test_ask_without_an_agent_harms_nobody(tmp_path):
     """F01."""
 
-    async def check():
-        async with serving(tmp_path) as server:
-            assert (await handler_ask(server.port)).status == 503
+    async with serving(tmp_path) as server:
+        assert (await handler_ask(server.port)).status == 503
+        async with Agent(server.port) as agent, handler_task(agent.echo()):
+            await handler_agents(server, 1)
+            reply = await handler_ask(server.port)
+            assert reply.json()["content"] == "echo:Hello"
+
+
+@flow
+async def test_ask_waits_a_moment_for_an_agent_that_has_just_left(tmp_path):
+    limits = Limits(agent_return_timeout=3, agent_return_window=30)
+    async with serving(tmp_path, limits=limits) as server:
+        async with Agent(server.port):
+            await handler_agents(server, 1)
+        await handler_agents(server, 0)
+        async with handler_task(handler_ask(server.port)) as asking:
+            await until(lambda: server.service.pool.waiting)
             async with Agent(server.port) as agent, handler_task(agent.echo()):
-                await handler_agents(server, 1)
-                reply = await handler_ask(server.port)
-                assert reply.json()["content"] == "echo:Hello"
-
-    run(check())
+                assert (await asking).json()["content"] == "echo:Hello"
 
 
-def test_ask_waits_a_moment_for_an_agent_that_has_just_left(tmp_path):
-    async def check():
-        limits = Limits(agent_return_timeout=3, agent_return_window=30)
-        async with serving(tmp_path, limits=limits) as server:
-            async with Agent(server.port):
-                await handler_agents(server, 1)
-            await handler_agents(server, 0)
-            async with handler_task(handler_ask(server.port)) as asking:
-                await until(lambda: server.service.pool.waiting)
-                async with Agent(server.port) as agent, handler_task(agent.echo()):
-                    assert (await asking).json()["content"] == "echo:Hello"
-
-    run(check())
-
-
-def test_conversation_here_can_branch(tmp_path):
+@flow
+async def test_conversation_here_can_branch(tmp_path):
     """Upstreams keep none: the messages on the way to parent_id are sent along."""
 
-    async def check():
-        async with handler_chat(tmp_path, http_reply(completion())) as (
-            server,
-            upstream,
-        ):
+    async with handler_chat(tmp_path, http_reply(completion())) as (
+        server,
+        upstream,
+    ):
 
-            async def say(content, conversation_id="", parent_id=""):
-                ids = {"conversation_id": conversation_id, "parent_id": parent_id}
-                reply = await handler_ask(server.port, content, **ids, model="m")
-                assert reply.status == 200, reply.content
-                sent = handler_posts(upstream)[-1]
-                assert sent.line.startswith("POST /v1/chat/completions ")
-                assert sent.json()["model"] == "m"
-                words = [m["content"] for m in sent.json()["messages"]]
-                return (
-                    reply.json()["conversation_id"],
-                    reply.json()["response_id"],
-                    words,
-                )
+        async def say(content, conversation_id="", parent_id=""):
+            ids = {"conversation_id": conversation_id, "parent_id": parent_id}
+            reply = await handler_ask(server.port, content, **ids, model="m")
+            assert reply.status == 200, reply.content
+            sent = handler_posts(upstream)[-1]
+            assert sent.line.startswith("POST /v1/chat/completions ")
+            assert sent.json()["model"] == "m"
+            words = [m["content"] for m in sent.json()["messages"]]
+            return (
+                reply.json()["conversation_id"],
+                reply.json()["response_id"],
+                words,
+            )
 
-            talk, first, sent = await say("one")
-            assert UUID_FORM.fullmatch(talk) and UUID_FORM.fullmatch(first)
-            assert sent == ["one"]
-            same, second, sent = await say("two", talk, first)
-            assert same == talk and sent == ["one", "Hi there", "two"]
-            _, _, sent = await say("branch", talk, first)
-            assert sent == ["one", "Hi there", "branch"]
-            _, _, sent = await say("three", talk, second)
-            assert sent == ["one", "Hi there", "two", "Hi there", "three"]
-            ids = {"conversation_id": talk, "parent_id": str(uuid.uuid4())}
-            reply = await handler_ask(server.port, **ids)
-            assert reply.status == 404
-
-    run(check())
+        talk, first, sent = await say("one")
+        assert UUID_FORM.fullmatch(talk) and UUID_FORM.fullmatch(first)
+        assert sent == ["one"]
+        same, second, sent = await say("two", talk, first)
+        assert same == talk and sent == ["one", "Hi there", "two"]
+        _, _, sent = await say("branch", talk, first)
+        assert sent == ["one", "Hi there", "branch"]
+        _, _, sent = await say("three", talk, second)
+        assert sent == ["one", "Hi there", "two", "Hi there", "three"]
+        ids = {"conversation_id": talk, "parent_id": str(uuid.uuid4())}
+        reply = await handler_ask(server.port, **ids)
+        assert reply.status == 404
 
 
-def test_conversation_belongs_to_who_began_it(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            other = (await handler_add_user(server.port))["token"]
-            reply = await handler_ask(server.port, model="mock/echo")
-            ids = {key: reply.json()[key] for key in ("conversation_id", "response_id")}
-            ids["parent_id"] = ids.pop("response_id")
-            reply = await handler_ask(server.port, key=other, model="mock/echo", **ids)
-            assert reply.status == 404
-            assert reply.json() == {"error": "Conversation doesn't exist"}
-            reply = await handler_ask(server.port, model="mock/echo", **ids)
-            assert reply.status == 200
-
-    run(check())
+@flow
+async def test_conversation_belongs_to_who_began_it(tmp_path):
+    async with serving(tmp_path) as server:
+        other = (await handler_add_user(server.port))["token"]
+        reply = await handler_ask(server.port, model="mock/echo")
+        ids = {key: reply.json()[key] for key in ("conversation_id", "response_id")}
+        ids["parent_id"] = ids.pop("response_id")
+        reply = await handler_ask(server.port, key=other, model="mock/echo", **ids)
+        assert reply.status == 404
+        assert reply.json() == {"error": "Conversation doesn't exist"}
+        reply = await handler_ask(server.port, model="mock/echo", **ids)
+        assert reply.status == 200
 
 
 @pytest.mark.parametrize("limit", [{"conversations": 2}, {"conversations_size": 500}])
-def test_conversations_are_bounded(tmp_path, limit):
+@flow
+async def test_conversations_are_bounded(tmp_path, limit):
     """L42: the least recently used go first."""
 
-    async def check():
-        async with serving(tmp_path, limits=Limits(**limit)) as server:
+    async with serving(tmp_path, limits=Limits(**limit)) as server:
 
-            async def go_on(talk):
-                ids = {"conversation_id": talk[0], "parent_id": talk[1]}
-                reply = await handler_ask(server.port, "x", model="mock/echo", **ids)
-                return reply.status
+        async def go_on(talk):
+            ids = {"conversation_id": talk[0], "parent_id": talk[1]}
+            reply = await handler_ask(server.port, "x", model="mock/echo", **ids)
+            return reply.status
 
-            talks = []
-            for _ in range(3):
-                body = (await handler_ask(server.port, "x", model="mock/echo")).json()
-                talks.append((body["conversation_id"], body["response_id"]))
-            assert await go_on(talks[0]) == 404
-            assert await go_on(talks[2]) == 200
-
-    run(check())
+        talks = []
+        for _ in range(3):
+            body = (await handler_ask(server.port, "x", model="mock/echo")).json()
+            talks.append((body["conversation_id"], body["response_id"]))
+        assert await go_on(talks[0]) == 404
+        assert await go_on(talks[2]) == 200
 
 
 def test_kept_size_of_conversations_is_right_whatever_happens():
@@ -9196,129 +8829,115 @@ def test_kept_size_of_conversations_is_right_whatever_happens():
     assert kept._size == sum(c.size for c in kept._kept.values()) < 1000
 
 
-def test_conversation_stays_with_its_agent(tmp_path):
+@flow
+async def test_conversation_stays_with_its_agent(tmp_path):
     """F08, F10: pinned; gone is gone; back with its id is the same agent."""
 
-    async def check():
-        limits = Limits(agent_return_timeout=0.05)
-        async with serving(tmp_path, limits=limits) as server:
-            ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
-            async with Agent(server.port) as first, handler_task(first.echo()):
-                await handler_agents(server, 1)
-                assert (await handler_ask(server.port)).status == 200
-                async with Agent(server.port) as second, handler_task(second.echo()):
-                    await handler_agents(server, 2)
-                    for _ in range(4):
-                        asked = first.protocol
-                        reply = await handler_ask(server.port, **ids)
-                        assert reply.status == 200 and asked
-            async with Agent(server.port) as third, handler_task(third.echo()):
-                await until(lambda: list(server.service.agents) == [third.id])
-                reply = await handler_ask(server.port, **ids)
-                assert reply.status == 500
-                assert reply.json() == {"error": "Connection no longer exists"}
-                again = Agent(server.port, id=first.id)
-                async with again, handler_task(again.echo()):
-                    await handler_agents(server, 2)
-                    assert (await handler_ask(server.port, **ids)).status == 200
-
-    run(check())
-
-
-def test_two_agents_may_hand_out_the_same_conversation_id(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            other = (await handler_add_user(server.port))["token"]
-            async with Agent(server.port) as first, Agent(server.port) as second:
+    limits = Limits(agent_return_timeout=0.05)
+    async with serving(tmp_path, limits=limits) as server:
+        ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
+        async with Agent(server.port) as first, handler_task(first.echo()):
+            await handler_agents(server, 1)
+            assert (await handler_ask(server.port)).status == 200
+            async with Agent(server.port) as second, handler_task(second.echo()):
                 await handler_agents(server, 2)
-                asked = []
-
-                async def answer(agent, name):
-                    while True:
-                        id, _ = await agent.request()
-                        asked.append(name)
-                        await agent.reply(id, name)
-
-                async with (
-                    handler_task(answer(first, "first")),
-                    handler_task(answer(second, "second")),
-                ):
-                    mine = (await handler_ask(server.port)).json()["content"]
-                    theirs = (await handler_ask(server.port, key=other)).json()[
-                        "content"
-                    ]
-                    assert {mine, theirs} == {"first", "second"}
-                    ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
-                    for key, name in ((KEY, mine), (other, theirs)) * 2:
-                        reply = await handler_ask(server.port, key=key, **ids)
-                        assert reply.json()["content"] == name
-
-    run(check())
+                for _ in range(4):
+                    asked = first.protocol
+                    reply = await handler_ask(server.port, **ids)
+                    assert reply.status == 200 and asked
+        async with Agent(server.port) as third, handler_task(third.echo()):
+            await until(lambda: list(server.service.agents) == [third.id])
+            reply = await handler_ask(server.port, **ids)
+            assert reply.status == 500
+            assert reply.json() == {"error": "Connection no longer exists"}
+            again = Agent(server.port, id=first.id)
+            async with again, handler_task(again.echo()):
+                await handler_agents(server, 2)
+                assert (await handler_ask(server.port, **ids)).status == 200
 
 
-def test_conversation_kept_here_may_go_on_at_a_browser_agent(tmp_path):
+@flow
+async def test_two_agents_may_hand_out_the_same_conversation_id(tmp_path):
+    async with serving(tmp_path) as server:
+        other = (await handler_add_user(server.port))["token"]
+        async with Agent(server.port) as first, Agent(server.port) as second:
+            await handler_agents(server, 2)
+            asked = []
+
+            async def answer(agent, name):
+                while True:
+                    id, _ = await agent.request()
+                    asked.append(name)
+                    await agent.reply(id, name)
+
+            async with (
+                handler_task(answer(first, "first")),
+                handler_task(answer(second, "second")),
+            ):
+                mine = (await handler_ask(server.port)).json()["content"]
+                theirs = (await handler_ask(server.port, key=other)).json()["content"]
+                assert {mine, theirs} == {"first", "second"}
+                ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
+                for key, name in ((KEY, mine), (other, theirs)) * 2:
+                    reply = await handler_ask(server.port, key=key, **ids)
+                    assert reply.json()["content"] == name
+
+
+@flow
+async def test_conversation_kept_here_may_go_on_at_a_browser_agent(tmp_path):
     """It knows no such id: it is given the text, and the ids stay ours."""
 
-    async def check():
-        async with serving(tmp_path) as server:
-            reply = (await handler_ask(server.port, "one", model="mock/echo")).json()
-            talk = reply["conversation_id"]
-            async with Agent(server.port) as agent:
-                await handler_agents(server, 1)
-                ids = {"conversation_id": talk, "parent_id": reply["response_id"]}
-                async with handler_task(
-                    handler_ask(server.port, "two", **ids)
-                ) as asking:
-                    id, data = await agent.request()
-                    assert data["conversation_id"] == ""
-                    assert data["content"] == "User: one\n\nAssistant: one\n\nUser: two"
-                    await agent.reply(id, "deux", "theirs", "their-answer")
-                    answer = (await asking).json()
-                assert answer["content"] == "deux"
-                assert answer["conversation_id"] == talk
-            ids["parent_id"] = answer["response_id"]
-            reply = await handler_ask(server.port, "three", model="mock/echo", **ids)
-            assert reply.status == 200 and reply.json()["content"] == "three"
-
-    run(check())
+    async with serving(tmp_path) as server:
+        reply = (await handler_ask(server.port, "one", model="mock/echo")).json()
+        talk = reply["conversation_id"]
+        async with Agent(server.port) as agent:
+            await handler_agents(server, 1)
+            ids = {"conversation_id": talk, "parent_id": reply["response_id"]}
+            async with handler_task(handler_ask(server.port, "two", **ids)) as asking:
+                id, data = await agent.request()
+                assert data["conversation_id"] == ""
+                assert data["content"] == "User: one\n\nAssistant: one\n\nUser: two"
+                await agent.reply(id, "deux", "theirs", "their-answer")
+                answer = (await asking).json()
+            assert answer["content"] == "deux"
+            assert answer["conversation_id"] == talk
+        ids["parent_id"] = answer["response_id"]
+        reply = await handler_ask(server.port, "three", model="mock/echo", **ids)
+        assert reply.status == 200 and reply.json()["content"] == "three"
 
 
-def test_answer_with_a_response_id_of_its_own_is_still_an_upstreams(tmp_path):
-    async def check():
-        odd = completion(response_id="x", error=None)
-        async with handler_chat(tmp_path, http_reply(odd)) as (server, _):
-            reply = await handler_ask(server.port, model="m")
-            assert reply.status == 200 and reply.json()["content"] == "Hi there"
-            names = ["id", "response_id", "conversation_id", "content", "error"]
-            assert list(reply.json()) == names
-
-    run(check())
+@flow
+async def test_answer_with_a_response_id_of_its_own_is_still_an_upstreams(tmp_path):
+    odd = completion(response_id="x", error=None)
+    async with handler_chat(tmp_path, http_reply(odd)) as (server, _):
+        reply = await handler_ask(server.port, model="m")
+        assert reply.status == 200 and reply.json()["content"] == "Hi there"
+        names = ["id", "response_id", "conversation_id", "content", "error"]
+        assert list(reply.json()) == names
 
 
-def test_model_of_an_ask_is_the_first_of_who_answers(tmp_path):
-    async def check():
-        models = {"alias": "real"}
-        async with handler_chat(tmp_path, http_reply(completion())) as (
-            server,
-            upstream,
-        ):
-            assert (await handler_ask(server.port)).status == 200
-            assert handler_posts(upstream)[-1].json()["model"] == "m"  # it lists
-        controller = {"models": models}
-        async with handler_chat(tmp_path, http_reply(completion()), controller) as (
-            server,
-            upstream,
-        ):
-            assert (await handler_ask(server.port)).status == 200
-            assert handler_posts(upstream)[-1].json()["model"] == "real"
-            reply = await handler_ask(server.port, model="other")
-            assert reply.status == 404 and "other" in reply.json()["error"]
-        none = http_reply({"data": []})
-        async with handler_chat(tmp_path, handler_either(none)) as (server, upstream):
-            reply = await handler_ask(server.port)
-            assert reply.status == 400 and "model" in reply.json()["error"]
-
-    run(check())
+@flow
+async def test_model_of_an_ask_is_the_first_of_who_answers(tmp_path):
+    models = {"alias": "real"}
+    async with handler_chat(tmp_path, http_reply(completion())) as (
+        server,
+        upstream,
+    ):
+        assert (await handler_ask(server.port)).status == 200
+        assert handler_posts(upstream)[-1].json()["model"] == "m"  # it lists
+    controller = {"models": models}
+    async with handler_chat(tmp_path, http_reply(completion()), controller) as (
+        server,
+        upstream,
+    ):
+        assert (await handler_ask(server.port)).status == 200
+        assert handler_posts(upstream)[-1].json()["model"] == "real"
+        reply = await handler_ask(server.port, model="other")
+        assert reply.status == 404 and "other" in reply.json()["error"]
+    none = http_reply({"data": []})
+    async with handler_chat(tmp_path, handler_either(none)) as (server, upstream):
+        reply = await handler_ask(server.port)
+        assert reply.status == 400 and "model" in reply.json()["error"]
 
 
 def handler_either(models):
@@ -9332,54 +8951,50 @@ def handler_either(models):
 # --- Agents
 
 
-def test_agent_that_dies_is_replaced(tmp_path):
+@flow
+async def test_agent_that_dies_is_replaced(tmp_path):
     """F02."""
 
-    async def check():
-        async with serving(tmp_path) as server:
-            async with Agent(server.port) as first, Agent(server.port) as second:
-                await handler_agents(server, 2)
-                asked = []
+    async with serving(tmp_path) as server:
+        async with Agent(server.port) as first, Agent(server.port) as second:
+            await handler_agents(server, 2)
+            asked = []
 
-                async def behave(agent):
-                    id, _ = await agent.request()
-                    asked.append(agent)
-                    if len(asked) == 1:
-                        agent.writer.transport.abort()
-                    else:
-                        await agent.reply(id, "alive")
+            async def behave(agent):
+                id, _ = await agent.request()
+                asked.append(agent)
+                if len(asked) == 1:
+                    agent.writer.transport.abort()
+                else:
+                    await agent.reply(id, "alive")
 
-                async with handler_task(behave(first)), handler_task(behave(second)):
-                    reply = await handler_ask(server.port)
-                    assert reply.json()["content"] == "alive" and len(asked) == 2
-
-    run(check())
+            async with handler_task(behave(first)), handler_task(behave(second)):
+                reply = await handler_ask(server.port)
+                assert reply.json()["content"] == "alive" and len(asked) == 2
 
 
-def test_silent_agent_is_replaced_and_its_late_answer_dropped(tmp_path):
+@flow
+async def test_silent_agent_is_replaced_and_its_late_answer_dropped(tmp_path):
     """F04, F05, F06: late, unknown and doubled answers disturb nobody."""
 
-    async def check():
-        async with serving(tmp_path, limits=Limits(ask_timeout=0.2)) as server:
-            async with Agent(server.port) as agent:
-                await handler_agents(server, 1)
-                reply = await handler_ask(server.port)
-                assert reply.status == 504 and list(reply.json()) == ["error"]
-                late, _ = await agent.request()
-                async with handler_task(handler_ask(server.port, "two")) as asking:
-                    id, data = await agent.request()
-                    assert data["content"] == "two"
-                    await agent.reply(late, "late")
-                    await agent.reply("unknown", "unknown")
-                    await agent.reply(id, "right")
-                    await agent.reply(id, "again")
-                    assert (await asking).json()["content"] == "right"
-                async with handler_task(handler_ask(server.port, "three")) as asking:
-                    id, _ = await agent.request()
-                    await agent.reply(id, "third")
-                    assert (await asking).json()["content"] == "third"
-
-    run(check())
+    async with serving(tmp_path, limits=Limits(ask_timeout=0.2)) as server:
+        async with Agent(server.port) as agent:
+            await handler_agents(server, 1)
+            reply = await handler_ask(server.port)
+            assert reply.status == 504 and list(reply.json()) == ["error"]
+            late, _ = await agent.request()
+            async with handler_task(handler_ask(server.port, "two")) as asking:
+                id, data = await agent.request()
+                assert data["content"] == "two"
+                await agent.reply(late, "late")
+                await agent.reply("unknown", "unknown")
+                await agent.reply(id, "right")
+                await agent.reply(id, "again")
+                assert (await asking).json()["content"] == "right"
+            async with handler_task(handler_ask(server.port, "three")) as asking:
+                id, _ = await agent.request()
+                await agent.reply(id, "third")
+                assert (await asking).json()["content"] == "third"
 
 
 @pytest.mark.parametrize(
@@ -9399,440 +9014,402 @@ def test_silent_agent_is_replaced_and_its_late_answer_dropped(tmp_path):
         ("error", "x" * 100_000, {}),
     ],
 )
-def test_failed_answer_fails_one_request(tmp_path, message, data, more):
+@flow
+async def test_failed_answer_fails_one_request(tmp_path, message, data, more):
     """F07: the agent stays, and is asked again."""
 
-    async def check():
-        async with serving(tmp_path) as server, Agent(server.port) as agent:
-            await handler_agents(server, 1)
-            for _ in range(4):
-                async with handler_task(handler_ask(server.port)) as asking:
-                    id, _ = await agent.request()
-                    await agent.send(id, message, data, **more)
-                    reply = await asking
-                assert reply.status == 500
-                error = reply.json()["error"]
-                assert error and len(error) < 4200
-                if data == "It broke":
-                    assert "It broke" in error
+    async with serving(tmp_path) as server, Agent(server.port) as agent:
+        await handler_agents(server, 1)
+        for _ in range(4):
             async with handler_task(handler_ask(server.port)) as asking:
                 id, _ = await agent.request()
-                await agent.reply(id, "well again")
-                assert (await asking).json()["content"] == "well again"
+                await agent.send(id, message, data, **more)
+                reply = await asking
+            assert reply.status == 500
+            error = reply.json()["error"]
+            assert error and len(error) < 4200
+            if data == "It broke":
+                assert "It broke" in error
+        async with handler_task(handler_ask(server.port)) as asking:
+            id, _ = await agent.request()
+            await agent.reply(id, "well again")
+            assert (await asking).json()["content"] == "well again"
 
-    run(check())
 
-
-def test_failed_agent_is_replaced_by_another(tmp_path):
+@flow
+async def test_failed_agent_is_replaced_by_another(tmp_path):
     """F07."""
 
-    async def check():
-        async with serving(tmp_path) as server:
-            async with Agent(server.port) as first, Agent(server.port) as second:
-                await handler_agents(server, 2)
+    async with serving(tmp_path) as server:
+        async with Agent(server.port) as first, Agent(server.port) as second:
+            await handler_agents(server, 2)
 
-                async def fail(agent):
-                    while True:
-                        id, _ = await agent.request()
-                        await agent.send(id, "error", "no", error={})
+            async def fail(agent):
+                while True:
+                    id, _ = await agent.request()
+                    await agent.send(id, "error", "no", error={})
 
-                async with handler_task(fail(first)), handler_task(second.echo()):
-                    for _ in range(4):
-                        assert (await handler_ask(server.port)).status == 200
-
-    run(check())
+            async with handler_task(fail(first)), handler_task(second.echo()):
+                for _ in range(4):
+                    assert (await handler_ask(server.port)).status == 200
 
 
-def test_malformed_messages_harm_nobody(tmp_path):
-    async def check():
-        log = HandlerLog()
-        async with serving(tmp_path, log=log) as server, Agent(server.port) as agent:
-            await handler_agents(server, 1)
-            messages = [
-                "no JSON",
-                "[]",
-                "5",
-                "null",
-                "",
-                "[" * 100_000,
-                '{"message": "ChatGptResponse"}',
-                '{"id": {}, "message": "ChatGptResponse", "data": {}}',
-                '{"id": [], "message": [], "data": []}',
-                '{"id": null, "message": {}, "data": null}',
-                '{"id": 5, "message": "Models", "data": "[5]"}',
-                '{"id": 5, "message": "error", "data": ' + "1" * 5000 + "}",
-                '{"id": "x", "message": "Connection id", "data": "again"}',
-                '{"id": "\\ud800", "message": "ChatGptResponse", "data": "\\ud800"}',
-                b"\xff\xfe binary",
-                b'{"id": "x", "message": "ping"}',
-            ]
-            async with handler_task(handler_ask(server.port)) as asking:
-                id, _ = await agent.request()
-                for message in messages:
-                    agent.writer.write(agent.protocol.send(message))
-                await agent.reply(id, "still here")
-                assert (await asking).json()["content"] == "still here"
-            assert list(server.service.agents) == [agent.id]
-            assert "failed" not in log.text
-
-    run(check())
+@flow
+async def test_malformed_messages_harm_nobody(tmp_path):
+    log = HandlerLog()
+    async with serving(tmp_path, log=log) as server, Agent(server.port) as agent:
+        await handler_agents(server, 1)
+        messages = [
+            "no JSON",
+            "[]",
+            "5",
+            "null",
+            "",
+            "[" * 100_000,
+            '{"message": "ChatGptResponse"}',
+            '{"id": {}, "message": "ChatGptResponse", "data": {}}',
+            '{"id": [], "message": [], "data": []}',
+            '{"id": null, "message": {}, "data": null}',
+            '{"id": 5, "message": "Models", "data": "[5]"}',
+            '{"id": 5, "message": "error", "data": ' + "1" * 5000 + "}",
+            '{"id": "x", "message": "Connection id", "data": "again"}',
+            '{"id": "\\ud800", "message": "ChatGptResponse", "data": "\\ud800"}',
+            b"\xff\xfe binary",
+            b'{"id": "x", "message": "ping"}',
+        ]
+        async with handler_task(handler_ask(server.port)) as asking:
+            id, _ = await agent.request()
+            for message in messages:
+                agent.writer.write(agent.protocol.send(message))
+            await agent.reply(id, "still here")
+            assert (await asking).json()["content"] == "still here"
+        assert list(server.service.agents) == [agent.id]
+        assert "failed" not in log.text
 
 
 @pytest.mark.parametrize(
     "claimed", ["", "a b", "x" * 129, "a;b", "a=b", "\u00fc", 5, {}]
 )
-def test_id_that_cannot_be_a_cookie_is_not_taken(tmp_path, claimed):
-    async def check():
-        async with serving(tmp_path) as server, Agent(server.port) as agent:
-            async with Agent(server.port) as other:
-                pass
-            assert UUID_FORM.fullmatch(agent.id) and agent.id != other.id
-            odd = Agent(server.port)
-            await odd.connect()
-            first = await odd.receive()
-            await odd.send(claimed, "Connection id")
-            await until(lambda: first["id"] in server.service.agents or claimed == 5)
-            odd.writer.transport.abort()
-
-    run(check())
+@flow
+async def test_id_that_cannot_be_a_cookie_is_not_taken(tmp_path, claimed):
+    async with serving(tmp_path) as server, Agent(server.port) as agent:
+        async with Agent(server.port) as other:
+            pass
+        assert UUID_FORM.fullmatch(agent.id) and agent.id != other.id
+        odd = Agent(server.port)
+        await odd.connect()
+        first = await odd.receive()
+        await odd.send(claimed, "Connection id")
+        await until(lambda: first["id"] in server.service.agents or claimed == 5)
+        odd.writer.transport.abort()
 
 
-def test_agent_that_comes_back_takes_over(tmp_path):
+@flow
+async def test_agent_that_comes_back_takes_over(tmp_path):
     """F08."""
 
-    async def check():
-        async with serving(tmp_path) as server, Agent(server.port) as old:
-            await handler_agents(server, 1)
-            async with Agent(server.port, id=old.id) as new, handler_task(new.echo()):
-                while not isinstance(event := await old.event(), apiserver.Close):
-                    pass
-                assert event.code == 4000
-                assert list(server.service.agents) == [old.id]
-                reply = await ask(server.port, "GET", "/api/connections")
-                assert [c["Id"] for c in reply.json()["connections"]] == [old.id]
-                assert (await handler_ask(server.port)).status == 200
-                reply = await ask(server.port, "GET", "/admin/controllers")
-                types = [c["type"] for c in reply.json()["controllers"]]
-                assert types.count("agent") == 1
-
-    run(check())
+    async with serving(tmp_path) as server, Agent(server.port) as old:
+        await handler_agents(server, 1)
+        async with Agent(server.port, id=old.id) as new, handler_task(new.echo()):
+            while not isinstance(event := await old.event(), apiserver.Close):
+                pass
+            assert event.code == 4000
+            assert list(server.service.agents) == [old.id]
+            reply = await ask(server.port, "GET", "/api/connections")
+            assert [c["Id"] for c in reply.json()["connections"]] == [old.id]
+            assert (await handler_ask(server.port)).status == 200
+            reply = await ask(server.port, "GET", "/admin/controllers")
+            types = [c["type"] for c in reply.json()["controllers"]]
+            assert types.count("agent") == 1
 
 
-def test_stranger_does_not_get_a_live_agents_id(tmp_path):
+@flow
+async def test_stranger_does_not_get_a_live_agents_id(tmp_path):
     """F09."""
 
-    async def check():
-        async with serving(tmp_path) as server, Agent(server.port) as old:
-            await handler_agents(server, 1)
-            token = (await handler_add_user(server.port, role="agent"))["token"]
-            path = f"/k/{token}/client/register"
-            async with Agent(server.port, path, id=old.id), handler_task(old.echo()):
-                await handler_agents(server, 2)
-                assert server.service.agents[old.id].credential == "this machine"
-                stranger = [id for id in server.service.agents if id != old.id]
-                assert UUID_FORM.fullmatch(stranger[0])
-
-    run(check())
+    async with serving(tmp_path) as server, Agent(server.port) as old:
+        await handler_agents(server, 1)
+        token = (await handler_add_user(server.port, role="agent"))["token"]
+        path = f"/k/{token}/client/register"
+        async with Agent(server.port, path, id=old.id), handler_task(old.echo()):
+            await handler_agents(server, 2)
+            assert server.service.agents[old.id].credential == "this machine"
+            stranger = [id for id in server.service.agents if id != old.id]
+            assert UUID_FORM.fullmatch(stranger[0])
 
 
-def test_one_agent_is_asked_one_thing_at_a_time(tmp_path):
+@flow
+async def test_one_agent_is_asked_one_thing_at_a_time(tmp_path):
     """F11."""
 
-    async def check():
-        async with serving(tmp_path) as server, Agent(server.port) as agent:
-            await handler_agents(server, 1)
-            asks = [handler_ask(server.port, text) for text in ("one", "two")]
-            asks = [asyncio.ensure_future(each) for each in asks]
-            id, data = await agent.request()
-            await until(lambda: server.service.pool.waiting == 1)
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(agent.request(), 0.05)
-            await agent.reply(id, data["content"])
-            id, data = await agent.request()
-            await agent.reply(id, data["content"])
-            replies = [(await each).json()["content"] for each in asks]
-            assert replies == ["one", "two"]
-
-    run(check())
+    async with serving(tmp_path) as server, Agent(server.port) as agent:
+        await handler_agents(server, 1)
+        asks = [handler_ask(server.port, text) for text in ("one", "two")]
+        asks = [asyncio.ensure_future(each) for each in asks]
+        id, data = await agent.request()
+        await until(lambda: server.service.pool.waiting == 1)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(agent.request(), 0.05)
+        await agent.reply(id, data["content"])
+        id, data = await agent.request()
+        await agent.reply(id, data["content"])
+        replies = [(await each).json()["content"] for each in asks]
+        assert replies == ["one", "two"]
 
 
-def test_an_answer_that_comes_as_its_client_leaves_frees_the_agent(tmp_path):
-    async def check():
-        async with (
-            serving(tmp_path) as server,
-            Agent(server.port) as agent,
-            Client(server.port) as client,
-        ):
-            await handler_agents(server, 1)
-            client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
-            id, _ = await agent.request()
-            # Both are there before the server sees either.
-            await agent.reply(id, "eins")
-            client.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
-            await until(lambda: server.service.requests_in_flight == 0, 1)
-            assert server.service.agents[agent.id].in_flight == 0
-
-    run(check())
+@flow
+async def test_an_answer_that_comes_as_its_client_leaves_frees_the_agent(tmp_path):
+    async with (
+        serving(tmp_path) as server,
+        Agent(server.port) as agent,
+        Client(server.port) as client,
+    ):
+        await handler_agents(server, 1)
+        client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
+        id, _ = await agent.request()
+        # Both are there before the server sees either.
+        await agent.reply(id, "eins")
+        client.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        await until(lambda: server.service.requests_in_flight == 0, 1)
+        assert server.service.agents[agent.id].in_flight == 0
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, answers):
+@flow
+async def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, answers):
     """Or until its deadline has come."""
 
-    async def check():
-        limits = Limits(ask_timeout=10 if answers else 0.5)
-        async with (
-            serving(tmp_path, limits=limits) as server,
-            Agent(server.port) as agent,
-        ):
-            await handler_agents(server, 1)
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
-                id, _ = await agent.request()
-            await until(lambda: server.service.requests_in_flight == 0, 1)
-            reply = await ask(server.port, "GET", "/admin/controllers")
-            [line] = [c for c in reply.json()["controllers"] if c["type"] == "agent"]
-            assert line["state"] == "busy"
-            async with handler_task(handler_ask(server.port, "two")) as asking:
-                await until(lambda: server.service.pool.waiting == 1)
-                if answers:
-                    await agent.reply(id, "too late")
-                second, data = await agent.request()
-                assert data["content"] == "two"
-                await agent.reply(second, "zwei")
-                assert (await asking).json()["content"] == "zwei"
-
-    run(check())
+    limits = Limits(ask_timeout=10 if answers else 0.5)
+    async with (
+        serving(tmp_path, limits=limits) as server,
+        Agent(server.port) as agent,
+    ):
+        await handler_agents(server, 1)
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
+            id, _ = await agent.request()
+        await until(lambda: server.service.requests_in_flight == 0, 1)
+        reply = await ask(server.port, "GET", "/admin/controllers")
+        [line] = [c for c in reply.json()["controllers"] if c["type"] == "agent"]
+        assert line["state"] == "busy"
+        async with handler_task(handler_ask(server.port, "two")) as asking:
+            await until(lambda: server.service.pool.waiting == 1)
+            if answers:
+                await agent.reply(id, "too late")
+            second, data = await agent.request()
+            assert data["content"] == "two"
+            await agent.reply(second, "zwei")
+            assert (await asking).json()["content"] == "zwei"
 
 
-def test_idle_agent_is_pinged_in_its_own_words_and_dropped_when_dead(tmp_path):
-    async def check():
-        limits = Limits(ping_interval=0.1, pong_timeout=0.3)
-        async with serving(tmp_path, limits=limits) as server:
-            async with Agent(server.port) as agent:
-                for _ in range(3):
-                    message = await asyncio.wait_for(agent.receive(), 5)
-                    assert message["message"] == "ping" and message["id"]
-                    await agent.send(message["id"], "pong")
-                assert agent.id in server.service.agents
-                # From here on it says nothing, not even to websocket pings.
-                began = time.monotonic()
-                await handler_agents(server, 0)
-                assert time.monotonic() - began < 4
-
-    run(check())
+@flow
+async def test_idle_agent_is_pinged_in_its_own_words_and_dropped_when_dead(tmp_path):
+    limits = Limits(ping_interval=0.1, pong_timeout=0.3)
+    async with serving(tmp_path, limits=limits) as server:
+        async with Agent(server.port) as agent:
+            for _ in range(3):
+                message = await asyncio.wait_for(agent.receive(), 5)
+                assert message["message"] == "ping" and message["id"]
+                await agent.send(message["id"], "pong")
+            assert agent.id in server.service.agents
+            # From here on it says nothing, not even to websocket pings.
+            began = time.monotonic()
+            await handler_agents(server, 0)
+            assert time.monotonic() - began < 4
 
 
-def test_busy_agent_is_not_dropped_for_its_silence(tmp_path):
-    async def check():
-        limits = Limits(ping_interval=0.05, pong_timeout=0.05, ask_timeout=10)
-        async with (
-            serving(tmp_path, limits=limits) as server,
-            Agent(server.port) as agent,
-        ):
-            await handler_agents(server, 1)
-            async with handler_task(handler_ask(server.port)) as asking:
-                id, _ = await agent.request()
-                await asyncio.sleep(0.5)  # many intervals, and no pong
-                await agent.reply(id, "slow but sure")
-                assert (await asking).json()["content"] == "slow but sure"
-
-    run(check())
+@flow
+async def test_busy_agent_is_not_dropped_for_its_silence(tmp_path):
+    limits = Limits(ping_interval=0.05, pong_timeout=0.05, ask_timeout=10)
+    async with (
+        serving(tmp_path, limits=limits) as server,
+        Agent(server.port) as agent,
+    ):
+        await handler_agents(server, 1)
+        async with handler_task(handler_ask(server.port)) as asking:
+            id, _ = await agent.request()
+            await asyncio.sleep(0.5)  # many intervals, and no pong
+            await agent.reply(id, "slow but sure")
+            assert (await asking).json()["content"] == "slow but sure"
 
 
-def test_agent_that_does_not_say_its_id_is_sent_away(tmp_path):
+@flow
+async def test_agent_that_does_not_say_its_id_is_sent_away(tmp_path):
     """L28."""
 
-    async def check():
-        limits = Limits(first_message_timeout=0.1)
-        async with serving(tmp_path, limits=limits) as server:
-            agent = Agent(server.port)
-            await agent.connect()
-            assert (await agent.receive())["message"] == "Connection id"
-            event = await asyncio.wait_for(agent.event(), 5)
-            assert isinstance(event, apiserver.Close) and event.code == 1008
-            agent.writer.transport.abort()
-            assert server.service.agents == {}
-
-    run(check())
+    limits = Limits(first_message_timeout=0.1)
+    async with serving(tmp_path, limits=limits) as server:
+        agent = Agent(server.port)
+        await agent.connect()
+        assert (await agent.receive())["message"] == "Connection id"
+        event = await asyncio.wait_for(agent.event(), 5)
+        assert isinstance(event, apiserver.Close) and event.code == 1008
+        agent.writer.transport.abort()
+        assert server.service.agents == {}
 
 
-def test_agents_are_counted(tmp_path):
+@flow
+async def test_agents_are_counted(tmp_path):
     """L24."""
 
-    async def check():
-        async with serving(tmp_path, limits=Limits(agents=1)) as server:
-            async with Agent(server.port):
-                await handler_agents(server, 1)
-                with pytest.raises(ConnectionError, match="503"):
-                    await Agent(server.port).connect()
-            await handler_agents(server, 0)
-            async with Agent(server.port):
-                await handler_agents(server, 1)
-
-    run(check())
+    async with serving(tmp_path, limits=Limits(agents=1)) as server:
+        async with Agent(server.port):
+            await handler_agents(server, 1)
+            with pytest.raises(ConnectionError, match="503"):
+                await Agent(server.port).connect()
+        await handler_agents(server, 0)
+        async with Agent(server.port):
+            await handler_agents(server, 1)
 
 
-def test_connections_are_listed_as_the_original_did(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            reply = await ask(server.port, "GET", "/api/connections", key="")
-            assert reply.json() == {"connections": []}
-            async with Agent(server.port) as agent, handler_task(agent.echo()):
-                await handler_agents(server, 1)
-                reply = await ask(server.port, "GET", "/api/connections")
-                [row] = reply.json()["connections"]
-                names = ["Ws", "Id", "Heartbeat", "LastMessageTime"]
-                assert list(row)[:4] == names
-                assert row["Ws"] == {} and row["Id"] == agent.id
-                assert row["LastMessageTime"] == "0001-01-01T00:00:00Z"
-                form = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-                assert form.fullmatch(row["Heartbeat"])
-                await handler_ask(server.port)
-                reply = await ask(server.port, "GET", "/api/connections")
-                assert form.fullmatch(reply.json()["connections"][0]["LastMessageTime"])
-
-    run(check())
+@flow
+async def test_connections_are_listed_as_the_original_did(tmp_path):
+    async with serving(tmp_path) as server:
+        reply = await ask(server.port, "GET", "/api/connections", key="")
+        assert reply.json() == {"connections": []}
+        async with Agent(server.port) as agent, handler_task(agent.echo()):
+            await handler_agents(server, 1)
+            reply = await ask(server.port, "GET", "/api/connections")
+            [row] = reply.json()["connections"]
+            names = ["Ws", "Id", "Heartbeat", "LastMessageTime"]
+            assert list(row)[:4] == names
+            assert row["Ws"] == {} and row["Id"] == agent.id
+            assert row["LastMessageTime"] == "0001-01-01T00:00:00Z"
+            form = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+            assert form.fullmatch(row["Heartbeat"])
+            await handler_ask(server.port)
+            reply = await ask(server.port, "GET", "/api/connections")
+            assert form.fullmatch(reply.json()["connections"][0]["LastMessageTime"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_browser_agent_answers_chat_completions(tmp_path, stream):
-    async def check():
-        messages = [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
-        ]
-        chat = {"model": "gpt-x", "messages": messages, "stream": stream}
-        async with serving(tmp_path) as server, Agent(server.port) as agent:
+@flow
+async def test_browser_agent_answers_chat_completions(tmp_path, stream):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+    ]
+    chat = {"model": "gpt-x", "messages": messages, "stream": stream}
+    async with serving(tmp_path) as server, Agent(server.port) as agent:
+        await handler_agents(server, 1)
+        async with handler_task(ask(server.port, "POST", CHAT_URL, chat)) as asking:
+            id, data = await agent.request()
+            assert data["content"] == "System: Be brief.\n\nUser: Hello"
+            await agent.reply(id, "Hi")
+            reply = await asking
+        assert reply.status == 200
+        if stream:
+            *events, done = reply.events()
+            chunks = [json.loads(event) for event in events]
+            assert done == "[DONE]"
+            assert all(c["object"] == "chat.completion.chunk" for c in chunks)
+            said = [c["choices"][0]["delta"].get("content") or "" for c in chunks]
+            assert "".join(said) == "Hi" and "usage" not in chunks[-1]
+            assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+        else:
+            body = reply.json()
+            names = ["id", "object", "created", "model", "choices", "usage"]
+            assert list(body) == names and body["model"] == "gpt-x"
+            assert body["id"].startswith("chatcmpl-")
+            [choice] = body["choices"]
+            message = {"role": "assistant", "content": "Hi", "refusal": None}
+            assert choice["message"] == message
+            assert body["usage"]["completion_tokens"] == 1
+
+
+@flow
+async def test_paths_that_a_browser_agent_cannot_answer_go_to_who_can(tmp_path):
+    async with handler_chat(tmp_path, http_reply({"data": []})) as (server, _):
+        async with Agent(server.port):
             await handler_agents(server, 1)
-            async with handler_task(ask(server.port, "POST", CHAT_URL, chat)) as asking:
-                id, data = await agent.request()
-                assert data["content"] == "System: Be brief.\n\nUser: Hello"
-                await agent.reply(id, "Hi")
-                reply = await asking
-            assert reply.status == 200
-            if stream:
-                *events, done = reply.events()
-                chunks = [json.loads(event) for event in events]
-                assert done == "[DONE]"
-                assert all(c["object"] == "chat.completion.chunk" for c in chunks)
-                said = [c["choices"][0]["delta"].get("content") or "" for c in chunks]
-                assert "".join(said) == "Hi" and "usage" not in chunks[-1]
-                assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-            else:
-                body = reply.json()
-                names = ["id", "object", "created", "model", "choices", "usage"]
-                assert list(body) == names and body["model"] == "gpt-x"
-                assert body["id"].startswith("chatcmpl-")
-                [choice] = body["choices"]
-                message = {"role": "assistant", "content": "Hi", "refusal": None}
-                assert choice["message"] == message
-                assert body["usage"]["completion_tokens"] == 1
-
-    run(check())
-
-
-def test_paths_that_a_browser_agent_cannot_answer_go_to_who_can(tmp_path):
-    async def check():
-        async with handler_chat(tmp_path, http_reply({"data": []})) as (server, _):
-            async with Agent(server.port):
-                await handler_agents(server, 1)
-                for _ in range(4):
-                    body = {"model": "m", "input": "x"}
-                    reply = await ask(server.port, "POST", "/v1/embeddings", body)
-                    assert reply.status == 200
-        async with serving(tmp_path) as server, Agent(server.port):
-            await handler_agents(server, 1)
-            reply = await ask(server.port, "POST", "/v1/embeddings", body)
-            assert reply.status == 404
-
-    run(check())
+            for _ in range(4):
+                body = {"model": "m", "input": "x"}
+                reply = await ask(server.port, "POST", "/v1/embeddings", body)
+                assert reply.status == 200
+    async with serving(tmp_path) as server, Agent(server.port):
+        await handler_agents(server, 1)
+        reply = await ask(server.port, "POST", "/v1/embeddings", body)
+        assert reply.status == 404
 
 
 # --- The OpenAI API
 
 
-def test_unknown_fields_arrive_byte_for_byte(tmp_path):
-    async def check():
-        body = (
-            b'{ "model":"m",  "temperature": 0, "messages":[{"role":"user","content":'
-            b'"\\u00e9\xc3\xa9"}], "next_year": {"b":1.0e5,"a":[ ]},"top_p":1.00 }'
-        )
-        sent_back = http_reply(completion(odd={"x": [1.50]}))
-        async with handler_chat(tmp_path, sent_back) as (server, upstream):
-            for path in (CHAT_URL, "/chat/completions"):
-                form = [
-                    ("Content-Type", "application/x-www-form-urlencoded")
-                ]  # curl -d
-                reply = await ask(server.port, "POST", path, body, headers=form)
-                asked = handler_posts(upstream)[-1]
-                assert asked.content == body
-                assert asked.headers["content-type"] == "application/json"
-                assert asked.line == "POST /v1/chat/completions HTTP/1.1"
-                assert reply.content == sent_back.partition(b"\r\n\r\n")[2]
-            old = {"Model": "m", "Messages": [{"Role": "user", "Content": "x"}]}
-            await ask(server.port, "POST", CHAT_URL, {**old, "temperature": 0})
-            messages = [{"role": "user", "content": "x"}]
-            expected = {"model": "m", "messages": messages, "temperature": 0}
-            assert handler_posts(upstream)[-1].json() == expected
-
-    run(check())
+@flow
+async def test_unknown_fields_arrive_byte_for_byte(tmp_path):
+    body = (
+        b'{ "model":"m",  "temperature": 0, "messages":[{"role":"user","content":'
+        b'"\\u00e9\xc3\xa9"}], "next_year": {"b":1.0e5,"a":[ ]},"top_p":1.00 }'
+    )
+    sent_back = http_reply(completion(odd={"x": [1.50]}))
+    async with handler_chat(tmp_path, sent_back) as (server, upstream):
+        for path in (CHAT_URL, "/chat/completions"):
+            form = [("Content-Type", "application/x-www-form-urlencoded")]  # curl -d
+            reply = await ask(server.port, "POST", path, body, headers=form)
+            asked = handler_posts(upstream)[-1]
+            assert asked.content == body
+            assert asked.headers["content-type"] == "application/json"
+            assert asked.line == "POST /v1/chat/completions HTTP/1.1"
+            assert reply.content == sent_back.partition(b"\r\n\r\n")[2]
+        old = {"Model": "m", "Messages": [{"Role": "user", "Content": "x"}]}
+        await ask(server.port, "POST", CHAT_URL, {**old, "temperature": 0})
+        messages = [{"role": "user", "content": "x"}]
+        expected = {"model": "m", "messages": messages, "temperature": 0}
+        assert handler_posts(upstream)[-1].json() == expected
 
 
-def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
-    async def check():
-        on = {
-            "anthropic-version": "2023-06-01",
-            "OpenAI-Beta": "assistants=v2",
-            "Idempotency-Key": "abc",
-            "User-Agent": "sdk/1",
-            "X-Request-Id": "mine",
-            "X-Latin": "caf\u00e9",
-        }
-        private = {
-            "Cookie": "a=PRIVATE",
-            "Origin": "https://PRIVATE.example",
-            "Referer": "https://PRIVATE.example/x",
-            "Forwarded": "for=PRIVATE",
-            "X-Forwarded-For": "PRIVATE",
-            "X-Forwarded-Odd": "PRIVATE",
-            "X-Real-IP": "PRIVATE",
-            "Via": "PRIVATE",
-            "x-api-key": "PRIVATE",
-            "TE": "trailers, PRIVATE",
-            "Keep-Alive": "PRIVATE",
-            "Proxy-Authorization": "PRIVATE",
-            "Accept-Encoding": "gzip, PRIVATE",
-            "X-Hop": "PRIVATE",
-            "Connection": "keep-alive, X-Hop",
-        }
-        back = [("x-ratelimit-remaining", "7"), ("openai-processing-ms", "12")]
-        hidden = ["Set-Cookie", "Server", "OpenAI-Organization", "Keep-Alive"]
-        hidden += ["X-Request-Id", "Access-Control-Max-Age", "X-Hop"]
-        answer = [*back, *((name, "PRIVATE") for name in hidden)]
-        answer.append(("Connection", "keep-alive, x-hop"))
-        reply = http_reply(completion(), headers=answer)
-        async with handler_chat(tmp_path, reply) as (server, upstream):
-            headers = [*on.items(), *private.items()]
-            request = request_bytes("POST", CHAT_URL, CHAT, headers=headers)
-            async with Client(server.port) as client:
-                client.send(request.decode().encode("latin-1"))
-                reply = await client.read_reply()
-            assert reply.status == 200, reply.content
-            [asked] = handler_posts(upstream)
-            assert asked.headers["authorization"] == "Bearer UPSTREAMSECRET"
-            assert asked.headers["host"] == f"127.0.0.1:{upstream.port}"
-            assert asked.headers["accept-encoding"] == "identity"
-            for name, value in on.items():
-                assert asked.headers.get(name.lower()) == value, name
-            assert "PRIVATE" not in str(asked.headers)
-            for name, value in back:
-                assert reply.headers[name] == value
-            assert "PRIVATE" not in str(reply.headers)
-            assert reply.headers["access-control-allow-origin"] == "*"
-            assert reply.headers["x-request-id"] == "mine"
-
-    run(check())
+@flow
+async def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
+    on = {
+        "anthropic-version": "2023-06-01",
+        "OpenAI-Beta": "assistants=v2",
+        "Idempotency-Key": "abc",
+        "User-Agent": "sdk/1",
+        "X-Request-Id": "mine",
+        "X-Latin": "caf\u00e9",
+    }
+    private = {
+        "Cookie": "a=PRIVATE",
+        "Origin": "https://PRIVATE.example",
+        "Referer": "https://PRIVATE.example/x",
+        "Forwarded": "for=PRIVATE",
+        "X-Forwarded-For": "PRIVATE",
+        "X-Forwarded-Odd": "PRIVATE",
+        "X-Real-IP": "PRIVATE",
+        "Via": "PRIVATE",
+        "x-api-key": "PRIVATE",
+        "TE": "trailers, PRIVATE",
+        "Keep-Alive": "PRIVATE",
+        "Proxy-Authorization": "PRIVATE",
+        "Accept-Encoding": "gzip, PRIVATE",
+        "X-Hop": "PRIVATE",
+        "Connection": "keep-alive, X-Hop",
+    }
+    back = [("x-ratelimit-remaining", "7"), ("openai-processing-ms", "12")]
+    hidden = ["Set-Cookie", "Server", "OpenAI-Organization", "Keep-Alive"]
+    hidden += ["X-Request-Id", "Access-Control-Max-Age", "X-Hop"]
+    answer = [*back, *((name, "PRIVATE") for name in hidden)]
+    answer.append(("Connection", "keep-alive, x-hop"))
+    reply = http_reply(completion(), headers=answer)
+    async with handler_chat(tmp_path, reply) as (server, upstream):
+        headers = [*on.items(), *private.items()]
+        request = request_bytes("POST", CHAT_URL, CHAT, headers=headers)
+        async with Client(server.port) as client:
+            client.send(request.decode().encode("latin-1"))
+            reply = await client.read_reply()
+        assert reply.status == 200, reply.content
+        [asked] = handler_posts(upstream)
+        assert asked.headers["authorization"] == "Bearer UPSTREAMSECRET"
+        assert asked.headers["host"] == f"127.0.0.1:{upstream.port}"
+        assert asked.headers["accept-encoding"] == "identity"
+        for name, value in on.items():
+            assert asked.headers.get(name.lower()) == value, name
+        assert "PRIVATE" not in str(asked.headers)
+        for name, value in back:
+            assert reply.headers[name] == value
+        assert "PRIVATE" not in str(reply.headers)
+        assert reply.headers["access-control-allow-origin"] == "*"
+        assert reply.headers["x-request-id"] == "mine"
 
 
 @pytest.mark.parametrize(
@@ -9851,442 +9428,398 @@ def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
         (b"", None),
     ],
 )
-def test_invalid_chat_request_is_400_and_names_the_field(tmp_path, change, param):
-    async def check():
-        async with handler_chat(tmp_path, http_reply({})) as (server, upstream):
-            body = change if isinstance(change, bytes) else {**CHAT, **change}
-            reply = await ask(server.port, "POST", CHAT_URL, body)
-            assert reply.status == 400
-            error = reply.json()["error"]
-            assert list(error) == ["message", "type", "param", "code"]
-            assert error["param"] == param
-            assert error["type"] == "invalid_request_error"
-            assert handler_posts(upstream) == []
-
-    run(check())
+@flow
+async def test_invalid_chat_request_is_400_and_names_the_field(tmp_path, change, param):
+    async with handler_chat(tmp_path, http_reply({})) as (server, upstream):
+        body = change if isinstance(change, bytes) else {**CHAT, **change}
+        reply = await ask(server.port, "POST", CHAT_URL, body)
+        assert reply.status == 400
+        error = reply.json()["error"]
+        assert list(error) == ["message", "type", "param", "code"]
+        assert error["param"] == param
+        assert error["type"] == "invalid_request_error"
+        assert handler_posts(upstream) == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("status", [400, 404, 413, 415, 422])
-def test_error_about_the_request_goes_through_unchanged(tmp_path, status, stream):
+@flow
+async def test_error_about_the_request_goes_through_unchanged(tmp_path, status, stream):
     """F36."""
 
-    async def check():
-        content = b'{ "error": {"message": "no", "odd": 1.0} }'
-        answer = http_reply(content, status)
-        async with handler_chat(tmp_path, answer) as (server, upstream):
-            for _ in range(4):  # no cooling down
-                body = {**CHAT, "stream": stream}
-                reply = await ask(server.port, "POST", CHAT_URL, body)
-                assert (reply.status, reply.content) == (status, content)
-                reply = await handler_ask(server.port, model="m")
-                assert (reply.status, reply.json()) == (status, {"error": "no"})
-
-    run(check())
+    content = b'{ "error": {"message": "no", "odd": 1.0} }'
+    answer = http_reply(content, status)
+    async with handler_chat(tmp_path, answer) as (server, upstream):
+        for _ in range(4):  # no cooling down
+            body = {**CHAT, "stream": stream}
+            reply = await ask(server.port, "POST", CHAT_URL, body)
+            assert (reply.status, reply.content) == (status, content)
+            reply = await handler_ask(server.port, model="m")
+            assert (reply.status, reply.json()) == (status, {"error": "no"})
 
 
 @pytest.mark.parametrize("passes", [False, True])
 @pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
-def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
-    async def check():
-        error = {"message": "UPSTREAMSECRET says no", "type": "odd", "code": "why"}
-        headers = [("Retry-After", "7")]
-        answer = http_reply({"error": error}, status, headers=headers)
-        how = "pass" if passes else "map"
-        async with handler_chat(tmp_path, answer, upstream_errors=how) as (server, _):
+@flow
+async def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
+    error = {"message": "UPSTREAMSECRET says no", "type": "odd", "code": "why"}
+    headers = [("Retry-After", "7")]
+    answer = http_reply({"error": error}, status, headers=headers)
+    how = "pass" if passes else "map"
+    async with handler_chat(tmp_path, answer, upstream_errors=how) as (server, _):
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        mapped = status if passes and status not in (401, 403) else 500
+        assert reply.status == mapped
+        assert reply.headers["retry-after"] == "7"
+        said = reply.json()["error"]
+        assert list(said)[:4] == ["message", "type", "param", "code"]
+        assert said["upstream_status"] == status
+        assert (said["type"], said["code"]) == ("odd", "why")
+        assert b"UPSTREAMSECRET" not in reply.content
+
+
+@flow
+async def test_dead_and_unreadable_upstreams_are_500(tmp_path):
+    for answer in (b"", b"nonsense\r\n\r\n", http_reply(b"<html>"), STREAM_HEAD):
+
+        async def behave(request, writer, answer=answer):
+            writer.write(answer)
+            writer.close()
+
+        async with handler_chat(tmp_path, behave) as (server, _):
             reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-            mapped = status if passes and status not in (401, 403) else 500
-            assert reply.status == mapped
-            assert reply.headers["retry-after"] == "7"
-            said = reply.json()["error"]
-            assert list(said)[:4] == ["message", "type", "param", "code"]
-            assert said["upstream_status"] == status
-            assert (said["type"], said["code"]) == ("odd", "why")
-            assert b"UPSTREAMSECRET" not in reply.content
-
-    run(check())
+            assert reply.status == 500, answer
+            assert list(reply.json()["error"]) == [
+                "message",
+                "type",
+                "param",
+                "code",
+            ]
 
 
-def test_dead_and_unreadable_upstreams_are_500(tmp_path):
-    async def check():
-        for answer in (b"", b"nonsense\r\n\r\n", http_reply(b"<html>"), STREAM_HEAD):
-
-            async def behave(request, writer, answer=answer):
-                writer.write(answer)
-                writer.close()
-
-            async with handler_chat(tmp_path, behave) as (server, _):
-                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-                assert reply.status == 500, answer
-                assert list(reply.json()["error"]) == [
-                    "message",
-                    "type",
-                    "param",
-                    "code",
-                ]
-
-    run(check())
-
-
-def test_models_nobody_has_are_404(tmp_path):
-    async def check():
-        controller = {"models": ["only"]}
-        async with handler_chat(tmp_path, http_reply({}), controller) as (server, _):
-            for path in (CHAT_URL, "/v1/embeddings"):
-                reply = await ask(server.port, "POST", path, CHAT)
-                assert reply.status == 404
-                assert reply.json()["error"]["code"] == "model_not_found"
-        async with serving(tmp_path) as server:
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-            assert reply.status == 503
-            assert "No available clients" in reply.json()["error"]["message"]
-
-    run(check())
-
-
-def test_mocks_are_asked_by_name_and_nobody_else_is(tmp_path):
-    async def check():
-        async with handler_chat(tmp_path, http_reply(completion())) as (
-            server,
-            upstream,
-        ):
-            echo = {**CHAT, "model": "mock/echo"}
-            for _ in range(4):
-                reply = await ask(server.port, "POST", CHAT_URL, echo)
-                assert reply.json()["choices"][0]["message"]["content"] == "Hello"
-            assert handler_posts(upstream) == []
-
-    run(check())
-
-
-def test_models_are_listed(tmp_path):
-    async def check():
-        listed = http_reply({"data": [{"id": "org/m 1"}, {"id": "b"}]})
-        async with handler_chat(tmp_path, handler_either(listed)) as (server, _):
-            await until(lambda: server.service.pool.controllers[-1].listed)
-            reply = await ask(server.port, "GET", "/v1/models")
-            assert reply.json()["object"] == "list"
-            models = {model["id"]: model for model in reply.json()["data"]}
-            assert {"org/m 1", "b", "mock/echo"} <= set(models)
-            fields = {"id", "object", "created", "owned_by"}
-            assert set(models["b"]) == fields
-            for path in ("org/m%201", "org%2Fm%201", "%6frg/m%201"):
-                reply = await ask(server.port, "GET", f"/v1/models/{path}")
-                assert reply.status == 200 and reply.json() == models["org/m 1"]
-            reply = await ask(server.port, "GET", "/v1/models/none")
+@flow
+async def test_models_nobody_has_are_404(tmp_path):
+    controller = {"models": ["only"]}
+    async with handler_chat(tmp_path, http_reply({}), controller) as (server, _):
+        for path in (CHAT_URL, "/v1/embeddings"):
+            reply = await ask(server.port, "POST", path, CHAT)
             assert reply.status == 404
             assert reply.json()["error"]["code"] == "model_not_found"
+    async with serving(tmp_path) as server:
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        assert reply.status == 503
+        assert "No available clients" in reply.json()["error"]["message"]
 
-    run(check())
+
+@flow
+async def test_mocks_are_asked_by_name_and_nobody_else_is(tmp_path):
+    async with handler_chat(tmp_path, http_reply(completion())) as (
+        server,
+        upstream,
+    ):
+        echo = {**CHAT, "model": "mock/echo"}
+        for _ in range(4):
+            reply = await ask(server.port, "POST", CHAT_URL, echo)
+            assert reply.json()["choices"][0]["message"]["content"] == "Hello"
+        assert handler_posts(upstream) == []
 
 
-def test_other_paths_go_to_who_has_the_model(tmp_path):
-    async def check():
-        one = handler_answers(http_reply({"object": "one"}))
-        two = handler_answers(http_reply({"object": "two"}))
-        async with Upstream(one) as first, Upstream(two) as second:
-            controllers = [
-                first.controller(models=["a"]),
-                second.controller(models=["b"]),
-            ]
-            async with serving(tmp_path, *controllers) as server:
-                body = b'{"model": "b", "input" :"x"}'
-                path = "/v1/embeddings?odd=1"
-                reply = await ask(server.port, "POST", path, body)
-                assert reply.json() == {"object": "two"}
-                [asked] = handler_posts(second)
-                assert asked.content == body
-                assert asked.line == f"POST {path} HTTP/1.1"
-                form = b'--xyz\r\nContent-Disposition: form-data; name="file"'
-                form += b'; filename="a.wav"\r\n\r\n\x00\xff--\r\n--xyz\r\n'
-                form += b'Content-Disposition: form-data; name="model"\r\n\r\n'
-                form += b"a\r\n--xyz--\r\n"
-                kind = ("Content-Type", "multipart/form-data; boundary=xyz")
-                path = "/v1/audio/transcriptions"
-                reply = await ask(server.port, "POST", path, form, headers=[kind])
-                assert reply.json() == {"object": "one"}
-                [asked] = handler_posts(first)
-                assert asked.content == form
-                assert asked.headers["content-type"] == kind[1]
-                form = form.replace(b'"model"', b'"other"')
-                reply = await ask(server.port, "POST", path, form, headers=[kind])
-                assert reply.status == 400
-                assert reply.json()["error"]["param"] == "model"
+@flow
+async def test_models_are_listed(tmp_path):
+    listed = http_reply({"data": [{"id": "org/m 1"}, {"id": "b"}]})
+    async with handler_chat(tmp_path, handler_either(listed)) as (server, _):
+        await until(lambda: server.service.pool.controllers[-1].listed)
+        reply = await ask(server.port, "GET", "/v1/models")
+        assert reply.json()["object"] == "list"
+        models = {model["id"]: model for model in reply.json()["data"]}
+        assert {"org/m 1", "b", "mock/echo"} <= set(models)
+        fields = {"id", "object", "created", "owned_by"}
+        assert set(models["b"]) == fields
+        for path in ("org/m%201", "org%2Fm%201", "%6frg/m%201"):
+            reply = await ask(server.port, "GET", f"/v1/models/{path}")
+            assert reply.status == 200 and reply.json() == models["org/m 1"]
+        reply = await ask(server.port, "GET", "/v1/models/none")
+        assert reply.status == 404
+        assert reply.json()["error"]["code"] == "model_not_found"
 
-    run(check())
+
+@flow
+async def test_other_paths_go_to_who_has_the_model(tmp_path):
+    one = handler_answers(http_reply({"object": "one"}))
+    two = handler_answers(http_reply({"object": "two"}))
+    async with Upstream(one) as first, Upstream(two) as second:
+        controllers = [
+            first.controller(models=["a"]),
+            second.controller(models=["b"]),
+        ]
+        async with serving(tmp_path, *controllers) as server:
+            body = b'{"model": "b", "input" :"x"}'
+            path = "/v1/embeddings?odd=1"
+            reply = await ask(server.port, "POST", path, body)
+            assert reply.json() == {"object": "two"}
+            [asked] = handler_posts(second)
+            assert asked.content == body
+            assert asked.line == f"POST {path} HTTP/1.1"
+            form = b'--xyz\r\nContent-Disposition: form-data; name="file"'
+            form += b'; filename="a.wav"\r\n\r\n\x00\xff--\r\n--xyz\r\n'
+            form += b'Content-Disposition: form-data; name="model"\r\n\r\n'
+            form += b"a\r\n--xyz--\r\n"
+            kind = ("Content-Type", "multipart/form-data; boundary=xyz")
+            path = "/v1/audio/transcriptions"
+            reply = await ask(server.port, "POST", path, form, headers=[kind])
+            assert reply.json() == {"object": "one"}
+            [asked] = handler_posts(first)
+            assert asked.content == form
+            assert asked.headers["content-type"] == kind[1]
+            form = form.replace(b'"model"', b'"other"')
+            reply = await ask(server.port, "POST", path, form, headers=[kind])
+            assert reply.status == 400
+            assert reply.json()["error"]["param"] == "model"
 
 
 # --- Streams
 
 
-def test_stream_is_relayed_as_it_comes(tmp_path):
-    async def check():
-        go_on = asyncio.Event()
-        first, second = chunk("Hel"), chunk("lo", "stop")
-        behave = handler_stream(first, go_on, second, DONE)
-        async with handler_chat(tmp_path, behave) as (server, upstream):
-            async with Client(server.port) as client:
-                for _ in range(2):
-                    client.send(request_bytes("POST", CHAT_URL, STREAM))
-                    status, headers = await client.read_head()
-                    assert status == 200
-                    kind = "text/event-stream; charset=utf-8"
-                    assert headers["content-type"] == kind
-                    assert headers["cache-control"] == "no-cache"
-                    assert headers["x-accel-buffering"] == "no"
-                    assert headers["x-request-id"]
-                    assert await client.read_chunk() == first
-                    go_on.set()
-                    rest = b""
-                    while piece := await client.read_chunk():
-                        rest += piece
-                    assert rest == second + DONE
-                    go_on.clear()
-            assert upstream.connections <= 2
-
-    run(check())
+@flow
+async def test_stream_is_relayed_as_it_comes(tmp_path):
+    go_on = asyncio.Event()
+    first, second = chunk("Hel"), chunk("lo", "stop")
+    behave = handler_stream(first, go_on, second, DONE)
+    async with handler_chat(tmp_path, behave) as (server, upstream):
+        async with Client(server.port) as client:
+            for _ in range(2):
+                client.send(request_bytes("POST", CHAT_URL, STREAM))
+                status, headers = await client.read_head()
+                assert status == 200
+                kind = "text/event-stream; charset=utf-8"
+                assert headers["content-type"] == kind
+                assert headers["cache-control"] == "no-cache"
+                assert headers["x-accel-buffering"] == "no"
+                assert headers["x-request-id"]
+                assert await client.read_chunk() == first
+                go_on.set()
+                rest = b""
+                while piece := await client.read_chunk():
+                    rest += piece
+                assert rest == second + DONE
+                go_on.clear()
+        assert upstream.connections <= 2
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_usage_is_counted_and_shown_only_to_who_asked(tmp_path, wanted):
-    async def check():
-        usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-        last = (
-            b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
-        )
-        behave = handler_stream(chunk("Hi"), chunk(None, "stop"), last, DONE)
-        async with handler_chat(tmp_path, behave) as (server, upstream):
-            options = {"stream_options": {"include_usage": True}}
-            body = {**STREAM, **(options if wanted else {})}
-            reply = await ask(server.port, "POST", CHAT_URL, body)
-            assert (b"total_tokens" in reply.content) is wanted
-            assert reply.content.endswith(DONE)
-            asked = handler_posts(upstream)[-1].json()
-            assert asked == {**STREAM, **options}
-            reply = await ask(server.port, "GET", "/admin/controllers")
-            assert reply.json()["controllers"][-1]["tokens"] == 7
-
-    run(check())
+@flow
+async def test_usage_is_counted_and_shown_only_to_who_asked(tmp_path, wanted):
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    last = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+    behave = handler_stream(chunk("Hi"), chunk(None, "stop"), last, DONE)
+    async with handler_chat(tmp_path, behave) as (server, upstream):
+        options = {"stream_options": {"include_usage": True}}
+        body = {**STREAM, **(options if wanted else {})}
+        reply = await ask(server.port, "POST", CHAT_URL, body)
+        assert (b"total_tokens" in reply.content) is wanted
+        assert reply.content.endswith(DONE)
+        asked = handler_posts(upstream)[-1].json()
+        assert asked == {**STREAM, **options}
+        reply = await ask(server.port, "GET", "/admin/controllers")
+        assert reply.json()["controllers"][-1]["tokens"] == 7
 
 
-def test_upstream_that_knows_no_stream_options_is_asked_without(tmp_path):
-    async def check():
-        async def behave(request, writer):
-            if b"stream_options" in request.content:
-                writer.write(http_reply({"error": {"message": "unknown"}}, 400))
-            else:
-                await handler_stream(chunk("Hi", "stop"), DONE)(request, writer)
+@flow
+async def test_upstream_that_knows_no_stream_options_is_asked_without(tmp_path):
+    async def behave(request, writer):
+        if b"stream_options" in request.content:
+            writer.write(http_reply({"error": {"message": "unknown"}}, 400))
+        else:
+            await handler_stream(chunk("Hi", "stop"), DONE)(request, writer)
 
-        async with handler_chat(tmp_path, behave) as (server, upstream):
-            for count in (2, 3):  # once more, and then it is known
-                reply = await ask(server.port, "POST", CHAT_URL, STREAM)
-                assert reply.status == 200
-                assert len(handler_posts(upstream)) == count
-            assert handler_posts(upstream)[-1].json() == STREAM
-
-    run(check())
-
-
-def test_json_answer_becomes_a_stream_and_a_stream_an_answer(tmp_path):
-    async def check():
-        async with handler_chat(tmp_path, http_reply(completion())) as (server, _):
+    async with handler_chat(tmp_path, behave) as (server, upstream):
+        for count in (2, 3):  # once more, and then it is known
             reply = await ask(server.port, "POST", CHAT_URL, STREAM)
-            assert "text/event-stream" in reply.headers["content-type"]
-            *events, done = reply.events()
-            choices = [json.loads(event)["choices"][0] for event in events]
-            said = "".join(choice["delta"].get("content", "") for choice in choices)
-            assert said == "Hi there" and done == "[DONE]"
-            assert choices[-1]["finish_reason"] == "stop"
-        behave = handler_stream(chunk("Hi "), chunk("there", "stop"), DONE)
-        async with handler_chat(tmp_path, behave) as (server, _):
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-            assert reply.headers["content-type"] == "application/json"
-            [choice] = reply.json()["choices"]
-            assert choice["message"]["content"] == "Hi there"
-            assert choice["finish_reason"] == "stop"
-            reply = await handler_ask(server.port)
-            assert reply.json()["content"] == "Hi there"
-
-    run(check())
+            assert reply.status == 200
+            assert len(handler_posts(upstream)) == count
+        assert handler_posts(upstream)[-1].json() == STREAM
 
 
-def test_waiting_client_gets_comments(tmp_path):
-    async def check():
-        go_on = asyncio.Event()
-        behave = handler_stream(go_on, chunk("Hi", "stop"), DONE)
-        limits = Limits(heartbeat_interval=0.1)
-        async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
-            async with Client(server.port) as client:
+@flow
+async def test_json_answer_becomes_a_stream_and_a_stream_an_answer(tmp_path):
+    async with handler_chat(tmp_path, http_reply(completion())) as (server, _):
+        reply = await ask(server.port, "POST", CHAT_URL, STREAM)
+        assert "text/event-stream" in reply.headers["content-type"]
+        *events, done = reply.events()
+        choices = [json.loads(event)["choices"][0] for event in events]
+        said = "".join(choice["delta"].get("content", "") for choice in choices)
+        assert said == "Hi there" and done == "[DONE]"
+        assert choices[-1]["finish_reason"] == "stop"
+    behave = handler_stream(chunk("Hi "), chunk("there", "stop"), DONE)
+    async with handler_chat(tmp_path, behave) as (server, _):
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        assert reply.headers["content-type"] == "application/json"
+        [choice] = reply.json()["choices"]
+        assert choice["message"]["content"] == "Hi there"
+        assert choice["finish_reason"] == "stop"
+        reply = await handler_ask(server.port)
+        assert reply.json()["content"] == "Hi there"
+
+
+@flow
+async def test_waiting_client_gets_comments(tmp_path):
+    go_on = asyncio.Event()
+    behave = handler_stream(go_on, chunk("Hi", "stop"), DONE)
+    limits = Limits(heartbeat_interval=0.1)
+    async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", CHAT_URL, STREAM))
+            assert (await client.read_head())[0] == 200
+            for _ in range(2):
+                assert await client.read_chunk() == b": keep-alive\n\n"
+            go_on.set()
+            rest = b""
+            while piece := await client.read_chunk():
+                rest += piece
+            assert rest.replace(b": keep-alive\n\n", b"") == chunk("Hi", "stop") + DONE
+
+
+@flow
+async def test_no_comment_follows_the_end_of_a_stream(tmp_path):
+    async def behave(request, writer):
+        writer.write(STREAM_HEAD + chunked(chunk("Hi", "stop") + DONE))
+        await asyncio.sleep(60)  # its last chunk is waited for, a moment
+
+    limits = Limits(heartbeat_interval=0.05)
+    async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+        async with Client(server.port) as client:
+            for _ in range(2):  # on one connection
                 client.send(request_bytes("POST", CHAT_URL, STREAM))
-                assert (await client.read_head())[0] == 200
-                for _ in range(2):
-                    assert await client.read_chunk() == b": keep-alive\n\n"
-                go_on.set()
-                rest = b""
-                while piece := await client.read_chunk():
-                    rest += piece
-                assert (
-                    rest.replace(b": keep-alive\n\n", b"") == chunk("Hi", "stop") + DONE
-                )
-
-    run(check())
+                reply = await client.read_reply()
+                assert reply.content == chunk("Hi", "stop") + DONE
+                await asyncio.sleep(0.3)
 
 
-def test_no_comment_follows_the_end_of_a_stream(tmp_path):
-    async def check():
-        async def behave(request, writer):
-            writer.write(STREAM_HEAD + chunked(chunk("Hi", "stop") + DONE))
-            await asyncio.sleep(60)  # its last chunk is waited for, a moment
-
-        limits = Limits(heartbeat_interval=0.05)
-        async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
-            async with Client(server.port) as client:
-                for _ in range(2):  # on one connection
-                    client.send(request_bytes("POST", CHAT_URL, STREAM))
-                    reply = await client.read_reply()
-                    assert reply.content == chunk("Hi", "stop") + DONE
-                    await asyncio.sleep(0.3)
-
-    run(check())
-
-
-def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
+@flow
+async def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
     """While another controller is asked, the failed one's status is nobody's."""
 
-    async def check():
-        go_on = asyncio.Event()
-        failing = handler_answers(
-            http_reply({"error": {"message": "no"}}, 500, headers=[("X-Failed", "yes")])
-        )
-        slow = handler_stream(go_on, chunk("Hi", "stop"), DONE)
-        limits = Limits(heartbeat_interval=0.1)
-        async with Upstream(failing) as first, Upstream(slow) as second:
-            controllers = [first.controller(weight=9), second.controller()]
-            async with serving(tmp_path, *controllers, limits=limits) as server:
-                async with Client(server.port) as client:
-                    client.send(request_bytes("POST", CHAT_URL, STREAM))
-                    status, headers = await client.read_head()
-                    assert len(handler_posts(first)) == 1
-                    assert status == 200 and "x-failed" not in headers
-                    go_on.set()
-                    reply = b""
-                    while piece := await client.read_chunk():
-                        reply += piece
-                    assert reply.endswith(DONE)
-
-    run(check())
-
-
-def test_refusal_after_a_comment_is_the_streams_last_event(tmp_path):
-    async def check():
-        go_on = asyncio.Event()
-        content = (
-            b'{"error":\n{"message": "no", "type": "t", "param": null, "code": "c"}}'
-        )
-
-        async def behave(request, writer):
-            if request.line.startswith("POST"):
-                await go_on.wait()
-            writer.write(http_reply(content, 400))
-
-        limits = Limits(heartbeat_interval=0.05)
-        async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+    go_on = asyncio.Event()
+    failing = handler_answers(
+        http_reply({"error": {"message": "no"}}, 500, headers=[("X-Failed", "yes")])
+    )
+    slow = handler_stream(go_on, chunk("Hi", "stop"), DONE)
+    limits = Limits(heartbeat_interval=0.1)
+    async with Upstream(failing) as first, Upstream(slow) as second:
+        controllers = [first.controller(weight=9), second.controller()]
+        async with serving(tmp_path, *controllers, limits=limits) as server:
             async with Client(server.port) as client:
-                body = {**STREAM, "stream_options": {"include_usage": True}}
-                client.send(request_bytes("POST", CHAT_URL, body))
-                assert (await client.read_head())[0] == 200
-                await client.read_chunk()
+                client.send(request_bytes("POST", CHAT_URL, STREAM))
+                status, headers = await client.read_head()
+                assert len(handler_posts(first)) == 1
+                assert status == 200 and "x-failed" not in headers
                 go_on.set()
-                rest = b""
+                reply = b""
                 while piece := await client.read_chunk():
-                    rest += piece
-                [event] = Reply(
-                    200, {}, rest.replace(b": keep-alive\n\n", b"")
-                ).events()
-                assert json.loads(event) == json.loads(content)
+                    reply += piece
+                assert reply.endswith(DONE)
 
-    run(check())
+
+@flow
+async def test_refusal_after_a_comment_is_the_streams_last_event(tmp_path):
+    go_on = asyncio.Event()
+    content = b'{"error":\n{"message": "no", "type": "t", "param": null, "code": "c"}}'
+
+    async def behave(request, writer):
+        if request.line.startswith("POST"):
+            await go_on.wait()
+        writer.write(http_reply(content, 400))
+
+    limits = Limits(heartbeat_interval=0.05)
+    async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+        async with Client(server.port) as client:
+            body = {**STREAM, "stream_options": {"include_usage": True}}
+            client.send(request_bytes("POST", CHAT_URL, body))
+            assert (await client.read_head())[0] == 200
+            await client.read_chunk()
+            go_on.set()
+            rest = b""
+            while piece := await client.read_chunk():
+                rest += piece
+            [event] = Reply(200, {}, rest.replace(b": keep-alive\n\n", b"")).events()
+            assert json.loads(event) == json.loads(content)
 
 
 @pytest.mark.parametrize("how", ["cut", "end", "error", "silent", "huge", "reset"])
-def test_failure_in_mid_stream_is_one_error_frame(tmp_path, how):
+@flow
+async def test_failure_in_mid_stream_is_one_error_frame(tmp_path, how):
     """F22, F25, F26, F30, F40: no [DONE], no invented finish_reason."""
 
-    async def check():
-        go_on = asyncio.Event()
-        error = b'data: {"error": {"message": "overloaded", "code": "x"}}\n\n'
-        more = {"error": [error], "huge": [b"data: " + b"x" * 3000]}.get(how, [])
-        end = how in ("end", "error")
-        inner = handler_stream(chunk("Hel"), go_on, *more, end=end)
+    go_on = asyncio.Event()
+    error = b'data: {"error": {"message": "overloaded", "code": "x"}}\n\n'
+    more = {"error": [error], "huge": [b"data: " + b"x" * 3000]}.get(how, [])
+    end = how in ("end", "error")
+    inner = handler_stream(chunk("Hel"), go_on, *more, end=end)
 
-        async def behave(request, writer):
-            await inner(request, writer)
-            if request.line.startswith("POST") and how in ("cut", "reset"):
-                writer.close() if how == "cut" else writer.transport.abort()
-            elif request.line.startswith("POST") and how == "silent":
-                await asyncio.sleep(60)
+    async def behave(request, writer):
+        await inner(request, writer)
+        if request.line.startswith("POST") and how in ("cut", "reset"):
+            writer.close() if how == "cut" else writer.transport.abort()
+        elif request.line.startswith("POST") and how == "silent":
+            await asyncio.sleep(60)
 
-        limits = Limits(silence_timeout=0.2, event_size=2000)
-        async with Upstream(behave) as upstream:
-            made = upstream.controller(limits=limits)
-            async with serving(tmp_path, made, limits=limits) as server:
-                async with Client(server.port) as client:
-                    client.send(request_bytes("POST", CHAT_URL, STREAM))
-                    assert (await client.read_head())[0] == 200
-                    content = await client.read_chunk()
-                    go_on.set()
-                    while piece := await client.read_chunk():
-                        content += piece
-                    reply = Reply(200, {}, content)
-                    first, last = reply.events()
-                    assert f"data: {first}\n\n".encode() == chunk("Hel")
-                    assert list(json.loads(last)) == ["error"]
-                    assert last.startswith('{"error"') and "message" in last
-                    assert b"[DONE]" not in reply.content
-                    assert await client.reader.read() == b""
-
-    run(check())
-
-
-def test_other_dialects_are_relayed_as_they_are_and_cut_where_they_break(tmp_path):
-    async def check():
-        events = b"event: response.created\ndata: {}\n\n"
-        body = {"model": "m", "input": "x", "stream": True}
-        behave = handler_stream(events, events)
-        async with handler_chat(tmp_path, behave) as (server, _):
-            reply = await ask(server.port, "POST", "/v1/responses", body)
-            assert reply.content == events * 2
-        go_on = asyncio.Event()
-        inner = handler_stream(events, go_on, end=False)
-
-        async def broken(request, writer):
-            await inner(request, writer)
-            writer.close()
-
-        async with handler_chat(tmp_path, broken) as (server, _):
+    limits = Limits(silence_timeout=0.2, event_size=2000)
+    async with Upstream(behave) as upstream:
+        made = upstream.controller(limits=limits)
+        async with serving(tmp_path, made, limits=limits) as server:
             async with Client(server.port) as client:
-                client.send(request_bytes("POST", "/v1/responses", body))
-                await client.read_head()
-                assert await client.read_chunk() == events
+                client.send(request_bytes("POST", CHAT_URL, STREAM))
+                assert (await client.read_head())[0] == 200
+                content = await client.read_chunk()
                 go_on.set()
-                assert await client.reader.read() == b""  # no last chunk
+                while piece := await client.read_chunk():
+                    content += piece
+                reply = Reply(200, {}, content)
+                first, last = reply.events()
+                assert f"data: {first}\n\n".encode() == chunk("Hel")
+                assert list(json.loads(last)) == ["error"]
+                assert last.startswith('{"error"') and "message" in last
+                assert b"[DONE]" not in reply.content
+                assert await client.reader.read() == b""
 
-    run(check())
+
+@flow
+async def test_other_dialects_are_relayed_as_they_are_and_cut_where_they_break(
+    tmp_path,
+):
+    events = b"event: response.created\ndata: {}\n\n"
+    body = {"model": "m", "input": "x", "stream": True}
+    behave = handler_stream(events, events)
+    async with handler_chat(tmp_path, behave) as (server, _):
+        reply = await ask(server.port, "POST", "/v1/responses", body)
+        assert reply.content == events * 2
+    go_on = asyncio.Event()
+    inner = handler_stream(events, go_on, end=False)
+
+    async def broken(request, writer):
+        await inner(request, writer)
+        writer.close()
+
+    async with handler_chat(tmp_path, broken) as (server, _):
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", "/v1/responses", body))
+            await client.read_head()
+            assert await client.read_chunk() == events
+            go_on.set()
+            assert await client.reader.read() == b""  # no last chunk
 
 
-def test_stream_for_http_1_0_ends_with_its_connection(tmp_path):
-    async def check():
-        behave = handler_stream(chunk("Hi", "stop"), DONE)
-        async with handler_chat(tmp_path, behave) as (server, _):
-            request = request_bytes("POST", CHAT_URL, STREAM).decode()
-            request = request.replace("HTTP/1.1", "HTTP/1.0")
-            head, _, content = (await raw(server.port, request.encode())).partition(
-                b"\r\n\r\n"
-            )
-            assert b"Transfer-Encoding" not in head
-            assert content == chunk("Hi", "stop") + DONE
-
-    run(check())
+@flow
+async def test_stream_for_http_1_0_ends_with_its_connection(tmp_path):
+    behave = handler_stream(chunk("Hi", "stop"), DONE)
+    async with handler_chat(tmp_path, behave) as (server, _):
+        request = request_bytes("POST", CHAT_URL, STREAM).decode()
+        request = request.replace("HTTP/1.1", "HTTP/1.0")
+        head, _, content = (await raw(server.port, request.encode())).partition(
+            b"\r\n\r\n"
+        )
+        assert b"Transfer-Encoding" not in head
+        assert content == chunk("Hi", "stop") + DONE
 
 
 # --- Clients that leave
@@ -10296,191 +9829,173 @@ def test_stream_for_http_1_0_ends_with_its_connection(tmp_path):
 @pytest.mark.parametrize(
     "phase", ["before head", "after head", "in mid-stream", "in a flood", "whole"]
 )
-def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
+@flow
+async def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
     """F13, F14."""
 
-    async def check():
-        async def behave(request, writer):
-            if request.line.startswith("GET"):
-                writer.write(http_reply({"data": [{"id": "m"}]}))
-                return
-            if phase in ("after head", "in mid-stream", "in a flood"):
-                writer.write(STREAM_HEAD)
+    async def behave(request, writer):
+        if request.line.startswith("GET"):
+            writer.write(http_reply({"data": [{"id": "m"}]}))
+            return
+        if phase in ("after head", "in mid-stream", "in a flood"):
+            writer.write(STREAM_HEAD)
+        if phase in ("in mid-stream", "in a flood"):
+            writer.write(chunked(chunk("Hi")))
+        while phase == "in a flood":
+            writer.write(chunked(chunk("x" * 1000)))
+            await writer.drain()
+        await asyncio.sleep(60)
+
+    log = HandlerLog()
+    async with handler_chat(tmp_path, behave, log=log) as (server, upstream):
+        async with Client(server.port) as client:
+            body = CHAT if phase == "whole" else STREAM
+            client.send(request_bytes("POST", CHAT_URL, body))
             if phase in ("in mid-stream", "in a flood"):
-                writer.write(chunked(chunk("Hi")))
-            while phase == "in a flood":
-                writer.write(chunked(chunk("x" * 1000)))
-                await writer.drain()
-            await asyncio.sleep(60)
-
-        log = HandlerLog()
-        async with handler_chat(tmp_path, behave, log=log) as (server, upstream):
-            async with Client(server.port) as client:
-                body = CHAT if phase == "whole" else STREAM
-                client.send(request_bytes("POST", CHAT_URL, body))
-                if phase in ("in mid-stream", "in a flood"):
-                    await client.read_head()
-                    await client.read_chunk()
-                await until(lambda: handler_posts(upstream))
-                await until(lambda: server.service.requests_in_flight == 1)
-                ended = upstream.ended
-                if leaves == "half-close":
-                    client.writer.write_eof()
-                elif leaves == "reset":
-                    sock = client.writer.get_extra_info("socket")
-                    option = struct.pack("ii", 1, 0)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
-                    client.writer.transport.abort()
-                else:
-                    client.writer.transport.abort()
-                await until(lambda: upstream.ended > ended, 1.5)
-                await until(lambda: server.service.requests_in_flight == 0, 1)
-            assert [c.in_flight for c in server.service.pool.controllers] == [0, 0]
-            assert "failed" not in log.text and "cooling" not in log.text
-
-    run(check())
+                await client.read_head()
+                await client.read_chunk()
+            await until(lambda: handler_posts(upstream))
+            await until(lambda: server.service.requests_in_flight == 1)
+            ended = upstream.ended
+            if leaves == "half-close":
+                client.writer.write_eof()
+            elif leaves == "reset":
+                sock = client.writer.get_extra_info("socket")
+                option = struct.pack("ii", 1, 0)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+                client.writer.transport.abort()
+            else:
+                client.writer.transport.abort()
+            await until(lambda: upstream.ended > ended, 1.5)
+            await until(lambda: server.service.requests_in_flight == 0, 1)
+        assert [c.in_flight for c in server.service.pool.controllers] == [0, 0]
+        assert "failed" not in log.text and "cooling" not in log.text
 
 
-def test_client_that_leaves_the_queue_spends_no_slot(tmp_path):
+@flow
+async def test_client_that_leaves_the_queue_spends_no_slot(tmp_path):
     """F72."""
 
-    async def check():
-        controller = {"max_concurrency": 1}
-        async with handler_chat(tmp_path, handler_hang, controller) as (
-            server,
-            upstream,
-        ):
-            async with Client(server.port) as first, Client(server.port) as second:
-                first.send(request_bytes("POST", CHAT_URL, CHAT))
-                await until(lambda: handler_posts(upstream))
-                second.send(request_bytes("POST", CHAT_URL, STREAM))
-                await until(lambda: server.service.pool.waiting == 1)
-                second.writer.transport.abort()
-                await until(lambda: server.service.pool.waiting == 0, 1)
-                first.writer.transport.abort()
-                await until(lambda: upstream.ended, 1.5)
-                assert len(handler_posts(upstream)) == 1
-                await until(lambda: server.service.requests_in_flight == 0, 1)
-
-    run(check())
+    controller = {"max_concurrency": 1}
+    async with handler_chat(tmp_path, handler_hang, controller) as (
+        server,
+        upstream,
+    ):
+        async with Client(server.port) as first, Client(server.port) as second:
+            first.send(request_bytes("POST", CHAT_URL, CHAT))
+            await until(lambda: handler_posts(upstream))
+            second.send(request_bytes("POST", CHAT_URL, STREAM))
+            await until(lambda: server.service.pool.waiting == 1)
+            second.writer.transport.abort()
+            await until(lambda: server.service.pool.waiting == 0, 1)
+            first.writer.transport.abort()
+            await until(lambda: upstream.ended, 1.5)
+            assert len(handler_posts(upstream)) == 1
+            await until(lambda: server.service.requests_in_flight == 0, 1)
 
 
 # --- Administration
 
 
-def test_users_come_and_go(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            reply = await ask(
-                server.port, "GET", f"/admin/users?admin_key={KEY}", key=""
-            )
-            assert reply.json() == {"users": []}
-            user = await handler_add_user(server.port)
-            assert list(user) == ["user_id", "token"]
-            assert all(UUID_FORM.fullmatch(value) for value in user.values())
-            named = await handler_add_user(server.port, name="Ada", role="agent")
-            reply = await ask(server.port, "GET", "/admin/users")
-            assert reply.json()["users"] == [
-                user,
-                {**named, "name": "Ada", "role": "agent"},
-            ]
-            token = user["token"]
-            assert (
-                await ask(server.port, "GET", "/v1/models", key=token)
-            ).status == 200
-            body = {"admin_key": KEY, "user_id": user["user_id"]}
-            reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
-            assert reply.json() == {"message": "User deleted"}
-            assert (
-                await ask(server.port, "GET", "/v1/models", key=token)
-            ).status == 401
-            reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
-            assert reply.status == 404 and reply.json() == {"error": "User not found"}
-
-    run(check())
+@flow
+async def test_users_come_and_go(tmp_path):
+    async with serving(tmp_path) as server:
+        reply = await ask(server.port, "GET", f"/admin/users?admin_key={KEY}", key="")
+        assert reply.json() == {"users": []}
+        user = await handler_add_user(server.port)
+        assert list(user) == ["user_id", "token"]
+        assert all(UUID_FORM.fullmatch(value) for value in user.values())
+        named = await handler_add_user(server.port, name="Ada", role="agent")
+        reply = await ask(server.port, "GET", "/admin/users")
+        assert reply.json()["users"] == [
+            user,
+            {**named, "name": "Ada", "role": "agent"},
+        ]
+        token = user["token"]
+        assert (await ask(server.port, "GET", "/v1/models", key=token)).status == 200
+        body = {"admin_key": KEY, "user_id": user["user_id"]}
+        reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
+        assert reply.json() == {"message": "User deleted"}
+        assert (await ask(server.port, "GET", "/v1/models", key=token)).status == 401
+        reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
+        assert reply.status == 404 and reply.json() == {"error": "User not found"}
 
 
-def test_controllers_are_shown_disabled_and_enabled(tmp_path):
-    async def check():
-        async with handler_chat(tmp_path, http_reply(completion())) as (
-            server,
-            upstream,
+@flow
+async def test_controllers_are_shown_disabled_and_enabled(tmp_path):
+    async with handler_chat(tmp_path, http_reply(completion())) as (
+        server,
+        upstream,
+    ):
+        name = f"up-{upstream.port}"
+
+        async def line():
+            reply = await ask(server.port, "GET", "/admin/controllers")
+            assert b"UPSTREAMSECRET" not in reply.content
+            lines = {each["name"]: each for each in reply.json()["controllers"]}
+            return lines[name]
+
+        fields = "name type weight models state reason until in_flight requests"
+        assert list(await line()) == [*fields.split(), "failures", "tokens"]
+        for what, state, status in (
+            ("disable", "disabled", 503),
+            ("enable", "ready", 200),
         ):
-            name = f"up-{upstream.port}"
-
-            async def line():
-                reply = await ask(server.port, "GET", "/admin/controllers")
-                assert b"UPSTREAMSECRET" not in reply.content
-                lines = {each["name"]: each for each in reply.json()["controllers"]}
-                return lines[name]
-
-            fields = "name type weight models state reason until in_flight requests"
-            assert list(await line()) == [*fields.split(), "failures", "tokens"]
-            for what, state, status in (
-                ("disable", "disabled", 503),
-                ("enable", "ready", 200),
-            ):
-                path = f"/admin/controllers/{what}"
-                body = {"admin_key": KEY, "name": name}
-                reply = await ask(server.port, "POST", path, body, "")
-                assert reply.status == 200
-                assert (await line())["state"] == state
-                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-                assert reply.status == status
-                body["name"] = "nobody"
-                assert (await ask(server.port, "POST", path, body)).status == 404
-            told = await line()
-            assert (told["requests"], told["failures"], told["tokens"]) == (1, 0, 7)
-
-    run(check())
+            path = f"/admin/controllers/{what}"
+            body = {"admin_key": KEY, "name": name}
+            reply = await ask(server.port, "POST", path, body, "")
+            assert reply.status == 200
+            assert (await line())["state"] == state
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            assert reply.status == status
+            body["name"] = "nobody"
+            assert (await ask(server.port, "POST", path, body)).status == 404
+        told = await line()
+        assert (told["requests"], told["failures"], told["tokens"]) == (1, 0, 7)
 
 
 @pytest.mark.parametrize(
     "limit", ["user_requests_in_flight", "user_requests_per_minute"]
 )
-def test_one_users_requests_have_a_limit(tmp_path, limit):
+@flow
+async def test_one_users_requests_have_a_limit(tmp_path, limit):
     """L20."""
 
-    async def check():
-        limits = Limits(**{limit: 2})
-        async with handler_chat(tmp_path, handler_hang, limits=limits) as (
-            server,
-            upstream,
-        ):
-            other = (await handler_add_user(server.port))["token"]
-            async with Client(server.port) as one, Client(server.port) as two:
-                for client in (one, two):
-                    client.send(request_bytes("POST", CHAT_URL, CHAT))
-                await until(lambda: len(handler_posts(upstream)) == 2)
-                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-                assert reply.status == 429
-                assert reply.json()["error"]["type"] == "rate_limit_error"
-                echo = {**CHAT, "model": "mock/echo"}
-                reply = await ask(server.port, "POST", CHAT_URL, echo, other)
-                assert reply.status == 200
-            await until(lambda: server.service.requests_in_flight == 0)
-            reply = await ask(server.port, "POST", CHAT_URL, echo)
-            assert reply.status == (200 if limit == "user_requests_in_flight" else 429)
-
-    run(check())
+    limits = Limits(**{limit: 2})
+    async with handler_chat(tmp_path, handler_hang, limits=limits) as (
+        server,
+        upstream,
+    ):
+        other = (await handler_add_user(server.port))["token"]
+        async with Client(server.port) as one, Client(server.port) as two:
+            for client in (one, two):
+                client.send(request_bytes("POST", CHAT_URL, CHAT))
+            await until(lambda: len(handler_posts(upstream)) == 2)
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            assert reply.status == 429
+            assert reply.json()["error"]["type"] == "rate_limit_error"
+            echo = {**CHAT, "model": "mock/echo"}
+            reply = await ask(server.port, "POST", CHAT_URL, echo, other)
+            assert reply.status == 200
+        await until(lambda: server.service.requests_in_flight == 0)
+        reply = await ask(server.port, "POST", CHAT_URL, echo)
+        assert reply.status == (200 if limit == "user_requests_in_flight" else 429)
 
 
-def test_requests_in_flight_have_a_limit(tmp_path):
+@flow
+async def test_requests_in_flight_have_a_limit(tmp_path):
     """L19."""
 
-    async def check():
-        limits = Limits(requests_in_flight=1)
-        async with handler_chat(tmp_path, handler_hang, limits=limits) as (
-            server,
-            upstream,
-        ):
-            async with Client(server.port) as one:
-                one.send(request_bytes("POST", CHAT_URL, CHAT))
-                await until(lambda: handler_posts(upstream))
-                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-                assert reply.status == 503 and reply.headers["retry-after"] == "1"
-
-    run(check())
+    limits = Limits(requests_in_flight=1)
+    async with handler_chat(tmp_path, handler_hang, limits=limits) as (
+        server,
+        upstream,
+    ):
+        async with Client(server.port) as one:
+            one.send(request_bytes("POST", CHAT_URL, CHAT))
+            await until(lambda: handler_posts(upstream))
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            assert reply.status == 503 and reply.headers["retry-after"] == "1"
 
 
 # -----------------------------------------------------------------------------
@@ -10524,24 +10039,22 @@ def program_in(folder, *options, key=KEY, env=None, **more):
 # --- In Python
 
 
-def test_async_with_leaves_nothing_behind(tmp_path):
-    async def check():
-        tasks, files = asyncio.all_tasks(), sorted(os.listdir("/dev/fd"))
-        server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
-        assert server.url == "" and "not started" in repr(server)
-        async with server:
-            assert server.url == f"http://127.0.0.1:{server.port}"
-            async with Client(server.port) as idle, Agent(server.port):
-                assert (await idle.request("GET", "/health")).content == b"OK"
-                await until(lambda: server.service.agents)
-                assert (await echo(server.port)).status == 200
-        assert asyncio.all_tasks() == tasks
-        assert is_refused(server.port)
-        await until(lambda: len(os.listdir("/dev/fd")) <= len(files))
-        assert server.service.agents == {} and server._handlers == {}
-        assert not (tmp_path / "users.json").exists()
-
-    run(check())
+@flow
+async def test_async_with_leaves_nothing_behind(tmp_path):
+    tasks, files = asyncio.all_tasks(), sorted(os.listdir("/dev/fd"))
+    server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+    assert server.url == "" and "not started" in repr(server)
+    async with server:
+        assert server.url == f"http://127.0.0.1:{server.port}"
+        async with Client(server.port) as idle, Agent(server.port):
+            assert (await idle.request("GET", "/health")).content == b"OK"
+            await until(lambda: server.service.agents)
+            assert (await echo(server.port)).status == 200
+    assert asyncio.all_tasks() == tasks
+    assert is_refused(server.port)
+    await until(lambda: len(os.listdir("/dev/fd")) <= len(files))
+    assert server.service.agents == {} and server._handlers == {}
+    assert not (tmp_path / "users.json").exists()
 
 
 def test_a_server_runs_again_and_again(tmp_path):
@@ -10601,18 +10114,16 @@ def test_an_error_in_the_with_block_comes_out_and_the_server_ends(tmp_path):
     assert is_refused(server.port)
 
 
-def test_two_servers_in_one_loop_know_nothing_of_each_other(tmp_path):
-    async def check():
-        async with serving(tmp_path) as one:
-            two = Server("other", port=0, users=str(tmp_path / "two.json"))
-            async with two:
-                assert one.port != two.port
-                assert (await echo(one.port)).status == 200
-                assert (await echo(one.port, key="other")).status == 401
-                assert (await echo(two.port, key="other")).status == 200
-            assert (await echo(one.port)).status == 200 and is_refused(two.port)
-
-    run(check())
+@flow
+async def test_two_servers_in_one_loop_know_nothing_of_each_other(tmp_path):
+    async with serving(tmp_path) as one:
+        two = Server("other", port=0, users=str(tmp_path / "two.json"))
+        async with two:
+            assert one.port != two.port
+            assert (await echo(one.port)).status == 200
+            assert (await echo(one.port, key="other")).status == 401
+            assert (await echo(two.port, key="other")).status == 200
+        assert (await echo(one.port)).status == 200 and is_refused(two.port)
 
 
 @pytest.mark.parametrize("key", ["", None])
@@ -10689,7 +10200,8 @@ def test_development_mode_has_nothing_to_say(tmp_path):
     assert not (tmp_path / "users.json").exists()
 
 
-def test_ipv6_is_answered_on_the_same_port(tmp_path):
+@flow
+async def test_ipv6_is_answered_on_the_same_port(tmp_path):
     if not socket.has_ipv6:
         pytest.skip("no IPv6 here")
     try:
@@ -10697,20 +10209,18 @@ def test_ipv6_is_answered_on_the_same_port(tmp_path):
     except OSError:
         pytest.skip("no IPv6 here")
 
-    async def check():
-        async with serving(tmp_path) as server:
-            async with Client(server.port, "::1") as client:
-                assert (await client.request("GET", "/health")).content == b"OK"
-        async with serving(tmp_path, listen="::1") as server:
-            assert server.url == f"http://[::1]:{server.port}"
-            assert is_refused(server.port)
-            async with Client(server.port, "::1") as client:
-                assert (await client.request("GET", "/health")).content == b"OK"
-
-    run(check())
+    async with serving(tmp_path) as server:
+        async with Client(server.port, "::1") as client:
+            assert (await client.request("GET", "/health")).content == b"OK"
+    async with serving(tmp_path, listen="::1") as server:
+        assert server.url == f"http://[::1]:{server.port}"
+        assert is_refused(server.port)
+        async with Client(server.port, "::1") as client:
+            assert (await client.request("GET", "/health")).content == b"OK"
 
 
-def test_https_and_wss_with_a_certificate(tmp_path):
+@flow
+async def test_https_and_wss_with_a_certificate(tmp_path):
     (tmp_path / "cert.pem").write_text(TEST_CERT)
     (tmp_path / "key.pem").write_text(TEST_KEY)
     (tmp_path / "ca.pem").write_text(TEST_CA)
@@ -10720,71 +10230,64 @@ def test_https_and_wss_with_a_certificate(tmp_path):
     }
     context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
 
-    async def check():
-        async with serving(tmp_path, **files) as server:
-            assert server.url.startswith("https://127.0.0.1:")
-            async with Client(server.port, tls=context) as client:
-                for stream in (False, True):
-                    body = echo_body(stream=stream)
-                    path = "/v1/chat/completions"
-                    reply = await client.request("POST", path, body)
-                    assert reply.status == 200 and b"Hello" in reply.content
-                about = (await client.request("GET", "/")).content
-                assert b"https://" in about and b"wss://" in about
-            # Somebody who speaks no TLS, and somebody who says nothing at all.
-            assert b"HTTP/1.1 200" not in await raw(
-                server.port, b"GET / HTTP/1.1\r\n\r\n"
-            )
-            silent = socket.create_connection(("127.0.0.1", server.port))
-            async with Client(server.port, tls=context) as client:
-                assert (await client.request("GET", "/health")).status == 200
-            silent.close()
-
-    run(check())
+    async with serving(tmp_path, **files) as server:
+        assert server.url.startswith("https://127.0.0.1:")
+        async with Client(server.port, tls=context) as client:
+            for stream in (False, True):
+                body = echo_body(stream=stream)
+                path = "/v1/chat/completions"
+                reply = await client.request("POST", path, body)
+                assert reply.status == 200 and b"Hello" in reply.content
+            about = (await client.request("GET", "/")).content
+            assert b"https://" in about and b"wss://" in about
+        # Somebody who speaks no TLS, and somebody who says nothing at all.
+        assert b"HTTP/1.1 200" not in await raw(server.port, b"GET / HTTP/1.1\r\n\r\n")
+        silent = socket.create_connection(("127.0.0.1", server.port))
+        async with Client(server.port, tls=context) as client:
+            assert (await client.request("GET", "/health")).status == 200
+        silent.close()
 
 
 # --- Connections
 
 
-def test_an_idle_connection_gives_way_and_no_more_are_taken(tmp_path):
+@flow
+async def test_an_idle_connection_gives_way_and_no_more_are_taken(tmp_path):
     """L17: also when many come in the same turn of the loop."""
 
-    async def check():
-        gate = asyncio.Event()
+    gate = asyncio.Event()
 
-        async def waits(request):
-            await gate.wait()
-            return "Hi"
+    async def waits(request):
+        await gate.wait()
+        return "Hi"
 
-        limits = Limits(connections=4)
-        controller = FunctionController(waits, name="f")
-        async with serving(tmp_path, controller, limits=limits) as server:
-            async with contextlib.AsyncExitStack() as stack:
+    limits = Limits(connections=4)
+    controller = FunctionController(waits, name="f")
+    async with serving(tmp_path, controller, limits=limits) as server:
+        async with contextlib.AsyncExitStack() as stack:
 
-                async def connect():
-                    return await stack.enter_async_context(Client(server.port))
+            async def connect():
+                return await stack.enter_async_context(Client(server.port))
 
-                idle = await connect()
-                assert (await idle.request("GET", "/health")).status == 200
-                busy = [await connect() for _ in range(3)]
-                for client in busy:
-                    body = echo_body(model="f")
-                    client.send(request_bytes("POST", "/v1/chat/completions", body))
-                await until(lambda: controller.in_flight == 3)
-                surplus = await asyncio.gather(*(connect() for _ in range(20)))
-                ends = [c.reader.read() for c in (*surplus, idle)]
-                done, _ = await asyncio.wait(
-                    [asyncio.ensure_future(end) for end in ends], timeout=0.5
-                )
-                refused = [task for task in done if task.result()]
-                assert len(refused) == 19, "one place was free to be had"
-                assert refused[0].result().startswith(b"HTTP/1.1 503 ")
-                assert len(server._handlers) == 4
-                gate.set()
-                for client in busy:
-                    assert (await client.read_reply()).status == 200
-
-    run(check())
+            idle = await connect()
+            assert (await idle.request("GET", "/health")).status == 200
+            busy = [await connect() for _ in range(3)]
+            for client in busy:
+                body = echo_body(model="f")
+                client.send(request_bytes("POST", "/v1/chat/completions", body))
+            await until(lambda: controller.in_flight == 3)
+            surplus = await asyncio.gather(*(connect() for _ in range(20)))
+            ends = [c.reader.read() for c in (*surplus, idle)]
+            done, _ = await asyncio.wait(
+                [asyncio.ensure_future(end) for end in ends], timeout=0.5
+            )
+            refused = [task for task in done if task.result()]
+            assert len(refused) == 19, "one place was free to be had"
+            assert refused[0].result().startswith(b"HTTP/1.1 503 ")
+            assert len(server._handlers) == 4
+            gate.set()
+            for client in busy:
+                assert (await client.read_reply()).status == 200
 
 
 def test_connections_that_reset_at_once_leave_nothing(tmp_path):
@@ -10950,24 +10453,22 @@ def test_what_cannot_be_is_one_line_and_a_status(tmp_path, arguments, status, pa
         assert taken in last, "it names the port"
 
 
-def test_openai_api_key_in_the_environment_is_a_controller(tmp_path):
-    async def check():
-        async with Upstream() as upstream:
-            env = {
-                "OPENAI_API_KEY": "sk-UPSTREAMSECRET",
-                "OPENAI_BASE_URL": upstream.url,
-            }
-            with program_in(tmp_path, env=env) as program:
-                reply = await echo(program.port, model="m")
-                assert reply.json()["choices"][0]["message"]["content"] == "Hi there"
-                assert upstream.requests[-1].headers["authorization"] == (
-                    "Bearer sk-UPSTREAMSECRET"
-                )
-                program.wait_for("Controllers +openai")
-                assert "OPENAI_API_KEY" in program.stderr
-                assert "UPSTREAMSECRET" not in program.stderr
-
-    run(check())
+@flow
+async def test_openai_api_key_in_the_environment_is_a_controller(tmp_path):
+    async with Upstream() as upstream:
+        env = {
+            "OPENAI_API_KEY": "sk-UPSTREAMSECRET",
+            "OPENAI_BASE_URL": upstream.url,
+        }
+        with program_in(tmp_path, env=env) as program:
+            reply = await echo(program.port, model="m")
+            assert reply.json()["choices"][0]["message"]["content"] == "Hi there"
+            assert upstream.requests[-1].headers["authorization"] == (
+                "Bearer sk-UPSTREAMSECRET"
+            )
+            program.wait_for("Controllers +openai")
+            assert "OPENAI_API_KEY" in program.stderr
+            assert "UPSTREAMSECRET" not in program.stderr
 
 
 # --- The log
@@ -11193,144 +10694,136 @@ def test_a_signal_during_the_start_ends_it_cleanly(tmp_path):
 
 
 @needs_posix
-def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
-    async def check():
-        go_on = asyncio.Event()
+@flow(timeout=30)
+async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
+    go_on = asyncio.Event()
 
-        async def slow(request, writer):
-            if request.line.startswith("POST"):
-                await go_on.wait()
-            writer.write(http_reply(completion("old")))
+    async def slow(request, writer):
+        if request.line.startswith("POST"):
+            await go_on.wait()
+        writer.write(http_reply(completion("old")))
 
-        async with Upstream(slow) as old, Upstream() as kept, Upstream() as new:
+    async with Upstream(slow) as old, Upstream() as kept, Upstream() as new:
 
-            def entry(name, upstream):
-                config = {"api_key": "k", "base_url": upstream.url}
-                return {
-                    "type": "openai",
-                    "name": name,
-                    "models": [name],
-                    "config": config,
-                }
-
-            write_config(tmp_path, controllers=[entry("old", old), entry("kept", kept)])
-            with program_in(tmp_path) as program:
-                port = program.port
-                assert (await echo(port, model="kept")).status == 200
-                running = asyncio.ensure_future(echo(port, model="old"))
-                await until(lambda: any(r.line[:4] == "POST" for r in old.requests))
-
-                (tmp_path / "chatgpt-apiserver.json").write_text('{"controllers": [')
-                program.signal(signal.SIGHUP)
-                program.wait_for("not reloaded: .*chatgpt-apiserver.json")
-                assert (await echo(port, model="kept")).status == 200
-
-                write_config(
-                    tmp_path,
-                    controllers=[entry("kept", kept), entry("new", new)],
-                    pool={"type": "random"},
-                    upstream_errors="pass",
-                )
-                program.signal(signal.SIGHUP)
-                program.wait_for("configuration reloaded; controllers: kept, new")
-                assert (await echo(port, model="new")).status == 200
-                assert (await echo(port, model="old")).status == 404
-                go_on.set()
-                reply = await running
-                assert reply.status == 200 and b"old" in reply.content
-                reply = await ask(port, "GET", "/admin/controllers")
-                lines = {line["name"]: line for line in reply.json()["controllers"]}
-                assert set(lines) == {"mock", "kept", "new"}
-                assert lines["kept"]["requests"] == 2
-
-                settings = {"controllers": [], "port": 1, "api_key": "other"}
-                write_config(tmp_path, **settings)
-                program.signal(signal.SIGHUP)
-                program.wait_for("controllers: none")
-                assert (await echo(port)).status == 200
-                program.signal(signal.SIGTERM)
-                assert program.end() == 0
-                assert "Traceback" not in program.stderr
-
-    run(check(), 30)
-
-
-@needs_posix
-def test_sighup_changes_the_limits_of_what_stays(tmp_path):
-    async def check():
-        async def silent(request, writer):
-            await asyncio.sleep(60)
-
-        async with Upstream(silent) as upstream:
+        def entry(name, upstream):
             config = {"api_key": "k", "base_url": upstream.url}
-            entries = [{"type": "openai", "name": "kept", "config": config}]
-            write_config(tmp_path, controllers=entries)
-            with program_in(tmp_path) as program:
-                port = program.port  # it has started
-                limits = {"first_byte_timeout": 0.2, "connections": 9}
-                write_config(tmp_path, controllers=entries, limits=limits)
-                program.signal(signal.SIGHUP)
-                program.wait_for("only a restart changes limits.connections")
-                reply = await asyncio.wait_for(echo(port, model="kept"), 10)
-                assert reply.status == 504
-                program.signal(signal.SIGTERM)
-                assert program.end() == 0 and "Error" not in program.stderr
+            return {
+                "type": "openai",
+                "name": name,
+                "models": [name],
+                "config": config,
+            }
 
-    run(check(), 30)
+        write_config(tmp_path, controllers=[entry("old", old), entry("kept", kept)])
+        with program_in(tmp_path) as program:
+            port = program.port
+            assert (await echo(port, model="kept")).status == 200
+            running = asyncio.ensure_future(echo(port, model="old"))
+            await until(lambda: any(r.line[:4] == "POST" for r in old.requests))
+
+            (tmp_path / "chatgpt-apiserver.json").write_text('{"controllers": [')
+            program.signal(signal.SIGHUP)
+            program.wait_for("not reloaded: .*chatgpt-apiserver.json")
+            assert (await echo(port, model="kept")).status == 200
+
+            write_config(
+                tmp_path,
+                controllers=[entry("kept", kept), entry("new", new)],
+                pool={"type": "random"},
+                upstream_errors="pass",
+            )
+            program.signal(signal.SIGHUP)
+            program.wait_for("configuration reloaded; controllers: kept, new")
+            assert (await echo(port, model="new")).status == 200
+            assert (await echo(port, model="old")).status == 404
+            go_on.set()
+            reply = await running
+            assert reply.status == 200 and b"old" in reply.content
+            reply = await ask(port, "GET", "/admin/controllers")
+            lines = {line["name"]: line for line in reply.json()["controllers"]}
+            assert set(lines) == {"mock", "kept", "new"}
+            assert lines["kept"]["requests"] == 2
+
+            settings = {"controllers": [], "port": 1, "api_key": "other"}
+            write_config(tmp_path, **settings)
+            program.signal(signal.SIGHUP)
+            program.wait_for("controllers: none")
+            assert (await echo(port)).status == 200
+            program.signal(signal.SIGTERM)
+            assert program.end() == 0
+            assert "Traceback" not in program.stderr
 
 
 @needs_posix
-def test_sighup_takes_over_a_controller_with_an_agents_name_and_changes(tmp_path):
+@flow(timeout=30)
+async def test_sighup_changes_the_limits_of_what_stays(tmp_path):
+    async def silent(request, writer):
+        await asyncio.sleep(60)
+
+    async with Upstream(silent) as upstream:
+        config = {"api_key": "k", "base_url": upstream.url}
+        entries = [{"type": "openai", "name": "kept", "config": config}]
+        write_config(tmp_path, controllers=entries)
+        with program_in(tmp_path) as program:
+            port = program.port  # it has started
+            limits = {"first_byte_timeout": 0.2, "connections": 9}
+            write_config(tmp_path, controllers=entries, limits=limits)
+            program.signal(signal.SIGHUP)
+            program.wait_for("only a restart changes limits.connections")
+            reply = await asyncio.wait_for(echo(port, model="kept"), 10)
+            assert reply.status == 504
+            program.signal(signal.SIGTERM)
+            assert program.end() == 0 and "Error" not in program.stderr
+
+
+@needs_posix
+@flow(timeout=30)
+async def test_sighup_takes_over_a_controller_with_an_agents_name_and_changes(tmp_path):
     """An agent's name is a label of its own: it must not confuse a reload."""
 
-    async def check():
-        async with Upstream() as one, Upstream(http_reply(completion("two"))) as two:
+    async with Upstream() as one, Upstream(http_reply(completion("two"))) as two:
 
-            def configure(*upstreams):
-                configs = [{"api_key": "k", "base_url": u.url} for u in upstreams]
-                entries = [
-                    {"type": "openai", "name": "gpu", "models": ["m"], "config": config}
-                    for config in configs
-                ]
-                write_config(tmp_path, controllers=entries)
+        def configure(*upstreams):
+            configs = [{"api_key": "k", "base_url": u.url} for u in upstreams]
+            entries = [
+                {"type": "openai", "name": "gpu", "models": ["m"], "config": config}
+                for config in configs
+            ]
+            write_config(tmp_path, controllers=entries)
 
-            configure()
-            with program_in(tmp_path) as program:
-                port = program.port
-                hello = {"version": 2, "name": "gpu", "models": []}
-                async with Agent(port, hello=json.dumps(hello)):
-                    program.wait_for("agent gpu joined")
-                    configure(one)
-                    program.signal(signal.SIGHUP)
-                    program.wait_for("reloaded; controllers: gpu")
-                    assert b"Hi there" in (await echo(port, model="m")).content
-                    configure(two)
-                    program.signal(signal.SIGHUP)
-                    await until_reply(port, b"two")
-                    agents = (await ask(port, "GET", "/api/connections")).json()
-                    assert len(agents["connections"]) == 1
-                program.signal(signal.SIGTERM)
-                assert program.end() == 0 and "Error" not in program.stderr
-
-    run(check(), 30)
+        configure()
+        with program_in(tmp_path) as program:
+            port = program.port
+            hello = {"version": 2, "name": "gpu", "models": []}
+            async with Agent(port, hello=json.dumps(hello)):
+                program.wait_for("agent gpu joined")
+                configure(one)
+                program.signal(signal.SIGHUP)
+                program.wait_for("reloaded; controllers: gpu")
+                assert b"Hi there" in (await echo(port, model="m")).content
+                configure(two)
+                program.signal(signal.SIGHUP)
+                await until_reply(port, b"two")
+                agents = (await ask(port, "GET", "/api/connections")).json()
+                assert len(agents["connections"]) == 1
+            program.signal(signal.SIGTERM)
+            assert program.end() == 0 and "Error" not in program.stderr
 
 
-def test_a_tls_handshake_that_never_ends_is_not_left_behind(tmp_path):
+@flow
+async def test_a_tls_handshake_that_never_ends_is_not_left_behind(tmp_path):
     (tmp_path / "cert.pem").write_text(TEST_CERT + TEST_KEY)
 
-    async def check():
-        tasks = asyncio.all_tasks()
-        async with serving(tmp_path, tls_cert=str(tmp_path / "cert.pem")) as server:
-            known = asyncio.all_tasks()
-            silent = socket.create_connection(("127.0.0.1", server.port))
-            await until(lambda: asyncio.all_tasks() - known)
-        left = asyncio.all_tasks() - tasks
-        silent.close()
-        if left:
-            await asyncio.wait(left, timeout=2)
-        assert not left
-
-    run(check())
+    tasks = asyncio.all_tasks()
+    async with serving(tmp_path, tls_cert=str(tmp_path / "cert.pem")) as server:
+        known = asyncio.all_tasks()
+        silent = socket.create_connection(("127.0.0.1", server.port))
+        await until(lambda: asyncio.all_tasks() - known)
+    left = asyncio.all_tasks() - tasks
+    silent.close()
+    if left:
+        await asyncio.wait(left, timeout=2)
+    assert not left
 
 
 async def until_reply(port, part):
@@ -11485,258 +10978,228 @@ async def agent_upstream(request, writer):
         writer.write(http_reply(completion()))
 
 
-def test_an_agent_answers_whole_and_streamed(tmp_path):
-    async def check():
-        async with Upstream(agent_upstream) as upstream, serving(tmp_path) as server:
-            async with agent_of(server, upstream.controller()) as agent:
-                whole = await ask(server.port, "POST", CHAT_API, CHAT)
-                assert whole.json() == completion()
-                reply = await ask(server.port, "POST", CHAT_API, STREAMED)
-                texts = [json.loads(e)["choices"][0] for e in reply.events()[:-1]]
-                words = [choice["delta"].get("content", "") for choice in texts]
-                assert "".join(words) == "Hi thére" and reply.events()[-1] == "[DONE]"
-                assert agent.log.has("as box, serving m, n")
-                listed = await ask(server.port, "GET", "/v1/models")
-                assert {"m", "n"} < {m["id"] for m in listed.json()["data"]}
-                # One connection to the upstream: no call was cut at its end.
-                assert upstream.connections == 1
-
-    run(check())
+@flow
+async def test_an_agent_answers_whole_and_streamed(tmp_path):
+    async with Upstream(agent_upstream) as upstream, serving(tmp_path) as server:
+        async with agent_of(server, upstream.controller()) as agent:
+            whole = await ask(server.port, "POST", CHAT_API, CHAT)
+            assert whole.json() == completion()
+            reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+            texts = [json.loads(e)["choices"][0] for e in reply.events()[:-1]]
+            words = [choice["delta"].get("content", "") for choice in texts]
+            assert "".join(words) == "Hi thére" and reply.events()[-1] == "[DONE]"
+            assert agent.log.has("as box, serving m, n")
+            listed = await ask(server.port, "GET", "/v1/models")
+            assert {"m", "n"} < {m["id"] for m in listed.json()["data"]}
+            # One connection to the upstream: no call was cut at its end.
+            assert upstream.connections == 1
 
 
-def test_an_agent_carries_any_path_and_any_content(tmp_path):
-    async def check():
-        async with Upstream(agent_upstream) as upstream, serving(tmp_path) as server:
-            async with agent_of(server, upstream.controller()):
-                body = {"model": "n", "input": "x", "new_field": 0.0}
-                reply = await ask(server.port, "POST", "/v1/embeddings", body)
-                assert reply.json()["text"] == "日本" * 30000
-                assert upstream.requests[-1].json() == body
-                reply = await ask(server.port, "POST", "/v1/audio/speech", body)
-                assert reply.content == bytes(range(256)) * 300
-                assert reply.headers["content-type"] == "audio/mpeg"
-                form = (
-                    b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n'
-                )
-                form += b"--B\r\n\r\n" + bytes(range(256)) + b"\r\n--B--\r\n"
-                fields = [("Content-Type", "multipart/form-data; boundary=B")]
-                fields.append(("OpenAI-Beta", "v=1"))
-                path = "/v1/audio/transcriptions?x=%20"
-                reply = await ask(server.port, "POST", path, form, headers=fields)
-                assert reply.json() == {"text": str(len(form))}
-                seen = upstream.requests[-1]
-                assert seen.content == form and seen.headers["openai-beta"] == "v=1"
-                assert seen.headers["authorization"] == "Bearer UPSTREAMSECRET"
-                assert seen.line.startswith(f"POST {path} ")
-
-    run(check())
+@flow
+async def test_an_agent_carries_any_path_and_any_content(tmp_path):
+    async with Upstream(agent_upstream) as upstream, serving(tmp_path) as server:
+        async with agent_of(server, upstream.controller()):
+            body = {"model": "n", "input": "x", "new_field": 0.0}
+            reply = await ask(server.port, "POST", "/v1/embeddings", body)
+            assert reply.json()["text"] == "日本" * 30000
+            assert upstream.requests[-1].json() == body
+            reply = await ask(server.port, "POST", "/v1/audio/speech", body)
+            assert reply.content == bytes(range(256)) * 300
+            assert reply.headers["content-type"] == "audio/mpeg"
+            form = b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n'
+            form += b"--B\r\n\r\n" + bytes(range(256)) + b"\r\n--B--\r\n"
+            fields = [("Content-Type", "multipart/form-data; boundary=B")]
+            fields.append(("OpenAI-Beta", "v=1"))
+            path = "/v1/audio/transcriptions?x=%20"
+            reply = await ask(server.port, "POST", path, form, headers=fields)
+            assert reply.json() == {"text": str(len(form))}
+            seen = upstream.requests[-1]
+            assert seen.content == form and seen.headers["openai-beta"] == "v=1"
+            assert seen.headers["authorization"] == "Bearer UPSTREAMSECRET"
+            assert seen.line.startswith(f"POST {path} ")
 
 
-def test_an_agents_upstream_refuses_and_the_client_learns_why(tmp_path):
+@flow
+async def test_an_agents_upstream_refuses_and_the_client_learns_why(tmp_path):
     async def behave(request, writer):
         model = request.json()["model"]
         status = {"bad": 400, "busy": 429}[model]
         error = {"error": {"message": f"it is {model}", "code": None}}
         writer.write(http_reply(error, status, headers=[("Retry-After", "7")]))
 
-    async def check():
-        async with (
-            Upstream(behave) as upstream,
-            serving(tmp_path, upstream_errors="pass") as server,
-        ):
-            controller = upstream.controller(models=["bad", "busy"])
-            async with agent_of(server, controller):
-                reply = await ask(
-                    server.port, "POST", CHAT_API, {**CHAT, "model": "bad"}
-                )
-                assert reply.status == 400 and b"it is bad" in reply.content
-                reply = await ask(
-                    server.port, "POST", CHAT_API, {**CHAT, "model": "busy"}
-                )
-                assert reply.status == 429 and b"it is busy" in reply.content
-                assert reply.headers["retry-after"] == "7"
-
-    run(check())
+    async with (
+        Upstream(behave) as upstream,
+        serving(tmp_path, upstream_errors="pass") as server,
+    ):
+        controller = upstream.controller(models=["bad", "busy"])
+        async with agent_of(server, controller):
+            reply = await ask(server.port, "POST", CHAT_API, {**CHAT, "model": "bad"})
+            assert reply.status == 400 and b"it is bad" in reply.content
+            reply = await ask(server.port, "POST", CHAT_API, {**CHAT, "model": "busy"})
+            assert reply.status == 429 and b"it is busy" in reply.content
+            assert reply.headers["retry-after"] == "7"
 
 
-def test_stream_options_that_an_agents_upstream_refuses_are_left_out(tmp_path):
+@flow
+async def test_stream_options_that_an_agents_upstream_refuses_are_left_out(tmp_path):
     async def behave(request, writer):
         if "stream_options" in request.json():
             writer.write(http_reply({"error": {"message": "stream_options?"}}, 400))
         else:
             await agent_upstream(request, writer)
 
-    async def check():
-        async with Upstream(behave) as upstream, serving(tmp_path) as server:
-            async with agent_of(server, upstream.controller(models=["m"])):
-                for asked in (3, 4):  # the server and the agent learn it once each
-                    reply = await ask(server.port, "POST", CHAT_API, STREAMED)
-                    assert reply.status == 200 and len(upstream.requests) == asked
-
-    run(check())
+    async with Upstream(behave) as upstream, serving(tmp_path) as server:
+        async with agent_of(server, upstream.controller(models=["m"])):
+            for asked in (3, 4):  # the server and the agent learn it once each
+                reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+                assert reply.status == 200 and len(upstream.requests) == asked
 
 
-def test_a_slow_client_of_an_agent_holds_up_no_other(tmp_path):
+@flow
+async def test_a_slow_client_of_an_agent_holds_up_no_other(tmp_path):
     piece = "x" * 60_000
 
     async def flood(request):
         for _ in range(300 if request["messages"][0]["content"] == "much" else 2):
             yield piece
 
-    async def check():
-        async with serving(tmp_path) as server:
-            async with agent_of(server, FunctionController(flood, models=["m"])):
-                async with Client(server.port) as slow:
-                    much = {
-                        **STREAMED,
-                        "messages": [{"role": "user", "content": "much"}],
-                    }
-                    slow.send(request_bytes("POST", CHAT_API, much))
-                    await slow.read_head()
-                    slow.writer.transport.pause_reading()
-                    began = time.monotonic()
-                    asks = (
-                        ask(server.port, "POST", CHAT_API, STREAMED) for _ in range(20)
-                    )
-                    for reply in await asyncio.gather(*asks):
-                        assert reply.status == 200 and reply.events()[-1] == "[DONE]"
-                    assert time.monotonic() - began < 5
-                    # 18 MB are more than the 8 MiB that wait for one call, and than
-                    # what sockets hold: it is told, and its call is cut.
-                    (controller,) = server.service.agents.values()
-                    await until(lambda: not controller._calls)
-                    slow.writer.transport.resume_reading()
-                    text = (await slow.reader.read()).decode()
-                    assert "client_too_slow" in text and "[DONE]" not in text
-                    reply = await ask(server.port, "POST", CHAT_API, STREAMED)
-                    assert reply.status == 200
-
-    run(check())
+    async with serving(tmp_path) as server:
+        async with agent_of(server, FunctionController(flood, models=["m"])):
+            async with Client(server.port) as slow:
+                much = {
+                    **STREAMED,
+                    "messages": [{"role": "user", "content": "much"}],
+                }
+                slow.send(request_bytes("POST", CHAT_API, much))
+                await slow.read_head()
+                slow.writer.transport.pause_reading()
+                began = time.monotonic()
+                asks = (ask(server.port, "POST", CHAT_API, STREAMED) for _ in range(20))
+                for reply in await asyncio.gather(*asks):
+                    assert reply.status == 200 and reply.events()[-1] == "[DONE]"
+                assert time.monotonic() - began < 5
+                # 18 MB are more than the 8 MiB that wait for one call, and than
+                # what sockets hold: it is told, and its call is cut.
+                (controller,) = server.service.agents.values()
+                await until(lambda: not controller._calls)
+                slow.writer.transport.resume_reading()
+                text = (await slow.reader.read()).decode()
+                assert "client_too_slow" in text and "[DONE]" not in text
+                reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+                assert reply.status == 200
 
 
-def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_path):
+@flow
+async def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_path):
     async def behave(request, writer):
         if request.json().get("stream"):
             writer.write(STREAM_HEAD + chunked(chunk("Hi ")))
         await asyncio.sleep(20)
 
-    async def check():
-        async with Upstream(behave) as upstream, serving(tmp_path) as server:
-            async with agent_of(server, upstream.controller(models=["m"])) as agent:
-                for count, body in ((1, CHAT), (2, STREAMED)):
-                    async with Client(server.port) as client:
-                        client.send(request_bytes("POST", CHAT_API, body))
-                        await until(lambda count=count: len(upstream.requests) == count)
-                        if body is STREAMED:
-                            await client.read_head()
-                    began = time.monotonic()
-                    await until(lambda count=count: upstream.ended == count)
-                    assert time.monotonic() - began < 1
-                    await until(lambda: not agent._calls)
-                assert agent.id in server.service.agents  # and stays
-
-    run(check())
+    async with Upstream(behave) as upstream, serving(tmp_path) as server:
+        async with agent_of(server, upstream.controller(models=["m"])) as agent:
+            for count, body in ((1, CHAT), (2, STREAMED)):
+                async with Client(server.port) as client:
+                    client.send(request_bytes("POST", CHAT_API, body))
+                    await until(lambda count=count: len(upstream.requests) == count)
+                    if body is STREAMED:
+                        await client.read_head()
+                began = time.monotonic()
+                await until(lambda count=count: upstream.ended == count)
+                assert time.monotonic() - began < 1
+                await until(lambda: not agent._calls)
+            assert agent.id in server.service.agents  # and stays
 
 
-def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
+@flow
+async def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
     async def behave(request, writer):
         writer.write(STREAM_HEAD + chunked(chunk("Hi ")))
         await asyncio.sleep(20)
 
-    async def check():
-        async with Upstream(behave) as upstream, serving(tmp_path) as server:
-            async with (
-                agent_of(server, upstream.controller(models=["m"])) as agent,
-                Client(server.port) as client,
-            ):
-                client.send(request_bytes("POST", CHAT_API, STREAMED))
-                await client.read_head()
-                await until(lambda: agent._calls)
-                agent._websocket.connection.reset()
-                text = (await client.reader.read()).decode()
-                assert '"code": "agent_lost"' in text and "[DONE]" not in text
-                await until(lambda: upstream.ended == 1)
-
-    run(check())
+    async with Upstream(behave) as upstream, serving(tmp_path) as server:
+        async with (
+            agent_of(server, upstream.controller(models=["m"])) as agent,
+            Client(server.port) as client,
+        ):
+            client.send(request_bytes("POST", CHAT_API, STREAMED))
+            await client.read_head()
+            await until(lambda: agent._calls)
+            agent._websocket.connection.reset()
+            text = (await client.reader.read()).decode()
+            assert '"code": "agent_lost"' in text and "[DONE]" not in text
+            await until(lambda: upstream.ended == 1)
 
 
-def test_what_an_agent_drops_before_the_first_byte_another_answers(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            asked = []
+@flow
+async def test_what_an_agent_drops_before_the_first_byte_another_answers(tmp_path):
+    async with serving(tmp_path) as server:
+        asked = []
 
-            async def die(request):
-                asked.append("first")
-                first._websocket.connection.reset()
-                await asyncio.sleep(20)
+        async def die(request):
+            asked.append("first")
+            first._websocket.connection.reset()
+            await asyncio.sleep(20)
 
-            async def answer(request):
-                asked.append("second")
-                return "from the second"
+        async def answer(request):
+            asked.append("second")
+            return "from the second"
 
-            async with agent_of(server, FunctionController(die, models=["m"])) as first:
-                async with agent_of(server, FunctionController(answer, models=["m"])):
-                    while "first" not in asked:
-                        reply = await ask(server.port, "POST", CHAT_API, CHAT)
-                        assert reply.status == 200 and b"from the sec" in reply.content
-                    assert asked[-2:] == ["first", "second"]
-
-    run(check())
+        async with agent_of(server, FunctionController(die, models=["m"])) as first:
+            async with agent_of(server, FunctionController(answer, models=["m"])):
+                while "first" not in asked:
+                    reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                    assert reply.status == 200 and b"from the sec" in reply.content
+                assert asked[-2:] == ["first", "second"]
 
 
-def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
+@flow
+async def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
     async def hi(request):
         return "Hi"
 
-    async def check():
-        async with contextlib.AsyncExitStack() as stack:
-            async with serving(tmp_path) as server:
-                agent = await stack.enter_async_context(
-                    agent_of(server, FunctionController(hi, models=["m"]))
-                )
-                port, id = server.port, agent.id
-            assert not agent.task.done()
-            again = apiserver.Server(KEY, port=port, users=str(tmp_path / "users.json"))
-            async with again:
-                await until(lambda: list(again.service.agents) == [id])
-                reply = await ask(port, "POST", CHAT_API, CHAT)
-                assert reply.status == 200
-            closed = [line for line in agent.log if "the connection to" in line]
-            assert "1001" in closed[0] and "dialling again" in closed[0]
-
-    run(check())
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(tmp_path) as server:
+            agent = await stack.enter_async_context(
+                agent_of(server, FunctionController(hi, models=["m"]))
+            )
+            port, id = server.port, agent.id
+        assert not agent.task.done()
+        again = apiserver.Server(KEY, port=port, users=str(tmp_path / "users.json"))
+        async with again:
+            await until(lambda: list(again.service.agents) == [id])
+            reply = await ask(port, "POST", CHAT_API, CHAT)
+            assert reply.status == 200
+        closed = [line for line in agent.log if "the connection to" in line]
+        assert "1001" in closed[0] and "dialling again" in closed[0]
 
 
 @pytest.mark.parametrize("key, words", [("wrong", "(401)"), ("user", "(403)")])
-def test_a_refused_key_is_told_once_and_tried_again(tmp_path, key, words):
-    async def check():
-        async with serving(tmp_path) as server:
-            user = await server.service.users.add()
-            controller = FunctionController(lambda request: "Hi", models=["m"])
-            token = user.token if key == "user" else key
-            options = {"limits": Limits(redial_max=0.02), "key": token}
-            log = AgentLog()
-            server.service.access = log.write
-            async with agent_of(server.port, controller, **options) as agent:
-                await until(lambda: len(log) > 2)
-                assert len(agent.log) == 1 and words in agent.log[0]
-                assert "--key" in agent.log[0] and token not in agent.log[0]
-
-    run(check())
+@flow
+async def test_a_refused_key_is_told_once_and_tried_again(tmp_path, key, words):
+    async with serving(tmp_path) as server:
+        user = await server.service.users.add()
+        controller = FunctionController(lambda request: "Hi", models=["m"])
+        token = user.token if key == "user" else key
+        options = {"limits": Limits(redial_max=0.02), "key": token}
+        log = AgentLog()
+        server.service.access = log.write
+        async with agent_of(server.port, controller, **options) as agent:
+            await until(lambda: len(log) > 2)
+            assert len(agent.log) == 1 and words in agent.log[0]
+            assert "--key" in agent.log[0] and token not in agent.log[0]
 
 
-def test_an_agents_token_registers_and_does_nothing_else(tmp_path):
-    async def check():
-        async with serving(tmp_path, agents_auth="key") as server:
-            user = await server.service.users.add(role="agent")
-            controller = FunctionController(lambda request: "Hi", models=["m"])
-            async with agent_of(server, controller, key=user.token):
-                reply = await ask(server.port, "POST", CHAT_API, CHAT, key=user.token)
-                assert reply.status == 403
-                reply = await ask(server.port, "POST", CHAT_API, CHAT)
-                assert reply.status == 200
-
-    run(check())
+@flow
+async def test_an_agents_token_registers_and_does_nothing_else(tmp_path):
+    async with serving(tmp_path, agents_auth="key") as server:
+        user = await server.service.users.add(role="agent")
+        controller = FunctionController(lambda request: "Hi", models=["m"])
+        async with agent_of(server, controller, key=user.token):
+            reply = await ask(server.port, "POST", CHAT_API, CHAT, key=user.token)
+            assert reply.status == 403
+            reply = await ask(server.port, "POST", CHAT_API, CHAT)
+            assert reply.status == 200
 
 
 def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path):
@@ -11772,54 +11235,48 @@ def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path):
     run(check())
 
 
-def test_a_second_request_to_shut_down_ends_an_agent_at_once(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
+@flow
+async def test_a_second_request_to_shut_down_ends_an_agent_at_once(tmp_path):
+    async with serving(tmp_path) as server:
 
-            async def wait(request):
-                await asyncio.sleep(20)
+        async def wait(request):
+            await asyncio.sleep(20)
 
-            async with agent_of(
-                server, FunctionController(wait, models=["m"])
-            ) as agent:
-                asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
-                await until(lambda: agent._calls)
-                agent.request_shutdown()
-                agent.request_shutdown()
-                await asyncio.wait_for(agent.task, 5)
-                reply = await asking
-                assert reply.status == 500 and b"agent_lost" in reply.content
-
-    run(check())
+        async with agent_of(server, FunctionController(wait, models=["m"])) as agent:
+            asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+            await until(lambda: agent._calls)
+            agent.request_shutdown()
+            agent.request_shutdown()
+            await asyncio.wait_for(agent.task, 5)
+            reply = await asking
+            assert reply.status == 500 and b"agent_lost" in reply.content
 
 
-def test_an_agent_waits_for_an_upstream_and_tells_when_its_list_changes(tmp_path):
+@flow
+async def test_an_agent_waits_for_an_upstream_and_tells_when_its_list_changes(tmp_path):
     names = []
 
     async def behave(request, writer):
         writer.write(http_reply({"data": [{"id": name} for name in names]}))
 
-    async def check():
-        async with Upstream(behave) as upstream, serving(tmp_path) as server:
-            limits = Limits(look_interval=0.02, models_interval=0.02)
-            async with agent_of(
-                server.port, upstream.controller(name="up"), limits=limits
-            ) as agent:
-                await until(lambda: agent.log)
-                assert "nothing to serve yet" in agent.log[0] and "up" in agent.log[0]
-                assert not server.service.agents
-                names.append("one")
-                await until(lambda: server.service.agents)
-                (controller,) = server.service.agents.values()
-                assert list(controller.models) == ["one"]
-                names[:] = ["two", "three"]
-                await until(lambda: list(controller.models) == ["two", "three"])
-                names.clear()
-                await until(lambda: controller.models == {})
-                assert not controller.serves(None)
-                assert agent.log.has("now serving two, three")
-
-    run(check())
+    async with Upstream(behave) as upstream, serving(tmp_path) as server:
+        limits = Limits(look_interval=0.02, models_interval=0.02)
+        async with agent_of(
+            server.port, upstream.controller(name="up"), limits=limits
+        ) as agent:
+            await until(lambda: agent.log)
+            assert "nothing to serve yet" in agent.log[0] and "up" in agent.log[0]
+            assert not server.service.agents
+            names.append("one")
+            await until(lambda: server.service.agents)
+            (controller,) = server.service.agents.values()
+            assert list(controller.models) == ["one"]
+            names[:] = ["two", "three"]
+            await until(lambda: list(controller.models) == ["two", "three"])
+            names.clear()
+            await until(lambda: controller.models == {})
+            assert not controller.serves(None)
+            assert agent.log.has("now serving two, three")
 
 
 def test_an_agent_finds_the_programs_on_this_machine(monkeypatch):
@@ -11892,30 +11349,28 @@ PATH_ATTACKS = [
 ]
 
 
-def test_a_malicious_server_reaches_nothing_but_the_api():
-    async def check():
-        async with Upstream(agent_upstream) as upstream, AgentServer() as server:
-            async with agent_of(server.port, upstream.controller(models=["m"])):
-                await server.heard("Connection id")
-                for number, path in enumerate(PATH_ATTACKS):
-                    head, _ = await server.request(f"c{number}", path)
-                    assert head["status"] == 400, path
-                fields = {
-                    "Host": "evil",
-                    "authorization": "Bearer evil",
-                    "x-a": "b\r\nc",
-                }
-                fields.update({"cookie": "c", "x-ok": "1", "x-n": 1, "a b": "c"})
-                assert upstream.requests == []
-                head, content = await server.request("last", CHAT_API, headers=fields)
-                assert head["status"] == 200 and json.loads(content) == completion()
-                (request,) = upstream.requests
-                assert request.headers["authorization"] == "Bearer UPSTREAMSECRET"
-                assert "evil" not in str(request.headers)
-                assert request.headers["x-ok"] == "1"
-                assert {"cookie", "x-a", "x-n"}.isdisjoint(request.headers)
-
-    run(check())
+@flow
+async def test_a_malicious_server_reaches_nothing_but_the_api():
+    async with Upstream(agent_upstream) as upstream, AgentServer() as server:
+        async with agent_of(server.port, upstream.controller(models=["m"])):
+            await server.heard("Connection id")
+            for number, path in enumerate(PATH_ATTACKS):
+                head, _ = await server.request(f"c{number}", path)
+                assert head["status"] == 400, path
+            fields = {
+                "Host": "evil",
+                "authorization": "Bearer evil",
+                "x-a": "b\r\nc",
+            }
+            fields.update({"cookie": "c", "x-ok": "1", "x-n": 1, "a b": "c"})
+            assert upstream.requests == []
+            head, content = await server.request("last", CHAT_API, headers=fields)
+            assert head["status"] == 200 and json.loads(content) == completion()
+            (request,) = upstream.requests
+            assert request.headers["authorization"] == "Bearer UPSTREAMSECRET"
+            assert "evil" not in str(request.headers)
+            assert request.headers["x-ok"] == "1"
+            assert {"cookie", "x-a", "x-n"}.isdisjoint(request.headers)
 
 
 @pytest.mark.parametrize(
@@ -11935,134 +11390,122 @@ def test_a_malicious_server_reaches_nothing_but_the_api():
         '{"id": "a", "message": "nonsense"}',
     ],
 )
-def test_nonsense_from_a_server_does_not_end_an_agent(message):
-    async def check():
-        async with AgentServer() as server:
-            controller = FunctionController(lambda request: "Hi", models=["m"])
-            async with agent_of(server.port, controller):
-                await server.heard("Connection id")
-                server.writer.write(server.protocol.send(message))
-                head, _ = await server.request("good", CHAT_API)
-                assert head["status"] == 200 and len(server.heads) == 1
-
-    run(check())
+@flow
+async def test_nonsense_from_a_server_does_not_end_an_agent(message):
+    async with AgentServer() as server:
+        controller = FunctionController(lambda request: "Hi", models=["m"])
+        async with agent_of(server.port, controller):
+            await server.heard("Connection id")
+            server.writer.write(server.protocol.send(message))
+            head, _ = await server.request("good", CHAT_API)
+            assert head["status"] == 200 and len(server.heads) == 1
 
 
-def test_an_agent_takes_no_more_calls_than_twice_what_it_said():
-    async def check():
-        async def wait(request):
-            await asyncio.sleep(20)
+@flow
+async def test_an_agent_takes_no_more_calls_than_twice_what_it_said():
+    async def wait(request):
+        await asyncio.sleep(20)
 
-        async with AgentServer() as server:
-            controller = FunctionController(wait, models=["m"])
-            async with agent_of(server.port, controller, max_concurrency=2) as agent:
-                hello = await server.heard("Connection id")
-                assert json.loads(hello["data"]) == {
-                    "version": 2,
-                    "name": "box",
-                    "models": ["m"],
-                    "max_concurrency": 2,
-                }
-                for number in range(5):
-                    data = {"method": "POST", "path": CHAT_API, "body": CHAT}
-                    server.send(f"c{number}", "ApiRequest", data)
-                assert (await server.heard("error"))["id"] == "c4"
-                assert len(agent._calls) == 4
-                server.send("c0", "ApiCancel")
-                await until(lambda: len(agent._calls) == 3)
-            assert not agent._calls
-
-    run(check())
+    async with AgentServer() as server:
+        controller = FunctionController(wait, models=["m"])
+        async with agent_of(server.port, controller, max_concurrency=2) as agent:
+            hello = await server.heard("Connection id")
+            assert json.loads(hello["data"]) == {
+                "version": 2,
+                "name": "box",
+                "models": ["m"],
+                "max_concurrency": 2,
+            }
+            for number in range(5):
+                data = {"method": "POST", "path": CHAT_API, "body": CHAT}
+                server.send(f"c{number}", "ApiRequest", data)
+            assert (await server.heard("error"))["id"] == "c4"
+            assert len(agent._calls) == 4
+            server.send("c0", "ApiCancel")
+            await until(lambda: len(agent._calls) == 3)
+        assert not agent._calls
 
 
-def test_a_slow_server_slows_the_upstream():
-    async def check():
-        made = 0
+@flow
+async def test_a_slow_server_slows_the_upstream():
+    made = 0
 
-        async def flood(request):
-            nonlocal made
-            while True:
-                made += 1
-                yield "x" * 60_000
+    async def flood(request):
+        nonlocal made
+        while True:
+            made += 1
+            yield "x" * 60_000
 
-        async with AgentServer() as server:
-            async with agent_of(server.port, FunctionController(flood, models=["m"])):
-                await server.heard("Connection id")
-                server.writer.transport.pause_reading()
-                data = {"method": "POST", "path": CHAT_API, "body": STREAMED}
-                server.send("c", "ApiRequest", data)
-                seen = -1
-                while seen != made or not made:  # until it stands still
-                    seen = made
-                    await asyncio.sleep(0.1)
-                assert made * 60_000 < 12 * 1024 * 1024  # what sockets hold
-                server.writer.transport.resume_reading()
-                await until(lambda: made > seen + 100)
-
-    run(check())
+    async with AgentServer() as server:
+        async with agent_of(server.port, FunctionController(flood, models=["m"])):
+            await server.heard("Connection id")
+            server.writer.transport.pause_reading()
+            data = {"method": "POST", "path": CHAT_API, "body": STREAMED}
+            server.send("c", "ApiRequest", data)
+            seen = -1
+            while seen != made or not made:  # until it stands still
+                seen = made
+                await asyncio.sleep(0.1)
+            assert made * 60_000 < 12 * 1024 * 1024  # what sockets hold
+            server.writer.transport.resume_reading()
+            await until(lambda: made > seen + 100)
 
 
-def test_the_original_go_server_is_served(tmp_path):
-    async def check():
-        async with Upstream(agent_upstream) as upstream, AgentServer() as server:
-            async with agent_of(server.port, upstream.controller()) as agent:
-                hello = await server.heard("Connection id")
-                assert hello["id"] == "fresh-id" == agent.id
-                assert agent._websocket.patient  # it answers no pings while idle
-                server.send("p", "ping")
-                assert (await server.heard("pong"))["id"] == "p"
-                data = {"message_id": "1", "conversation_id": "", "parent_id": "2"}
-                server.send("q", "ChatGptRequest", {**data, "content": "Hello"})
-                answer = json.loads((await server.heard("ChatGptResponse"))["data"])
-                assert answer["content"] == "Hi there"
-                more = {
-                    "conversation_id": answer["conversation_id"],
-                    "parent_id": answer["response_id"],
-                    "content": "And?",
-                }
-                server.send("r", "ChatGptRequest", more)
-                second = await server.heard("ChatGptResponse", "r")
-                second = json.loads(second["data"])
-                assert second["conversation_id"] == answer["conversation_id"]
-                texts = [m["content"] for m in upstream.requests[-1].json()["messages"]]
-                assert texts == ["Hello", "Hi there", "And?"]
-                upstream.behave = http_reply({"error": {"message": "no luck"}}, 404)
-                server.send("s", "ChatGptRequest", {**data, "content": "Hello"})
-                assert "no luck" in (await server.heard("error"))["data"]
-                server.send("fresh-id", "Connection id", '{"version": 2}')
-                await until(lambda: not agent._websocket.patient)
-
-    run(check())
+@flow
+async def test_the_original_go_server_is_served(tmp_path):
+    async with Upstream(agent_upstream) as upstream, AgentServer() as server:
+        async with agent_of(server.port, upstream.controller()) as agent:
+            hello = await server.heard("Connection id")
+            assert hello["id"] == "fresh-id" == agent.id
+            assert agent._websocket.patient  # it answers no pings while idle
+            server.send("p", "ping")
+            assert (await server.heard("pong"))["id"] == "p"
+            data = {"message_id": "1", "conversation_id": "", "parent_id": "2"}
+            server.send("q", "ChatGptRequest", {**data, "content": "Hello"})
+            answer = json.loads((await server.heard("ChatGptResponse"))["data"])
+            assert answer["content"] == "Hi there"
+            more = {
+                "conversation_id": answer["conversation_id"],
+                "parent_id": answer["response_id"],
+                "content": "And?",
+            }
+            server.send("r", "ChatGptRequest", more)
+            second = await server.heard("ChatGptResponse", "r")
+            second = json.loads(second["data"])
+            assert second["conversation_id"] == answer["conversation_id"]
+            texts = [m["content"] for m in upstream.requests[-1].json()["messages"]]
+            assert texts == ["Hello", "Hi there", "And?"]
+            upstream.behave = http_reply({"error": {"message": "no luck"}}, 404)
+            server.send("s", "ChatGptRequest", {**data, "content": "Hello"})
+            assert "no luck" in (await server.heard("error"))["data"]
+            server.send("fresh-id", "Connection id", '{"version": 2}')
+            await until(lambda: not agent._websocket.patient)
 
 
-def test_a_server_that_falls_silent_is_left_and_dialled_again():
-    async def check():
-        limits = Limits(redial_first=0.05, ping_interval=0.05, pong_timeout=0.05)
-        async with AgentServer() as server:
-            controller = FunctionController(lambda request: "Hi", models=["m"])
-            async with agent_of(server.port, controller, limits=limits) as agent:
-                await server.heard("Connection id")
-                server.send("its-id", "Connection id", '{"version": 2}')
-                await until(lambda: len(server.heads) > 1)
-                await until(lambda: server.said[-1]["id"] == "its-id")
-                assert agent.log.has("1011 no answer to a ping")
-
-    run(check())
+@flow
+async def test_a_server_that_falls_silent_is_left_and_dialled_again():
+    limits = Limits(redial_first=0.05, ping_interval=0.05, pong_timeout=0.05)
+    async with AgentServer() as server:
+        controller = FunctionController(lambda request: "Hi", models=["m"])
+        async with agent_of(server.port, controller, limits=limits) as agent:
+            await server.heard("Connection id")
+            server.send("its-id", "Connection id", '{"version": 2}')
+            await until(lambda: len(server.heads) > 1)
+            await until(lambda: server.said[-1]["id"] == "its-id")
+            assert agent.log.has("1011 no answer to a ping")
 
 
 @pytest.mark.parametrize(
     "status, words", [(404, "is a path missing"), (301, "redirects"), (503, "503")]
 )
-def test_an_agent_says_what_is_wrong_with_a_server(status, words):
-    async def check():
-        async with AgentServer(status=status) as server:
-            controller = FunctionController(lambda request: "Hi", models=["m"])
-            async with agent_of(server.port, controller) as agent:
-                await until(lambda: len(server.heads) > 2)
-                (line,) = agent.log
-                assert words in line and "127.0.0.1" in line
-
-    run(check())
+@flow
+async def test_an_agent_says_what_is_wrong_with_a_server(status, words):
+    async with AgentServer(status=status) as server:
+        controller = FunctionController(lambda request: "Hi", models=["m"])
+        async with agent_of(server.port, controller) as agent:
+            await until(lambda: len(server.heads) > 2)
+            (line,) = agent.log
+            assert words in line and "127.0.0.1" in line
 
 
 def agent_command(script, **options):
@@ -12080,42 +11523,39 @@ def agent_command(script, **options):
     ],
     ids=["text", "json", "much", "complaints"],
 )
-def test_a_program_answers(tmp_path, monkeypatch, script, whole, expected):
+@flow
+async def test_a_program_answers(tmp_path, monkeypatch, script, whole, expected):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
 
-    async def check():
-        async with serving(tmp_path) as server:
-            async with agent_of(server, agent_command(script, whole=whole)):
-                reply = await ask(server.port, "POST", CHAT_API, CHAT)
-                message = reply.json()["choices"][0]["message"]
-                assert message["content"] == expected
-
-    run(check())
+    async with serving(tmp_path) as server:
+        async with agent_of(server, agent_command(script, whole=whole)):
+            reply = await ask(server.port, "POST", CHAT_API, CHAT)
+            message = reply.json()["choices"][0]["message"]
+            assert message["content"] == expected
 
 
-def test_a_program_that_fails_tells_why(tmp_path):
+@flow
+async def test_a_program_that_fails_tells_why(tmp_path):
     script = "import sys; print('Hi', flush=True); sys.exit('no model here')"
 
-    async def check():
-        command = agent_command(script)
-        async with (
-            serving(tmp_path) as server,
-            agent_of(server, command, verbose=True) as agent,
-        ):
-            reply = await ask(server.port, "POST", CHAT_API, CHAT)
-            assert reply.status == 500
-            assert "status 1: no model here" in reply.json()["error"]["message"]
-            reply = await ask(server.port, "POST", CHAT_API, STREAMED)
-            assert "Hi" in reply.events()[0] and "no model here" in reply.events()[-1]
-            # Not in the log: it may say again what was asked.
-            assert agent.log.has("ended with status 1")
-            assert not agent.log.has("no model here")
-
-    run(check())
+    command = agent_command(script)
+    async with (
+        serving(tmp_path) as server,
+        agent_of(server, command, verbose=True) as agent,
+    ):
+        reply = await ask(server.port, "POST", CHAT_API, CHAT)
+        assert reply.status == 500
+        assert "status 1: no model here" in reply.json()["error"]["message"]
+        reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+        assert "Hi" in reply.events()[0] and "no model here" in reply.events()[-1]
+        # Not in the log: it may say again what was asked.
+        assert agent.log.has("ended with status 1")
+        assert not agent.log.has("no model here")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
-def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_path):
+@flow
+async def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_path):
     script = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen(['sleep', '60'])\n"
@@ -12134,47 +11574,42 @@ def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_path):
             return False
         return True
 
-    async def check():
-        async with serving(tmp_path) as server, agent_of(server, agent_command(script)):
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", CHAT_API, STREAMED))
-                await client.read_head()
-            pid = int((tmp_path / "pid").read_text())
-            await until(lambda: gone(pid))
-
-    run(check())
+    async with serving(tmp_path) as server, agent_of(server, agent_command(script)):
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", CHAT_API, STREAMED))
+            await client.read_head()
+        pid = int((tmp_path / "pid").read_text())
+        await until(lambda: gone(pid))
 
 
-def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped(tmp_path):
+@flow
+async def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped(
+    tmp_path,
+):
     head = json.dumps({"status": 200, "content_type": "text/event-stream"})
     events = (chunk("Hi") + chunk(None, "stop") + DONE).decode()
 
-    async def check():
-        async with serving(tmp_path) as server:
-            async with Agent(server.port, hello=agent_hello()) as agent:
-                assert (await agent.receive())["data"] == '{"version": 2}'
-                asking = asyncio.ensure_future(
-                    ask(server.port, "POST", CHAT_API, STREAMED)
-                )
-                id, data = await agent_call(agent)
-                assert data["method"] == "POST" and data["path"] == CHAT_API
-                await agent.send("unknown", "ApiData", "nobody's")
-                await agent.send(id, "ApiResponse", head)
-                await agent.send(id, "ApiResponse", head)
-                await agent.send(id, "ApiData", events)
-                assert (await asking).content == events.encode()
-                await agent.send(id, "ApiEnd")
-                await agent.send(id, "ApiEnd")
-                asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
-                message = await agent.receive()
-                assert message["message"] == "ApiRequest"  # and no ApiCancel
-                await agent.send(message["id"], "error", "no luck")
-                reply = await asking
-                assert reply.status == 500 and b"fake failed: no luck" in reply.content
-                assert reply.json()["error"]["code"] == "agent_error"
-                assert agent.id in server.service.agents
-
-    run(check())
+    async with serving(tmp_path) as server:
+        async with Agent(server.port, hello=agent_hello()) as agent:
+            assert (await agent.receive())["data"] == '{"version": 2}'
+            asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, STREAMED))
+            id, data = await agent_call(agent)
+            assert data["method"] == "POST" and data["path"] == CHAT_API
+            await agent.send("unknown", "ApiData", "nobody's")
+            await agent.send(id, "ApiResponse", head)
+            await agent.send(id, "ApiResponse", head)
+            await agent.send(id, "ApiData", events)
+            assert (await asking).content == events.encode()
+            await agent.send(id, "ApiEnd")
+            await agent.send(id, "ApiEnd")
+            asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+            message = await agent.receive()
+            assert message["message"] == "ApiRequest"  # and no ApiCancel
+            await agent.send(message["id"], "error", "no luck")
+            reply = await asking
+            assert reply.status == 500 and b"fake failed: no luck" in reply.content
+            assert reply.json()["error"]["code"] == "agent_error"
+            assert agent.id in server.service.agents
 
 
 @pytest.mark.parametrize(
@@ -12194,90 +11629,80 @@ def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped(tmp_p
         [("ApiResponse", '{"status": 503, "retry_after": "x\\r\\ny"}'), ("ApiEnd", "")],
     ],
 )
-def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
-    async def check():
-        async with Upstream() as upstream, serving(tmp_path) as server:
-            server.add(upstream.controller())
-            async with Agent(server.port, hello=agent_hello()) as agent:
-                await until(lambda: server.service.agents)
-                controller = server.service.agents[agent.id]
-                while not controller.requests:
-                    asking = asyncio.ensure_future(
-                        ask(server.port, "POST", CHAT_API, CHAT)
-                    )
-                    await until(lambda t=asking: controller.requests or t.done())
-                id, _ = await agent_call(agent)
-                for kind, data in messages:
-                    await agent.send(id, kind, data)
-                assert (await asking).json() == completion()
-                assert not controller._calls and controller.in_flight == 0
-
-    run(check())
+@flow
+async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
+    async with Upstream() as upstream, serving(tmp_path) as server:
+        server.add(upstream.controller())
+        async with Agent(server.port, hello=agent_hello()) as agent:
+            await until(lambda: server.service.agents)
+            controller = server.service.agents[agent.id]
+            while not controller.requests:
+                asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+                await until(lambda t=asking: controller.requests or t.done())
+            id, _ = await agent_call(agent)
+            for kind, data in messages:
+                await agent.send(id, kind, data)
+            assert (await asking).json() == completion()
+            assert not controller._calls and controller.in_flight == 0
 
 
-def test_a_content_type_of_an_agents_cannot_break_the_answer(tmp_path):
+@flow
+async def test_a_content_type_of_an_agents_cannot_break_the_answer(tmp_path):
     head = {"status": 200, "content_type": "text/plain\r\nSet-Cookie: x"}
 
-    async def check():
-        async with serving(tmp_path) as server:
-            async with Agent(server.port, hello=agent_hello()) as agent:
-                path = "/v1/embeddings"
-                asking = asyncio.ensure_future(ask(server.port, "POST", path, CHAT))
-                id, _ = await agent_call(agent)
-                await agent.send(id, "ApiResponse", json.dumps(head))
-                await agent.send(id, "ApiData", "Hi")
-                await agent.send(id, "ApiEnd")
-                reply = await asking
-                assert reply.status == 200 and "set-cookie" not in reply.headers
-                assert reply.headers["content-type"] == "application/octet-stream"
-
-    run(check())
+    async with serving(tmp_path) as server:
+        async with Agent(server.port, hello=agent_hello()) as agent:
+            path = "/v1/embeddings"
+            asking = asyncio.ensure_future(ask(server.port, "POST", path, CHAT))
+            id, _ = await agent_call(agent)
+            await agent.send(id, "ApiResponse", json.dumps(head))
+            await agent.send(id, "ApiData", "Hi")
+            await agent.send(id, "ApiEnd")
+            reply = await asking
+            assert reply.status == 200 and "set-cookie" not in reply.headers
+            assert reply.headers["content-type"] == "application/octet-stream"
 
 
-def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(tmp_path):
+@flow
+async def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(tmp_path):
     limits = Limits(agent_message_size=10_000)
 
-    async def check():
-        async with serving(tmp_path, limits=limits) as server:
-            async with Agent(server.port, hello=agent_hello()) as agent:
-                await until(lambda: server.service.agents)
-                body = {**CHAT, "more": "x" * 10_000}
-                reply = await ask(server.port, "POST", CHAT_API, body)
-                assert reply.status == 413 and agent.id in server.service.agents
-
-    run(check())
+    async with serving(tmp_path, limits=limits) as server:
+        async with Agent(server.port, hello=agent_hello()) as agent:
+            await until(lambda: server.service.agents)
+            body = {**CHAT, "more": "x" * 10_000}
+            reply = await ask(server.port, "POST", CHAT_API, body)
+            assert reply.status == 413 and agent.id in server.service.agents
 
 
-def test_a_hundred_agents_at_once(tmp_path):
+@flow
+async def test_a_hundred_agents_at_once(tmp_path):
     async def hi(request):
         return "Hi"
 
-    async def check():
-        before = asyncio.all_tasks()
-        async with serving(tmp_path) as server, contextlib.AsyncExitStack() as stack:
-            agents = [
-                agent_of(server.port, FunctionController(hi, models=["m"]))
-                for _ in range(100)
-            ]
-            for agent in agents:
-                await stack.enter_async_context(agent)
-            await until(lambda: len(server.service.agents) == 100)
-            asks = (ask(server.port, "POST", CHAT_API, CHAT) for _ in range(200))
-            replies = await asyncio.gather(*asks)
-            assert {reply.status for reply in replies} == {200}
-            counts = [agent.requests for agent in server.service.agents.values()]
-            assert counts == [2] * 100
-            # All are cut at once, and come back.
-            before_cut = set(server.service.agents.values())
-            for agent in before_cut:
-                agent.websocket.connection.reset()
-            # Some are back before others have been missed.
-            await until(lambda: not before_cut & {*server.service.agents.values()})
-            await until(lambda: len(server.service.agents) == 100)
-            assert len(server.service.pool.controllers) == 101
-        assert asyncio.all_tasks() == before
-
-    run(check())
+    before = asyncio.all_tasks()
+    async with serving(tmp_path) as server, contextlib.AsyncExitStack() as stack:
+        agents = [
+            agent_of(server.port, FunctionController(hi, models=["m"]))
+            for _ in range(100)
+        ]
+        for agent in agents:
+            await stack.enter_async_context(agent)
+        await until(lambda: len(server.service.agents) == 100)
+        asks = (ask(server.port, "POST", CHAT_API, CHAT) for _ in range(200))
+        replies = await asyncio.gather(*asks)
+        assert {reply.status for reply in replies} == {200}
+        counts = [agent.requests for agent in server.service.agents.values()]
+        assert counts == [2] * 100
+        # All are cut at once, and come back.
+        before_cut = set(server.service.agents.values())
+        for agent in before_cut:
+            agent.websocket.connection.reset()
+        # Some are back before others have been missed.
+        await until(lambda: not before_cut & {*server.service.agents.values()})
+        await until(lambda: len(server.service.agents) == 100)
+        assert len(server.service.pool.controllers) == 101
+    assert asyncio.all_tasks() == before
 
 
 # --- As a program
@@ -12296,31 +11721,29 @@ def agent_program(*arguments, cwd):
         )
 
 
-def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            program = f"'{sys.executable}' -c 'print(42)'"
-            url = f"ws://localhost:{server.port}/k/{KEY}"
-            process = agent_program(
-                url, "--command", program, "-models", "answer", "-v", cwd=tmp_path
-            )
-            try:
-                await until(lambda: server.service.agents, 10)
-                body = {**CHAT, "model": "answer"}
-                reply = await ask(server.port, "POST", CHAT_API, body)
-                assert "42" in reply.json()["choices"][0]["message"]["content"]
-                process.send_signal(signal.SIGINT)
-                loop = asyncio.get_running_loop()
-                _, text = await loop.run_in_executor(None, process.communicate)
-                assert process.returncode == 0, text
-                assert "serving answer" in text and "shutting down (SIGINT)" in text
-                assert "answer 200" in text and KEY not in text
-                await until(lambda: not server.service.agents)
-            finally:
-                process.kill()
-                process.wait()
-
-    run(check())
+@flow
+async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path):
+    async with serving(tmp_path) as server:
+        program = f"'{sys.executable}' -c 'print(42)'"
+        url = f"ws://localhost:{server.port}/k/{KEY}"
+        process = agent_program(
+            url, "--command", program, "-models", "answer", "-v", cwd=tmp_path
+        )
+        try:
+            await until(lambda: server.service.agents, 10)
+            body = {**CHAT, "model": "answer"}
+            reply = await ask(server.port, "POST", CHAT_API, body)
+            assert "42" in reply.json()["choices"][0]["message"]["content"]
+            process.send_signal(signal.SIGINT)
+            loop = asyncio.get_running_loop()
+            _, text = await loop.run_in_executor(None, process.communicate)
+            assert process.returncode == 0, text
+            assert "serving answer" in text and "shutting down (SIGINT)" in text
+            assert "answer 200" in text and KEY not in text
+            await until(lambda: not server.service.agents)
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(
@@ -13039,111 +12462,103 @@ def readme():
     return MODULE.with_name("README.md").read_text(encoding="utf-8")
 
 
-def test_a_reason_does_not_repeat_the_controllers_name(tmp_path):
+@flow
+async def test_a_reason_does_not_repeat_the_controllers_name(tmp_path):
     """In the log, in the answer of those that come next, in the administrator's list."""
 
-    async def check():
-        log = PoolLog()
-        error = {"error": {"message": "slow down"}}
-        async with (
-            Upstream(http_reply(error, 429)) as upstream,
-            serving(tmp_path, upstream.controller(name="one"), log=log) as server,
-        ):
-            first = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
-            assert first.json()["error"]["message"] == "one: slow down"
-            second = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
-            assert second.json()["error"]["message"].endswith(" one: slow down")
-            assert "one: one:" not in second.json()["error"]["message"]
-            assert (await controller_line(server, "one"))["reason"] == "slow down"
-        assert re.search(r"one cooling down for 10 s: (?!one)", log.text)
-
-    run(check())
+    log = PoolLog()
+    error = {"error": {"message": "slow down"}}
+    async with (
+        Upstream(http_reply(error, 429)) as upstream,
+        serving(tmp_path, upstream.controller(name="one"), log=log) as server,
+    ):
+        first = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
+        assert first.json()["error"]["message"] == "one: slow down"
+        second = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
+        assert second.json()["error"]["message"].endswith(" one: slow down")
+        assert "one: one:" not in second.json()["error"]["message"]
+        assert (await controller_line(server, "one"))["reason"] == "slow down"
+    assert re.search(r"one cooling down for 10 s: (?!one)", log.text)
 
 
-def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path):
+@flow
+async def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path):
     """Its access line says 200, for that was its status."""
 
-    async def check():
-        begun = asyncio.Event()
+    begun = asyncio.Event()
 
-        async def cuts(request, writer):
-            writer.write(STREAM_HEAD + chunked(chunk("Hel")))
-            await begun.wait()
-            raise ConnectionError
+    async def cuts(request, writer):
+        writer.write(STREAM_HEAD + chunked(chunk("Hel")))
+        await begun.wait()
+        raise ConnectionError
 
-        async def says_so(request, writer):
-            writer.write(STREAM_HEAD + chunked(chunk("Hel")))
-            await begun.wait()
-            event = b'data: {"error": {"message": "out of memory"}}\n\n'
-            writer.write(chunked(event) + b"0\r\n\r\n")
+    async def says_so(request, writer):
+        writer.write(STREAM_HEAD + chunked(chunk("Hel")))
+        await begun.wait()
+        event = b'data: {"error": {"message": "out of memory"}}\n\n'
+        writer.write(chunked(event) + b"0\r\n\r\n")
 
-        for behave, reason in (
-            (cuts, "a stream broke off: one: the connection ended"),
-            (says_so, "a stream broke off: one: "),
+    for behave, reason in (
+        (cuts, "a stream broke off: one: the connection ended"),
+        (says_so, "a stream broke off: one: "),
+    ):
+        log = PoolLog()
+        begun.clear()
+        async with (
+            Upstream(behave) as upstream,
+            serving(tmp_path, upstream.controller(name="one"), log=log) as server,
+            Client(server.port) as client,
         ):
-            log = PoolLog()
-            begun.clear()
-            async with (
-                Upstream(behave) as upstream,
-                serving(tmp_path, upstream.controller(name="one"), log=log) as server,
-                Client(server.port) as client,
-            ):
-                body = {**CHAT, "stream": True}
-                client.send(request_bytes("POST", TRIAL_CHAT, body))
-                status, _ = await client.read_head()
-                await client.read_chunk()
-                begun.set()
-                assert status == 200 and b'{"error"' in await client.read_chunk()
-            assert log.text.count(reason) == 1
-
-    run(check())
+            body = {**CHAT, "stream": True}
+            client.send(request_bytes("POST", TRIAL_CHAT, body))
+            status, _ = await client.read_head()
+            await client.read_chunk()
+            begun.set()
+            assert status == 200 and b'{"error"' in await client.read_chunk()
+        assert log.text.count(reason) == 1
 
 
 @pytest.mark.parametrize("limit", [{"requests": 1}, {"tokens": 5}], ids=["r", "t"])
-def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
-    async def check():
-        log = PoolLog()
-        limit["per"] = "day"
-        async with (
-            Upstream() as upstream,
-            serving(
-                tmp_path, upstream.controller(name="one", limit=limit), log=log
-            ) as server,
-        ):
-            statuses = [
-                (await ask(server.port, "POST", TRIAL_CHAT, CHAT)).status
-                for _ in range(3)
-            ]
-            assert statuses == [200, 503, 503]
-        (unit,) = set(limit) - {"per"}
-        said = rf"one disabled for \d+ s: its limit of {limit[unit]} {unit} per day"
-        assert len(re.findall(said, log.text)) == 1
-
-    run(check())
+@flow
+async def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
+    log = PoolLog()
+    limit["per"] = "day"
+    async with (
+        Upstream() as upstream,
+        serving(
+            tmp_path, upstream.controller(name="one", limit=limit), log=log
+        ) as server,
+    ):
+        statuses = [
+            (await ask(server.port, "POST", TRIAL_CHAT, CHAT)).status for _ in range(3)
+        ]
+        assert statuses == [200, 503, 503]
+    (unit,) = set(limit) - {"per"}
+    said = rf"one disabled for \d+ s: its limit of {limit[unit]} {unit} per day"
+    assert len(re.findall(said, log.text)) == 1
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_dead_proxy_is_named_as_what_is_dead(tmp_path, scheme):
-    async def check():
-        async with Upstream() as gone:
-            proxy = f"http://127.0.0.1:{gone.port}"
-        async with Upstream() as upstream:
-            url = upstream.url.replace("http", scheme, 1)
-            controller = OpenAIController("k", name="one", base_url=url, proxy=proxy)
-            async with serving(tmp_path, controller) as server:
-                reply = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
-                message = reply.json()["error"]["message"]
-                assert (reply.status, message) == (
-                    500,
-                    "one: nothing listens at its proxy",
-                )
-                assert (await controller_line(server, "one"))["state"] == "cooling"
-            assert upstream.connections == 0
-
-    run(check())
+@flow
+async def test_a_dead_proxy_is_named_as_what_is_dead(tmp_path, scheme):
+    async with Upstream() as gone:
+        proxy = f"http://127.0.0.1:{gone.port}"
+    async with Upstream() as upstream:
+        url = upstream.url.replace("http", scheme, 1)
+        controller = OpenAIController("k", name="one", base_url=url, proxy=proxy)
+        async with serving(tmp_path, controller) as server:
+            reply = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
+            message = reply.json()["error"]["message"]
+            assert (reply.status, message) == (
+                500,
+                "one: nothing listens at its proxy",
+            )
+            assert (await controller_line(server, "one"))["state"] == "cooling"
+        assert upstream.connections == 0
 
 
-def test_a_transport_need_not_inherit_from_asyncios():
+@flow
+async def test_a_transport_need_not_inherit_from_asyncios():
     """uvloop's do not: what counts is that they have the methods."""
 
     class Transport:
@@ -13153,13 +12568,10 @@ def test_a_transport_need_not_inherit_from_asyncios():
         def get_extra_info(self, name, default=None):
             return default
 
-    async def check():
-        connection, transport = apiserver.Connection(), Transport()
-        connection.connection_made(transport)
-        assert connection.transport is transport
-        assert transport.limits == (64 * 1024, 16 * 1024)
-
-    run(check())
+    connection, transport = apiserver.Connection(), Transport()
+    connection.connection_made(transport)
+    assert connection.transport is transport
+    assert transport.limits == (64 * 1024, 16 * 1024)
 
 
 def test_the_readmes_script_runs_as_printed(tmp_path):
@@ -13207,71 +12619,67 @@ def test_the_readme_has_the_help_text_as_it_is(tmp_path):
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="no such option")
 @pytest.mark.skipif(sys.platform != "linux", reason="measures Linux's buffers")
-def test_a_client_that_reads_slowly_but_steadily_is_not_cut(tmp_path):
+@flow
+async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(tmp_path):
     """L14 counts bytes taken: what the kernel hoards must not hide them.
 
     64 KiB in each quarter of write_timeout; without write_unsent_size the kernel
     takes 2.5 MB first, and then nothing until a third of them has been read.
     """
 
-    async def check():
-        async def endless(request, writer):
-            writer.write(STREAM_HEAD)
-            while True:
-                writer.write(chunked(chunk("x" * 4000)) * 8)
-                await writer.drain()
+    async def endless(request, writer):
+        writer.write(STREAM_HEAD)
+        while True:
+            writer.write(chunked(chunk("x" * 4000)) * 8)
+            await writer.drain()
 
-        limits = apiserver.Limits(write_timeout=0.6)
-        async with (
-            Upstream(endless) as upstream,
-            serving(tmp_path, upstream.controller(), limits=limits) as server,
-        ):
-            loop = asyncio.get_running_loop()
-            with socket.create_connection(("127.0.0.1", server.port)) as sock:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
-                sock.setblocking(False)
-                body = {**CHAT, "stream": True}
-                await loop.sock_sendall(sock, request_bytes("POST", TRIAL_CHAT, body))
-                end = loop.time() + 2.4
-                while loop.time() < end:
-                    taken = 0
-                    while taken < 64 * 1024:
-                        piece = await loop.sock_recv(sock, 64 * 1024 - taken)
-                        assert piece, "it was closed"
-                        taken += len(piece)
-                    await asyncio.sleep(0.15)
-
-    run(check())
+    limits = apiserver.Limits(write_timeout=0.6)
+    async with (
+        Upstream(endless) as upstream,
+        serving(tmp_path, upstream.controller(), limits=limits) as server,
+    ):
+        loop = asyncio.get_running_loop()
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+            sock.setblocking(False)
+            body = {**CHAT, "stream": True}
+            await loop.sock_sendall(sock, request_bytes("POST", TRIAL_CHAT, body))
+            end = loop.time() + 2.4
+            while loop.time() < end:
+                taken = 0
+                while taken < 64 * 1024:
+                    piece = await loop.sock_recv(sock, 64 * 1024 - taken)
+                    assert piece, "it was closed"
+                    taken += len(piece)
+                await asyncio.sleep(0.15)
 
 
-def test_a_client_that_is_cut_for_not_reading_has_a_line_of_its_own(tmp_path):
+@flow
+async def test_a_client_that_is_cut_for_not_reading_has_a_line_of_its_own(tmp_path):
     """Its access line says 200 too."""
 
-    async def check():
-        async def endless(request, writer):
-            writer.write(STREAM_HEAD)
-            while True:
-                writer.write(chunked(chunk("x" * 4000)) * 8)
-                await writer.drain()
+    async def endless(request, writer):
+        writer.write(STREAM_HEAD)
+        while True:
+            writer.write(chunked(chunk("x" * 4000)) * 8)
+            await writer.drain()
 
-        log = PoolLog()
-        limits = apiserver.Limits(write_timeout=0.2)
-        async with (
-            Upstream(endless) as upstream,
-            serving(
-                tmp_path, upstream.controller(models=["m"]), limits=limits, log=log
-            ) as server,
-        ):
-            async with Client(server.port) as client:
-                client.writer.transport.pause_reading()
-                body = {**CHAT, "stream": True}
-                client.send(request_bytes("POST", TRIAL_CHAT, body))
-                line = "a client that took no byte for 0.2 s is cut"
-                await until(lambda: log.text.count(line) == 1)
-                await until(lambda: "POST /v1/chat/completions 200" in log.text)
-            await until(lambda: upstream.ended == 1)
-
-    run(check())
+    log = PoolLog()
+    limits = apiserver.Limits(write_timeout=0.2)
+    async with (
+        Upstream(endless) as upstream,
+        serving(
+            tmp_path, upstream.controller(models=["m"]), limits=limits, log=log
+        ) as server,
+    ):
+        async with Client(server.port) as client:
+            client.writer.transport.pause_reading()
+            body = {**CHAT, "stream": True}
+            client.send(request_bytes("POST", TRIAL_CHAT, body))
+            line = "a client that took no byte for 0.2 s is cut"
+            await until(lambda: log.text.count(line) == 1)
+            await until(lambda: "POST /v1/chat/completions 200" in log.text)
+        await until(lambda: upstream.ended == 1)
 
 
 # -----------------------------------------------------------------------------
@@ -13297,169 +12705,155 @@ async def slow_socket(port, data):
     return sock
 
 
-def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            data = request_bytes("GET", "/agent.py", key="") * 200
-            with await slow_socket(server.port, data):
-                await until(lambda: server._handlers)
-                (connection,) = server._handlers
-                await until(lambda: connection.unsent)
-                await asyncio.sleep(0.2)  # for the others, which must not come
-                assert connection.unsent < 2 * len(apiserver.source_code())
-
-    run(check())
+@flow
+async def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(tmp_path):
+    async with serving(tmp_path) as server:
+        data = request_bytes("GET", "/agent.py", key="") * 200
+        with await slow_socket(server.port, data):
+            await until(lambda: server._handlers)
+            (connection,) = server._handlers
+            await until(lambda: connection.unsent)
+            await asyncio.sleep(0.2)  # for the others, which must not come
+            assert connection.unsent < 2 * len(apiserver.source_code())
 
 
-def test_a_slow_client_gets_the_whole_answer_before_the_end(tmp_path):
-    async def check():
-        content = http_reply(completion("x" * 12_000_000))
-        limits = Limits(linger_timeout=0.05)
-        async with (
-            Upstream(content) as upstream,
-            serving(tmp_path, upstream.controller(), limits=limits) as server,
-        ):
-            close = [("Connection", "close")]
-            data = request_bytes("POST", CHAT_URL, CHAT, headers=close)
-            loop, size = asyncio.get_running_loop(), 0
-            with await slow_socket(server.port, data) as sock:
-                await until(lambda: server.service.pool.controllers[-1].tokens)
-                await asyncio.sleep(0.3)  # longer than linger_timeout
-                while True:
-                    piece = await loop.sock_recv(sock, 1 << 20)
-                    if not piece:
-                        break
-                    size += len(piece)
-            assert size > 12_000_000
-
-    run(check())
+@flow
+async def test_a_slow_client_gets_the_whole_answer_before_the_end(tmp_path):
+    content = http_reply(completion("x" * 12_000_000))
+    limits = Limits(linger_timeout=0.05)
+    async with (
+        Upstream(content) as upstream,
+        serving(tmp_path, upstream.controller(), limits=limits) as server,
+    ):
+        close = [("Connection", "close")]
+        data = request_bytes("POST", CHAT_URL, CHAT, headers=close)
+        loop, size = asyncio.get_running_loop(), 0
+        with await slow_socket(server.port, data) as sock:
+            await until(lambda: server.service.pool.controllers[-1].tokens)
+            await asyncio.sleep(0.3)  # longer than linger_timeout
+            while True:
+                piece = await loop.sock_recv(sock, 1 << 20)
+                if not piece:
+                    break
+                size += len(piece)
+        assert size > 12_000_000
 
 
-def test_clients_who_leave_at_done_leave_no_connection_behind(tmp_path):
+@flow
+async def test_clients_who_leave_at_done_leave_no_connection_behind(tmp_path):
     async def behave(request, writer):
         data = chunk("Hi") + chunk(None, "stop") + DONE
         writer.write(STREAM_HEAD + chunked(data))
         await asyncio.sleep(30)  # its last chunk never comes
 
-    async def check():
-        async with (
-            Upstream(behave) as upstream,
-            serving(tmp_path, upstream.controller(models=["m"])) as server,
-        ):
-            for reset in (False, True):
-                async with Client(server.port) as client:
-                    client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
-                    await client.reader.readuntil(b"[DONE]")
-                    if reset:
-                        linger = struct.pack("ii", 1, 0)
-                        sock = client.writer.get_extra_info("socket")
-                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            await until(lambda: upstream.ended == upstream.connections == 2)
-            assert not open_controller(server).in_flight
-
-    run(check())
-
-
-def test_clients_who_leave_at_done_leave_no_call_at_an_agent(tmp_path):
-    async def check():
-        hello = json.dumps({"version": 2, "name": "gpu", "models": ["m"]})
-        head = json.dumps({"status": 200, "content_type": "text/event-stream"})
-        events = (chunk("Hi") + chunk(None, "stop") + DONE).decode()
-        async with serving(tmp_path) as server:
-            async with Agent(server.port, hello=hello) as agent:
-                async with Client(server.port) as client:
-                    await until(lambda: server.service.agents)
-                    client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
-                    message = await agent.receive()
-                    while message["message"] != "ApiRequest":
-                        message = await agent.receive()
-                    await agent.send(message["id"], "ApiResponse", head)
-                    await agent.send(message["id"], "ApiData", events)
-                    await client.reader.readuntil(b"[DONE]")
+    async with (
+        Upstream(behave) as upstream,
+        serving(tmp_path, upstream.controller(models=["m"])) as server,
+    ):
+        for reset in (False, True):
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+                await client.reader.readuntil(b"[DONE]")
+                if reset:
                     linger = struct.pack("ii", 1, 0)
                     sock = client.writer.get_extra_info("socket")
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                controller = server.service.agents[agent.id]
-                await until(lambda: not controller._calls and not controller.in_flight)
-
-    run(check())
+        await until(lambda: upstream.ended == upstream.connections == 2)
+        assert not open_controller(server).in_flight
 
 
-def test_a_hang_up_while_asked_again_without_usage_closes_both(tmp_path):
+@flow
+async def test_clients_who_leave_at_done_leave_no_call_at_an_agent(tmp_path):
+    hello = json.dumps({"version": 2, "name": "gpu", "models": ["m"]})
+    head = json.dumps({"status": 200, "content_type": "text/event-stream"})
+    events = (chunk("Hi") + chunk(None, "stop") + DONE).decode()
+    async with serving(tmp_path) as server:
+        async with Agent(server.port, hello=hello) as agent:
+            async with Client(server.port) as client:
+                await until(lambda: server.service.agents)
+                client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+                message = await agent.receive()
+                while message["message"] != "ApiRequest":
+                    message = await agent.receive()
+                await agent.send(message["id"], "ApiResponse", head)
+                await agent.send(message["id"], "ApiData", events)
+                await client.reader.readuntil(b"[DONE]")
+                linger = struct.pack("ii", 1, 0)
+                sock = client.writer.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            controller = server.service.agents[agent.id]
+            await until(lambda: not controller._calls and not controller.in_flight)
+
+
+@flow
+async def test_a_hang_up_while_asked_again_without_usage_closes_both(tmp_path):
     async def behave(request, writer):
         if b"stream_options" in request.content:
             # Not all of it: a connection that could be kept would be.
             writer.write(http_reply({"error": {"message": "no"}}, 400)[:-1])
         await asyncio.sleep(30)
 
-    async def check():
-        async with (
-            Upstream(behave) as upstream,
-            serving(tmp_path, upstream.controller(models=["m"])) as server,
-        ):
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
-                await until(lambda: len(upstream.requests) == 2)
-            await until(lambda: upstream.ended == upstream.connections == 2)
-
-    run(check())
+    async with (
+        Upstream(behave) as upstream,
+        serving(tmp_path, upstream.controller(models=["m"])) as server,
+    ):
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+            await until(lambda: len(upstream.requests) == 2)
+        await until(lambda: upstream.ended == upstream.connections == 2)
 
 
 @pytest.mark.parametrize("status, seconds", [(401, 600), (500, 5)])
-def test_a_burst_of_failures_doubles_the_pause_only_once(tmp_path, status, seconds):
-    async def check():
-        together = asyncio.Event()
+@flow
+async def test_a_burst_of_failures_doubles_the_pause_only_once(
+    tmp_path, status, seconds
+):
+    together = asyncio.Event()
 
-        async def behave(request, writer):
-            if len(upstream.requests) >= 8:
-                together.set()
-            await together.wait()
-            writer.write(http_reply({"error": {"message": "no"}}, status))
+    async def behave(request, writer):
+        if len(upstream.requests) >= 8:
+            together.set()
+        await together.wait()
+        writer.write(http_reply({"error": {"message": "no"}}, status))
 
-        async with (
-            Upstream(behave) as upstream,
-            serving(tmp_path, upstream.controller(models=["m"])) as server,
-        ):
-            asks = (ask(server.port, "POST", CHAT_URL, CHAT) for _ in range(8))
-            await asyncio.gather(*asks)
-            until_then = open_controller(server).health.until
-            left = until_then - asyncio.get_running_loop().time()
-            assert seconds - 4 < left <= seconds
-
-    run(check())
+    async with (
+        Upstream(behave) as upstream,
+        serving(tmp_path, upstream.controller(models=["m"])) as server,
+    ):
+        asks = (ask(server.port, "POST", CHAT_URL, CHAT) for _ in range(8))
+        await asyncio.gather(*asks)
+        until_then = open_controller(server).health.until
+        left = until_then - asyncio.get_running_loop().time()
+        assert seconds - 4 < left <= seconds
 
 
 @pytest.mark.parametrize(
     "model, stream",
     [("mock/echo", False), ("mock/echo", True), ("mock/cut?events=5000", True)],
 )
-def test_a_mock_that_says_much_holds_up_nobody(tmp_path, model, stream):
-    async def check():
-        message = {"role": "user", "content": "a b " * 100_000}
-        body = {"model": model, "stream": stream, "messages": [message]}
-        async with serving(tmp_path) as server:
-            long = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, body))
-            await until(lambda: server.service.requests_in_flight)
-            answered = 0
-            while not long.done():
-                assert (await ask(server.port, "GET", "/health")).status == 200
-                answered += 1
-            assert answered > 3
-            content = (await long).content
-            assert model != "mock/echo" or content.count(b"a b a b") > 1000
-
-    run(check())
+@flow
+async def test_a_mock_that_says_much_holds_up_nobody(tmp_path, model, stream):
+    message = {"role": "user", "content": "a b " * 100_000}
+    body = {"model": model, "stream": stream, "messages": [message]}
+    async with serving(tmp_path) as server:
+        long = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, body))
+        await until(lambda: server.service.requests_in_flight)
+        answered = 0
+        while not long.done():
+            assert (await ask(server.port, "GET", "/health")).status == 200
+            answered += 1
+        assert answered > 3
+        content = (await long).content
+        assert model != "mock/echo" or content.count(b"a b a b") > 1000
 
 
-def test_a_name_of_a_mock_has_a_largest_size(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server:
-            for size, status in ((2048, 200), (2049, 503)):
-                model = "mock/echo?x=".ljust(size, "x")
-                body = {**CHAT, "model": model}
-                assert (await ask(server.port, "POST", CHAT_URL, body)).status == status
-
-    run(check())
+@flow
+async def test_a_name_of_a_mock_has_a_largest_size(tmp_path):
+    async with serving(tmp_path) as server:
+        for size, status in ((2048, 200), (2049, 503)):
+            model = "mock/echo?x=".ljust(size, "x")
+            body = {**CHAT, "model": model}
+            assert (await ask(server.port, "POST", CHAT_URL, body)).status == status
 
 
 def test_a_stream_put_together_takes_linear_time():
@@ -13485,96 +12879,86 @@ def test_a_form_of_a_million_parts_is_not_taken_apart():
         tracemalloc.stop()
 
 
-def test_a_huge_conversation_id_of_an_agent_is_not_kept(tmp_path):
-    async def check():
-        async with serving(tmp_path) as server, Agent(server.port) as agent:
-            for size in (200, 201):
-                asking = asyncio.ensure_future(
-                    ask(server.port, "POST", "/api/ask", {"content": "Hi"})
-                )
-                id, _ = await agent.request()
-                await agent.reply(id, "Hello", conversation_id="c" * size)
-                assert (await asking).json()["conversation_id"] == "c" * size
-            assert [len(id) for _, id in server.service.conversations._kept] == [200]
-
-    run(check())
+@flow
+async def test_a_huge_conversation_id_of_an_agent_is_not_kept(tmp_path):
+    async with serving(tmp_path) as server, Agent(server.port) as agent:
+        for size in (200, 201):
+            asking = asyncio.ensure_future(
+                ask(server.port, "POST", "/api/ask", {"content": "Hi"})
+            )
+            id, _ = await agent.request()
+            await agent.reply(id, "Hello", conversation_id="c" * size)
+            assert (await asking).json()["conversation_id"] == "c" * size
+        assert [len(id) for _, id in server.service.conversations._kept] == [200]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_an_agent_whose_token_is_deleted_is_sent_away(tmp_path, by_hand):
-    async def check():
-        async with serving(tmp_path) as server:
-            path, body = "/admin/users/add", {"admin_key": KEY, "role": "agent"}
-            user = (await ask(server.port, "POST", path, body)).json()
-            own = Agent(server.port, headers=[("Authorization", user["token"])])
-            admins = Agent(server.port, headers=[("Authorization", KEY)])
-            async with own, admins, Agent(server.port) as local:
-                await until(lambda: len(server.service.agents) == 3)
-                if by_hand:
-                    (tmp_path / "users.json").write_text('{"users": []}')
-                else:
-                    body = {"admin_key": KEY, "user_id": user["user_id"]}
-                    await ask(server.port, "POST", "/admin/users/delete", body)
-                await until(lambda: len(server.service.agents) == 2)
-                assert {*server.service.agents} == {admins.id, local.id}
+@flow
+async def test_an_agent_whose_token_is_deleted_is_sent_away(tmp_path, by_hand):
+    async with serving(tmp_path) as server:
+        path, body = "/admin/users/add", {"admin_key": KEY, "role": "agent"}
+        user = (await ask(server.port, "POST", path, body)).json()
+        own = Agent(server.port, headers=[("Authorization", user["token"])])
+        admins = Agent(server.port, headers=[("Authorization", KEY)])
+        async with own, admins, Agent(server.port) as local:
+            await until(lambda: len(server.service.agents) == 3)
+            if by_hand:
+                (tmp_path / "users.json").write_text('{"users": []}')
+            else:
+                body = {"admin_key": KEY, "user_id": user["user_id"]}
+                await ask(server.port, "POST", "/admin/users/delete", body)
+            await until(lambda: len(server.service.agents) == 2)
+            assert {*server.service.agents} == {admins.id, local.id}
+            closing = await own.event()
+            while not isinstance(closing, apiserver.Close):
                 closing = await own.event()
-                while not isinstance(closing, apiserver.Close):
-                    closing = await own.event()
-                assert closing.code == 1008
-
-    run(check())
+            assert closing.code == 1008
 
 
-def test_content_that_trickles_has_the_requests_deadline(tmp_path):
-    async def check():
-        limits = Limits(request_timeout=0.3, content_rate=0)
-        async with serving(tmp_path, limits=limits) as server:
-            async with Client(server.port) as client:
-                head = request_bytes("POST", CHAT_URL, headers=[("Content-Length", 99)])
-                client.send(head)
+@flow
+async def test_content_that_trickles_has_the_requests_deadline(tmp_path):
+    limits = Limits(request_timeout=0.3, content_rate=0)
+    async with serving(tmp_path, limits=limits) as server:
+        async with Client(server.port) as client:
+            head = request_bytes("POST", CHAT_URL, headers=[("Content-Length", 99)])
+            client.send(head)
 
-                async def trickle():
-                    while True:
-                        client.send(b" ")
-                        await asyncio.sleep(0.02)
+            async def trickle():
+                while True:
+                    client.send(b" ")
+                    await asyncio.sleep(0.02)
 
-                task = asyncio.ensure_future(trickle())
-                status, _ = await client.read_head()
-                task.cancel()
-                assert status == 408 and not server.service.content_size
-
-    run(check())
+            task = asyncio.ensure_future(trickle())
+            status, _ = await client.read_head()
+            task.cancel()
+            assert status == 408 and not server.service.content_size
 
 
-def test_an_upstream_cannot_speak_to_the_proxy_in_front(tmp_path):
-    async def check():
-        fields = [("X-Accel-Redirect", "/secret"), ("X-Sendfile", "/etc/passwd")]
-        answer = http_reply(completion(), headers=[*fields, ("X-Other", "kept")])
-        async with (
-            Upstream(answer) as upstream,
-            serving(tmp_path, upstream.controller()) as server,
-        ):
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-            assert reply.headers["x-other"] == "kept"
-            assert "x-accel-redirect" not in reply.headers
-            assert "x-sendfile" not in reply.headers
-
-    run(check())
+@flow
+async def test_an_upstream_cannot_speak_to_the_proxy_in_front(tmp_path):
+    fields = [("X-Accel-Redirect", "/secret"), ("X-Sendfile", "/etc/passwd")]
+    answer = http_reply(completion(), headers=[*fields, ("X-Other", "kept")])
+    async with (
+        Upstream(answer) as upstream,
+        serving(tmp_path, upstream.controller()) as server,
+    ):
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        assert reply.headers["x-other"] == "kept"
+        assert "x-accel-redirect" not in reply.headers
+        assert "x-sendfile" not in reply.headers
 
 
 @pytest.mark.parametrize(
     "path", ["/v1/..;/x", "/v1/..\\x", "/v1/..%5cx", "/v1/%252e%252e/x", "/v1/a/..;b"]
 )
-def test_path_climbs_nowhere_even_for_a_lenient_upstream(tmp_path, path):
-    async def check():
-        async with (
-            Upstream() as upstream,
-            serving(tmp_path, upstream.controller(models=["m"])) as server,
-        ):
-            reply = await ask(server.port, "POST", path, CHAT)
-            assert reply.status == 404 and not upstream.requests
-
-    run(check())
+@flow
+async def test_path_climbs_nowhere_even_for_a_lenient_upstream(tmp_path, path):
+    async with (
+        Upstream() as upstream,
+        serving(tmp_path, upstream.controller(models=["m"])) as server,
+    ):
+        reply = await ask(server.port, "POST", path, CHAT)
+        assert reply.status == 404 and not upstream.requests
 
 
 def test_a_controller_cannot_be_named_as_the_mocks_are(tmp_path):
@@ -13586,80 +12970,70 @@ def test_a_controller_cannot_be_named_as_the_mocks_are(tmp_path):
     assert "controllers[0].name: expected another name" in stderr
 
 
-def test_a_users_count_does_not_go_below_nothing_over_a_reload(tmp_path):
-    async def check():
-        limits = Limits(user_requests_in_flight=2)
-        async with (
-            Upstream() as upstream,
-            serving(tmp_path, upstream.controller(), limits=limits) as server,
-        ):
-            for changed in (limits, Limits(), Limits()):
-                server.service.limits = changed
-                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-                assert reply.status == 200
-            assert server.service._load[apiserver.Service.ADMIN_ID].in_flight == 0
-
-    run(check())
+@flow
+async def test_a_users_count_does_not_go_below_nothing_over_a_reload(tmp_path):
+    limits = Limits(user_requests_in_flight=2)
+    async with (
+        Upstream() as upstream,
+        serving(tmp_path, upstream.controller(), limits=limits) as server,
+    ):
+        for changed in (limits, Limits(), Limits()):
+            server.service.limits = changed
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            assert reply.status == 200
+        assert server.service._load[apiserver.Service.ADMIN_ID].in_flight == 0
 
 
-def test_fields_that_name_an_account_do_not_travel(tmp_path):
-    async def check():
-        async with Upstream() as upstream:
-            async with serving(tmp_path, upstream.controller()) as server:
-                fields = [("OpenAI-Organization", "org-1"), ("OpenAI-Project", "p")]
-                fields.append(("OpenAI-Beta", "yes"))
+@flow
+async def test_fields_that_name_an_account_do_not_travel(tmp_path):
+    async with Upstream() as upstream:
+        async with serving(tmp_path, upstream.controller()) as server:
+            fields = [("OpenAI-Organization", "org-1"), ("OpenAI-Project", "p")]
+            fields.append(("OpenAI-Beta", "yes"))
+            path = "/v1/chat/completions"
+            reply = await ask(server.port, "POST", path, CHAT, headers=fields)
+            assert reply.status == 200
+            sent = upstream.requests[-1].headers
+            assert sent["openai-beta"] == "yes"
+            assert not {"openai-organization", "openai-project"} & sent.keys()
+
+
+@flow
+async def test_a_403_about_the_model_closes_no_controller(tmp_path):
+    error = {"message": "no access", "type": "x", "code": "model_not_found"}
+    async with Upstream(http_reply({"error": error}, 403)) as upstream:
+        async with serving(tmp_path, upstream.controller()) as server:
+            for _ in range(2):
                 path = "/v1/chat/completions"
-                reply = await ask(server.port, "POST", path, CHAT, headers=fields)
-                assert reply.status == 200
-                sent = upstream.requests[-1].headers
-                assert sent["openai-beta"] == "yes"
-                assert not {"openai-organization", "openai-project"} & sent.keys()
-
-    run(check())
+                reply = await ask(server.port, "POST", path, CHAT)
+                assert reply.status == 403 and reply.json()["error"] == error
 
 
-def test_a_403_about_the_model_closes_no_controller(tmp_path):
-    async def check():
-        error = {"message": "no access", "type": "x", "code": "model_not_found"}
-        async with Upstream(http_reply({"error": error}, 403)) as upstream:
-            async with serving(tmp_path, upstream.controller()) as server:
-                for _ in range(2):
-                    path = "/v1/chat/completions"
-                    reply = await ask(server.port, "POST", path, CHAT)
-                    assert reply.status == 403 and reply.json()["error"] == error
-
-    run(check())
-
-
-def test_http_1_0_is_a_proxys_and_not_this_machines_user(tmp_path):
+@flow
+async def test_http_1_0_is_a_proxys_and_not_this_machines_user(tmp_path):
     """nginx as it comes adds no header, sets a loopback Host and speaks HTTP/1.0."""
 
-    async def check():
-        async with serving(tmp_path) as server:
-            for version, status in ((b"1.1", b"200"), (b"1.0", b"401")):
-                request = b"GET /api/connections HTTP/%b\r\nHost: localhost\r\n"
-                request = request % version + b"Connection: close\r\n\r\n"
-                assert (await raw(server.port, request)).split()[1] == status
-
-    run(check())
+    async with serving(tmp_path) as server:
+        for version, status in ((b"1.1", b"200"), (b"1.0", b"401")):
+            request = b"GET /api/connections HTTP/%b\r\nHost: localhost\r\n"
+            request = request % version + b"Connection: close\r\n\r\n"
+            assert (await raw(server.port, request)).split()[1] == status
 
 
-def test_content_that_is_only_announced_takes_no_room(tmp_path):
-    async def check():
-        limits = Limits(total_content_size=300)
-        async with serving(tmp_path, limits=limits) as server:
-            async with Client(server.port) as idle:
-                head = request_bytes("POST", "/api/ask", b"x" * 290)
-                idle.send(head[:-290])
-                await until(lambda: any(h.request for h in server._handlers.values()))
-                body = {"content": "Hello", "model": "mock/echo"}
-                assert (await ask(server.port, "POST", "/api/ask", body)).status == 200
-                idle.send(b"x" * 290)
-                assert (await idle.read_reply()).status == 400  # no JSON
-                body["content"] = "x" * 300
-                assert (await ask(server.port, "POST", "/api/ask", body)).status == 503
-
-    run(check())
+@flow
+async def test_content_that_is_only_announced_takes_no_room(tmp_path):
+    limits = Limits(total_content_size=300)
+    async with serving(tmp_path, limits=limits) as server:
+        async with Client(server.port) as idle:
+            head = request_bytes("POST", "/api/ask", b"x" * 290)
+            idle.send(head[:-290])
+            await until(lambda: any(h.request for h in server._handlers.values()))
+            body = {"content": "Hello", "model": "mock/echo"}
+            assert (await ask(server.port, "POST", "/api/ask", body)).status == 200
+            idle.send(b"x" * 290)
+            assert (await idle.read_reply()).status == 400  # no JSON
+            body["content"] = "x" * 300
+            assert (await ask(server.port, "POST", "/api/ask", body)).status == 503
 
 
 def garbage():
@@ -13716,59 +13090,55 @@ async def agent_comes_and_goes(server):
     ids="whole stream error nobody silent drops fails queue leaves leaves-queue broken"
     " agent".split(),
 )
-def test_what_a_request_holds_is_freed_with_it(tmp_path, request_once):
+@flow
+async def test_what_a_request_holds_is_freed_with_it(tmp_path, request_once):
     """It may be 32 MiB, and the garbage collector comes when it comes."""
 
-    async def check():
-        limits = Limits(
-            first_byte_timeout=0.3,
-            queue_timeout=0.1,
-            ping_interval=0.1,
-            cool_failures=1000,
-            agent_return_window=0,
-        )
-        gate = PoolGate(models=["gate"], max_concurrency=1)
-        async with (
-            Upstream(upstream_hangs) as silent,
-            Upstream(upstream_drops) as drops,
-            Upstream(error_reply(500)) as fails,
-            serving(
-                tmp_path,
-                silent.controller(models=["silent"], limits=limits),
-                drops.controller(models=["drops"], limits=limits),
-                fails.controller(models=["fails"], limits=limits),
-                gate.controller,
-                limits=limits,
-            ) as server,
-            handler_task(chat(server, model="gate")),
-        ):
-            await until(lambda: gate.asked)
-            await request_once(server)  # what is made once is there
+    limits = Limits(
+        first_byte_timeout=0.3,
+        queue_timeout=0.1,
+        ping_interval=0.1,
+        cool_failures=1000,
+        agent_return_window=0,
+    )
+    gate = PoolGate(models=["gate"], max_concurrency=1)
+    async with (
+        Upstream(upstream_hangs) as silent,
+        Upstream(upstream_drops) as drops,
+        Upstream(error_reply(500)) as fails,
+        serving(
+            tmp_path,
+            silent.controller(models=["silent"], limits=limits),
+            drops.controller(models=["drops"], limits=limits),
+            fails.controller(models=["fails"], limits=limits),
+            gate.controller,
+            limits=limits,
+        ) as server,
+        handler_task(chat(server, model="gate")),
+    ):
+        await until(lambda: gate.asked)
+        await request_once(server)  # what is made once is there
+        await until(lambda: len(server._handlers) == 1)
+        gc.collect()
+        gc.disable()
+        try:
+            await request_once(server)
             await until(lambda: len(server._handlers) == 1)
-            gc.collect()
-            gc.disable()
-            try:
-                await request_once(server)
-                await until(lambda: len(server._handlers) == 1)
-                await asyncio.sleep(0.05)  # for what ends after the connection
-                assert garbage() == []
-            finally:
-                gc.enable()
-            gate.let()
-
-    run(check())
+            await asyncio.sleep(0.05)  # for what ends after the connection
+            assert garbage() == []
+        finally:
+            gc.enable()
+        gate.let()
 
 
-def test_the_log_does_not_repeat_what_an_upstream_says(tmp_path, caplog):
-    async def check():
-        error = {"message": "too long: PROMPT", "type": "x", "code": "overloaded"}
-        async with Upstream(http_reply({"error": error}, 500)) as upstream:
-            async with serving(tmp_path, upstream.controller()) as server:
-                reply = await ask(server.port, "POST", "/v1/chat/completions", CHAT)
-                assert "PROMPT" in reply.json()["error"]["message"]
-        assert "status 500 overloaded" in caplog.text and "PROMPT" not in caplog.text
-
-    run(check())
+@flow
+async def test_the_log_does_not_repeat_what_an_upstream_says(tmp_path, caplog):
+    error = {"message": "too long: PROMPT", "type": "x", "code": "overloaded"}
+    async with Upstream(http_reply({"error": error}, 500)) as upstream:
+        async with serving(tmp_path, upstream.controller()) as server:
+            reply = await ask(server.port, "POST", "/v1/chat/completions", CHAT)
+            assert "PROMPT" in reply.json()["error"]["message"]
+    assert "status 500 overloaded" in caplog.text and "PROMPT" not in caplog.text
 
 
 def test_a_readme_fixture_serves_each_test(tmp_path):
