@@ -376,6 +376,8 @@ class ConfigurationError(Exception):
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])", re.ASCII)
+_METHOD = re.compile(_TOKEN.encode())
+METHOD_SIZE = 64  # in bytes; a longer one is 501 (RFC 9112 section 3)
 _STATUS_LINE = re.compile(
     r"(HTTP/1\.[01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?", re.ASCII
 )
@@ -470,13 +472,11 @@ class Response:
         return "close" not in self.headers.tokens("connection")
 
 
-def _take_head(buffer: bytearray, max_size: int, max_line: int) -> list[str] | None:
+def _take_head(buffer: bytearray, max_size: int) -> list[str] | None:
     """Take the lines of a head (or of trailers); ProtocolError if they are large."""
     # A head may come byte by byte: this is made anew for each, so it must cost
     # next to nothing.  rfind takes 4 us for 32 KiB; find takes 14, a regex 200.
     if buffer.rfind(b"\r\n\r\n", 0, max_size) < 0:
-        if len(buffer) > max_line + 1 and buffer.find(b"\n", 0, max_line + 2) < 0:
-            raise ProtocolError(414, f"the first line is over {max_line} bytes")
         # Any other blank line: its sender will send no more.
         blank = (buffer.rfind(line, 0, max_size) for line in (b"\n\n", b"\n\r\n"))
         if buffer.startswith(b"\n") or max(blank) >= 0:
@@ -542,9 +542,36 @@ def _parse_request_line(line: str) -> tuple[str, str, str]:
     if match is None:
         raise ProtocolError(400, "the request line is malformed")
     method, target, version = match.groups()
+    if len(method) > METHOD_SIZE:
+        raise ProtocolError(501, "there is no method of that length")
     if version not in ("1.1", "1.0"):
         raise ProtocolError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
     return method, target, f"HTTP/{version}"
+
+
+def _first_line(buffer: bytearray, max_size: int) -> str | None:
+    """The line that a request begins with; None while it may still become one.
+
+    What cannot is refused at its first bytes: its sender would otherwise wait for
+    head_timeout, and never learn why.
+    """
+    if buffer.startswith(b"\x16"):  # a TLS handshake record
+        raise ProtocolError(400, "https was sent to an http port")
+    end = buffer.find(b"\n", 0, max_size + 2)
+    if end >= 0:
+        if buffer[end - 1 : end] != b"\r":
+            raise ProtocolError(400, "lines must end in CR LF")
+        return buffer[: end - 1].decode("latin-1")
+    method = _METHOD.match(buffer, 0, METHOD_SIZE + 1)
+    size = method.end() if method else 0
+    if size > METHOD_SIZE:
+        raise ProtocolError(501, "there is no method of that length")
+    behind = bytes(buffer[size : size + 1])
+    if behind and (behind != b" " or not size) and buffer != b"\r":
+        raise ProtocolError(400, "the request line is malformed")
+    if len(buffer) > max_size + 1:
+        raise ProtocolError(414, f"the first line is over {max_size} bytes")
+    return None
 
 
 def parse_request_head(
@@ -557,16 +584,14 @@ def parse_request_head(
     """
     while buffer.startswith(b"\r\n"):  # section 2.2: after a sloppy client's content
         del buffer[:2]
-    lines = _take_head(buffer, limits.head_size, limits.request_line_size)
+    line = _first_line(buffer, limits.request_line_size)
+    if line is None:
+        return None
+    method, target, version = _parse_request_line(line)
+    lines = _take_head(buffer, limits.head_size)
     if lines is None:
         return None
-    line = lines.pop(0)
-    if len(line) > limits.request_line_size:
-        raise ProtocolError(
-            414, f"the first line is over {limits.request_line_size} bytes"
-        )
-    method, target, version = _parse_request_line(line)
-    headers = parse_fields(lines, limits.header_count, limits.header_line_size)
+    headers = parse_fields(lines[1:], limits.header_count, limits.header_line_size)
     if version == "HTTP/1.1" and "host" not in headers:
         raise ProtocolError(400, "the Host field is missing")
     return Request(method, target, version, headers)
@@ -589,7 +614,7 @@ def parse_response_head(
     """
     size = limits.response_head_size
     try:
-        lines = _take_head(buffer, size, size)
+        lines = _take_head(buffer, size)
         if lines is None:
             return None
         version, status = _parse_status_line(lines.pop(0))
@@ -793,7 +818,7 @@ class ChunkedDecoder(ContentDecoder):
             del buffer[:2]
             self.complete = True
             return
-        lines = _take_head(buffer, limits.trailer_size, len(buffer))
+        lines = _take_head(buffer, limits.trailer_size)
         if lines is not None:
             parse_fields(lines, limits.trailer_count, limits.trailer_size)
             self.complete = True
@@ -6006,6 +6031,8 @@ class RequestHandler:
         error.with_traceback(None)  # as in Call._explain()
         self.send_error(APIError(error.status, f"Bad request: {error}."))
         self.log_request()
+        peer = self.connection.peer or "a client"
+        self.service.report(f"what {peer} sent is no request: {error}")
         await self.connection.linger()
 
     async def respond(self, request: Request) -> None:

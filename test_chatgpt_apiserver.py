@@ -1035,9 +1035,47 @@ def test_L1_request_line(size, status):
 
 
 def test_L1_request_line_is_refused_before_its_end():
-    assert http_refusal(b"a" * 8193) is None  # its CR may be the last
-    assert http_refusal(b"a" * 8194) == 414
+    assert http_refusal(b"A /" + b"a" * 8190) is None  # its CR may be the last
+    assert http_refusal(b"A /" + b"a" * 8191) == 414
     assert http_answer_refusal(b"a" * 100, response_head_size=100) == 502
+
+
+@pytest.mark.parametrize(
+    "data, status, reason",
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\n\n", 400, "https was sent to an http"),
+        (b"\x80\x2e\x01", 400, "malformed"),
+        (b"\x00", 400, "malformed"),
+        (b"{", 400, "malformed"),
+        (b" GET", 400, "malformed"),
+        (b"\r\nGET\t/", 400, "malformed"),
+        (b"GET\r", 400, "malformed"),
+        (b"GET /\r\n", 400, "malformed"),  # HTTP/0.9
+        (b"GET /\n", 400, "CR LF"),
+        (b"GET / HTTP/1.1\nHost: a", 400, "CR LF"),
+        (b"GET  / HTTP/1.1\r\n", 400, "malformed"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", 400, "malformed"),
+        (b"PROXY TCP4 10.0.0.1 10.0.0.2 5 80\r\n", 400, "malformed"),
+        (b"\r\n\r\n\x00\r\nQUIT\n", 400, "malformed"),  # PROXY, version 2
+        (b"PRI * HTTP/2.0\r\n", 505, "only HTTP/1.1"),
+        (b"A" * 64, None, ""),
+        (b"A" * 65, 501, "no method of that length"),
+        (b"A" * 65 + b" / HTTP/1.1\r\n", 501, "no method of that length"),
+        (b"GET /" + b"\x01" * 9, None, ""),  # until the line is whole
+        (b"\r", None, ""),
+        (b"GET / HTTP/1.1\r\nHost", None, ""),
+    ],
+)
+def test_what_cannot_become_a_request_is_refused_at_its_first_bytes(
+    data, status, reason
+):
+    assert http_refusal(data) == status
+    with contextlib.suppress(ProtocolError):
+        apiserver.parse_request_head(bytearray(data))
+        assert status is None
+    if status is not None:
+        with pytest.raises(ProtocolError, match=reason):
+            apiserver.parse_request_head(bytearray(data))
 
 
 @pytest.mark.parametrize("size, status", [(63, None), (64, None), (65, 431)])
@@ -8167,6 +8205,23 @@ async def test_odd_text_is_served(tmp_path, content):
         deltas = [json.loads(event)["choices"][0] for event in events[:-1]]
         said = "".join(choice["delta"].get("content", "") for choice in deltas)
         assert said == content and events[-1] == "[DONE]"
+
+
+@flow
+async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_path):
+    log = PoolLog()
+    async with serving(tmp_path, log=log) as server:
+        hello = b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"
+        answer = await raw(server.port, hello, timeout=2)
+        assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        assert b"https was sent to an http port" in answer
+        assert (await raw(server.port, b"GET /\r\n", timeout=2)).startswith(
+            b"HTTP/1.1 400"
+        )
+        assert (await raw(server.port, b"A" * 10_000, timeout=2)).startswith(
+            b"HTTP/1.1 501"
+        )
+    assert "127.0.0.1 sent is no request: https was sent to an http port" in log.text
 
 
 @flow
