@@ -78,6 +78,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
     AsyncGenerator,
@@ -388,7 +389,9 @@ _FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)", re.ASCII)
 _CONTROLS = bytes((*range(9), *range(10, 32), 127))  # all but HTAB
 _LENGTH = re.compile(r"[0-9]{1,15}", re.ASCII)
 _HOST = re.compile(
-    r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII
+    r"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])"
+    r"(?::[0-9]{0,5})?",
+    re.ASCII,
 )
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
@@ -701,9 +704,11 @@ class ContentDecoder:
 
     complete   true once the last byte was taken; what is still in the buffer
                then belongs to the next message
+    pending    decode() may give more although nothing new has arrived
     """
 
     complete = False
+    pending = False
 
     def decode(self, buffer: bytearray) -> bytes:
         """What has arrived, possibly nothing; ProtocolError(400) for bad chunks."""
@@ -824,13 +829,109 @@ class ChunkedDecoder(ContentDecoder):
             self.complete = True
 
 
+# Inflated content may be so many times its size; Apache's mod_deflate has 200, too.
+# JSON reaches 10 to 50.  The first bytes are free: a short text of blanks is no bomb.
+INFLATED_RATIO = 200
+INFLATED_FREE = 1024 * 1024
+
+
+class InflatingDecoder(ContentDecoder):
+    """Content in a coding, gzip or deflate, undone as it arrives (RFC 9110, 8.4.1).
+
+    framing takes the coded content off the buffer.  At most PIECE_SIZE bytes come
+    out at once, so that a slow reader holds back whatever it would swell to.
+
+    decode() and end() raise ProtocolError: 400 for damaged content, a cut one, or
+    bytes behind its end; 413 for one that swells to INFLATED_RATIO times its size.
+    """
+
+    def __init__(self, coding: str, framing: ContentDecoder) -> None:
+        self.complete = framing.complete  # there is no content at all
+        self._coding = coding
+        self._framing = framing
+        self._stream: Any = None  # zlib's
+        self._coded = b""  # has arrived, and is to be inflated
+        self._taken = self._given = 0  # bytes
+
+    def decode(self, buffer: bytearray) -> bytes:
+        piece = self._inflate()
+        if not piece:
+            data = self._framing.decode(buffer)
+            self._taken += len(data)
+            self._coded += data
+            piece = self._inflate()
+        self.pending = bool(piece)
+        if self._framing.complete and not piece:
+            self.end()
+        return piece
+
+    def end(self) -> None:
+        self._framing.end()
+        if self._coded or not (self._stream is None or self._stream.eof):
+            raise ProtocolError(400, f"the {self._coding} content is cut short")
+        self.complete = True
+
+    def _inflate(self) -> bytes:
+        """The next bytes of what has arrived; b"" when more has to arrive."""
+        piece = b""
+        while not piece:
+            if self._stream is None or self._stream.eof:
+                if len(self._coded) < 2:
+                    return b""
+                self._stream = self._next_stream()
+            try:
+                piece = self._stream.decompress(self._coded, PIECE_SIZE)
+            except zlib.error:
+                raise ProtocolError(
+                    400, f"the {self._coding} content is damaged"
+                ) from None
+            self._coded = self._stream.unconsumed_tail or self._stream.unused_data
+            if not self._coded:
+                break
+        self._given += len(piece)
+        if self._given > INFLATED_FREE + INFLATED_RATIO * self._taken:
+            reason = f"the content swells to over {INFLATED_RATIO} times its size"
+            raise ProtocolError(413, reason)
+        return piece
+
+    def _next_stream(self) -> Any:
+        if self._coding == "gzip":  # may be several, one after the other (RFC 1952)
+            return zlib.decompressobj(31)
+        if self._stream is not None:
+            raise ProtocolError(400, "the content goes on behind its deflate coding")
+        # "deflate" means zlib's format, but some send it bare (section 8.4.1.2).
+        start = self._coded[:2]
+        is_zlib = start[0] & 15 == 8 and int.from_bytes(start, "big") % 31 == 0
+        return zlib.decompressobj(15 if is_zlib else -15)
+
+
+def content_coding(headers: Headers) -> str:
+    """The coding that has to be undone: "gzip", "deflate", or "" for none.
+
+    Raise ProtocolError(415) for any other, and for several.
+    """
+    if "content-encoding" not in headers:
+        return ""
+    # "none" is no coding, but a widespread way to tell proxies not to compress.
+    plain = ("identity", "none", "")
+    names = [name for name in headers.tokens("content-encoding") if name not in plain]
+    coding = ", ".join(names).replace("x-gzip", "gzip")
+    if coding not in ("gzip", "deflate", ""):
+        raise ProtocolError(415, f"the content coding {coding[:40]} is not known here")
+    return coding
+
+
 def content_decoder(
-    length: int | None, limits: Limits = DEFAULT_LIMITS
+    length: int | None, limits: Limits = DEFAULT_LIMITS, coding: str = ""
 ) -> ContentDecoder:
-    """The decoder for a length: bytes, None for chunked, or UNTIL_CLOSE."""
+    """The decoder for a length (bytes, None for chunked, or UNTIL_CLOSE) and a coding
+    (as content_coding() names it)."""
+    decoder: ContentDecoder
     if length is None:
-        return ChunkedDecoder(limits)
-    return UntilCloseDecoder() if length == UNTIL_CLOSE else SizedDecoder(length)
+        decoder = ChunkedDecoder(limits)
+    else:
+        decoder = UntilCloseDecoder() if length == UNTIL_CLOSE else SizedDecoder(length)
+    return InflatingDecoder(coding, decoder) if coding else decoder
 
 
 def end_to_end(
@@ -2181,7 +2282,8 @@ class Connection(asyncio.Protocol):
         early, and asyncio.TimeoutError.
         """
         while True:
-            piece = decoder.decode(self.buffer) if self.buffer else b""
+            some = self.buffer or decoder.pending
+            piece = decoder.decode(self.buffer) if some else b""
             if piece or decoder.complete:
                 return piece
             self.set_deadline(min(self.loop.time() + timeout, deadline))
@@ -2676,7 +2778,16 @@ class ClientResponse(Answer):
         self._deadline = deadline
         self._length = response_length(method, head)
         self._keep_alive = head.keep_alive and self._length != UNTIL_CLOSE
-        self._decoder = content_decoder(self._length, client.limits)
+        coding = ""
+        if "content-encoding" in head.headers:
+            # Undone here although not asked for: some compress whatever one accepts.
+            try:
+                coding = content_coding(head.headers)
+            except ProtocolError as error:
+                raise ProtocolError(502, f"unreadable answer: {error}") from None
+            del head.headers["content-encoding"]
+            head.headers.pop("content-length", None)
+        self._decoder = content_decoder(self._length, client.limits, coding)
 
     async def read(self) -> bytes:
         """The next bytes of the content as they come; b"" at its end.
@@ -5285,9 +5396,6 @@ class Call:
         request = self.request
         headers = answer.headers
         status = answer.status
-        coding = headers.get("content-encoding", "identity")
-        if coding.lower() != "identity":
-            raise ProtocolError(502, f"it sent {coding} content, unasked")
         self.headers = headers
         is_stream = headers.get("content-type", "").startswith("text/event-stream")
         if 200 <= status < 300 and is_stream:

@@ -14,6 +14,7 @@ import errno
 import faulthandler
 import functools
 import gc
+import gzip
 import inspect
 import json
 import math
@@ -37,6 +38,7 @@ import tracemalloc
 import urllib.request
 import uuid
 import weakref
+import zlib
 from pathlib import Path
 
 import pytest
@@ -1424,6 +1426,111 @@ def test_an_end_before_the_content_is_an_error(length, data):
     with pytest.raises(ProtocolError) as caught:
         decoder.end()
     assert caught.value.status == 400
+
+
+# --- Content codings
+
+
+def http_inflate(coding, data, pieces=(), **more):
+    """What comes of coded content that is sent as chunks; the largest piece."""
+    decoder = apiserver.content_decoder(None, Limits(**more), coding)
+    content = []
+
+    def parse(buffer):
+        while True:
+            piece = decoder.decode(buffer)
+            content.append(piece)
+            if not piece:
+                break
+
+    sent = apiserver.encode_chunk(data) if data else b""
+    http_feed(parse, sent + apiserver.LAST_CHUNK, pieces)
+    assert decoder.complete
+    return b"".join(content), max(map(len, content))
+
+
+def raw_deflate(data):
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return compressor.compress(data) + compressor.flush()
+
+
+CODINGS = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "deflate, bare": raw_deflate,
+    "gzip, in members": lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]),
+}
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_coded_content_is_inflated_however_it_is_cut(name):
+    coding = name.split(",")[0]
+    for data in (b"", b"x", b'{"a": 1}' * 9, random.Random(1).randbytes(70_000)):
+        coded = CODINGS[name](data)
+        assert http_inflate(coding, coded)[0] == data
+        if len(data) < 100:
+            assert http_inflate(coding, coded, http_bytewise(coded * 2))[0] == data
+    assert http_inflate(coding, b"")[0] == b""  # no content has no coding
+
+
+def test_inflated_content_comes_in_small_pieces():
+    data = bytes(range(256)) * 10_000
+    content, largest = http_inflate("gzip", gzip.compress(data))
+    assert content == data and largest == apiserver.PIECE_SIZE
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_damaged_or_cut_coded_content_is_refused(name):
+    coding = name.split(",")[0]
+    data = b'{"a": 12345}'
+    whole, member = CODINGS[name](data), len(gzip.compress(data[:9]))
+    bad = [whole[:size] for size in range(1, len(whole)) if size != member]
+    bad += [whole + b"x", whole + b"more", b"\xff" * 30, b'{"a": 1}']
+    for data in bad:
+        with pytest.raises(ProtocolError) as refused:
+            http_inflate(coding, data)
+        assert refused.value.status == 400, data
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_a_bomb_is_refused_before_it_swells(coding):
+    for size, status in ((1024 * 1024, None), (64 * 1024 * 1024, 413)):
+        data = CODINGS[coding](bytes(size))
+        tracemalloc.start()
+        try:
+            with contextlib.ExitStack() as stack:
+                if status:
+                    stack.enter_context(pytest.raises(ProtocolError, match="swells"))
+                http_inflate(coding, data)
+            assert tracemalloc.get_traced_memory()[1] < 16 * 1024 * 1024
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "field, coding",
+    [
+        (None, ""),
+        ("", ""),
+        ("identity", ""),
+        ("None", ""),
+        ("GZip", "gzip"),
+        ("x-gzip", "gzip"),
+        ("identity, deflate", "deflate"),
+        ("br", 415),
+        ("zstd", 415),
+        ("gzip, gzip", 415),
+        ("gzip;q=1", 415),
+    ],
+)
+def test_content_coding(field, coding):
+    headers = apiserver.Headers({} if field is None else {"content-encoding": field})
+    if coding == 415:
+        with pytest.raises(ProtocolError, match=field[:4]) as refused:
+            apiserver.content_coding(headers)
+        assert refused.value.status == 415
+    else:
+        assert apiserver.content_coding(headers) == coding
 
 
 # --- What we send
@@ -3677,6 +3784,88 @@ async def test_an_answer_not_read_to_its_end_costs_its_connection():
         await answer.aclose()
         await until(lambda: upstream.ended == 1)
         assert await answer.read() == b""
+
+
+def coded_reply(coding, data, framing="length"):
+    """A 200 with this Content-Encoding; framing: "length", "chunked" or "close"."""
+    head = f"HTTP/1.1 200 OK\r\nX: y\r\nContent-Encoding: {coding}\r\n"
+    if framing == "length":
+        head += f"Content-Length: {len(data)}\r\n"
+    elif framing == "chunked":
+        head += "Transfer-Encoding: chunked\r\n"
+        data = b"".join(
+            apiserver.encode_chunk(data[n : n + 7]) for n in range(0, len(data), 7)
+        )
+        data += apiserver.LAST_CHUNK
+    return f"{head}\r\n".encode() + data
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "none", "", "Identity"])
+@flow
+async def test_an_answer_in_a_coding_is_read_although_none_was_asked_for(
+    coding, framing
+):
+    text = b"some text " * 50_000
+    data = CODINGS.get(coding, bytes)(text)
+    end = connection_close if framing == "close" else None
+    async with Upstream(behaves(coded_reply(coding, data, framing), end)) as upstream:
+        client = HTTPClient(upstream.url)
+        for _ in range(2):
+            answer = await client.request("GET", "/", [])
+            assert "content-encoding" not in answer.headers
+            assert coding != "gzip" or "content-length" not in answer.headers
+            assert await answer.read_all(len(text)) == text
+        assert upstream.connections == (2 if framing == "close" else 1)
+        client.close()
+
+
+@flow
+async def test_an_inflated_answer_has_the_bound_of_a_plain_one():
+    reply = coded_reply("gzip", gzip.compress(bytes(500_000)))
+    async with Upstream(behaves(reply)) as upstream:
+        answer = await HTTPClient(upstream.url).request("GET", "/", [])
+        with pytest.raises(ProtocolError, match="over 400000 bytes"):
+            await answer.read_all(400_000)
+        await answer.aclose()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        coded_reply("br", b"x"),
+        coded_reply("gzip", b"{}"),
+        coded_reply("gzip", gzip.compress(b"{}")[:-1]),
+        coded_reply("gzip", gzip.compress(b"{}") + b"garbage", "chunked"),
+        coded_reply("gzip", gzip.compress(b"{}")[:-5], "close"),
+    ],
+)
+@flow
+async def test_an_answer_in_a_coding_that_cannot_be_undone_is_broken(reply):
+    end = None if b"Length" in reply or b"chunked" in reply else connection_close
+    async with Upstream(behaves(reply, end)) as upstream:
+        with pytest.raises(ProtocolError):
+            await get(HTTPClient(upstream.url))
+
+
+@flow
+async def test_a_coded_stream_is_read_as_it_comes():
+    compressor = zlib.compressobj(wbits=31)
+    first = compressor.compress(b"one") + compressor.flush(zlib.Z_SYNC_FLUSH)
+    more = asyncio.Event()
+
+    async def behave(request, writer):
+        writer.write(coded_reply("gzip", b"", "chunked")[:-5] + chunked(first))
+        await more.wait()
+        writer.write(chunked(compressor.flush()) + apiserver.LAST_CHUNK)
+
+    async with Upstream(behave) as upstream:
+        client = HTTPClient(upstream.url)
+        answer = await client.request("GET", "/", [])
+        assert await answer.read() == b"one"
+        more.set()
+        assert await answer.read() == b""
+        client.close()
 
 
 @pytest.mark.parametrize("end", [connection_close, connection_cut])
@@ -6664,10 +6853,8 @@ BAD_UPSTREAMS = {
     "bad-chunk": (JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}", 500),
     "bad-status": (b"HTTP/1.1 abc OK\r\n\r\n", 500),
     "bare-lf": (b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}\r\n\r\n", 500),
-    "gzip": (
-        http_reply(completion(), headers=[("Content-Encoding", "gzip")]),
-        500,
-    ),
+    "gzip": (http_reply(completion(), headers=[("Content-Encoding", "gzip")]), 500),
+    "br": (http_reply(completion(), headers=[("Content-Encoding", "br")]), 500),
     "no-json": (http_reply(b"<html>UPSTREAMSECRET</html>"), 500),
     "rate-limit": (error_reply(429), 500),
     "overloaded": (error_reply(503), 500),
@@ -7957,6 +8144,23 @@ async def test_refusal_says_whether_the_connection_goes_on(tmp_path):
             reply = await client.read_reply()
             assert reply.status == 404 and reply.headers["connection"] == "close"
             assert await client.reader.read() == b""
+
+
+@flow
+async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_path):
+    log = PoolLog()
+    async with serving(tmp_path, log=log) as server:
+        hello = b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"
+        answer = await raw(server.port, hello, timeout=2)
+        assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        assert b"https was sent to an http port" in answer
+        assert (await raw(server.port, b"GET /\r\n", timeout=2)).startswith(
+            b"HTTP/1.1 400"
+        )
+        assert (await raw(server.port, b"A" * 10_000, timeout=2)).startswith(
+            b"HTTP/1.1 501"
+        )
+    assert "127.0.0.1 sent is no request: https was sent to an http port" in log.text
 
 
 @flow
