@@ -4670,6 +4670,21 @@ async def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
 
 
 @flow
+async def test_who_trusts_the_same_shares_a_tls_context(tmp_path):
+    def context(ca_file, verify=True):
+        changed = os.stat(ca_file).st_mtime_ns if ca_file else 0
+        return apiserver.client_tls_context(ca_file, changed, verify)
+
+    file = tmp_path / "ca.pem"
+    file.write_text(TEST_CA)
+    assert context(None) is context(None) is not context(None, False)
+    assert context(str(file)) is context(str(file)) is not context(None)
+    before = context(str(file))
+    os.utime(file, ns=(1, 1))
+    assert context(str(file)) is not before
+
+
+@flow
 async def test_a_proxy_that_is_not_there_is_never_left_out():
     async with Upstream(OK) as upstream:
         proxy = f"http://127.0.0.1:{refusing_port()}"
