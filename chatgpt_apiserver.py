@@ -2507,8 +2507,8 @@ class HTTPClient:
     """HTTP/1.1 to one address, over connections that are kept.
 
     base_url   "https://host[:port][/prefix]"
-    proxy      "http://[user:password@]host:port": CONNECT for https (RFC 9110
-               section 9.3.6), the absolute form for http; never left out
+    proxy      "http://[user:password@]host:port", asked to CONNECT (RFC 9110
+               section 9.3.6); never left out
     ca_file    certificates to trust (PEM) in place of the system's
     verify     False takes any certificate
     resolve    look_up(host, port), in a thread; for tests
@@ -2562,11 +2562,6 @@ class HTTPClient:
         target is appended to the base URL's prefix.  Raise OSError (also for TLS
         and certificates), asyncio.TimeoutError, ProtocolError(502).
         """
-        plain_proxy = self._proxy is not None and self.address.scheme == "http"
-        target = self.address.path + target
-        if plain_proxy:
-            target = f"http://{self.address.authority}{target}"
-            fields = [*fields, *self._proxy_fields]
         head = [self._host, *fields]
         if content or method not in ("GET", "HEAD"):
             head.append(("Content-Length", str(len(content))))
@@ -2688,7 +2683,7 @@ class HTTPClient:
                 raise
             raise ConnectionRefusedError("nothing listens at its proxy") from None
         try:
-            if self._proxy is not None and self.address.scheme == "https":
+            if self._proxy is not None:
                 await self._tunnel(connection)
             if self.address.scheme == "https":
                 await self._start_tls(connection)

@@ -4618,19 +4618,19 @@ async def test_https_goes_through_the_proxys_tunnel(tmp_path):
 
 
 @flow
-async def test_http_goes_to_the_proxy_in_absolute_form():
-    async with Upstream(OK) as proxy:
-        client = HTTPClient(
-            "http://name.example:8000/v1",
-            proxy=f"http://user:word@127.0.0.1:{proxy.port}",
-        )
+async def test_http_goes_through_the_proxys_tunnel_too():
+    proxy = Proxy()
+    async with Upstream(OK) as upstream, proxy.serving() as port:
+        client = HTTPClient(upstream.url, proxy=f"http://user:word@127.0.0.1:{port}")
         assert await get(client, "/x?y") == await get(client) == (200, b"ok")
-        request = proxy.requests[0]
-        assert request.line == "GET http://name.example:8000/v1/x?y HTTP/1.1"
-        assert request.headers["host"] == "name.example:8000"
-        credentials = base64.b64encode(b"user:word").decode()
-        assert request.headers["proxy-authorization"] == f"Basic {credentials}"
-        assert proxy.connections == 1
+        client.close()
+        (head,) = proxy.heads
+        assert head.startswith(f"CONNECT 127.0.0.1:{upstream.port} HTTP/1.1\r\n")
+        assert "Proxy-Authorization: Basic " in head
+        request = upstream.requests[0]
+        assert request.line == "GET /v1/x?y HTTP/1.1"
+        assert request.headers["host"] == f"127.0.0.1:{upstream.port}"
+        assert "proxy-authorization" not in request.headers
 
 
 @pytest.mark.parametrize(
