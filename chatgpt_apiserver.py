@@ -2371,10 +2371,9 @@ class Connection(asyncio.Protocol):
         which goes on keeping it for a peer that does not read (2.8 MB measured)."""
         sock = self.transport.get_extra_info("socket")
         if sock is not None and not self.lost:
+            on = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
             with contextlib.suppress(OSError):
-                sock.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                )
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, on)
         self.abort()
 
     async def linger(self) -> None:
