@@ -2311,18 +2311,40 @@ class Connection(asyncio.Protocol):
         write_timeout: the connection is then cut.
         """
         while not self._writable and not self.lost:
-            taken = self.bytes_sent - self.unsent
-            writer: asyncio.Future[None] = self.loop.create_future()
-            self._writers.append(writer)
-            timer = self.loop.call_later(
-                self.limits.write_timeout, self._cut_if_stalled, taken, writer
-            )
-            try:
-                await writer
-            finally:
-                timer.cancel()
+            await self._wait_for_room()
         if self.lost:
             raise ConnectionResetError("the connection was closed")
+
+    async def drain_or_receive(self) -> None:
+        """Wait as drain() does, or until the peer answers before it has taken all.
+
+        Raise asyncio.TimeoutError at the deadline, and when it takes no byte for
+        write_timeout; that it has ended is for receive() to say.
+        """
+        if self._timer is None:
+            self._timer = self.loop.call_at(self._deadline, self._on_timer)
+        while not (self._writable or self.buffer or self.eof):
+            await self._wait_for_room(reading=True)
+        if self.stalled:
+            raise asyncio.TimeoutError
+
+    async def _wait_for_room(self, reading: bool = False) -> None:
+        """Wait until the peer has taken something, or also until something came."""
+        taken = self.bytes_sent - self.unsent
+        writer: asyncio.Future[None] = self.loop.create_future()
+        self._writers.append(writer)
+        if reading:
+            self._reader = writer
+        timer = self.loop.call_later(
+            self.limits.write_timeout, self._cut_if_stalled, taken, writer
+        )
+        try:
+            await writer
+        finally:
+            timer.cancel()
+            if reading:
+                self._reader = None
+            del writer  # as in receive()
 
     def _cut_if_stalled(self, taken: int, writer: asyncio.Future[None]) -> None:
         # Not by the size of the buffer: another writer may have filled it up.
@@ -2564,7 +2586,8 @@ class HTTPClient:
         head = [self._host, *fields]
         if content or method not in ("GET", "HEAD"):
             head.append(("Content-Length", str(len(content))))
-        message = encode_head(f"{method} {target} HTTP/1.1", head) + content
+        line = f"{method} {self.address.path}{target} HTTP/1.1"
+        message = encode_head(line, head) + content
         timeout = first_byte_timeout or self.limits.first_byte_timeout
         connection = self._take_idle()
         if connection is not None:
@@ -2588,22 +2611,28 @@ class HTTPClient:
         timeout: float,
         deadline: float,
     ) -> ClientResponse | None:
-        """One request, one answer; None if the connection ends without a byte."""
+        """One request, one answer; None if the connection ends without a byte.
+
+        An answer may come before the request is sent: 413, 401 and 429 do, and are
+        often followed by a reset (RFC 9112 section 9.5).
+        """
         answer = None
+        loop = connection.loop
         try:
             try:
                 connection.write(message)
-                if not connection.writable:
-                    await connection.drain()
             except ConnectionResetError:
                 return None
-            loop = connection.loop
+            if not connection.writable:
+                longest = loop.time() + self.limits.request_timeout
+                connection.set_deadline(min(longest, deadline))
+                await connection.drain_or_receive()
             connection.set_deadline(min(loop.time() + timeout, deadline))
-            for _ in range(int(self.limits.interim_responses) + 1):
+            for interim in range(int(self.limits.interim_responses) + 1):
                 head = await connection.read(self._parse_head)
                 if head is None:
-                    if connection.buffer:
-                        raise ConnectionResetError("it ended in the middle of a head")
+                    if connection.buffer or interim:
+                        raise ConnectionResetError("it ended before its answer's head")
                     return None
                 if head.status >= 200:
                     answer = ClientResponse(self, connection, method, head, deadline)
@@ -2634,6 +2663,7 @@ class HTTPClient:
         if (
             connection.eof
             or connection.buffer
+            or connection.unsent  # of a request that was answered before its end
             or len(self._idle) >= self.limits.idle_upstream_connections
         ):
             connection.abort()
@@ -2802,9 +2832,15 @@ class ClientResponse(Answer):
         """
         if self._connection is None:
             return b""
-        piece = await self._connection.read_content(
-            self._decoder, self._client.limits.silence_timeout, self._deadline
-        )
+        try:
+            piece = await self._connection.read_content(
+                self._decoder, self._client.limits.silence_timeout, self._deadline
+            )
+        except ConnectionResetError:
+            if self.status < 400:
+                raise
+            piece = b""  # a reset for content it did not want: its head said why
+            self._release()
         if self._decoder.complete:
             self._release()
         return piece

@@ -3800,6 +3800,24 @@ def coded_reply(coding, data, framing="length"):
     return f"{head}\r\n".encode() + data
 
 
+@pytest.mark.parametrize("begun", [b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 2"])
+@flow
+async def test_a_request_whose_answer_had_begun_is_not_replayed(begun):
+    """Not even after an interim answer: it may have been carried out."""
+
+    async def behave(request, writer):
+        if len(upstream.requests) == 2:
+            await connection_reply(writer, begun, connection_close)
+        writer.write(OK)
+
+    async with Upstream(behave) as upstream:
+        client = HTTPClient(upstream.url)
+        assert await get(client) == (200, b"ok")
+        with pytest.raises(ConnectionResetError):
+            await client.request("POST", "/", [], b"x")
+        assert len(upstream.requests) == 2
+
+
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "none", "", "Identity"])
 @flow
@@ -4187,6 +4205,105 @@ async def test_a_cancelled_request_closes_its_connection():
         await until(lambda: upstream.ended == 1, 1)
 
 
+# --- Answers that come early
+
+
+def early(answer, end=connection_cut, delay=0.0):
+    """Answers when it has read the head of a request and a little of its content."""
+
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(delay)
+        await connection_reply(writer, answer, end)
+
+    return serve
+
+
+REFUSAL = http_reply({"error": {"message": "too large for me"}}, 413)
+
+
+@pytest.mark.parametrize("size", [100, 200_000, 12_000_000])
+@pytest.mark.parametrize("end", [connection_close, connection_cut, idle])
+@pytest.mark.parametrize("delay", [0, 0.1])
+@flow
+async def test_an_answer_that_comes_before_the_request_is_sent_is_read(
+    size, end, delay
+):
+    """RFC 9112 section 9.5: unread content turns the end into a reset."""
+    async with connection_streams(early(REFUSAL, end, delay)) as port:
+        client = HTTPClient(f"http://127.0.0.1:{port}")
+        for _ in range(3):
+            answer = await client.request("POST", "/", [], bytes(size))
+            assert answer.status == 413
+            assert b"too large for me" in await answer.read_all(1000)
+            await answer.aclose()
+            if size == 12_000_000:
+                assert not client._idle  # the rest of the content is still to be sent
+            client.close()
+
+
+@flow
+async def test_an_early_answer_is_read_in_tls_too(tmp_path):
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        await connection_reply(writer, REFUSAL, connection_close)
+
+    server = await asyncio.start_server(
+        serve, "127.0.0.1", 0, ssl=tls_server_context(tmp_path)
+    )
+    port = server.sockets[0].getsockname()[1]
+    client = HTTPClient(f"https://127.0.0.1:{port}", ca_file=str(tmp_path / "ca.pem"))
+    answer = await client.request("POST", "/", [], bytes(12_000_000))
+    assert answer.status == 413 and b"too large" in await answer.read_all(1000)
+    server.close()
+
+
+@flow
+async def test_what_a_reset_cuts_off_an_early_error_does_not_hide_its_status():
+    answer = REFUSAL[:-10]
+    async with connection_streams(early(answer)) as port:
+        client = HTTPClient(f"http://127.0.0.1:{port}")
+        answer = await client.request("POST", "/", [], bytes(12_000_000))
+        assert answer.status == 413 and b"too large" in await answer.read_all(1000)
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 413 Payload Too La"])
+@flow
+async def test_half_a_head_is_no_early_answer(answer):
+    async with connection_streams(early(answer)) as port:
+        client = HTTPClient(f"http://127.0.0.1:{port}")
+        with pytest.raises(ConnectionError):
+            await client.request("POST", "/", [], bytes(12_000_000))
+
+
+@flow
+async def test_an_upstream_that_takes_no_content_is_given_up():
+    async with connection_streams(early(b"", idle)) as port:
+        for changes, deadline in (({"write_timeout": 0.2}, 60), ({}, 0.2)):
+            client = HTTPClient(f"http://127.0.0.1:{port}", limits=Limits(**changes))
+            end = asyncio.get_running_loop().time() + deadline
+            with pytest.raises(asyncio.TimeoutError):
+                content = bytes(12_000_000)
+                await client.request("POST", "/", [], content, deadline=end)
+
+
+@flow
+async def test_the_first_byte_is_waited_for_from_the_end_of_the_content_on():
+    async def behave(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(0.4)
+        await reader.readexactly(12_000_000)
+        writer.write(OK)
+        await asyncio.sleep(60)
+
+    async with connection_streams(behave) as port:
+        limits = Limits(first_byte_timeout=0.3)
+        client = HTTPClient(f"http://127.0.0.1:{port}", limits=limits)
+        answer = await client.request("POST", "/", [], bytes(12_000_000))
+        assert await answer.read_all(2) == b"ok"
+        client.close()
+
+
 # --- Deadlines
 
 
@@ -4545,6 +4662,21 @@ async def test_plain_bytes_before_the_handshake_are_not_taken_for_encrypted_ones
 
 
 @flow
+async def test_who_trusts_the_same_shares_a_tls_context(tmp_path):
+    def context(ca_file, verify=True):
+        changed = os.stat(ca_file).st_mtime_ns if ca_file else 0
+        return apiserver.client_tls_context(ca_file, changed, verify)
+
+    file = tmp_path / "ca.pem"
+    file.write_text(TEST_CA)
+    assert context(None) is context(None) is not context(None, False)
+    assert context(str(file)) is context(str(file)) is not context(None)
+    before = context(str(file))
+    os.utime(file, ns=(1, 1))
+    assert context(str(file)) is not before
+
+
+@flow
 async def test_a_ca_file_that_is_missing_is_an_error(tmp_path):
     async with Upstream(OK, tls=tls_server_context(tmp_path)) as upstream:
         client = HTTPClient(upstream.url, ca_file=str(tmp_path / "none.pem"))
@@ -4667,21 +4799,6 @@ async def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
         if answer and b" 407 " in answer:
             assert "the proxy refused the tunnel: status 407" in str(why.value)
         assert len(proxy.heads) == 1 and upstream.connections == 0
-
-
-@flow
-async def test_who_trusts_the_same_shares_a_tls_context(tmp_path):
-    def context(ca_file, verify=True):
-        changed = os.stat(ca_file).st_mtime_ns if ca_file else 0
-        return apiserver.client_tls_context(ca_file, changed, verify)
-
-    file = tmp_path / "ca.pem"
-    file.write_text(TEST_CA)
-    assert context(None) is context(None) is not context(None, False)
-    assert context(str(file)) is context(str(file)) is not context(None)
-    before = context(str(file))
-    os.utime(file, ns=(1, 1))
-    assert context(str(file)) is not before
 
 
 @flow
