@@ -2105,8 +2105,10 @@ class Connection(asyncio.Protocol):
         self.peer = ""
         self._on_made = on_made
         self._on_lost = on_lost
-        self._reader: asyncio.Future[None] | None = None
-        self._writers: list[asyncio.Future[None]] = []
+        # Their result is whether the deadline has come: with an exception they would
+        # hold its traceback, and so the frames that hold them.
+        self._reader: asyncio.Future[bool] | None = None
+        self._writers: list[asyncio.Future[bool]] = []
         self._reading = True
         self._writable = True
         self._deadline = self.loop.time() + limits.head_timeout
@@ -2135,7 +2137,7 @@ class Connection(asyncio.Protocol):
         if reader is not None:
             self._reader = None
             if not reader.done():
-                reader.set_result(None)
+                reader.set_result(False)
         elif len(self.buffer) > self.limits.pipelined_size and self._reading:
             # Nobody reads: hold the peer back.  Not earlier, for behind a pause
             # neither a FIN nor an RST is seen.
@@ -2164,7 +2166,7 @@ class Connection(asyncio.Protocol):
         reader, self._reader = self._reader, None
         if reader is not None:
             if not reader.done():
-                reader.set_result(None)
+                reader.set_result(False)
         elif self.on_hangup is not None and (self.lost or not self.half_close):
             hangup, self.on_hangup = self.on_hangup, None
             hangup()
@@ -2181,7 +2183,7 @@ class Connection(asyncio.Protocol):
     def _release_writers(self) -> None:
         for writer in self._writers:
             if not writer.done():
-                writer.set_result(None)
+                writer.set_result(False)
         self._writers.clear()
 
     async def start_tls(
@@ -2237,7 +2239,7 @@ class Connection(asyncio.Protocol):
         if self.loop.time() < self._deadline:
             self._timer = self.loop.call_at(self._deadline, self._on_timer)
         elif not self._reader.done():
-            self._reader.set_exception(asyncio.TimeoutError())
+            self._reader.set_result(True)
 
     async def receive(self) -> bool:
         """Wait for more bytes in the buffer; False if there will be none.
@@ -2252,12 +2254,12 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
         if self._timer is None:
             self._timer = self.loop.call_at(self._deadline, self._on_timer)
-        self._reader = reader = self.loop.create_future()
+        self._reader = self.loop.create_future()
         try:
-            await reader
+            if await self._reader:
+                raise asyncio.TimeoutError
         finally:
             self._reader = None
-            del reader  # it holds a TimeoutError that holds this frame that holds it
         return len(self.buffer) > size or not self.eof
 
     async def read(self, parse: Callable[[bytearray], T | None]) -> T | None:
@@ -2331,7 +2333,7 @@ class Connection(asyncio.Protocol):
     async def _wait_for_room(self, reading: bool = False) -> None:
         """Wait until the peer has taken something, or also until something came."""
         taken = self.bytes_sent - self.unsent
-        writer: asyncio.Future[None] = self.loop.create_future()
+        writer: asyncio.Future[bool] = self.loop.create_future()
         self._writers.append(writer)
         if reading:
             self._reader = writer
@@ -2339,20 +2341,20 @@ class Connection(asyncio.Protocol):
             self.limits.write_timeout, self._cut_if_stalled, taken, writer
         )
         try:
-            await writer
+            if await writer:
+                raise asyncio.TimeoutError
         finally:
             timer.cancel()
             if reading:
                 self._reader = None
-            del writer  # as in receive()
 
-    def _cut_if_stalled(self, taken: int, writer: asyncio.Future[None]) -> None:
+    def _cut_if_stalled(self, taken: int, writer: asyncio.Future[bool]) -> None:
         # Not by the size of the buffer: another writer may have filled it up.
         if self.bytes_sent - self.unsent <= taken:
             self.stalled = True
             self.reset()
         elif not writer.done():
-            writer.set_result(None)
+            writer.set_result(False)
 
     @property
     def unsent(self) -> int:
@@ -2509,6 +2511,9 @@ class Answer:
         """Stop the work behind an answer that is not read to its end."""
 
 
+NEXT_ADDRESS_DELAY = 0.25  # seconds, as RFC 8305 section 8 advises
+
+
 @functools.lru_cache(maxsize=16)
 def client_tls_context(
     ca_file: str | None, changed: int, verify: bool
@@ -2558,7 +2563,7 @@ class HTTPClient:
         self._resolve = resolve
         self._idle: dict[Connection, float] = {}  # since when; the newest is last
         self._sweeper: asyncio.TimerHandle | None = None
-        self._lookup: asyncio.Future[list[str]] | None = None
+        self._lookup: Future[list[str] | str] | None = None
         if proxy and "@" in proxy:
             parts = urllib.parse.urlsplit(proxy)
             words = (parts.username or "", parts.password or "")
@@ -2692,7 +2697,6 @@ class HTTPClient:
 
     def close(self) -> None:
         """Close the idle connections; those in use end with their answers."""
-        self._lookup = None  # it belongs to an event loop that may be ending
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -2722,60 +2726,77 @@ class HTTPClient:
         return connection
 
     async def _dial(self, host: str, port: int) -> Connection:
+        """A connection to whichever of a host's addresses answers first.
+
+        While one does not, the next is tried beside it (RFC 8305 section 5).
+        """
         loop = asyncio.get_running_loop()
         end = loop.time() + self.limits.connect_timeout
-        with time_limit(end, asyncio.TimeoutError()):
-            addresses = await self._addresses(loop, host, port)
-        error: Exception = OSError(f"{host} has no address")
-        for number, address in enumerate(addresses):
-            # Each address gets its share of what is left of the time.
-            share = max(0.0, end - loop.time()) / (len(addresses) - number)
-            try:
-                return await self._connect(address, port, loop.time() + share)
-            except (OSError, asyncio.TimeoutError) as caught:
-                error = caught
-        raise error
+        addresses = await self._addresses(host, port)
+        failure = OSError(f"{host} has no address")
+        attempts: set[asyncio.Task[Connection | OSError]] = set()
+        try:
+            while addresses or attempts:
+                if addresses:
+                    attempt = self._connect(addresses.pop(0), port)
+                    attempts.add(loop.create_task(attempt))
+                left = end - loop.time()
+                if left <= 0:
+                    raise asyncio.TimeoutError
+                done, attempts = await asyncio.wait(
+                    attempts,
+                    timeout=min(left, NEXT_ADDRESS_DELAY) if addresses else left,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                results = [attempt.result() for attempt in done]
+                made = [item for item in results if isinstance(item, Connection)]
+                for connection in made[1:]:
+                    connection.abort()
+                if made:
+                    return made[0]
+                failure = next((e for e in results if isinstance(e, OSError)), failure)
+            raise failure
+        finally:
+            for task in attempts:
+                task.cancel()
 
-    async def _connect(self, address: str, port: int, deadline: float) -> Connection:
+    async def _connect(self, address: str, port: int) -> Connection | OSError:
+        """A connection, or why there is none."""
         connection = Connection(self.limits)
         try:
-            with time_limit(deadline, asyncio.TimeoutError()):
-                loop = connection.loop
-                await loop.create_connection(lambda: connection, address, port)
-        except BaseException:
-            connection.abort()
-            raise
+            await connection.loop.create_connection(lambda: connection, address, port)
+        except OSError as error:
+            return error
         return connection
 
-    async def _addresses(
-        self, loop: asyncio.AbstractEventLoop, host: str, port: int
-    ) -> list[str]:
+    async def _addresses(self, host: str, port: int) -> list[str]:
+        """A host's addresses; OSError and asyncio.TimeoutError."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(host))]
         if self._lookup is None or self._lookup.done():
             # A thread of its own, and a daemon: a resolver that hangs must keep
             # neither others waiting nor the process alive.  One at a time.
-            self._lookup = loop.create_future()
-            self._lookup.add_done_callback(lambda lookup: lookup.exception())
-            threading.Thread(
-                target=self._look_up, args=(loop, self._lookup, host, port), daemon=True
-            ).start()
-        return await asyncio.shield(self._lookup)
-
-    def _look_up(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        lookup: asyncio.Future[list[str]],
-        host: str,
-        port: int,
-    ) -> None:
+            self._lookup = Future()
+            self._lookup.set_running_or_notify_cancel()  # who gives up stops it not
+            arguments = (self._lookup, host, port)
+            threading.Thread(target=self._look_up, args=arguments, daemon=True).start()
+        lookup = asyncio.wrap_future(self._lookup)
         try:
-            outcome = functools.partial(lookup.set_result, self._resolve(host, port))
+            await asyncio.wait({lookup}, timeout=self.limits.connect_timeout)
+            if not lookup.done():
+                raise asyncio.TimeoutError
+            found = lookup.result()
+        finally:
+            lookup.cancel()
+        if isinstance(found, str):
+            raise OSError(f"{host} could not be resolved: {found}")
+        return [*found]
+
+    def _look_up(self, lookup: Future[list[str] | str], host: str, port: int) -> None:
+        try:
+            lookup.set_result(self._resolve(host, port))
         except (OSError, UnicodeError) as error:
-            reason = OSError(f"{host} could not be resolved: {error}")
-            outcome = functools.partial(lookup.set_exception, reason)
-        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
-            loop.call_soon_threadsafe(outcome)
+            lookup.set_result(str(error))
 
     async def _tunnel(self, connection: Connection) -> None:
         authority = f"{self.address.host}:{self.address.port}"

@@ -4458,7 +4458,7 @@ async def test_a_black_hole_is_given_up_after_connect_timeout():
 
 @flow
 async def test_the_next_address_is_tried_when_the_first_is_dead():
-    """F68: refused, and unanswered for its share of the time."""
+    """F68: refused, and unanswered for a moment (RFC 8305)."""
 
     async with Upstream(OK) as upstream, contextlib.AsyncExitStack() as stack:
         dead = ["127.0.0.2"]
@@ -4473,10 +4473,11 @@ async def test_the_next_address_is_tried_when_the_first_is_dead():
 
         client = HTTPClient(
             f"http://name.example:{upstream.port}",
-            limits=Limits(connect_timeout=0.9),
             resolve=resolve,
         )
+        began = time.monotonic()
         assert await get(client) == (200, b"ok")
+        assert time.monotonic() - began < 3  # connect_timeout is 10
         assert asked == [("name.example", upstream.port)]
         assert upstream.requests[0].headers["host"] == (f"name.example:{upstream.port}")
 
