@@ -133,11 +133,8 @@ class Limits:
     """
 
     # --- A request's head.  Read before anything is known about its sender, so
-    # kept small; nginx takes lines of 8 KiB and 32 KiB in all, h11 16 KiB.
-    request_line_size = 8 * 1024
-    header_line_size = 8 * 1024
+    # kept small; h11 takes 16 KiB, nginx 32.
     head_size = 32 * 1024
-    header_count = 100  # as Envoy and http.client
     # The whole head, from its first byte (or from accept) to the blank line.  One
     # absolute deadline: a byte now and then does not extend it (slowloris).
     head_timeout = 10.0
@@ -150,25 +147,11 @@ class Limits:
     content_read_timeout = 15.0  # between two reads
     content_rate = 512  # bytes per second on average ...
     content_rate_after = 10.0  # ... once this many seconds have gone
-    chunk_line_size = 256  # a chunk's size with its extensions
-    chunk_extensions_size = 16 * 1024  # all of one message; they are ignored
-    trailer_size = 8 * 1024
-    trailer_count = 32
 
     # --- Connections from clients.
-    pipelined_size = 64 * 1024  # read ahead while a request is served
     keep_alive_timeout = 75.0  # as nginx: longer than the proxies in front
     keep_alive_requests = 1000
     write_timeout = 30.0  # a peer that takes no byte for so long is cut
-    write_high_water = 64 * 1024  # buffered for a slow peer before we wait for it
-    write_low_water = 16 * 1024
-    # Unsent in the kernel, which takes megabytes by itself, and then nothing until
-    # a third has gone: a client at 30 KB/s looked like one that takes no byte.
-    write_unsent_size = 16 * 1024
-    # After an error answer the rest of the request is read and thrown away for a
-    # moment: closing with unread bytes sends RST, which can destroy the answer.
-    linger_timeout = 2.0
-    linger_size = 256 * 1024
     connections = 0  # 0: from the limit on open files, at most 4,096
     connections_per_address = 0  # 0: off, for proxies and NAT share addresses
     requests_in_flight = 4096
@@ -188,14 +171,9 @@ class Limits:
     agents = 4096
     message_size = 4 * 1024 * 1024  # accepted from an agent
     agent_message_size = 48 * 1024 * 1024  # accepted by one: a request's content
-    message_fragments = 1024
-    control_frame_rate = 20  # pings and pongs a second ...
-    control_frame_burst = 100  # ... after so many at once
     first_message_timeout = 10.0
     ping_interval = 20.0  # shorter than the 60 s of NATs and proxies
     pong_timeout = 20.0  # any byte counts as an answer
-    close_timeout = 5.0
-    agent_write_size = 64 * 1024 * 1024  # waiting to be sent to one agent
     ask_timeout = 120.0  # a version 1 agent's silence; the original's
     ask_answer_size = 4 * 1024 * 1024
     redial_first = 1.0  # an agent dials again after up to this, doubling ...
@@ -210,13 +188,9 @@ class Limits:
     silence_timeout = 120.0  # between two reads of an answer
     heartbeat_interval = 15.0  # comments to a streaming client who waits
     request_timeout = 900.0  # from reading a request to the end of its answer
-    response_head_size = 64 * 1024
-    response_header_count = 200
-    interim_responses = 16  # 1xx before the answer
     response_size = 64 * 1024 * 1024  # an answer that is not streamed
     event_size = 8 * 1024 * 1024  # one event; an agent's answer that waits unread
     idle_upstream_timeout = 30.0  # most servers close theirs after 60 s and more
-    idle_upstream_connections = 1024  # each costs 155 us and a handshake to reopen
 
     # --- Failing over and cooling down.
     attempts = 3  # different controllers asked for one request
@@ -375,10 +349,21 @@ class ConfigurationError(Exception):
 # somebody's request smuggling: two readers must never disagree on where a message
 # ends.  A parser takes from the front of a buffer, and returns None for more.
 
+# Bytes, and fields.  nginx takes lines of 8 KiB, Envoy and http.client 100 fields.
+REQUEST_LINE_SIZE = 8 * 1024
+METHOD_SIZE = 64  # a longer one is 501 (RFC 9112 section 3)
+HEADER_LINE_SIZE = 8 * 1024
+HEADER_COUNT = 100
+RESPONSE_HEAD_SIZE = 64 * 1024
+RESPONSE_HEADER_COUNT = 200
+CHUNK_LINE_SIZE = 256  # a chunk's size with its extensions
+CHUNK_EXTENSIONS_SIZE = 16 * 1024  # all of one message; they are ignored
+TRAILER_SIZE = 8 * 1024
+TRAILER_COUNT = 32
+
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])", re.ASCII)
 _METHOD = re.compile(_TOKEN.encode())
-METHOD_SIZE = 64  # in bytes; a longer one is 501 (RFC 9112 section 3)
 _STATUS_LINE = re.compile(
     r"(HTTP/1\.[01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?", re.ASCII
 )
@@ -552,7 +537,7 @@ def _parse_request_line(line: str) -> tuple[str, str, str]:
     return method, target, f"HTTP/{version}"
 
 
-def _first_line(buffer: bytearray, max_size: int) -> str | None:
+def _first_line(buffer: bytearray) -> str | None:
     """The line that a request begins with; None while it may still become one.
 
     What cannot is refused at its first bytes: its sender would otherwise wait for
@@ -560,7 +545,7 @@ def _first_line(buffer: bytearray, max_size: int) -> str | None:
     """
     if buffer.startswith(b"\x16"):  # a TLS handshake record
         raise ProtocolError(400, "https was sent to an http port")
-    end = buffer.find(b"\n", 0, max_size + 2)
+    end = buffer.find(b"\n", 0, REQUEST_LINE_SIZE + 2)
     if end >= 0:
         if buffer[end - 1 : end] != b"\r":
             raise ProtocolError(400, "lines must end in CR LF")
@@ -572,29 +557,31 @@ def _first_line(buffer: bytearray, max_size: int) -> str | None:
     behind = bytes(buffer[size : size + 1])
     if behind and (behind != b" " or not size) and buffer != b"\r":
         raise ProtocolError(400, "the request line is malformed")
-    if len(buffer) > max_size + 1:
-        raise ProtocolError(414, f"the first line is over {max_size} bytes")
+    if len(buffer) > REQUEST_LINE_SIZE + 1:
+        raise ProtocolError(414, f"the first line is over {REQUEST_LINE_SIZE} bytes")
     return None
 
 
 def parse_request_head(
-    buffer: bytearray, limits: Limits = DEFAULT_LIMITS
+    buffer: bytearray, max_size: int = DEFAULT_LIMITS.head_size
 ) -> Request | None:
     """Take a request's head off the front of buffer; None when more is needed.
+
+    max_size is that of the whole head, in bytes.
 
     Raise ProtocolError: 400 malformed, 414 and 431 too large, 501 a transfer
     coding we do not have, 505 another version (RFC 9112 sections 3 and 6).
     """
     while buffer.startswith(b"\r\n"):  # section 2.2: after a sloppy client's content
         del buffer[:2]
-    line = _first_line(buffer, limits.request_line_size)
+    line = _first_line(buffer)
     if line is None:
         return None
     method, target, version = _parse_request_line(line)
-    lines = _take_head(buffer, limits.head_size)
+    lines = _take_head(buffer, max_size)
     if lines is None:
         return None
-    headers = parse_fields(lines[1:], limits.header_count, limits.header_line_size)
+    headers = parse_fields(lines[1:], HEADER_COUNT, HEADER_LINE_SIZE)
     if version == "HTTP/1.1" and "host" not in headers:
         raise ProtocolError(400, "the Host field is missing")
     return Request(method, target, version, headers)
@@ -608,20 +595,17 @@ def _parse_status_line(line: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def parse_response_head(
-    buffer: bytearray, limits: Limits = DEFAULT_LIMITS
-) -> Response | None:
+def parse_response_head(buffer: bytearray) -> Response | None:
     """Take an answer's head off the front of buffer; None when more is needed.
 
     Raise ProtocolError(502) if it is malformed or too large.
     """
-    size = limits.response_head_size
     try:
-        lines = _take_head(buffer, size)
+        lines = _take_head(buffer, RESPONSE_HEAD_SIZE)
         if lines is None:
             return None
         version, status = _parse_status_line(lines.pop(0))
-        headers = parse_fields(lines, limits.response_header_count, size)
+        headers = parse_fields(lines, RESPONSE_HEADER_COUNT, RESPONSE_HEAD_SIZE)
     except ProtocolError as error:
         raise ProtocolError(502, f"unreadable answer: {error}") from None
     return Response(version, status, headers)
@@ -762,22 +746,22 @@ class ChunkedDecoder(ContentDecoder):
     a chunk could be made to see another message than their neighbour.
     """
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
-        self._limits = limits
+    def __init__(self) -> None:
         self._left = 0  # bytes of the current chunk, with its CR LF
         self._extensions = 0  # bytes, of all chunks
         self._trailers = False  # the last chunk has been read
 
     def decode(self, buffer: bytearray) -> bytes:
         data = bytes(buffer)  # its slices are the pieces: 0.4 us a chunk, not 0.7
-        max_line = self._limits.chunk_line_size
         pieces: list[bytes] = []
         at = 0
         while not self._trailers:
             if not self._left:
-                end = data.find(b"\r\n", at, at + max_line + 2)
+                end = data.find(b"\r\n", at, at + CHUNK_LINE_SIZE + 2)
                 if end < 0:
-                    if len(data) - at > max_line + 1:  # the one more may be its CR
+                    if (
+                        len(data) - at > CHUNK_LINE_SIZE + 1
+                    ):  # the one more may be its CR
                         raise ProtocolError(400, "a chunk's size line is too long")
                     break
                 line = data[at:end]
@@ -814,18 +798,17 @@ class ChunkedDecoder(ContentDecoder):
 
     def _count_extension(self, line: bytes) -> None:
         self._extensions += len(line)
-        if self._extensions > self._limits.chunk_extensions_size:
+        if self._extensions > CHUNK_EXTENSIONS_SIZE:
             raise ProtocolError(400, "too many chunk extensions")
 
     def _take_trailers(self, buffer: bytearray) -> None:
-        limits = self._limits
         if buffer.startswith(b"\r\n"):
             del buffer[:2]
             self.complete = True
             return
-        lines = _take_head(buffer, limits.trailer_size)
+        lines = _take_head(buffer, TRAILER_SIZE)
         if lines is not None:
-            parse_fields(lines, limits.trailer_count, limits.trailer_size)
+            parse_fields(lines, TRAILER_COUNT, TRAILER_SIZE)
             self.complete = True
 
 
@@ -921,14 +904,12 @@ def content_coding(headers: Headers) -> str:
     return coding
 
 
-def content_decoder(
-    length: int | None, limits: Limits = DEFAULT_LIMITS, coding: str = ""
-) -> ContentDecoder:
+def content_decoder(length: int | None, coding: str = "") -> ContentDecoder:
     """The decoder for a length (bytes, None for chunked, or UNTIL_CLOSE) and a coding
     (as content_coding() names it)."""
     decoder: ContentDecoder
     if length is None:
-        decoder = ChunkedDecoder(limits)
+        decoder = ChunkedDecoder()
     else:
         decoder = UntilCloseDecoder() if length == UNTIL_CLOSE else SizedDecoder(length)
     return InflatingDecoder(coding, decoder) if coding else decoder
@@ -1001,6 +982,7 @@ def http_date(timestamp: int) -> str:
 # One class serves both sides; they differ in who masks.  No extensions, so no
 # compression and no bombs.
 
+MESSAGE_FRAGMENTS = 1024  # frames of one message
 CONTROL_BIT = 0x8  # of an opcode: a control frame (section 5.5) ...
 CONTROL_PAYLOAD_SIZE = 125  # ... and the largest payload of one
 
@@ -1207,24 +1189,16 @@ class WebSocketProtocol:
         if protocol.error:
             write(protocol.close(protocol.error.close_code, str(protocol.error)))
 
-    side           which side we are
-    max_size       largest message accepted, in bytes: the sum of its fragments
-    max_fragments  most frames accepted for one message
+    side      which side we are
+    max_size  largest message accepted, in bytes: the sum of its fragments
 
     error, close_received  what ended receiving: a breach by the peer, or its close
     close_sent             what ended sending
     """
 
-    def __init__(
-        self,
-        side: Side,
-        *,
-        max_size: int = DEFAULT_LIMITS.message_size,
-        max_fragments: int = DEFAULT_LIMITS.message_fragments,
-    ) -> None:
+    def __init__(self, side: Side, max_size: int = DEFAULT_LIMITS.message_size) -> None:
         self.side = side
         self.max_size = max_size
-        self.max_fragments = max_fragments
         self.error: WebSocketError | None = None
         self.close_received = False
         self.close_sent = False
@@ -1297,7 +1271,7 @@ class WebSocketProtocol:
             if not continues:
                 self._is_text = frame.opcode == Opcode.TEXT
             self._fragments += 1
-            if self._fragments > self.max_fragments:
+            if self._fragments > MESSAGE_FRAGMENTS:
                 raise WebSocketError(1008, "message in too many fragments")
         self._frame, self._missing = frame, frame.length
         return frame
@@ -2042,6 +2016,19 @@ class CompletionStream(EventStream):
 # a hang-up only when somebody happens to read.
 
 
+PIPELINED_SIZE = 64 * 1024  # bytes read ahead while a request is served
+# Bytes buffered for a slow peer when we begin to wait for it, and when we go on.
+WRITE_HIGH_WATER = 64 * 1024
+WRITE_LOW_WATER = 16 * 1024
+# Bytes unsent in the kernel, which takes megabytes by itself, and then nothing until
+# a third has gone: a client at 30 KB/s looked like one that takes no byte.
+WRITE_UNSENT_SIZE = 16 * 1024
+# After an error answer the rest of the request is read and thrown away for a moment:
+# closing with unread bytes sends RST, which can destroy the answer.
+LINGER_TIMEOUT = 2.0  # seconds
+LINGER_SIZE = 256 * 1024
+
+
 @contextlib.contextmanager
 def time_limit(when: float, error: Exception) -> Iterator[None]:
     """Raise error in the body at a time on the loop's clock.
@@ -2124,12 +2111,10 @@ class Connection(asyncio.Protocol):
     def _use(self, transport: asyncio.BaseTransport) -> None:
         # Not asserted: uvloop's transports inherit from none of asyncio's.
         self.transport = transport = cast(asyncio.Transport, transport)
-        transport.set_write_buffer_limits(
-            int(self.limits.write_high_water), int(self.limits.write_low_water)
-        )
+        transport.set_write_buffer_limits(WRITE_HIGH_WATER, WRITE_LOW_WATER)
         name = transport.get_extra_info("peername")
         self.peer = str(name[0]) if isinstance(name, tuple) else ""
-        tune(transport.get_extra_info("socket"), int(self.limits.write_unsent_size))
+        tune(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -2138,7 +2123,7 @@ class Connection(asyncio.Protocol):
             self._reader = None
             if not reader.done():
                 reader.set_result(False)
-        elif len(self.buffer) > self.limits.pipelined_size and self._reading:
+        elif len(self.buffer) > PIPELINED_SIZE and self._reading:
             # Nobody reads: hold the peer back.  Not earlier, for behind a pause
             # neither a FIN nor an RST is seen.
             self._reading = False
@@ -2377,11 +2362,11 @@ class Connection(asyncio.Protocol):
     # --- The end
 
     def close(self) -> None:
-        """Close once everything written is sent, or linger_timeout is over."""
+        """Close once everything written is sent, or LINGER_TIMEOUT is over."""
         if self.lost:
             return
         if self.unsent or self.tls:
-            self.loop.call_later(self.limits.linger_timeout, self.abort)
+            self.loop.call_later(LINGER_TIMEOUT, self.abort)
         if not self.closing:  # closed twice, TLS of Python 3.11 cannot be aborted
             self.transport.close()
 
@@ -2408,10 +2393,10 @@ class Connection(asyncio.Protocol):
         if not self.lost and self.transport.can_write_eof():
             with contextlib.suppress(OSError):  # it has been reset this moment
                 self.transport.write_eof()
-        self.set_deadline(self.loop.time() + self.limits.linger_timeout)
+        self.set_deadline(self.loop.time() + LINGER_TIMEOUT)
         taken = len(self.buffer)
         try:
-            while taken < self.limits.linger_size:
+            while taken < LINGER_SIZE:
                 self.buffer.clear()
                 if not await self.receive():
                     break
@@ -2429,16 +2414,21 @@ class Connection(asyncio.Protocol):
 _NO_TRANSPORT = asyncio.Transport()
 
 
-_TCP_OPTIONS = {"KEEPIDLE": 60, "KEEPINTVL": 15, "KEEPCNT": 4}
+# A peer that vanished is found after 60 s, by four probes, 15 s each.
+_TCP_OPTIONS = {
+    "KEEPIDLE": 60,
+    "KEEPINTVL": 15,
+    "KEEPCNT": 4,
+    "NOTSENT_LOWAT": WRITE_UNSENT_SIZE,
+}
 
 
-def tune(sock: Any, unsent_size: int) -> None:
-    """Have the kernel find a peer that vanished (after 60 s, four probes, 15 s each)
-    and take unsent_size bytes beyond what is under way, as far as it can."""
+def tune(sock: Any) -> None:
+    """Set a connection's options in the kernel, as far as it knows them."""
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in {**_TCP_OPTIONS, "NOTSENT_LOWAT": unsent_size}.items():
+    for name, value in _TCP_OPTIONS.items():
         option = getattr(socket, f"TCP_{name}", None)
         if option is not None:
             with contextlib.suppress(OSError):  # we do without what it refuses
@@ -2512,6 +2502,8 @@ class Answer:
 
 
 NEXT_ADDRESS_DELAY = 0.25  # seconds, as RFC 8305 section 8 advises
+INTERIM_RESPONSES = 16  # 1xx before an answer
+IDLE_CONNECTIONS = 1024  # kept for each upstream; to reopen one costs 155 us and TLS
 
 
 @functools.lru_cache(maxsize=16)
@@ -2633,8 +2625,8 @@ class HTTPClient:
                 connection.set_deadline(min(longest, deadline))
                 await connection.drain_or_receive()
             connection.set_deadline(min(loop.time() + timeout, deadline))
-            for interim in range(int(self.limits.interim_responses) + 1):
-                head = await connection.read(self._parse_head)
+            for interim in range(INTERIM_RESPONSES + 1):
+                head = await connection.read(parse_response_head)
                 if head is None:
                     if connection.buffer or interim:
                         raise ConnectionResetError("it ended before its answer's head")
@@ -2648,9 +2640,6 @@ class HTTPClient:
         finally:
             if answer is None:
                 connection.abort()
-
-    def _parse_head(self, buffer: bytearray) -> Response | None:
-        return parse_response_head(buffer, self.limits)
 
     # --- Connections
 
@@ -2669,7 +2658,7 @@ class HTTPClient:
             connection.eof
             or connection.buffer
             or connection.unsent  # of a request that was answered before its end
-            or len(self._idle) >= self.limits.idle_upstream_connections
+            or len(self._idle) >= IDLE_CONNECTIONS
         ):
             connection.abort()
             return
@@ -2806,7 +2795,7 @@ class HTTPClient:
         connection.write(encode_head(f"CONNECT {authority} HTTP/1.1", fields))
         timeout = self.limits.connect_timeout
         connection.set_deadline(connection.loop.time() + timeout)
-        head = await connection.read(self._parse_head)
+        head = await connection.read(parse_response_head)
         if head is None or not 200 <= head.status < 300 or connection.buffer:
             status = "no answer" if head is None else f"status {head.status}"
             raise ConnectionRefusedError(f"the proxy refused the tunnel: {status}")
@@ -2843,7 +2832,7 @@ class ClientResponse(Answer):
                 raise ProtocolError(502, f"unreadable answer: {error}") from None
             del head.headers["content-encoding"]
             head.headers.pop("content-length", None)
-        self._decoder = content_decoder(self._length, client.limits, coding)
+        self._decoder = content_decoder(self._length, coding)
 
     async def read(self) -> bytes:
         """The next bytes of the content as they come; b"" at its end.
@@ -2901,6 +2890,12 @@ class ClientResponse(Answer):
             connection.abort()
 
 
+CLOSE_TIMEOUT = 5.0  # seconds, for the closing handshake
+UNREAD_SIZE = 64 * 1024 * 1024  # bytes waiting for a peer that does not read them
+CONTROL_FRAME_RATE = 20  # pings and pongs a second ...
+CONTROL_FRAME_BURST = 100  # ... after so many at once
+
+
 class WebSocket:
     """A websocket on a connection, in either role.
 
@@ -2930,16 +2925,14 @@ class WebSocket:
         self.patient = False
         self.heartbeat: Callable[[], None] | None = None
         self._protocol = WebSocketProtocol(
-            side,
-            max_size=limits.message_size if max_size is None else max_size,
-            max_fragments=limits.message_fragments,
+            side, limits.message_size if max_size is None else max_size
         )
         # Received and not yet served, the next one last: a deque is 600 bytes.
         self._events: list[WebSocketEvent] = []
         self._ended = False
         self._silences = 0  # intervals without a byte
         self._late_pong: bytes | None = None
-        self._control_frames = float(limits.control_frame_burst)  # a token bucket
+        self._control_frames = float(CONTROL_FRAME_BURST)  # a token bucket
         self._refilled = connection.loop.time()
         connection.half_close = False
         connection.set_deadline(connection.loop.time() + limits.ping_interval)
@@ -3016,9 +3009,7 @@ class WebSocket:
         try:
             connection.write(head)
             connection.set_deadline(connection.loop.time() + limits.head_timeout)
-            answer = await connection.read(
-                lambda buffer: parse_response_head(buffer, limits)
-            )
+            answer = await connection.read(parse_response_head)
             if answer is None:
                 raise ConnectionResetError("it closed the connection unanswered")
             cls._check_handshake(answer, key)
@@ -3114,10 +3105,9 @@ class WebSocket:
 
     def _flooded(self) -> bool:
         """Count a ping or pong; whether they are too many."""
-        limits = self.limits
         now = self.connection.loop.time()
-        self._control_frames += (now - self._refilled) * limits.control_frame_rate
-        self._control_frames = min(self._control_frames, limits.control_frame_burst) - 1
+        self._control_frames += (now - self._refilled) * CONTROL_FRAME_RATE
+        self._control_frames = min(self._control_frames, CONTROL_FRAME_BURST) - 1
         self._refilled = now
         return self._control_frames < 0
 
@@ -3148,7 +3138,7 @@ class WebSocket:
 
     def _abort_later(self) -> None:
         loop = self.connection.loop
-        loop.call_later(self.limits.close_timeout, self.connection.abort)
+        loop.call_later(CLOSE_TIMEOUT, self.connection.abort)
 
     def _write(self, frame: bytes) -> None:
         """Write a frame that may come too late: then nobody misses it."""
@@ -3169,9 +3159,9 @@ class WebSocket:
         """Send a message without waiting for a slow peer.
 
         Raise ConnectionError when the websocket is closed.  A peer with more than
-        agent_write_size bytes waiting for it is cut.
+        UNREAD_SIZE bytes waiting for it is cut.
         """
-        if self.connection.unsent > self.limits.agent_write_size:
+        if self.connection.unsent > UNREAD_SIZE:
             self._end(1008, "it does not read")
             self.connection.reset()
         self.connection.write(self._protocol.send(message))
@@ -3190,12 +3180,12 @@ class WebSocket:
             self._abort_later()
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
-        """Close, and wait for the peer to do so for at most close_timeout."""
+        """Close, and wait for the peer to do so for at most CLOSE_TIMEOUT."""
         self.close(code, reason)
         while await self.receive() is not None:
             pass
         connection = self.connection
-        connection.set_deadline(connection.loop.time() + self.limits.close_timeout)
+        connection.set_deadline(connection.loop.time() + CLOSE_TIMEOUT)
         with contextlib.suppress(asyncio.TimeoutError):
             while await connection.receive():  # the server closes TCP first
                 connection.buffer.clear()
@@ -6172,7 +6162,7 @@ class RequestHandler:
             while True:
                 self.idle = not connection.buffer
                 if not self.idle:
-                    request = parse_request_head(connection.buffer, limits)
+                    request = parse_request_head(connection.buffer, limits.head_size)
                     if request is not None:
                         return request
                     if not begun:
@@ -6402,7 +6392,7 @@ class RequestHandler:
                 return content
         self._continue()
         limits = self.limits
-        decoder = content_decoder(length, limits)
+        decoder = content_decoder(length)
         pieces = bytearray()
         began = self.loop.time()
         deadline = self.started + limits.request_timeout

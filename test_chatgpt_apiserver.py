@@ -127,6 +127,17 @@ async def serving(tmp_path, *controllers, **options):
         yield server
 
 
+@pytest.fixture
+def constant(monkeypatch):
+    """Change constants of the module for one test: constant(LINGER_TIMEOUT=0.1)."""
+
+    def change(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(apiserver, name, value)
+
+    return change
+
+
 class Reply:
     """An answer as it came: status, headers (a dict, lower case), content."""
 
@@ -543,7 +554,7 @@ async def test_the_harness_reaches_the_server(tmp_path):
 def test_limits_are_changed_by_name_and_only_in_that_object():
     limits = Limits(head_timeout=0.1, head_size=100, connections=0)
     assert (limits.head_timeout, limits.head_size) == (0.1, 100)
-    assert limits.header_count == 100
+    assert limits.keep_alive_requests == 1000
     assert (Limits().head_timeout, Limits().head_size) == (10.0, 32 * 1024)
 
 
@@ -618,13 +629,9 @@ def http_bytewise(data):
     return [1] * len(data)
 
 
-def http_request(data, **limits):
+def http_request(data):
     """The request at the front of data, the same whole and byte by byte."""
-    limits = Limits(**limits)
-
-    def parse(buffer):
-        return apiserver.parse_request_head(buffer, limits)
-
+    parse = apiserver.parse_request_head
     request, rest = http_feed(parse, data)
     again, rest_again = http_feed(parse, data, http_bytewise(data))
     assert (request is None) == (again is None)
@@ -654,17 +661,17 @@ def http_status(parse, data, *args):
     return statuses[0]
 
 
-def http_refusal(data, **limits):
-    return http_status(apiserver.parse_request_head, data, Limits(**limits))
+def http_refusal(data, *args):
+    return http_status(apiserver.parse_request_head, data, *args)
 
 
-def http_answer_refusal(data, **limits):
-    return http_status(apiserver.parse_response_head, data, Limits(**limits))
+def http_answer_refusal(data):
+    return http_status(apiserver.parse_response_head, data)
 
 
-def http_decode(data, pieces=(), limits=None):
+def http_decode(data, pieces=()):
     """Chunked content: what came out, whether it is complete, what was left."""
-    decoder = apiserver.ChunkedDecoder(limits or Limits())
+    decoder = apiserver.ChunkedDecoder()
     content = bytearray()
 
     def parse(buffer):
@@ -674,11 +681,11 @@ def http_decode(data, pieces=(), limits=None):
     return bytes(content), decoder.complete, rest
 
 
-def http_chunk_refusal(data, **limits):
+def http_chunk_refusal(data):
     statuses = []
     for pieces in ((), http_bytewise(data)):
         try:
-            http_decode(data, pieces, Limits(**limits))
+            http_decode(data, pieces)
             statuses.append(None)
         except ProtocolError as error:
             statuses.append(error.status)
@@ -1030,7 +1037,6 @@ def test_connection_fields_count_together():
 def test_L1_request_line(size, status):
     line = b"GET /" + b"a" * (size - 14) + b" HTTP/1.1"
     assert len(line) == size
-    assert http_refusal(http_head(line=line), request_line_size=64) == status
     pad = b"a" * (8192 - 64)
     big = http_head(line=line.replace(b"/", b"/" + pad, 1))
     assert http_refusal(big) == status
@@ -1039,7 +1045,7 @@ def test_L1_request_line(size, status):
 def test_L1_request_line_is_refused_before_its_end():
     assert http_refusal(b"A /" + b"a" * 8190) is None  # its CR may be the last
     assert http_refusal(b"A /" + b"a" * 8191) == 414
-    assert http_answer_refusal(b"a" * 100, response_head_size=100) == 502
+    assert http_answer_refusal(b"a" * 64 * 1024) == 502
 
 
 @pytest.mark.parametrize(
@@ -1082,8 +1088,6 @@ def test_what_cannot_become_a_request_is_refused_at_its_first_bytes(
 
 @pytest.mark.parametrize("size, status", [(63, None), (64, None), (65, 431)])
 def test_L2_one_header_line(size, status):
-    head = http_head(b"X: " + b"a" * (size - 3), b"Y: z")
-    assert http_refusal(head, header_line_size=64) == status
     big = http_head(b"X: " + b"a" * (8192 - 64 + size - 3), b"Y: z")
     assert http_refusal(big) == status
 
@@ -1100,31 +1104,27 @@ def test_L3_whole_head(more, status):
             stack.enter_context(pytest.raises(ProtocolError, match="head is over"))
         assert apiserver.parse_request_head(bytearray(head)).path == "/"
     head = http_head(b"X: " + b"a" * (100 + more - len(http_head(b"X: "))))
-    assert http_refusal(head + b"more", head_size=100) == status
+    assert http_refusal(head + b"more", 100) == status
 
 
 @pytest.mark.parametrize("count, status", [(99, None), (100, None), (101, 431)])
 def test_L4_header_count(count, status):
     assert http_refusal(http_head(*[b"X: y"] * (count - 1))) == status
-    assert http_refusal(http_head(*[b"X: y"] * (count - 98)), header_count=3) == status
 
 
 @pytest.mark.parametrize("more, status", [(-1, None), (0, None), (1, 502)])
 def test_L37_an_upstreams_head(more, status):
     """64 KiB and 200 fields; a status line or field may be as long as all."""
-    for size, changes in ((64 * 1024, {}), (100, {"response_head_size": 100})):
-        field = http_answer(b"X: ")
-        field = field[:-4] + b"a" * (size + more - len(field)) + field[-4:]
-        line = b"HTTP/1.1 200 " + b"a" * (size + more - 17) + b"\r\n\r\n"
-        for head in (field, line):
-            assert len(head) == size + more
-            buffer = bytearray(head)
-            with contextlib.ExitStack() as stack:
-                if status is not None:
-                    stack.enter_context(pytest.raises(ProtocolError))
-                apiserver.parse_response_head(buffer, Limits(**changes))
-            if size == 100:
-                assert http_answer_refusal(head, **changes) == status
+    size = 64 * 1024
+    field = http_answer(b"X: ")
+    field = field[:-4] + b"a" * (size + more - len(field)) + field[-4:]
+    line = b"HTTP/1.1 200 " + b"a" * (size + more - 17) + b"\r\n\r\n"
+    for head in (field, line):
+        assert len(head) == size + more
+        with contextlib.ExitStack() as stack:
+            if status is not None:
+                stack.enter_context(pytest.raises(ProtocolError))
+            apiserver.parse_response_head(bytearray(head))
     assert http_answer_refusal(http_answer(*[b"X: y"] * (200 + more))) == status
 
 
@@ -1133,15 +1133,10 @@ def test_L37_an_upstreams_head(more, status):
 )
 def test_rule_7_a_head_that_comes_byte_by_byte_costs_linear_time(row):
     """One segment for each byte once took 3 s of a processor for 29 KiB."""
-    limits = Limits(request_line_size=32 * 1024, head_size=32 * 1024)
     data = b"GET / HTTP/1.1\r\n" + row * (32000 // len(row))
     began = time.process_time()
     with contextlib.suppress(ProtocolError):
-        http_feed(
-            lambda buffer: apiserver.parse_request_head(buffer, limits),
-            data,
-            http_bytewise(data),
-        )
+        http_feed(apiserver.parse_request_head, data, http_bytewise(data))
     assert time.process_time() - began < 1.5
 
 
@@ -1431,9 +1426,9 @@ def test_an_end_before_the_content_is_an_error(length, data):
 # --- Content codings
 
 
-def http_inflate(coding, data, pieces=(), **more):
+def http_inflate(coding, data, pieces=()):
     """What comes of coded content that is sent as chunks; the largest piece."""
-    decoder = apiserver.content_decoder(None, Limits(**more), coding)
+    decoder = apiserver.content_decoder(None, coding)
     content = []
 
     def parse(buffer):
@@ -1625,10 +1620,10 @@ def http_cuts(rng, data):
     return [rng.randint(1, 9) for _ in range(len(data))]
 
 
-def http_head_outcome(parse, data, pieces, limits):
+def http_head_outcome(parse, data, pieces):
     """What becomes of data: an error, more, or a result and what is left."""
     try:
-        head, rest = http_feed(lambda buffer: parse(buffer, limits), data, pieces)
+        head, rest = http_feed(parse, data, pieces)
     except ProtocolError:
         return "error"
     if head is None:
@@ -1639,39 +1634,41 @@ def http_head_outcome(parse, data, pieces, limits):
 
 
 @pytest.mark.parametrize("parse", ["parse_request_head", "parse_response_head"])
-def test_any_bytes_are_a_head_or_more_or_an_error_however_cut(parse):
+@pytest.mark.parametrize("small", [False, True])
+def test_any_bytes_are_a_head_or_more_or_an_error_however_cut(parse, small, constant):
+    if small:
+        constant(REQUEST_LINE_SIZE=80, HEADER_LINE_SIZE=60, RESPONSE_HEAD_SIZE=120)
     rng = random.Random(parse)
     parse = getattr(apiserver, parse)
-    limits = Limits(request_line_size=80, header_line_size=60, head_size=120)
     seen = set()
-    for _ in range(1500):
+    for _ in range(1000):
         data = http_fuzzed(rng, HTTP_SEEDS, HTTP_PIECES)
-        chosen = rng.choice((limits, Limits()))
-        whole = http_head_outcome(parse, data, (), chosen)
+        whole = http_head_outcome(parse, data, ())
         seen.add(whole if isinstance(whole, str) else "head")
         for pieces in (http_bytewise(data), http_cuts(rng, data)):
-            assert http_head_outcome(parse, data, pieces, chosen) == whole, data
+            assert http_head_outcome(parse, data, pieces) == whole, data
     assert seen == {"error", "more", "head"}
 
 
-def test_any_bytes_are_chunks_or_an_error_however_cut():
+@pytest.mark.parametrize("small", [False, True])
+def test_any_bytes_are_chunks_or_an_error_however_cut(small, constant):
+    if small:
+        constant(CHUNK_LINE_SIZE=20, CHUNK_EXTENSIONS_SIZE=40, TRAILER_SIZE=30)
     rng = random.Random(4)
-    limits = Limits(chunk_line_size=20, chunk_extensions_size=40, trailer_size=30)
 
-    def outcome(data, pieces, limits):
+    def outcome(data, pieces):
         try:
-            return http_decode(data, pieces, limits)
+            return http_decode(data, pieces)
         except ProtocolError:
             return "error"
 
     seen = set()
-    for _ in range(2500):
+    for _ in range(1500):
         data = http_fuzzed(rng, HTTP_SEEDS[-2:], HTTP_PIECES)
-        chosen = rng.choice((limits, Limits()))
-        whole = outcome(data, (), chosen)
+        whole = outcome(data, ())
         seen.add(whole if whole == "error" else whole[1])
-        assert outcome(data, http_bytewise(data), chosen) == whole, data
-        assert outcome(data, http_cuts(rng, data), chosen) == whole, data
+        assert outcome(data, http_bytewise(data)) == whole, data
+        assert outcome(data, http_cuts(rng, data)) == whole, data
     assert seen == {"error", True, False}
 
 
@@ -1974,14 +1971,15 @@ def test_message_cut_off_by_a_close_is_dropped():
 
 
 @pytest.mark.parametrize("frames, code", [(6, None), (7, None), (8, 1008)])
-def test_message_has_at_most_max_fragments(frames, code):
+def test_message_has_at_most_max_fragments(frames, code, constant):
+    constant(MESSAGE_FRAGMENTS=7)
     pieces = [frame(Opcode.TEXT, fin=False)]
     pieces += [frame(Opcode.CONTINUATION, fin=False)] * (frames - 2)
     whole = b"".join(pieces) + frame(Opcode.CONTINUATION)
-    assert close_code(whole, max_fragments=7) == code
+    assert close_code(whole) == code
     # Counted for each message, and without its control frames.
     whole = frame(Opcode.TEXT) * 9 + b"".join(frame(Opcode.PING) + p for p in pieces)
-    assert close_code(whole + frame(Opcode.CONTINUATION), max_fragments=7) == code
+    assert close_code(whole + frame(Opcode.CONTINUATION)) == code
 
 
 # --- Sizes.
@@ -2026,7 +2024,7 @@ def test_limits_are_those_of_the_module_unless_given(side):
     key = key_for(side)
     assert close_code(frame(Opcode.TEXT, announce=size, key=key), side) is None
     assert close_code(frame(Opcode.TEXT, announce=size + 1, key=key), side) == 1009
-    count = apiserver.DEFAULT_LIMITS.message_fragments
+    count = apiserver.MESSAGE_FRAGMENTS
     first = frame(Opcode.TEXT, fin=False, key=key)
     more = frame(Opcode.CONTINUATION, fin=False, key=key)
     assert close_code(first + more * (count - 1), side) is None
@@ -2323,15 +2321,16 @@ def random_bytes(rng, key):
 
 
 @BOTH_SIDES
-def test_any_bytes_cut_anywhere_give_the_same_events_or_error(side):
+def test_any_bytes_cut_anywhere_give_the_same_events_or_error(side, constant):
+    constant(MESSAGE_FRAGMENTS=3)
     rng = random.Random(6455)
     seen = set()
     for i in range(8000):
         make = random_bytes if i % 8 == 0 else random_stream
         data = make(rng, key_for(side))
-        whole = receive_all(data, side, max_size=200, max_fragments=3)
+        whole = receive_all(data, side, max_size=200)
         cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(9)))
-        assert receive_all(data, side, cuts, max_size=200, max_fragments=3) == whole
+        assert receive_all(data, side, cuts, max_size=200) == whole
         seen.add(whole[1])
     assert seen == {None, 1002, 1007, 1008, 1009}  # the streams try everything
 
@@ -3423,8 +3422,11 @@ async def test_deadline_can_be_moved_both_ways():
 
 @pytest.mark.parametrize("size, reading", [(999, True), (1000, True), (1001, False)])
 @flow
-async def test_reading_pauses_once_more_than_pipelined_size_waits(size, reading):
-    async with connection_pair(pipelined_size=1000) as (connection, _, writer):
+async def test_reading_pauses_once_more_than_pipelined_size_waits(
+    size, reading, constant
+):
+    constant(PIPELINED_SIZE=1000)
+    async with connection_pair() as (connection, _, writer):
         writer.write(bytes(size))
         await until(lambda: len(connection.buffer) == size)
         assert connection.transport.is_reading() is reading
@@ -3435,8 +3437,9 @@ async def test_reading_pauses_once_more_than_pipelined_size_waits(size, reading)
 
 
 @flow
-async def test_a_peer_that_nobody_reads_cannot_fill_the_memory():
-    async with connection_pair(pipelined_size=1000) as (connection, _, writer):
+async def test_a_peer_that_nobody_reads_cannot_fill_the_memory(constant):
+    constant(PIPELINED_SIZE=1000)
+    async with connection_pair() as (connection, _, writer):
         writer.write(bytes(32 * 1024 * 1024))
         await until(lambda: not connection.transport.is_reading())
         assert len(connection.buffer) <= 1000 + 256 * 1024
@@ -3554,15 +3557,18 @@ async def test_close_sends_what_was_written():
 
 
 @flow
-async def test_close_does_not_wait_for_ever():
-    async with connection_pair(linger_timeout=0.1) as (connection, _, _writer):
+async def test_close_does_not_wait_for_ever(constant):
+    constant(LINGER_TIMEOUT=0.1)
+    async with connection_pair() as (connection, _, _writer):
         connection.write(bytes(16 * 1024 * 1024))
         connection.close()
         await until(lambda: connection.lost)
 
 
 @flow
-async def test_a_tls_connection_may_be_closed_twice_and_is_gone_in_time(tmp_path):
+async def test_a_tls_connection_may_be_closed_twice_and_is_gone_in_time(
+    tmp_path, constant
+):
     """The peer answers no close_notify; what is asked afterwards harms nobody."""
 
     async def serve(connection):
@@ -3573,8 +3579,9 @@ async def test_a_tls_connection_may_be_closed_twice_and_is_gone_in_time(tmp_path
         accepted.append(connection)
 
     accepted = []
+    constant(LINGER_TIMEOUT=0.2)
     context = tls_server_context(tmp_path)
-    async with connection_server(serve, context, linger_timeout=0.2) as port:
+    async with connection_server(serve, context) as port:
         trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
         sock = socket.create_connection(("127.0.0.1", port))
         sock.setblocking(False)
@@ -3617,12 +3624,13 @@ async def test_an_answer_can_be_read_while_the_request_is_still_sent():
 
 
 @pytest.mark.parametrize(
-    "limits", [{"linger_timeout": 0.1}, {"linger_timeout": 60, "linger_size": 50_000}]
+    "limits", [{"LINGER_TIMEOUT": 0.1}, {"LINGER_TIMEOUT": 60, "LINGER_SIZE": 50_000}]
 )
 @flow
-async def test_lingering_ends_after_a_time_and_after_a_size(limits):
-    async with connection_pair(**limits) as (connection, _, writer):
-        if "linger_size" in limits:
+async def test_lingering_ends_after_a_time_and_after_a_size(limits, constant):
+    constant(**limits)
+    async with connection_pair() as (connection, _, writer):
+        if "LINGER_SIZE" in limits:
             writer.write(bytes(1024 * 1024))
             trickle = None
         else:  # bytes do not extend it
@@ -4170,14 +4178,15 @@ async def test_idle_connections_are_closed_after_a_time():
 
 
 @flow
-async def test_only_so_many_idle_connections_are_kept():
+async def test_only_so_many_idle_connections_are_kept(constant):
+    constant(IDLE_CONNECTIONS=2)
+
     async def behave(request, writer):
         await until(lambda: len(upstream.requests) == 3)
         writer.write(OK)
 
     async with Upstream(behave) as upstream:
-        limits = Limits(idle_upstream_connections=2)
-        client = HTTPClient(upstream.url, limits=limits)
+        client = HTTPClient(upstream.url)
         await asyncio.gather(*(get(client) for _ in range(3)))
         await until(lambda: upstream.ended == 1)
         client.close()
@@ -5215,11 +5224,11 @@ async def test_a_heartbeat_of_ones_own_replaces_the_ping():
 @BOTH_ROLES
 @pytest.mark.parametrize("opcode", [PING, PONG])
 @flow
-async def test_a_flood_of_control_frames_is_ended(side, opcode):
+async def test_a_flood_of_control_frames_is_ended(side, opcode, constant):
     """L27: so many at once, then 1008; what comes behind is not served."""
 
-    limits = {"control_frame_burst": 5, "control_frame_rate": 0}
-    async with websocket_pair(side, **limits) as (websocket, peer):
+    constant(CONTROL_FRAME_BURST=5, CONTROL_FRAME_RATE=0)
+    async with websocket_pair(side) as (websocket, peer):
         serving = asyncio.ensure_future(until_closed(websocket))
         for _ in range(5):
             peer.send(opcode)
@@ -5237,9 +5246,9 @@ async def test_a_flood_of_control_frames_is_ended(side, opcode):
 
 
 @flow
-async def test_control_frames_are_allowed_again_with_time():
-    limits = {"control_frame_burst": 2, "control_frame_rate": 50}
-    async with websocket_pair(**limits) as (websocket, peer):
+async def test_control_frames_are_allowed_again_with_time(constant):
+    constant(CONTROL_FRAME_BURST=2, CONTROL_FRAME_RATE=50)
+    async with websocket_pair() as (websocket, peer):
         serving = asyncio.ensure_future(until_closed(websocket))
         for _ in range(10):
             peer.send(PING, b"x")
@@ -5250,11 +5259,11 @@ async def test_control_frames_are_allowed_again_with_time():
 
 
 @flow
-async def test_a_peer_that_does_not_read_gets_one_pong_later():
+async def test_a_peer_that_does_not_read_gets_one_pong_later(constant):
     """And the late one is not counted a second time."""
 
-    limits = {"control_frame_burst": 4, "control_frame_rate": 0}
-    async with websocket_pair(**limits) as (websocket, peer):
+    constant(CONTROL_FRAME_BURST=4, CONTROL_FRAME_RATE=0)
+    async with websocket_pair() as (websocket, peer):
         serving = asyncio.ensure_future(until_closed(websocket))
         big = asyncio.ensure_future(websocket.send(bytes(16 * 1024 * 1024)))
         await asyncio.sleep(0)
@@ -5306,11 +5315,11 @@ def raw_frame(side, first, payload=b"", length=None):
     ],
 )
 @flow
-async def test_a_breach_is_answered_by_a_close_frame(side, frames, code):
+async def test_a_breach_is_answered_by_a_close_frame(side, frames, code, constant):
     """L25, L26, and what came before it is still served, in its order."""
 
-    limits = {"message_fragments": 4}
-    async with websocket_pair(side, max_size=100, **limits) as (websocket, peer):
+    constant(MESSAGE_FRAGMENTS=4)
+    async with websocket_pair(side, max_size=100) as (websocket, peer):
 
         async def echo():
             async for message in websocket:
@@ -5360,8 +5369,9 @@ async def test_a_message_has_a_largest_size(side, size, works):
 
 @pytest.mark.parametrize("count, works", [(3, True), (4, True), (5, False)])
 @flow
-async def test_a_message_has_a_largest_number_of_fragments(count, works):
-    async with websocket_pair(message_fragments=4) as (websocket, peer):
+async def test_a_message_has_a_largest_number_of_fragments(count, works, constant):
+    constant(MESSAGE_FRAGMENTS=4)
+    async with websocket_pair() as (websocket, peer):
         frames = [(0x01, b"a"), *[(0x00, b"b")] * (count - 2), (0x80, b"c")]
         for frame in frames:
             peer.writer.write(raw_frame(Side.SERVER, *frame))
@@ -5387,8 +5397,11 @@ async def test_a_message_has_a_largest_number_of_fragments(count, works):
     ],
 )
 @flow
-async def test_the_peers_close_is_answered(side, payload, code, reason, answer):
-    async with websocket_pair(side, close_timeout=0.1) as (websocket, peer):
+async def test_the_peers_close_is_answered(
+    side, payload, code, reason, answer, constant
+):
+    constant(CLOSE_TIMEOUT=0.1)
+    async with websocket_pair(side) as (websocket, peer):
         data = [peer.frame(TEXT, b"x"), peer.frame(CLOSE, payload)]
         peer.writer.write(b"".join([*data, peer.frame(TEXT, b"not served")]))
         assert await until_closed(websocket) == ["x"]
@@ -5401,10 +5414,11 @@ async def test_the_peers_close_is_answered(side, payload, code, reason, answer):
 
 @BOTH_ROLES
 @flow
-async def test_a_close_that_is_not_answered_ends_in_an_abort(side):
+async def test_a_close_that_is_not_answered_ends_in_an_abort(side, constant):
     """L30, scaled; messages that still come are dropped."""
 
-    async with websocket_pair(side, close_timeout=0.1) as (websocket, peer):
+    constant(CLOSE_TIMEOUT=0.1)
+    async with websocket_pair(side) as (websocket, peer):
         began = time.monotonic()
         closing = asyncio.ensure_future(websocket.aclose(1001, "going"))
         assert await peer.event() == apiserver.Close(1001, "going")
@@ -5416,16 +5430,16 @@ async def test_a_close_that_is_not_answered_ends_in_an_abort(side):
 
 
 @flow
-async def test_a_server_that_closes_without_ending_is_left():
+async def test_a_server_that_closes_without_ending_is_left(constant):
     """The last receive()'s deadline is not the closing's."""
 
-    limits = {"ping_interval": 0.05, "close_timeout": 0.2}
-    async with websocket_pair(Side.CLIENT, **limits) as (websocket, peer):
+    constant(CLOSE_TIMEOUT=0.2)
+    async with websocket_pair(Side.CLIENT, ping_interval=0.05) as (websocket, peer):
         peer.send(CLOSE)
         began = time.monotonic()
         assert await websocket.receive() is None
         await asyncio.wait_for(websocket.aclose(), 5)
-        assert time.monotonic() - began > 0.15  # all of close_timeout
+        assert time.monotonic() - began > 0.15  # all of CLOSE_TIMEOUT
         await until(lambda: websocket.connection.lost)
 
 
@@ -5445,10 +5459,11 @@ async def test_a_peer_that_vanishes_is_1006(side):
 
 
 @flow
-async def test_a_peer_that_does_not_read_is_dropped():
+async def test_a_peer_that_does_not_read_is_dropped(constant):
     """L31; and whoever reads learns the reason."""
 
-    async with websocket_pair(agent_write_size=8 * 1024 * 1024) as (websocket, _):
+    constant(UNREAD_SIZE=8 * 1024 * 1024)
+    async with websocket_pair() as (websocket, _):
         serving = asyncio.ensure_future(until_closed(websocket))
         await asyncio.sleep(0)
         with pytest.raises(ConnectionError):
@@ -8241,11 +8256,12 @@ async def test_other_pages_may_not_read_administration(tmp_path):
 
 
 @flow
-async def test_content_is_asked_for_only_after_key_and_length(tmp_path):
+async def test_content_is_asked_for_only_after_key_and_length(tmp_path, constant):
     """F74: Expect: 100-continue."""
 
     expect = [("Expect", "100-continue")]
-    limits = Limits(ask_content_size=100, linger_timeout=0.05)
+    limits = Limits(ask_content_size=100)
+    constant(LINGER_TIMEOUT=0.05)
     async with serving(tmp_path, limits=limits) as server:
 
         async def first_line(key, length, expect=expect):
@@ -8262,11 +8278,11 @@ async def test_content_is_asked_for_only_after_key_and_length(tmp_path):
 
 
 @flow
-async def test_refusal_says_whether_the_connection_goes_on(tmp_path):
+async def test_refusal_says_whether_the_connection_goes_on(tmp_path, constant):
     """Content that was not read yet, and is not there, costs the connection."""
 
-    limits = Limits(linger_timeout=0.05)
-    async with serving(tmp_path, limits=limits) as server:
+    constant(LINGER_TIMEOUT=0.05)
+    async with serving(tmp_path) as server:
         async with Client(server.port) as client:
             reply = await client.request("POST", "/nothing", b"x" * 100)
             assert "connection" not in reply.headers
@@ -8297,10 +8313,11 @@ async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_p
 
 
 @flow
-async def test_head_that_does_not_come_is_answered_408(tmp_path):
+async def test_head_that_does_not_come_is_answered_408(tmp_path, constant):
     """L5, F17: a byte now and then does not extend the deadline."""
 
-    limits = Limits(head_timeout=0.2, linger_timeout=0.05)
+    limits = Limits(head_timeout=0.2)
+    constant(LINGER_TIMEOUT=0.05)
     async with serving(tmp_path, limits=limits) as server:
         began = time.monotonic()
         assert await raw(server.port, b"") == b""  # silent: nothing to answer
@@ -8347,10 +8364,11 @@ async def test_idle_connection_is_closed_without_a_word(tmp_path):
     ],
 )
 @flow
-async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body):
+async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body, constant):
     """L6, L7: at the limit it is read, one byte more is 413."""
 
-    limits = Limits(**{limit: 1000}, linger_timeout=0.05)
+    limits = Limits(**{limit: 1000})
+    constant(LINGER_TIMEOUT=0.05)
     async with serving(tmp_path, limits=limits) as server:
         for size, status in ((999, 400), (1000, 400), (1001, 413)):
             body, headers = b"x" * size, []
@@ -8364,10 +8382,11 @@ async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body):
 
 
 @flow
-async def test_all_contents_together_have_a_limit(tmp_path):
+async def test_all_contents_together_have_a_limit(tmp_path, constant):
     """L8."""
 
-    limits = Limits(total_content_size=1000, linger_timeout=0.05)
+    limits = Limits(total_content_size=1000)
+    constant(LINGER_TIMEOUT=0.05)
     async with serving(tmp_path, limits=limits) as server:
         async with Client(server.port) as other:
             headers = [("Content-Length", "900")]
@@ -8383,15 +8402,15 @@ async def test_all_contents_together_have_a_limit(tmp_path):
 
 @pytest.mark.parametrize("chunked_body", [False, True])
 @flow
-async def test_slow_content_is_answered_408(tmp_path, chunked_body):
+async def test_slow_content_is_answered_408(tmp_path, chunked_body, constant):
     """L9, F18: too slow on average, and silence."""
 
     limits = Limits(
         content_read_timeout=0.3,
         content_rate=10_000,
         content_rate_after=0.2,
-        linger_timeout=0.05,
     )
+    constant(LINGER_TIMEOUT=0.05)
     length = ("Transfer-Encoding", "chunked") if chunked_body else None
     length = length or ("Content-Length", "100000")
     async with serving(tmp_path, limits=limits) as server:
@@ -8453,11 +8472,11 @@ SMUGGLED = "GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
     ],
 )
 @flow
-async def test_smuggled_request_is_never_read(tmp_path, head):
+async def test_smuggled_request_is_never_read(tmp_path, head, constant):
     """F60: one answer, then the end."""
 
-    limits = Limits(linger_timeout=0.05)
-    async with serving(tmp_path, limits=limits) as server:
+    constant(LINGER_TIMEOUT=0.05)
+    async with serving(tmp_path) as server:
         data = f"{head}\r\n\r\n0\r\n\r\n{SMUGGLED}".encode()
         answers = handler_split(await raw(server.port, data))
         assert len(answers) == 1
@@ -8470,9 +8489,9 @@ async def test_smuggled_request_is_never_read(tmp_path, head):
     ["5\r\nhello\n0\r\n\r\n", "0x5\r\nhello\r\n0\r\n\r\n", "-1\r\n\r\n", "5;a\nb\r\n"],
 )
 @flow
-async def test_nothing_is_read_behind_a_broken_chunk(tmp_path, content):
-    limits = Limits(linger_timeout=0.05)
-    async with serving(tmp_path, limits=limits) as server:
+async def test_nothing_is_read_behind_a_broken_chunk(tmp_path, content, constant):
+    constant(LINGER_TIMEOUT=0.05)
+    async with serving(tmp_path) as server:
         coding = [("Transfer-Encoding", "chunked")]
         head = request_bytes("POST", "/api/ask", b"", headers=coding)
         data = head + content.encode() + SMUGGLED.encode()
@@ -8542,23 +8561,6 @@ async def test_odd_text_is_served(tmp_path, content):
         deltas = [json.loads(event)["choices"][0] for event in events[:-1]]
         said = "".join(choice["delta"].get("content", "") for choice in deltas)
         assert said == content and events[-1] == "[DONE]"
-
-
-@flow
-async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_path):
-    log = PoolLog()
-    async with serving(tmp_path, log=log) as server:
-        hello = b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"
-        answer = await raw(server.port, hello, timeout=2)
-        assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
-        assert b"https was sent to an http port" in answer
-        assert (await raw(server.port, b"GET /\r\n", timeout=2)).startswith(
-            b"HTTP/1.1 400"
-        )
-        assert (await raw(server.port, b"A" * 10_000, timeout=2)).startswith(
-            b"HTTP/1.1 501"
-        )
-    assert "127.0.0.1 sent is no request: https was sent to an http port" in log.text
 
 
 @flow
@@ -8689,9 +8691,9 @@ async def test_request_id_is_the_clients_own_if_it_can_be(tmp_path, own, kept):
 
 
 @flow
-async def test_broken_request_gets_a_request_id_too(tmp_path):
-    limits = Limits(linger_timeout=0.05)
-    async with serving(tmp_path, limits=limits) as server:
+async def test_broken_request_gets_a_request_id_too(tmp_path, constant):
+    constant(LINGER_TIMEOUT=0.05)
+    async with serving(tmp_path) as server:
         assert b"x-request-id: " in await raw(server.port, b"nonsense\r\n\r\n")
 
 
@@ -13015,7 +13017,7 @@ def test_the_readme_has_the_help_text_as_it_is(tmp_path):
 async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(tmp_path):
     """L14 counts bytes taken: what the kernel hoards must not hide them.
 
-    64 KiB in each quarter of write_timeout; without write_unsent_size the kernel
+    64 KiB in each quarter of write_timeout; without WRITE_UNSENT_SIZE the kernel
     takes 2.5 MB first, and then nothing until a third of them has been read.
     """
 
@@ -13110,19 +13112,19 @@ async def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(tmp_path
 
 
 @flow
-async def test_a_slow_client_gets_the_whole_answer_before_the_end(tmp_path):
+async def test_a_slow_client_gets_the_whole_answer_before_the_end(tmp_path, constant):
     content = http_reply(completion("x" * 12_000_000))
-    limits = Limits(linger_timeout=0.05)
+    constant(LINGER_TIMEOUT=0.05)
     async with (
         Upstream(content) as upstream,
-        serving(tmp_path, upstream.controller(), limits=limits) as server,
+        serving(tmp_path, upstream.controller()) as server,
     ):
         close = [("Connection", "close")]
         data = request_bytes("POST", CHAT_URL, CHAT, headers=close)
         loop, size = asyncio.get_running_loop(), 0
         with await slow_socket(server.port, data) as sock:
             await until(lambda: server.service.pool.controllers[-1].tokens)
-            await asyncio.sleep(0.3)  # longer than linger_timeout
+            await asyncio.sleep(0.3)  # longer than LINGER_TIMEOUT
             while True:
                 piece = await loop.sock_recv(sock, 1 << 20)
                 if not piece:
