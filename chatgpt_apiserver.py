@@ -90,7 +90,7 @@ from collections.abc import (
     Mapping,
 )
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, Union, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 if sys.platform == "win32":
     import msvcrt
@@ -979,8 +979,8 @@ def http_date(timestamp: int) -> str:
 #
 # Bytes in, messages out, and bytes to send back.  A WebSocketProtocol never sees
 # a socket or a clock: feed it what was received, write what its methods return.
-# One class serves both sides; they differ in who masks.  No extensions, so no
-# compression and no bombs.
+# One class serves both sides, which differ in who masks: the client does, the server
+# does not.  No extensions, so no compression and no bombs.
 
 MESSAGE_FRAGMENTS = 1024  # frames of one message
 CONTROL_BIT = 0x8  # of an opcode: a control frame (section 5.5) ...
@@ -996,13 +996,6 @@ class Opcode(enum.IntEnum):
     CLOSE = 0x8
     PING = 0x9
     PONG = 0xA
-
-
-class Side(enum.Enum):
-    """Which end of the connection we are: the client masks, the server does not."""
-
-    SERVER = "server"
-    CLIENT = "client"
 
 
 def accept_key(key: str) -> str:
@@ -1063,13 +1056,14 @@ FIRST_BYTES = {
 EXTENDED_LENGTHS = {126: (2, 126, 1 << 16), 127: (8, 1 << 16, 1 << 63)}
 
 
-def parse_frame_head(buffer: bytearray, side: Side, max_size: int) -> FrameHead | None:
+def parse_frame_head(
+    buffer: bytearray, masked: bool, max_size: int
+) -> FrameHead | None:
     """Take the head of one frame (section 5.2) off the front of buffer.
 
     buffer    bytes received and not yet parsed; a complete head is removed,
               an incomplete one is left untouched
-    side      which side we are: a server takes masked frames only, a client
-              only unmasked ones (section 5.1)
+    masked    whether it has to be: a client's is, a server's is not (section 5.1)
     max_size  largest payload accepted in a data frame, in bytes; a control frame
               has its own limit, for it may come between the last fragments
 
@@ -1085,8 +1079,8 @@ def parse_frame_head(buffer: bytearray, side: Side, max_size: int) -> FrameHead 
     if len(buffer) < 2:
         return None
     fin, opcode = FIRST_BYTES[buffer[0]]
-    masked, length = buffer[1] >= 0x80, buffer[1] & 0x7F
-    if masked is not (side is Side.SERVER):
+    length = buffer[1] & 0x7F
+    if masked is not (buffer[1] >= 0x80):
         raise WebSocketError(1002, "a client must mask its frames, a server must not")
     if opcode & CONTROL_BIT:
         if length > CONTROL_PAYLOAD_SIZE:
@@ -1113,9 +1107,9 @@ def parse_frame_head(buffer: bytearray, side: Side, max_size: int) -> FrameHead 
     return FrameHead(fin, opcode, length, masking_key)
 
 
-def encode_frame(opcode: Opcode, payload: bytes, side: Side) -> bytes:
+def encode_frame(opcode: Opcode, payload: bytes, masks: bool) -> bytes:
     """Return one unfragmented frame, as one bytes object for one write."""
-    first, mask_bit = 0x80 | opcode, 0x80 if side is Side.CLIENT else 0
+    first, mask_bit = 0x80 | opcode, 0x80 if masks else 0
     length = len(payload)
     if length < 126:
         head = bytes((first, mask_bit | length))
@@ -1131,34 +1125,6 @@ def encode_frame(opcode: Opcode, payload: bytes, side: Side) -> bytes:
     return b"".join((head, masking_key, apply_mask(payload, masking_key)))
 
 
-class Message(NamedTuple):
-    """A whole message: str from text frames, bytes from binary ones."""
-
-    data: str | bytes
-
-
-class Ping(NamedTuple):
-    """To be answered by a pong with the same payload, of at most 125 bytes."""
-
-    payload: bytes
-
-
-class Pong(NamedTuple):
-    """An answer to our ping, or unsolicited (section 5.5.3)."""
-
-    payload: bytes
-
-
-class Close(NamedTuple):
-    """The peer's last frame; code is 1005 if it had none (section 7.1.5)."""
-
-    code: int
-    reason: str
-
-
-WebSocketEvent = Union[Message, Ping, Pong, Close]
-
-
 def is_close_code(code: int) -> bool:
     """Whether a close frame may carry code (section 7.4 and IANA's registry).
 
@@ -1167,37 +1133,44 @@ def is_close_code(code: int) -> bool:
     return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
-def parse_close(payload: bytes) -> Close:
-    """Read a close frame's payload (section 5.5.1).
+def parse_close(payload: bytes) -> tuple[int, str]:
+    """Code and reason of a close frame; 1005 if it has none (section 7.1.5).
 
     Raise WebSocketError(1002) for a code that must not be sent, or half a code,
     and UnicodeDecodeError for a reason that is not UTF-8.
     """
     if not payload:
-        return Close(1005, "")
+        return 1005, ""
     code = int.from_bytes(payload[:2], "big")  # half a one is less than 256
     if not is_close_code(code):
         raise WebSocketError(1002, "close frame without a valid code")
-    return Close(code, payload[2:].decode())
+    return code, payload[2:].decode()
+
+
+# An opcode and what came with it.  TEXT: a whole message, str; BINARY: one, bytes;
+# PING and PONG: at most 125 bytes; CLOSE: (code, reason).
+WebSocketEvent = tuple[Opcode, Any]
 
 
 class WebSocketProtocol:
     """One side of a websocket, after the handshake: turns bytes into events and back.
 
-        for event in protocol.receive(data):
-            ...  # a Ping gets pong(event.payload), a Close gets close(event.code)
+        for opcode, payload in protocol.receive(data):
+            ...  # a PING gets pong(payload), a CLOSE gets close(payload[0])
         if protocol.error:
             write(protocol.close(protocol.error.close_code, str(protocol.error)))
 
-    side      which side we are
+    masks     whether we are the client
     max_size  largest message accepted, in bytes: the sum of its fragments
 
     error, close_received  what ended receiving: a breach by the peer, or its close
     close_sent             what ended sending
     """
 
-    def __init__(self, side: Side, max_size: int = DEFAULT_LIMITS.message_size) -> None:
-        self.side = side
+    def __init__(
+        self, masks: bool, max_size: int = DEFAULT_LIMITS.message_size
+    ) -> None:
+        self.masks = masks
         self.max_size = max_size
         self.error: WebSocketError | None = None
         self.close_received = False
@@ -1217,7 +1190,7 @@ class WebSocketProtocol:
 
         This never raises for what a peer sent.  What breaks the rules ends the
         list and sets self.error, so that what came before it is still served:
-        look at error after each call.  After it, and after a Close, all further
+        look at error after each call.  After it, and after a CLOSE, all further
         bytes are ignored and the list is empty.
 
         error.close_code is 1002 for a breach of section 5, 1007 for text that is
@@ -1261,7 +1234,7 @@ class WebSocketProtocol:
     def _next_frame(self) -> FrameHead | None:
         """Take the next frame's head and judge its place in a message (section 5.4)."""
         max_size = self.max_size - len(self._message)
-        frame = parse_frame_head(self._buffer, self.side, max_size)
+        frame = parse_frame_head(self._buffer, not self.masks, max_size)
         if frame is None:
             return None
         if not frame.opcode & CONTROL_BIT:
@@ -1301,24 +1274,24 @@ class WebSocketProtocol:
                 raise WebSocketError(1007, "text is not valid UTF-8")
         self._message += piece
 
-    def _end_message(self, piece: bytes | bytearray) -> Message:
+    def _end_message(self, piece: bytes | bytearray) -> WebSocketEvent:
         """Complete a message with its last piece, which mostly is its first."""
         if self._message:
             self._message += piece
             piece, self._message = self._message, bytearray()
         self._fragments = 0
-        return Message(piece.decode() if self._is_text else bytes(piece))
+        if self._is_text:
+            return Opcode.TEXT, piece.decode()
+        return Opcode.BINARY, bytes(piece)
 
     def _control_event(self, frame: FrameHead) -> WebSocketEvent:
         """Return the event of a control frame that is here whole (section 5.5)."""
         payload = bytes(self._take_payload(frame))
-        if frame.opcode == Opcode.PING:
-            return Ping(payload)
-        if frame.opcode == Opcode.PONG:
-            return Pong(payload)
+        if frame.opcode is not Opcode.CLOSE:
+            return frame.opcode, payload
         close = parse_close(payload)
         self.close_received = True
-        return close
+        return Opcode.CLOSE, close
 
     # --- Sending.  Each method returns bytes to write.  What answers the peer is
     # b"" after our close frame; to send anything else is a ConnectionError then.
@@ -1365,7 +1338,7 @@ class WebSocketProtocol:
             raise ConnectionError("the websocket has been closed")
         if opcode & CONTROL_BIT and len(payload) > CONTROL_PAYLOAD_SIZE:
             raise ValueError("a control frame holds at most 125 bytes")
-        return encode_frame(opcode, payload, self.side)
+        return encode_frame(opcode, payload, self.masks)
 
 
 # -----------------------------------------------------------------------------
@@ -2913,7 +2886,7 @@ class WebSocket:
     def __init__(
         self,
         connection: Connection,
-        side: Side,
+        masks: bool,
         *,
         max_size: int | None = None,
     ) -> None:
@@ -2925,7 +2898,7 @@ class WebSocket:
         self.patient = False
         self.heartbeat: Callable[[], None] | None = None
         self._protocol = WebSocketProtocol(
-            side, limits.message_size if max_size is None else max_size
+            masks, limits.message_size if max_size is None else max_size
         )
         # Received and not yet served, the next one last: a deque is 600 bytes.
         self._events: list[WebSocketEvent] = []
@@ -2972,7 +2945,7 @@ class WebSocket:
             *fields,
         ]
         connection.write(encode_head("HTTP/1.1 101 Switching Protocols", answer))
-        return cls(connection, Side.SERVER, max_size=max_size)
+        return cls(connection, masks=False, max_size=max_size)
 
     @classmethod
     async def connect(
@@ -3016,7 +2989,7 @@ class WebSocket:
         except BaseException:
             connection.abort()
             raise
-        return cls(connection, Side.CLIENT, max_size=max_size)
+        return cls(connection, masks=True, max_size=max_size)
 
     @staticmethod
     def _check_handshake(answer: Response, key: str) -> None:
@@ -3049,10 +3022,11 @@ class WebSocket:
         # or breach is still answered.
         while not self._ended:
             if self._events:
-                event = self._events.pop()
-                if isinstance(event, Message):
-                    return event.data
-                self._take_control(event)
+                opcode, payload = self._events.pop()
+                if not opcode & CONTROL_BIT:
+                    message: str | bytes = payload
+                    return message
+                self._take_control(opcode, payload)
             elif self._protocol.error is not None:
                 await self._fail(self._protocol.error)
             else:
@@ -3091,16 +3065,16 @@ class WebSocket:
         else:
             self.ping()
 
-    def _take_control(self, event: Ping | Pong | Close) -> None:
-        if isinstance(event, Close):
-            self._closed_by_peer(event)
+    def _take_control(self, opcode: Opcode, payload: Any) -> None:
+        if opcode is Opcode.CLOSE:
+            self._closed_by_peer(*payload)
         elif self._flooded():
             self._protocol.error = WebSocketError(1008, "too many control frames")
             self._events.clear()  # what came behind is not served any more
-        elif isinstance(event, Ping):
+        elif opcode is Opcode.PING:
             # A peer that does not read gets one answer later, to the latest
             # ping (section 5.5.3), and not a buffer full of them.
-            self._late_pong = event.payload
+            self._late_pong = payload
             self._send_late_pong()
 
     def _flooded(self) -> bool:
@@ -3116,13 +3090,13 @@ class WebSocket:
             self._write(self._protocol.pong(self._late_pong))
             self._late_pong = None
 
-    def _closed_by_peer(self, event: Close) -> None:
-        self._end(event.code, event.reason)
-        self._write(self._protocol.close(event.code))
-        if self._protocol.side is Side.SERVER:
-            self.connection.close()
-        else:  # section 7.1.1: it is the server that closes TCP
+    def _closed_by_peer(self, code: int, reason: str) -> None:
+        self._end(code, reason)
+        self._write(self._protocol.close(code))
+        if self._protocol.masks:  # section 7.1.1: it is the server that closes TCP
             self._abort_later()
+        else:
+            self.connection.close()
 
     async def _fail(self, error: WebSocketError) -> None:
         self._end(error.close_code, str(error))
