@@ -703,17 +703,54 @@ def test_request_head_is_taken_off_the_front_of_the_buffer():
     assert (request.method, request.version) == ("POST", "HTTP/1.1")
     assert request.target == "/v1/x?a=b?c"
     assert (request.path, request.query) == ("/v1/x", "a=b?c")
-    expected = {"host": "a", "x-a": "one, two", "e": "", "content-length": "3"}
+    expected = {"host": "a", "x-a": "one, two", "e": ""}
     assert request.headers == expected
     assert request.content_length == 3
     assert buffer == b"abcGET /"
+
+
+def test_heads_that_differ_in_their_length_alone_are_parsed_once():
+    requests = []
+    for length in (b"0", b"12", b"000000000000007", b"12"):
+        for name in (b"Content-Length: ", b"content-length: "):
+            head = http_head(b"X-Z: " + name[:1], name + length, b"Y: z")
+            request = http_request(head + b"content")
+            assert request.content_length == int(length)
+            requests.append(request)
+    assert requests[0].headers is requests[4].headers
+    assert requests[0].headers == {"host": "a", "x-z": "C", "y": "z"}
+
+
+@pytest.mark.parametrize(
+    "fields, status",
+    [
+        ((b"Content-Length: 3", b"Content-Length: 3"), 400),
+        ((b"Content-Length: 3", b"content-length: 3"), 400),
+        ((b"Content-Length: 3", b"CONTENT-LENGTH: 3"), 400),
+        ((b"Content-Length: 3", b"Transfer-Encoding: chunked"), 400),
+        ((b"Transfer-Encoding: gzip", b"Content-Length: 3"), 400),
+        ((b"Content-Length: +3",), 400),
+        ((b"Content-Length: 3 3",), 400),
+        ((b"Content-Length: 0x3",), 400),
+        ((b"Content-Length: \xb2",), 400),
+        ((b"Content-Length: 1234567890123456",), 400),
+        ((b"Content-Length:3",), None),
+        ((b"Content-Length:  3 ",), None),
+        ((b"X: Content-Length: 3",), None),
+    ],
+)
+def test_a_head_that_was_parsed_before_does_not_excuse_the_next(fields, status):
+    for _ in range(2):
+        for known in (b"Content-Length: 3", b"Transfer-Encoding: chunked", b"X: y"):
+            assert http_refusal(http_head(known)) is None
+        assert http_refusal(http_head(*fields)) == status
 
 
 def test_request_head_may_come_cut_anywhere():
     data = http_head(b"X: y", b"Content-Length: 0") + b"\r\nrest"
     for cut in range(len(data)):
         request, rest = http_feed(apiserver.parse_request_head, data, [cut])
-        assert request.headers == {"host": "a", "x": "y", "content-length": "0"}
+        assert request.headers == {"host": "a", "x": "y"}
         assert rest == b"\r\nrest"
 
 
