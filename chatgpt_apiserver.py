@@ -720,7 +720,7 @@ def content_length(headers: Headers, version: str = "HTTP/1.1") -> int | None:
     return int(length)
 
 
-UNTIL_CLOSE = -1  # the length of content that ends with its connection
+UNTIL_CLOSE = sys.maxsize  # the length of content that ends with its connection
 
 
 def response_length(method: str, response: Response) -> int | None:
@@ -761,11 +761,12 @@ class ContentDecoder:
 
 
 class SizedDecoder(ContentDecoder):
-    """Content of a known length in bytes (RFC 9112 section 6.2)."""
+    """Content of a length in bytes (RFC 9112 section 6.2), or UNTIL_CLOSE."""
 
     def __init__(self, length: int) -> None:
         self.left = length
         self.complete = length == 0
+        self._until_close = length == UNTIL_CLOSE
 
     def decode(self, buffer: bytearray) -> bytes:
         piece = bytes(buffer[: self.left])
@@ -774,17 +775,9 @@ class SizedDecoder(ContentDecoder):
         self.complete = self.left == 0
         return piece
 
-
-class UntilCloseDecoder(ContentDecoder):
-    """Content that ends with its connection (answers only)."""
-
-    def decode(self, buffer: bytearray) -> bytes:
-        piece = bytes(buffer)
-        buffer.clear()
-        return piece
-
     def end(self) -> None:
-        self.complete = True
+        self.complete = self.complete or self._until_close
+        super().end()
 
 
 @functools.lru_cache(maxsize=256)  # the same few sizes come again and again
@@ -963,11 +956,7 @@ def content_coding(headers: Headers) -> str:
 def content_decoder(length: int | None, coding: str = "") -> ContentDecoder:
     """The decoder for a length (bytes, None for chunked, or UNTIL_CLOSE) and a coding
     (as content_coding() names it)."""
-    decoder: ContentDecoder
-    if length is None:
-        decoder = ChunkedDecoder()
-    else:
-        decoder = UntilCloseDecoder() if length == UNTIL_CLOSE else SizedDecoder(length)
+    decoder = ChunkedDecoder() if length is None else SizedDecoder(length)
     return InflatingDecoder(coding, decoder) if coding else decoder
 
 
@@ -2095,8 +2084,9 @@ class Connection(asyncio.Protocol):
     lost          the connection is gone, for the reason in error, if any
     stalled       it was cut, for the peer took no byte for write_timeout
     peer          the peer's IP address, or "" where there is none
-    on_hangup     called once when the peer leaves while nobody is reading
-    half_close    whether a peer that has sent its last byte may still read
+    on_hangup     called once when the peer has left while nobody is reading
+    eof_is_hangup  whether it has left when it has sent its last byte: it may still be
+                  waiting for an answer, or may have been killed
 
     Only one task reads.  Several may write, each write is whole.
     """
@@ -2115,7 +2105,7 @@ class Connection(asyncio.Protocol):
         self.lost = False
         self.stalled = False
         self.error: Exception | None = None
-        self.half_close = True
+        self.eof_is_hangup = False
         self.on_hangup: Callable[[], None] | None = None
         self.bytes_sent = 0
         self.peer = ""
@@ -2162,7 +2152,7 @@ class Connection(asyncio.Protocol):
         self.eof = True
         self._wake()
         # A TLS transport cannot stay half open, and warns about it.
-        return self.half_close and not self.tls
+        return not self.tls
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
@@ -2181,7 +2171,7 @@ class Connection(asyncio.Protocol):
         if reader is not None:
             if not reader.done():
                 reader.set_result(False)
-        elif self.on_hangup is not None and (self.lost or not self.half_close):
+        elif self.on_hangup is not None and (self.lost or self.eof_is_hangup):
             hangup, self.on_hangup = self.on_hangup, None
             hangup()
         if self.lost:
@@ -2691,7 +2681,7 @@ class HTTPClient:
         ):
             connection.abort()
             return
-        connection.half_close = False
+        connection.eof_is_hangup = True
         connection.on_hangup = functools.partial(self._drop, connection)
         loop = connection.loop
         self._idle[connection] = loop.time()
@@ -2963,7 +2953,7 @@ class WebSocket:
         self._late_pong: bytes | None = None
         self._control_frames = float(CONTROL_FRAME_BURST)  # a token bucket
         self._refilled = connection.loop.time()
-        connection.half_close = False
+        connection.eof_is_hangup = True
         connection.set_deadline(connection.loop.time() + limits.ping_interval)
 
     @classmethod
@@ -6267,7 +6257,7 @@ class RequestHandler:
             await self._skip_content(request)
 
     def _end_request(self) -> None:
-        self.connection.half_close = True
+        self.connection.eof_is_hangup = False
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         self.service.release(self._held)
@@ -6557,7 +6547,7 @@ class RequestHandler:
         request.user = self.user.user_id
         request.id = self.request_id
         request.deadline = self.started + self.limits.request_timeout
-        connection.half_close = False  # from here on, to end is to leave
+        connection.eof_is_hangup = True  # nobody is billed for an answer unread
         if connection.eof:
             raise ConnectionResetError("the client has left")
         if request.stream:
@@ -6566,7 +6556,7 @@ class RequestHandler:
         async with call:
             if call.content is None:
                 await self._relay_stream(call)
-                connection.half_close = True  # all is sent: who leaves stops nothing
+                connection.eof_is_hangup = False  # all is sent
         return call
 
     def _start_heartbeat(self) -> None:

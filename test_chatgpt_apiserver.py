@@ -3674,12 +3674,12 @@ async def test_lingering_ends_after_a_time_and_after_a_size(limits, constant):
             trickle.cancel()
 
 
-@pytest.mark.parametrize("half_close", [True, False])
+@pytest.mark.parametrize("eof_is_hangup", [True, False])
 @pytest.mark.parametrize("end", ["fin", "rst"])
 @flow
-async def test_hang_up_is_told_once_while_nobody_reads(half_close, end):
+async def test_hang_up_is_told_once_while_nobody_reads(eof_is_hangup, end):
     async with connection_pair() as (connection, _, writer):
-        connection.half_close = half_close
+        connection.eof_is_hangup = eof_is_hangup
         calls = []
         connection.on_hangup = lambda: calls.append(1)
         if end == "rst":
@@ -3689,7 +3689,7 @@ async def test_hang_up_is_told_once_while_nobody_reads(half_close, end):
             writer.write_eof()
             await until(lambda: connection.eof)
         # Who has only sent his last byte may still read, if that is allowed.
-        told = end == "rst" or not half_close
+        told = end == "rst" or eof_is_hangup
         assert len(calls) == told
         connection.abort()
         await until(lambda: connection.lost)
@@ -3700,7 +3700,7 @@ async def test_hang_up_is_told_once_while_nobody_reads(half_close, end):
 async def test_hang_up_is_told_to_who_reads():
     async with connection_pair() as (connection, _, writer):
         calls = []
-        connection.half_close = False
+        connection.eof_is_hangup = True
         connection.on_hangup = lambda: calls.append(1)
         reading = asyncio.ensure_future(connection.receive())
         await asyncio.sleep(0)
