@@ -1817,17 +1817,18 @@ _TOKEN_COUNTS = re.compile(
 def find_usage(content: bytes) -> dict[str, int]:
     """The token counts in an answer's bytes, without parsing the answer.
 
-    Only the total, if it names that; empty if there are none.  The last "usage"
-    is taken: text before it could quote one.
+    Empty if there are none.  The last "usage" is taken: text before it could quote
+    one.
     """
     at = content.rfind(b'"usage"')
     if at < 0:
         return {}
+    found = _TOKEN_COUNTS.findall(content, at, at + 4096)
+    counts = {name.decode(): int(count) for name, count in reversed(found)}
     total = _TOTAL_TOKENS.search(content, at, at + 4096)
     if total is not None:
-        return {"total_tokens": int(total[1])}
-    counts = _TOKEN_COUNTS.findall(content, at, at + 4096)
-    return {name.decode(): int(count) for name, count in reversed(counts)}
+        counts["total_tokens"] = int(total[1])
+    return counts
 
 
 def sse_event(data: bytes) -> bytes:
@@ -4037,6 +4038,11 @@ class Controller:
             "tokens": self.tokens,
         }
 
+    def status(self, now: float) -> dict[str, Any]:
+        """Its line in GET /admin/status."""
+        more = {"id": self.name, "max_concurrency": self.max_concurrency}
+        return {**self.describe(now), **more}
+
     async def list_models(self) -> list[str]:
         """The models it can name now."""
         return list(self.models or ())
@@ -4313,6 +4319,11 @@ class AgentController(Controller):
         if isinstance(models, list):
             names = [name for name in models if isinstance(name, str)]
             self.models = models_table(names[:1000])
+
+    def status(self, now: float) -> dict[str, Any]:
+        """Its line in GET /admin/status: its name is a label, the id is its own."""
+        user = "" if self.user is None else self.user.name or self.user.user_id
+        return {**super().status(now), "id": self.id, "user": user}
 
     def _ping(self) -> None:
         """Version 1 is pinged in its own words, as the original server did."""
@@ -5376,6 +5387,8 @@ class Call:
     content     the whole content, or None for a stream: then read()
     controller  who answered, or was asked last
     attempts    how many were asked
+    tries       of each that was asked: its name, when, and why it failed or ""
+    usage       of the answer, once it is known
     ended       read() has given all there is of a stream
 
     Entering raises APIError; so does read(), for a stream that breaks.
@@ -5389,6 +5402,9 @@ class Call:
         self.content: bytes | None = None
         self.controller: Controller | None = None
         self.attempts = 0
+        self.tries: list[tuple[str, float, str]] = []
+        self.usage: dict[str, Any] = {}
+        self.began_at = 0.0  # when the answer had; of a stream, its first event
         self.stream: EventStream | None = None
         self.ended = False
         self._answer: Answer | None = None
@@ -5416,6 +5432,8 @@ class Call:
         request = self.request
         self.controller = controller
         self.attempts += 1
+        asked = asyncio.get_running_loop().time()
+        self.tries.append((controller.name, asked, ""))
         controller.requests += 1
         if controller.limit is not None:
             controller.limit.count(requests=1)
@@ -5428,6 +5446,7 @@ class Call:
             self.content = None  # of an attempt before this one
             await self._begin(controller, self._answer)
             self.status = self._answer.status  # nobody else will be asked
+            self.began_at = asyncio.get_running_loop().time()
             return None
         except asyncio.CancelledError:
             await self._leave()
@@ -5441,6 +5460,7 @@ class Call:
                 raise error from None
             which = f"attempt {self.attempts} of {request.id or 'a request'}"
             self.pool.report(f"{which} failed: {in_short(error)}")
+            self.tries[-1] = (controller.name, asked, in_short(error))
             return error
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -5482,7 +5502,8 @@ class Call:
         if self.content is None:
             self.pool.began(controller)
         else:
-            self.pool.succeeded(controller, find_usage(self.content))
+            self.usage = find_usage(self.content)
+            self.pool.succeeded(controller, self.usage)
             if request.stream and status < 300 and request.path == CHAT_PATH:
                 self._make_stream(self.content)
 
@@ -5594,6 +5615,7 @@ class Call:
                 self._broken_off(self._event_error(stream.error))
             else:
                 assert self.controller is not None
+                self.usage = stream.usage
                 self.pool.succeeded(self.controller, stream.usage)
         return block
 
@@ -5637,6 +5659,78 @@ class Call:
         # It leads to frames that hold the request's content, and lead back to it.
         caught.with_traceback(None)  # a frozen dataclass lets nobody assign it
         return error
+
+
+# -----------------------------------------------------------------------------
+# Metrics
+# -----------------------------------------------------------------------------
+#
+# What the server tells of itself, for people and for what watches it.  Nothing of a
+# request's content is kept here.
+
+
+def token_counts(usage: dict[str, Any]) -> dict[str, int]:
+    """The tokens of an answer's usage object."""
+
+    def count(*keys: str) -> int:
+        return next((n for n in map(usage.get, keys) if isinstance(n, int)), 0)
+
+    return {
+        "input": count("prompt_tokens", "input_tokens"),
+        "cached_input": 0,
+        "output": count("completion_tokens", "output_tokens"),
+    }
+
+
+class Journal:
+    """The last requests, and how busy the last ten minutes were."""
+
+    REQUESTS = 200  # that are kept
+    # Requests without a valid key that are kept: a stranger shall push out nobody.
+    STRANGERS = 20
+    SLOT = 10.0  # seconds that are counted together
+    SLOTS = 60
+
+    def __init__(self) -> None:
+        self._requests: deque[dict[str, Any]] = deque(maxlen=self.REQUESTS)
+        self._strangers: deque[dict[str, Any]] = deque(maxlen=self.STRANGERS)
+        # Number of a slot since the clock's beginning, requests, failures, tokens.
+        self._slots: deque[list[int]] = deque(maxlen=self.SLOTS + 1)
+
+    def add(self, record: dict[str, Any], now: float) -> None:
+        """Keep a request that has ended, as in GET /admin/status."""
+        (self._requests if record["user"] else self._strangers).append(record)
+        number = int(now / self.SLOT)
+        if not self._slots or self._slots[-1][0] != number:
+            self._slots.append([number, 0, 0, 0])
+        slot = self._slots[-1]
+        slot[1] += 1
+        slot[2] += record["failed"]
+        slot[3] += record["input"] + record["output"]
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Those that are kept, the latest first."""
+        both = [*self._requests, *self._strangers]
+        return sorted(both, key=lambda record: record["time"], reverse=True)
+
+    def activity(self, now: float) -> dict[str, list[int]]:
+        """Requests, failures and tokens in each slot; the one that runs is left out."""
+        first = int(now / self.SLOT) - self.SLOTS
+        counts = [[0] * self.SLOTS for _ in range(3)]
+        for number, *slot in self._slots:
+            if 0 <= number - first < self.SLOTS:
+                for count, value in zip(counts, slot):
+                    count[number - first] = value
+        return dict(zip(("requests", "failures", "tokens"), counts))
+
+    def first_bytes(self) -> dict[str, float]:
+        """By controller: the median of the seconds to an answer's first byte."""
+        times: dict[str, list[float]] = {}
+        for record in self._requests:
+            if record["first_byte"] is not None and record["attempts"]:
+                seconds = record["first_byte"] - record["attempts"][-1]["asked"]
+                times.setdefault(record["controller"], []).append(seconds)
+        return {name: sorted(ts)[len(ts) // 2] for name, ts in times.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -5877,6 +5971,10 @@ class Service:
         self.agents: dict[str, AgentController] = {}
         self.conversations = Conversations(limits)
         self.requests_in_flight = 0
+        self.started = unix_time()
+        self.journal = Journal()
+        self.running: dict[RequestHandler, None] = {}  # in their order
+        self._status = (-math.inf, b"", "")  # when it was made, content, ETag
         self.content_size = 0  # held for requests in flight
         self.draining = False
         self._wrong_keys: OrderedDict[str, tuple[float, int]] = OrderedDict()
@@ -5943,6 +6041,44 @@ class Service:
     def release(self, size: int) -> None:
         """The content is gone."""
         self.content_size -= size
+
+    # --- What is shown
+
+    def status(self, now: float) -> tuple[bytes, str]:
+        """What GET /admin/status answers and its ETag: made at most once a second."""
+        if now - self._status[0] >= 1:
+            first_bytes = self.journal.first_bytes()
+            running = [handler.record(now) for handler in reversed(self.running)]
+            source = source_code()
+            content = encode_json(
+                {
+                    "version": __version__,
+                    "started": round(self.started, 3),
+                    "draining": self.draining,
+                    "in_flight": self.requests_in_flight,
+                    "waiting": self.pool.waiting,
+                    "activity": self.journal.activity(now),
+                    "agent_sha256": source and hashlib.sha256(source).hexdigest(),
+                    "controllers": [
+                        {
+                            **controller.status(now),
+                            "first_byte": first_bytes.get(controller.name),
+                        }
+                        for controller in self.pool.controllers
+                    ],
+                    "requests": [*running, *self.journal.requests()],
+                }
+            )
+            etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+            self._status = (now, content, etag)
+        return self._status[1:]
+
+    def cancel(self, request_id: str) -> bool:
+        """End the running requests of an id, a client's own or ours; False for none."""
+        found = [h for h in self.running if h.request_id == request_id]
+        for handler in found:
+            handler.cancel()
+        return bool(found)
 
     # --- Agents
 
@@ -6090,6 +6226,8 @@ class RequestHandler:
         "/admin/users": {"GET": "do_users"},
         "/admin/users/add": {"POST": "do_users_add"},
         "/admin/users/delete": {"POST": "do_users_delete"},
+        "/admin/status": {"GET": "do_admin_status"},
+        "/admin/requests/cancel": {"POST": "do_requests_cancel"},
         "/admin/controllers": {"GET": "do_controllers"},
         "/admin/controllers/enable": {"POST": "do_controllers_enable"},
         "/admin/controllers/disable": {"POST": "do_controllers_disable"},
@@ -6123,6 +6261,8 @@ class RequestHandler:
         self.model = ""
         self.call: Call | None = None
         self.status = 0
+        self.error = ("", "")  # its code, and in words that quote nobody
+        self.cancelled = False  # by the administrator
         self.head_sent = False
         self.first_byte_at = 0.0
         self._bytes_before = self.connection.bytes_sent
@@ -6218,6 +6358,7 @@ class RequestHandler:
     async def respond(self, request: Request) -> None:
         """Answer one request, whatever happens, and log it."""
         self._begin()
+        self.time = unix_time()
         self.request = request
         self.served += 1
         self.request_id = self._choose_request_id(request)
@@ -6252,6 +6393,9 @@ class RequestHandler:
             self._end_request()
             if self.websocket is None:  # a websocket's line came with its 101
                 self.log_request()
+            if request.method == "POST" and self.path.startswith(("/v1/", ASK_PATH)):
+                now = self.loop.time()
+                self.service.journal.add(self.record(now, ended=True), now)
             self.call = None  # or its content stays as long as the connection
         if self._content_left and self.websocket is None:
             await self._skip_content(request)
@@ -6263,6 +6407,7 @@ class RequestHandler:
         self.service.release(self._held)
         if self._counted and self.user is not None:
             self.service.end_request(self.user)
+        self.service.running.pop(self, None)
 
     def _content_is_here(self) -> bool:
         """Whether the whole of the request's content is in the buffer."""
@@ -6334,6 +6479,47 @@ class RequestHandler:
             f" x{attempts} {first * 1e3:.1f} {(now - self.started) * 1e3:.1f} ms"
             f" {sent} B {self.request_id}"
         )
+
+    def record(self, now: float, ended: bool = False) -> dict[str, Any]:
+        """What GET /admin/status tells of the request."""
+        assert self.request is not None
+        call, user = self.call, self.user
+        tries = [] if call is None else call.tries
+        began_at = 0.0 if call is None else call.began_at
+        usage = {} if call is None else call.usage
+        controller = "" if call is None or not call.status else tries[-1][0]
+        return {
+            "request_id": self.request_id,
+            "time": round(self.time, 3),
+            "user": "" if user is None else user.name or user.user_id,
+            "method": self.request.method,
+            "path": _TOKEN_IN_PATH.sub("/k/***", self.path)[:200],
+            "model": self.model[:200],
+            "controller": controller,
+            "attempts": [
+                {
+                    "controller": name,
+                    "asked": round(asked - self.started, 3),
+                    "reason": reason,
+                }
+                for name, asked, reason in tries
+            ],
+            "first_byte": round(began_at - self.started, 3) if began_at else None,
+            "duration": round(now - self.started, 3) if ended else None,
+            "status": self.status if ended else None,
+            "failed": ended and (self.status >= 400 or bool(self.error[1])),
+            "code": self.error[0],
+            "error": self.error[1],
+            **token_counts(usage),
+            "address": self.connection.peer,
+            "client": self.request.headers.get("user-agent", "")[:80],
+        }
+
+    def cancel(self) -> None:
+        """End the request that runs, for the administrator."""
+        assert self.task is not None
+        self.cancelled = True
+        self.task.cancel()
 
     # --- Reading
 
@@ -6474,7 +6660,7 @@ class RequestHandler:
     ) -> None:
         """Send a whole answer in one write."""
         head = [*fields]
-        has_content = status != 204
+        has_content = status not in (204, 304)
         if has_content:
             head.append(("Content-Length", str(len(content))))
         data = self._head(status, head)
@@ -6521,6 +6707,7 @@ class RequestHandler:
 
     def _fail(self, error: APIError) -> None:
         """Answer an error: with a status, or as the last event of a stream."""
+        self.error = (error.code or error.type, self._error_in_short(error))
         error.with_traceback(None)  # as in Call._explain()
         if not self.head_sent:
             self.send_error(error)
@@ -6530,6 +6717,11 @@ class RequestHandler:
             self._write_stream(sse_event(self._error_content(error)), last=True)
         else:  # other dialects, and websockets: cut before the last chunk
             self.connection.abort()
+
+    def _error_in_short(self, error: APIError) -> str:
+        """An error for the administrator: our own words, not those of an answer."""
+        own = self.call is None or not self.call.tries
+        return in_short(error) if own or isinstance(error, ControllerError) else ""
 
     # --- Controllers' answers
 
@@ -6544,6 +6736,7 @@ class RequestHandler:
         self.model = (request.model or "").partition("?")[0]  # as mocks have one
         self.service.begin_request(self.user)
         self._counted = True
+        self.service.running[self] = None
         request.user = self.user.user_id
         request.id = self.request_id
         request.deadline = self.started + self.limits.request_timeout
@@ -6553,10 +6746,16 @@ class RequestHandler:
         if request.stream:
             request.on_asked = self._start_heartbeat
         self.call = call = self.service.pool.call(request)
-        async with call:
-            if call.content is None:
-                await self._relay_stream(call)
-                connection.eof_is_hangup = False  # all is sent
+        try:
+            async with call:
+                if call.content is None:
+                    await self._relay_stream(call)
+                    connection.eof_is_hangup = False  # all is sent
+        except asyncio.CancelledError:
+            if not self.cancelled:
+                raise
+            words = "The server's administrator has cancelled this request."
+            raise APIError(503, words, code="cancelled", retry_after=math.inf) from None
         return call
 
     def _start_heartbeat(self) -> None:
@@ -6950,6 +7149,45 @@ class RequestHandler:
         self.service.dismiss_agents()
         self.service.report(f"user {user_id} deleted")
         self.send_json({"message": "User deleted"})
+
+    async def do_admin_status(self) -> None:
+        """GET /admin/status: what the page shows, for scripts too.
+
+        One snapshot a second for all who ask, with an ETag.  Times are seconds since
+        1970, and seconds since the request came where a request is told of:
+
+        {"version", "started", "draining", "in_flight", "waiting",
+         "agent_sha256": of /agent.py, or null,
+         "activity": {"requests": [60 numbers], "failures": [...], "tokens": [...]},
+             in slots of ten seconds, the oldest first
+         "controllers": [as /admin/controllers has them, and {"id",
+             "max_concurrency", "first_byte": median of seconds, or null,
+             "user": whose token an agent came with}],
+         "requests": [{"request_id", "time", "user", "method", "path", "model",
+             "controller": who answered, or "",
+             "attempts": [{"controller", "asked", "reason": why it failed, or ""}],
+             "first_byte": when the answer had begun, or null,
+             "duration", "status": null as long as it runs,
+             "failed": bool, "code", "error": why, or "",
+             "input", "cached_input", "output": tokens,
+             "address", "client": its User-Agent}],
+             those that run and the last 200, the latest first}
+        """
+        assert self.request is not None
+        self.authorize_admin(self._query("admin_key"))
+        content, etag = self.service.status(self.loop.time())
+        fields = [("Content-Type", "application/json"), ("ETag", etag)]
+        fields.append(("Cache-Control", "no-store"))  # a browser asks with the ETag
+        known = self.request.headers.get("if-none-match") == etag
+        self.send_content(304 if known else 200, content, fields)
+
+    async def do_requests_cancel(self) -> None:
+        """POST /admin/requests/cancel: the client is told, the controller stops."""
+        body = await self._read_object()
+        self.authorize_admin(body.get("admin_key"))
+        if not self.service.cancel(str(body.get("request_id"))):
+            raise APIError(404, "Request not found")
+        self.send_json({"message": "Request cancelled"})
 
     async def do_controllers(self) -> None:
         """GET /admin/controllers: state and counts; never a key."""

@@ -2882,7 +2882,7 @@ def test_error_object_has_all_four_fields():
         (b'{"prompt_tokens": 3}', {}),
         (
             json.dumps(completion()).encode(),
-            {"total_tokens": 7},
+            {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
         ),
         (
             b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}',
@@ -8041,6 +8041,171 @@ async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
                     assert (await chat(server)).status == 200
                 await until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
                 assert open_files() <= files + 2
+
+
+# -----------------------------------------------------------------------------
+# Metrics
+# -----------------------------------------------------------------------------
+
+
+async def status_of(server):
+    """GET /admin/status, and what it says of each request, by its id."""
+    server.service._status = (-math.inf, b"", "")  # made anew
+    reply = await ask(server.port, "GET", "/admin/status")
+    assert reply.status == 200
+    told = reply.json()
+    return told, {request["request_id"]: request for request in told["requests"]}
+
+
+@flow
+async def test_status_tells_what_happened_to_a_request_and_never_its_prompt(tmp_path):
+    """Two controllers, of which the first one fails: both attempts are told."""
+    secret = "what nobody else shall read"
+    error = {"error": {"message": f"you said {secret}", "code": "overloaded"}}
+    headers = [("x-request-id", "mine"), ("User-Agent", "a client")]
+    async with Upstream(http_reply(error, 500)) as bad, Upstream() as good:
+        controllers = bad.controller(name="bad"), good.controller(name="good")
+        async with serving(tmp_path, *controllers) as server:
+            body = chat_body(secret)
+            await ask(server.port, "POST", CHAT_URL, body, headers=headers)
+            told, requests = await status_of(server)
+            request = requests["mine"]
+            assert secret not in json.dumps(told)
+            tries = [(a["controller"], bool(a["reason"])) for a in request["attempts"]]
+            assert tries == [("bad", True), ("good", False)]
+            assert (request["controller"], request["status"]) == ("good", 200)
+            assert (request["input"], request["output"]) == (3, 4)
+            assert 0 <= request["first_byte"] <= request["duration"] < 5
+            assert (request["user"], request["client"]) == ("admin", "a client")
+            assert not request["failed"]
+            assert {c["name"] for c in told["controllers"]} >= {"bad", "good"}
+
+
+@flow
+async def test_status_tells_why_requests_failed(tmp_path):
+    async with serving(tmp_path, pool_function("a", models=["a"])) as server:
+        for model, key in (("b", KEY), ("a", "wrong")):
+            body = chat_body(model=model)
+            headers = [("x-request-id", model)]
+            await ask(server.port, "POST", CHAT_URL, body, key, headers)
+        _, requests = await status_of(server)
+        assert requests["b"]["failed"] and requests["b"]["status"] == 404
+        assert requests["b"]["code"] == "model_not_found"
+        assert "'b' does not exist" in requests["b"]["error"]
+        assert (requests["a"]["status"], requests["a"]["user"]) == (401, "")
+
+
+@flow
+async def test_status_is_one_snapshot_a_second_and_known_by_its_etag(tmp_path):
+    async with serving(tmp_path) as server:
+        first = await ask(server.port, "GET", "/admin/status")
+        await chat(server, model="mock/echo")
+        second = await ask(server.port, "GET", "/admin/status")
+        assert second.content == first.content
+        known = [("If-None-Match", first.headers["etag"])]
+        async with Client(server.port) as client:
+            for _ in range(2):
+                reply = await client.request("GET", "/admin/status", headers=known)
+                assert (reply.status, reply.content) == (304, b"")
+
+
+@flow
+async def test_status_and_cancelling_are_for_the_administrator(tmp_path):
+    async with serving(tmp_path) as server:
+        token = await add_user(server)
+        for key, status in ((token, 403), ("wrong", 401), (None, 401)):
+            reply = await ask(server.port, "GET", "/admin/status", key=key)
+            assert reply.status == status
+            body = {"request_id": "x"}
+            path = "/admin/requests/cancel"
+            assert (await ask(server.port, "POST", path, body, key)).status == status
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@flow
+async def test_a_cancelled_request_is_told_so_and_its_upstream_left(tmp_path, stream):
+    async def begin(request, writer):
+        if stream:
+            writer.write(STREAM_HEAD + chunked(chunk("Hel")))
+        await asyncio.sleep(60)
+
+    async with Upstream(begin) as upstream:
+        async with serving(tmp_path, upstream.controller()) as server:
+            async with Client(server.port) as client:
+                headers = [("x-request-id", "mine")]
+                body = {**CHAT, "stream": stream}
+                client.send(request_bytes("POST", CHAT_URL, body, headers=headers))
+                await until(lambda: chats(upstream))
+                if stream:
+                    await client.read_head()
+                    assert b"Hel" in await client.read_chunk()
+                _, requests = await status_of(server)
+                assert requests["mine"]["status"] is None
+                assert requests["mine"]["attempts"][0]["reason"] == ""
+                path, body = "/admin/requests/cancel", {"request_id": "mine"}
+                reply = await ask(server.port, "POST", path, body)
+                assert reply.json() == {"message": "Request cancelled"}
+                if stream:
+                    assert b'"code": "cancelled"' in await client.read_chunk()
+                else:
+                    reply = await client.read_reply()
+                    assert reply.status == 503
+                    assert reply.headers["x-should-retry"] == "false"
+                await until(lambda: upstream.ended)
+                _, requests = await status_of(server)
+                assert requests["mine"]["code"] == "cancelled"
+                assert (await ask(server.port, "POST", path, body)).status == 404
+
+
+@flow
+async def test_a_request_that_waits_can_be_cancelled(tmp_path):
+    release = asyncio.Event()
+
+    async def wait(messages):
+        await release.wait()
+
+    controller = FunctionController(wait, name="a", max_concurrency=1)
+    async with serving(tmp_path, controller) as server:
+        async with Client(server.port) as one, Client(server.port) as two:
+            one.send(request_bytes("POST", CHAT_URL, CHAT))
+            await until(lambda: controller.in_flight)
+            headers = [("x-request-id", "two")]
+            two.send(request_bytes("POST", CHAT_URL, CHAT, headers=headers))
+            await until(lambda: server.service.pool.waiting)
+            body = {"request_id": "two"}
+            await ask(server.port, "POST", "/admin/requests/cancel", body)
+            assert (await two.read_reply()).status == 503
+            assert server.service.pool.waiting == 0
+            release.set()
+
+
+def journal_record(number, user="ada", **more):
+    counts = {"failed": False, "input": 2, "output": 3, "first_byte": None}
+    return {"time": number, "user": user, **counts, **more}
+
+
+def test_a_stranger_pushes_no_request_out_of_the_journal():
+    journal = apiserver.Journal()
+    for number in range(300):
+        journal.add(journal_record(number), number)
+    for number in range(300, 1000):
+        journal.add(journal_record(number, user=""), number)
+    kept = journal.requests()
+    assert [record["time"] for record in kept[:2]] == [999, 998]
+    assert [record["time"] for record in kept[-200:]] == [*range(299, 99, -1)]
+    assert len(kept) == 220
+
+
+def test_activity_is_counted_in_slots_and_forgotten_after_ten_minutes():
+    journal = apiserver.Journal()
+    journal.add(journal_record(0), 1001.0)
+    journal.add(journal_record(1, failed=True), 1009.9)
+    journal.add(journal_record(2), 1015.0)
+    activity = journal.activity(1025.0)
+    assert activity["requests"][-2:] == [2, 1] and sum(activity["requests"]) == 3
+    assert activity["failures"][-2:] == [1, 0] and activity["tokens"][-2:] == [10, 5]
+    assert journal.activity(1012.0)["requests"][-1] == 2
+    assert sum(journal.activity(1700.0)["requests"]) == 0
 
 
 # -----------------------------------------------------------------------------
