@@ -5734,6 +5734,652 @@ class Journal:
 
 
 # -----------------------------------------------------------------------------
+# The page
+# -----------------------------------------------------------------------------
+#
+# What a browser is shown at "/".  Nothing is filled in: the text is the same for
+# all, so its policy names it by digest, and whatever else is on the page comes from
+# the routes of the API, with the key that was typed.
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>chatgpt_apiserver</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  color-scheme: light dark;
+  --ground: light-dark(#fafaf8, #121315); --raised: light-dark(#fff, #1b1c1f);
+  --ink: light-dark(#1c1d1f, #e7e7e4); --quiet: light-dark(#696d74, #93979e);
+  --line: light-dark(#e6e6e2, #2b2d31); --ok: light-dark(#1a8050, #48b983);
+  --warn: light-dark(#b07408, #dda041); --bad: light-dark(#c2332c, #f0726a);
+  --run: light-dark(#1f63c6, #76a9f7);
+}
+* { box-sizing: border-box; margin: 0; padding: 0; font: inherit; color: inherit; }
+[hidden] { display: none !important; }
+html { background: var(--ground); scrollbar-gutter: stable; }
+body {
+  max-width: 76rem; margin: 0 auto; padding: 0 1.5rem 4rem; color: var(--ink);
+  font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+}
+h1, h2 { font-size: 1.0625rem; font-weight: 600; letter-spacing: -.01em; }
+small, label, th, dt, summary, .plain { color: var(--quiet); font-size: .8125rem; }
+button, input, select, textarea {
+  padding: .375rem .625rem; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--raised); color: var(--ink); font-size: .875rem;
+}
+label > input, textarea { display: block; width: 100%; margin-top: .25rem; }
+label > [type=checkbox] { display: inline; width: auto; accent-color: var(--ink); }
+button, summary { cursor: pointer; white-space: nowrap; }
+button.main { background: var(--ink); border-color: var(--ink); color: var(--ground); }
+button.plain { padding: 0; border: 0; background: none; color: var(--quiet); }
+pre {
+  padding: .75rem; border: 1px solid var(--line); border-radius: 6px; user-select: all;
+  font: .75rem/1.6 monospace; white-space: pre-wrap; word-break: break-all;
+}
+form { display: grid; gap: .875rem; align-content: start; }
+.row { display: flex; align-items: baseline; gap: .5rem 1rem; flex-wrap: wrap; }
+.grow, .row > h2 { flex: 1; }
+.dot::before {
+  content: ""; display: inline-block; width: .5rem; height: .5rem; margin-right: .5rem;
+  border-radius: 50%; background: var(--colour, var(--quiet)); opacity: var(--shade, 1);
+}
+header { padding: 1.25rem 0 1rem; }
+dl {
+  display: grid; grid-template-columns: repeat(3, 1fr) 2fr 2fr;
+  border: solid var(--line); border-width: 1px 0;
+}
+dl div { position: relative; padding: .75rem 1rem; border-left: 1px solid var(--line); }
+dl div:first-child { padding-left: 0; border: 0; }
+dd { font-size: 1.5rem; line-height: 1.3; letter-spacing: -.02em; white-space: nowrap; }
+dl svg { position: absolute; right: 0; bottom: 0; width: 62%; height: 2.75rem; }
+path { fill: var(--line); vector-effect: non-scaling-stroke; }
+path + path { fill: none; stroke: var(--quiet); }
+.stale :is(dl, main) { opacity: .4; }
+nav { display: flex; gap: 1.5rem; border-bottom: 1px solid var(--line); }
+nav a { padding: .75rem 0; color: var(--quiet); text-decoration: none; }
+nav a[aria-current=true] { color: var(--ink); box-shadow: 0 1px var(--ink); }
+section { margin-top: 2rem; }
+section > .row { min-height: 2.5rem; }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; }
+thead, tbody { border-bottom: 1px solid var(--line); }
+th { text-align: left; font-weight: 400; }
+th, td { padding: .5rem 1rem .5rem 0; vertical-align: baseline; white-space: nowrap; }
+td, td * { overflow: hidden; text-overflow: ellipsis; }
+td button + button { margin-left: .75rem; }
+.tall { max-height: 44rem; margin-right: -1rem; padding-right: 1rem; overflow: auto; }
+th.wide { width: 21%; }
+th.mid { width: 16%; }
+th.act { width: 5rem; }
+.num { text-align: right; }
+:is(th, td):last-child { padding-right: 0; text-align: right; }
+.reason { white-space: normal; overflow-wrap: anywhere; max-height: 4.2em; }
+#calls td { cursor: pointer; }
+td.tale { padding: .25rem 0 1.25rem; white-space: normal; text-align: left; }
+.tale svg { width: 100%; height: 6px; margin-bottom: .5rem; border-radius: 3px; }
+.tale p { display: grid; grid-template-columns: 4rem 1fr; overflow-wrap: anywhere; }
+table:not(:has(tbody))::after {
+  content: attr(data-empty); display: table-caption; caption-side: bottom;
+  padding: 2rem 15%; color: var(--quiet); text-align: center;
+}
+#try { display: grid; grid-template-columns: 17rem minmax(0, 1fr); gap: 2.5rem; }
+#turns { min-height: 26rem; }
+#turns p { margin-bottom: 1.25rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+#turns p:nth-child(odd) {
+  width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem .875rem;
+  border-radius: 12px; background: var(--line);
+}
+#turns small, td small { display: block; scroll-margin: 6rem; }
+#ask { position: sticky; bottom: 1rem; display: flex; gap: .5rem; }
+#ask > * { margin: 0; padding: .625rem .875rem; }
+dialog {
+  width: min(40rem, calc(100vw - 2rem)); margin: 10vh auto auto; padding: 1.5rem;
+  border: 1px solid var(--line); border-radius: 12px; background: var(--ground);
+}
+dialog form, summary { margin: .875rem 0 .5rem; }
+#door { max-width: 21rem; margin: 22vh auto 0; }
+@media (max-width: 700px) {
+  body { padding: 0 1rem 3rem; }
+  header .grow { flex-basis: 100%; order: 1; }
+  dl { grid-template-columns: repeat(3, 1fr); }
+  dl div:nth-child(n + 4) { grid-column: span 3; padding-left: 0; border: 0; }
+  #try { grid-template-columns: minmax(0, 1fr); gap: 1.5rem; }
+  thead { display: none; }
+  tr { display: grid; grid-template-columns: repeat(3, 1fr); padding: .5rem 0; }
+  td { padding: 0 .75rem 0 0; }
+  td.wide { grid-column: span 2; }
+  td.tale, td:last-child { grid-column: span 3; }
+  td.num { text-align: left; }
+  .num::before { content: attr(data-label); display: block; color: var(--quiet); }
+}
+</style>
+<form id="door" method="dialog" hidden>
+  <h1>chatgpt_apiserver</h1>
+  <input type="password" autocomplete="current-password" required
+    aria-label="Key" placeholder="API key, or a user's token">
+  <button class="main">Open</button><small role="status"></small>
+</form>
+<div id="room" hidden>
+  <header class="row">
+    <h1>chatgpt_apiserver <small id="version"></small></h1>
+    <span class="grow"><span id="health" class="admin" role="status"></span></span>
+    <button id="leave" class="plain">Sign out</button>
+  </header>
+  <dl class="admin">
+    <div><dt>Up<dd id="uptime">–</div>
+    <div><dt>In flight<dd id="in_flight">–</div>
+    <div><dt>Waiting<dd id="waiting">–</div>
+    <div><dt>Requests a minute<dd id="requests">–<dd></div>
+    <div><dt>Tokens a minute<dd id="tokens">–<dd></div>
+  </dl>
+  <nav>
+    <a href="#overview" class="admin">Overview</a><a href="#try">Try it</a>
+    <a href="#users" class="admin">Users</a>
+  </nav>
+  <main>
+  <div id="overview" hidden>
+    <section>
+      <div class="row"><h2>Controllers</h2>
+        <button id="add_machine">Add a machine</button></div>
+      <div class="tall"><table id="controllers" data-empty="Nothing is connected:
+        add a machine, or set OPENAI_API_KEY. Until then mock/echo answers."><thead><tr>
+        <th class="wide" data-small="kind">Name
+        <th class="wide" data-small="reason">State<th class="mid">Models
+        <th class="num">In flight<th class="num">Requests<th class="num">Failed
+        <th class="num">Tokens<th class="num">First byte<th class="act" data-do="turn">
+      </table></div>
+    </section>
+    <section>
+      <div class="row"><h2>Requests</h2>
+        <label><input id="failed" type="checkbox"> failed only</label></div>
+      <table id="calls" data-empty="No requests."><thead><tr>
+        <th class="act" data-do="story">Age<th class="mid">User<th class="mid">Model
+        <th class="mid">Controller<th class="wide">Status<th class="num">First byte
+        <th class="num">Tokens/s<th class="num">Tokens<th class="act" data-do="cancel">
+      </table>
+    </section>
+  </div>
+  <section id="try" hidden>
+    <form id="settings">
+      <label>Model <input name="model" list="models" value="mock/echo"></label>
+      <datalist id="models"></datalist>
+      <label>System text <textarea name="system" rows="4"></textarea></label>
+      <label>Temperature <input name="temperature" type="number" step="0.1"></label>
+      <label><input name="stream" type="checkbox" checked> stream</label>
+      <details><summary>as curl</summary><pre id="curl"></pre></details>
+      <details><summary>as Python</summary><pre id="python"></pre></details>
+    </form>
+    <div>
+      <div id="turns"></div>
+      <form id="ask" method="dialog">
+        <textarea class="grow" rows="1" placeholder="Ask" aria-label="Ask"></textarea>
+        <button class="main">Send</button>
+      </form>
+    </div>
+  </section>
+  <section id="users" hidden>
+    <div class="row"><h2>Users</h2><button id="add_user">Add a user</button></div>
+    <table id="people" data-empty="No users yet."><thead><tr>
+      <th class="wide" data-small="role">Name<th class="wide" data-do="delete">
+    </table>
+    <button id="more_users" class="plain" hidden>Show more</button>
+  </section>
+  </main>
+</div>
+<dialog id="account">
+  <h2></h2>
+  <form>
+    <label>Name <input name="name" required maxlength="80"></label>
+    <div class="row"><button class="main">Save</button>
+      <button class="plain" formmethod="dialog" formnovalidate>Cancel</button></div>
+  </form>
+</dialog>
+<dialog id="result"><h2></h2><div></div><form method="dialog" class="row">
+  <small class="grow" role="status"></small><button class="main">Done</button>
+</form></dialog>
+<script type="module">
+// What others wrote becomes text here, never markup: put() and make() see to that.
+const $ = (selector, root = document) => root.querySelector(selector);
+const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+const base = location.pathname.replace(/\/*$/, "/"); // behind a proxy: its prefix
+const origin = (location.origin + base).slice(0, -1);
+const whole = new Intl.NumberFormat("en").format;
+const short = new Intl.NumberFormat("en", {notation: "compact"}).format;
+let key = sessionStorage.getItem("key"), admin = false, timer = 0;
+let status = null, etag = ""; // what /admin/status said last
+let awaited = ""; // the machine that is to join
+let heard = 0, skew = 0; // when, and how far the server's clock is ahead, in seconds
+const now = () => Date.now() / 1000 + skew;
+
+async function call(path, body, options = {}) {
+  const headers = {Authorization: `Bearer ${key}`, ...options.headers};
+  if (body) Object.assign(options, {method: "POST", body: JSON.stringify(body)});
+  const answer = await fetch(base + path, {cache: "no-store", ...options, headers});
+  if (answer.ok || answer.status === 304) return answer;
+  let error = await answer.text();
+  try { error = JSON.parse(error).error; } catch { /* a proxy's page */ }
+  throw Object.assign(Error(error?.message ?? error), {status: answer.status});
+}
+const ask = async (path, body) => (await call(path, body)).json();
+onunhandledrejection = ({reason}) => alert(reason.message); // of what a click asked for
+
+// --- Elements, tables, drawings, times
+function put(element, text) { // what stays the same stays selected
+  if (element.textContent !== String(text)) element.textContent = text;
+  return element;
+}
+function make(tag, fields, ...children) {
+  const element = Object.assign(document.createElement(tag), fields);
+  element.append(...children);
+  return element;
+}
+function paint(element, colour) {
+  element.classList.add("dot");
+  element.style.setProperty("--colour", colour && `var(--${colour})`);
+}
+function draw(tag, attributes, ...children) {
+  const shape = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const name in attributes) shape.setAttribute(name, attributes[name]);
+  shape.append(...children);
+  return shape;
+}
+const valuesOf = form => Object.fromEntries(new FormData(form));
+const drawing = (viewBox, ...shapes) =>
+  draw("svg", {viewBox, preserveAspectRatio: "none"}, ...shapes);
+
+// A row as the table's head has it: a text under each word, or buttons.
+function newRow(heads) {
+  const body = make("tbody"), row = body.insertRow();
+  row.onclick = ({target}) => target.tagName === "BUTTON" || $(".story", row)?.click();
+  for (const head of heads) {
+    const label = head.textContent.trim(), cell = row.insertCell();
+    cell.className = head.className;
+    cell.dataset.label = label;
+    if (label) cell.append(make("span", {className: label.replace(/\W/, "_")}));
+    if (head.dataset.small) cell.append(make("small", {className: head.dataset.small}));
+    for (const name of head.dataset.do?.split(" ") ?? []) {
+      const onclick = () => actions[name](body.item, body);
+      cell.append(make("button", {className: `plain ${name}`, onclick}));
+    }
+  }
+  return body;
+}
+
+// A row for each item; one that is there stays, with its focus.  show() gives its
+// texts, each perhaps with a colour, and may do more to it.
+function table(id, items, idOf, show) {
+  const parent = $(id);
+  const rows = new Map([...parent.tBodies].map(body => [body.id, body]));
+  let last = parent.tHead;
+  for (const item of items) {
+    const id = `${parent.id} ${idOf(item)}`;
+    const body = Object.assign(rows.get(id) ?? newRow($$("th", parent)), {id, item});
+    rows.delete(id);
+    if (last.nextElementSibling !== body) last.after(body);
+    last = body;
+    for (const [name, said] of Object.entries(show(item, body))) {
+      const [text, colour] = [said].flat(), place = put($(`.${name}`, body), text);
+      if (String(text).length > 12) place.title = text;
+      if (colour !== undefined) paint(place, colour);
+    }
+  }
+  for (const body of rows.values()) body.remove();
+}
+
+function age(s) {
+  const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+  const [size, unit] = units.find(([size]) => s >= size) ?? [1, "s"];
+  return `${Math.max(0, Math.floor(s / size))} ${unit}`;
+}
+const took = s => s === null ? "–" : s < 10 ? `${s.toFixed(2)} s` : age(s);
+
+const tokens = ({input, output}) => input + output;
+
+// --- Overview
+
+function sparkline(id, slots) { // ten minutes, in slots of ten seconds
+  const top = Math.max(...slots, 1);
+  const line = slots.map((n, i) => `${i} ${19 - n / top * 17}`).join("L");
+  put($(id), short(slots.slice(-6).reduce((a, b) => a + b)));
+  $(`${id} + dd`).replaceChildren(drawing("0 0 59 20",
+    draw("path", {d: `M0 20L${line}L59 20`}), draw("path", {d: `M${line}`})));
+}
+
+const colours = {ready: "ok", busy: "run", cooling: "warn", disabled: "bad"};
+const isOff = controller => ["cooling", "disabled"].includes(controller.state);
+const verb = controller => isOff(controller) ? "Enable" : "Disable";
+
+function showControllers(all) {
+  all.sort((a, b) => isOff(b) - isOff(a)); // what needs a look comes first
+  table("#controllers", all, c => c.id, c => {
+    const left = c.until && Date.parse(c.until) / 1000 - now();
+    const state = c.state + (left > 0 ? `, back in ${age(left)}` : "");
+    return {
+      Name: c.name, kind: c.tier > 1 ? `${c.type}, tier ${c.tier}` : c.type,
+      State: [state, colours[c.state]], reason: c.reason,
+      Models: c.models ? c.models.join(", ") : "any",
+      In_flight: c.in_flight + (c.max_concurrency ? ` of ${c.max_concurrency}` : ""),
+      Requests: whole(c.requests), Failed: whole(c.failures), Tokens: short(c.tokens),
+      First_byte: took(c.first_byte), turn: verb(c),
+    };
+  });
+}
+
+// How it goes with a request: words, and a colour.
+function outcome(r) {
+  const [words, colour] = r.attempts.length ? ["running", "run"] : ["waiting", ""];
+  if (r.duration === null) return [`${words}, ${age(now() - r.time)}`, colour];
+  if (r.status === 499) return ["client left", ""];
+  return r.failed ? [`${r.status} ${r.code}`, "bad"] : [r.status, "ok"];
+}
+
+function showCalls() {
+  const shown = status.requests.filter(r => r.failed || !$("#failed").checked);
+  table("#calls", shown, r => r.time + r.request_id, (r, body) => {
+    const writing = r.duration - r.first_byte, tries = r.attempts.length;
+    $(".cancel", body).hidden = r.duration !== null;
+    if (body.rows[1]) tell(body.rows[1].cells[0], r);
+    return {
+      story: age(now() - r.time), User: r.user || "–", Model: r.model || "–",
+      Controller: (r.controller || "–") + (tries > 1 ? ` ×${tries}` : ""),
+      Status: outcome(r), First_byte: took(r.first_byte), cancel: "Cancel",
+      Tokens_s: r.output > 1 && writing > .1 ? (r.output / writing).toFixed(1) : "–",
+      Tokens: tokens(r) ? short(tokens(r)) : "–",
+    };
+  });
+}
+
+// The story of a request: where its time went, to scale, and each step in words.
+function tell(cell, r) {
+  const end = Math.max(r.duration ?? now() - r.time, .001), bars = [], steps = [];
+  const bar = (x, to, colour) => bars.push(draw(
+    "rect", {x, width: Math.max(to - x, 0), height: 1, fill: `var(--${colour})`}));
+  const step = (at, words) => steps.push(make("p", {}, make("small", {}, at), words));
+  step(took(0), `${r.method} ${r.path} from ${r.address}, ${r.client || "–"}`);
+  bar(0, r.attempts[0]?.asked ?? end, "line");
+  r.attempts.forEach(({controller, asked, reason}, i) => {
+    const next = r.attempts[i + 1]?.asked ?? end;
+    const first = reason ? next : Math.min(r.first_byte ?? end, end);
+    bar(asked, first, reason ? "bad" : "quiet");
+    bar(first, next, "run");
+    step(took(asked), `asked ${controller}${reason && `, in vain: ${reason}`}`);
+  });
+  if (r.first_byte !== null) step(took(r.first_byte), "first byte");
+  if (r.duration !== null) step(took(end), outcome(r)[0] + (r.error && `: ${r.error}`));
+  if (tokens(r)) step("tokens",
+    `${whole(r.input)} in (${whole(r.cached_input)} cached), ${whole(r.output)} out`);
+  step("id", r.request_id);
+  if (cell.ended) return; // somebody may be copying from it
+  cell.ended = r.duration !== null;
+  cell.replaceChildren(drawing(`0 0 ${end} 1`, ...bars), ...steps);
+}
+
+function show() {
+  const silent = Date.now() / 1000 - heard, stale = silent > 5;
+  document.body.classList.toggle("stale", stale);
+  const own = status.controllers.filter(c => c.type !== "mock");
+  const open = own.filter(c => !isOff(c)).length;
+  const [colour, words] = stale ? ["bad", `no answer for ${age(silent)}`]
+    : status.draining ? ["warn", "shutting down"]
+    : !own.length ? ["", "nothing is connected"]
+    : open === own.length ? ["ok", "working"]
+    : [open ? "warn" : "bad", `${open} of ${own.length} controllers can be asked`];
+  paint(put($("#health"), words), colour);
+  for (const id of ["version", "in_flight", "waiting"]) put($(`#${id}`), status[id]);
+  put($("#uptime"), age(now() - status.started));
+  sparkline("#requests", status.activity.requests);
+  sparkline("#tokens", status.activity.tokens);
+  if (awaited && own.some(c => c.user === awaited))
+    paint(put($("#result small"), `${awaited} has joined`), "ok");
+  if ($("#overview").hidden) return;
+  showControllers(own);
+  showCalls();
+}
+
+async function poll() {
+  clearTimeout(timer);
+  try {
+    const answer = await call("admin/status", undefined, {
+      headers: etag && {"If-None-Match": etag}, signal: AbortSignal.timeout(5000)});
+    if (answer.status === 200) status = await answer.json();
+    etag = answer.headers.get("ETag");
+    heard = Date.now() / 1000;
+    skew = Date.parse(answer.headers.get("Date")) / 1000 - heard;
+  } catch (error) {
+    if (error.status === 401) return leave(error.message);
+  }
+  show();
+  timer = setTimeout(poll, document.hidden ? 20000 : 2000);
+}
+
+// --- Try it
+
+const turns = []; // that were answered
+let stopping = null; // the AbortController of the one that is not
+
+function chat(question) {
+  const {model, system, temperature, stream} = valuesOf($("#settings"));
+  const messages = [...turns, {role: "user", content: question}];
+  if (system) messages.unshift({role: "system", content: system});
+  return {
+    model, messages, ...(temperature && {temperature: Number(temperature)}),
+    ...(stream && {stream: true, stream_options: {include_usage: true}}),
+  };
+}
+
+async function* eventsOf(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = "", piece; !(piece = await reader.read()).done;) {
+    const lines = (text + piece.value).split(/\r?\n/);
+    text = lines.pop();
+    for (const line of lines)
+      if (line.startsWith("data: {")) yield JSON.parse(line.slice(6));
+  }
+}
+
+async function speak(question) {
+  const body = chat(question), began = performance.now();
+  const text = make("span"), note = make("small", {}, "…");
+  $("#turns").append(make("p", {}, question), make("p", {}, text, note));
+  stopping = new AbortController();
+  put($("#ask button"), "Stop");
+  let first = 0, count = 0;
+  try {
+    const answer = await call("v1/chat/completions", body, {signal: stopping.signal});
+    for await (const event of body.stream ? eventsOf(answer) : [await answer.json()]) {
+      if (event.error) throw new Error(event.error.message);
+      const said = event.choices?.[0]?.delta ?? event.choices?.[0]?.message;
+      text.append(said?.content || said?.reasoning_content || "");
+      first ||= text.textContent && performance.now();
+      count = event.usage?.completion_tokens ?? count + 1;
+      const speed = count / (performance.now() - first) * 1000;
+      put(note, `first token after ${took((first - began) / 1000)}, ${count} tokens, `
+        + `${first && speed < 1e4 ? speed.toFixed(1) : "–"} a second`);
+      note.scrollIntoView({block: "nearest"});
+    }
+    const content = text.textContent;
+    turns.push({role: "user", content: question}, {role: "assistant", content});
+  } catch (error) {
+    if (error.name === "AbortError") note.prepend("stopped; ");
+    else paint(put(note, error.message), "bad");
+  }
+  stopping = null;
+  put($("#ask button"), "Send");
+  snippets();
+}
+
+function snippets() {
+  const json = JSON.stringify(chat("Hello"));
+  put($("#curl"), `curl ${origin}/v1/chat/completions \\
+  -H "Authorization: Bearer $OPENAI_API_KEY" \\
+  -d '${json.replaceAll("'", "'\\''")}'`);
+  put($("#python"), `import json, openai
+client = openai.OpenAI(base_url="${origin}/v1")
+request = json.loads(${JSON.stringify(json)})
+print(client.chat.completions.create(**request))`);
+}
+
+async function showTry() {
+  snippets();
+  const {data} = await ask("v1/models");
+  $("#models").replaceChildren(...data.map(({id}) => make("option", {value: id})));
+}
+
+// --- Users
+
+async function showUsers() {
+  const count = $$("#people tbody").length + 100;
+  const page = await ask(`admin/users?from=0&count=${count}`);
+  $("#more_users").hidden = page.users.length >= page.total;
+  table("#people", page.users, user => user.user_id, user => ({
+    Name: user.name || user.user_id, role: user.role ?? "user", delete: "Delete",
+  }));
+}
+
+function openAccount(title, user, save) {
+  put($("#account h2"), title);
+  for (const input of $$("#account input")) {
+    input.value = user[input.name] ?? "";
+  }
+  $("#account form").onsubmit = async event => {
+    if (event.submitter?.formNoValidate) return;
+    event.preventDefault(); // it stays open if that fails
+    await save(valuesOf(event.target));
+    $("#account").close();
+  };
+  $("#account").showModal();
+}
+
+function tellOnce(title, texts, machine = "") {
+  awaited = machine;
+  put($("#result h2"), title);
+  put($("#result small"), machine ? `waiting for ${machine}` : "shown this once")
+    .className = "grow";
+  $("#result div").replaceChildren(...Object.entries(texts).map(([name, text], i) => {
+    const summary = make("summary", {}, name);
+    return make("details", {open: !i}, summary, make("pre", {}, text));
+  }));
+  $("#result").showModal();
+}
+
+async function tellToken(name, {token}) {
+  tellOnce(`A token for ${name}`, {
+    "Token": token,
+    "Python": `client = openai.OpenAI(base_url="${origin}/v1", api_key="${token}")`,
+    "curl": `curl ${origin}/v1/models -H "Authorization: Bearer ${token}"`,
+    "Claude Code": `ANTHROPIC_BASE_URL=${origin} ANTHROPIC_AUTH_TOKEN=${token} claude`,
+    "Codex": `export OPENAI_API_KEY=${token}
+codex -c model_provider=own -c 'model_providers.own={name="own", wire_api="responses",
+  base_url="${origin}/v1", env_key="OPENAI_API_KEY"}'`,
+  });
+  await showUsers();
+}
+
+async function addMachine({name}) {
+  const {token} = await ask("admin/users/add", {name, role: "agent"});
+  tellOnce("Run this on the machine", {"It dials out; no port is opened": `\
+curl -fsS ${origin}/agent.py -o agent.py &&
+python3 -c "import hashlib, sys; sys.exit('${status.agent_sha256}' !=
+  hashlib.sha256(open('agent.py', 'rb').read()).hexdigest())" &&
+python3 agent.py agent ${origin} --key ${token}`}, name);
+}
+
+const act = (path, body, then) => ask(`admin/${path}`, body).then(() => then());
+const actions = {
+  turn: c => act(`controllers/${verb(c).toLowerCase()}`, {name: c.name}, poll),
+  cancel: r => act("requests/cancel", {request_id: r.request_id}, poll),
+  delete: ({user_id, name}) => confirm(`Delete ${name || user_id}?`)
+    && act("users/delete", {user_id}, showUsers),
+  story(r, body) {
+    if (body.rows[1]) return body.deleteRow(1);
+    const cell = body.insertRow().insertCell();
+    tell(Object.assign(cell, {colSpan: 9, className: "tale"}), r);
+  },
+};
+
+// --- Coming, going, and where one is
+
+async function enter(typed) {
+  sessionStorage.setItem("key", key = typed);
+  const said = await call("admin/status").catch(error => error);
+  admin = said.status === 200;
+  if (!admin && said.status !== 403) return leave(said.message); // 403: a user's token
+  for (const element of $$(".admin")) element.hidden = !admin;
+  $("#door").hidden = true;
+  $("#room").hidden = false;
+  if (admin) await poll();
+  await go();
+}
+
+function leave(words) {
+  clearTimeout(timer);
+  sessionStorage.removeItem("key");
+  $("#door").hidden = false;
+  $("#room").hidden = true;
+  put($("#door small"), words);
+}
+
+async function go() {
+  const places = {overview: show, try: showTry, users: showUsers};
+  const hashes = $$("nav a:not([hidden])").map(link => link.hash);
+  const hash = hashes.includes(location.hash) ? location.hash : hashes[0];
+  for (const place of $$("main > *")) place.hidden = `#${place.id}` !== hash;
+  for (const link of $$("nav a")) link.ariaCurrent = String(link.hash === hash);
+  await places[hash.slice(1)]();
+}
+
+onhashchange = go;
+document.onvisibilitychange = () => admin && poll();
+$("#leave").onclick = () => leave("Signed out.");
+$("#failed").oninput = showCalls;
+$("#settings").oninput = snippets;
+$("#more_users").onclick = showUsers;
+$("#add_machine").onclick = () =>
+  openAccount("Add a machine", {name: "gpu-box"}, addMachine);
+$("#add_user").onclick = () => openAccount("Add a user", {}, async fields =>
+  tellToken(fields.name, await ask("admin/users/add", fields)));
+$("#door").onsubmit = () => enter($("#door input").value.trim());
+$("#ask").onsubmit = () => {
+  const question = $("#ask textarea").value.trim();
+  if (stopping) return stopping.abort();
+  $("#ask textarea").value = "";
+  if (question) speak(question);
+};
+$("#ask").onkeydown = event => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!stopping) $("#ask").requestSubmit();
+};
+if (key) enter(key);
+else leave("It stays in this tab, and is forgotten with it.");
+</script>
+"""
+
+
+def _page_policy() -> str:
+    """The Content-Security-Policy: the page's own style and script, and no others."""
+    texts = re.findall(r"<(?:style|script)[^>]*>(.*?)</(?:style|script)>", PAGE, re.S)
+    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+    style, script = (base64.b64encode(digest).decode() for digest in digests)
+    return (
+        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}';"
+        " require-trusted-types-for 'script'; connect-src 'self'; img-src data:;"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+PAGE_FIELDS = (
+    ("Content-Type", "text/html; charset=utf-8"),
+    ("Content-Security-Policy", _page_policy()),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-cache"),
+    ("Vary", "Accept"),
+)
+
+
+# -----------------------------------------------------------------------------
 # Service: what all requests share
 # -----------------------------------------------------------------------------
 #
@@ -5937,6 +6583,7 @@ class Service:
     agents           by id
     agents_auth      "local", "key" or "open": who may register without a key
     upstream_errors  "map" (500) or "pass" (429 and 5xx as they are)
+    page             whether a browser is shown the page
     report           takes lines for people
     access           takes access lines, or None
     debug            takes lines on each connection, attempt and agent's message
@@ -5953,6 +6600,7 @@ class Service:
         limits: Limits = DEFAULT_LIMITS,
         agents_auth: str = "local",
         upstream_errors: str = "map",
+        page: bool = True,
         report: Callable[[str], None] = lambda line: None,
         access: Callable[[str], None] | None = None,
         debug: Callable[[str], None] = lambda line: None,
@@ -5963,6 +6611,7 @@ class Service:
         self.limits = limits
         self.agents_auth = agents_auth
         self.upstream_errors = upstream_errors
+        self.page = page
         self.report = report
         self.access = access
         self.debug = debug
@@ -7124,10 +7773,18 @@ class RequestHandler:
         return dict(urllib.parse.parse_qsl(self.request.query)).get(name)
 
     async def do_users(self) -> None:
-        """GET /admin/users."""
+        """GET /admin/users; with ?from=0&count=100 a part of them, and the total."""
         self.authorize_admin(self._query("admin_key"))
         lines = [user.line for user in self.service.users.users]
-        self.send_content(200, b'{"users": [' + b", ".join(lines) + b"]}")
+        count = self._query("count")
+        more = b""
+        if count is not None:
+            first = self._query("from") or "0"
+            if not (count + first).isdecimal():
+                raise APIError(400, "'from' and 'count' must be numbers.")
+            more = b', "total": %d' % len(lines)
+            lines = lines[int(first[:9]) :][: int(count[:9])]
+        self.send_content(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
 
     async def do_users_add(self) -> None:
         """POST /admin/users/add: answered when it is on disk."""
@@ -7242,8 +7899,11 @@ class RequestHandler:
         self.send_json({"status": "ok"})
 
     async def do_about(self) -> None:
-        """GET /: what this is, without data."""
+        """GET /: what this is, without data; to a browser, the page."""
         assert self.request is not None
+        if self.service.page and "text/html" in self.request.headers.get("accept", ""):
+            self.send_content(200, PAGE.encode(), PAGE_FIELDS)
+            return
         tls = "s" if self.connection.tls else ""
         text = _ABOUT.format(
             version=__version__,
@@ -7251,7 +7911,7 @@ class RequestHandler:
             ws=f"ws{tls}",
             host=self.request.headers.get("host", "localhost"),
         )
-        fields = [("Content-Type", "text/plain; charset=utf-8")]
+        fields = [("Content-Type", "text/plain; charset=utf-8"), ("Vary", "Accept")]
         self.send_content(200, text.encode(), fields)
 
     async def do_source(self) -> None:
@@ -7411,6 +8071,7 @@ class Server:
     agents_auth      who may register an agent without a key: "local" (from this
                      machine), "key" (nobody) or "open" (anybody)
     upstream_errors  "map" (to 500) or "pass" (429 and 5xx as they are)
+    page             show a browser a page at "/"
     limits           Limits
     log              a Log for lines and access lines; None: warnings go to logging
     verbose          log each connection, attempt and agent's message too
@@ -7431,6 +8092,7 @@ class Server:
         pool: str = "balanced",
         agents_auth: str = "local",
         upstream_errors: str = "map",
+        page: bool = True,
         limits: Limits = DEFAULT_LIMITS,
         log: Log | None = None,
         verbose: bool = False,
@@ -7449,6 +8111,7 @@ class Server:
             limits=limits,
             agents_auth=agents_auth,
             upstream_errors=upstream_errors,
+            page=page,
             report=(lambda line: None) if log is None else report,
             access=None if log is None else log.write,
             debug=debug,

@@ -24,6 +24,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -85,7 +86,7 @@ PING, PONG, CLOSE = Opcode.PING, Opcode.PONG, Opcode.CLOSE
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 
 # One timeout for everything: a test that hangs is told by its traceback.
-faulthandler.dump_traceback_later(180, exit=True)
+faulthandler.dump_traceback_later(400, exit=True)
 
 
 def run(work, timeout=20):
@@ -8206,6 +8207,340 @@ def test_activity_is_counted_in_slots_and_forgotten_after_ten_minutes():
     assert activity["failures"][-2:] == [1, 0] and activity["tokens"][-2:] == [10, 5]
     assert journal.activity(1012.0)["requests"][-1] == 2
     assert sum(journal.activity(1700.0)["requests"]) == 0
+
+
+# -----------------------------------------------------------------------------
+# The page
+# -----------------------------------------------------------------------------
+#
+# In a real browser, driven over its DevTools websocket with our own WebSocket.
+
+HTML = [("Accept", "text/html,application/xhtml+xml")]
+
+
+@flow
+async def test_a_browser_is_shown_the_page_and_others_a_text(tmp_path):
+    async with serving(tmp_path) as server:
+        page = await ask(server.port, "GET", "/", key=None, headers=HTML)
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert page.headers["vary"] == "Accept"
+        assert page.content.startswith(b"<!DOCTYPE html>")
+        text = await ask(server.port, "GET", "/", key=None)
+        assert text.headers["content-type"].startswith("text/plain")
+        head = await ask(server.port, "HEAD", "/", key=None, headers=HTML)
+        assert head.headers["content-length"] == str(len(page.content))
+    async with serving(tmp_path, page=False) as server:
+        text = await ask(server.port, "GET", "/", key=None, headers=HTML)
+        assert text.headers["content-type"].startswith("text/plain")
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_writes_no_markup():
+    page = apiserver.PAGE
+    namespace = "http://www.w3.org/2000/svg"
+    assert set(re.findall(r"https?://[^\"'`\s]*", page)) <= {namespace}
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write", page)
+    assert not re.search(r"\b(src|style|on[a-z]+)\s*=\s*[\"']", page)
+    assert not re.search(r"navigator\.clipboard|crypto\.subtle|document\.cookie", page)
+    assert len(page.splitlines()) <= 700
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """The port of a browser's DevTools."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no chromium is installed")
+    folder = tmp_path_factory.mktemp("browser")
+    options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage"
+    options += " --no-first-run --disable-background-networking"
+    options += f" --remote-debugging-port=0 --user-data-dir={folder}"
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [path, *options.split(), "about:blank"], stderr=log, start_new_session=True
+        )
+    try:
+        end = time.monotonic() + 30
+        while not (folder / "DevToolsActivePort").exists():
+            if process.poll() is not None or time.monotonic() > end:
+                pytest.skip(f"{path} does not start: {(folder / 'log').read_text()}")
+            time.sleep(0.05)
+        yield int((folder / "DevToolsActivePort").read_text().split()[0])
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class Tab:
+    """A page in a browser: `async with Tab(browser, url) as tab`."""
+
+    def __init__(self, browser, url, width=1280):
+        self.browser, self.url, self.width = browser, url, width
+
+    async def __aenter__(self):
+        reply = await ask(self.browser, "PUT", "/json/new?about:blank", key=None)
+        self.id = reply.json()["id"]
+        self.websocket = await WebSocket.connect(
+            f"ws://127.0.0.1:{self.browser}/devtools/page/{self.id}"
+        )
+        self.complaints = []  # of the page's policy, and errors
+        self.calls = 0
+        await self.do("Runtime.enable")
+        await self.do("Log.enable")
+        size = {"width": self.width, "height": 900, "deviceScaleFactor": 1}
+        await self.do("Emulation.setDeviceMetricsOverride", mobile=False, **size)
+        await self.do("Page.navigate", url=self.url)
+        await self.until("document.readyState === 'complete' && location.port")
+        return self
+
+    async def __aexit__(self, *exc_info):
+        await ask(self.browser, "GET", f"/json/close/{self.id}", key=None)
+        self.websocket.connection.abort()
+
+    async def do(self, method, **params):
+        self.calls += 1
+        call = {"id": self.calls, "method": method, "params": params}
+        self.websocket.write(json.dumps(call))
+        while True:
+            message = json.loads(await self.websocket.receive())
+            if message.get("id") == self.calls:
+                return message["result"]
+            params = message.get("params", {})
+            if message["method"] == "Runtime.exceptionThrown":
+                self.complaints.append(params)
+            elif message["method"] == "Log.entryAdded":
+                entry = params["entry"]
+                if entry["level"] == "error" and entry["source"] != "network":
+                    self.complaints.append(params)
+            elif message["method"] == "Page.javascriptDialogOpening":
+                self.complaints.append(params)
+
+    async def js(self, code):
+        """The value of an expression in the page."""
+        told = await self.do(
+            "Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in told, (code, told)
+        return told["result"].get("value")
+
+    async def until(self, code, timeout=8.0):
+        end = time.monotonic() + timeout
+        while not await self.js(f"Boolean({code})"):
+            assert time.monotonic() < end, await self.js("document.body.innerText")
+            await asyncio.sleep(0.03)
+
+    async def sees(self, text):
+        await self.until(f"document.body.innerText.includes({json.dumps(text)})")
+
+    async def fill(self, selector, text):
+        await self.js(
+            f"document.querySelector({selector!r}).value = {json.dumps(text)}"
+        )
+
+    async def click(self, selector):
+        await self.until(f"document.querySelector({selector!r})")
+        await self.js(f"document.querySelector({selector!r}).click()")
+
+    async def sign_in(self, key=KEY):
+        await self.until("!document.querySelector('#door').hidden")
+        await self.fill("#door input", key)
+        await self.click("#door button")
+
+
+@flow(timeout=60)
+async def test_page_signs_in_and_out_and_says_when_a_key_is_wrong(tmp_path, browser):
+    async with serving(tmp_path) as server:
+        async with Tab(browser, server.url) as tab:
+            await tab.sign_in("wrong")
+            await tab.sees("Invalid")
+            await tab.sign_in()
+            await tab.sees("nothing is connected")
+            assert await tab.js("sessionStorage.getItem('key')") == KEY
+            await tab.click("#leave")
+            await tab.sees("Signed out.")
+            assert await tab.js("sessionStorage.getItem('key')") is None
+            assert tab.complaints == []
+
+
+@flow(timeout=60)
+async def test_page_shows_a_user_with_a_token_no_more_than_may_be_seen(
+    tmp_path, browser
+):
+    async with serving(tmp_path) as server:
+        token = await add_user(server)
+        async with Tab(browser, server.url) as tab:
+            await tab.sign_in(token)
+            await tab.sees("Try it")
+            text = await tab.js("document.body.innerText")
+            assert "Overview" not in text and "Users" not in text
+            assert tab.complaints == []
+
+
+@flow(timeout=60)
+async def test_page_shows_a_controller_that_fails_and_cools(tmp_path, browser):
+    headers = [("Retry-After", "20")]
+    async with Upstream(http_reply({}, 429, headers=headers)) as upstream:
+        async with serving(tmp_path, upstream.controller(name="up")) as server:
+            async with Tab(browser, server.url) as tab:
+                await tab.sign_in()
+                await tab.sees("working")
+                assert (await chat(server)).status == 500
+                await tab.sees("0 of 1 controllers can be asked")
+                await tab.sees("cooling, back in 1")
+                await tab.click("#calls .story")
+                await tab.sees("asked up, in vain: ")
+                await tab.click("#controllers .turn")  # Enable
+                await tab.sees("working")
+                assert tab.complaints == []
+
+
+@flow(timeout=60)
+async def test_page_cancels_a_running_request(tmp_path, browser):
+    async with serving(tmp_path) as server, Client(server.port) as client:
+        async with Tab(browser, server.url) as tab:
+            await tab.sign_in()
+            body = chat_body(model="mock/slow?seconds=60")
+            client.send(request_bytes("POST", CHAT_URL, body))
+            await tab.sees("running, ")
+            await tab.click("#calls .cancel:not([hidden])")
+            await tab.sees("503 cancelled")
+            assert (await client.read_reply()).status == 503
+            assert tab.complaints == []
+
+
+@flow(timeout=60)
+async def test_page_adds_a_user_whose_token_works_and_deletes_it(tmp_path, browser):
+    async with serving(tmp_path) as server:
+        async with Tab(browser, f"{server.url}/#users") as tab:
+            await tab.sign_in()
+            await tab.click("#add_user")
+            await tab.fill("#account [name=name]", "ada")
+            await tab.click("#account .main")
+            await tab.sees("A token for ada")
+            token = await tab.js("document.querySelector('#result pre').textContent")
+            reply = await ask(server.port, "GET", "/v1/models", key=token)
+            assert reply.status == 200
+            await tab.click("#result button")
+            await tab.js("window.confirm = () => true")
+            await tab.click("#people .delete")
+            await tab.until("!document.querySelector('#people tbody')")
+            reply = await ask(server.port, "GET", "/v1/models", key=token)
+            assert reply.status == 401
+            assert tab.complaints == []
+
+
+@flow(timeout=60)
+async def test_page_streams_a_chat_and_stops_it(tmp_path, browser):
+    async def talk(request, writer):
+        writer.write(STREAM_HEAD)
+        while True:
+            writer.write(chunked(chunk("word ")))
+            await asyncio.sleep(0.02)
+
+    async with Upstream(talk) as upstream:
+        async with serving(tmp_path, upstream.controller()) as server:
+            async with Tab(browser, f"{server.url}/#try") as tab:
+                await tab.sign_in()
+                await tab.sees("System text")
+                await tab.fill("[name=model]", "m")
+                await tab.fill("#ask textarea", "<script>Hello</script>")
+                await tab.click("#ask button")
+                await tab.sees("word word word")
+                await tab.sees("a second")
+                await tab.click("#ask button")
+                await tab.sees("stopped; first token after")
+                await until(lambda: upstream.ended)
+                await tab.sees("<script>Hello</script>")
+                body = chats(upstream)[0].json()
+                assert body["messages"][0]["content"] == "<script>Hello</script>"
+                assert tab.complaints == []
+
+
+@flow(timeout=60)
+async def test_page_says_how_a_machine_joins_and_when_it_has(tmp_path, browser):
+    models = http_reply({"data": [{"id": "llama"}]})
+    async with serving(tmp_path) as server, Upstream(models) as upstream:
+        async with Tab(browser, server.url) as tab:
+            await tab.sign_in()
+            await tab.click("#add_machine")
+            await tab.fill("#account [name=name]", "box")
+            await tab.click("#account .main")
+            await tab.sees("waiting for box")
+            line = await tab.js("document.querySelector('#result pre').textContent")
+            line = line.replace("python3", sys.executable)
+            line += f" --upstream {upstream.url}"
+            process = await asyncio.create_subprocess_shell(
+                f"exec 2>&1; {line}", cwd=tmp_path, start_new_session=True
+            )
+            try:
+                await tab.sees("box has joined")
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+            assert tab.complaints == []
+
+
+@flow(timeout=60)
+async def test_page_says_when_the_server_is_silent(tmp_path, browser):
+    async with serving(tmp_path) as server:
+        async with Tab(browser, server.url) as tab:
+            await tab.sign_in()
+            await tab.sees("nothing is connected")
+            await server.shutdown()
+            await tab.until("document.body.className === 'stale'", 15)
+            await tab.sees("no answer for ")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@flow(timeout=60)
+async def test_page_takes_any_name_as_text_and_stays_as_wide_as_it_is(
+    tmp_path, browser, width
+):
+    name = "<script>alert(1)</script><img src=x onerror=alert(1)>" + "w" * 150
+    controller = pool_function(name, models=[name])
+    async with serving(tmp_path, controller) as server:
+        headers = [("User-Agent", name), ("x-request-id", name[:120])]
+        for model in (name, "<b>" + name):
+            body = chat_body(model=model)
+            await ask(server.port, "POST", CHAT_URL, body, headers=headers)
+        async with Tab(browser, server.url, width) as tab:
+            await tab.sign_in()
+            await tab.sees("404 model_not_found")
+            await tab.js("document.querySelectorAll('.story').forEach(b => b.click())")
+            await tab.sees(name)
+            wide = "document.documentElement.scrollWidth"
+            assert await tab.js(wide) <= await tab.js("innerWidth")
+            assert await tab.js("document.images.length") == 0
+            assert tab.complaints == []
+
+
+@flow(timeout=60)
+async def test_page_works_below_a_proxys_path(tmp_path, browser):
+    """As behind nginx with `location /llm/ { proxy_pass http://server/; }`."""
+
+    async def forward(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        path = head.split()[1].decode()
+        there, back = await asyncio.open_connection("127.0.0.1", server.port)
+        head = head.replace(b" /llm/", b" /", 1)
+        head = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head)
+        if path.startswith("/llm/"):
+            back.write(head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+            while data := await there.read(65536):
+                writer.write(data)
+        writer.close()
+        back.close()
+
+    async with serving(tmp_path) as server:
+        proxy = await asyncio.start_server(forward, "127.0.0.1", 0)
+        port = proxy.sockets[0].getsockname()[1]
+        async with Tab(browser, f"http://127.0.0.1:{port}/llm/") as tab:
+            await tab.sign_in()
+            await tab.sees("nothing is connected")
+            await tab.js("location.hash = '#try'")
+            await tab.until(f"curl.textContent.includes(':{port}/llm/v1/chat')")
+            assert tab.complaints == []
+        proxy.close()
 
 
 # -----------------------------------------------------------------------------
