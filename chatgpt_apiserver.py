@@ -160,12 +160,8 @@ class Limits:
     wrong_keys_per_minute = 10  # from one address
 
     # --- Waiting for a free controller.
-    queue_size_per_controller = 64  # waiting, for each controller that could serve
-    queue_size_min = 64
-    queue_size_max = 1024
+    queue_size = 1024
     queue_timeout = 30.0
-    agent_return_timeout = 5.0  # how long an ask waits for one that has just left
-    agent_return_window = 30.0  # "just": less than so long ago
 
     # --- Websockets and agents.
     agents = 4096
@@ -297,28 +293,43 @@ class APIError(Exception):
         self.retry_after = retry_after
         self.upstream_status = upstream_status
 
+    @property
+    def reason(self) -> str:
+        """What a log may say of it: never the message, which may quote a prompt."""
+        return f"status {self.status} {self.code or self.type}"
+
 
 class Failure(enum.Enum):
-    """What a failed answer says about the controller that gave it."""
+    """What a failed attempt says about the controller that was asked."""
 
-    NONE = "nothing: it will be asked again at once"
+    NONE = "nothing: a fresh request might be answered"
     RATE_LIMITED = "it said when to come back"
     REFUSED = "nothing listens there"
     BROKEN = "a 5xx, a timeout or an unreadable answer: maybe an accident"
     DISABLED = "its key or its quota is no good"
+    KEY_DOUBTED = "it refused this request: for what it asked, or for the key"
+    UNKNOWN_MODEL = "it does not have this model"
 
 
 class ControllerError(APIError):
     """A controller failed; until the client got something, another may be asked.
 
     The client's status is 500, or 504 where the controller was silent too long.
+
+    reason   our own words, which anybody may read: they are kept, shown to other
+             users and logged
+    said     others' words, if there are any: only whoever asked reads them, for
+             they may quote what was asked
+    refusal  status, headers and content of an answer that refused the request: it
+             goes to the client if every other controller refuses it, too
     """
 
     def __init__(
         self,
-        message: str,
+        reason: str,
         failure: Failure = Failure.BROKEN,
         *,
+        said: str = "",
         status: int = 500,
         type: str | None = None,
         code: str | None = None,
@@ -327,13 +338,19 @@ class ControllerError(APIError):
     ) -> None:
         super().__init__(
             status,
-            message,
+            said or reason,
             type=type or "upstream_error",
             code=code,
             retry_after=retry_after,
             upstream_status=upstream_status,
         )
+        self._reason = reason
         self.failure = failure
+        self.refusal: tuple[int, dict[str, str], bytes] | None = None
+
+    @property
+    def reason(self) -> str:
+        return self._reason
 
 
 class ConfigurationError(Exception):
@@ -1390,10 +1407,10 @@ class WebSocketProtocol:
 # API messages and server-sent events. No I/O
 # -----------------------------------------------------------------------------
 #
-# What of the OpenAI API has to be understood to route, count and end a request
-# rightly; the rest is passed on as it came.  A request's JSON is parsed once, and
-# an answer's not at all unless a look at its bytes finds something in it that
-# matters: [DONE], an error, or the usage.
+# What of the APIs has to be understood to route, count and end a request rightly;
+# the rest is passed on as it came.  Bodies are judged by what they are, not by
+# their label.  What differs between chat completions, completions, responses and
+# messages stands in one class for each, a Dialect; nothing below asks for a path.
 
 
 def _parse_int(digits: str) -> int:
@@ -1442,6 +1459,24 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return body
 
 
+def read_json(content: bytes | str) -> Any:
+    """The JSON value that somebody answered, or None if it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """value if it is an object, else an empty one: answers hold anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """value if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
 _to_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _to_ascii = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
@@ -1450,189 +1485,6 @@ def encode_json(value: Any) -> bytes:
     """JSON on one line, in UTF-8 that people can read."""
     # What backslashreplace makes of half a surrogate pair is just its JSON escape.
     return _to_text(value).encode("utf-8", "backslashreplace")
-
-
-ASK_PATH = "/api/ask"
-CHAT_PATH = "/v1/chat/completions"
-CHAT_PATHS = (CHAT_PATH, ASK_PATH)
-# Paths whose streams end in [DONE] and whose usage can be asked for.
-COMPLETION_PATHS = (CHAT_PATH, "/v1/completions")
-
-
-class APIRequest:
-    """A request to a controller, understood as far as routing needs.
-
-    path, query   of a POST: "/v1/chat/completions", and what stands behind "?"
-    content       bytes as the client sent them
-    body          the same parsed, or None if it is not JSON
-    model         the model asked for, or None
-    stream        whether server-sent events are wanted
-    headers       request fields that travel on to an upstream
-    user          whose request it is: the queue is fair between users
-    id            x-request-id, for the log
-    deadline      when to give up, on the loop's clock
-    on_asked      called when a controller is asked: the wait in the queue is over
-    agent_id      the one agent that can answer, or None
-    ask           of /api/ask: content, conversation_id and parent_id for an agent
-                  that keeps the conversation itself; body has the messages for
-                  the controllers that do not
-    """
-
-    __slots__ = (
-        "agent_id",
-        "ask",
-        "body",
-        "content",
-        "deadline",
-        "headers",
-        "id",
-        "model",
-        "on_asked",
-        "path",
-        "query",
-        "stream",
-        "user",
-        "wants_usage",
-    )
-
-    def __init__(
-        self,
-        path: str,
-        content: bytes = b"",
-        *,
-        query: str = "",
-        body: dict[str, Any] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        self.path = path
-        self.query = query
-        self.content = content
-        self.body = body
-        self.model: str | None = None
-        self.stream = False
-        self.wants_usage = False
-        self.headers = headers or {}
-        self.user = ""
-        self.deadline = math.inf
-        self.on_asked: Callable[[], None] | None = None
-        self.agent_id: str | None = None
-        self.ask: tuple[str, str, str] | None = None
-        self.id = ""
-        if body is not None:
-            self._read_body(body)
-
-    def _read_body(self, body: dict[str, Any]) -> None:
-        model = body.get("model")
-        stream = body.get("stream")
-        if model is not None and not isinstance(model, str):
-            raise APIError(400, "'model' must be a string.", param="model")
-        if stream is not None and not isinstance(stream, bool):
-            raise APIError(400, "'stream' must be true or false.", param="stream")
-        self.model = model or None
-        self.stream = bool(stream)
-        options = body.get("stream_options")
-        if isinstance(options, dict):
-            self.wants_usage = options.get("include_usage") is True
-
-    @property
-    def target(self) -> str:
-        """What an upstream is asked for: path and query."""
-        path = CHAT_PATH if self.ask is not None else self.path
-        return f"{path}?{self.query}" if self.query else path
-
-    @property
-    def counts_usage(self) -> bool:
-        """Whether the stream's usage has to be asked for."""
-        return self.stream and not self.wants_usage and self.path in COMPLETION_PATHS
-
-    def encode(self, model: str | None = None, include_usage: bool = False) -> bytes:
-        """The content for an upstream, changed as little as can be.
-
-        model          its name there, if that is another one
-        include_usage  ask for the usage event of a stream
-        """
-        same = model in (None, self.model) and self.content != b""
-        if self.body is None or (same and not include_usage):
-            return self.content
-        if same and "stream_options" not in self.body:
-            # A field more needs no new JSON: the client's own bytes stay.
-            rest = self.content.lstrip()[1:]
-            return b'{"stream_options":{"include_usage":true},' + rest
-        body = dict(self.body)
-        if model is not None:
-            body["model"] = model
-        if include_usage:
-            options = body.get("stream_options")
-            options = options if isinstance(options, dict) else {}
-            body["stream_options"] = {**options, "include_usage": True}
-        try:
-            return encode_json(body)
-        except RecursionError:  # the parser just took it, from higher up the stack
-            raise APIError(400, "The request's JSON is nested too deeply.") from None
-
-
-def _lower_keys(value: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key if key.lower() in value else key.lower(): item
-        for key, item in value.items()
-    }
-
-
-def parse_chat_request(content: bytes, path: str = CHAT_PATH) -> APIRequest:
-    """Read a chat request; APIError(400) says which field is wrong.
-
-    Keys that begin in capitals ("Model", and inside messages), as the original
-    Go gateway's own examples have them, are sent on in lower case.
-    """
-    body = parse_object(content)
-    messages = body.get("messages")
-    if messages is None or "model" not in body:
-        body = _lower_keys(body)
-        messages = body.get("messages")
-        content = encode_json(body)
-    if (
-        content.find(b'"Role"') >= 0  # 0.2 us in place of a look at each message
-        and isinstance(messages, list)
-        and any(
-            isinstance(message, dict) and "role" not in message and "Role" in message
-            for message in messages
-        )
-    ):
-        body["messages"] = messages = [
-            _lower_keys(message) if isinstance(message, dict) else message
-            for message in messages
-        ]
-        content = encode_json(body)
-    if not body.get("model"):
-        raise APIError(400, "'model' is missing.", param="model")
-    if not isinstance(messages, list):
-        raise APIError(400, "'messages' must be a list.", param="messages")
-    return APIRequest(path, content, body=body)
-
-
-def content_text(content: Any) -> str:
-    """The text of a message's content: a string, or a list of parts."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return ""
-    parts = (part.get("text") for part in content if isinstance(part, dict))
-    return "\n".join(part for part in parts if isinstance(part, str))
-
-
-def messages_text(messages: list[Any]) -> str:
-    """A whole chat as one text, for an agent that takes only one.
-
-    A single message is its content; of more, each begins with its role.
-    """
-    texts = [
-        (str(message.get("role", "user")), content_text(message.get("content")))
-        for message in messages
-        if isinstance(message, dict)
-    ]
-    if len(texts) == 1:
-        return texts[0][1]
-    return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in texts)
 
 
 def unix_time() -> float:
@@ -1648,16 +1500,328 @@ def random_id(prefix: str) -> str:
     return prefix + os.urandom(12).hex()
 
 
-def estimate_usage(prompt: str, answer: str) -> dict[str, int]:
-    """Usage where nobody counts: a token for every four bytes of UTF-8."""
-    counts = [
-        (len(text.encode("utf-8", "replace")) + 3) // 4 for text in (prompt, answer)
-    ]
+# --- What an answer's body is
+
+
+class Body(enum.Enum):
+    """What a body is, told by its first bytes."""
+
+    EVENTS = "server-sent events"
+    JSON = "JSON"
+    OTHER = "anything else"
+
+
+_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
+
+
+def body_start(content: bytes) -> bytes:
+    """content without the byte order mark and the white space before it.
+
+    Some APIs send blank lines for minutes while an answer is being made.
+    """
+    return content.lstrip(b"\xef\xbb\xbf \t\r\n")
+
+
+def body_kind(start: bytes) -> Body | None:
+    """What a body that begins so is; None while more bytes are needed to tell."""
+    if start[:1] in (b"{", b"["):
+        return Body.JSON
+    if start.startswith(_FIELDS):
+        return Body.EVENTS
+    if any(field.startswith(start) for field in _FIELDS):  # b"dat", or nothing yet
+        return None
+    return Body.OTHER
+
+
+def labelled_kind(content_type: str) -> Body:
+    """What a Content-Type says that a body is (RFC 9110 section 8.3.1)."""
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "text/event-stream":
+        return Body.EVENTS
+    is_json = media_type == "application/json" or media_type.endswith("+json")
+    return Body.JSON if is_json else Body.OTHER
+
+
+def check_json(content: bytes, delimited: bool) -> bytes:
+    """content, if it is whole; ProtocolError(502) for half an answer.
+
+    delimited  whether its framing told where it ends.  If not, a connection that
+               was lost looks like one that was closed: only the JSON tells.
+    """
+    whole = content.rstrip()[-1:] in (b"}", b"]")
+    if not whole or (not delimited and read_json(content) is None):
+        raise ProtocolError(502, "its answer is not whole")
+    return content
+
+
+class ErrorObject(NamedTuple):
+    """What an answer says went wrong, in whichever shape it says it.
+
+    message  others' words: for whoever asked, and for nobody else
+    type, code, param  the OpenAI API's, where it has them
+    words    every code, type, status and reason in it, in lower case
+    """
+
+    message: str = ""
+    type: str | None = None
+    code: str | None = None
+    param: str | None = None
+    words: frozenset[str] = frozenset()
+
+    @property
+    def summary(self) -> str:
+        """What may be kept and shown of it: a code or type that is a plain word."""
+        for word in (self.code, self.type):
+            if word is not None and _PLAIN_WORD.fullmatch(word):
+                return word
+        return ""
+
+
+# As the APIs write codes.  What else stands there may be quoted from a request.
+_PLAIN_WORD = re.compile("[a-z]+(?:_[a-z0-9]+)*", re.ASCII)
+
+
+def find_error(value: Any) -> ErrorObject | None:
+    """The error in an answer's parsed JSON, or None.
+
+    The shapes of OpenAI, Anthropic, Gemini (a list), vLLM ("object": "error"),
+    FastAPI ("detail"), and of those who have only a text.
+    """
+    if isinstance(value, list):
+        return find_error(value[0]) if value and isinstance(value[0], dict) else None
+    body = as_object(value)
+    for key in ("error", "detail", "errors"):
+        inner = body.get(key)
+        if inner:
+            return _read_error(inner, body)
+    if body.get("object") == "error" or "message" in body.keys() - {"choices"}:
+        return _read_error(body, body) if "choices" not in body else None
+    return None
+
+
+def _read_error(inner: Any, outer: dict[str, Any]) -> ErrorObject:
+    if isinstance(inner, list):
+        messages = [_detail_text(item) for item in inner]
+        first = as_object(inner[0])
+        place = ".".join(map(str, as_list(first.get("loc")))) or None
+        said = "; ".join(filter(None, messages))
+        return ErrorObject(said, param=place, words=_words(first))
+    if not isinstance(inner, dict):
+        return ErrorObject(str(inner), words=_words(outer))
+    if isinstance(inner.get("error"), (dict, str)):  # {"detail": {"error": ...}}
+        return _read_error(inner["error"], inner)
+    message = inner.get("message") or inner.get("msg") or ""
+    fields = {key: value for key, value in inner.items() if isinstance(value, str)}
+    return ErrorObject(
+        message if isinstance(message, str) else _to_ascii(message),
+        fields.get("type"),
+        fields.get("code"),
+        fields.get("param"),
+        _words(inner),
+    )
+
+
+def _detail_text(item: Any) -> str:
+    """One item of FastAPI's "detail": where, and what is wrong there."""
+    fields = as_object(item)
+    place = ".".join(map(str, as_list(fields.get("loc"))))
+    message = fields.get("msg") or fields.get("message") or fields.get("type") or ""
+    return f"{place}: {message}" if place else str(message or item)
+
+
+def _words(fields: dict[str, Any]) -> frozenset[str]:
+    details = [as_object(item) for item in as_list(fields.get("details"))]
+    values = [fields.get(key) for key in ("code", "type", "status", "reason")]
+    values += [detail.get("reason") for detail in details]
+    return frozenset(value.lower() for value in values if isinstance(value, str))
+
+
+def error_object(error: APIError) -> dict[str, Any]:
+    """The OpenAI API's error object: all four fields are always there."""
     return {
-        "prompt_tokens": counts[0],
-        "completion_tokens": counts[1],
-        "total_tokens": sum(counts),
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+        **({"upstream_status": error.upstream_status} if error.upstream_status else {}),
     }
+
+
+def model_names(content: bytes) -> list[str] | None:
+    """The models in an answer to GET /v1/models; None if that is no such list.
+
+    {"data": [{"id": ...}]} (OpenAI), {"models": [{"name": ...}]} (Ollama, Gemini)
+    or the list alone (Together).
+    """
+    value = read_json(body_start(content))
+    if isinstance(value, dict):
+        value = value["data"] if "data" in value else value.get("models")
+    if not isinstance(value, list):
+        return None
+    named = [
+        item.get("id") or item.get("name") if isinstance(item, dict) else item
+        for item in value
+    ]
+    names = [name for name in named if isinstance(name, str) and name]
+    return [name.removeprefix("models/") for name in names]
+
+
+# Models that answer no chat, by what their names say.
+_NO_CHAT = re.compile(
+    "embed|rerank|whisper|transcri|tts|dall-e|image|moderation|diffusion|^bge|^sora"
+)
+
+
+def chat_model(names: Iterable[str]) -> str | None:
+    """The first of these models that can be asked a question, or None."""
+    return next((name for name in names if not _NO_CHAT.search(name.lower())), None)
+
+
+# --- Usage
+
+
+class Usage(NamedTuple):
+    """Tokens that an answer took; input includes cached_input."""
+
+    input: int = 0
+    cached_input: int = 0
+    output: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.input + self.output
+
+
+def read_usage(value: Any) -> Usage:
+    """The token counts of a usage object, whoever wrote it."""
+    fields = as_object(value)
+
+    def count(*keys: str) -> int:
+        number = next((fields[key] for key in keys if fields.get(key)), 0)
+        return number if type(number) is int and 0 <= number < 1 << 48 else 0
+
+    sent = count("prompt_tokens", "input_tokens")
+    output = count("completion_tokens", "output_tokens")
+    # Anthropic's input_tokens are those that were neither read from the cache nor
+    # written to it.
+    read, written = (
+        count("cache_read_input_tokens"),
+        count("cache_creation_input_tokens"),
+    )
+    cached = read
+    for key in ("prompt_tokens_details", "input_tokens_details"):
+        details = as_object(fields.get(key)).get("cached_tokens")
+        if type(details) is int and 0 < details <= sent:
+            cached = details
+    if not sent and not output:
+        sent = count("total_tokens")  # of an embedding, some say no more
+    return Usage(sent + read + written, cached, output)
+
+
+_USAGE_KEY = re.compile(r'"usage"\s*:\s*(?=\{)')
+_PLAIN_DECODER = json.JSONDecoder()
+
+
+def find_usage(content: bytes) -> Usage:
+    """The token counts in an answer's bytes, without parsing the answer.
+
+    The last "usage" is taken.  A quoted one is no match: its quotes are escaped.
+    """
+    at = content.rfind(b'"usage"')
+    if at < 0:
+        return Usage()
+    text = content[at : at + 4096].decode("utf-8", "replace")
+    match = _USAGE_KEY.match(text)
+    try:
+        value = _PLAIN_DECODER.raw_decode(text, match.end())[0] if match else None
+    except (ValueError, RecursionError):
+        value = None
+    return read_usage(value)
+
+
+def estimate_tokens(text: str) -> int:
+    """Tokens where nobody counts: one for every four bytes of UTF-8."""
+    return (len(text.encode("utf-8", "replace")) + 3) // 4
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """A usage object as chat completions have it."""
+    return {
+        "prompt_tokens": usage.input,
+        "completion_tokens": usage.output,
+        "total_tokens": usage.total,
+    }
+
+
+# --- Multipart forms
+
+
+class FormField(NamedTuple):
+    """A text field of a form, and where in the content its value stands."""
+
+    value: str
+    start: int
+    end: int
+
+
+_BOUNDARY = re.compile(r';\s*boundary\s*=\s*(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.I)
+_PARAMETER = re.compile(r';\s*([a-z*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s";]*))', re.I)
+_MAX_PARTS = 100
+
+
+def find_form_field(content: bytes, content_type: str, name: str) -> FormField | None:
+    """A text field of multipart/form-data by its name (RFC 7578 section 4.2)."""
+    match = _BOUNDARY.search(content_type)
+    if match is None:
+        return None
+    delimiter = b"--" + (match[1] or match[2]).encode("latin-1")
+    at = content.find(delimiter)
+    for _ in range(_MAX_PARTS):
+        end = content.find(b"\r\n" + delimiter, at + 1)
+        if at < 0 or end < 0:
+            break
+        start = content.find(b"\r\n\r\n", at, min(end, at + 8192)) + 4
+        if start >= 4 and _part_name(content[at:start]) == name and end - start < 1024:
+            return FormField(content[start:end].decode("utf-8", "replace"), start, end)
+        at = end + 2
+    return None
+
+
+def _part_name(head: bytes) -> str | None:
+    """The name in a part's Content-Disposition; a file's name is none."""
+    for line in head.decode("utf-8", "replace").split("\r\n"):
+        key, _, value = line.partition(":")
+        if key.strip().lower() == "content-disposition":
+            for parameter in _PARAMETER.finditer(value):
+                if parameter[1].lower() == "name":
+                    return parameter[2] or parameter[3]
+    return None
+
+
+# --- Chat messages
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content: a string, or a list of parts."""
+    if isinstance(content, str):
+        return content
+    parts = (part.get("text") for part in as_list(content) if isinstance(part, dict))
+    return "\n".join(part for part in parts if isinstance(part, str))
+
+
+def messages_text(messages: Any) -> str:
+    """A whole chat as one text, for an agent that takes only one.
+
+    A single message is its content; of more, each begins with its role.
+    """
+    texts = [
+        (str(message.get("role", "user")), content_text(message.get("content")))
+        for message in as_list(messages)
+        if isinstance(message, dict)
+    ]
+    if len(texts) == 1:
+        return texts[0][1]
+    return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in texts)
 
 
 def chat_completion(
@@ -1688,6 +1852,7 @@ def chat_chunk(
     finish_reason: str | None = None,
     usage: dict[str, Any] | None = None,
     index: int = 0,
+    logprobs: Any = None,
 ) -> bytes:
     """One event of a chat stream; like gives its id, created and model.
 
@@ -1696,7 +1861,7 @@ def chat_chunk(
     choice = {
         "index": index,
         "delta": delta,
-        "logprobs": None,
+        "logprobs": logprobs,
         "finish_reason": finish_reason,
     }
     chunk = {
@@ -1706,6 +1871,8 @@ def chat_chunk(
         "model": like.get("model"),
         "choices": [] if delta is None else [choice],
     }
+    if like.get("system_fingerprint"):
+        chunk["system_fingerprint"] = like["system_fingerprint"]
     if usage is not None:
         chunk["usage"] = usage
     return sse_event(encode_json(chunk))
@@ -1719,7 +1886,8 @@ def completion_events(completion: dict[str, Any], include_usage: bool) -> bytes:
         delta = {k: v for k, v in choice["message"].items() if v is not None}
         for number, call in enumerate(delta.get("tool_calls") or []):
             call.setdefault("index", number)  # only streams have it
-        events.append(chat_chunk(completion, delta, index=index))
+        logprobs = choice.get("logprobs")
+        events.append(chat_chunk(completion, delta, index=index, logprobs=logprobs))
         reason = choice.get("finish_reason")
         events.append(chat_chunk(completion, {}, reason, index=index))
     usage = completion.get("usage")
@@ -1740,7 +1908,9 @@ class CompletionBuilder:
 
     def add(self, chunk: dict[str, Any]) -> None:
         """Take one chat.completion.chunk."""
-        self._head = self._head or chunk
+        for key in ("id", "created", "model", "system_fingerprint", "service_tier"):
+            if self._head.get(key) is None and chunk.get(key) is not None:
+                self._head[key] = chunk[key]
         self._usage = chunk.get("usage") or self._usage
         for choice in chunk.get("choices") or []:
             index = choice.get("index", 0)
@@ -1754,9 +1924,18 @@ class CompletionBuilder:
                 },
             )
             self._add_delta(index, whole["message"], choice.get("delta") or {})
+            self._add_logprobs(whole, choice.get("logprobs") or {})
             whole["finish_reason"] = (
                 choice.get("finish_reason") or whole["finish_reason"]
             )
+
+    @staticmethod
+    def _add_logprobs(whole: dict[str, Any], logprobs: dict[str, Any]) -> None:
+        """Logprobs come as lists, one entry for each token."""
+        if logprobs:
+            kept = whole["logprobs"] = whole["logprobs"] or {}
+            for key, tokens in logprobs.items():
+                kept[key] = (kept.get(key) or []) + tokens if tokens else kept.get(key)
 
     def _add_delta(
         self, index: int, message: dict[str, Any], delta: dict[str, Any]
@@ -1772,15 +1951,31 @@ class CompletionBuilder:
 
     @staticmethod
     def _add_tool_calls(calls: list[Any], deltas: list[Any]) -> None:
+        """Add pieces of tool calls: each belongs to the call of its index.
+
+        Gemini and others send none.  Then a piece with a new id, or with a name
+        and no id, begins a call, and any other goes on with the last one.
+        """
         for delta in deltas:
-            index = delta.get("index", len(calls))
+            function = delta.get("function") or {}
+            index, id = delta.get("index"), delta.get("id")
+            if index is None:
+                known = [
+                    number for number, call in enumerate(calls) if call["id"] == id
+                ]
+                begins = function.get("name") and not id
+                index = len(calls) - 1 if calls else 0
+                if id and not known or begins:
+                    index = len(calls)
+                elif id:
+                    index = known[-1]
             if index >= len(calls):
-                calls.append(
-                    {"type": "function", "function": {"name": "", "arguments": ""}}
-                )
-            call = calls[min(index, len(calls) - 1)]
-            call["id"] = delta.get("id") or call.get("id")
-            for key, value in (delta.get("function") or {}).items():
+                index = len(calls)
+                empty = {"name": "", "arguments": ""}
+                calls.append({"id": id, "type": "function", "function": empty})
+            call = calls[index]
+            call["id"] = call["id"] or id
+            for key, value in function.items():
                 call["function"][key] = call["function"].get(key, "") + (value or "")
 
     def result(self) -> dict[str, Any]:
@@ -1788,100 +1983,106 @@ class CompletionBuilder:
         for (index, key), pieces in self._texts.items():
             self._choices[index]["message"][key] = "".join(pieces)
         return {
-            "id": self._head.get("id"),
+            "id": None,
             "object": "chat.completion",
-            "created": self._head.get("created"),
-            "model": self._head.get("model"),
+            "created": None,
+            "model": None,
+            **self._head,
             "choices": [self._choices[index] for index in sorted(self._choices)],
             "usage": self._usage,
         }
 
 
-def error_object(error: APIError) -> dict[str, Any]:
-    """The OpenAI API's error object: all four fields are always there."""
-    return {
-        "message": error.message,
-        "type": error.type,
-        "param": error.param,
-        "code": error.code,
-        **({"upstream_status": error.upstream_status} if error.upstream_status else {}),
-    }
+# --- Server-sent events
 
 
-_TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*([0-9]{1,15})')
-_TOKEN_COUNTS = re.compile(
-    rb'"((?:prompt|completion|input|output)_tokens)"\s*:\s*([0-9]{1,15})'
-)
-
-
-def find_usage(content: bytes) -> dict[str, int]:
-    """The token counts in an answer's bytes, without parsing the answer.
-
-    Empty if there are none.  The last "usage" is taken: text before it could quote
-    one.
-    """
-    at = content.rfind(b'"usage"')
-    if at < 0:
-        return {}
-    found = _TOKEN_COUNTS.findall(content, at, at + 4096)
-    counts = {name.decode(): int(count) for name, count in reversed(found)}
-    total = _TOTAL_TOKENS.search(content, at, at + 4096)
-    if total is not None:
-        counts["total_tokens"] = int(total[1])
-    return counts
-
-
-def sse_event(data: bytes) -> bytes:
-    """One server-sent event with one line of data."""
-    return b"data: " + data + b"\n\n"
+def sse_event(data: bytes, name: str = "") -> bytes:
+    """One server-sent event with one line of data, and its name if it has one."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + data + b"\n\n"
 
 
 DONE_EVENT = sse_event(b"[DONE]")
 HEARTBEAT = b": keep-alive\n\n"
-_NO_USAGE = '"usage":null'  # in each event of those who send it with the last
 
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_DATA_LINE = re.compile(rb"(?:^|[\r\n])data:([^\r\n]*)(?:\r\n|\n|\r)")
+_NEXT_EVENT = (b"data:", b"event:")
 
 
 class SSEDecoder:
     """Cuts a stream of server-sent events behind its last complete event.
 
-    Lines may end in LF, CR LF or CR, as in the WHATWG's description.
+    Lines may end in LF, CR LF or CR, as in the WHATWG's description.  Some servers
+    leave out the blank line behind an event; where the first one lacks it, it is
+    put behind each.
     """
 
-    def __init__(self, max_size: int = DEFAULT_LIMITS.event_size) -> None:
+    def __init__(self, max_size: int = DEFAULT_LIMITS.response_size) -> None:
         self._max_size = max_size
         self._rest = bytearray()
+        self._began = False  # it is known how events end
+        self._by_line = False  # each line of data is an event
 
     def receive(self, data: bytes) -> bytes:
         """All whole events so far, as they came; ProtocolError(502) for a huge one."""
         rest = self._rest
-        if not rest and data.endswith(b"\n\n"):
+        if self._began and not self._by_line and not rest and data.endswith(b"\n\n"):
             return data
         searched = max(0, len(rest) - 3)  # a huge event is not searched again
         rest += data
+        if not self._began and (b"\n" in data or b"\r" in data):  # once for a line
+            self._look_at_first_event()
+        if self._by_line:
+            end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1
+            return end_lines(self._take(end))
         if rest.find(b"\r", searched) >= 0:
             ends = [match.end() for match in _EVENT_END.finditer(rest, searched)]
             end = ends[-1] if ends else 0
         else:
             end = rest.rfind(b"\n\n", searched) + 2
             end = 0 if end == 1 else end
-        if len(rest) - end > self._max_size:
+        return self._take(end)
+
+    def _look_at_first_event(self) -> None:
+        """Find out how events end, once something follows the first line of data."""
+        line = _DATA_LINE.search(self._rest)
+        following = bytes(self._rest[line.end() : line.end() + 6]) if line else b""
+        if line is None or any(name.startswith(following) for name in _NEXT_EVENT):
+            return
+        self._began = True
+        if following.startswith(_NEXT_EVENT):
+            # Half of a JSON text is none: that is one event of many lines.
+            self._by_line = read_json(bytes(line[1])) is not None
+
+    def _take(self, end: int) -> bytes:
+        if len(self._rest) - end > self._max_size:
             raise ProtocolError(502, f"an event is over {self._max_size} bytes")
-        block = bytes(rest[:end])
-        del rest[:end]
+        block = bytes(self._rest[:end])
+        del self._rest[:end]
         return block
 
     def end(self) -> bytes:
         """What is left when the stream has ended, closed as an event."""
         rest = bytes(self._rest)
         self._rest.clear()
+        if self._by_line:
+            return end_lines(rest)
         return rest + b"\n\n" if rest.strip() else b""
 
 
+def end_lines(block: bytes) -> bytes:
+    """Lines that nobody divided into events: one for each line of data."""
+    events = []
+    for line in filter(None, _LINE_END.split(block)):
+        end = b"\n\n" if line.startswith((b"data:", b":")) else b"\n"
+        events.append(line + end)
+    return b"".join(events)
+
+
 def split_events(block: bytes) -> Iterator[tuple[bytes, bytes | None]]:
-    """The events of a block: each as it came, and its data (None: a comment)."""
+    """The events of a block: each as it came, and its data (None: it has none)."""
     at = 0
     for match in _EVENT_END.finditer(block):
         raw = block[at : match.end()]
@@ -1895,38 +2096,31 @@ def event_data(raw: bytes) -> bytes | None:
     for line in _LINE_END.split(raw.lstrip(b"\xef\xbb\xbf")):
         if line.startswith(b"data:"):
             lines.append(line[6:] if line.startswith(b"data: ") else line[5:])
-    return b"\n".join(lines) if lines else None
-
-
-def _is_json(data: bytes) -> bool:
-    try:
-        json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    data = b"\n".join(lines)
+    return data if data.strip() else None
 
 
 class EventStream:
     """A stream of events on its way through, relayed as it came.
 
-    began      an event has been seen (comments are no answer)
-    ended      nothing more will be relayed
-    error      the error object of an error event, or None
-    usage      the token counts, once seen
+    began   an event has been seen (comments are no answer)
+    ended   nothing more will be relayed
+    error   what an error event said, or None; the event itself is not relayed
+    usage   the token counts, as far as they have been seen
     """
 
-    def __init__(self, max_size: int = DEFAULT_LIMITS.event_size) -> None:
+    def __init__(self, max_size: int = DEFAULT_LIMITS.response_size) -> None:
         self.began = False
         self.ended = False
-        self.error: dict[str, Any] | None = None
-        self.usage: dict[str, Any] = {}
+        self.error: ErrorObject | None = None
+        self.usage = Usage()
         self._decoder = SSEDecoder(max_size)
 
     def receive(self, data: bytes) -> bytes:
         """Bytes to relay, out of bytes received."""
         block = self._decoder.receive(data)
         if not self.began and block:
-            self.began = block.startswith(b"data:") or any(
+            self.began = block.startswith(b"data: {") or any(
                 data is not None for _, data in split_events(block)
             )
         return block
@@ -1941,19 +2135,26 @@ class EventStream:
         return block
 
 
+_NO_USAGE = '"usage":null'  # in each event of those who send it with the last
+_FINISHED = re.compile(r'"finish_reason"\s*:\s*"[^"]')
+
+
 class CompletionStream(EventStream):
-    """A stream of (chat) completion chunks, whose end can be told.
+    """A stream of chat completions' or completions' chunks.
 
     Nothing is relayed behind [DONE] or an error.  A usage event that the client
     did not ask for is counted and left out.
     """
 
     def __init__(
-        self, hide_usage: bool = False, max_size: int = DEFAULT_LIMITS.event_size
+        self,
+        hide_usage: bool = False,
+        choices: int = 1,
+        max_size: int = DEFAULT_LIMITS.response_size,
     ) -> None:
         super().__init__(max_size)
         self._hide_usage = hide_usage
-        self._finished = False  # a finish_reason has been seen
+        self._unfinished = choices  # that have had no finish_reason yet
         self._done = False
 
     def receive(self, data: bytes) -> bytes:
@@ -1962,9 +2163,10 @@ class CompletionStream(EventStream):
         block = super().receive(data)
         # To look into text takes 0.1 us, into bytes 0.3; to parse an event takes 5.
         text = block.decode("latin-1")
-        if not self._finished:
-            # Both ways to write it: a regular expression takes 20 times as long.
-            self._finished = '"finish_reason":"' in text or '"finish_reason": "' in text
+        if self._unfinished > 0 and '"finish_reason"' in text:
+            # Before a regular expression takes 20 times as long to find none.
+            if '"finish_reason":"' in text or '"finish_reason": "' in text:
+                self._unfinished -= len(_FINISHED.findall(text))
         if '"error"' in text or text.count('"usage"') != text.count(_NO_USAGE):
             return self._sift(block)
         if "[DONE]" in text:
@@ -1979,12 +2181,10 @@ class CompletionStream(EventStream):
         """Look at each event of a block; what may be relayed of it."""
         kept = []
         for raw, data in split_events(block):
-            if data is None:
-                kept.append(raw)
-            elif data.strip() == b"[DONE]":
+            if data is not None and data.strip() == b"[DONE]":
                 self.ended = self._done = True
                 kept.append(raw)
-            elif self._relays(data):
+            elif data is None or self._relays(data):
                 kept.append(raw)
             if self.ended:
                 break
@@ -1993,18 +2193,13 @@ class CompletionStream(EventStream):
     def _relays(self, data: bytes) -> bool:
         if b'"error"' not in data and b'"usage"' not in data:
             return True
-        try:
-            chunk = json.loads(data)
-        except (ValueError, RecursionError):
-            return True  # not ours to judge
-        if not isinstance(chunk, dict):
-            return True
-        if chunk.get("error"):
-            error = chunk["error"]
-            self.error = error if isinstance(error, dict) else {"message": str(error)}
+        chunk = as_object(read_json(data))  # what is no JSON is not ours to judge
+        if chunk.get("error") or chunk.get("object") == "error":
+            self.error = find_error(chunk)
             self.ended = True
+            return False
         if isinstance(chunk.get("usage"), dict):
-            self.usage = chunk["usage"]
+            self.usage = read_usage(chunk["usage"])
             return bool(chunk.get("choices")) or not self._hide_usage
         return True
 
@@ -2014,14 +2209,475 @@ class CompletionStream(EventStream):
             rest = self._decoder.end()
             data = event_data(rest) or b""
             # Half an event is no event, and its finish_reason none.
-            if data.strip() == b"[DONE]" or _is_json(data):
+            if data.strip() == b"[DONE]" or read_json(data) is not None:
                 block = self.receive(rest)
             self.ended = True
         if self._done or self.error:
             return block
-        if not self._finished:
+        if self._unfinished > 0:
             raise ProtocolError(502, "the stream ended before its answer did")
         return block + DONE_EVENT
+
+
+class TypedStream(EventStream):
+    """A stream whose events tell their type: of responses and of messages.
+
+    ENDS   the types that end an answer
+    USAGE  the types that tell usage, and where
+    """
+
+    ENDS: ClassVar[tuple[str, ...]] = ()
+    USAGE: ClassVar[dict[str, tuple[str, ...]]] = {}
+    FIRST = ""  # the type of the event that begins an answer
+
+    def __init__(self, max_size: int = DEFAULT_LIMITS.response_size) -> None:
+        super().__init__(max_size)
+        self.first: dict[str, Any] = {}  # that event, once seen
+        self.events = 0  # relayed so far
+        self._looked_for = tuple(f'"{t}"' for t in (*self.ENDS, *self.USAGE, "error"))
+
+    def receive(self, data: bytes) -> bytes:
+        if self.ended:
+            return b""
+        block = super().receive(data)
+        self.events += block.count(b"data:")
+        text = block.decode("latin-1")
+        if not any(word in text for word in self._looked_for):
+            return block
+        kept = []
+        for raw, data_of_event in split_events(block):
+            if data_of_event is not None:
+                self._take(as_object(read_json(data_of_event)))
+            if self.error is not None:
+                break
+            kept.append(raw)
+        return b"".join(kept)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind = event.get("type")
+        if kind == "error":
+            self.error = find_error(event if event.get("error") else {"error": event})
+            self.ended = True
+        if kind == self.FIRST:
+            self.first = event
+        if kind in self.USAGE:
+            for key in self.USAGE[kind]:
+                event = as_object(event.get(key))
+            self._count(event)
+        if kind in self.ENDS:
+            self.ended = True
+
+    def _count(self, usage: dict[str, Any]) -> None:
+        self.usage = read_usage(usage)
+
+    def end(self) -> bytes:
+        block = b"" if self.ended else self.receive(self._decoder.end())
+        if not self.ended:
+            raise ProtocolError(502, "the stream ended before its answer did")
+        return block
+
+
+class ResponsesStream(TypedStream):
+    """A stream of POST /v1/responses."""
+
+    FIRST = "response.created"
+    ENDS = ("response.completed", "response.incomplete", "response.failed")
+    USAGE: ClassVar = {end: ("response", "usage") for end in ENDS}
+
+
+class MessagesStream(TypedStream):
+    """A stream of POST /v1/messages."""
+
+    FIRST = "message_start"
+    ENDS = ("message_stop",)
+    USAGE: ClassVar = {
+        "message_start": ("message", "usage"),
+        "message_delta": ("usage",),
+    }
+
+    def _count(self, usage: dict[str, Any]) -> None:
+        # The last event's counts are cumulative, but may leave out the input's.
+        seen, new = self.usage, read_usage(usage)
+        self.usage = Usage(
+            new.input or seen.input,
+            new.cached_input or seen.cached_input,
+            new.output or seen.output,
+        )
+
+
+# --- Dialects
+
+
+class Dialect:
+    """What is particular to one path of the API; this one: to all other paths.
+
+    judged     bodies are judged by their first bytes, not by their label
+    asks_usage a stream's usage has to be asked for, with stream_options
+    answer_key what is in every answer, and in no error
+    default_model  "model" may be left out, as in the OpenAI API
+    """
+
+    judged = False
+    asks_usage = False
+    answer_key = b""
+    default_model = False
+
+    def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
+        """What looks at a stream on its way to the client."""
+        return EventStream(max_size)
+
+    def events(self, answer: dict[str, Any], include_usage: bool) -> bytes | None:
+        """A whole answer as the stream that was asked for; None: as it is."""
+        return None
+
+    def builder(self) -> CompletionBuilder | None:
+        """What puts a stream together that nobody asked for; None: it stays one."""
+        return None
+
+    def error_content(self, error: APIError) -> bytes:
+        """An error as the content of an answer."""
+        return encode_json({"error": error_object(error)})
+
+    def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
+        """An error as the last event of a stream; b"" where there is no such event."""
+        return b""
+
+
+class ChatDialect(Dialect):
+    """/v1/chat/completions."""
+
+    judged = True
+    asks_usage = True
+    answer_key = b'"choices"'
+
+    def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
+        hide_usage = request.stream and not request.wants_usage
+        return CompletionStream(hide_usage, request.choices, max_size)
+
+    def events(self, answer: dict[str, Any], include_usage: bool) -> bytes | None:
+        return completion_events(answer, include_usage)
+
+    def builder(self) -> CompletionBuilder | None:
+        return CompletionBuilder()
+
+    def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
+        return sse_event(self.error_content(error))
+
+
+class CompletionsDialect(ChatDialect):
+    """/v1/completions: the same, with texts in place of messages."""
+
+    def events(self, answer: dict[str, Any], include_usage: bool) -> bytes | None:
+        return sse_event(encode_json(answer)) + DONE_EVENT
+
+    def builder(self) -> CompletionBuilder | None:
+        return None
+
+
+class ResponsesDialect(Dialect):
+    """/v1/responses."""
+
+    judged = True
+    answer_key = b'"output"'
+
+    def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
+        return ResponsesStream(max_size)
+
+    def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
+        said = {"code": error.code or error.type, "message": error.message}
+        first: dict[str, Any] = {}
+        number = 0
+        event: dict[str, Any]
+        if isinstance(stream, ResponsesStream):
+            first, number = as_object(stream.first.get("response")), stream.events
+        if first:
+            name = "response.failed"
+            event = {"response": {**first, "status": "failed", "error": said}}
+        else:
+            name, event = "error", {**said, "param": error.param}
+        start: dict[str, Any] = {"type": name, "sequence_number": number}
+        return sse_event(encode_json({**start, **event}), name)
+
+
+class MessagesDialect(Dialect):
+    """/v1/messages, of the Anthropic API."""
+
+    judged = True
+    answer_key = b'"content"'
+    ERROR_TYPES: ClassVar = {
+        400: "invalid_request_error",
+        401: "authentication_error",
+        402: "billing_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        503: "overloaded_error",
+        504: "timeout_error",
+    }
+
+    def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
+        return MessagesStream(max_size)
+
+    def error_content(self, error: APIError) -> bytes:
+        usual = "api_error" if error.status >= 500 else "invalid_request_error"
+        kind = self.ERROR_TYPES.get(error.status, usual)
+        said = {"type": kind, "message": error.message}
+        return encode_json({"type": "error", "error": said})
+
+    def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
+        return sse_event(self.error_content(error), "error")
+
+
+class EmbeddingsDialect(Dialect):
+    """/v1/embeddings."""
+
+    judged = True
+    answer_key = b'"data"'
+
+
+class ModelOptionalDialect(Dialect):
+    """Paths where the OpenAI API has a default model."""
+
+    default_model = True
+
+
+class CountTokensDialect(Dialect):
+    """/v1/messages/...: whole answers, and the errors of messages."""
+
+    error_content = MessagesDialect.error_content
+    ERROR_TYPES = MessagesDialect.ERROR_TYPES
+
+
+CHAT_PATH = "/v1/chat/completions"
+MESSAGES_PATH = "/v1/messages"
+DIALECTS: dict[str, Dialect] = {
+    CHAT_PATH: ChatDialect(),
+    "/v1/completions": CompletionsDialect(),
+    "/v1/responses": ResponsesDialect(),
+    MESSAGES_PATH: MessagesDialect(),
+    "/v1/embeddings": EmbeddingsDialect(),
+    "/v1/moderations": ModelOptionalDialect(),
+}
+_OTHER_DIALECT = Dialect()
+_OTHER_MESSAGES_DIALECT = CountTokensDialect()
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect that is spoken at a path."""
+    dialect = DIALECTS.get(path)
+    if dialect is None:
+        below = path.startswith(f"{MESSAGES_PATH}/")
+        dialect = _OTHER_MESSAGES_DIALECT if below else _OTHER_DIALECT
+    return dialect
+
+
+# --- Requests
+
+
+class APIRequest:
+    """A request to a controller, understood as far as routing needs.
+
+    path, query   of a POST: "/v1/chat/completions", and what stands behind "?"
+    dialect       what is particular to that path
+    content       bytes as the client sent them
+    is_json       whether they are a JSON object
+    model         the model asked for, or None
+    stream        whether server-sent events are wanted
+    wants_usage   whether the client wants the usage event of a stream
+    choices       how many choices a completion shall have
+    model_field   where a form says the model, or None
+    headers       request fields that travel on to an upstream
+    user          whose request it is: the queue is fair between users
+    id            x-request-id, for the log
+    deadline      when to give up, on the loop's clock
+    on_asked      called when a controller is asked: the wait in the queue is over
+    agent_id      the one agent that can answer, or None
+    ask           of /api/ask: content, conversation_id and parent_id for an agent
+                  that keeps the conversation itself; the body has the messages for
+                  the controllers that do not
+
+    Raise APIError(400) for a field that is not what it has to be.
+    """
+
+    # Parsed JSON takes up to 30 times the memory of its bytes: above this size it
+    # is looked at and let go.
+    KEPT_SIZE = 1024 * 1024
+
+    __slots__ = (
+        "_body",
+        "_digest",
+        "agent_id",
+        "ask",
+        "choices",
+        "content",
+        "deadline",
+        "dialect",
+        "headers",
+        "id",
+        "is_json",
+        "model",
+        "model_field",
+        "on_asked",
+        "path",
+        "query",
+        "stream",
+        "user",
+        "wants_usage",
+    )
+
+    def __init__(
+        self,
+        path: str,
+        content: bytes = b"",
+        *,
+        query: str = "",
+        body: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+        ask: tuple[str, str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self.dialect = dialect_of(path)
+        self.query = query
+        self.content = content
+        self.is_json = body is not None
+        self.model: str | None = None
+        self.model_field: FormField | None = None
+        self.stream = False
+        self.wants_usage = False
+        self.choices = 1
+        self.headers = headers or {}
+        self.user = ""
+        self.deadline = math.inf
+        self.on_asked: Callable[[], None] | None = None
+        self.agent_id: str | None = None
+        self.ask = ask
+        self.id = ""
+        self._digest = b""
+        self._body: dict[str, Any] | None = None
+        if body is not None:
+            self._read_body(body)
+            if len(content) <= self.KEPT_SIZE:
+                self._body = body
+
+    def _read_body(self, body: dict[str, Any]) -> None:
+        model = body.get("model")
+        stream = body.get("stream")
+        if model is not None and not isinstance(model, str):
+            raise APIError(400, "'model' must be a string.", param="model")
+        if stream is not None and not isinstance(stream, bool):
+            raise APIError(400, "'stream' must be true or false.", param="stream")
+        self.model = model or None
+        self.stream = bool(stream)
+        options = as_object(body.get("stream_options"))
+        self.wants_usage = options.get("include_usage") is True
+        choices = body.get("n")
+        self.choices = choices if type(choices) is int and 1 <= choices <= 128 else 1
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The content's JSON object, parsed anew if it is large."""
+        if not self.is_json:
+            raise APIError(400, "The request must be a JSON object.")
+        return parse_object(self.content) if self._body is None else self._body
+
+    @property
+    def target(self) -> str:
+        """What an upstream is asked for: path and query."""
+        return f"{self.path}?{self.query}" if self.query else self.path
+
+    @property
+    def digest(self) -> bytes:
+        """The SHA-256 of the content: what is sent again has the same one."""
+        if not self._digest:
+            self._digest = hashlib.sha256(self.content).digest()
+        return self._digest
+
+    @property
+    def counts_usage(self) -> bool:
+        """Whether the stream's usage has to be asked for."""
+        return self.stream and not self.wants_usage and self.dialect.asks_usage
+
+    def encode(self, model: str | None = None, include_usage: bool = False) -> bytes:
+        """The content for an upstream, changed as little as can be.
+
+        model          its name there, if that is another one
+        include_usage  ask for the usage event of a stream
+        """
+        same = model in (None, self.model)
+        if not self.is_json:
+            field = self.model_field
+            if same or model is None or field is None:
+                return self.content
+            name = model.encode("utf-8", "replace")
+            return self.content[: field.start] + name + self.content[field.end :]
+        if same and not include_usage:
+            return self.content
+        if same and b'"stream_options"' not in self.content:
+            # A field more needs no new JSON: the client's own bytes stay.
+            rest = self.content.lstrip()[1:]
+            return b'{"stream_options":{"include_usage":true},' + rest
+        body = dict(self.body)
+        if model is not None:
+            body["model"] = model
+        if include_usage:
+            options = as_object(body.get("stream_options"))
+            body["stream_options"] = {**options, "include_usage": True}
+        try:
+            return encode_json(body)
+        except RecursionError:  # the parser just took it, from higher up the stack
+            raise APIError(400, "The request's JSON is nested too deeply.") from None
+
+
+def _lower_keys(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        key if key.lower() in value else key.lower(): item
+        for key, item in value.items()
+    }
+
+
+def parse_api_request(content: bytes, path: str, query: str = "") -> APIRequest:
+    """Read a JSON request; APIError(400) says what is wrong with it."""
+    if path == CHAT_PATH:
+        return parse_chat_request(content, query)
+    return APIRequest(path, content, query=query, body=parse_object(content))
+
+
+def parse_chat_request(content: bytes, query: str = "") -> APIRequest:
+    """Read a chat request; APIError(400) says which field is wrong.
+
+    Keys that begin in capitals ("Model", and inside messages), as the original
+    Go gateway's own examples have them, are sent on in lower case.
+    """
+    body = parse_object(content)
+    if "messages" not in body or "model" not in body:
+        body = _lower_keys(body)
+        content = encode_json(body)
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        raise APIError(400, "'messages' must be a list.", param="messages")
+    if content.find(b'"Role"') >= 0 and any(  # 0.2 us in place of a look at each
+        "Role" in as_object(message).keys() and "role" not in message
+        for message in messages
+    ):
+        body["messages"] = [_lower_keys(message) for message in messages]
+        content = encode_json(body)
+    if not body.get("model"):
+        raise APIError(400, "'model' is missing.", param="model")
+    return APIRequest(CHAT_PATH, content, query=query, body=body)
+
+
+def form_request(
+    path: str, content: bytes, content_type: str, query: str = ""
+) -> APIRequest:
+    """A request whose content is a form, or something else that is no JSON."""
+    request = APIRequest(path, content, query=query)
+    request.model_field = find_form_field(content, content_type, "model")
+    if request.model_field is not None:
+        request.model = request.model_field.value
+    return request
 
 
 # -----------------------------------------------------------------------------
@@ -2490,9 +3146,12 @@ def look_up(host: str, port: int) -> list[str]:
 class Answer:
     """A controller's answer while it arrives: its head, then piece by piece.
 
-    status   HTTP status
-    headers  by name in lower case
+    status     HTTP status
+    headers    by name in lower case
+    delimited  whether its framing tells where it ends
     """
+
+    delimited = True
 
     def __init__(self, status: int, headers: dict[str, str]) -> None:
         self.status = status
@@ -2842,6 +3501,7 @@ class ClientResponse(Answer):
         self._connection: Connection | None = connection
         self._deadline = deadline
         self._length = response_length(method, head)
+        self.delimited = self._length != UNTIL_CLOSE
         self._keep_alive = head.keep_alive and self._length != UNTIL_CLOSE
         coding = ""
         if "content-encoding" in head.headers:
@@ -3778,25 +4438,34 @@ class UserStore:
 # the one place that judges it.
 
 
+# How long a request that has failed is remembered: sent again, it fails again.
+EVIDENCE_TIME = 60.0  # seconds
+
+
 class Health:
     """Whether a controller, or all controllers of one account, may be asked.
 
     A failure closes it until some time; then one real request is let through, and
-    only its success opens it again.  Nothing is spent on probes.
+    only its success opens it again.
+
+    closed_by  the failure that closed it, or None while it is open
+    reason     why, in our own words: everybody may read it
+    trial      the request that is let through
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits = limits
         self.until = 0.0  # on the loop's clock
-        self.reason = ""  # why it is or was closed; "" once it has answered again
-        self.disabled = False  # rather than cooling
-        self.trial: APIRequest | None = None  # the one that is let through
-        self._failures = 0  # in a row
+        self.closed_by: Failure | None = None
+        self.reason = ""
+        self.trial: APIRequest | None = None
         self.upstream_status: int | None = None  # what it said last
+        self._failures = 0  # in a row
+        self._seen: dict[tuple[str, bytes], float] = {}  # failed requests, and when
         self._times = 0  # closed without a success between
         self._disabled_times = 0
 
-    def fail(self, error: ControllerError, now: float) -> float:
+    def fail(self, error: ControllerError, request: APIRequest, now: float) -> float:
         """Take a failure into account; the seconds for which it asks to close it."""
         limits = self.limits
         seconds = 0.0
@@ -3809,44 +4478,61 @@ class Health:
         elif error.failure is Failure.DISABLED:
             # What was under way when it was disabled says nothing new: a burst of
             # failures doubles the time once.
-            if not (self.disabled and now < self.until):
+            if self.closed_by is not Failure.DISABLED or now >= self.until:
                 doubled = limits.disabled_first * 2**self._disabled_times
                 seconds = min(doubled, limits.disabled_max)
                 self._disabled_times = min(self._disabled_times + 1, 30)
-        elif error.failure is Failure.BROKEN:
+        elif error.failure is Failure.BROKEN and self._is_evidence(request, now):
             self._failures += 1
             # While it is being tried again, one failure is enough.
-            enough = self._failures >= limits.cool_failures or self.reason
+            enough = self._failures >= limits.cool_failures or self.closed_by
             if enough and now >= self.until:
                 seconds = min(limits.cool_first * 2**self._times, limits.cool_max)
                 self._times = min(self._times + 1, 30)
         if seconds and now + seconds > self.until:  # the later deadline wins
             self.until = now + seconds
-            self.reason = error.message
+            self.closed_by = error.failure
+            self.reason = error.reason
             self.trial = None
             self.upstream_status = error.upstream_status
-            self.disabled = error.failure is Failure.DISABLED
         return seconds
 
-    def begin(self, now: float) -> bool:
-        """An answer has begun: open again, if the time has come; whether it was closed.
+    def _is_evidence(self, request: APIRequest, now: float) -> bool:
+        """Whether a failed request tells anything new about the controller.
 
-        What was asked before it closed says nothing: it stays closed until then.
+        A request that makes every controller fail is retried by its client, and
+        fails again: that is the same evidence.  Otherwise one user's broken request
+        would close them all.
         """
-        if not self.reason or now < self.until:
+        key = (request.user, request.digest)
+        oldest = now - EVIDENCE_TIME
+        if self._seen.get(key, -math.inf) > oldest:
+            return False
+        recent = {k: at for k, at in self._seen.items() if at > oldest}
+        self._seen = {**recent, key: now}
+        return True
+
+    def begin(self, request: APIRequest, now: float) -> bool:
+        """An answer has begun: perhaps open again; whether it was closed.
+
+        What was asked before it closed says nothing: it stays closed until its
+        time has come, but for the one that is its trial.
+        """
+        if not self.closed_by or (now < self.until and self.trial is not request):
             return False
         self._open()
         return True
 
     def succeed(self) -> None:
         """An answer is complete: if it is open, earlier failures count no more."""
-        if not self.reason:
+        if not self.closed_by:
             self._failures = self._times = self._disabled_times = 0
+            self._seen = {}
 
     def _open(self) -> None:
         self.until = 0.0
+        self.closed_by = None
         self.reason = ""
-        self.disabled = False
         self.trial = None
 
     def reset(self) -> None:
@@ -3912,7 +4598,10 @@ class Controller:
     """
 
     type = "controller"
-    chat_only = False  # whether it answers nothing but chat completions
+    by_name_only = False  # it serves only who asks for its models by name
+    transient = False  # it comes and goes by itself, and others may share its name
+    own_code = False  # what it raises was written by the program that embeds us
+    id = ""  # what conversations that it keeps itself are kept under
 
     def __init__(
         self,
@@ -3940,7 +4629,9 @@ class Controller:
         self.failures = 0
         self.tokens = 0
         self.on_free: Callable[[], None] = lambda: None  # the pool's
-        self._counts_usage = True  # until it refuses stream_options
+        self.report: Callable[[str], None] = lambda line: None  # the pool's
+        # (model, path) for which it refused stream_options.
+        self._without_options: set[tuple[str | None, str]] = set()
 
     async def answer(self, request: APIRequest) -> Answer:
         """Ask it; return once the answer's head is there.
@@ -3950,29 +4641,53 @@ class Controller:
         """
         model = request.model
         if model is None and request.ask is not None:
-            model = next(iter(await self.list_models()), None)
+            model = chat_model(await self.list_models())
             if model is None:
                 raise APIError(400, "Say which 'model' to ask.", param="model")
         if model is not None and self.models is not None:
             model = self.models.get(model, model)
-        include_usage = self._counts_usage and request.counts_usage
-        answer = await self._send(request, request.encode(model, include_usage))
-        if include_usage and answer.status == 400:
-            # Perhaps it does not know stream_options: once more, without.
+        key = (model, request.path)
+        include_usage = request.counts_usage and key not in self._without_options
+        answer = await self._send(request, await encoded(request, model, include_usage))
+        if not include_usage or answer.status not in (400, 422):
+            return answer
+        try:
+            content = await answer.read_all(PIECE_SIZE * 16)
+        finally:
             await answer.aclose()
-            answer = await self._send(request, request.encode(model))
-            self._counts_usage = answer.status == 400
-        return answer
+        if not may_be_about_stream_options(content):
+            return WholeAnswer(content, answer.status, answer.headers)
+        again = await self._send(request, await encoded(request, model, False))
+        if again.status < 300:  # that alone shows that it was our own addition
+            if len(self._without_options) < 1000:  # names come from clients
+                self._without_options.add(key)
+        return again
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
         """Ask it once, with this content."""
         raise NotImplementedError
+
+    async def probe(self) -> int | None:
+        """Ask for nothing but its key; the status, or None where that cannot be."""
+        return None
+
+    def answers(self, path: str) -> bool:
+        """Whether it knows what to do with requests to a path."""
+        return True
 
     def serves(self, model: str | None) -> bool:
         """Whether it answers for a model; None is for whatever it has."""
         if self.models is None:  # any, but the mocks' names are theirs alone
             return model is None or not model.startswith("mock/")
         return bool(self.models) if model is None else model in self.models
+
+    def names(self, model: str) -> bool:
+        """Whether it is known to have a model, and does not just take any."""
+        return self.models is not None and model in self.models
+
+    def known_models(self) -> Iterable[str]:
+        """The models it is known to have."""
+        return self.models or ()
 
     def available(self, now: float) -> bool:
         """Whether it may be asked this moment."""
@@ -3981,7 +4696,7 @@ class Controller:
             return False
         health = self.health
         # While it is being tried again, by one request and not by a crowd.
-        if health.reason and (now < health.until or health.trial is not None):
+        if health.closed_by and (now < health.until or health.trial is not None):
             return False
         return self.limit is None or not self.limit.exceeded()
 
@@ -3991,46 +4706,48 @@ class Controller:
             return math.inf
         if self.limit is not None and self.limit.exceeded():
             return self.limit.seconds_left()
-        return max(0.0, self.health.until - now) if self.health.reason else 0.0
+        return max(0.0, self.health.until - now) if self.health.closed_by else 0.0
 
-    def count(self, usage: dict[str, Any]) -> None:
-        """Add the token counts of an answer's usage object."""
-        if not usage:
-            return
-        tokens = usage.get("total_tokens")
-        if not isinstance(tokens, int):
-            parts = (
-                "prompt_tokens",
-                "completion_tokens",
-                "input_tokens",
-                "output_tokens",
-            )
-            counts = [usage.get(part) for part in parts]
-            tokens = sum(count for count in counts if isinstance(count, int))
-        self.tokens += tokens
+    @property
+    def last_resort(self) -> bool:
+        """Whether it is closed for a reason that may have gone by itself.
+
+        It is asked where nothing else could answer, as nginx does with a single
+        server; not before a 429's time, nor with a key that is dead.
+        """
+        most = self.max_concurrency
+        return (
+            self.health.closed_by in (Failure.BROKEN, Failure.REFUSED)
+            and not self.switched_off
+            and (most is None or self.in_flight < most)
+            and (self.limit is None or not self.limit.exceeded())
+        )
+
+    def count(self, usage: Usage) -> None:
+        """Add what an answer took."""
+        self.tokens += usage.total
         if self.limit is not None:
-            self.limit.count(tokens=tokens)
+            self.limit.count(tokens=usage.total)
 
     def describe(self, now: float) -> dict[str, Any]:
         """Its line in GET /admin/controllers: never a key."""
         closed = self.closed_for(now)
-        exceeded = self.limit.exceeded() if self.limit is not None else ""
+        health, open_state = self.health, "ready" if self.available(now) else "busy"
+        state, reason = "cooling", health.reason
         if self.switched_off:
-            exceeded = "disabled by the administrator"
-        disabled = self.health.disabled or bool(exceeded)
-        reason = self.health.reason.removeprefix(f"{self.name}: ")
-        closed_state = "disabled" if disabled else "cooling"
-        open_state = "ready" if self.available(now) else "busy"
-        until = None
-        if closed and closed < math.inf:
-            until = rfc3339(unix_time() + closed)
+            state, reason = "disabled", "disabled by the administrator"
+        elif self.limit is not None and self.limit.exceeded():
+            reason = self.limit.exceeded()
+        elif health.closed_by is Failure.DISABLED:
+            state = "disabled"
+        until = rfc3339(unix_time() + closed) if 0 < closed < math.inf else None
         return {
             "name": self.name,
             "type": self.type,
             "weight": self.weight,
             "models": None if self.models is None else list(self.models),
-            "state": closed_state if closed else open_state,
-            "reason": (exceeded or reason) if closed else "",
+            "state": state if closed else open_state,
+            "reason": reason.removeprefix(f"{self.name}: ") if closed else "",
             "until": until,
             "in_flight": self.in_flight,
             "requests": self.requests,
@@ -4043,9 +4760,16 @@ class Controller:
         more = {"id": self.name, "max_concurrency": self.max_concurrency}
         return {**self.describe(now), **more}
 
-    async def list_models(self) -> list[str]:
-        """The models it can name now."""
-        return list(self.models or ())
+    async def list_models(self) -> Iterable[str]:
+        """The models it can name, once it has been asked."""
+        return self.known_models()
+
+    async def refresh_models(self) -> None:
+        """Ask it for its models, if it has a list of them; never raises."""
+
+    def location(self, request: APIRequest) -> str:
+        """Where it asks for a request, for people."""
+        return request.path
 
     def redact(self, text: str) -> str:
         """text without this controller's secrets."""
@@ -4055,9 +4779,39 @@ class Controller:
         """Let go of what it holds: idle connections, threads."""
 
 
+async def encoded(request: APIRequest, model: str | None, include_usage: bool) -> bytes:
+    """request.encode(), of a large request in a thread."""
+    if len(request.content) <= APIRequest.KEPT_SIZE:
+        return request.encode(model, include_usage)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(None, request.encode, model, include_usage)
+
+
+def may_be_about_stream_options(content: bytes) -> bool:
+    """Whether a refusal may be due to the field we added: it names it, or none."""
+    if b"stream_options" in content or b"include_usage" in content:
+        return True
+    error = find_error(read_json(content)) or ErrorObject()
+    return error.param is None and error.code is None
+
+
 def models_table(models: Iterable[str] | dict[str, str]) -> dict[str, str]:
     """Names to real names, from either form of "models"."""
     return models if isinstance(models, dict) else {name: name for name in models}
+
+
+class WholeAnswer(Answer):
+    """An answer that is there at once."""
+
+    def __init__(
+        self, content: bytes, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(status, headers or {"content-type": "application/json"})
+        self._content = content
+
+    async def read(self) -> bytes:
+        content, self._content = self._content, b""
+        return content
 
 
 def rfc3339(timestamp: float) -> str:
@@ -4068,11 +4822,18 @@ def rfc3339(timestamp: float) -> str:
 # --- Upstreams
 
 
+def normal_base_url(url: str) -> str:
+    """A base URL as the OpenAI SDKs take it, out of what people copy."""
+    url = url.rstrip("/")
+    return url.removesuffix("/chat/completions").rstrip("/")
+
+
 class OpenAIController(Controller):
     """An upstream: an OpenAI-compatible API and its key.
 
     api_key             "" for a server that wants none
     base_url            as for the OpenAI SDK: "/chat/completions" is appended
+    auth                how the key travels: "bearer", or "x-api-key" (Anthropic's)
     proxy, ca_file, verify  as for HTTPClient
     first_byte_timeout  seconds until it begins to answer
 
@@ -4080,6 +4841,7 @@ class OpenAIController(Controller):
     """
 
     type = "openai"
+    LIST_FIELDS: ClassVar[list[tuple[str, str]]] = []
 
     def __init__(
         self,
@@ -4087,36 +4849,30 @@ class OpenAIController(Controller):
         *,
         name: str = "openai",
         base_url: str = "https://api.openai.com/v1",
+        auth: str = "bearer",
         proxy: str | None = None,
         ca_file: str | None = None,
         verify: bool = True,
         first_byte_timeout: float | None = None,
-        weight: float = 1,
-        models: Iterable[str] | dict[str, str] | None = None,
-        max_concurrency: int | None = None,
-        limit: dict[str, Any] | None = None,
-        account: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
         resolve: Callable[[str, int], list[str]] = look_up,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            name,
-            weight=weight,
-            models=models,
-            max_concurrency=max_concurrency,
-            limit=limit,
-            account=account,
-        )
-        self.base_url = base_url
+        super().__init__(name, **options)
+        self.base_url = normal_base_url(base_url)
         self.first_byte_timeout = first_byte_timeout
         self.limits = limits
         self.listed: list[str] | None = None  # its own list of models, once read
+        self._listed_names: frozenset[str] = frozenset()
+        self._list_problem = ""  # why it could not be read: said once
         self._api_key = api_key
         self._fields = [("Accept-Encoding", "identity")]
-        if api_key:
+        if api_key and auth == "x-api-key":
+            self._fields.append(("x-api-key", api_key))
+        elif api_key:
             self._fields.append(("Authorization", f"Bearer {api_key}"))
         self._client = HTTPClient(
-            base_url,
+            self.base_url,
             proxy=proxy,
             ca_file=ca_file,
             verify=verify,
@@ -4125,7 +4881,7 @@ class OpenAIController(Controller):
         )
 
     def __repr__(self) -> str:
-        return f"OpenAIController(name={self.name!r}, base_url={self.base_url!r})"
+        return f"{type(self).__name__}(name={self.name!r}, base_url={self.base_url!r})"
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
         return await self._client.request(
@@ -4137,40 +4893,98 @@ class OpenAIController(Controller):
             deadline=request.deadline,
         )
 
-    async def list_models(self) -> list[str]:
-        if self.models is not None:
-            return list(self.models)
-        if self.listed is None:
+    def location(self, request: APIRequest) -> str:
+        return self.base_url + request.path[3:]
+
+    # --- Its models
+
+    def names(self, model: str) -> bool:
+        return super().names(model) or (
+            self.models is None and model in self._listed_names
+        )
+
+    def known_models(self) -> Iterable[str]:
+        return self.models or self.listed or ()
+
+    async def list_models(self) -> Iterable[str]:
+        if self.models is None and self.listed is None:
             await self.refresh_models()
-        return self.listed or []
+        return self.known_models()
+
+    async def _get(self, target: str) -> tuple[int, bytes]:
+        """The status and content of a short GET, within connect_timeout in all.
+
+        Raise OSError, asyncio.TimeoutError or ProtocolError.
+        """
+        end = asyncio.get_running_loop().time() + self.limits.connect_timeout
+        fields = [*self._fields, *self.LIST_FIELDS]
+        with time_limit(end, asyncio.TimeoutError()):
+            answer = await self._client.request("GET", target, fields)
+            try:
+                return answer.status, await answer.read_all(PIECE_SIZE * 64)
+            finally:
+                await answer.aclose()
 
     async def refresh_models(self) -> None:
         """Read the upstream's list of models; what fails leaves the old one."""
-        timeout = self.limits.connect_timeout
+        problem = ""
         try:
-            answer = await self._client.request(
-                "GET", "/models", self._fields, first_byte_timeout=timeout
-            )
-            try:
-                content = await answer.read_all(PIECE_SIZE * 64)
-            finally:
-                await answer.aclose()
-            items = json.loads(content)["data"] if answer.status == 200 else []
-            names = [item["id"] for item in items]
+            status, content = await self._get("/models")
+            names = model_names(content) if status == 200 else None
+            if names is not None:
+                self.listed = names
+                # Ollama's "llama3.1" is its "llama3.1:latest".
+                short = (name.removesuffix(":latest") for name in names)
+                self._listed_names = frozenset([*names, *short])
+            elif status == 404 and (await self._get("/v1/models"))[0] == 200:
+                problem = f"its base_url lacks /v1: {self.base_url}/v1 has models"
+            else:
+                problem = f"its list of models cannot be read (status {status})"
         except (OSError, asyncio.TimeoutError, ProtocolError):
-            return
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return
-        self.listed = [name for name in names if isinstance(name, str)]
+            problem = "its list of models cannot be read: it does not answer"
+        if problem and problem != self._list_problem:
+            self.report(f"{self.name}: {problem}")
+        self._list_problem = problem
+
+    async def probe(self) -> int | None:
+        try:
+            return (await self._get("/models"))[0]
+        except (OSError, asyncio.TimeoutError, ProtocolError):
+            return None
 
     def redact(self, text: str) -> str:
         # Not only the whole key: some servers repeat its beginning or its end.
         if self._api_key:
             text = text.replace(self._api_key, "***")
-        return re.sub(r"\bsk-[\w*.…-]{4,}", "***", text)
+        return _SECRETS.sub("***", text)
 
     def close(self) -> None:
         self._client.close()
+
+
+# Pieces of keys, and the ids of accounts and organisations.
+_SECRETS = re.compile(r"\b(?:sk-|org-|proj_)[\w*.…-]{4,}")
+
+
+class AnthropicController(OpenAIController):
+    """An upstream that speaks messages and nothing else: Anthropic's API."""
+
+    type = "anthropic"
+    LIST_FIELDS: ClassVar = [("anthropic-version", "2023-06-01")]
+
+    def __init__(
+        self,
+        api_key: str,
+        *,
+        name: str = "anthropic",
+        base_url: str = "https://api.anthropic.com/v1",
+        auth: str = "x-api-key",
+        **options: Any,
+    ) -> None:
+        super().__init__(api_key, name=name, base_url=base_url, auth=auth, **options)
+
+    def answers(self, path: str) -> bool:
+        return path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")
 
 
 # --- Agents
@@ -4263,6 +5077,14 @@ def parse_envelope(text: str | bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def agent_error(
+    name: str, said: str, failure: Failure = Failure.NONE
+) -> ControllerError:
+    """The failure that an agent tells of: its words are for whoever asked."""
+    message = f"{name} failed: {said}"
+    return ControllerError(f"{name} failed", failure, said=message, code="agent_error")
+
+
 class AgentController(Controller):
     """A program that dialled in over a websocket.
 
@@ -4273,13 +5095,13 @@ class AgentController(Controller):
     """
 
     type = "agent"
+    transient = True
     REPLIES = ("ChatGptResponse", "ApiData", "ApiEnd", "ApiResponse", "error")
 
     def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
         super().__init__(f"agent-{id[:8]}", max_concurrency=1)
         self.id = id
         self.version = 1
-        self.chat_only = True
         self.websocket = websocket
         self.credential = credential
         self.user: User | None = None  # whose token that is, if it is one
@@ -4305,7 +5127,6 @@ class AgentController(Controller):
             self.websocket.heartbeat = self._ping
             return
         self.version = 2
-        self.chat_only = False
         name = said.get("name")
         if isinstance(name, str) and name and name.isprintable():
             self.name = name[:64]
@@ -4331,6 +5152,9 @@ class AgentController(Controller):
         self.websocket.ping()
         with contextlib.suppress(ConnectionError):
             self.websocket.write(envelope(str(uuid.uuid4()), "ping"))
+
+    def answers(self, path: str) -> bool:
+        return self.version == 2 or path == CHAT_PATH
 
     # --- What the agent says
 
@@ -4394,8 +5218,6 @@ class AgentController(Controller):
     async def _answer_text(self, request: APIRequest) -> Answer:
         """Ask a version 1 agent: one text, one answer."""
         conversation_id = parent_id = ""
-        if request.body is None or request.path not in CHAT_PATHS:
-            raise APIError(404, "A browser agent answers only chat completions.")
         if request.ask is not None and (request.agent_id or not request.ask[1]):
             content, conversation_id, parent_id = request.ask
         else:  # no conversation of its own: all of it as one text
@@ -4432,21 +5254,19 @@ class AgentController(Controller):
         said = parse_envelope(text)
         content = said.get("content")
         if kind != "ChatGptResponse" or not isinstance(content, str):
-            reason = text[:4096] if kind == "error" else "its answer is unreadable"
-            raise ControllerError(
-                f"{self.name} failed: {reason}", Failure.NONE, code="agent_error"
-            )
-        usage = estimate_usage(question, content)
+            why = text[:4096] if kind == "error" else "its answer is unreadable"
+            raise agent_error(self.name, why)
+        usage = Usage(estimate_tokens(question), 0, estimate_tokens(content))
         if request.ask is not None:
-            self.count(usage)
             body = {
+                "usage": usage_object(usage),
                 "response_id": str(said.get("response_id") or ""),
                 "conversation_id": str(said.get("conversation_id") or ""),
                 "content": content,
             }
         else:
             model = request.model or ""
-            body = chat_completion(model, {"content": content}, usage)
+            body = chat_completion(model, {"content": content}, usage_object(usage))
         return WholeAnswer(encode_json(body))
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
@@ -4477,7 +5297,7 @@ class AgentController(Controller):
         """What an ApiRequest says; the client's own JSON goes in as it came."""
         data: dict[str, Any] = {"method": "POST", "path": request.target}
         data["headers"] = request.headers
-        if request.body is not None:
+        if request.is_json:
             return f'{_to_ascii(data)[:-1]},"body":{content.decode()}}}'
         body = base64.b64encode(content).decode()
         return _to_ascii({**data, "encoding": "base64", "body": body})
@@ -4515,10 +5335,8 @@ class AgentAnswer(Answer):
         if kind == "error":
             agent.end_call(id)
         if kind != "ApiResponse" or type(status) is not int or not 200 <= status < 600:
-            reason = data[:4096] if kind == "error" else "its answer is unreadable"
-            raise ControllerError(
-                f"{agent.name} failed: {reason}", Failure.NONE, code="agent_error"
-            )
+            said = data[:4096] if kind == "error" else "its answer is unreadable"
+            raise agent_error(agent.name, said)
         content_type = str(head.get("content_type", ""))
         if not (content_type.isascii() and content_type.isprintable()):
             content_type = "application/octet-stream"
@@ -4542,8 +5360,7 @@ class AgentAnswer(Answer):
                 self._agent.end_call(self._id)
             elif kind == "error":
                 self._agent.end_call(self._id)
-                reason = f"{self._agent.name} failed: {data[:4096]}"
-                raise ControllerError(reason, code="agent_error")
+                raise agent_error(self._agent.name, data[:4096], Failure.BROKEN)
             elif kind == "ApiData" and data:
                 return self._decode(data)
         return b""
@@ -4569,18 +5386,6 @@ class AgentAnswer(Answer):
 
 
 # --- Python functions
-
-
-class WholeAnswer(Answer):
-    """JSON that is there at once."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(200, {"content-type": "application/json"})
-        self._content = content
-
-    async def read(self) -> bytes:
-        content, self._content = self._content, b""
-        return content
 
 
 class GeneratedAnswer(Answer):
@@ -4617,7 +5422,7 @@ class FunctionController(Controller):
     """
 
     type = "function"
-    chat_only = True
+    own_code = True
 
     def __init__(
         self,
@@ -4625,25 +5430,17 @@ class FunctionController(Controller):
         *,
         name: str | None = None,
         models: Iterable[str] | dict[str, str] | None = None,
-        weight: float = 1,
-        max_concurrency: int | None = None,
-        limit: dict[str, Any] | None = None,
-        account: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            name or str(getattr(function, "__name__", "function")),
-            weight=weight,
-            models=models,
-            max_concurrency=max_concurrency,
-            limit=limit,
-            account=account,
-        )
+        own_name = str(getattr(function, "__name__", "function"))
+        super().__init__(name or own_name, models=models, **options)
         self._function = function
         self._threads: ThreadPoolExecutor | None = None
 
+    def answers(self, path: str) -> bool:
+        return path == CHAT_PATH
+
     async def answer(self, request: APIRequest) -> Answer:
-        if request.body is None or request.path not in CHAT_PATHS:
-            raise APIError(404, f"{self.name} answers only chat completions.")
         model = request.model or next(iter(self.models or ()), self.name)
         # Its own copy: the same request may go to another controller.
         body = {**request.body, "model": model}
@@ -4709,12 +5506,13 @@ class FunctionController(Controller):
         return {**completion, **self.head(model)}
 
     @staticmethod
-    def _usage(request: APIRequest, message: dict[str, Any]) -> dict[str, int]:
-        messages = (request.body or {}).get("messages") or []
+    def _usage(request: APIRequest, message: dict[str, Any]) -> dict[str, Any]:
+        question = messages_text(request.body.get("messages"))
         text = content_text(message.get("content"))
         if message.get("tool_calls"):
             text += _to_ascii(message["tool_calls"])
-        return estimate_usage(messages_text(messages), text)
+        usage = Usage(estimate_tokens(question), 0, estimate_tokens(text))
+        return usage_object(usage)
 
     async def _events(
         self, request: APIRequest, model: str, pieces: Any
@@ -4778,6 +5576,7 @@ class MockController(FunctionController):
     """
 
     type = "mock"
+    by_name_only = True
     MODELS: ClassVar[dict[str, str]] = {
         "mock/echo": "echo",
         "mock/text": "text",
@@ -4912,29 +5711,33 @@ class MockController(FunctionController):
 # -----------------------------------------------------------------------------
 #
 # The pool chooses a controller for each request, has requests wait fairly while
-# all are busy, asks another controller while nothing has reached the client, and
-# judges what failures say about who failed.  `async with pool.call(request)` is
-# a slot, an answer that has begun, and the promise that both are given back.
+# all are busy, and asks another controller while nothing has reached the client.
+# It judges whose fault a failure is: what one request brings about is that
+# request's; only what a fresh, plain request would meet too is the controller's.
+# `async with pool.call(request)` is a slot, an answer that has begun, and the
+# promise that both are given back.
 
-# Statuses below 500 that speak of the controller and not of the request.
-_CONTROLLER_STATUSES = {
-    401: Failure.DISABLED,
-    402: Failure.DISABLED,  # several APIs say so when the balance is used up
-    403: Failure.DISABLED,
-    407: Failure.BROKEN,
-    408: Failure.BROKEN,
-    425: Failure.BROKEN,
-    429: Failure.RATE_LIMITED,
-}
-# A 403 that a user can bring about at will must not close a key for all others.
-_REQUEST_CODES = ("model_not_found", "content_policy_violation", "content_filter")
-_CONTROLLER_CODES = {
-    "insufficient_quota": Failure.DISABLED,
-    "billing_hard_limit_reached": Failure.DISABLED,
-    "invalid_api_key": Failure.DISABLED,
-    "account_deactivated": Failure.DISABLED,
-    "rate_limit_exceeded": Failure.RATE_LIMITED,
-}
+# Codes that say that the key or the account is no good, whatever the status.
+_DEAD_KEY_CODES = frozenset(
+    "insufficient_quota billing_hard_limit_reached invalid_api_key api_key_invalid"
+    " account_deactivated billing_not_active access_terminated".split()
+)
+_UNKNOWN_MODEL_CODES = frozenset(["model_not_found", "unknown_model"])
+_CONTENT_CODES = frozenset(["content_policy_violation", "content_filter"])
+_UNKNOWN_MODEL = re.compile(
+    r"not found|not exist|n't exist|unknown|invalid|not a valid|no such|not supported"
+    r"|unsupported|not available|not loaded",
+    re.IGNORECASE,
+)
+# Statuses below 500 that are no fault of the request's.
+_BROKEN_STATUSES = frozenset([407, 408, 425])
+# How long a model that a controller does not have is not asked of it again.
+UNKNOWN_MODEL_TIME = 60.0  # seconds
+PROBE_INTERVAL = 60.0  # seconds between two probes of one controller's key
+# How long an ask waits for an agent that has just left; one that left longer ago
+# is not expected back.
+AGENT_RETURN_TIMEOUT = 5.0  # seconds
+AGENT_RETURN_WINDOW = 30.0  # seconds
 
 
 def parse_retry_after(headers: dict[str, str]) -> float | None:
@@ -4955,75 +5758,77 @@ def parse_retry_after(headers: dict[str, str]) -> float | None:
     return seconds if 0 <= seconds < math.inf else None
 
 
-def error_fields(content: bytes) -> dict[str, Any]:
-    """The error object of an answer; {} where there is none to be read."""
-    if content.find(b'"error"') < 0 and content.find(b'"detail"') < 0:
-        return {}
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    error = body.get("error", body.get("detail")) if isinstance(body, dict) else None
-    return error if isinstance(error, dict) else {"message": error} if error else {}
+def says_unknown_model(error: ErrorObject, model: str | None) -> bool:
+    """Whether an error says that the model is not there: by a code, or in words."""
+    if error.words & _UNKNOWN_MODEL_CODES:
+        return True
+    text = error.message[:500]
+    if model is None or "model" not in text.lower():
+        return False
+    named = model in text and _UNKNOWN_MODEL.search(text) is not None
+    return named or ("not_found_error" in error.words and model in text)
 
 
-def judge_error(
-    name: str, status: int, headers: dict[str, str], error: dict[str, Any]
+def judge_refusal(
+    name: str,
+    status: int,
+    headers: dict[str, str],
+    error: ErrorObject,
+    model: str | None,
 ) -> ControllerError | None:
-    """What an upstream's error says about it; None if it is about the request.
+    """What an answer of 300 and above says; None if it is about the request.
 
-    Codes and statuses decide, never the text of a message.
+    Codes and statuses decide.  Words do so only for a model that is not there.
     """
-    code = error.get("code")
-    code = code if isinstance(code, str) else None
-    kind = error.get("type") if isinstance(error.get("type"), str) else None
-    if status == 403 and code in _REQUEST_CODES:
-        return None
-    failure = _CONTROLLER_CODES.get(code or "") or _CONTROLLER_CODES.get(kind or "")
-    failure = failure or _CONTROLLER_STATUSES.get(status)
-    if failure is None:
-        if 400 <= status < 500:
-            return None
+    if error.words & _DEAD_KEY_CODES:
+        failure = Failure.DISABLED
+    elif status == 429 or "rate_limit_exceeded" in error.words:
+        failure = Failure.RATE_LIMITED
+    elif status in (400, 403, 404) and says_unknown_model(error, model):
+        failure = Failure.UNKNOWN_MODEL
+    elif status in (401, 402, 403) and not error.words & _CONTENT_CODES:
+        failure = Failure.KEY_DOUBTED
+    elif status < 400 or status == 501:
+        failure = Failure.NONE
+    elif status >= 500 or status in _BROKEN_STATUSES:
         failure = Failure.BROKEN
-    message = str(error.get("message") or f"status {status}")[:4096]
-    if status in (401, 403):  # its text may repeat a piece of the key
-        message = "its key was refused"
-    elif 300 <= status < 400:
-        message = f"it answered with a redirect ({status}), which is not followed"
+    else:
+        return None
+    reason = f"status {status} {error.summary}".rstrip()
+    said = error.message[:4096]
+    if status < 400:
+        reason = said = f"it answered with a redirect ({status}), which is not followed"
+    elif status == 401 or failure is Failure.DISABLED:
+        said = ""  # it may repeat a piece of the key
+        if status == 401 or "quota" not in reason:
+            reason = f"its key was refused ({reason})"
     return ControllerError(
-        f"{name}: {message}",
+        f"{name}: {reason}",
         failure,
-        type=kind,
-        code=code,
+        said=said and f"{name}: {said}",
+        type=error.type,
+        code=error.code,
         retry_after=parse_retry_after(headers),
         upstream_status=status,
     )
 
 
-def in_short(error: APIError) -> str:
-    """An error for the log: not in others' words, which may quote what was asked."""
-    name = error.message.partition(":")[0]
-    if error.upstream_status is not None:
-        return f"{name}: status {error.upstream_status} {error.code or ''}".rstrip()
-    return f"{name}" if error.code == "agent_error" else error.message[:200]
-
-
 class Waiter:
     """A request in the queue, and the controllers it has been to.
 
-    wish  what it asks for: who asks for the same finds the same
+    kind  what decides who can serve it: equal ones can be served by the same
     """
 
     def __init__(
         self,
         request: APIRequest,
         tried: list[Controller],
-        future: asyncio.Future[Controller],
+        future: asyncio.Future[Controller | APIError],
     ) -> None:
         self.request = request
         self.tried = tried
         self.future = future
-        self.wish = (request.model, request.path, request.agent_id, *tried)
+        self.kind = (request.model, request.path, request.agent_id, *tried)
 
 
 class Pool:
@@ -5053,17 +5858,21 @@ class Pool:
         self.debug = debug
         self.controllers: list[Controller] = []
         self._queue: dict[str, deque[Waiter]] = {}  # by user; who is next is first
-        self._wishes: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
+        self._kinds: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
         self._loop: asyncio.AbstractEventLoop | None = None  # of who asks
         self._alarm: asyncio.TimerHandle | None = None  # see _set_alarm()
         self._left_at = -math.inf  # when the last agent left
+        self._left_models: dict[str, float] = {}  # of agents that have left, and when
+        # (controller, model, path, user or "" for all) that is not asked until then.
+        self._unknown: dict[tuple[Controller, str | None, str, str], float] = {}
+        self._probes: dict[Controller, tuple[float, asyncio.Task[None]]] = {}
 
     # --- Who is in it
 
     def add(self, controller: Controller) -> None:
         """Take a controller in; ValueError if its name is taken (agents may share)."""
         taken = self.find(controller.name)
-        if controller.type != "agent" and taken is not None and taken.type != "agent":
+        if not controller.transient and taken is not None and not taken.transient:
             raise ValueError(f"there is a controller named {controller.name!r}")
         health = Health(self.limits)
         for other in self.controllers:
@@ -5071,6 +5880,7 @@ class Pool:
                 health = other.health
         controller.health = health
         controller.on_free = self.wake
+        controller.report = self.report
         self.controllers.append(controller)
         if self._loop is not None:  # who adds it may be in another thread
             with contextlib.suppress(RuntimeError):  # that loop has been closed
@@ -5080,35 +5890,68 @@ class Pool:
         """Let a controller go; its requests in flight end by themselves."""
         if controller in self.controllers:
             self.controllers.remove(controller)
-            if controller.type == "agent":
-                self._left_at = asyncio.get_running_loop().time()
+            if controller.transient:
+                now = self._left_at = asyncio.get_running_loop().time()
+                oldest = now - AGENT_RETURN_WINDOW
+                left = {m: at for m, at in self._left_models.items() if at > oldest}
+                self._left_models = {
+                    **left,
+                    **dict.fromkeys(controller.models or (), now),
+                }
 
     def find(self, name: str) -> Controller | None:
-        """The controller of a name; of equal names an agent's, its own, counts last."""
+        """The controller of a name; of equal names one that stays counts first."""
         named = [c for c in self.controllers if c.name == name]
-        return min(named, key=lambda c: c.type == "agent", default=None)
+        return min(named, key=lambda c: c.transient, default=None)
+
+    def close(self) -> None:
+        """Close the controllers, and end the probes of their keys."""
+        for _, task in self._probes.values():
+            task.cancel()
+        self._probes.clear()
+        for controller in self.controllers:
+            controller.close()
+
+    async def refresh_models(self) -> None:
+        """Ask all controllers for their models, side by side."""
+        asked = [c for c in self.controllers if c.models is None]
+        await asyncio.gather(*(c.refresh_models() for c in asked))
 
     # --- Choosing
 
-    def _suits(self, controller: Controller, request: APIRequest) -> bool:
+    def _suitable(self, request: APIRequest, now: float) -> list[Controller]:
+        """The controllers that could serve a request, were they free.
+
+        Who names its model, or lists it, is asked and nobody else: what is meant
+        for the machine in the next room must not go to an API for it.  Who takes
+        anything gets what nobody names.
+        """
         if request.agent_id is not None:
-            return getattr(controller, "id", None) == request.agent_id
-        if controller.chat_only and request.path not in CHAT_PATHS:
-            return False
-        return controller.serves(request.model)
+            return [c for c in self.controllers if c.id == request.agent_id]
+        model, path = request.model, request.path
+        able = [c for c in self.controllers if c.serves(model) and c.answers(path)]
+        if model is not None:
+            naming = [c for c in able if c.names(model)]
+            if naming:
+                able = naming
+            elif self._has_just_left(model, now):
+                return []
+        if self._unknown and len(able) > 1:
+            able = [c for c in able if not self._is_unknown(c, request, now)] or able
+        return able
+
+    def _is_unknown(self, c: Controller, request: APIRequest, now: float) -> bool:
+        """Whether a controller has said that it does not have the model."""
+        keys = ((c, request.model, request.path, user) for user in ("", request.user))
+        return any(self._unknown.get(key, 0.0) > now for key in keys)
 
     def _choose(
         self, request: APIRequest, tried: list[Controller], now: float
     ) -> Controller | None:
-        free = [
-            controller
-            for controller in self.controllers
-            if controller.available(now)
-            and controller not in tried
-            and self._suits(controller, request)
-        ]
+        suitable = self._suitable(request, now)
+        free = [c for c in suitable if c.available(now) and c not in tried]
         if len(free) < 2:
-            return free[0] if free else None
+            return free[0] if free else self._last_standing(suitable, tried, now)
         if self.type == "random":
             return random.choices(free, [c.weight for c in free])[0]
         if self.type == "least_busy":
@@ -5122,6 +5965,23 @@ class Pool:
                 best = controller
         best.current -= total
         return best
+
+    @staticmethod
+    def _last_standing(
+        suitable: list[Controller], tried: list[Controller], now: float
+    ) -> Controller | None:
+        """Of controllers that are all closed, the one to be asked all the same."""
+        left = [c for c in suitable if c not in tried]
+        if any(not c.closed_for(now) for c in left):
+            return None  # one is only busy: wait for that
+        closed = [c for c in left if c.last_resort and c.health.trial is None]
+        return min(closed, key=lambda c: c.health.until, default=None)
+
+    def needs_model(self, request: APIRequest) -> bool:
+        """Whether a request without a model could mean more than one controller."""
+        able = [c for c in self.controllers if not c.by_name_only]
+        able = [c for c in able if c.answers(request.path)]
+        return len(able) != 1 and not request.dialect.default_model
 
     async def acquire(
         self, request: APIRequest, tried: list[Controller]
@@ -5153,44 +6013,51 @@ class Pool:
         None if only an earlier attempt's error is left; raise APIError if there
         never was anything to wait for.
         """
-        left = (c for c in self.controllers if self._suits(c, request))
-        if any(c not in tried and not c.closed_for(now) for c in left):
+        suitable = self._suitable(request, now)
+        left = [c for c in suitable if c not in tried]
+        if any(c.last_resort or not c.closed_for(now) for c in left):
             timeout = min(self.limits.queue_timeout, max(0.0, request.deadline - now))
             message = f"All controllers have been busy for {timeout:.0f} seconds."
             return timeout, APIError(503, message, code="queue_timeout", retry_after=1)
         if tried:
             return None
-        closed = [c for c in self.controllers if self._suits(c, request)]
-        if closed:
-            raise self._all_closed(closed, now)
+        if suitable:
+            raise self._all_closed(suitable, now)
         if request.agent_id is not None:
             raise APIError(500, "Connection no longer exists", code="agent_lost")
-        if now - self._left_at < self.limits.agent_return_window:
-            return self.limits.agent_return_timeout, self._nobody(request)
+        if self._has_just_left(request.model, now):
+            text = f"The agent that has the model {request.model!r} has just left."
+            gone = APIError(503, text, code="agent_lost", retry_after=5)
+            return AGENT_RETURN_TIMEOUT, gone
+        if now - self._left_at < AGENT_RETURN_WINDOW:
+            return AGENT_RETURN_TIMEOUT, self._nobody(request)
         raise self._nobody(request)
 
+    def _has_just_left(self, model: str | None, now: float) -> bool:
+        """Whether a model was an agent's that may be back in a moment."""
+        left_at = self._left_models.get(model or "", -math.inf)
+        return now - left_at < AGENT_RETURN_WINDOW
+
     def _nobody(self, request: APIRequest) -> APIError:
-        if any(c.serves(request.model) for c in self.controllers):
-            return APIError(
-                404,
-                f"What has the model {request.model!r} answers only chat completions,"
-                f" not {request.path}.",
-                param="model",
-            )
-        if any(c.type != "mock" for c in self.controllers):
-            return APIError(
-                404,
-                f"The model {request.model!r} does not exist here."
-                " GET /v1/models lists what does.",
-                type="invalid_request_error",
-                param="model",
-                code="model_not_found",
-            )
+        cure = (
+            "connect an agent, or configure a controller (the start screen shows how)"
+        )
+        if all(c.by_name_only for c in self.controllers):
+            if request.ask is not None:
+                text = f"No available clients: {cure}."
+                return APIError(503, text, code="no_controllers")
+        elif any(c.serves(request.model) for c in self.controllers):
+            what = f"What has the model {request.model!r}"
+            text = f"{what} does not answer {request.path}."
+            return APIError(404, text, param="model")
+        else:
+            cure = "GET /v1/models lists what does"
         return APIError(
-            503,
-            "No available clients: connect an agent, or configure a controller"
-            " (the start screen shows how). The model mock/echo is always there.",
-            code="no_controllers",
+            404,
+            f"The model {request.model!r} does not exist here: {cure}.",
+            type="invalid_request_error",
+            param="model",
+            code="model_not_found",
         )
 
     def _all_closed(self, controllers: list[Controller], now: float) -> APIError:
@@ -5223,31 +6090,29 @@ class Pool:
         loop = asyncio.get_running_loop()
         waiter = Waiter(request, tried, loop.create_future())
         self._queue.setdefault(request.user, deque()).append(waiter)
-        self._wishes[waiter.wish] += 1
+        self._kinds[waiter.kind] += 1
         if self.waiting == 1:
             self._set_alarm()
         timer = loop.call_later(timeout, self._refuse, waiter, error)
         try:
-            return await waiter.future
+            given = await waiter.future
         except asyncio.CancelledError:
             future = waiter.future
-            if future.done() and not future.cancelled() and not future.exception():
-                self.release(future.result(), request)  # given, and not wanted
+            if future.done() and not future.cancelled():
+                given = future.result()
+                if isinstance(given, Controller):  # in the moment its client left
+                    self.release(given, request)
             raise
         finally:
             timer.cancel()
             self._leave_queue(waiter)
-            del waiter, error  # see Connection.receive()
+        if isinstance(given, APIError):
+            raise given
+        return given
 
     def _make_room(self, request: APIRequest) -> None:
-        """Keep the queue bounded: who has most in it gives way."""
-        limits = self.limits
-        least, most = limits.queue_size_min, limits.queue_size_max
-        if self.waiting < min(least, most):
-            return
-        suited = sum(self._suits(c, request) for c in self.controllers)
-        room = suited * limits.queue_size_per_controller
-        if self.waiting < min(max(room, least), most):
+        """Keep the queue bounded: the user with most requests in it loses one."""
+        if self.waiting < self.limits.queue_size:
             return
         full = APIError(
             503, "Too many requests are waiting.", code="queue_full", retry_after=1
@@ -5261,7 +6126,7 @@ class Pool:
     def _refuse(self, waiter: Waiter, error: APIError) -> None:
         self._leave_queue(waiter)
         if not waiter.future.done():
-            waiter.future.set_exception(error)
+            waiter.future.set_result(error)
 
     def _leave_queue(self, waiter: Waiter) -> None:
         line = self._queue.get(waiter.request.user)
@@ -5269,29 +6134,29 @@ class Pool:
             line.remove(waiter)
             if not line:
                 del self._queue[waiter.request.user]
-            self._wishes[waiter.wish] -= 1
-            if not self._wishes[waiter.wish]:
-                del self._wishes[waiter.wish]
+            self._kinds[waiter.kind] -= 1
+            if not self._kinds[waiter.kind]:
+                del self._kinds[waiter.kind]
             if not self._queue:
                 self._set_alarm()
 
     def wake(self) -> None:
-        """Some controllers may have become free: serve who waits."""
+        """Some controllers may have become free: serve the queue."""
         if self._queue:
             self._serve_queue()
             self._set_alarm()
 
     def _serve_queue(self) -> None:
-        """Give free slots to who waits: one request of each user in turn."""
+        """Give free slots to the queue: to one request of each user in turn."""
         now = asyncio.get_running_loop().time()
-        in_vain: set[tuple[Any, ...]] = set()  # wishes
+        unservable: set[tuple[Any, ...]] = set()  # kinds
         served = True
         while served:
             users = list(self._queue)
-            served = sum(self._serve(user, in_vain, now) for user in users) > 0
+            served = sum(self._serve(user, unservable, now) for user in users) > 0
 
     def _set_alarm(self) -> None:
-        """Wake who waits, if anybody does, when the next controller opens again."""
+        """Serve the queue again when the next controller opens."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
@@ -5302,16 +6167,16 @@ class Pool:
             if soonest < math.inf:
                 self._alarm = loop.call_later(soonest + 0.001, self.wake)
 
-    def _serve(self, user: str, in_vain: set[tuple[Any, ...]], now: float) -> bool:
+    def _serve(self, user: str, unservable: set[tuple[Any, ...]], now: float) -> bool:
         """Give a slot to the first of a user's requests that can have one."""
         for waiter in self._queue[user]:
-            if len(in_vain) == len(self._wishes):  # of all: a queue may be long
+            if len(unservable) == len(self._kinds):  # all: a queue may be long
                 break
-            if waiter.future.done() or waiter.wish in in_vain:  # done: about to leave
+            if waiter.future.done() or waiter.kind in unservable:  # done: leaving
                 continue
             controller = self._choose(waiter.request, waiter.tried, now)
             if controller is None:
-                in_vain.add(waiter.wish)
+                unservable.add(waiter.kind)
                 continue
             self._take(controller, waiter.request)
             waiter.future.set_result(controller)
@@ -5324,7 +6189,7 @@ class Pool:
     @staticmethod
     def _take(controller: Controller, request: APIRequest) -> None:
         controller.in_flight += 1
-        if controller.health.reason:
+        if controller.health.closed_by:
             controller.health.trial = request
 
     def release(self, controller: Controller, request: APIRequest) -> None:
@@ -5337,29 +6202,89 @@ class Pool:
 
     # --- What answers and failures say
 
-    def failed(self, controller: Controller, error: ControllerError) -> None:
-        """Take a failure into account: cool down, disable."""
+    def failed(
+        self, controller: Controller, error: ControllerError, request: APIRequest
+    ) -> None:
+        """Take a failed attempt into account."""
         controller.failures += 1
+        if error.failure is Failure.UNKNOWN_MODEL:
+            self._remember_unknown(controller, error, request)
+        elif error.failure is Failure.KEY_DOUBTED:
+            self._probe(controller, error, request)
+        else:
+            self._close(controller, error, request)
+
+    def _close(
+        self, controller: Controller, error: ControllerError, request: APIRequest
+    ) -> None:
+        """Cool a controller down, or disable it, if the failure says so."""
         health, now = controller.health, asyncio.get_running_loop().time()
-        before = (health.until > now, health.disabled)
-        seconds = health.fail(error, now)
+        before = (health.until > now, health.closed_by)
+        seconds = health.fail(error, request, now)
         # Once, not for each request that was under way.
-        if seconds and before != (health.until > now, health.disabled):
-            state = "disabled" if controller.health.disabled else "cooling down"
-            reason = in_short(error).removeprefix(f"{controller.name}: ")
+        if seconds and before != (health.until > now, health.closed_by):
+            disabled = health.closed_by is Failure.DISABLED
+            state = "disabled" if disabled else "cooling down"
+            reason = error.reason.removeprefix(f"{controller.name}: ")
             self.report(f"{controller.name} {state} for {seconds:.0f} s: {reason}")
         self._set_alarm()
 
-    def began(self, controller: Controller) -> None:
+    def _remember_unknown(
+        self, controller: Controller, error: ControllerError, request: APIRequest
+    ) -> None:
+        """Do not ask a controller again soon for a model that it does not have.
+
+        Words may be quoted from the request: they count for its user alone.
+        """
+        now = asyncio.get_running_loop().time()
+        if len(self._unknown) >= 1000:  # models' names come from clients
+            self._unknown = {k: at for k, at in self._unknown.items() if at > now}
+        if len(self._unknown) < 1000:
+            user = "" if error.code in _UNKNOWN_MODEL_CODES else request.user
+            key = (controller, request.model, request.path, user)
+            self._unknown[key] = now + UNKNOWN_MODEL_TIME
+
+    def _probe(
+        self, controller: Controller, error: ControllerError, request: APIRequest
+    ) -> None:
+        """Find out with a plain request of our own whether it is the key.
+
+        A 403 may be about what was asked, or about what the key may do: whoever
+        can bring it about must not close the key for all others.
+        """
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        last = self._probes.get(controller)
+        if last is None or now - last[0] > PROBE_INTERVAL:
+            work = self._ask_for_key(controller, error, request)
+            self._probes[controller] = (now, loop.create_task(work))
+
+    async def _ask_for_key(
+        self, controller: Controller, error: ControllerError, request: APIRequest
+    ) -> None:
+        status = await controller.probe()
+        if status in (401, 402, 403) and controller in self.controllers:
+            reason = f"{controller.name}: its key was refused (status {status})"
+            self._close(
+                controller,
+                ControllerError(reason, Failure.DISABLED, upstream_status=status),
+                request,
+            )
+
+    def began(self, controller: Controller, request: APIRequest) -> None:
         """Take an answer's beginning into account: perhaps it is back."""
         health = controller.health
-        if health.reason and health.begin(asyncio.get_running_loop().time()):
-            self.report(f"{controller.name} is back")
-            self.wake()
+        if health.closed_by:
+            now = asyncio.get_running_loop().time()
+            if health.begin(request, now):
+                self.report(f"{controller.name} is back")
+                self.wake()
 
-    def succeeded(self, controller: Controller, usage: dict[str, Any]) -> None:
+    def succeeded(
+        self, controller: Controller, request: APIRequest, usage: Usage
+    ) -> None:
         """Take a complete answer into account, and its usage."""
-        self.began(controller)
+        self.began(controller, request)
         controller.count(usage)
         if controller.limit is not None:
             self.report_limit(controller, controller.limit)
@@ -5371,7 +6296,7 @@ class Pool:
         if reason and not limit.reported:
             limit.reported = True
             seconds = limit.seconds_left()
-            self.report(f"{controller.name} disabled for {seconds:.0f} s: {reason}")
+            self.report(f"{controller.name} rests for {seconds:.0f} s: {reason}")
             self._set_alarm()
 
     def call(self, request: APIRequest) -> Call:
@@ -5384,14 +6309,15 @@ class Call:
 
     status      of the answer; 0 until it has begun
     headers     of the answer, by name in lower case
-    content     the whole content, or None for a stream: then read()
+    content     the whole content, or None: then read() gives it piece by piece
+    stream      what looks at its events, or None if it is no stream of events
     controller  who answered, or was asked last
     attempts    how many were asked
     tries       of each that was asked: its name, when, and why it failed or ""
-    usage       of the answer, once it is known
-    ended       read() has given all there is of a stream
+    ended       read() has given all there is
+    usage       the tokens it took, as far as they are known
 
-    Entering raises APIError; so does read(), for a stream that breaks.
+    Entering raises APIError; so does read(), for an answer that breaks off.
     """
 
     def __init__(self, pool: Pool, request: APIRequest) -> None:
@@ -5400,19 +6326,25 @@ class Call:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.content: bytes | None = None
+        self.stream: EventStream | None = None
         self.controller: Controller | None = None
         self.attempts = 0
         self.tries: list[tuple[str, float, str]] = []
-        self.usage: dict[str, Any] = {}
         self.began_at = 0.0  # when the answer had; of a stream, its first event
-        self.stream: EventStream | None = None
         self.ended = False
+        self.usage = Usage()
+        self._slot: Controller | None = None  # to be given back
         self._answer: Answer | None = None
-        self._first = b""
+        self._first = b""  # read, and not yet given
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether an answer has begun that is neither JSON nor events."""
+        return bool(self.status and self.content is None and self.stream is None)
 
     async def __aenter__(self) -> Call:
         tried: list[Controller] = []
-        error: APIError | None = None
+        errors: list[ControllerError] = []
         while len(tried) < self.pool.limits.attempts:
             controller = await self.pool.acquire(self.request, tried)
             if controller is None:
@@ -5421,16 +6353,19 @@ class Call:
             error = await self._attempt(controller)
             if error is None:
                 return self
-        assert error is not None
+            errors.append(error)
+        if errors[0].refusal and all(error.refusal for error in errors):
+            self.status, self.headers, self.content = errors[0].refusal
+            return self
         try:
-            raise error
+            raise errors[-1]
         finally:
-            del error  # or it holds this frame, which holds it
+            del error, errors  # they hold this frame, which holds them
 
     async def _attempt(self, controller: Controller) -> ControllerError | None:
         """Ask one controller; None if its answer has begun, else why not."""
         request = self.request
-        self.controller = controller
+        self.controller = self._slot = controller
         self.attempts += 1
         asked = asyncio.get_running_loop().time()
         self.tries.append((controller.name, asked, ""))
@@ -5443,7 +6378,8 @@ class Call:
         self.pool.debug(f"attempt {self.attempts}: {controller.name}")
         try:
             self._answer = await controller.answer(request)
-            self.content = None  # of an attempt before this one
+            self.content = self.stream = None  # of an attempt before this one
+            self._first = b""
             await self._begin(controller, self._answer)
             self.status = self._answer.status  # nobody else will be asked
             self.began_at = asyncio.get_running_loop().time()
@@ -5453,14 +6389,14 @@ class Call:
             raise
         except Exception as caught:
             try:
-                error = self._explain(caught)
+                error = self._explain(controller, caught)
             finally:
                 await self._leave()
             if not isinstance(error, ControllerError):
                 raise error from None
             which = f"attempt {self.attempts} of {request.id or 'a request'}"
-            self.pool.report(f"{which} failed: {in_short(error)}")
-            self.tries[-1] = (controller.name, asked, in_short(error))
+            self.pool.report(f"{which} failed: {error.reason}")
+            self.tries[-1] = (controller.name, asked, error.reason)
             return error
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -5469,7 +6405,7 @@ class Call:
     async def _leave(self) -> None:
         """Give everything back: the answer, then the slot."""
         answer, self._answer = self._answer, None
-        controller = self.controller
+        slot, self._slot = self._slot, None
         try:
             if answer is not None:
                 try:
@@ -5478,102 +6414,137 @@ class Call:
                 finally:  # many clients leave at [DONE]: that cancels finish()
                     await answer.aclose()
         finally:
-            if controller is not None:
-                self.pool.release(controller, self.request)
+            if slot is not None:
+                self.pool.release(slot, self.request)
 
     # --- The answer
 
     async def _begin(self, controller: Controller, answer: Answer) -> None:
-        """Read an answer until it can be passed on: whole, or its first event."""
+        """Read an answer until it can be passed on: whole, or its first piece."""
         request = self.request
-        headers = answer.headers
-        status = answer.status
-        self.headers = headers
-        is_stream = headers.get("content-type", "").startswith("text/event-stream")
-        if 200 <= status < 300 and is_stream:
-            self._open_stream()
-            if request.stream or request.path not in CHAT_PATHS:
-                await self._await_event()
+        max_size = int(self.pool.limits.response_size)
+        self.headers = answer.headers
+        if answer.status >= 300:
+            self.content = self._judge(
+                controller, answer, await answer.read_all(max_size)
+            )
+        else:
+            kind = await self._kind(answer)
+            if kind is Body.EVENTS:
+                await self._begin_events(max_size)
+            elif kind is Body.JSON:
+                content = self._first + await answer.read_all(max_size)
+                self.content = self._check(answer, content)
+                if request.dialect.judged:  # it may have been labelled as anything
+                    self.headers["content-type"] = "application/json"
+                if request.stream:
+                    self._make_stream(self.content)
+            elif request.dialect.judged:
+                raise ProtocolError(502, "it sent neither JSON nor events")
             else:
-                self.content = await self._gather()
-        else:
-            content = await answer.read_all(int(self.pool.limits.response_size))
-            self.content = self._judge(status, headers, content)
+                self._first = await answer.read()
+                self.ended = not self._first
         if self.content is None:
-            self.pool.began(controller)
+            self.pool.began(controller, request)
         else:
+            self._first = b""
             self.usage = find_usage(self.content)
-            self.pool.succeeded(controller, self.usage)
-            if request.stream and status < 300 and request.path == CHAT_PATH:
-                self._make_stream(self.content)
+            self.pool.succeeded(controller, request, self.usage)
 
-    def _judge(self, status: int, headers: dict[str, str], content: bytes) -> bytes:
-        """content, if it is an answer; raise ControllerError if it is a failure."""
-        assert self.controller is not None
-        name = self.controller.name
-        if status >= 300:
-            text = content.decode("utf-8", "surrogateescape")
-            text = self.controller.redact(text)
-            content = text.encode("utf-8", "surrogateescape")
-            error = judge_error(name, status, headers, error_fields(content))
+    async def _kind(self, answer: Answer) -> Body:
+        """What an answer is: told by its first bytes where we know what to expect."""
+        if not self.request.dialect.judged:
+            return labelled_kind(answer.headers.get("content-type", ""))
+        kind = None
+        while kind is None:
+            piece = await answer.read()
+            self._first = body_start(self._first + piece)
+            kind = body_kind(self._first) if piece else Body.OTHER
+        return kind
+
+    async def _begin_events(self, max_size: int) -> None:
+        """Read up to the first event, or to the end if events were not asked for."""
+        request = self.request
+        self.stream = stream = request.dialect.open_stream(request, max_size)
+        self._first = stream.receive(self._first)
+        builder = None if request.stream else request.dialect.builder()
+        if builder is not None:
+            self.content = await self._gather(stream, builder, max_size)
+            return
+        while not stream.began and stream.error is None:
+            if stream.ended:
+                raise ProtocolError(502, "its stream was empty")
+            self._first = await self._next_block(stream)
+        if stream.error is not None and not any(
+            d for _, d in split_events(self._first)
+        ):
+            raise self._event_error(stream.error)
+
+    def _judge(self, controller: Controller, answer: Answer, content: bytes) -> bytes:
+        """content, if it refuses the request; else raise ControllerError."""
+        text = controller.redact(content.decode("utf-8", "surrogateescape"))
+        content = text.encode("utf-8", "surrogateescape")
+        said = find_error(read_json(body_start(content)))
+        if said is None and answer.status == 404:
+            where = controller.location(self.request)
+            self.pool.report(f"{controller.name}: there is nothing at {where} (404)")
+        error = judge_refusal(
+            controller.name,
+            answer.status,
+            answer.headers,
+            said or ErrorObject(),
+            self.request.model,
+        )
+        if error is None:
+            return content
+        if 400 <= answer.status < 500 and answer.status != 401:
+            if error.failure in (Failure.KEY_DOUBTED, Failure.UNKNOWN_MODEL):
+                error.refusal = (answer.status, answer.headers, content)
+        raise error
+
+    def _check(self, answer: Answer, content: bytes) -> bytes:
+        """content, if it is an answer; ControllerError if it tells of a failure."""
+        dialect = self.request.dialect
+        if not dialect.judged:
+            if not answer.delimited and read_json(content) is None:
+                raise ProtocolError(502, "its answer is not whole")
+            return content
+        check_json(content, answer.delimited)
+        if content.find(dialect.answer_key) < 0:  # "in" takes 0.2 us more
+            error = find_error(read_json(content))
             if error is not None:
-                raise error
-        elif self.request.path in CHAT_PATHS:
-            start = content[:64].lstrip()
-            if not start.startswith(b"{"):
-                raise ProtocolError(502, "its answer is not a JSON object")
-            answers = content.find(b'"choices"') >= 0  # "in" takes 0.2 us more
-            fields = {} if answers else error_fields(content)
-            if fields:
-                raise self._event_error(fields)
+                raise self._event_error(error)
         return content
 
-    def _event_error(self, error: dict[str, Any]) -> ControllerError:
+    def _event_error(self, error: ErrorObject) -> ControllerError:
         """The error object in an answer that began with 200."""
         assert self.controller is not None
-        name = self.controller.name
-        return judge_error(name, 500, {}, error) or ControllerError(name)
-
-    def _open_stream(self) -> None:
-        size = int(self.pool.limits.event_size)
-        if self.request.path in (*COMPLETION_PATHS, ASK_PATH):
-            self.stream = CompletionStream(not self.request.wants_usage, size)
-        else:
-            self.stream = EventStream(size)
+        name, model = self.controller.name, self.request.model
+        return judge_refusal(name, 500, {}, error, model) or ControllerError(name)
 
     async def _next_block(self, stream: EventStream) -> bytes:
         assert self._answer is not None
         piece = await self._answer.read()
         return stream.receive(piece) if piece else stream.end()
 
-    async def _await_event(self) -> None:
-        """Read up to the first event: until then another may take over."""
-        assert self.stream is not None
-        while not self.stream.began:
-            if self.stream.ended:
-                raise ProtocolError(502, "its stream was empty")
-            self._first = await self._next_block(self.stream)
-        if self.stream.error is not None:
-            raise self._event_error(self.stream.error)
-
-    async def _gather(self) -> bytes:
+    async def _gather(
+        self, stream: EventStream, builder: CompletionBuilder, max_size: int
+    ) -> bytes:
         """A stream that nobody asked for, put together to one answer."""
-        assert self.stream is not None
-        stream, self.stream = self.stream, None
-        builder = CompletionBuilder()
-        size = 0
-        while not stream.ended:
-            block = await self._next_block(stream)
+        block, size = self._first, 0
+        while True:
             size += len(block)
-            if size > self.pool.limits.response_size:
+            if size > max_size:
                 raise ProtocolError(502, "its answer is too large")
             self._build(builder, block)
+            if stream.ended:
+                break
+            block = await self._next_block(stream)
         if stream.error is not None:
             raise self._event_error(stream.error)
+        self.stream = None
         self.headers = {"content-type": "application/json"}
-        result = builder.result()
-        result["usage"] = stream.usage or result["usage"]
-        return encode_json(result)
+        return encode_json(builder.result())
 
     @staticmethod
     def _build(builder: CompletionBuilder, block: bytes) -> None:
@@ -5587,56 +6558,54 @@ class Call:
     def _make_stream(self, content: bytes) -> None:
         """A whole answer, as the stream that was asked for."""
         try:
-            events = completion_events(parse_object(content), self.request.wants_usage)
+            request = self.request
+            events = request.dialect.events(parse_object(content), request.wants_usage)
         except (APIError, KeyError, TypeError, AttributeError):
             raise ProtocolError(502, "its answer is no chat.completion") from None
-        self.content = None
-        self.headers = {"content-type": "text/event-stream"}
-        self.stream = EventStream()
-        self.stream.ended = True
-        self._first = events
+        if events is not None:
+            self.content = None
+            self.headers = {"content-type": "text/event-stream"}
+            self.stream = EventStream()
+            self.stream.ended = True
+            self.stream.usage = find_usage(content)
+            self._first = events
 
     async def read(self) -> bytes:
-        """The next bytes of a stream for the client; b"" at its end.
+        """The next bytes for the client; b"" at the end.
 
-        Raise ControllerError if it breaks: what was read is then all there is.
+        Raise ControllerError if it breaks off: what was read is then all there is.
         """
         block, self._first = self._first, b""
         stream = self.stream
-        assert stream is not None
+        assert self._answer is not None and self.controller is not None
         try:
-            while not block and not stream.ended:
-                block = await self._next_block(stream)
-        except Exception as caught:
-            raise self._broken_off(caught) from None
-        if stream.ended and not self.ended:
-            self.ended = True
-            if stream.error is not None:
-                self._broken_off(self._event_error(stream.error))
+            if stream is None:
+                block = block or await self._answer.read()
             else:
-                assert self.controller is not None
-                self.usage = stream.usage
-                self.pool.succeeded(self.controller, stream.usage)
+                while not block and not stream.ended:
+                    block = await self._next_block(stream)
+                if stream.error is not None and not block:
+                    raise self._event_error(stream.error)
+        except Exception as caught:
+            error = self._explain(self.controller, caught)
+            self.pool.report(f"a stream broke off: {error.reason}")
+            raise error from None
+        whole = not block if stream is None else stream.ended and stream.error is None
+        if whole and not self.ended:
+            self.ended = True
+            self.usage = Usage() if stream is None else stream.usage
+            self.pool.succeeded(self.controller, self.request, self.usage)
         return block
 
-    def _broken_off(self, caught: Exception) -> APIError:
-        """A stream's failure explained, and told: its access line says 200."""
-        error = self._explain(caught)
-        self.pool.report(f"a stream broke off: {in_short(error)}")
-        return error
-
-    def _explain(self, caught: Exception) -> APIError:
-        """What went wrong, in words for the client; the controller's health with it."""
-        assert self.controller is not None
-        name = self.controller.name
-        # What a function raises may say anything: only its log is told.
-        own = isinstance(self.controller, FunctionController)
+    def _explain(self, controller: Controller, caught: Exception) -> APIError:
+        """What went wrong, in words for the client; the controller's state with it."""
+        name = controller.name
         if isinstance(caught, ControllerError):
             error = caught
-            error.message = self.controller.redact(error.message)
+            error.message = controller.redact(error.message)
         elif isinstance(caught, APIError):
             return caught
-        elif own:
+        elif controller.own_code:  # it may say anything: only its log is told
             logger.warning("%s failed: %s", name, caught, exc_info=caught)
             error = ControllerError(f"{name} failed; the log tells why", Failure.NONE)
         # asyncio's TimeoutError is an OSError from 3.11 on: it comes first.
@@ -5652,10 +6621,7 @@ class Call:
         else:
             logger.warning("%s failed", name, exc_info=caught)
             error = ControllerError(f"{name} failed; the log tells why", Failure.NONE)
-        if error.failure is not Failure.NONE:
-            self.pool.failed(self.controller, error)
-        else:
-            self.controller.failures += 1
+        self.pool.failed(controller, error, self.request)
         # It leads to frames that hold the request's content, and lead back to it.
         caught.with_traceback(None)  # a frozen dataclass lets nobody assign it
         return error
@@ -5667,19 +6633,6 @@ class Call:
 #
 # What the server tells of itself, for people and for what watches it.  Nothing of a
 # request's content is kept here.
-
-
-def token_counts(usage: dict[str, Any]) -> dict[str, int]:
-    """The tokens of an answer's usage object."""
-
-    def count(*keys: str) -> int:
-        return next((n for n in map(usage.get, keys) if isinstance(n, int)), 0)
-
-    return {
-        "input": count("prompt_tokens", "input_tokens"),
-        "cached_input": 0,
-        "output": count("completion_tokens", "output_tokens"),
-    }
 
 
 class Journal:
@@ -6844,16 +7797,11 @@ def is_loopback(address: str) -> bool:
     return (mapped or ip).is_loopback
 
 
-def form_field(content: bytes, content_type: str, name: str) -> str | None:
-    """A text field of multipart/form-data (RFC 7578), such as "model"."""
-    match = re.search(r'boundary="?([^";,]{1,70})"?', content_type)
-    if match is None:
-        return None
-    for part in content.split(b"--" + match[1].encode("latin-1"), 100)[:100]:
-        head, separator, value = part.partition(b"\r\n\r\n")
-        if separator and b'name="%b"' % name.encode() in head[:1024]:
-            return value[:-2].decode("utf-8", "replace") if len(value) < 1024 else None
-    return None
+def refusal_error(status: int, content: bytes) -> APIError:
+    """The error in an answer that refuses a request, to be told in another shape."""
+    said = find_error(read_json(content)) or ErrorObject()
+    message = said.message or f"status {status}"
+    return APIError(status, message, type=said.type, param=said.param, code=said.code)
 
 
 class RequestHandler:
@@ -7042,7 +7990,7 @@ class RequestHandler:
             self._end_request()
             if self.websocket is None:  # a websocket's line came with its 101
                 self.log_request()
-            if request.method == "POST" and self.path.startswith(("/v1/", ASK_PATH)):
+            if request.method == "POST" and self.path.startswith(("/v1/", "/api/ask")):
                 now = self.loop.time()
                 self.service.journal.add(self.record(now, ended=True), now)
             self.call = None  # or its content stays as long as the connection
@@ -7135,7 +8083,7 @@ class RequestHandler:
         call, user = self.call, self.user
         tries = [] if call is None else call.tries
         began_at = 0.0 if call is None else call.began_at
-        usage = {} if call is None else call.usage
+        usage = Usage() if call is None else call.usage
         controller = "" if call is None or not call.status else tries[-1][0]
         return {
             "request_id": self.request_id,
@@ -7159,7 +8107,7 @@ class RequestHandler:
             "failed": ended and (self.status >= 400 or bool(self.error[1])),
             "code": self.error[0],
             "error": self.error[1],
-            **token_counts(usage),
+            **usage._asdict(),
             "address": self.connection.peer,
             "client": self.request.headers.get("user-agent", "")[:80],
         }
@@ -7323,7 +8271,7 @@ class RequestHandler:
 
     def _error_content(self, error: APIError) -> bytes:
         if self.path.startswith("/v1"):
-            return encode_json({"error": error_object(error)})
+            return dialect_of(self.path).error_content(error)
         return encode_json({"error": error.message})
 
     def send_error(self, error: APIError) -> None:
@@ -7361,16 +8309,20 @@ class RequestHandler:
         if not self.head_sent:
             self.send_error(error)
             return
+        # Behind its last event the connection ends before the last chunk: whoever
+        # does not know the event sees at least that.
         self.close_connection = True
-        if self.path in COMPLETION_PATHS:
-            self._write_stream(sse_event(self._error_content(error)), last=True)
-        else:  # other dialects, and websockets: cut before the last chunk
-            self.connection.abort()
+        call = self.call
+        if call is not None and not call.is_raw:
+            last = call.request.dialect.late_error(error, call.stream)
+            if last and not self.connection.closing:
+                self._write_stream(last)
+        self.connection.close()
 
     def _error_in_short(self, error: APIError) -> str:
         """An error for the administrator: our own words, not those of an answer."""
         own = self.call is None or not self.call.tries
-        return in_short(error) if own or isinstance(error, ControllerError) else ""
+        return error.message[:200] if own else error.reason
 
     # --- Controllers' answers
 
@@ -7440,6 +8392,9 @@ class RequestHandler:
         self.connection.write(data)
 
     def _stream_head(self, chunked: bool) -> bytes:
+        call = self.call
+        if call is not None and call.is_raw:
+            return self._raw_head(call, chunked)
         fields = [
             ("Content-Type", "text/event-stream; charset=utf-8"),
             ("Cache-Control", "no-cache"),
@@ -7458,13 +8413,19 @@ class RequestHandler:
             fields += relayed.items()
         return self._head(status, fields)
 
+    def _raw_head(self, call: Call, chunked: bool) -> bytes:
+        """The head of an answer that is neither JSON nor events: it keeps its own."""
+        fields = [*self._relayed_fields(call).items()]
+        if chunked:
+            fields.append(("Transfer-Encoding", "chunked"))
+        else:
+            self.close_connection = True
+        return self._head(call.status, fields)
+
     async def _relay_stream(self, call: Call) -> None:
         connection = self.connection
-        assert call.stream is not None
         while not call.ended:
             block = await call.read()
-            if call.stream.error is not None:
-                self.close_connection = True
             self._write_stream(block, last=call.ended)
             if not connection.writable:
                 await connection.drain()
@@ -7480,6 +8441,8 @@ class RequestHandler:
         """Send a call's whole answer, if it was no stream."""
         if call.content is None:
             return
+        if self.head_sent and call.status >= 300:
+            raise refusal_error(call.status, call.content)
         if self.head_sent:  # a heartbeat went out: the status is fixed
             self.close_connection = True
             event = call.content.replace(b"\n", b" ").replace(b"\r", b"")
@@ -7502,13 +8465,12 @@ class RequestHandler:
         content = await self.read_content(self.limits.content_size)
         content_type = self.request.headers.get("content-type", "")
         query = self.request.query
-        if content_type.startswith("multipart/form-data"):
-            request = APIRequest(self.path, content, query=query)
-            request.model = form_field(content, content_type, "model")
+        if content_type.lower().startswith("multipart/form-data"):
+            request = form_request(self.path, content, content_type, query)
         else:
             body = await self._parse(parse_object, content)
             request = APIRequest(self.path, content, query=query, body=body)
-        if request.model is None:
+        if request.model is None and self.service.pool.needs_model(request):
             raise APIError(400, "'model' is missing.", param="model")
         await self._do_request(request)
 
@@ -7524,7 +8486,7 @@ class RequestHandler:
             self.request.headers, _PRIVATE_REQUEST_FIELDS, _PRIVATE_REQUEST_PREFIXES
         )
         request.headers.setdefault("content-type", "application/json")
-        if request.body is not None:  # curl -d says it is a form
+        if request.is_json:  # curl -d says it is a form
             request.headers["content-type"] = "application/json"
         self._send_call(await self.relay(request))
 
@@ -7536,8 +8498,7 @@ class RequestHandler:
     async def _models(self) -> list[dict[str, Any]]:
         names: dict[str, str] = {}
         for controller in self.service.pool.controllers:
-            listed = getattr(controller, "listed", None)
-            for name in controller.models or listed or ():
+            for name in controller.known_models():
                 names.setdefault(name, controller.type)
         return [
             {"id": name, "object": "model", "created": 0, "owned_by": owner}
@@ -7571,13 +8532,11 @@ class RequestHandler:
                 "conversation_id and parent_id come together: the conversation_id"
                 " and the response_id of the answer to continue from.",
             )
-        request, conversation = self._ask_request(user, question, *ids)
-        request.model = self._optional(body, "model") or None
+        model = self._optional(body, "model")
+        request, conversation = self._ask_request(user, question, model, *ids)
         call = await self.relay(request)
         if call.status >= 300:
-            error = error_fields(call.content or b"")
-            text = str(error.get("message") or f"status {call.status}")
-            raise APIError(call.status, text)
+            raise refusal_error(call.status, call.content or b"")
         answer = parse_envelope(call.content or b"")
         self.send_json(
             self._ask_answer(user, question, ids, conversation, call, answer)
@@ -7593,7 +8552,12 @@ class RequestHandler:
         return value
 
     def _ask_request(
-        self, user: User, question: str, conversation_id: str, parent_id: str
+        self,
+        user: User,
+        question: str,
+        model: str,
+        conversation_id: str,
+        parent_id: str,
     ) -> tuple[APIRequest, Conversation | None]:
         """The request for the pool, and the conversation it goes on with."""
         messages: list[dict[str, str]] | None = []
@@ -7608,9 +8572,17 @@ class RequestHandler:
             if messages is None:
                 raise APIError(404, "Conversation doesn't exist: no such parent_id")
         turn = {"role": "user", "content": question}
-        request = APIRequest(ASK_PATH, body={"messages": [*(messages or ()), turn]})
-        request.ask = (question, conversation_id, parent_id)
-        request.headers = {"content-type": "application/json"}
+        chat = {
+            "messages": [*(messages or ()), turn],
+            **({"model": model} if model else {}),
+        }
+        request = APIRequest(
+            CHAT_PATH,
+            encode_json(chat),
+            body=chat,
+            headers={"content-type": "application/json"},
+            ask=(question, conversation_id, parent_id),
+        )
         if conversation is not None:
             request.agent_id = conversation.agent_id
         return request, conversation
@@ -8233,8 +9205,7 @@ class Server:
                 await asyncio.wait(set(self._tasks), timeout=1)
         for connection in list(self._handlers):
             connection.abort()
-        for controller in service.pool.controllers:
-            controller.close()
+        service.pool.close()
         await service.users.aclose()
         await asyncio.sleep(0)  # transports say goodbye in the next turn
         self.url = ""
@@ -8294,9 +9265,7 @@ class Server:
     async def _list_models(self) -> None:
         """Ask the upstreams for their models, now and each minute."""
         while True:
-            for controller in list(self.service.pool.controllers):
-                if isinstance(controller, OpenAIController) and not controller.models:
-                    await controller.refresh_models()
+            await self.service.pool.refresh_models()
             await asyncio.sleep(60)
 
     # --- Connections
@@ -8704,7 +9673,7 @@ class Agent:
             try:
                 outcome = await answer(id, data)
             except APIError as error:
-                outcome = f"failed: {in_short(error)}"
+                outcome = f"failed: {error.reason}"
                 await self._send(id, "error", error.message[:4096])
             except ConnectionError:
                 raise
@@ -8728,17 +9697,25 @@ class Agent:
                 if call.content is not None:
                     await self._send_whole(id, call.status, call.headers, call.content)
                 else:
-                    head = {"status": call.status, "content_type": "text/event-stream"}
-                    await self._send(id, "ApiResponse", _to_ascii(head))
-                    while not call.ended:
-                        await self._send_data(id, await call.read())
-                    await self._send(id, "ApiEnd")
+                    await self._send_pieces(id, call)
                 return f"{request.path} {request.model} {call.status}"
         except APIError as error:
             if begun:
                 raise
             await self._send_refusal(id, error)
-            return f"refused ({error.status}): {in_short(error)}"
+            return f"refused ({error.status}): {error.reason}"
+
+    async def _send_pieces(self, id: str, call: Call) -> None:
+        """Send an answer as it comes: events as text, anything else as base64."""
+        head = {"status": call.status, "content_type": "text/event-stream"}
+        if call.is_raw:
+            head["content_type"] = call.headers.get("content-type", "")
+            head["encoding"] = "base64"
+        await self._send(id, "ApiResponse", _to_ascii(head))
+        while not call.ended:
+            piece = await call.read()
+            await self._send_data(id, base64.b64encode(piece) if call.is_raw else piece)
+        await self._send(id, "ApiEnd")
 
     def _read_request(self, data: str) -> APIRequest:
         """The request in an ApiRequest; APIError(400) for what is not served."""
@@ -8755,20 +9732,19 @@ class Agent:
             and isinstance(value, str)
             and name not in _PRIVATE_REQUEST_FIELDS
         }
-        is_json = isinstance(body, dict)
         try:
-            content = encode_json(body) if is_json else base64.b64decode(str(body))
+            if isinstance(body, dict):
+                headers["content-type"] = "application/json"
+                content = encode_json(body)
+                request = APIRequest(path, content, query=query, body=body)
+            else:
+                content = base64.b64decode(str(body))
+                kind = headers.get("content-type", "")
+                request = form_request(path, content, kind, query)
         except (ValueError, RecursionError):
             raise APIError(400, "The agent could not read the call.") from None
-        request = APIRequest(
-            path, content, query=query, body=body if is_json else None, headers=headers
-        )
-        kind = headers.get("content-type", "")
-        if is_json:
-            headers["content-type"] = "application/json"
-        else:
-            request.model = form_field(content, kind, "model")
-        if request.model is None:
+        request.headers = headers
+        if request.model is None and self.pool.needs_model(request):
             raise APIError(400, "'model' is missing.", param="model")
         now = asyncio.get_running_loop().time()
         request.deadline = now + self.limits.request_timeout
@@ -8830,8 +9806,7 @@ class Agent:
         try:
             text = content_text(answer["choices"][0]["message"]["content"])
         except (LookupError, TypeError):
-            reason = error_fields(call.content or b"").get("message")
-            raise APIError(500, str(reason or "its answer is no chat")) from None
+            raise refusal_error(500, call.content or b"") from None
         response_id = str(uuid.uuid4())
         conversation = kept.keep("", conversation_id, None)
         kept.add(conversation, response_id, parent_id, question, text)
@@ -8847,8 +9822,8 @@ def command_model(
 
     Its input is the last user message (whole: the request's JSON); its output is
     the answer, as it comes.  If its status is not 0, the end of what it says on
-    standard error is the error.  It is killed, with what it has started, when
-    nobody waits for it any more.
+    standard error is logged.  It is killed, with what it has started, when nobody
+    waits for it any more.
     """
     import tempfile  # 5 ms, for those who serve a program
 
@@ -8885,8 +9860,8 @@ def command_model(
             if status:
                 errors.seek(max(0, errors.seek(0, os.SEEK_END) - 2048))
                 said = errors.read().decode("utf-8", "replace").strip()
-                name = os.path.basename(arguments[0])
-                reason = f"{name} ended with status {status}" + (said and f": {said}")
+                reason = f"{os.path.basename(arguments[0])} ended with status {status}"
+                logger.warning("%s: %s", reason, said or "no word on standard error")
                 raise ControllerError(reason, Failure.NONE, code="agent_error")
 
     return answer

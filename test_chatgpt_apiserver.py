@@ -140,10 +140,14 @@ def constant(monkeypatch):
 
 
 class Reply:
-    """An answer as it came: status, headers (a dict, lower case), content."""
+    """An answer as it came: status, headers (a dict, lower case), content.
 
-    def __init__(self, status, headers, content):
+    whole is false for one that ended before its last chunk.
+    """
+
+    def __init__(self, status, headers, content, whole=True):
         self.status, self.headers, self.content = status, headers, content
+        self.whole = whole
 
     def json(self):
         return json.loads(self.content)
@@ -180,13 +184,18 @@ class Client:
         return int(lines[0].split()[1]), headers
 
     async def read_chunk(self):
-        """The next chunk of a chunked answer; b"" for the last."""
-        size = int(await self.reader.readuntil(b"\r\n"), 16)
+        """The next chunk; b"" for the last, None if the connection ends before it."""
+        try:
+            size = int(await self.reader.readuntil(b"\r\n"), 16)
+        except asyncio.IncompleteReadError as error:
+            assert not error.partial
+            return None
         return (await self.reader.readexactly(size + 2))[:-2]
 
     async def read_reply(self, method="GET"):
-        """The next answer, whole."""
+        """The next answer."""
         status, headers = await self.read_head()
+        whole = True
         if method == "HEAD" or status in (101, 204, 304):
             content = b""
         elif "content-length" in headers:
@@ -196,11 +205,12 @@ class Client:
             while True:
                 chunk = await self.read_chunk()
                 if not chunk:
+                    whole = chunk is not None
                     break
                 content += chunk
         else:
             content = await self.reader.read()
-        return Reply(status, headers, content)
+        return Reply(status, headers, content, whole)
 
     async def request(self, method, path, body=None, key=KEY, headers=()):
         """One request and its answer; body is bytes, or goes as JSON."""
@@ -2725,9 +2735,8 @@ def test_a_chat_as_one_text(messages, text):
 
 
 def test_usage_is_estimated_at_a_token_for_four_bytes():
-    usage = apiserver.estimate_usage("12345", "ä" * 4)
-    assert usage == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
-    assert apiserver.estimate_usage("", "\ud800")["total_tokens"] == 1
+    texts = {"": 0, "1234": 1, "12345": 2, "ä" * 4: 2, "\ud800": 1}
+    assert {text: apiserver.estimate_tokens(text) for text in texts} == texts
 
 
 # --- Answers made here
@@ -2746,7 +2755,7 @@ def api_chunks(data):
 
 
 def test_a_completion_has_all_that_clients_look_for():
-    usage = apiserver.estimate_usage("a", "b")
+    usage = apiserver.usage_object(apiserver.Usage(1, 0, 1))
     whole = apiserver.chat_completion("m", {"content": "Hi"}, usage)
     assert list(whole) == ["id", "object", "created", "model", "choices", "usage"]
     assert re.fullmatch("chatcmpl-[0-9a-f]{24}", whole["id"])
@@ -2767,7 +2776,7 @@ def test_a_completion_has_all_that_clients_look_for():
 
 API_COMPLETIONS = [
     apiserver.chat_completion("m", {"content": "Hi ä\n\n😀"}),
-    apiserver.chat_completion("m", {"content": ""}, apiserver.estimate_usage("a", "b")),
+    apiserver.chat_completion("m", {"content": ""}, {"prompt_tokens": 1}),
     apiserver.chat_completion("m", {"refusal": "No."}),
     apiserver.chat_completion("m", {"content": "a", "reasoning_content": "hm"}),
     apiserver.chat_completion(
@@ -2877,35 +2886,39 @@ def test_error_object_has_all_four_fields():
 @pytest.mark.parametrize(
     "content, usage",
     [
-        (b"", {}),
-        (b'{"usage": null}', {}),
-        (b'{"usage": {"prompt_tokens": "3"}}', {}),
-        (b'{"prompt_tokens": 3}', {}),
-        (
-            json.dumps(completion()).encode(),
-            {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
-        ),
+        (b"", ()),
+        (b'{"usage": {"prompt_tokens": "3"}}', ()),
+        (b'{"prompt_tokens": 3}', ()),
+        (json.dumps(completion()).encode(), (3, 0, 4)),
         (
             b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}',
-            {"input_tokens": 5, "output_tokens": 6},
+            (5, 0, 6),
+        ),
+        (json.dumps({"text": '"usage": {"total_tokens": 9}'}).encode(), ()),
+        (b'{"usage":{"total_tokens":1},"x":{"usage":{"total_tokens":2}}}', (2,)),
+        (b'{"usage":{"total_tokens":2,"more":{"total_tokens":3}}}', (2,)),
+        (b'{"usage":{"total_tokens":' + b"9" * 4000 + b"}}", ()),
+        (b'{"usage": null}', ()),
+        (b'{"usage":{"prompt_tokens":-1,"completion_tokens":"2"}}', ()),
+        (
+            b'{"usage":{"prompt_tokens":9,"completion_tokens":1,'
+            b'"prompt_tokens_details":{"cached_tokens":8}}}',
+            (9, 8, 1),
         ),
         (
-            json.dumps({"text": '"usage": {"total_tokens": 9}'}).encode(),
-            {},
+            b'{"usage":{"input_tokens":9,"output_tokens":1,'
+            b'"input_tokens_details":{"cached_tokens":8}}}',
+            (9, 8, 1),
         ),
         (
-            b'{"usage":{"total_tokens":1},"x":{"usage":{"total_tokens":2}}}',
-            {"total_tokens": 2},
+            b'{"usage":{"input_tokens":1,"output_tokens":4,'
+            b'"cache_read_input_tokens":10,"cache_creation_input_tokens":5}}',
+            (16, 10, 4),
         ),
-        (
-            b'{"usage":{"total_tokens":2,"more":{"total_tokens":3}}}',
-            {"total_tokens": 2},
-        ),
-        (b'{"usage":{"total_tokens":' + b"9" * 5000, {"total_tokens": 10**15 - 1}),
     ],
 )
 def test_usage_is_found_in_an_answers_bytes(content, usage):
-    assert apiserver.find_usage(content) == usage
+    assert apiserver.find_usage(content) == apiserver.Usage(*usage)
 
 
 # --- Server-sent events
@@ -3115,9 +3128,9 @@ def test_F26_half_an_event_at_the_end_is_no_event():
 @pytest.mark.parametrize(
     "error, expected",
     [
-        ({"message": "No", "code": "x"}, {"message": "No", "code": "x"}),
-        ("Overloaded", {"message": "Overloaded"}),
-        (5, {"message": "5"}),
+        ({"message": "No", "code": "x"}, ("No", "x")),
+        ("Overloaded", ("Overloaded", None)),
+        (5, ("5", None)),
     ],
 )
 @pytest.mark.parametrize("before", [b"", chunk("Hi")], ids=["first", "later"])
@@ -3125,8 +3138,8 @@ def test_F40_an_error_event_ends_the_stream(before, error, expected):
     event = b"event: error\ndata: " + json.dumps({"error": error}).encode() + b"\n\n"
     data = before + event + chunk("late", "stop") + DONE
     for stream, out in api_every_cut(apiserver.CompletionStream, data):
-        assert out == before + event
-        assert stream.error == expected
+        assert out == before
+        assert (stream.error.message, stream.error.code) == expected
         assert stream.began and stream.ended
 
 
@@ -3143,17 +3156,17 @@ def test_usage_that_nobody_asked_for_is_counted_and_hidden():
     data = text + chunk(choices=[], usage=usage) + DONE
     for stream, out in api_every_cut(lambda: apiserver.CompletionStream(True), data):
         assert out == text + DONE
-        assert stream.usage == usage
+        assert stream.usage == apiserver.Usage(3)
     for stream, out in api_every_cut(apiserver.CompletionStream, data):
         assert out == data
-        assert stream.usage == usage
+        assert stream.usage == apiserver.Usage(3)
 
 
 def test_usage_beside_a_choice_is_relayed():
     data = chunk("Hi", "stop", usage={"total_tokens": 7}) + DONE
     stream = apiserver.CompletionStream(hide_usage=True)
     assert api_feed(stream, data) == data
-    assert stream.usage == {"total_tokens": 7}
+    assert stream.usage == apiserver.Usage(7)
 
 
 @pytest.mark.parametrize(
@@ -3178,7 +3191,7 @@ def test_F39_odd_events_are_relayed_as_they_came(event):
     for pieces in ((), [1] * len(data), [len(data) // 2]):
         stream = apiserver.CompletionStream(hide_usage=True)
         assert api_feed(stream, data, pieces) == data
-        assert stream.error is None and stream.usage == {}
+        assert stream.error is None and stream.usage == apiserver.Usage()
 
 
 @pytest.mark.parametrize("end", [b"\r\n", b"\r"])
@@ -3188,7 +3201,7 @@ def test_F39_other_line_ends_change_nothing(end):
     data = plain.replace(b"\n", end)
     for stream, out in api_every_cut(lambda: apiserver.CompletionStream(True), data):
         assert api_events(out) == api_events(chunk("Hi") + chunk(None, "stop") + DONE)
-        assert stream.usage == {"total_tokens": 7}
+        assert stream.usage == apiserver.Usage(7)
 
 
 # --- Anything at all
@@ -6657,6 +6670,10 @@ async def test_random_follows_the_weights():
     assert 15 < taken.count(b) < 110 and taken.count(a) + taken.count(b) == 500
 
 
+def plain_request(number=0):
+    return apiserver.APIRequest("/v1/embeddings", b"%d" % number)
+
+
 def pool_request(user="", model="m"):
     chat = {**CHAT, "model": model}
     request = apiserver.parse_chat_request(json.dumps(chat).encode())
@@ -6726,7 +6743,7 @@ async def test_max_concurrency_is_kept_and_everybody_served(tmp_path):
 @flow
 async def test_the_queue_takes_its_limit_and_not_one_more(tmp_path):
     gate = PoolGate(max_concurrency=1)
-    limits = Limits(queue_size_per_controller=3, queue_size_min=3)
+    limits = Limits(queue_size=3)
     async with serving(tmp_path, gate.controller, limits=limits) as server:
         asking = [asyncio.ensure_future(chat(server)) for _ in range(4)]
         await until(lambda: server.service.pool.waiting == 3)
@@ -6735,38 +6752,6 @@ async def test_the_queue_takes_its_limit_and_not_one_more(tmp_path):
         assert chat_error(reply)["code"] == "queue_full"
         gate.let()
         assert {r.status for r in await asyncio.gather(*asking)} == {200}
-
-
-@pytest.mark.parametrize(
-    "controllers, limits, room",
-    [
-        (1, {}, 64),
-        (3, {}, 192),
-        (20, {}, 1024),
-        (2, {"queue_size_per_controller": 1, "queue_size_min": 5}, 5),
-        (4, {"queue_size_per_controller": 2, "queue_size_min": 0}, 8),
-        (9, {"queue_size_per_controller": 2, "queue_size_max": 7}, 7),
-    ],
-)
-@flow
-async def test_queue_sizes(controllers, limits, room):
-    """L22: so many per controller that could serve, between a floor and a ceiling."""
-
-    pool = Pool(limits=Limits(**{"queue_size_min": 0, **limits} if limits else {}))
-    for number in range(controllers):
-        pool.add(pool_function(f"f{number}", max_concurrency=1))
-        await pool_acquire(pool)
-    pool.add(pool_function("other", models=["other"]))
-    tasks = [asyncio.ensure_future(pool_acquire(pool)) for _ in range(room)]
-    await asyncio.sleep(0)
-    assert pool.waiting == room
-    with pytest.raises(APIError) as caught:
-        await pool_acquire(pool)
-    assert caught.value.code == "queue_full" and pool.waiting == room
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    assert pool.waiting == 0
 
 
 @flow
@@ -6789,7 +6774,7 @@ async def test_one_user_who_floods_does_not_keep_another_waiting(tmp_path):
     """F73: the other's request waits at most one service time."""
 
     gate = PoolGate(max_concurrency=1)
-    limits = Limits(queue_size_per_controller=8, queue_size_min=8)
+    limits = Limits(queue_size=8)
     async with serving(tmp_path, gate.controller, limits=limits) as server:
         flooder, other = await add_user(server), await add_user(server)
         pool = server.service.pool
@@ -6839,7 +6824,7 @@ async def test_a_slot_given_to_who_leaves_that_moment_is_not_lost():
     pool_release(pool, a)  # to leaver, who has not run yet
     leaver.cancel()
     assert await asyncio.wait_for(patient, 2) is a and a.in_flight == 1
-    assert leaver.cancelled() and pool.waiting == 0 and not pool._wishes
+    assert leaver.cancelled() and pool.waiting == 0 and not pool._kinds
     late = asyncio.ensure_future(pool_acquire(pool))
     await until(lambda: pool.waiting == 1)
     late.cancel()
@@ -6864,7 +6849,7 @@ async def test_who_waits_for_one_model_does_not_keep_another_waiting():
     for one in waiting[:2]:
         pool_release(pool, a)
         assert await asyncio.wait_for(one, 2) is a
-    assert not pool.waiting and not pool._wishes
+    assert not pool.waiting and not pool._kinds
 
 
 @pytest.mark.parametrize("why", ["cooling", "limit", "both", "enabled"])
@@ -6887,7 +6872,7 @@ async def test_who_waits_is_woken_when_a_controller_opens_again(why, monkeypatch
         error = apiserver.ControllerError(
             "closed", apiserver.Failure.RATE_LIMITED, retry_after=2
         )
-        pool.failed(closed, error)
+        pool.failed(closed, error, pool_request())
     if why != "cooling":
         closed.limit.count(requests=1)
     closed.switched_off = why == "enabled"
@@ -6914,12 +6899,12 @@ async def test_nothing_is_left_of_a_queue_that_is_empty_again():
     error = apiserver.ControllerError(
         "closed", apiserver.Failure.RATE_LIMITED, retry_after=60
     )
-    pool.failed(closed, error)
+    pool.failed(closed, error, pool_request())
     leaver = asyncio.ensure_future(pool_acquire(pool))
     await until(lambda: pool._alarm)
     leaver.cancel()
     await asyncio.wait([leaver])
-    assert not pool.waiting and not pool._wishes and pool._alarm is None
+    assert not pool.waiting and not pool._kinds and pool._alarm is None
 
 
 @flow
@@ -7040,7 +7025,7 @@ BAD_UPSTREAMS = {
     "quota": (error_reply(429, code="insufficient_quota"), 500),
     "quota-400": (error_reply(400, code="billing_hard_limit_reached"), 500),
     "unauthorized": (error_reply(401, "bad key UPSTREAMSECRET"), 500),
-    "forbidden": (error_reply(403, "key UPSTR***CRET is no good"), 500),
+    "forbidden": (error_reply(403, "key UPSTR***CRET is no good"), 403),
     "error-in-200": (http_reply({"error": {"message": "no GPU"}}), 500),
     "empty-stream": (STREAM_HEAD + b"0\r\n\r\n", 500),
     "sse-error-first": (SSE_ERROR, 500),
@@ -7203,7 +7188,7 @@ async def test_a_break_after_the_first_event_is_told_and_not_taken_over(
                 assert b"Hal" in await client.read_chunk()
                 arrived.set()
                 assert (await client.read_chunk()).startswith(b'data: {"error": {')
-                assert await client.reader.read() == b"0\r\n\r\n"
+                assert await client.read_chunk() is None
             assert first.failures == 1 and first.in_flight == 0
 
 
@@ -7265,8 +7250,8 @@ def test_the_later_deadline_wins():
         "a", apiserver.Failure.RATE_LIMITED, retry_after=90
     )
     soon = apiserver.ControllerError("b", apiserver.Failure.RATE_LIMITED, retry_after=2)
-    health.fail(late, 1000.0)
-    health.fail(soon, 1001.0)
+    health.fail(late, plain_request(), 1000.0)
+    health.fail(soon, plain_request(), 1001.0)
     assert health.until == 1090.0
 
 
@@ -7274,9 +7259,9 @@ def test_5xx_cool_after_three_in_a_row_and_double():
     health = apiserver.Health()
     broken = apiserver.ControllerError("broken")
     now, closed = 1000.0, []
-    assert [health.fail(broken, now) for _ in range(2)] == [0, 0]
-    for _ in range(6):  # the third, then each one tried after its time
-        closed.append(health.fail(broken, now))
+    assert [health.fail(broken, plain_request(n), now) for n in (1, 2)] == [0, 0]
+    for number in range(3, 9):  # the third, then each one tried after its time
+        closed.append(health.fail(broken, plain_request(number), now))
         now = health.until
     assert closed == [5, 10, 20, 40, 60, 60]
 
@@ -7286,10 +7271,10 @@ def test_disabling_lasts_10_minutes_doubling_to_6_hours():
     refused = apiserver.ControllerError("quota", apiserver.Failure.DISABLED)
     now, closed = 1000.0, []
     for _ in range(8):
-        closed.append(health.fail(refused, now) / 60)
+        closed.append(health.fail(refused, plain_request(), now) / 60)
         now = health.until
     assert closed == [10, 20, 40, 80, 160, 320, 360, 360]
-    assert health.disabled
+    assert health.closed_by is apiserver.Failure.DISABLED
 
 
 @flow
@@ -7329,14 +7314,10 @@ async def test_a_controller_that_comes_back_is_tried_by_one_and_then_by_all(tmp_
     async with Upstream(behave) as upstream:
         controller = upstream.controller(limits=limits)
         async with serving(tmp_path, controller, limits=limits, log=log) as server:
-            for _ in range(3):
-                assert (await chat(server)).status == 500
-            reply = await chat(server)
-            assert reply.status == 503 and reply.headers["retry-after"] == "1"
-            assert len(chats(upstream)) == 3
+            for number in range(3):
+                assert (await chat(server, f"{number}")).status == 500
+            assert controller.closed_for(asyncio.get_running_loop().time())
             well = True
-            loop = asyncio.get_running_loop()
-            await until(lambda: controller.closed_for(loop.time()) == 0)
             replies = await asyncio.gather(*(chat(server) for _ in range(5)))
             assert {reply.status for reply in replies} == {200}
             assert alone == [True] and log.text.count("is back") == 1
@@ -7473,34 +7454,37 @@ async def test_all_cooling_is_told_at_once_with_the_soonest(
                 assert [(await chat(server)).status for _ in range(2)] == statuses
 
 
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 429, 500])
 @pytest.mark.parametrize(
-    "behave, reason",
+    "error, reason",
     [
-        (error_reply(429, "no money", code="insufficient_quota"), "no money"),
-        (error_reply(401, "Incorrect API key: UPSTR"), "key was refused"),
-        (error_reply(403, "UPSTREAMSECRET"), "key was refused"),
-        (error_reply(402, "balance is 0"), "balance is 0"),
-        (error_reply(400, "gone", code="account_deactivated"), "gone"),
+        ({"error": {"code": "insufficient_quota"}}, "insufficient_quota"),
+        ({"error": {"type": "billing_hard_limit_reached"}}, "its key was refused"),
+        ({"error": {"code": "invalid_api_key"}}, "its key was refused"),
+        ({"detail": {"code": "account_deactivated"}}, "its key was refused"),
+        ({"object": "error", "code": "billing_not_active"}, "its key was refused"),
+        (
+            [{"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}]}}],
+            "its key was refused",
+        ),
     ],
 )
 @flow
-async def test_a_used_up_controller_is_disabled_with_its_reason(
-    tmp_path, behave, reason
+async def test_a_code_of_the_key_or_the_account_disables_at_once(
+    tmp_path, status, error, reason
 ):
-    """F35."""
-
+    """F35: whatever the status; what the upstream said of it is kept nowhere."""
     log = PoolLog()
-    async with Upstream(behave) as upstream:
+    async with Upstream(http_reply(error, status)) as upstream:
         async with serving(tmp_path, upstream.controller(), log=log) as server:
             reply = await chat(server)
             assert reply.status == 500 and reason in chat_error(reply)["message"]
             line = await controller_line(server, upstream.controller().name)
             assert line["state"] == "disabled" and reason in line["reason"]
             reply = await chat(server)
-            assert reply.status == 503
+            assert reply.status == 503 and len(chats(upstream)) == 1
             assert reply.headers["x-should-retry"] == "false"
             assert "disabled for 600 s" in log.text
-            assert "UPSTR" not in log.text and "UPSTR" not in reply.content.decode()
 
 
 @flow
@@ -7527,7 +7511,7 @@ async def test_own_limits_hold_until_the_next_window(tmp_path, monkeypatch):
         statuses = [(await chat(server)).status for _ in range(3)]
         assert statuses == [200, 200, 503]
         line = await controller_line(server, "requests")
-        assert line["state"] == "disabled" and "2 requests per minute" in line["reason"]
+        assert line["state"] == "cooling" and "2 requests per minute" in line["reason"]
         clock[0] += 25  # 25 s left
         reply = await chat(server)
         assert reply.status == 503 and reply.headers["retry-after"] == "25"
@@ -7844,7 +7828,7 @@ async def test_mocks_answer_by_name_only(tmp_path):
             chat_text(await chat(server, "Say this", model="mock/echo")) == "Say this"
         )
         reply = await chat(server, model="gpt-4o")
-        assert reply.status == 503 and "agent" in chat_error(reply)["message"]
+        assert reply.status == 404 and "agent" in chat_error(reply)["message"]
         reply = await ask(server.port, "POST", "/api/ask", {"content": "Hi"})
         assert reply.status == 503
         assert reply.json()["error"].startswith("No available clients")
@@ -9332,7 +9316,7 @@ async def test_each_role_may_do_what_it_may(tmp_path):
             ("POST", "/api/ask", {"content": "x", "model": "mock/echo"}, 200, 403),
             ("GET", "/v1/models", None, 200, 403),
             ("POST", CHAT_URL, {**CHAT, "model": "mock/echo"}, 200, 403),
-            ("POST", "/v1/embeddings", {"model": "x"}, 503, 403),
+            ("POST", "/v1/embeddings", {"model": "x"}, 404, 403),
             ("GET", "/api/connections", None, 403, 403),
             ("GET", "/admin/users", None, 403, 403),
             ("POST", "/admin/users/add", {}, 403, 403),
@@ -9655,8 +9639,7 @@ async def test_ask_without_an_agent_harms_nobody(tmp_path):
 
 @flow
 async def test_ask_waits_a_moment_for_an_agent_that_has_just_left(tmp_path):
-    limits = Limits(agent_return_timeout=3, agent_return_window=30)
-    async with serving(tmp_path, limits=limits) as server:
+    async with serving(tmp_path) as server:
         async with Agent(server.port):
             await handler_agents(server, 1)
         await handler_agents(server, 0)
@@ -9753,11 +9736,11 @@ def test_kept_size_of_conversations_is_right_whatever_happens():
 
 
 @flow
-async def test_conversation_stays_with_its_agent(tmp_path):
+async def test_conversation_stays_with_its_agent(tmp_path, monkeypatch):
     """F08, F10: pinned; gone is gone; back with its id is the same agent."""
+    monkeypatch.setattr(apiserver, "AGENT_RETURN_TIMEOUT", 0.05)
 
-    limits = Limits(agent_return_timeout=0.05)
-    async with serving(tmp_path, limits=limits) as server:
+    async with serving(tmp_path) as server:
         ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
         async with Agent(server.port) as first, handler_task(first.echo()):
             await handler_agents(server, 1)
@@ -10391,8 +10374,11 @@ async def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
     how = "pass" if passes else "map"
     async with handler_chat(tmp_path, answer, upstream_errors=how) as (server, _):
         reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-        mapped = status if passes and status not in (401, 403) else 500
-        assert reply.status == mapped
+        if status == 403:  # perhaps about what was asked: it goes through
+            assert reply.status == 403
+            assert reply.json() == {"error": {**error, "message": "*** says no"}}
+            return
+        assert reply.status == (status if passes and status != 401 else 500)
         assert reply.headers["retry-after"] == "7"
         said = reply.json()["error"]
         assert list(said)[:4] == ["message", "type", "param", "code"]
@@ -10430,8 +10416,8 @@ async def test_models_nobody_has_are_404(tmp_path):
             assert reply.json()["error"]["code"] == "model_not_found"
     async with serving(tmp_path) as server:
         reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-        assert reply.status == 503
-        assert "No available clients" in reply.json()["error"]["message"]
+        assert reply.status == 404
+        assert "connect an agent" in reply.json()["error"]["message"]
 
 
 @flow
@@ -10710,14 +10696,15 @@ async def test_failure_in_mid_stream_is_one_error_frame(tmp_path, how):
 async def test_other_dialects_are_relayed_as_they_are_and_cut_where_they_break(
     tmp_path,
 ):
-    events = b"event: response.created\ndata: {}\n\n"
+    events = b'event: response.completed\ndata: {"type": "response.completed"}\n\n'
+    begun = b'event: response.created\ndata: {"type": "response.created"}\n\n'
     body = {"model": "m", "input": "x", "stream": True}
-    behave = handler_stream(events, events)
+    behave = handler_stream(begun, events)
     async with handler_chat(tmp_path, behave) as (server, _):
         reply = await ask(server.port, "POST", "/v1/responses", body)
-        assert reply.content == events * 2
+        assert reply.content == begun + events and reply.whole
     go_on = asyncio.Event()
-    inner = handler_stream(events, go_on, end=False)
+    inner = handler_stream(begun, go_on, end=False)
 
     async def broken(request, writer):
         await inner(request, writer)
@@ -10727,9 +10714,10 @@ async def test_other_dialects_are_relayed_as_they_are_and_cut_where_they_break(
         async with Client(server.port) as client:
             client.send(request_bytes("POST", "/v1/responses", body))
             await client.read_head()
-            assert await client.read_chunk() == events
+            assert await client.read_chunk() == begun
             go_on.set()
-            assert await client.reader.read() == b""  # no last chunk
+            assert (await client.read_chunk()).startswith(b"event: error\ndata: {")
+            assert await client.read_chunk() is None
 
 
 @flow
@@ -12125,11 +12113,11 @@ async def test_an_agents_token_registers_and_does_nothing_else(tmp_path):
             assert reply.status == 200
 
 
-def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path):
+def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(apiserver, "AGENT_RETURN_TIMEOUT", 0.05)
+
     async def check():
-        async with serving(
-            tmp_path, limits=Limits(agent_return_timeout=0.05)
-        ) as server:
+        async with serving(tmp_path) as server:
             go = asyncio.Event()
 
             async def wait(request):
@@ -12458,22 +12446,22 @@ async def test_a_program_answers(tmp_path, monkeypatch, script, whole, expected)
 
 
 @flow
-async def test_a_program_that_fails_tells_why(tmp_path):
+async def test_a_program_that_fails_tells_why(tmp_path, caplog):
     script = "import sys; print('Hi', flush=True); sys.exit('no model here')"
 
     command = agent_command(script)
     async with (
         serving(tmp_path) as server,
-        agent_of(server, command, verbose=True) as agent,
+        agent_of(server, command),
     ):
         reply = await ask(server.port, "POST", CHAT_API, CHAT)
         assert reply.status == 500
-        assert "status 1: no model here" in reply.json()["error"]["message"]
+        assert reply.json()["error"]["message"].endswith("ended with status 1")
         reply = await ask(server.port, "POST", CHAT_API, STREAMED)
-        assert "Hi" in reply.events()[0] and "no model here" in reply.events()[-1]
-        # Not in the log: it may say again what was asked.
-        assert agent.log.has("ended with status 1")
-        assert not agent.log.has("no model here")
+        assert "Hi" in reply.events()[0] and "status 1" in reply.events()[-1]
+        # Its words are for whoever runs it, on its own machine.
+        assert "no model here" not in str(reply.events())
+        assert "status 1: no model here" in caplog.text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
@@ -12555,7 +12543,7 @@ async def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped
 @flow
 async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
     async with Upstream() as upstream, serving(tmp_path) as server:
-        server.add(upstream.controller())
+        server.add(upstream.controller(models=["m"]))
         async with Agent(server.port, hello=agent_hello()) as agent:
             await until(lambda: server.service.agents)
             controller = server.service.agents[agent.id]
@@ -12575,7 +12563,7 @@ async def test_a_content_type_of_an_agents_cannot_break_the_answer(tmp_path):
 
     async with serving(tmp_path) as server:
         async with Agent(server.port, hello=agent_hello()) as agent:
-            path = "/v1/embeddings"
+            path = "/v1/rerank"
             asking = asyncio.ensure_future(ask(server.port, "POST", path, CHAT))
             id, _ = await agent_call(agent)
             await agent.send(id, "ApiResponse", json.dumps(head))
@@ -13398,9 +13386,9 @@ async def test_a_reason_does_not_repeat_the_controllers_name(tmp_path):
         first = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
         assert first.json()["error"]["message"] == "one: slow down"
         second = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
-        assert second.json()["error"]["message"].endswith(" one: slow down")
+        assert second.json()["error"]["message"].endswith(" one: status 429")
         assert "one: one:" not in second.json()["error"]["message"]
-        assert (await controller_line(server, "one"))["reason"] == "slow down"
+        assert (await controller_line(server, "one"))["reason"] == "status 429"
     assert re.search(r"one cooling down for 10 s: (?!one)", log.text)
 
 
@@ -13457,7 +13445,7 @@ async def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
         ]
         assert statuses == [200, 503, 503]
     (unit,) = set(limit) - {"per"}
-    said = rf"one disabled for \d+ s: its limit of {limit[unit]} {unit} per day"
+    said = rf"one rests for \d+ s: its limit of {limit[unit]} {unit} per day"
     assert len(re.findall(said, log.text)) == 1
 
 
@@ -13712,8 +13700,8 @@ async def test_clients_who_leave_at_done_leave_no_call_at_an_agent(tmp_path):
 async def test_a_hang_up_while_asked_again_without_usage_closes_both(tmp_path):
     async def behave(request, writer):
         if b"stream_options" in request.content:
-            # Not all of it: a connection that could be kept would be.
-            writer.write(http_reply({"error": {"message": "no"}}, 400)[:-1])
+            refusal = http_reply({"error": {"message": "no"}}, 400)
+            writer.write(refusal.replace(b" X\r\n", b" X\r\nConnection: close\r\n"))
         await asyncio.sleep(30)
 
     async with (
@@ -13737,14 +13725,14 @@ async def test_a_burst_of_failures_doubles_the_pause_only_once(
         if len(upstream.requests) >= 8:
             together.set()
         await together.wait()
-        writer.write(http_reply({"error": {"message": "no"}}, status))
+        error = {"message": "no", "code": "invalid_api_key" if status == 401 else None}
+        writer.write(http_reply({"error": error}, status))
 
     async with (
         Upstream(behave) as upstream,
         serving(tmp_path, upstream.controller(models=["m"])) as server,
     ):
-        asks = (ask(server.port, "POST", CHAT_URL, CHAT) for _ in range(8))
-        await asyncio.gather(*asks)
+        await asyncio.gather(*(chat(server, f"{n}") for n in range(8)))
         until_then = open_controller(server).health.until
         left = until_then - asyncio.get_running_loop().time()
         assert seconds - 4 < left <= seconds
@@ -13773,7 +13761,7 @@ async def test_a_mock_that_says_much_holds_up_nobody(tmp_path, model, stream):
 @flow
 async def test_a_name_of_a_mock_has_a_largest_size(tmp_path):
     async with serving(tmp_path) as server:
-        for size, status in ((2048, 200), (2049, 503)):
+        for size, status in ((2048, 200), (2049, 404)):
             model = "mock/echo?x=".ljust(size, "x")
             body = {**CHAT, "model": model}
             assert (await ask(server.port, "POST", CHAT_URL, body)).status == status
@@ -13796,7 +13784,7 @@ def test_a_form_of_a_million_parts_is_not_taken_apart():
 
     tracemalloc.start()
     try:
-        assert apiserver.form_field(content, "x; boundary=a", "model") is None
+        assert apiserver.find_form_field(content, "x; boundary=a", "model") is None
         assert tracemalloc.get_traced_memory()[1] < 2 * len(content)
     finally:
         tracemalloc.stop()
@@ -14022,7 +14010,6 @@ async def test_what_a_request_holds_is_freed_with_it(tmp_path, request_once):
         queue_timeout=0.1,
         ping_interval=0.1,
         cool_failures=1000,
-        agent_return_window=0,
     )
     gate = PoolGate(models=["gate"], max_concurrency=1)
     async with (
