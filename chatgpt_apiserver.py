@@ -6635,6 +6635,69 @@ class Call:
 # request's content is kept here.
 
 
+class RequestRecord(NamedTuple):
+    """What is kept of a request: where it went and how it ended, and no content.
+
+    time is its beginning on the wall clock, in Unix seconds; all others are the
+    event loop's.
+    """
+
+    request_id: str
+    time: float
+    started: float
+    ended: float | None  # None as long as it runs
+    user: str  # "" of a stranger
+    method: str
+    path: str
+    model: str
+    status: int
+    error: tuple[str, str]  # its code, and words that quote nobody
+    attempts: list[tuple[str, float, str]]  # see Call.tries
+    began_at: float  # its answer, or 0
+    usage: Usage
+    address: str
+    client: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether its client had an error of it; who left has had none."""
+        return self.ended is not None and self.status != 499 and self.error != ("", "")
+
+    @property
+    def first_byte(self) -> float | None:
+        """Seconds from its last attempt to the beginning of the answer."""
+        return self.began_at - self.attempts[-1][1] if self.began_at else None
+
+    def told(self) -> dict[str, Any]:
+        """Its line in GET /admin/status: with seconds since it began."""
+
+        def since(when: float | None) -> float | None:
+            return round(when - self.started, 3) if when else None
+
+        return {
+            "request_id": self.request_id,
+            "time": round(self.time, 3),
+            "user": self.user,
+            "method": self.method,
+            "path": self.path[:200],
+            "model": self.model[:200],
+            "controller": self.attempts[-1][0] if self.began_at else "",
+            "attempts": [
+                {"controller": name, "asked": since(asked), "reason": reason}
+                for name, asked, reason in self.attempts
+            ],
+            "first_byte": since(self.began_at),
+            "duration": since(self.ended),
+            "status": self.status if self.ended else None,
+            "failed": self.failed,
+            "code": self.error[0],
+            "error": self.error[1],
+            **self.usage._asdict(),
+            "address": self.address,
+            "client": self.client,
+        }
+
+
 class Journal:
     """The last requests, and how busy the last ten minutes were."""
 
@@ -6645,26 +6708,27 @@ class Journal:
     SLOTS = 60
 
     def __init__(self) -> None:
-        self._requests: deque[dict[str, Any]] = deque(maxlen=self.REQUESTS)
-        self._strangers: deque[dict[str, Any]] = deque(maxlen=self.STRANGERS)
+        self._requests: deque[RequestRecord] = deque(maxlen=self.REQUESTS)
+        self._strangers: deque[RequestRecord] = deque(maxlen=self.STRANGERS)
         # Number of a slot since the clock's beginning, requests, failures, tokens.
         self._slots: deque[list[int]] = deque(maxlen=self.SLOTS + 1)
 
-    def add(self, record: dict[str, Any], now: float) -> None:
-        """Keep a request that has ended, as in GET /admin/status."""
-        (self._requests if record["user"] else self._strangers).append(record)
-        number = int(now / self.SLOT)
+    def add(self, record: RequestRecord) -> None:
+        """Keep a request that has ended."""
+        assert record.ended is not None
+        (self._requests if record.user else self._strangers).append(record)
+        number = int(record.ended / self.SLOT)
         if not self._slots or self._slots[-1][0] != number:
             self._slots.append([number, 0, 0, 0])
         slot = self._slots[-1]
         slot[1] += 1
-        slot[2] += record["failed"]
-        slot[3] += record["input"] + record["output"]
+        slot[2] += record.failed
+        slot[3] += record.usage.total
 
-    def requests(self) -> list[dict[str, Any]]:
+    def requests(self) -> list[RequestRecord]:
         """Those that are kept, the latest first."""
         both = [*self._requests, *self._strangers]
-        return sorted(both, key=lambda record: record["time"], reverse=True)
+        return sorted(both, key=lambda record: record.started, reverse=True)
 
     def activity(self, now: float) -> dict[str, list[int]]:
         """Requests, failures and tokens in each slot; the one that runs is left out."""
@@ -6680,10 +6744,10 @@ class Journal:
         """By controller: the median of the seconds to an answer's first byte."""
         times: dict[str, list[float]] = {}
         for record in self._requests:
-            if record["first_byte"] is not None and record["attempts"]:
-                seconds = record["first_byte"] - record["attempts"][-1]["asked"]
-                times.setdefault(record["controller"], []).append(seconds)
-        return {name: sorted(ts)[len(ts) // 2] for name, ts in times.items()}
+            if record.first_byte is not None:
+                name = record.attempts[-1][0]
+                times.setdefault(name, []).append(record.first_byte)
+        return {name: round(sorted(ts)[len(ts) // 2], 3) for name, ts in times.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -7648,32 +7712,31 @@ class Service:
 
     def status(self, now: float) -> tuple[bytes, str]:
         """What GET /admin/status answers and its ETag: made at most once a second."""
-        if now - self._status[0] >= 1:
-            first_bytes = self.journal.first_bytes()
-            running = [handler.record(now) for handler in reversed(self.running)]
-            source = source_code()
-            content = encode_json(
-                {
-                    "version": __version__,
-                    "started": round(self.started, 3),
-                    "draining": self.draining,
-                    "in_flight": self.requests_in_flight,
-                    "waiting": self.pool.waiting,
-                    "activity": self.journal.activity(now),
-                    "agent_sha256": source and hashlib.sha256(source).hexdigest(),
-                    "controllers": [
-                        {
-                            **controller.status(now),
-                            "first_byte": first_bytes.get(controller.name),
-                        }
-                        for controller in self.pool.controllers
-                    ],
-                    "requests": [*running, *self.journal.requests()],
-                }
-            )
-            etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        made_at, content, etag = self._status
+        if now - made_at >= 1:
+            told = encode_json(self._describe(now))
+            if told != content:
+                content, etag = told, f'"{secrets.token_hex(8)}"'
             self._status = (now, content, etag)
-        return self._status[1:]
+        return content, etag
+
+    def _describe(self, now: float) -> dict[str, Any]:
+        first_bytes = self.journal.first_bytes()
+        controllers = [controller.status(now) for controller in self.pool.controllers]
+        for line in controllers:
+            line["first_byte"] = first_bytes.get(line["name"])
+        running = [handler.record().told() for handler in reversed(self.running)]
+        return {
+            "version": __version__,
+            "started": round(self.started, 3),
+            "draining": self.draining,
+            "in_flight": self.requests_in_flight,
+            "waiting": self.pool.waiting,
+            "activity": self.journal.activity(now),
+            "agent_sha256": source_digest(),
+            "controllers": controllers,
+            "requests": [*running, *(r.told() for r in self.journal.requests())],
+        }
 
     def cancel(self, request_id: str) -> bool:
         """End the running requests of an id, a client's own or ours; False for none."""
@@ -7991,8 +8054,7 @@ class RequestHandler:
             if self.websocket is None:  # a websocket's line came with its 101
                 self.log_request()
             if request.method == "POST" and self.path.startswith(("/v1/", "/api/ask")):
-                now = self.loop.time()
-                self.service.journal.add(self.record(now, ended=True), now)
+                self.service.journal.add(self.record(self.loop.time()))
             self.call = None  # or its content stays as long as the connection
         if self._content_left and self.websocket is None:
             await self._skip_content(request)
@@ -8077,40 +8139,31 @@ class RequestHandler:
             f" {sent} B {self.request_id}"
         )
 
-    def record(self, now: float, ended: bool = False) -> dict[str, Any]:
-        """What GET /admin/status tells of the request."""
+    def record(self, ended_at: float | None = None) -> RequestRecord:
+        """What the journal keeps of the request."""
         assert self.request is not None
         call, user = self.call, self.user
-        tries = [] if call is None else call.tries
-        began_at = 0.0 if call is None else call.began_at
-        usage = Usage() if call is None else call.usage
-        controller = "" if call is None or not call.status else tries[-1][0]
-        return {
-            "request_id": self.request_id,
-            "time": round(self.time, 3),
-            "user": "" if user is None else user.name or user.user_id,
-            "method": self.request.method,
-            "path": _TOKEN_IN_PATH.sub("/k/***", self.path)[:200],
-            "model": self.model[:200],
-            "controller": controller,
-            "attempts": [
-                {
-                    "controller": name,
-                    "asked": round(asked - self.started, 3),
-                    "reason": reason,
-                }
-                for name, asked, reason in tries
-            ],
-            "first_byte": round(began_at - self.started, 3) if began_at else None,
-            "duration": round(now - self.started, 3) if ended else None,
-            "status": self.status if ended else None,
-            "failed": ended and (self.status >= 400 or bool(self.error[1])),
-            "code": self.error[0],
-            "error": self.error[1],
-            **usage._asdict(),
-            "address": self.connection.peer,
-            "client": self.request.headers.get("user-agent", "")[:80],
-        }
+        attempts: list[tuple[str, float, str]] = []
+        began_at, usage = 0.0, Usage()
+        if call is not None:
+            attempts, began_at, usage = call.tries, call.began_at, call.usage
+        return RequestRecord(
+            self.request_id,
+            self.time,
+            self.started,
+            ended_at,
+            "" if user is None else user.name or user.user_id,
+            self.request.method,
+            self.path,
+            self.model,
+            self.status,
+            self.error,
+            attempts,
+            began_at,
+            usage,
+            self.connection.peer,
+            self.request.headers.get("user-agent", "")[:80],
+        )
 
     def cancel(self) -> None:
         """End the request that runs, for the administrator."""
@@ -8918,6 +8971,13 @@ def source_code() -> bytes | None:
             return file.read()
     except (NameError, OSError):
         return None
+
+
+@functools.lru_cache(maxsize=1)
+def source_digest() -> str | None:
+    """The SHA-256 of what GET /agent.py sends."""
+    source = source_code()
+    return None if source is None else hashlib.sha256(source).hexdigest()
 
 
 # -----------------------------------------------------------------------------

@@ -8164,28 +8164,29 @@ async def test_a_request_that_waits_can_be_cancelled(tmp_path):
             release.set()
 
 
-def journal_record(number, user="ada", **more):
-    counts = {"failed": False, "input": 2, "output": 3, "first_byte": None}
-    return {"time": number, "user": user, **counts, **more}
+def journal_record(ended, user="ada", status=200):
+    usage = apiserver.Usage(2, 0, 3)
+    error = ("code", "words") if status >= 400 else ("", "")
+    how = ("POST", CHAT_URL, "m", status, error, [], 0.0, usage, "127.0.0.1", "")
+    return apiserver.RequestRecord(f"id-{ended}", 0, ended, ended, user, *how)
 
 
 def test_a_stranger_pushes_no_request_out_of_the_journal():
     journal = apiserver.Journal()
-    for number in range(300):
-        journal.add(journal_record(number), number)
-    for number in range(300, 1000):
-        journal.add(journal_record(number, user=""), number)
-    kept = journal.requests()
-    assert [record["time"] for record in kept[:2]] == [999, 998]
-    assert [record["time"] for record in kept[-200:]] == [*range(299, 99, -1)]
-    assert len(kept) == 220
+    for number in range(1, 301):
+        journal.add(journal_record(number))
+    for number in range(301, 1001):
+        journal.add(journal_record(number, user=""))
+    kept = [record.started for record in journal.requests()]
+    assert kept[:2] == [1000, 999] and len(kept) == 220
+    assert kept[-200:] == [*range(300, 100, -1)]
 
 
 def test_activity_is_counted_in_slots_and_forgotten_after_ten_minutes():
     journal = apiserver.Journal()
-    journal.add(journal_record(0), 1001.0)
-    journal.add(journal_record(1, failed=True), 1009.9)
-    journal.add(journal_record(2), 1015.0)
+    journal.add(journal_record(1001.0))
+    journal.add(journal_record(1009.9, status=500))
+    journal.add(journal_record(1015.0))
     activity = journal.activity(1025.0)
     assert activity["requests"][-2:] == [2, 1] and sum(activity["requests"]) == 3
     assert activity["failures"][-2:] == [1, 0] and activity["tokens"][-2:] == [10, 5]
