@@ -653,7 +653,7 @@ def http_request(data):
 
 
 def http_parts(request):
-    return [getattr(request, name) for name in (*request.__slots__, "keep_alive")]
+    return [*request, request.keep_alive]
 
 
 def http_status(parse, data, *args):
