@@ -26,6 +26,8 @@ The file reads downward; each section uses only what stands above it:
     Users                    users.json
     Controllers              upstream, agent, function: one shape
     Pool                     balance, queue, fail over, cool down
+    Metrics                  the last requests, for the administrator
+    The page                 what a browser is shown
     Service                  keys, agents, conversations, the log
     Request handler          routes and authorization
     Server                   sockets, tasks, start and stop

@@ -8081,6 +8081,45 @@ async def test_status_tells_why_requests_failed(tmp_path):
 
 
 @flow
+async def test_status_tells_of_streams_that_broke_off_and_of_clients_that_left(
+    tmp_path,
+):
+    async def behave(request, writer):
+        writer.write(STREAM_HEAD + chunked(chunk("Hel")))
+        if b"break" in request.content:
+            writer.transport.abort()
+        await asyncio.sleep(60)
+
+    async with Upstream(behave) as upstream:
+        async with serving(tmp_path, upstream.controller()) as server:
+            headers = [("x-request-id", "broken")]
+            body = {**CHAT, "stream": True, "user": "break"}
+            await ask(server.port, "POST", CHAT_URL, body, headers=headers)
+            async with Client(server.port) as client:
+                body = {**CHAT, "stream": True}
+                headers = [("x-request-id", "left")]
+                client.send(request_bytes("POST", CHAT_URL, body, headers=headers))
+                await client.read_head()
+            await until(lambda: not server.service.running)
+            _, requests = await status_of(server)
+            broken, left = requests["broken"], requests["left"]
+            assert (broken["status"], broken["failed"]) == (200, True)
+            assert broken["error"] and broken["code"] == "upstream_error"
+            assert (left["status"], left["failed"]) == (200, False)
+
+
+@flow
+async def test_status_tells_of_the_ask_api_and_not_of_other_routes(tmp_path):
+    async with serving(tmp_path, pool_function("a", models=["a"])) as server:
+        body = {"content": "secret words", "model": "a"}
+        await ask(server.port, "POST", "/api/ask", body)
+        await ask(server.port, "GET", "/v1/models")
+        told, requests = await status_of(server)
+        assert [request["path"] for request in requests.values()] == ["/api/ask"]
+        assert "secret words" not in json.dumps(told)
+
+
+@flow
 async def test_status_is_one_snapshot_a_second_and_known_by_its_etag(tmp_path):
     async with serving(tmp_path) as server:
         first = await ask(server.port, "GET", "/admin/status")
@@ -8242,7 +8281,15 @@ def browser(tmp_path_factory):
     options += f" --remote-debugging-port=0 --user-data-dir={folder}"
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
-            [path, *options.split(), "about:blank"], stderr=log, start_new_session=True
+            [
+                path,
+                *options.split(),
+                # Plain http from another machine, where browsers offer less.
+                "--host-resolver-rules=MAP elsewhere.test 127.0.0.1",
+                "about:blank",
+            ],
+            stderr=log,
+            start_new_session=True,
         )
     try:
         end = time.monotonic() + 30
@@ -8396,7 +8443,9 @@ async def test_page_cancels_a_running_request(tmp_path, browser):
 @flow(timeout=60)
 async def test_page_adds_a_user_whose_token_works_and_deletes_it(tmp_path, browser):
     async with serving(tmp_path) as server:
-        async with Tab(browser, f"{server.url}/#users") as tab:
+        url = f"http://elsewhere.test:{server.port}/#users"
+        async with Tab(browser, url) as tab:
+            assert await tab.js("isSecureContext") is False
             await tab.sign_in()
             await tab.click("#add_user")
             await tab.fill("#account [name=name]", "ada")
