@@ -159,7 +159,6 @@ class Limits:
     requests_in_flight = 4096
     user_requests_in_flight = 0  # 0: off
     user_requests_per_minute = 0  # 0: off
-    wrong_keys_per_minute = 10  # from one address
 
     # --- Waiting for a free controller.
     queue_size = 1024
@@ -6560,7 +6559,7 @@ class Call:
                     raise self._event_error(stream.error)
         except Exception as caught:
             error = self._explain(self.controller, caught)
-            self.pool.report(f"a stream broke off: {error.reason}")
+            self.pool.report(f"{self.request.id} broke off: {error.reason}")
             raise error from None
         whole = not block if stream is None else stream.ended and stream.error is None
         if whole and not self.ended:
@@ -7615,41 +7614,17 @@ class Service:
         self._status = (-math.inf, b"", "")  # when it was made, content, ETag
         self.content_size = 0  # held for requests in flight
         self.draining = False
-        self._wrong_keys: OrderedDict[str, tuple[float, int]] = OrderedDict()
         self._load: dict[str, UserLoad] = {}
 
     # --- Who may do what
 
-    def authenticate(self, token: str, address: str) -> User | None:
-        """The user of a token, None for a wrong one.
-
-        Raise APIError(429) for a wrong token after too many of them from one
-        address; a right one still passes.
-        """
+    def authenticate(self, token: str) -> User | None:
+        """The user of a token, None for a wrong one."""
         # Both ways take the same time for all wrong tokens: one compares in
         # constant time, the other looks up a digest.
         if hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._key):
             return self.admin
-        user = self.users.find(token)
-        if user is None:
-            self._count_wrong_key(address)
-        return user
-
-    def _count_wrong_key(self, address: str) -> None:
-        now = time.monotonic()
-        since, count = self._wrong_keys.pop(address, (now, 0))
-        if now - since >= 60:
-            since, count = now, 0
-        self._wrong_keys[address] = (since, count + 1)
-        if len(self._wrong_keys) > 10_000:
-            self._wrong_keys.popitem(last=False)
-        if count >= self.limits.wrong_keys_per_minute:
-            raise APIError(
-                429,
-                "Too many wrong keys from this address; try again in a minute.",
-                code="too_many_wrong_keys",
-                retry_after=60 - (now - since),
-            )
+        return self.users.find(token)
 
     def begin_request(self, user: User) -> None:
         """Count a request of a user in; end_request() it.  Raise APIError: 429, 503."""
@@ -7667,10 +7642,12 @@ class Service:
         load = self._load.get(user.user_id)
         if load is not None and load.in_flight:  # 0: begun while that had no limit
             load.in_flight -= 1
+            if not load.in_flight and not self.limits.user_requests_per_minute:
+                del self._load[user.user_id]
 
     def hold(self, size: int) -> None:
         """Take memory for a request's content; release() it.  APIError(503)."""
-        if self.content_size + size > self.limits.total_content_size:
+        if size > 0 and self.content_size + size > self.limits.total_content_size:
             raise APIError(
                 503, "Too much content is on its way in; try again.", retry_after=1
             )
@@ -7713,8 +7690,9 @@ class Service:
     def cancel(self, request_id: str) -> bool:
         """End the running requests of an id, a client's own or ours; False for none."""
         found = [h for h in self.running if h.request_id == request_id]
+        words = "The server's administrator has cancelled this request."
         for handler in found:
-            handler.cancel()
+            handler.cancel(APIError(503, words, code="cancelled", retry_after=math.inf))
         return bool(found)
 
     # --- Agents
@@ -7789,8 +7767,10 @@ class UserLoad:
 
 # What of a client's request does not travel on to an upstream, and of an
 # upstream's answer not to the client.
+_KEY_FIELDS = ("x-api-key", "api-key", "x-goog-api-key")  # beside Authorization
 _PRIVATE_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
-    "accept-encoding authorization content-length cookie expect forwarded host"
+    "accept-encoding api-key authorization content-encoding content-length cookie"
+    " expect forwarded host x-goog-api-key"
     # They name an account, and the key that travels is another one's.
     " openai-organization openai-project origin referer via x-api-key x-real-ip".split()
 )
@@ -7832,11 +7812,72 @@ def is_loopback(address: str) -> bool:
     return (mapped or ip).is_loopback
 
 
+def normal_path(path: str) -> str:
+    """A path under /v1/ as the API has it; any other is taken as it is.
+
+    Base URLs are copied with a slash too many, and with the /v1 that a client adds.
+    """
+    if "//" not in path and path[-1:] != "/" and not path.startswith(_ODD_PATHS):
+        return path
+    plain = re.sub("/+", "/", path).rstrip("/")
+    while plain.startswith("/v1/v1/"):
+        plain = plain[3:]
+    if plain == "/chat/completions":
+        return CHAT_PATH
+    return plain if plain.startswith("/v1/") else path
+
+
+_ODD_PATHS = ("/v1/v1/", "/chat/")
+
+
+def parsed_size(content: bytes) -> int:
+    """Roughly the memory that JSON takes once it is parsed, in bytes, at the most.
+
+    "{},{},..." takes 30 times its size: each value is an object of some 100 bytes.
+    """
+    return 100 * sum(map(content.count, (b",", b"[", b"{")))
+
+
 def refusal_error(status: int, content: bytes) -> APIError:
     """The error in an answer that refuses a request, to be told in another shape."""
     said = find_error(read_json(content)) or ErrorObject()
     message = said.message or f"status {status}"
     return APIError(status, message, type=said.type, param=said.param, code=said.code)
+
+
+class Who(enum.Enum):
+    """Whose requests a route serves; see RequestHandler.authorize()."""
+
+    ANYBODY = "no key is needed"
+    USER = "the API key, or a user's token"
+    AGENT = "an agent's token, the API key, or no key from this machine"
+    LOCAL = "the API key, or no key from this machine"
+    ADMIN = "the API key, also as admin_key in the query or the content"
+
+
+class Reads(enum.Enum):
+    """What a route's method is called with."""
+
+    NOTHING = "no argument; content is not read"
+    CONTENT = "content, as bytes"
+    JSON = "the JSON object in content; of no content {}"
+
+
+class Route(NamedTuple):
+    """A route, and what is settled before its method runs.
+
+    method   of HTTP; HEAD goes where GET goes
+    handler  name of the RequestHandler's method
+    who      may ask
+    reads    what of the request's content
+    limit    name of the limit on the content's size
+    """
+
+    method: str
+    handler: str
+    who: Who
+    reads: Reads = Reads.NOTHING
+    limit: str = "admin_content_size"
 
 
 class RequestHandler:
@@ -7846,27 +7887,36 @@ class RequestHandler:
     close_connection.
     """
 
-    # Path, method, what answers.  HEAD goes where GET goes.
-    ROUTES: ClassVar[dict[str, dict[str, str]]] = {
-        "/": {"GET": "do_about"},
-        "/agent.py": {"GET": "do_source"},
-        "/health": {"GET": "do_health"},
-        "/status": {"GET": "do_status"},
-        "/client/register": {"GET": "do_register"},
-        "/api/ask": {"POST": "do_ask"},
-        "/api/connections": {"GET": "do_connections"},
-        "/admin/users": {"GET": "do_users"},
-        "/admin/users/add": {"POST": "do_users_add"},
-        "/admin/users/delete": {"POST": "do_users_delete"},
-        "/admin/status": {"GET": "do_admin_status"},
-        "/admin/requests/cancel": {"POST": "do_requests_cancel"},
-        "/admin/controllers": {"GET": "do_controllers"},
-        "/admin/controllers/enable": {"POST": "do_controllers_enable"},
-        "/admin/controllers/disable": {"POST": "do_controllers_disable"},
-        "/v1/chat/completions": {"POST": "do_chat_completions"},
-        "/v1/models": {"GET": "do_models"},
-        "/v1/models/": {"GET": "do_model"},  # and an id
-        "/v1/": {"POST": "do_api"},  # and anything
+    _HEAD_OF: ClassVar = {"GET": "HEAD"}
+    # By path; one that ends in a slash stands for all below it.
+    ROUTES: ClassVar[dict[str, Route]] = {
+        "/": Route("GET", "do_about", Who.ANYBODY),
+        "/agent.py": Route("GET", "do_source", Who.ANYBODY),
+        "/health": Route("GET", "do_health", Who.ANYBODY),
+        "/status": Route("GET", "do_status", Who.ANYBODY),
+        "/client/register": Route("GET", "do_register", Who.AGENT),
+        "/api/connections": Route("GET", "do_connections", Who.LOCAL),
+        "/api/ask": Route("POST", "do_ask", Who.USER, Reads.JSON, "ask_content_size"),
+        "/admin/users": Route("GET", "do_users", Who.ADMIN),
+        "/admin/users/add": Route("POST", "do_users_add", Who.ADMIN, Reads.JSON),
+        "/admin/users/delete": Route("POST", "do_users_delete", Who.ADMIN, Reads.JSON),
+        "/admin/status": Route("GET", "do_admin_status", Who.ADMIN),
+        "/admin/requests/cancel": Route(
+            "POST", "do_requests_cancel", Who.ADMIN, Reads.JSON
+        ),
+        "/admin/controllers": Route("GET", "do_controllers", Who.ADMIN),
+        "/admin/controllers/enable": Route(
+            "POST", "do_controllers_enable", Who.ADMIN, Reads.JSON
+        ),
+        "/admin/controllers/disable": Route(
+            "POST", "do_controllers_disable", Who.ADMIN, Reads.JSON
+        ),
+        "/v1/chat/completions": Route(
+            "POST", "do_chat_completions", Who.USER, Reads.CONTENT, "content_size"
+        ),
+        "/v1/models": Route("GET", "do_models", Who.USER),
+        "/v1/models/": Route("GET", "do_model", Who.USER),
+        "/v1/": Route("POST", "do_api", Who.USER, Reads.CONTENT, "content_size"),
     }
 
     def __init__(self, service: Service, connection: Connection) -> None:
@@ -7894,7 +7944,8 @@ class RequestHandler:
         self.call: Call | None = None
         self.status = 0
         self.error = ("", "")  # its code, and in words that quote nobody
-        self.cancelled = False  # by the administrator
+        self.cancelled: APIError | None = None  # why it was, other than by a hang-up
+        self.outcome = ""  # in a word or two, where the status does not tell
         self.head_sent = False
         self.first_byte_at = 0.0
         self._bytes_before = self.connection.bytes_sent
@@ -7920,6 +7971,8 @@ class RequestHandler:
                 # fill the memory; and before the end, which waits only a moment.
                 if not self.connection.writable and not self.connection.closing:
                     await self.connection.drain()
+                elif self.connection.buffer:
+                    await asyncio.sleep(0)  # a long pipeline takes turns with others
         except ConnectionError:
             self.connection.abort()
         finally:
@@ -8000,7 +8053,7 @@ class RequestHandler:
             or self.service.draining
         )
         try:
-            await self._route(request)()
+            await self._answer(request)
         except APIError as error:
             self._fail(error)
         except ProtocolError as error:
@@ -8011,6 +8064,7 @@ class RequestHandler:
             self._fail(APIError(408, "The request's content took too long."))
         except (ConnectionError, asyncio.CancelledError):
             self.status = self.status or 499  # nginx's word for: the client has left
+            self.outcome = "client left"
             if self.connection.stalled:
                 seconds = self.limits.write_timeout
                 line = f"a client that took no byte for {seconds:g} s is cut"
@@ -8060,34 +8114,56 @@ class RequestHandler:
             return own
         return random_id("req_")
 
-    def _route(self, request: Request) -> Callable[[], Awaitable[None]]:
-        """The method that answers; APIError 404 or 405 if there is none."""
+    async def _answer(self, request: Request) -> None:
+        """Do what the route says, then let its method answer."""
+        route = self._route(request)
+        if request.method == "OPTIONS":  # CORS: before anything is asked of it
+            self.do_preflight()
+            return
+        fits = route and request.method in (
+            route.method,
+            self._HEAD_OF.get(route.method),
+        )
+        if route is None or (not fits and route is self.ROUTES["/v1/"]):
+            self._refuse_upgrade(request)
+            raise APIError(404, f"There is nothing at {request.method} {self.path}.")
+        if not fits:
+            raise APIError(405, f"{request.method} is not for {self.path}.")
+        arguments: list[Any] = []
+        if route.who is not Who.ADMIN:  # its key may be in the content
+            self.authorize(route.who)
+        if route.reads is not Reads.NOTHING:
+            content = await self.read_content(getattr(self.limits, route.limit))
+            arguments.append(content)
+            if route.reads is Reads.JSON:
+                arguments[0] = parse_object(content) if content.strip() else {}
+        if route.who is Who.ADMIN:
+            self.authorize(route.who, *arguments)
+        await getattr(self, route.handler)(*arguments)
+
+    def _refuse_upgrade(self, request: Request) -> None:
+        """Tell a client at once that it has to speak HTTP: Codex then does so."""
+        if self.path == "/v1/realtime":
+            raise APIError(501, "The realtime API is not spoken here.")
+        if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
+            raise APIError(426, f"A websocket is not spoken here: POST {self.path}.")
+
+    def _route(self, request: Request) -> Route | None:
+        """The route of a request's path, or None."""
         path = request.path
         if path.startswith("/k/"):  # agents that can set nothing but an endpoint
             self.token_in_path, slash, rest = path[3:].partition("/")
             path = slash + rest
-        if path == "/chat/completions":
-            path = CHAT_PATH
-        self.path = path
-        methods = self.ROUTES.get(path)
-        if methods is None and path.startswith("/v1/models/"):
-            methods = self.ROUTES["/v1/models/"]
-        elif methods is None and path.startswith("/v1/"):
-            # An upstream's key is for what is below its base URL.
-            # As the most lenient server reads it: decoded twice, "\" for "/", "..;x".
-            plain = urllib.parse.unquote(urllib.parse.unquote(path))
-            steps = re.split(r"[/\\;]", plain)
-            if "." not in steps and ".." not in steps:
-                methods = self.ROUTES["/v1/"]
-        if request.method == "OPTIONS":
-            return self.do_preflight
-        if methods is None:
-            raise APIError(404, f"There is nothing at {path}.")
-        name = methods.get("GET" if request.method == "HEAD" else request.method)
-        if name is None:
-            raise APIError(405, f"{request.method} is not for {path}.")
-        method: Callable[[], Awaitable[None]] = getattr(self, name)
-        return method
+        self.path = path = normal_path(path)
+        if path in self.ROUTES or not path.startswith("/v1/"):
+            return self.ROUTES.get(path)
+        if path.startswith("/v1/models/"):
+            return self.ROUTES["/v1/models/"]
+        # An upstream's key is for what is below its base URL.
+        # As the most lenient server reads it: decoded twice, "\" for "/", "..;x".
+        plain = urllib.parse.unquote(urllib.parse.unquote(path))
+        steps = re.split(r"[/\\;]", plain)
+        return None if "." in steps or ".." in steps else self.ROUTES["/v1/"]
 
     def log_request(self) -> None:
         """The access line: when, who, what, with what result, from whom, how long."""
@@ -8108,7 +8184,8 @@ class RequestHandler:
             f" {_TOKEN_IN_PATH.sub('/k/***', self.path) or '-'}"
             f" {self.status} {_word(self.model) or '-'} {_word(controller)}"
             f" x{attempts} {first * 1e3:.1f} {(now - self.started) * 1e3:.1f} ms"
-            f" {sent} B {self.request_id}"
+            f" {sent} B {self.connection.peer or '-'} {self.request_id}"
+            f"{f' {self.outcome}' if self.outcome else ''}"
         )
 
     def record(self, ended_at: float | None = None) -> RequestRecord:
@@ -8137,48 +8214,79 @@ class RequestHandler:
             self.request.headers.get("user-agent", "")[:80],
         )
 
-    def cancel(self) -> None:
-        """End the request that runs, for the administrator."""
+    def cancel(self, why: APIError) -> None:
+        """End the request that runs; its client is told why."""
         assert self.task is not None
-        self.cancelled = True
+        self.cancelled = why
         self.task.cancel()
 
     # --- Reading
 
-    def credential(self) -> str | None:
-        """The token a request carries, or None."""
+    def credentials(self) -> list[str]:
+        """The tokens that a request carries, in the order in which they are tried.
+
+        Clients add their own to ours: an OAuth token of theirs, a proxy's password.
+        """
         assert self.request is not None
         headers = self.request.headers
-        value = headers.get("authorization")
-        if value:
-            scheme, _, token = value.partition(" ")
-            value = token.strip() if scheme.lower() == "bearer" else value
-        return value or headers.get("x-api-key") or self.token_in_path or None
+        value = headers.get("authorization", "")
+        scheme, _, token = value.partition(" ")
+        tokens = [token.strip() if scheme.lower() == "bearer" else value]
+        tokens += [headers.get(name, "") for name in _KEY_FIELDS]
+        return [token for token in (*tokens, self.token_in_path) if token]
 
-    def authenticate(self) -> User:
-        """Who asks; APIError: 401 for no or a wrong key, 403 for an agent's."""
-        token = self.credential()
-        if token is None:
-            raise APIError(401, "API key not provided", code="invalid_api_key")
-        user = self.service.authenticate(token, self.connection.peer)
-        if user is None:
-            raise APIError(401, "Invalid API key", code="invalid_api_key")
-        if user.role == "agent":
-            raise APIError(403, "An agent's token can only register an agent.")
-        self.user = user
-        return user
+    def authorize(self, who: Who, body: Mapping[str, Any] = {}) -> None:
+        """Let those pass whom a route serves, and know them as self.user.
 
-    def authorize_admin(self, admin_key: Any = None) -> None:
-        """Let the administrator pass; APIError 401 or 403 for all others."""
-        token = admin_key if isinstance(admin_key, str) else self.credential()
-        if token is None:
-            raise APIError(401, "Admin key not provided")
-        user = self.service.authenticate(token, self.connection.peer)
+        Raise APIError: 401 for no or a wrong key, 403 for one that may not.
+        """
+        if who is Who.ANYBODY:
+            return
+        tokens = self.credentials()
+        if who is Who.ADMIN:
+            key = body.get("admin_key", self._query("admin_key"))
+            tokens = [key] if isinstance(key, str) else tokens
+        if not tokens:
+            self._admit_keyless(who)
+            return
+        users = map(self.service.authenticate, tokens)
+        self.user = user = next(filter(None, users), None)
         if user is None:
-            raise APIError(401, "Invalid admin key")
+            name = "admin" if who is Who.ADMIN else "API"
+            raise APIError(401, f"Invalid {name} key", code="invalid_api_key")
         if user is not self.service.admin:
-            raise APIError(403, "This is for the administrator's key.")
-        self.user = user
+            if who is Who.USER and user.role == "agent":
+                raise APIError(403, "An agent's token can only register an agent.")
+            if who is Who.AGENT and user.role != "agent":
+                raise APIError(403, "A user's token cannot register an agent.")
+            if who in (Who.ADMIN, Who.LOCAL):
+                raise APIError(403, "This is for the administrator's key.")
+
+    def _admit_keyless(self, who: Who) -> None:
+        """Let pass who may do without a key; APIError 401 or 403."""
+        if who is Who.ADMIN:
+            raise APIError(401, "Admin key not provided")
+        if who is Who.USER:
+            raise APIError(401, "API key not provided", code="invalid_api_key")
+        auth = self.service.agents_auth
+        if who is Who.AGENT and auth == "open":
+            return
+        reason = "every agent needs a key here" if auth == "key" else ""
+        reason = self.not_local() or reason
+        if not reason:
+            return
+        if who is Who.LOCAL:
+            raise APIError(401, "API key not provided")
+        self.service.report(
+            f"an agent from {self.connection.peer} was refused: it has no key, and"
+            f" {reason}. Cure: set its endpoint to host:port/k/<token>"
+        )
+        status = 403 if auth == "local" else 401
+        raise APIError(status, f"An agent without a key is refused: {reason}.")
+
+    def _query(self, name: str) -> str | None:
+        assert self.request is not None
+        return dict(urllib.parse.parse_qsl(self.request.query)).get(name)
 
     def not_local(self) -> str:
         """Why a request does not come from this machine's user; "" if it does."""
@@ -8209,10 +8317,11 @@ class RequestHandler:
         assert self.request is not None
         connection = self.connection
         length = self.request.content_length
+        coding = content_coding(self.request.headers)
         if length is not None:
             if length > max_size:
                 raise APIError(413, f"The content is over {max_size:.0f} bytes.")
-            if length <= len(connection.buffer):
+            if length <= len(connection.buffer) and not coding:
                 content = bytes(connection.buffer[:length])
                 del connection.buffer[:length]
                 self._content_left = False
@@ -8220,7 +8329,7 @@ class RequestHandler:
                 return content
         self._continue()
         limits = self.limits
-        decoder = content_decoder(length)
+        decoder = content_decoder(length, coding)
         pieces = bytearray()
         began = self.loop.time()
         deadline = self.started + limits.request_timeout
@@ -8315,17 +8424,19 @@ class RequestHandler:
             fields.append(("WWW-Authenticate", "Bearer"))
         if status == 405:
             fields.append(("Allow", self._allowed()))
-        if status == 426:
+        if status == 415:
+            fields.append(("Accept-Encoding", "gzip, deflate"))
+        if status == 426:  # RFC 9110 section 15.5.22; RFC 6455 section 4.4
+            fields += [("Upgrade", "websocket"), ("Connection", "Upgrade")]
             fields.append(("Sec-WebSocket-Version", "13"))
         self.send_content(status, self._error_content(error), fields)
 
     def _allowed(self) -> str:
         """The methods of the path."""
-        path = self.path
-        if path.startswith("/v1/") and path not in self.ROUTES:
-            path = "/v1/models/" if path.startswith("/v1/models/") else "/v1/"
-        methods = [*self.ROUTES.get(path, {"GET": ""})]
-        return ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
+        assert self.request is not None
+        route = self._route(self.request)
+        method = "GET" if route is None else route.method
+        return ", ".join(filter(None, (method, self._HEAD_OF.get(method), "OPTIONS")))
 
     def _fail(self, error: APIError) -> None:
         """Answer an error: with a status, or as the last event of a stream."""
@@ -8337,6 +8448,7 @@ class RequestHandler:
         # Behind its last event the connection ends before the last chunk: whoever
         # does not know the event sees at least that.
         self.close_connection = True
+        self.outcome = "broken off"
         call = self.call
         if call is not None and not call.is_raw:
             last = call.request.dialect.late_error(error, call.stream)
@@ -8378,14 +8490,13 @@ class RequestHandler:
                     await self._relay_stream(call)
                     connection.eof_is_hangup = False  # all is sent
         except asyncio.CancelledError:
-            if not self.cancelled:
+            if self.cancelled is None or connection.closing:
                 raise
-            words = "The server's administrator has cancelled this request."
-            raise APIError(503, words, code="cancelled", retry_after=math.inf) from None
+            raise self.cancelled from None
         return call
 
     def _start_heartbeat(self) -> None:
-        if self._heartbeat is None:
+        if self._heartbeat is None and self.limits.heartbeat_interval:
             self._written_at = self.loop.time()
             interval = self.limits.heartbeat_interval
             self._heartbeat = self.loop.call_later(interval, self._beat)
@@ -8476,18 +8587,13 @@ class RequestHandler:
             fields = self._relayed_fields(call)
             self.send_content(call.status, call.content, fields.items())
 
-    async def do_chat_completions(self) -> None:
+    async def do_chat_completions(self, content: bytes) -> None:
         """POST /v1/chat/completions, streamed or whole."""
-        self.authenticate()
-        content = await self.read_content(self.limits.content_size)
-        request = await self._parse(parse_chat_request, content)
-        await self._do_request(request)
+        await self._do_request(await self._parse(parse_chat_request, content))
 
-    async def do_api(self) -> None:
+    async def do_api(self, content: bytes) -> None:
         """POST /v1/...: handed through to a controller of its model."""
         assert self.request is not None
-        self.authenticate()
-        content = await self.read_content(self.limits.content_size)
         content_type = self.request.headers.get("content-type", "")
         query = self.request.query
         if content_type.lower().startswith("multipart/form-data"):
@@ -8500,10 +8606,22 @@ class RequestHandler:
         await self._do_request(request)
 
     async def _parse(self, parse: Callable[[bytes], T], content: bytes) -> T:
-        """Parse content: large JSON in a thread, for it takes 10 ms a MiB."""
-        if len(content) <= 1024 * 1024:
+        """Parse content: large JSON in a thread, for it takes 10 ms a MiB.
+
+        What it takes in memory is held like the content itself.
+        """
+        if len(content) <= PIECE_SIZE:
             return parse(content)
-        return await self.loop.run_in_executor(None, parse, content)
+        size = parsed_size(content)
+        if size > self.limits.total_content_size:
+            raise APIError(413, "The content has too many values.")
+        self._hold(size)
+        if len(content) <= APIRequest.KEPT_SIZE:
+            return parse(content)
+        try:
+            return await self.loop.run_in_executor(None, parse, content)
+        finally:
+            self._hold(-size)  # it is not kept
 
     async def _do_request(self, request: APIRequest) -> None:
         assert self.request is not None
@@ -8516,15 +8634,26 @@ class RequestHandler:
         self._send_call(await self.relay(request))
 
     async def do_models(self) -> None:
-        """GET /v1/models: what the controllers name."""
-        self.authenticate()
-        self.send_json({"object": "list", "data": await self._models()})
+        """GET /v1/models: what the controllers name, in the client's own dialect."""
+        models = self._models()
+        more = {}
+        if self._speaks_anthropic:
+            ids = [model["id"] for model in models] or [None]
+            more = {"has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+        self.send_json({"object": "list", "data": models, **more})
 
-    async def _models(self) -> list[dict[str, Any]]:
+    @property
+    def _speaks_anthropic(self) -> bool:
+        return self.request is not None and "anthropic-version" in self.request.headers
+
+    def _models(self) -> list[dict[str, Any]]:
         names: dict[str, str] = {}
         for controller in self.service.pool.controllers:
             for name in controller.known_models():
                 names.setdefault(name, controller.type)
+        if self._speaks_anthropic:
+            like = {"type": "model", "created_at": "1970-01-01T00:00:00Z"}
+            return [{**like, "id": name, "display_name": name} for name in names]
         return [
             {"id": name, "object": "model", "created": 0, "owned_by": owner}
             for name, owner in names.items()
@@ -8532,9 +8661,8 @@ class RequestHandler:
 
     async def do_model(self) -> None:
         """GET /v1/models/{id}."""
-        self.authenticate()
         id = urllib.parse.unquote(self.path[len("/v1/models/") :])
-        for model in await self._models():
+        for model in self._models():
             if model["id"] == id:
                 self.send_json(model)
                 return
@@ -8542,11 +8670,10 @@ class RequestHandler:
 
     # --- The ask API
 
-    async def do_ask(self) -> None:
+    async def do_ask(self, body: dict[str, Any]) -> None:
         """POST /api/ask: one question, one answer, perhaps in a conversation."""
-        user = self.authenticate()
-        content = await self.read_content(self.limits.ask_content_size)
-        body = parse_object(content)
+        assert self.user is not None
+        user = self.user
         question = body.get("content")
         if not isinstance(question, str) or not question:
             raise APIError(400, "'content' must be a text that is not empty.")
@@ -8656,10 +8783,6 @@ class RequestHandler:
 
     async def do_connections(self) -> None:
         """GET /api/connections: the agents, as the original listed them."""
-        if self.credential() is not None:
-            self.authorize_admin()
-        elif self.service.agents_auth == "key" or self.not_local():
-            raise APIError(401, "API key not provided")
         never = "0001-01-01T00:00:00Z"
         self.send_json(
             {
@@ -8679,38 +8802,13 @@ class RequestHandler:
 
     # --- Agents
 
-    def _agent_credential(self) -> str:
-        """What an agent registers with; APIError 401 or 403."""
-        token = self.credential()
-        if token is not None:
-            user = self.service.authenticate(token, self.connection.peer)
-            if user is None:
-                raise APIError(401, "Invalid API key", code="invalid_api_key")
-            if user is not self.service.admin and user.role != "agent":
-                raise APIError(403, "A user's token cannot register an agent.")
-            self.user = user
-            return f"token of {user.user_id}"
-        auth = self.service.agents_auth
-        if auth == "open":
-            return "anybody"
-        reason = self.not_local()
-        if auth == "local" and not reason:
-            return "this machine"
-        reason = reason or "every agent needs a key here"
-        self.service.report(
-            f"an agent from {self.connection.peer} was refused: it has no key, and"
-            f" {reason}. Cure: set its endpoint to host:port/k/<token>"
-        )
-        raise APIError(
-            403 if auth == "local" else 401,
-            f"An agent without a key is refused: {reason}.",
-        )
-
     async def do_register(self) -> None:
         """GET /client/register: an agent dials in and stays."""
         assert self.request is not None
         service = self.service
-        credential = self._agent_credential()
+        credential = "anybody" if service.agents_auth == "open" else "this machine"
+        if self.user is not None:
+            credential = f"token of {self.user.user_id}"
         if len(service.agents) >= self.limits.agents:
             raise APIError(503, "There are too many agents.", retry_after=30)
         if service.draining:
@@ -8761,17 +8859,8 @@ class RequestHandler:
 
     # --- Administration
 
-    async def _read_object(self) -> dict[str, Any]:
-        content = await self.read_content(self.limits.admin_content_size)
-        return parse_object(content) if content.strip() else {}
-
-    def _query(self, name: str) -> str | None:
-        assert self.request is not None
-        return dict(urllib.parse.parse_qsl(self.request.query)).get(name)
-
     async def do_users(self) -> None:
         """GET /admin/users; with ?from=0&count=100 a part of them, and the total."""
-        self.authorize_admin(self._query("admin_key"))
         lines = [user.line for user in self.service.users.users]
         count = self._query("count")
         more = b""
@@ -8783,19 +8872,15 @@ class RequestHandler:
             lines = lines[int(first[:9]) :][: int(count[:9])]
         self.send_content(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
 
-    async def do_users_add(self) -> None:
+    async def do_users_add(self, body: dict[str, Any]) -> None:
         """POST /admin/users/add: answered when it is on disk."""
-        body = await self._read_object()
-        self.authorize_admin(body.get("admin_key"))
         name, role = body.get("name", ""), body.get("role", "user")
         user = await self.service.users.add(name=name, role=role)
         self.service.report(f"user {user.user_id} added")
         self.send_json({"user_id": user.user_id, "token": user.token})
 
-    async def do_users_delete(self) -> None:
+    async def do_users_delete(self, body: dict[str, Any]) -> None:
         """POST /admin/users/delete: the token stops working with the answer."""
-        body = await self._read_object()
-        self.authorize_admin(body.get("admin_key"))
         user_id = body.get("user_id")
         if not isinstance(user_id, str):
             raise APIError(400, "'user_id' must be a string.")
@@ -8828,45 +8913,39 @@ class RequestHandler:
              those that run and the last 200, the latest first}
         """
         assert self.request is not None
-        self.authorize_admin(self._query("admin_key"))
         content, etag = self.service.status(self.loop.time())
         fields = [("Content-Type", "application/json"), ("ETag", etag)]
         fields.append(("Cache-Control", "no-store"))  # a browser asks with the ETag
         known = self.request.headers.get("if-none-match") == etag
         self.send_content(304 if known else 200, content, fields)
 
-    async def do_requests_cancel(self) -> None:
+    async def do_requests_cancel(self, body: dict[str, Any]) -> None:
         """POST /admin/requests/cancel: the client is told, the controller stops."""
-        body = await self._read_object()
-        self.authorize_admin(body.get("admin_key"))
         if not self.service.cancel(str(body.get("request_id"))):
             raise APIError(404, "Request not found")
         self.send_json({"message": "Request cancelled"})
 
     async def do_controllers(self) -> None:
         """GET /admin/controllers: state and counts; never a key."""
-        self.authorize_admin(self._query("admin_key"))
         now = self.loop.time()
         controllers = self.service.pool.controllers
         self.send_json({"controllers": [c.describe(now) for c in controllers]})
 
-    async def do_controllers_enable(self) -> None:
+    async def do_controllers_enable(self, body: dict[str, Any]) -> None:
         """POST /admin/controllers/enable: it may be asked again at once."""
-        controller = await self._named_controller()
+        controller = self._named_controller(body)
         controller.switched_off = False
         controller.health.reset()
         self.service.pool.wake()
         self.send_json({"message": "Controller enabled"})
 
-    async def do_controllers_disable(self) -> None:
+    async def do_controllers_disable(self, body: dict[str, Any]) -> None:
         """POST /admin/controllers/disable: until it is enabled."""
-        controller = await self._named_controller()
+        controller = self._named_controller(body)
         controller.switched_off = True
         self.send_json({"message": "Controller disabled"})
 
-    async def _named_controller(self) -> Controller:
-        body = await self._read_object()
-        self.authorize_admin(body.get("admin_key"))
+    def _named_controller(self, body: dict[str, Any]) -> Controller:
         controller = self.service.pool.find(str(body.get("name")))
         if controller is None:
             raise APIError(404, "Controller not found")
@@ -8874,7 +8953,7 @@ class RequestHandler:
 
     # --- The rest
 
-    async def do_preflight(self) -> None:
+    def do_preflight(self) -> None:
         """OPTIONS: any page may ask, with any header fields (CORS)."""
         assert self.request is not None
         fields = [("Allow", self._allowed())]
@@ -8901,12 +8980,19 @@ class RequestHandler:
         if self.service.page and "text/html" in self.request.headers.get("accept", ""):
             self.send_content(200, PAGE.encode(), PAGE_FIELDS)
             return
-        tls = "s" if self.connection.tls else ""
+        headers = self.request.headers
+        scheme = "https" if self.connection.tls else "http"
+        host = headers.get("host", "localhost")
+        if is_loopback(
+            self.connection.peer
+        ):  # a proxy on this machine, for people only
+            scheme = headers.get("x-forwarded-proto", scheme)
+            host = headers.get("x-forwarded-host", host)
         text = _ABOUT.format(
             version=__version__,
-            scheme=f"http{tls}",
-            ws=f"ws{tls}",
-            host=self.request.headers.get("host", "localhost"),
+            scheme=scheme,
+            ws=scheme.replace("http", "ws"),
+            host=host,
         )
         fields = [("Content-Type", "text/plain; charset=utf-8"), ("Vary", "Accept")]
         self.send_content(200, text.encode(), fields)
@@ -9094,7 +9180,7 @@ class Server:
         tls_cert: str | None = None,
         tls_key: str | None = None,
         pool: str = "balanced",
-        agents_auth: str = "local",
+        agents_auth: str | None = None,
         upstream_errors: str = "map",
         page: bool = True,
         limits: Limits = DEFAULT_LIMITS,
@@ -9113,7 +9199,7 @@ class Server:
             UserStore(users, limits=limits, report=report),
             Pool(pool, limits=limits, report=report, debug=debug),
             limits=limits,
-            agents_auth=agents_auth,
+            agents_auth=agents_auth or "key",
             upstream_errors=upstream_errors,
             page=page,
             report=(lambda line: None) if log is None else report,
@@ -9122,6 +9208,7 @@ class Server:
         )
         self.service.pool.add(MockController())
         self._wanted_port = port
+        self._agents_auth = agents_auth
         self._tls = (tls_cert, tls_key)
         self._handlers: dict[Connection, RequestHandler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -9171,15 +9258,29 @@ class Server:
                 )
                 self._listeners.append(listener)
         except BaseException:
+            for opened in self._listeners:
+                opened.close()
+            self._listeners.clear()
             for sock in sockets:
                 sock.close()
             raise
+        self.use_agents_auth(self._agents_auth)
         address, self.port = sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, address)
         host = f"[{host}]" if ":" in host and "[" not in host else host
         self.url = f"http{'s' if service.tls else ''}://{host}:{self.port}"
         self._spawn(self._poll_users())
         self._spawn(self._list_models())
+
+    def use_agents_auth(self, auth: str | None) -> None:
+        """Say who may register an agent without a key; None: whatever is safe.
+
+        Where a port is open to others, or TLS ends in it, what looks like this machine's
+        own user may be anybody who comes through a forwarder.
+        """
+        service = self.service
+        here = is_loopback(self.listen or "localhost") and service.tls is None
+        service.agents_auth = auth or ("local" if here else "key")
 
     def _tls_context(self) -> ssl.SSLContext | None:
         cert, key = self._tls
@@ -9230,6 +9331,8 @@ class Server:
         for agent in list(service.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
         await wait_for(lambda: self._handler_tasks(True), 1.0)
+        for handler in service.running:
+            handler.cancel(APIError(503, "The server is shutting down.", retry_after=5))
         for _ in range(3):  # a function may swallow a cancellation, but not us
             for task in self._tasks:
                 task.cancel()
@@ -10006,7 +10109,7 @@ class Config:
         self.tls_cert: str | None = None
         self.tls_key: str | None = None  # None: in the file of tls_cert
         self.pool_type = "balanced"  # or random, least_busy
-        self.agents_auth = "local"  # or key, open
+        self.agents_auth: str | None = None  # "local", "key" or "open"
         self.upstream_errors = "map"  # or pass
         self.limits = Limits()
         self.controllers: list[dict[str, Any]] = []  # arguments of OpenAIController
@@ -10753,7 +10856,7 @@ class ServerProgram(Program):
         vars(old.limits).update(vars(config.limits))
         config.limits = old.limits
         service = self._server.service
-        service.agents_auth = config.agents_auth
+        self._server.use_agents_auth(config.agents_auth)
         service.upstream_errors = config.upstream_errors
         service.pool.type = config.pool_type
         self._replace_controllers(old, config)

@@ -8770,7 +8770,10 @@ async def test_public_routes(tmp_path):
         ("GET", "/chat/completions", 405, "POST, OPTIONS"),
         ("POST", "/v1/models", 405, "GET, HEAD, OPTIONS"),
         ("POST", "/v1/models/x", 405, "GET, HEAD, OPTIONS"),
-        ("GET", "/v1/embeddings", 405, "POST, OPTIONS"),
+        ("GET", "/v1/embeddings", 404, None),
+        ("DELETE", "/v1/files/x", 404, None),
+        ("GET", "/v1/responses", 404, None),
+        ("GET", "/v1/", 404, None),
         ("GET", "/v2/x", 404, None),
         ("GET", "/v1", 404, None),
     ],
@@ -9313,7 +9316,12 @@ async def test_reset_between_refusal_and_close_leaves_no_trace(
         ([("Authorization", "Basic KEY")], "Invalid API key"),
         ([("Authorization", "Bearer KE")], "Invalid API key"),
         ([("x-api-key", "key")], "Invalid API key"),
-        ([("Authorization", "wrong"), ("x-api-key", "KEY")], "Invalid API key"),
+        ([("api-key", "KEY")], 200),
+        ([("x-goog-api-key", "KEY")], 200),
+        ([("Authorization", "Bearer oauth"), ("x-api-key", "KEY")], 200),
+        ([("Authorization", "Basic eDp5"), ("x-goog-api-key", "KEY")], 200),
+        ([("Authorization", "Bearer KEY"), ("x-api-key", "other")], 200),
+        ([("Authorization", "wrong"), ("x-api-key", "other")], "Invalid API key"),
         ([], "API key not provided"),
         ([("Authorization", "")], "API key not provided"),
         ([("x-api-key", "")], "API key not provided"),
@@ -9412,25 +9420,13 @@ async def test_admin_key_in_body_query_or_header(tmp_path):
 
 
 @flow
-async def test_wrong_keys_are_counted_per_minute(tmp_path):
-    """L21: ten are judged, the next are 429; right keys pass; no key is no key."""
-
+async def test_no_number_of_wrong_keys_locks_anybody_out(tmp_path):
+    """Behind a proxy all come from one address: a count of wrong keys hits others."""
     async with serving(tmp_path) as server, Client(server.port) as client:
-        for _ in range(3):
-            assert (await client.request("GET", "/v1/models", key="")).status == 401
-        for number in range(10):
+        for number in range(30):
             key = f"wrong{number}"
             assert (await client.request("GET", "/v1/models", key=key)).status == 401
-        reply = await client.request("GET", "/v1/models", key="wrong")
-        assert reply.status == 429
-        assert list(reply.json()["error"]) == ["message", "type", "param", "code"]
-        seconds = int(reply.headers.get("retry-after", 0))
-        stop = reply.headers.get("x-should-retry")
-        assert 1 <= seconds <= 30 if seconds else stop == "false"
-        reply = await client.request("GET", "/admin/users?admin_key=x", key="")
-        assert reply.status == 429
         assert (await client.request("GET", "/v1/models")).status == 200
-        assert (await client.request("GET", "/v1/models", key="")).status == 401
 
 
 NOT_LOCAL = [
@@ -11136,7 +11132,7 @@ async def main():
         while not two.service.requests_in_flight:
             await asyncio.sleep(0.01)
     assert asyncio.all_tasks() == before
-    assert await reader.read() == b"", "cut, and not answered"
+    assert b"shutting down" in await reader.read()
     writer.close()
 
 asyncio.run(main())
@@ -11476,7 +11472,7 @@ def test_the_access_line_tells_who_what_and_how_and_no_secret(tmp_path):
     line = next(line for line in lines if line.endswith(" req-1"))
     assert re.fullmatch(
         r"[0-9-]{10} [0-9:]{8} joe POST /v1/chat/completions 200 m two x2"
-        r" [0-9.]+ [0-9.]+ ms [0-9]+ B req-1",
+        r" [0-9.]+ [0-9.]+ ms [0-9]+ B 127.0.0.1 req-1",
         line,
     ), line
     for secret in ("SECRET", program.token, "\x1b", "\u202e", "\x00"):
@@ -11627,7 +11623,8 @@ def test_what_does_not_finish_is_cut_at_the_end_or_by_a_second_signal(tmp_path, 
             program.wait_for("may finish")
             if twice:
                 program.signal(signal.SIGTERM)
-            assert await client.reader.read() == b""
+            assert (await client.read_head())[0] == 503
+            assert b"shutting down" in await client.reader.read()
             status = await asyncio.get_running_loop().run_in_executor(None, program.end)
             assert status == 0
             assert time.monotonic() - began < 3
@@ -12851,7 +12848,7 @@ def test_two_arguments_are_enough_and_the_rest_has_defaults(load):
     config = load(["8080", "my-key"])
     assert (config.port, config.api_key, config.listen) == (8080, "my-key", "")
     assert (config.users, config.tls_cert, config.tls_key) == ("users.json", None, None)
-    assert (config.pool_type, config.agents_auth) == ("balanced", "local")
+    assert (config.pool_type, config.agents_auth) == ("balanced", None)
     assert (config.upstream_errors, config.controllers) == ("map", [])
     assert (config.path, config.notes, config.verbose) == (None, [], False)
     assert vars(config.limits) == {}
@@ -13460,8 +13457,8 @@ async def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path):
         writer.write(chunked(event) + b"0\r\n\r\n")
 
     for behave, reason in (
-        (cuts, "a stream broke off: one: the connection ended"),
-        (says_so, "a stream broke off: one: "),
+        (cuts, " broke off: one: the connection ended"),
+        (says_so, " broke off: one: status 500"),
     ):
         log = PoolLog()
         begun.clear()
@@ -13942,7 +13939,7 @@ async def test_a_users_count_does_not_go_below_nothing_over_a_reload(tmp_path):
             server.service.limits = changed
             reply = await ask(server.port, "POST", CHAT_URL, CHAT)
             assert reply.status == 200
-        assert server.service._load[apiserver.Service.ADMIN_ID].in_flight == 0
+        assert not server.service._load
 
 
 @flow
