@@ -6837,7 +6837,8 @@ dialog form, summary { margin: .875rem 0 .5rem; }
   tr { display: grid; grid-template-columns: repeat(3, 1fr); padding: .5rem 0; }
   td { padding: 0 .75rem 0 0; }
   td.wide { grid-column: span 2; }
-  td.tale, td:last-child { grid-column: span 3; }
+  td:last-child { grid-column: 3; align-self: end; }
+  td.tale { grid-column: span 3; }
   td.num { text-align: left; }
   .num::before { content: attr(data-label); display: block; color: var(--quiet); }
 }
@@ -7182,8 +7183,8 @@ async function speak(question) {
       first ||= text.textContent && performance.now();
       count = event.usage?.completion_tokens ?? count + 1;
       const speed = count / (performance.now() - first) * 1000;
-      put(note, `first token after ${took((first - began) / 1000)}, ${count} tokens, `
-        + `${first && speed < 1e4 ? speed.toFixed(1) : "–"} a second`);
+      put(note, `first token after ${took((first - began) / 1000)}, ${count} tokens`
+        + (first && speed < 1e4 ? `, ${speed.toFixed(1)} a second` : ""));
       note.scrollIntoView({block: "nearest"});
     }
     const content = text.textContent;
