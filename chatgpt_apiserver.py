@@ -7011,7 +7011,7 @@ function table(id, items, idOf, show) {
     last = body;
     for (const [name, said] of Object.entries(show(item, body))) {
       const [text, colour] = [said].flat(), place = put($(`.${name}`, body), text);
-      if (String(text).length > 12) place.title = text;
+      place.title = String(text).length > 12 ? text : "";
       if (colour !== undefined) paint(place, colour);
     }
   }
@@ -7028,7 +7028,6 @@ const took = s => s === null ? "–" : s < 10 ? `${s.toFixed(2)} s` : age(s);
 const tokens = ({input, output}) => input + output;
 
 // --- Overview
-
 function sparkline(id, slots) { // ten minutes, in slots of ten seconds
   const top = Math.max(...slots, 1);
   const line = slots.map((n, i) => `${i} ${19 - n / top * 17}`).join("L");
@@ -7129,7 +7128,6 @@ function show() {
 }
 
 async function poll() {
-  clearTimeout(timer);
   try {
     const answer = await call("admin/status", undefined, {
       headers: etag && {"If-None-Match": etag}, signal: AbortSignal.timeout(5000)});
@@ -7140,12 +7138,13 @@ async function poll() {
   } catch (error) {
     if (error.status === 401) return leave(error.message);
   }
+  if (!key) return; // signed out meanwhile
   show();
+  clearTimeout(timer);
   timer = setTimeout(poll, document.hidden ? 20000 : 2000);
 }
 
 // --- Try it
-
 const turns = []; // that were answered
 let stopping = null; // the AbortController of the one that is not
 
@@ -7218,7 +7217,6 @@ async function showTry() {
 }
 
 // --- Users
-
 async function showUsers() {
   const count = $$("#people tbody").length + 100;
   const page = await ask(`admin/users?from=0&count=${count}`);
@@ -7276,10 +7274,11 @@ python3 -c "import hashlib, sys; sys.exit('${status.agent_sha256}' !=
 python3 agent.py agent ${origin} --key ${token}`}, name);
 }
 
-const act = (path, body, then) => ask(`admin/${path}`, body).then(() => then());
+const later = () => setTimeout(poll, 1000); // the status is up to a second old
+const act = (path, body, then = later) => ask(`admin/${path}`, body).then(() => then());
 const actions = {
-  turn: c => act(`controllers/${verb(c).toLowerCase()}`, {name: c.name}, poll),
-  cancel: r => act("requests/cancel", {request_id: r.request_id}, poll),
+  turn: c => act(`controllers/${verb(c).toLowerCase()}`, {name: c.name}),
+  cancel: r => act("requests/cancel", {request_id: r.request_id}),
   delete: ({user_id, name}) => confirm(`Delete ${name || user_id}?`)
     && act("users/delete", {user_id}, showUsers),
   story(r, body) {
@@ -7290,7 +7289,6 @@ const actions = {
 };
 
 // --- Coming, going, and where one is
-
 async function enter(typed) {
   sessionStorage.setItem("key", key = typed);
   const said = await call("admin/status").catch(error => error);
@@ -7306,6 +7304,7 @@ async function enter(typed) {
 function leave(words) {
   clearTimeout(timer);
   sessionStorage.removeItem("key");
+  key = null;
   $("#door").hidden = false;
   $("#room").hidden = true;
   put($("#door small"), words);
@@ -7337,7 +7336,7 @@ $("#ask").onsubmit = () => {
   $("#ask textarea").value = "";
   if (question) speak(question);
 };
-$("#ask").onkeydown = event => {
+$("#ask textarea").onkeydown = event => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   if (!stopping) $("#ask").requestSubmit();
@@ -8919,7 +8918,7 @@ class RequestHandler:
         content, etag = self.service.status(self.loop.time())
         fields = [("Content-Type", "application/json"), ("ETag", etag)]
         fields.append(("Cache-Control", "no-store"))  # a browser asks with the ETag
-        known = self.request.headers.get("if-none-match") == etag
+        known = etag in self.request.headers.get("if-none-match", "")  # perhaps W/
         self.send_content(304 if known else 200, content, fields)
 
     async def do_requests_cancel(self, body: dict[str, Any]) -> None:
