@@ -6656,7 +6656,11 @@ class RequestRecord(NamedTuple):
             "model": self.model[:200],
             "controller": self.attempts[-1][0] if self.began_at else "",
             "attempts": [
-                {"controller": name, "asked": since(asked), "reason": reason}
+                {
+                    "controller": name,
+                    "asked": since(asked),
+                    "reason": reason.removeprefix(f"{name}: "),
+                }
                 for name, asked, reason in self.attempts
             ],
             "first_byte": since(self.began_at),
@@ -8207,7 +8211,7 @@ class RequestHandler:
             self.request.method,
             self.path,
             self.model,
-            self.status,
+            499 if self.outcome == "client left" else self.status,
             self.error,
             attempts,
             began_at,
@@ -8442,7 +8446,7 @@ class RequestHandler:
 
     def _fail(self, error: APIError) -> None:
         """Answer an error: with a status, or as the last event of a stream."""
-        self.error = (error.code or error.type, self._error_in_short(error))
+        self._note(error)
         error.with_traceback(None)  # as in Call._explain()
         if not self.head_sent:
             self.send_error(error)
@@ -8458,10 +8462,15 @@ class RequestHandler:
                 self._write_stream(last)
         self.connection.close()
 
-    def _error_in_short(self, error: APIError) -> str:
-        """An error for the administrator: our own words, not those of an answer."""
-        own = self.call is None or not self.call.tries
-        return error.message[:200] if own else error.reason
+    def _note(self, error: APIError) -> None:
+        """Keep for the journal what went wrong, in no words but our own."""
+        words = f"status {error.status}"
+        if self.call is None or not self.call.tries:
+            words = error.message[:200]
+        elif isinstance(error, ControllerError):
+            words = error.reason
+        code = ErrorObject(type=error.type, code=error.code).summary
+        self.error = (code, words)
 
     # --- Controllers' answers
 
@@ -8586,6 +8595,8 @@ class RequestHandler:
             event = call.content.replace(b"\n", b" ").replace(b"\r", b"")
             self._write_stream(sse_event(event), last=True)
         else:
+            if call.status >= 400:
+                self._note(refusal_error(call.status, call.content))
             fields = self._relayed_fields(call)
             self.send_content(call.status, call.content, fields.items())
 

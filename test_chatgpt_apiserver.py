@@ -8100,6 +8100,28 @@ async def test_status_tells_why_requests_failed(tmp_path):
         assert (requests["a"]["status"], requests["a"]["user"]) == (401, "")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("code", ["context_length_exceeded", "you wrote: a secret"])
+@flow
+async def test_status_quotes_no_word_of_a_refusal(tmp_path, code, stream):
+    error = {"message": "you wrote: a secret", "type": "a secret", "code": code}
+    async with Upstream(http_reply({"error": error}, 400)) as upstream:
+        async with serving(tmp_path, upstream.controller()) as server:
+            headers = [("x-request-id", "mine")]
+            for path, body in (
+                (CHAT_URL, {**CHAT, "stream": stream}),
+                ("/api/ask", {"content": "x", "model": "m"}),
+            ):
+                reply = await ask(server.port, "POST", path, body, headers=headers)
+                assert reply.status == 400 and b"a secret" in reply.content
+                told, requests = await status_of(server)
+                assert "a secret" not in json.dumps(told)
+                refused = requests["mine"]
+                assert (refused["status"], refused["failed"]) == (400, True)
+                if path == CHAT_URL:
+                    assert refused["code"] == (code if "_" in code else "")
+
+
 @flow
 async def test_status_tells_of_streams_that_broke_off_and_of_clients_that_left(
     tmp_path,
@@ -8125,7 +8147,7 @@ async def test_status_tells_of_streams_that_broke_off_and_of_clients_that_left(
             broken, left = requests["broken"], requests["left"]
             assert (broken["status"], broken["failed"]) == (200, True)
             assert broken["error"] and broken["code"] == "upstream_error"
-            assert (left["status"], left["failed"]) == (200, False)
+            assert (left["status"], left["failed"]) == (499, False)
 
 
 @flow
