@@ -183,7 +183,7 @@ class Limits:
     tls_timeout = 10.0
     first_byte_timeout = 300.0
     silence_timeout = 120.0  # between two reads of an answer
-    heartbeat_interval = 15.0  # comments to a streaming client who waits
+    heartbeat_interval = 15.0  # comments to a streaming client who waits; 0: none
     request_timeout = 900.0  # from reading a request to the end of its answer
     response_size = 64 * 1024 * 1024  # an answer that is not streamed
     event_size = 8 * 1024 * 1024  # one event; an agent's answer that waits unread
@@ -221,8 +221,17 @@ class Limits:
                 raise ValueError(f"{name} must be a number from 0 up")
             if isinstance(getattr(Limits, name), int) and value != int(value):
                 raise ValueError(f"{name} must be a whole number")
+            if value == 0 and name in ABOVE_ZERO:
+                raise ValueError(f"{name} must be above 0")
             setattr(self, name, value)
 
+
+# Nothing waits for no time, or looks again without a pause.
+ABOVE_ZERO = frozenset(
+    name
+    for name in vars(Limits)
+    if name.endswith(("_timeout", "_interval")) and name != "heartbeat_interval"
+) | {"attempts", "cool_failures"}
 
 DEFAULT_LIMITS = Limits()
 
@@ -4795,6 +4804,10 @@ def rfc3339(timestamp: float) -> str:
 # --- Upstreams
 
 
+OPENAI_URL = "https://api.openai.com/v1"
+ANTHROPIC_URL = "https://api.anthropic.com/v1"
+
+
 def normal_base_url(url: str) -> str:
     """A base URL as the OpenAI SDKs take it, out of what people copy."""
     url = url.rstrip("/")
@@ -4821,7 +4834,7 @@ class OpenAIController(Controller):
         api_key: str,
         *,
         name: str = "openai",
-        base_url: str = "https://api.openai.com/v1",
+        base_url: str = OPENAI_URL,
         auth: str = "bearer",
         proxy: str | None = None,
         ca_file: str | None = None,
@@ -4911,6 +4924,8 @@ class OpenAIController(Controller):
                 self._listed_names = frozenset([*names, *short])
             elif status == 404 and (await self._get("/v1/models"))[0] == 200:
                 problem = f"its base_url lacks /v1: {self.base_url}/v1 has models"
+            elif status in (401, 403):
+                problem = f"its key is refused (status {status})"
             else:
                 problem = f"its list of models cannot be read (status {status})"
         except (OSError, asyncio.TimeoutError, ProtocolError):
@@ -4950,7 +4965,7 @@ class AnthropicController(OpenAIController):
         api_key: str,
         *,
         name: str = "anthropic",
-        base_url: str = "https://api.anthropic.com/v1",
+        base_url: str = ANTHROPIC_URL,
         auth: str = "x-api-key",
         **options: Any,
     ) -> None:
@@ -9175,6 +9190,7 @@ class Server:
                      machine), "key" (nobody) or "open" (anybody)
     upstream_errors  "map" (to 500) or "pass" (429 and 5xx as they are)
     page             show a browser a page at "/"
+    mocks            have the mock models
     limits           Limits
     log              a Log for lines and access lines; None: warnings go to logging
     verbose          log each connection, attempt and agent's message too
@@ -9196,6 +9212,7 @@ class Server:
         agents_auth: str | None = None,
         upstream_errors: str = "map",
         page: bool = True,
+        mocks: bool = True,
         limits: Limits = DEFAULT_LIMITS,
         log: Log | None = None,
         verbose: bool = False,
@@ -9219,7 +9236,8 @@ class Server:
             access=None if log is None else log.write,
             debug=debug,
         )
-        self.service.pool.add(MockController())
+        if mocks:
+            self.service.pool.add(MockController())
         self._wanted_port = port
         self._agents_auth = agents_auth
         self._tls = (tls_cert, tls_key)
@@ -9241,8 +9259,13 @@ class Server:
     def model(self, name: str, **options: Any) -> Callable[[F], F]:
         """Decorate a function that answers for a model; see FunctionController.
 
-        options are FunctionController's.
+        options are FunctionController's.  Raise TypeError without a name in
+        parentheses, ValueError for an empty one.
         """
+        if not isinstance(name, str):
+            raise TypeError('write @server.model("name")')
+        if not name:
+            raise ValueError("the model's name must not be empty")
 
         def decorate(function: F) -> F:
             self.add(FunctionController(function, name=name, models=[name], **options))
@@ -9284,6 +9307,11 @@ class Server:
         self.url = f"http{'s' if service.tls else ''}://{host}:{self.port}"
         self._spawn(self._poll_users())
         self._spawn(self._list_models())
+
+    def reload_certificate(self) -> None:
+        """Use the certificate as it is on the disk now; OSError if it is no good."""
+        if self.service.tls is not None:
+            self.service.tls = self._tls_context()
 
     def use_agents_auth(self, auth: str | None) -> None:
         """Say who may register an agent without a key; None: whatever is safe.
@@ -10128,6 +10156,8 @@ class Config:
         self.controllers: list[dict[str, Any]] = []  # arguments of OpenAIController
         self.path: str | None = None  # of the file read
         self.notes: list[str] = []  # lines for the start screen
+        self.mocks = True
+        self.page = True
         self.verbose = False
 
     def __repr__(self) -> str:
@@ -10216,6 +10246,26 @@ NUMBER = Expected("a number from 0", (int, float), lambda value: 0 <= value < 1e
 ABOVE_0 = Expected("seconds, above 0", (int, float), lambda value: 0 < value < 1e12)
 POOL_TYPE = one_of("balanced", "random", "least_busy")
 
+TRUE_OR_FALSE = Expected("true or false", bool, lambda value: True)
+# Limits that the file could set once, and constants now: no server is run with others.
+RETIRED_LIMITS = frozenset(
+    "request_line_size header_line_size header_count chunk_line_size"
+    " chunk_extensions_size trailer_size trailer_count pipelined_size write_high_water"
+    " write_low_water write_unsent_size linger_timeout linger_size"
+    " wrong_keys_per_minute queue_size_per_controller queue_size_min queue_size_max"
+    " agent_return_timeout agent_return_window message_fragments control_frame_rate"
+    " control_frame_burst close_timeout agent_write_size response_head_size"
+    " response_header_count interim_responses idle_upstream_connections".split()
+)
+
+
+def limit_shape(name: str, default: float) -> Expected:
+    """What a limit may be in the file."""
+    if isinstance(default, int):
+        return whole_number(1 if name in ABOVE_ZERO else 0)
+    return ABOVE_0 if name in ABOVE_ZERO else NUMBER
+
+
 # A shape is an object {key: shape}, a list [shape], one Expected value, or a function
 # that looks at what is written and tells its shape.
 CONFIG_KEYS = {
@@ -10227,11 +10277,14 @@ CONFIG_KEYS = {
     "base_url": Expected("the http or https URL of an API", str, is_url),
     "proxy": Expected("a proxy as http://host:port", str, is_proxy),
     "ca_file": FILE,
-    "verify": Expected("true or false", bool, lambda value: True),
+    "verify": TRUE_OR_FALSE,
     "first_byte_timeout": ABOVE_0,
+    "auth": one_of("bearer", "x-api-key"),
 }
+UPSTREAM_TYPES = {"openai": OpenAIController, "anthropic": AnthropicController}
+UPSTREAM_URLS = {"openai": OPENAI_URL, "anthropic": ANTHROPIC_URL}
 CONTROLLER_KEYS = {
-    "type": one_of("openai"),
+    "type": one_of(*UPSTREAM_TYPES),
     "name": NAME,
     "weight": whole_number(0),
     "models": models_shape,
@@ -10264,27 +10317,17 @@ FILE_KEYS = {
     "agents": {"auth": one_of("local", "key", "open")},
     "upstream_errors": one_of("map", "pass"),
     "limits": {
-        name: whole_number(0) if isinstance(default, int) else NUMBER
-        for name, default in vars(Limits).items()
-        if not name.startswith("_")
+        **dict.fromkeys(RETIRED_LIMITS, NUMBER),
+        **{
+            name: limit_shape(name, default)
+            for name, default in vars(Limits).items()
+            if not name.startswith("_")
+        },
     },
+    "mocks": TRUE_OR_FALSE,
+    "page": TRUE_OR_FALSE,
     "controllers": [CONTROLLER_KEYS],
 }
-# What a controller's dict has for what was not written.
-CONTROLLER = {
-    "weight": 1,
-    "models": None,
-    "max_concurrency": None,
-    "limit": None,
-    "account": None,
-    "base_url": "https://api.openai.com/v1",
-    "proxy": None,
-    "ca_file": None,
-    "verify": True,
-    "first_byte_timeout": None,
-}
-
-
 # --- Reading and checking
 
 KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
@@ -10355,8 +10398,7 @@ class Source(NamedTuple):
             if key is None:  # see distinct
                 raise self.mistake(f"{place}.{shown(value)}", "this key comes twice")
             if key not in shape:
-                text = f"unknown key{did_you_mean(key, shape)}"
-                raise self.mistake(f"{place}.{shown(key)}", text)
+                raise self.mistake(f"{place}.{shown(key)}", "unknown key")
             yield key, self.check(value, shape[key], f"{place}.{shown(key)}")
 
     def variable(self, value: str, place: str) -> str:
@@ -10386,14 +10428,6 @@ def shown(key: str) -> str:
     return key if re.fullmatch("[A-Za-z0-9_-]{1,40}", key) else json.dumps(key[:40])
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """A hint at the nearest choice, or ""."""
-    import difflib  # 4 ms, for those who mistyped
-
-    near = difflib.get_close_matches(word[:40].lower(), list(choices), 1)
-    return f', did you mean "{near[0]}"?' if near else ""
-
-
 # --- Arguments
 
 
@@ -10416,9 +10450,9 @@ class CommandLine(argparse.ArgumentParser):
         parsed, extra = self.parse_known_intermixed_args(arguments, namespace)
         for argument in extra:
             if argument.startswith("-"):
-                known = re.findall("--[a-z_-]+", self.format_help())
-                hint = did_you_mean(argument.partition("=")[0], known)
-                self.error(f"unknown option{hint}")
+                name = argument.partition("=")[0]
+                usual = re.fullmatch("--?[a-z][a-z_-]{0,20}", name)  # and no key
+                self.error(f"unknown option {name if usual else 'there'}")
             self.error(f"expected {self.epilog or 'a port and a key'}, there is more")
         return parsed
 
@@ -10482,13 +10516,19 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     vars(config).update(settings)
     config.port = int(config.port)
     config.listen = config.listen.strip("[]")
-    config.limits = Limits(**settings.get("limits", {}))
+    limits = settings.get("limits", {})
+    config.limits = Limits(
+        **{k: v for k, v in limits.items() if k not in RETIRED_LIMITS}
+    )
     config.controllers = read_controllers(
         file, settings.get("controllers", []), environ
     )
     if not config.controllers and environ.get("OPENAI_API_KEY"):
         config.controllers = [controller_from_environment(environ)]
         config.notes = ["controller openai-1 from OPENAI_API_KEY in the environment"]
+    retired = sorted(RETIRED_LIMITS & limits.keys())
+    if retired:
+        config.notes.append(f"no longer settings, and not used: {', '.join(retired)}")
     if config.tls_key and not config.tls_cert:
         raise ConfigurationError("tls_key: there is no tls_cert that it belongs to")
     if not config.api_key:
@@ -10504,6 +10544,8 @@ def find_file(args: argparse.Namespace, environ: Mapping[str, str]) -> str | Non
     name = "chatgpt-apiserver.json"
     path: str | None = given("config_file", args, environ)
     folder = given("config_path", args, environ)
+    if folder and not os.path.isdir(folder):
+        raise ConfigurationError("config_path: expected a folder that is there")
     if path and (args.config_file or not args.config_path):
         return path
     folders = [".", ".config", "config", "/etc/chatgpt-apiserver"]
@@ -10566,16 +10608,21 @@ def controller_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 def controller_arguments(
     settings: dict[str, Any], environ: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The keyword arguments of an OpenAIController, from what was written."""
-    arguments = {**CONTROLLER, **settings}
-    arguments.pop("type", None)
-    arguments["weight"] = arguments["weight"] or 1
-    if isinstance(arguments["models"], list):
+    """What make_controller() takes, from what was written: equal for equal ones."""
+    arguments = {"type": "openai", **settings}
+    if isinstance(arguments.get("models"), list):
         arguments["models"] = {name: name for name in arguments["models"]}
-    arguments["base_url"] = arguments["base_url"].rstrip("/")
-    proxy = arguments["proxy"] or environment_proxy(arguments["base_url"], environ)
+    default = UPSTREAM_URLS[arguments["type"]]
+    url = arguments["base_url"] = normal_base_url(arguments.get("base_url", default))
+    proxy = arguments.get("proxy") or environment_proxy(url, environ)
     arguments["proxy"] = proxy and proxy.rstrip("/")
     return arguments
+
+
+def make_controller(arguments: dict[str, Any], limits: Limits) -> Controller:
+    """The upstream that controller_arguments() describes."""
+    options = {key: value for key, value in arguments.items() if key != "type"}
+    return UPSTREAM_TYPES[arguments["type"]](**options, limits=limits)
 
 
 def environment_proxy(url: str, environ: Mapping[str, str]) -> str | None:
@@ -10643,7 +10690,7 @@ def agent_controllers(
         file = Source(path, os.path.dirname(path), environ)
         entries = file.read(FILE_KEYS).get("controllers", [])
         made = read_controllers(file, entries, environ)
-        return [OpenAIController(**arguments, limits=limits) for arguments in made]
+        return [make_controller(arguments, limits) for arguments in made]
     if args.upstream is None:
         return None
     url = args.upstream if "://" in args.upstream else f"http://{args.upstream}"
@@ -10655,7 +10702,7 @@ def agent_controllers(
         "api_key": args.upstream_key or "",
         "models": names or None,
     }
-    return [OpenAIController(**controller_arguments(settings, environ), limits=limits)]
+    return [make_controller(controller_arguments(settings, environ), limits)]
 
 
 def build_agent(
@@ -10709,10 +10756,12 @@ def start_screen(server: Server, config: Config) -> str:
         "An OpenAI-compatible API in front of upstreams, agents and Python functions.",
         "",
         f"  Base URL     {url}/v1   for any OpenAI client",
+        *([f"  Page         {url}   in a browser"] if config.page else []),
         f"  Agents       {socket_url}/client/register",
         f"  Controllers  {names or 'none yet: connect an agent, set OPENAI_API_KEY,'}",
         *([] if names else ["               or write a chatgpt-apiserver.json"]),
         f"  Users        the API key, and {count} in {config.users}",
+        *([f"  Settings     {config.path}"] if config.path else []),
         *(f"  Note         {note}" for note in config.notes),
         *(f"  WARNING      {warning}" for warning in warnings(config)),
         "",
@@ -10757,7 +10806,7 @@ def warnings(config: Config) -> list[str]:
             "ANYBODY CAN REGISTER AN AGENT AND READ PROMPTS (agents.auth: open)"
         )
     for controller in config.controllers:
-        if not controller["verify"]:
+        if not controller.get("verify", True):
             lines.append(f"{controller['name']} TAKES ANY CERTIFICATE (verify: false)")
     return lines
 
@@ -10774,12 +10823,14 @@ def build_server(config: Config, log: Log) -> Server:
         pool=config.pool_type,
         agents_auth=config.agents_auth,
         upstream_errors=config.upstream_errors,
+        page=config.page,
+        mocks=config.mocks,
         limits=config.limits,
         log=log,
         verbose=config.verbose,
     )
     for arguments in config.controllers:
-        server.add(OpenAIController(**arguments, limits=config.limits))
+        server.add(make_controller(arguments, config.limits))
     return server
 
 
@@ -10836,21 +10887,38 @@ class Program:
 class ServerProgram(Program):
     """The server as a program: the start screen, reloading."""
 
+    FIXED = ("port", "listen", "api_key", "users", "tls_cert", "tls_key", "mocks")
+
     def __init__(self, argv: list[str]) -> None:
         super().__init__()
         self._argv = argv
-        self._config = load_config(argv, os.environ)
-        self._server = build_server(self._config, self._log)
+        self._config = config = load_config(argv, os.environ)
+        self._server = build_server(config, self._log)
+        self._fixed = self._fixed_settings(config)
+        self._terminals = [fd for fd in (0, 2) if is_terminal(fd)]
+
+    def _fixed_settings(self, config: Config) -> dict[str, Any]:
+        """What only a restart changes, by name."""
+        fixed = {name: getattr(config, name) for name in self.FIXED}
+        return {**fixed, "limits.connections": config.limits.connections}
 
     async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, self._reload)
+            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         await self._server.start()
-        self._log.write(start_screen(self._server, self._config))
+        for line in start_screen(self._server, self._config).split("\n"):
+            self._log.write(line)
         await self._server.serve_forever()
 
     def _request_shutdown(self) -> None:
         self._server.request_shutdown()
+
+    def _hang_up(self) -> None:
+        """SIGHUP: read the configuration again; end if it came of a closed terminal."""
+        if any(not is_terminal(fd) for fd in self._terminals):
+            self._stop(signal.SIGHUP)
+        else:
+            self._reload()
 
     def _reload(self) -> None:
         """Read the configuration again; a bad one changes nothing and says so."""
@@ -10859,11 +10927,18 @@ class ServerProgram(Program):
         except ConfigurationError as error:
             self._log.report(f"configuration not reloaded: {error}")
             return
+        if self._config.path and not config.path:  # found before, and not named
+            path = self._config.path
+            self._log.report(f"configuration not reloaded: {path} is not there")
+            return
+        try:
+            self._server.reload_certificate()
+        except OSError as error:
+            self._log.report(f"certificate not reloaded: {error.strerror or error}")
         old, self._config = self._config, config
-        fixed = ("port", "listen", "api_key", "users", "tls_cert", "tls_key")
-        later = [name for name in fixed if getattr(old, name) != getattr(config, name)]
-        if old.limits.connections != config.limits.connections:
-            later.append("limits.connections")
+        # Compared with what is in force, which is what the start has read.
+        now = self._fixed_settings(config)
+        later = [name for name, was in self._fixed.items() if now[name] != was]
         # All share one Limits: what is changed in it is changed for all.
         vars(old.limits).clear()
         vars(old.limits).update(vars(config.limits))
@@ -10888,7 +10963,7 @@ class ServerProgram(Program):
                 controller.close()
         for arguments in new.controllers:
             if arguments not in old.controllers:
-                pool.add(OpenAIController(**arguments, limits=new.limits))
+                pool.add(make_controller(arguments, new.limits))
 
 
 class AgentProgram(Program):
@@ -10903,6 +10978,14 @@ class AgentProgram(Program):
 
     def _request_shutdown(self) -> None:
         self._agent.request_shutdown()
+
+
+def is_terminal(fd: int) -> bool:
+    """Whether a file descriptor is a terminal that is still there."""
+    try:
+        return os.isatty(fd) and os.ttyname(fd) != ""
+    except (OSError, AttributeError):
+        return False
 
 
 def raise_file_limit() -> None:

@@ -12753,7 +12753,7 @@ async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path):
     [
         ([], "expected the URL of a server"),
         (["h", "i"], "expected the URL of one server"),
-        (["h", "--hlep"], 'did you mean "--help"'),
+        (["h", "--hlep"], "unknown option --hlep"),
         (["h", "--command", "no-such-program"], "there is no such program"),
         (["h", "--upstream", "ftp://x"], "upstream: expected"),
         (["h", "--upstream", "x", "--command", "y"], "only one of"),
@@ -12948,8 +12948,8 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["SECRET", "8080"], "port: expected"),
     (["8080", "k", "SECRET"], "expected a port and a key"),
     (["8080", "-SECRET"], "unknown option"),
-    (["8080", "k", "--lisen", "::"], 'unknown option, did you mean "--listen"?'),
-    (["8080", "k", "-confg_file=x"], 'did you mean "--config_file"?'),
+    (["8080", "k", "--lisen", "::"], 'unknown option --lisen'),
+    (["8080", "k", "-confg_file=x"], "unknown option --confg_file"),
     (["8080", "k", "--list", "::"], "unknown option"),  # no abbreviations
     (["8080", "k", "-list", "::"], "unknown option"),
     (["8080", "k", "--listen"], "--listen: expected one argument"),
@@ -13140,15 +13140,13 @@ def test_the_seeds_example_is_read(load, tmp_path):
     one, two = load(file=text).controllers
     assert (one["name"], one["weight"], one["api_key"]) == ("openai-1", 5, "first")
     assert two == {
-        "name": "openai-2", "weight": 1, "models": None, "max_concurrency": None,
-        "limit": None, "account": None, "api_key": "second",
-        "base_url": "https://api.openai.com/v1", "proxy": None, "ca_file": None,
-        "verify": True, "first_byte_timeout": None,
+        "type": "openai", "name": "openai-2", "api_key": "second",
+        "base_url": "https://api.openai.com/v1", "proxy": None,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("entry, expected", [
-    ({"weight": 0}, {"weight": 1}),
+    ({"weight": 0}, {"weight": 0}),
     ({"name": "gpu"}, {"name": "gpu"}),
     ({"models": ["a", "b"]}, {"models": {"a": "a", "b": "b"}}),
     ({"models": {"a": "real"}}, {"models": {"a": "real"}}),
@@ -13221,17 +13219,17 @@ def openai(**config):
      "controllers[0].config.api_key: this key comes twice"),
     ('{"port": ' + "9" * 5000 + "}", ""),  # 3.9 and later differ in what
     ("[" * 200_000, "nesting too deep"),
-    ('{"limits": {"head_timeout": NaN}}', "limits.head_timeout: expected a number"),
-    ('{"limits": {"head_timeout": 1e999}}', "limits.head_timeout: expected a number"),
+    ('{"limits": {"head_timeout": NaN}}', "limits.head_timeout: expected seconds"),
+    ('{"limits": {"head_timeout": 1e999}}', "limits.head_timeout: expected seconds"),
     # Keys
-    ({"prot": 1}, 'prot: unknown key, did you mean "port"?'),
-    ({"API_KEY": "SECRET"}, 'API_KEY: unknown key, did you mean "api_key"?'),
+    ({"prot": 1}, 'prot: unknown key'),
+    ({"API_KEY": "SECRET"}, 'API_KEY: unknown key'),
     ({"x\ny": 1}, r'"x\ny": unknown key'),
-    ({"limits": {"head_timeuot": 1}}, 'limits.head_timeuot: unknown key, did you mean "head_timeout"?'),
+    ({"limits": {"head_timeuot": 1}}, 'limits.head_timeuot: unknown key'),
     ({"limits": {"__init__": 1}}, "limits.__init__: unknown key"),
     ({"pool": {"kind": "random"}}, "pool.kind: unknown key"),
-    (openai(baseurl="x"), 'controllers[0].config.baseurl: unknown key, did you mean "base_url"?'),
-    (controllers(OPENAI, {"wieght": 1}), 'controllers[1].wieght: unknown key, did you mean "weight"?'),
+    (openai(baseurl="x"), 'controllers[0].config.baseurl: unknown key'),
+    (controllers(OPENAI, {"wieght": 1}), 'controllers[1].wieght: unknown key'),
     # Types
     ({"port": None}, "port: expected a port from 0 to 65535, got null"),
     ({"port": 1.5}, "port: expected a port from 0 to 65535, got a number"),
@@ -13253,7 +13251,7 @@ def openai(**config):
     ({"upstream_errors": ""}, 'upstream_errors: expected "map" or "pass"'),
     ({"limits": {"head_size": 1.5}}, "limits.head_size: expected a whole number from 0, got a number"),
     ({"limits": {"head_size": -1}}, "limits.head_size: expected a whole number from 0"),
-    ({"limits": {"head_timeout": "5"}}, "limits.head_timeout: expected a number from 0, got a string"),
+    ({"limits": {"head_timeout": "5"}}, "limits.head_timeout: expected seconds, above 0, got a string"),
     ({"tls_key": "no.pem"}, "tls_key: expected the path of a file that can be read"),
     ({"tls_cert": "\0"}, "tls_cert: expected the path of a file that can be read"),
     # Controllers
