@@ -6702,6 +6702,8 @@ class Journal:
     def __init__(self) -> None:
         self._requests: deque[RequestRecord] = deque(maxlen=self.REQUESTS)
         self._strangers: deque[RequestRecord] = deque(maxlen=self.STRANGERS)
+        # By id(); the record stands there too, or another could get its id.
+        self._encoded: dict[int, tuple[RequestRecord, bytes]] = {}
         # Number of a slot since the clock's beginning, requests, failures, tokens.
         self._slots: deque[list[int]] = deque(maxlen=self.SLOTS + 1)
 
@@ -6721,6 +6723,15 @@ class Journal:
         """Those that are kept, the latest first."""
         both = [*self._requests, *self._strangers]
         return sorted(both, key=lambda record: record.started, reverse=True)
+
+    def encode(self) -> list[bytes]:
+        """The same as JSON; each is encoded once, however often it is asked for."""
+        known = self._encoded
+        self._encoded = {
+            id(record): known.get(id(record)) or (record, encode_json(record.told()))
+            for record in self.requests()
+        }
+        return [line for _, line in self._encoded.values()]
 
     def activity(self, now: float) -> dict[str, list[int]]:
         """Requests, failures and tokens in each slot; the one that runs is left out."""
@@ -7684,7 +7695,10 @@ class Service:
         """What GET /admin/status answers and its ETag: made at most once a second."""
         made_at, content, etag = self._status
         if now - made_at >= 1:
-            told = encode_json(self._describe(now))
+            running = [encode_json(h.record().told()) for h in reversed(self.running)]
+            requests = b", ".join([*running, *self.journal.encode()])
+            told = encode_json(self._describe(now))[:-1]
+            told += b', "requests": [' + requests + b"]}"
             if told != content:
                 content, etag = told, f'"{secrets.token_hex(8)}"'
             self._status = (now, content, etag)
@@ -7695,7 +7709,6 @@ class Service:
         controllers = [controller.status(now) for controller in self.pool.controllers]
         for line in controllers:
             line["first_byte"] = first_bytes.get(line["name"])
-        running = [handler.record().told() for handler in reversed(self.running)]
         return {
             "version": __version__,
             "started": round(self.started, 3),
@@ -7705,7 +7718,6 @@ class Service:
             "activity": self.journal.activity(now),
             "agent_sha256": source_digest(),
             "controllers": controllers,
-            "requests": [*running, *(r.told() for r in self.journal.requests())],
         }
 
     def cancel(self, request_id: str) -> bool:

@@ -8267,6 +8267,17 @@ def test_a_stranger_pushes_no_request_out_of_the_journal():
     assert kept[-200:] == [*range(300, 100, -1)]
 
 
+def test_each_record_of_the_journal_is_encoded_as_itself():
+    """Also where a new one stands at the address of one that has gone."""
+    journal = apiserver.Journal()
+    for number in range(1, 1000):
+        journal.add(journal_record(number))
+        if number % 7 == 0:
+            lines = [json.loads(line) for line in journal.encode()]
+            ids = [f"id-{n}" for n in range(number, max(0, number - 200), -1)]
+            assert [line["request_id"] for line in lines] == ids
+
+
 def test_activity_is_counted_in_slots_and_forgotten_after_ten_minutes():
     journal = apiserver.Journal()
     journal.add(journal_record(1001.0))
