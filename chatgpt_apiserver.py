@@ -52,10 +52,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
+import calendar
 import codecs
 import contextlib
 import enum
 import errno
+import fnmatch
 import functools
 import hashlib
 import hmac
@@ -1471,6 +1474,11 @@ def unix_time() -> float:
     return time.time()
 
 
+def rfc3339(timestamp: float) -> str:
+    """A Unix time as "2026-01-31T12:00:00Z"."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
+
+
 def random_id(prefix: str) -> str:
     """A fresh id such as "chatcmpl-1f..."; 0.5 us where uuid4 takes 2.4."""
     return prefix + os.urandom(12).hex()
@@ -2083,7 +2091,10 @@ class EventStream:
     ended   nothing more will be relayed
     error   what an error event said, or None; the event itself is not relayed
     usage   the token counts, as far as they have been seen
+    events  how many there have been, roughly
     """
+
+    events = 0
 
     def __init__(self, max_size: int = DEFAULT_LIMITS.response_size) -> None:
         self.began = False
@@ -2139,6 +2150,7 @@ class CompletionStream(EventStream):
         block = super().receive(data)
         # To look into text takes 0.1 us, into bytes 0.3; to parse an event takes 5.
         text = block.decode("latin-1")
+        self.events += text.count("data:")
         if self._unfinished > 0 and '"finish_reason"' in text:
             # Before a regular expression takes 20 times as long to find none.
             if '"finish_reason":"' in text or '"finish_reason": "' in text:
@@ -2209,7 +2221,6 @@ class TypedStream(EventStream):
     def __init__(self, max_size: int = DEFAULT_LIMITS.response_size) -> None:
         super().__init__(max_size)
         self.first: dict[str, Any] = {}  # that event, once seen
-        self.events = 0  # relayed so far
         self._looked_for = tuple(f'"{t}"' for t in (*self.ENDS, *self.USAGE, "error"))
 
     def receive(self, data: bytes) -> bytes:
@@ -2290,10 +2301,12 @@ class Dialect:
     judged     bodies are judged by their first bytes, not by their label
     asks_usage a stream's usage has to be asked for, with stream_options
     answer_key what is in every answer, and in no error
+    generates  an answer is text that was generated, a token at a time
     default_model  "model" may be left out, as in the OpenAI API
     """
 
     judged = False
+    generates = False
     asks_usage = False
     answer_key = b""
     default_model = False
@@ -2323,6 +2336,7 @@ class ChatDialect(Dialect):
     """/v1/chat/completions."""
 
     judged = True
+    generates = True
     asks_usage = True
     answer_key = b'"choices"'
 
@@ -2354,6 +2368,7 @@ class ResponsesDialect(Dialect):
     """/v1/responses."""
 
     judged = True
+    generates = True
     answer_key = b'"output"'
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
@@ -2379,6 +2394,7 @@ class MessagesDialect(Dialect):
     """/v1/messages, of the Anthropic API."""
 
     judged = True
+    generates = True
     answer_key = b'"content"'
     ERROR_TYPES: ClassVar = {
         400: "invalid_request_error",
@@ -2467,6 +2483,7 @@ class APIRequest:
     user          whose request it is: the queue is fair between users
     id            x-request-id, for the log
     deadline      when to give up, on the loop's clock
+    may_use       whether its user may have a model, where none is asked for
     on_asked      called when a controller is asked: the wait in the queue is over
     agent_id      the one agent that can answer, or None
     ask           of /api/ask: content, conversation_id and parent_id for an agent
@@ -2492,6 +2509,7 @@ class APIRequest:
         "headers",
         "id",
         "is_json",
+        "may_use",
         "model",
         "model_field",
         "on_asked",
@@ -2526,6 +2544,7 @@ class APIRequest:
         self.user = ""
         self.deadline = math.inf
         self.on_asked: Callable[[], None] | None = None
+        self.may_use: Callable[[str], bool] = bool
         self.agent_id: str | None = None
         self.ask = ask
         self.id = ""
@@ -3856,7 +3875,7 @@ class WebSocket:
 
 
 # -----------------------------------------------------------------------------
-# Users (users.json)
+# Users, limits, usage
 # -----------------------------------------------------------------------------
 #
 # What is in force is what is on disk: a change is made to a copy, the copy is
@@ -3865,31 +3884,103 @@ class WebSocket:
 # one together.  People and other servers change the file too, so it is looked at
 # before each write and twice a second; what cannot be read is never overwritten.
 
-ROLES = ("user", "agent")
+ROLES = ("user", "agent", "monitor")
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 Stamp = tuple[int, int, int]  # mtime_ns, size, inode: another one, another content
 ABSENT: Stamp = (0, 0, 0)
 
 
 class User:
-    """Whose a token is: user_id, token, name, and role ("user" or "agent").
+    """Whose a token is: what users.json says of it, already checked by user_problem().
 
-    fields is its object in users.json, already checked; what else is in there is
-    kept and written back.
+    user_id, name, role   role is "user", "agent" or "monitor"
+    token, digest         token is "" where only its SHA-256 is kept
+    quotas                of "limit"; None: the default's
+    models                patterns of the models it may use ("gpt-4o*"), or None
+    expires               Unix time, or infinity
+    max_concurrency       its requests at once, or 0 for any number
+    old_digest, old_until  the token before, and when it ends
     """
 
-    __slots__ = ("line", "name", "role", "token", "user_id")
+    __slots__ = (
+        "digest",
+        "expires",
+        "fields",
+        "line",
+        "max_concurrency",
+        "models",
+        "name",
+        "old_digest",
+        "old_until",
+        "quotas",
+        "role",
+        "token",
+        "user_id",
+    )
 
     def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields = fields
         self.user_id: str = fields["user_id"]
-        self.token: str = fields["token"]
+        self.token: str = fields.get("token", "")
+        self.digest = stored_digest(fields)
         self.name: str = fields.get("name", "")
         self.role: str = fields.get("role", "user")
+        limit = fields.get("limit")
+        self.quotas = None if limit is None else parse_quotas(limit)
+        self.models: list[str] | None = fields.get("models")
+        self.expires = parse_time(fields.get("expires"))
+        self.max_concurrency: int = fields.get("max_concurrency") or 0
+        old = fields.get("old") or {}
+        self.old_digest = stored_digest(old) if old else b""
+        self.old_until = parse_time(old.get("expires"))
         # Encoded once, so that a write of 100,000 users is one join.
         self.line = encode_json(fields)
 
     def __repr__(self) -> str:
         return f"<User {self.user_id!r} name={self.name!r} role={self.role!r}>"
+
+    def may_use(self, model: str) -> bool:
+        """Whether its models allow one."""
+        return self.models is None or any(
+            fnmatch.fnmatchcase(model, pattern) for pattern in self.models
+        )
+
+    def shown(self) -> bytes:
+        """Its line in GET /admin/users: of a digest only the beginning."""
+        if self.token and "old" not in self.fields:
+            return self.line
+        fields = {key: value for key, value in self.fields.items() if key != "old"}
+        if not self.token:
+            fields["sha256"] = fields["sha256"][:8]
+        return encode_json(fields)
+
+
+def with_token(user: User, token: str) -> User:
+    """A user as whoever has asked for a token is told of it."""
+    told = User(user.fields)
+    told.token = token
+    return told
+
+
+def parse_time(value: Any) -> float:
+    """A date or time of RFC 3339 as Unix time; None is infinity.  ValueError.
+
+    Without an offset it is UTC; a day alone ends with it.
+    """
+    if value is None:
+        return math.inf
+    text = str(value)
+    if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        return calendar.timegm(time.strptime(text, "%Y-%m-%d")) + 86400
+    match = re.fullmatch(
+        r"([0-9-]{10})[Tt ]([0-9:]{8})(?:\.[0-9]+)?(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))?",
+        text,
+    )
+    if match is None:
+        raise ValueError('expected a time, as "2027-01-31T12:00:00Z"')
+    at = calendar.timegm(time.strptime(f"{match[1]} {match[2]}", "%Y-%m-%d %H:%M:%S"))
+    offset = int(match[4] or 0) * 3600 + int(match[5] or 0) * 60
+    return at - offset if match[3] == "+" else at + offset
 
 
 def token_digest(token: str) -> bytes:
@@ -3903,24 +3994,32 @@ def token_digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-class UserTable:
-    """What one version of users.json says; rest is its keys beside "users"."""
+def stored_digest(fields: dict[str, Any]) -> bytes:
+    """The digest of what stands as "token" or as "sha256"."""
+    if "token" in fields:
+        return token_digest(fields["token"])
+    return bytes.fromhex(fields["sha256"])
 
-    def __init__(self, rest: bytes = b"") -> None:
+
+class UserTable:
+    """What one version of users.json says."""
+
+    def __init__(self) -> None:
         self.users: dict[str, User] = {}  # by user_id, in the file's order
         self.by_digest: dict[bytes, User] = {}
-        self.rest = rest  # encoded, each as `,\n"key": value`
         self.size = len(self.encode())  # as if a comma followed the last user
 
     def copy(self) -> UserTable:
-        table = UserTable(self.rest)
+        table = UserTable()
         table.users, table.by_digest = self.users.copy(), self.by_digest.copy()
         table.size = self.size
         return table
 
     def add(self, user: User) -> None:
         self.users[user.user_id] = user
-        self.by_digest[token_digest(user.token)] = user
+        self.by_digest[user.digest] = user
+        if user.old_digest:
+            self.by_digest[user.old_digest] = user
         self.size += len(user.line) + len(",\n")
 
     def delete(self, user_id: str) -> User:
@@ -3928,14 +4027,25 @@ class UserTable:
         user = self.users.pop(user_id, None)
         if user is None:
             raise APIError(404, "User not found")
-        del self.by_digest[token_digest(user.token)]
+        del self.by_digest[user.digest]
+        self.by_digest.pop(user.old_digest, None)
         self.size -= len(user.line) + len(",\n")
         return user
+
+    def replace(self, old: User, new: User) -> None:
+        """Put a user's new version in its place."""
+        self.by_digest.pop(old.digest)
+        self.by_digest.pop(old.old_digest, None)
+        self.users[old.user_id] = new  # where it was
+        self.by_digest[new.digest] = new
+        if new.old_digest:
+            self.by_digest[new.old_digest] = new
+        self.size += len(new.line) - len(old.line)
 
     def encode(self) -> bytes:
         """The file: one user a line, for editors and for diff."""
         lines = b",\n".join([user.line for user in self.users.values()])
-        return b'{"users": [\n' + lines + b"\n]" + self.rest + b"}\n"
+        return b'{"users": [\n' + lines + b"\n]}\n"
 
 
 def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> UserTable:
@@ -3954,8 +4064,10 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> UserTable:
             raise ConfigurationError('expected {"users": [...]}')
         if len(users) > limits.users:
             raise ConfigurationError(f"users: expected at most {limits.users:,}")
-        pairs = [encode_json(k) + b": " + encode_json(v) for k, v in document.items()]
-        table = UserTable(b"".join(b",\n" + pair for pair in pairs))
+        if document:
+            key = next(iter(document))
+            raise ConfigurationError(f'expected only "users", and not {key!r}')
+        table = UserTable()
         for index, fields in enumerate(users):
             problem = user_problem(fields, table)
             if problem:
@@ -3966,25 +4078,71 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> UserTable:
     return table
 
 
+USER_FIELDS = frozenset(
+    "user_id token sha256 name role limit models expires max_concurrency old".split()
+)
+
+
 def user_problem(fields: Any, table: UserTable) -> str:
     """Why fields cannot be one more user of table, or ""."""
     if not isinstance(fields, dict):
         return ": expected an object"
-    user_id, token = fields.get("user_id"), fields.get("token")
+    user_id = fields.get("user_id")
     if not isinstance(user_id, str) or not user_id:
         return ".user_id: expected a string that is not empty"
-    # No header could carry another token; an empty one would let everybody in.
-    if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
-        return ".token: expected a string of visible ASCII characters"
-    if not isinstance(fields.get("name", ""), str):
-        return ".name: expected a string"
-    if fields.get("role", "user") not in ROLES:
-        return '.role: expected "user" or "agent"'
+    problem = token_problem(fields) or settings_problem(fields)
+    if problem:
+        return problem
     if user_id in table.users:
         return f".user_id: expected another than {user_id!r}, which is there already"
-    other = table.by_digest.get(token_digest(token))
+    other = table.by_digest.get(stored_digest(fields))
     if other:
         return f".token: expected another than that of user {other.user_id!r}"
+    return ""
+
+
+def token_problem(fields: dict[str, Any]) -> str:
+    """Why neither "token" nor "sha256" can be used, or ""."""
+    # No header could carry another token; an empty one would let everybody in.
+    token = fields.get("token")
+    if "sha256" in fields:
+        digest = fields["sha256"]
+        if token is not None:
+            return '.sha256: expected either "token" or "sha256"'
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            return ".sha256: expected 64 hexadecimal digits in lower case"
+        return ""
+    if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
+        return ".token: expected a string of visible ASCII characters"
+    return ""
+
+
+def settings_problem(fields: dict[str, Any]) -> str:
+    """Why what a person may set of a user cannot be, or ""."""
+    for key in fields.keys() - USER_FIELDS:
+        return f".{key}: unknown field"
+    name = fields.get("name", "")
+    if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
+        return ".name: expected at most 200 printable characters"
+    if fields.get("role", "user") not in ROLES:
+        return '.role: expected "user", "agent" or "monitor"'
+    models = fields.get("models")
+    if models is not None and not (
+        isinstance(models, list) and all(isinstance(m, str) and m for m in models)
+    ):
+        return '.models: expected a list of names, as ["gpt-4o*"]'
+    most = fields.get("max_concurrency")
+    if most is not None and (type(most) is not int or most < 1):
+        return ".max_concurrency: expected a whole number from 1"
+    for key, parse in (("limit", parse_quotas), ("expires", parse_time)):
+        try:
+            if fields.get(key) is not None:
+                parse(fields[key])
+        except ValueError as error:
+            return f".{key}: {error}"
+    old = fields.get("old")
+    if old is not None and (not isinstance(old, dict) or token_problem(old)):
+        return ".old: expected a token and when it expires"
     return ""
 
 
@@ -4127,12 +4285,14 @@ def stamp_of(found: os.stat_result) -> Stamp:
 
 
 Apply = Callable[[UserTable], User]  # one change; raises APIError
+GONE_AFTER = 5.0  # seconds, until a file that is missing means that there are no users
 
 
 class UserStore:
     """The users in force, and the file they are kept in.
 
     path    users.json, or a symlink to it; the file may be missing, its folder not
+    store   what is kept of new tokens: "token" or "sha256"
     report  called in the event loop with one line on what people want to know
 
     Making one touches nothing, and nothing is written until a user is added.  All
@@ -4144,9 +4304,11 @@ class UserStore:
         self,
         path: str,
         *,
+        store: str = "token",
         limits: Limits = DEFAULT_LIMITS,
         report: Callable[[str], object] = lambda line: None,
     ) -> None:
+        self.store = store
         self.path = os.path.abspath(path)  # a later chdir shall not move it
         self.limits = limits
         self._name = os.path.basename(path)
@@ -4157,6 +4319,7 @@ class UserStore:
         self._waiting: deque[tuple[Apply, Future[User]]] = deque()  # thread-safe
         self._executor: Executor | None = None
         self._closed = False
+        self._gone_at = math.inf  # when the file was first found missing
 
     @property
     def users(self) -> list[User]:
@@ -4165,7 +4328,15 @@ class UserStore:
 
     def find(self, token: str) -> User | None:
         """The user with this token, or None.  Any str may be asked for."""
-        return self._table.by_digest.get(token_digest(token))
+        digest = token_digest(token)
+        user = self._table.by_digest.get(digest)
+        if user is not None and digest == user.old_digest:
+            return user if unix_time() < user.old_until else None
+        return user
+
+    def get(self, user_id: str) -> User | None:
+        """The user with this id, or None."""
+        return self._table.users.get(user_id)
 
     def load(self) -> None:
         """Read the file for the start, without touching it.
@@ -4173,29 +4344,28 @@ class UserStore:
         Raise ConfigurationError, one line, if it or its folder cannot be used.
         """
         self._closed = False
+        self._broken = ""
         with self._named():
             self._stat()
             if not os.access(os.path.dirname(self._target), os.W_OK | os.X_OK):
-                raise ConfigurationError("its folder cannot be written to")
+                self._report(
+                    f"{self.path}: its folder cannot be written to: no user"
+                    " can be added or deleted"
+                )
             self._remove_temporary_files()
             self._table = self._read()
 
-    async def add(self, *, name: str = "", role: str = "user") -> User:
+    async def add(self, **settings: Any) -> User:
         """Add a user with a new id and token; it is on disk when this returns.
 
-        Raise APIError: 400 for a bad name or role, 507 past a limit, 500 if the
-        file cannot be written; nothing has changed then.
+        settings are name, role, limit, models, expires, max_concurrency.  What is
+        returned has its token, whatever is kept of it.  Raise APIError: 400 for a setting that cannot be, 507
+        past a limit, 500 if the file cannot be written; nothing has changed then.
         """
-        if role not in ROLES:
-            raise APIError(400, 'role must be "user" or "agent"', param="role")
-        if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
-            message = "name must be at most 200 printable characters"
-            raise APIError(400, message, param="name")
-        # uuid4 is 122 bits from the system's randomness for keys.
-        fields = {"user_id": str(uuid.uuid4()), "token": str(uuid.uuid4())}
-        fields.update({"name": name} if name else {})
-        fields.update({"role": role} if role != "user" else {})
-        user, limits = User(fields), self.limits
+        token = str(uuid.uuid4())  # 122 bits from the system's randomness for keys
+        settings = {key: value for key, value in settings.items() if value is not None}
+        fields = {"user_id": str(uuid.uuid4()), **self._stored(token), **settings}
+        user, limits = self._checked(fields), self.limits
 
         def apply(table: UserTable) -> User:
             if len(table.users) >= limits.users:
@@ -4204,10 +4374,68 @@ class UserStore:
                 )
             if table.size + len(user.line) > limits.users_file_size:
                 raise APIError(507, f"{self._name} is as large as is allowed")
+            self._check_name(table, user)
             table.add(user)
             return user
 
-        return await self._change(apply)
+        return with_token(await self._change(apply), token)
+
+    async def update(self, user_id: str, settings: dict[str, Any]) -> User:
+        """Change a user's settings; null takes one away.
+
+        {"rotate": seconds} makes a new token, and the old one lives so long; else
+        what is returned has none.  Raise APIError as add() does, and 404.
+        """
+        seconds = settings.pop("rotate", None)
+        if seconds is not None and (type(seconds) is not int or not 0 <= seconds < 1e9):
+            raise APIError(400, "rotate must be a number of seconds", param="rotate")
+        token = "" if seconds is None else str(uuid.uuid4())
+
+        def apply(table: UserTable) -> User:
+            known = table.users.get(user_id)
+            if known is None:
+                raise APIError(404, "User not found")
+            fields = {**known.fields, **settings}
+            fields = {key: value for key, value in fields.items() if value is not None}
+            if seconds is not None:
+                until = rfc3339(math.ceil(unix_time() + seconds))
+                old = {k: fields.pop(k) for k in ("token", "sha256") if k in fields}
+                fields = {
+                    **fields,
+                    **self._stored(token),
+                    "old": {**old, "expires": until},
+                }
+            user = self._checked(fields)
+            self._check_name(table, user)
+            table.replace(known, user)
+            return user
+
+        return with_token(await self._change(apply), token)
+
+    def _stored(self, token: str) -> dict[str, str]:
+        """How a new token is kept."""
+        if self.store == "sha256":
+            return {"sha256": token_digest(token).hex()}
+        return {"token": token}
+
+    @staticmethod
+    def _checked(fields: dict[str, Any]) -> User:
+        """The user of fields; APIError(400) that names the one that is wrong."""
+        problem = settings_problem(fields)
+        if problem:
+            key, _, expected = problem[1:].partition(": ")
+            raise APIError(400, f"{key}: {expected}", param=key)
+        return User(fields)
+
+    @staticmethod
+    def _check_name(table: UserTable, user: User) -> None:
+        """A name in the log must mean one user; APIError(400)."""
+        taken = user.name == "admin" or any(
+            other.name == user.name and other.user_id != user.user_id
+            for other in table.users.values()
+        )
+        if user.name and taken:
+            raise APIError(400, f"name: {user.name!r} is taken", param="name")
 
     async def delete(self, user_id: str) -> None:
         """Delete a user; its token is refused from now on, whatever happens.
@@ -4334,7 +4562,11 @@ class UserStore:
         seen, self._seen = self._seen, None  # what fails is tried again
         try:
             with self._named():
-                if self._stat() == seen:
+                found = self._stat()
+                if found == seen:
+                    self._seen, self._gone_at = seen, math.inf
+                    return
+                if found == ABSENT and not self._is_gone_for_good():
                     self._seen = seen
                     return
                 table = self._read()
@@ -4353,6 +4585,12 @@ class UserStore:
             what = "was removed" if self._seen == ABSENT else "changed"
             self._tell(f"{self._name} {what}: {len(new):,} users ({counts})")
         self._broken = ""
+
+    def _is_gone_for_good(self) -> bool:
+        """Whether the file has been missing for a while: editors move it aside."""
+        now = time.monotonic()
+        self._gone_at = min(self._gone_at, now)
+        return now - self._gone_at >= GONE_AFTER
 
     # --- The file as it is.
 
@@ -4408,6 +4646,383 @@ class UserStore:
                 with file_lock(self._target + ".lock"):
                     for entry in filter(ours, os.listdir(folder)):
                         os.unlink(os.path.join(folder, entry))
+
+
+# --- Limits, and what was used
+
+
+class Quota(NamedTuple):
+    """So many requests or tokens in each calendar window, in UTC."""
+
+    amount: int
+    unit: str  # "requests" or "tokens"
+    per: str  # "minute", "hour", "day", "week" (from Monday) or "month"
+
+    def __str__(self) -> str:
+        return f"{self.amount} {self.unit}/{self.per}"
+
+
+PERIODS = ("minute", "hour", "day", "week", "month")
+_QUOTA = re.compile(r"([0-9]{1,15})\s+(requests|tokens)\s*/\s*(\w+)")
+QUOTA_WORDS = 'as "1000 requests/day" (tokens; minute, hour, day, week, month)'
+
+
+def parse_quotas(value: Any) -> list[Quota]:
+    """The quotas of "limit": a text, an object, or a list of them; ValueError.
+
+    {"requests": n, "tokens": n, "per": "day"} is the object's form.
+    """
+    if isinstance(value, list) and value and not any(type(v) is list for v in value):
+        return [quota for item in value for quota in parse_quotas(item)]
+    if isinstance(value, str):
+        match = _QUOTA.fullmatch(value.strip())
+        quotas = [Quota(int(match[1]), match[2], match[3])] if match else []
+    elif isinstance(value, dict):
+        per = value.get("per")
+        units = [(unit, n) for unit, n in value.items() if unit != "per"]
+        quotas = [Quota(n, unit, str(per)) for unit, n in units]
+    else:
+        quotas = []
+    for amount, unit, per in quotas or [Quota(0, "", "")]:
+        good = type(amount) is int and amount > 0 and per in PERIODS
+        if not good or unit not in ("requests", "tokens"):
+            raise ValueError(f"expected a limit {QUOTA_WORDS}")
+    return quotas
+
+
+def window(per: str, now: float) -> tuple[int, int]:
+    """When the calendar window around now began, and when it ends; Unix times."""
+    day = int(now // 86400)
+    if per == "month":
+        date = time.gmtime(now)
+        later = date.tm_mon // 12
+        month = (date.tm_year + later, date.tm_mon % 12 + 1, 1, 0, 0, 0)
+        return (day - date.tm_mday + 1) * 86400, calendar.timegm((*month, 0, 0, 0))
+    if per == "week":  # 1970 began on a Thursday
+        start = (day - (day + 3) % 7) * 86400
+        return start, start + 7 * 86400
+    seconds = {"minute": 60, "hour": 3600, "day": 86400}[per]
+    start = int(now // seconds) * seconds
+    return start, start + seconds
+
+
+class UsageLimit:
+    """What a user or a controller may use, and has used, in calendar windows.
+
+    history  tells what had been used since a time, before this was made
+    """
+
+    def __init__(self, quotas: list[Quota]) -> None:
+        self.quotas = quotas
+        self.history: Callable[[int], tuple[int, int]] = lambda since: (0, 0)
+        self.reported = False  # to a person, in this window
+        self._used: dict[str, list[int]] = {}  # end, requests, tokens; by period
+
+    def _window(self, per: str, now: float) -> list[int]:
+        used = self._used.get(per)
+        # A clock that is set back goes on with the window that it has come from.
+        if used is None or now >= used[0]:
+            start, end = window(per, now)
+            before = self.history(start) if used is None else (0, 0)
+            used = self._used[per] = [end, *before]
+            self.reported = False
+        return used
+
+    def count(self, requests: int = 0, tokens: int = 0) -> None:
+        """Add what was used."""
+        now = unix_time()
+        for quota in self.quotas:
+            self._window(quota.per, now)
+        for used in self._used.values():
+            used[1] += requests
+            used[2] += tokens
+
+    def state(self) -> list[tuple[Quota, int, int]]:
+        """Each quota, how much of it is used, and the Unix time when it begins anew."""
+        now = unix_time()
+        windows = [(quota, self._window(quota.per, now)) for quota in self.quotas]
+        return [(q, used[1 + (q.unit == "tokens")], used[0]) for q, used in windows]
+
+    def over(self, running: int = 0) -> tuple[Quota, int, int] | None:
+        """The quota that is used up, as in state(), or None.
+
+        running  requests that are admitted and not yet counted
+        """
+        for quota, used, end in self.state():
+            if used + (running if quota.unit == "requests" else 0) >= quota.amount:
+                return quota, used, end
+        return None
+
+    def exceeded(self) -> str:
+        """What is used up, as a sentence; "" if nothing is."""
+        over = self.over()
+        return "" if over is None else f"its limit of {over[0]} is used up"
+
+    def seconds_left(self) -> float:
+        """Until what is used up begins anew."""
+        over = self.over()
+        return 0.0 if over is None else max(0.0, over[2] - unix_time())
+
+
+COUNTS = ("requests", "failures", "input", "cached_input", "output")
+USAGE_FLUSH_INTERVAL = 5.0  # seconds; a kill loses at most what came since
+USAGE_FILE_SIZE = 16 * 1024 * 1024  # above it the file is rewritten, if that helps
+USAGE_LIFETIME = 400  # days
+COLUMNS = ("day", "user", "model", "controller")
+Key = tuple[str, str, str, str]  # hour (UTC, "2026-11-27T09"), user, model, controller
+Line = tuple[Key, list[int]]
+
+
+class Ledger:
+    """Who used what: the one place that counts, for limits, reports and people.
+
+    path    usage.jsonl: one JSON object a line, increments.  None: only in memory
+    report  takes lines that a person wants to know
+
+    record() only adds up.  What has come together is appended every 5 s in one
+    write, by a thread, under a lock that all servers on the file share; on the way
+    each reads what the others have appended.  The thread has the file to itself,
+    the event loop the sums.
+    """
+
+    def __init__(
+        self, path: str | None, report: Callable[[str], object] = lambda line: None
+    ) -> None:
+        self.path = None if path is None else os.path.abspath(path)
+        self._report = report
+        self._sums: dict[str, dict[Key, list[int]]] = {}  # of all, by user
+        self._pending: dict[Key, list[int]] = {}  # not yet written
+        self._limits: dict[str, UsageLimit] = {}  # by subject: "user x", "controller y"
+        self._read_to = (0, 0)  # inode and size of what was read
+        self._problem = ""
+
+    # --- Counting
+
+    def record(
+        self, user: str, model: str, controller: str, failures: int, usage: Usage
+    ) -> None:
+        """Count one request that has ended."""
+        hour = hour_text(int(unix_time() // 3600))
+        counts = [1, failures, *usage]
+        _add(self._pending, (hour, user, model[:200], controller), counts)
+        self._count((hour, user, model[:200], controller), counts)
+        self._tell(f"user {user}", counts)
+
+    def _count(self, key: Key, counts: list[int]) -> None:
+        _add(self._sums.setdefault(key[1], {}), key, counts)
+
+    def _tell(self, subject: str, counts: list[int]) -> None:
+        limit = self._limits.get(subject)
+        if limit is not None:
+            limit.count(counts[0], counts[2] + counts[4])
+
+    def limit_of(self, user: str, quotas: list[Quota]) -> UsageLimit:
+        """A user's limit; what has been used of it is kept while it is the same."""
+        limit = self._limits.get(f"user {user}")
+        if limit is None or limit.quotas != quotas:
+            limit = UsageLimit(quotas)
+            self.watch(f"user {user}", limit)
+        return limit
+
+    def watch(self, subject: str, limit: UsageLimit) -> None:
+        """Tell a limit of what was used before, and by others."""
+        kind, _, name = subject.partition(" ")
+
+        def history(since: int) -> tuple[int, int]:
+            first = hour_text(since // 3600)
+            users = [name] if kind == "user" else self._sums
+            found = [
+                counts
+                for user in users
+                for key, counts in self._sums.get(user, {}).items()
+                if key[0] >= first and (kind == "user" or key[3] == name)
+            ]
+            return sum(c[0] for c in found), sum(c[2] + c[4] for c in found)
+
+        limit.history = history
+        self._limits[subject] = limit
+
+    def report(
+        self, by: list[str], first: str, last: str, user: str | None = None
+    ) -> dict[str, Any]:
+        """Sums of the days from first to last, by some of day, user, model, controller.
+
+        {"data": [{"day", "user", "model", ...counts}], "total": {...counts}}
+        """
+        sums: dict[tuple[str, ...], list[int]] = {}
+        total = [0] * len(COUNTS)
+        for name in list(self._sums) if user is None else [user]:
+            for (hour, *names), counts in self._sums.get(name, {}).items():
+                if first <= hour[:10] <= last:
+                    row = dict(zip(COLUMNS, (hour[:10], *names)))
+                    _add(sums, tuple(row[column] for column in by), counts)
+                    total = [a + b for a, b in zip(total, counts)]
+        data = [
+            {**dict(zip(by, key)), **dict(zip(COUNTS, sums[key]))}
+            for key in sorted(sums)
+        ]
+        return {"data": data, "total": dict(zip(COUNTS, total))}
+
+    def load(self) -> None:
+        """Read what was used before, for the start."""
+        self._sums.clear()
+        self._read_to = (0, 0)
+        self._take(*self._exchange({}))
+
+    async def flush(self) -> None:
+        """Write what has come together, and take over what others have written."""
+        if self.path is not None:
+            pending, self._pending = self._pending, {}
+            loop = asyncio.get_running_loop()
+            self._take(*await loop.run_in_executor(None, self._exchange, pending))
+
+    def _take(
+        self, unwritten: dict[Key, list[int]], lines: list[Line], anew: bool
+    ) -> None:
+        """Count what others have written; anew: the whole file, which was replaced."""
+        for key, counts in unwritten.items():
+            _add(self._pending, key, counts)
+        if anew:
+            self._sums.clear()
+            lines = [*lines, *self._pending.items()]
+        for key, counts in lines:
+            self._count(key, counts)
+            if not anew:
+                self._tell(f"user {key[1]}", counts)
+                self._tell(f"controller {key[3]}", counts)
+
+    # --- The file, in the thread.
+
+    def _exchange(
+        self, pending: dict[Key, list[int]]
+    ) -> tuple[dict[Key, list[int]], list[Line], bool]:
+        """Append lines, read those of others: what could not be written, what was
+        read, and whether that is the whole file."""
+        lines: list[Line] = []
+        anew = False
+        try:
+            if pending or self._stat() != self._read_to:
+                with file_lock(f"{self.path}.lock") if pending else _no_lock():
+                    anew = self._is_new_file()
+                    lines = self._read_lines()
+                    if pending:
+                        self._append(pending)
+                        lines += pending.items() if anew else ()
+                        pending = {}
+                        self._shorten()
+            self._problem = ""
+        except OSError as error:
+            problem = f"{self.path}: {error.strerror or error}; usage is kept in memory"
+            if problem != self._problem:
+                self._report(problem)
+            self._problem = problem
+        return pending, lines, anew
+
+    def _stat(self) -> tuple[int, int]:
+        if self.path is None:
+            return (0, 0)
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return (0, 0)
+        return found.st_ino, found.st_size
+
+    def _is_new_file(self) -> bool:
+        """Whether another server has rewritten it, or somebody removed it."""
+        inode, size = self._stat()
+        known, at = self._read_to
+        if known == inode and size >= at:
+            return False
+        self._read_to = (inode, 0)
+        return known != 0
+
+    def _read_lines(self) -> list[Line]:
+        """The lines behind those that were read."""
+        inode, size = self._stat()
+        if self.path is None or not inode:
+            return []
+        at = self._read_to[1]
+        with open(self.path, "rb") as file:
+            file.seek(at)
+            data = file.read(size - at)
+        whole = data.rfind(b"\n") + 1
+        self._read_to = (inode, at + whole)
+        return list(parse_usage(data[:whole]))
+
+    def _append(self, pending: dict[Key, list[int]]) -> None:
+        """Append lines in one write, or none of them."""
+        assert self.path is not None
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW
+        fd = os.open(self.path, flags, 0o600)
+        try:
+            before = os.fstat(fd)
+            # What a crash has left of a line must not swallow the next one.
+            torn = before.st_size > self._read_to[1]
+            data = (b"\n" if torn else b"") + b"".join(map(usage_line, pending.items()))
+            written = os.write(fd, data)
+            if written < len(data):  # a full disk
+                os.ftruncate(fd, before.st_size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._read_to = (before.st_ino, before.st_size + written)
+        finally:
+            os.close(fd)
+
+    def _shorten(self) -> None:
+        """Make one line of each day that is over, if that halves a large file."""
+        if self.path is None or self._read_to[1] <= USAGE_FILE_SIZE:
+            return
+        with open(self.path, "rb") as file:
+            merged: dict[Key, list[int]] = {}
+            for key, counts in parse_usage(file.read()):
+                _add(merged, key, counts)
+        data = b"".join(map(usage_line, merged.items()))
+        if len(data) < self._read_to[1] // 2:
+            replace_file(self.path, data, newer_than=0)
+            sync_folder(os.path.dirname(self.path))
+            self._read_to = self._stat()
+
+
+@contextlib.contextmanager
+def _no_lock() -> Iterator[None]:
+    """Reading whole lines needs none."""
+    yield
+
+
+def parse_usage(data: bytes) -> Iterator[Line]:
+    """The lines of usage.jsonl; a torn one is passed over, and days long gone.
+
+    Of a day that is over the hour does not matter any more.
+    """
+    now = int(unix_time() // 3600)
+    today, first = hour_text(now)[:10], hour_text(now - 24 * USAGE_LIFETIME)
+    for line in data.splitlines():
+        fields = as_object(read_json(line))
+        names = [fields.get(key) for key in ("t", *COLUMNS[1:])]
+        counts = [fields.get(key, 0) for key in COUNTS]
+        if not all(isinstance(name, str) for name in names):
+            continue
+        hour = str(names[0])
+        if hour >= first and all(type(count) is int for count in counts):
+            hour = hour if hour >= today else f"{hour[:10]}T00"
+            yield cast(Key, (hour, *names[1:])), counts
+
+
+def _add(sums: dict[Any, list[int]], key: Any, counts: Iterable[int]) -> None:
+    known = sums.get(key)
+    sums[key] = [*counts] if known is None else [a + b for a, b in zip(known, counts)]
+
+
+@functools.lru_cache(maxsize=4)
+def hour_text(hour: int) -> str:
+    """An hour since 1970 as a line of usage.jsonl has it: "2026-11-27T09"."""
+    return time.strftime("%Y-%m-%dT%H", time.gmtime(hour * 3600))
+
+
+def usage_line(item: Line) -> bytes:
+    """One line of usage.jsonl."""
+    names, counts = item
+    fields = dict(zip(("t", *COLUMNS[1:], *COUNTS), (*names, *counts)))
+    return encode_json(fields) + b"\n"
 
 
 # -----------------------------------------------------------------------------
@@ -4523,50 +5138,6 @@ class Health:
         self.succeed()
 
 
-class UsageLimit:
-    """At most so many requests or tokens in each minute, hour or day (UTC).
-
-    Counted in memory; the windows are aligned to the clock.
-    """
-
-    SECONDS: ClassVar = {"minute": 60, "hour": 3600, "day": 86400}
-
-    def __init__(
-        self, *, per: str, requests: int | None = None, tokens: int | None = None
-    ) -> None:
-        self.per = per
-        self._maximum = {"requests": requests, "tokens": tokens}
-        self._used = {"requests": 0, "tokens": 0}
-        self._window = 0
-        self.reported = False  # to a person, in this window
-
-    def _turn(self) -> None:
-        window = int(unix_time() // self.SECONDS[self.per])
-        if window != self._window:
-            self._window = window
-            self._used = {"requests": 0, "tokens": 0}
-            self.reported = False
-
-    def count(self, requests: int = 0, tokens: int = 0) -> None:
-        """Add what was used."""
-        self._turn()
-        self._used["requests"] += requests
-        self._used["tokens"] += tokens
-
-    def exceeded(self) -> str:
-        """What is used up, as a sentence; "" if nothing is."""
-        self._turn()
-        for unit, maximum in self._maximum.items():
-            if maximum is not None and self._used[unit] >= maximum:
-                return f"its limit of {maximum} {unit} per {self.per} is used up"
-        return ""
-
-    def seconds_left(self) -> float:
-        """Until the next window begins."""
-        seconds = self.SECONDS[self.per]
-        return seconds - unix_time() % seconds
-
-
 class Controller:
     """Answers API requests; the base of the three kinds.
 
@@ -4575,7 +5146,7 @@ class Controller:
     models           names it answers for: a list, or {alias: its name there};
                      None for any
     max_concurrency  requests it takes at once, or None
-    limit            {"requests": n, "tokens": n, "per": "minute"|"hour"|"day"}
+    limit            "1000 requests/day", or any other that parse_quotas() takes
     account          controllers with the same account cool down together
     """
 
@@ -4592,7 +5163,7 @@ class Controller:
         weight: float = 1,
         models: Iterable[str] | dict[str, str] | None = None,
         max_concurrency: int | None = None,
-        limit: dict[str, Any] | None = None,
+        limit: Any = None,
         account: str | None = None,
     ) -> None:
         if weight < 0:
@@ -4601,7 +5172,7 @@ class Controller:
         self.weight = weight or 1
         self.models = None if models is None else dict(models_table(models))
         self.max_concurrency = max_concurrency
-        self.limit = UsageLimit(**limit) if limit else None
+        self.limit = UsageLimit(parse_quotas(limit)) if limit else None
         self.account = account
         self.health = Health()
         self.switched_off = False  # by the administrator
@@ -4623,7 +5194,8 @@ class Controller:
         """
         model = request.model
         if model is None and request.ask is not None:
-            model = chat_model(await self.list_models())
+            listed = await self.list_models()
+            model = chat_model(filter(request.may_use, listed))
             if model is None:
                 raise APIError(400, "Say which 'model' to ask.", param="model")
         if model is not None and self.models is not None:
@@ -4794,11 +5366,6 @@ class WholeAnswer(Answer):
     async def read(self) -> bytes:
         content, self._content = self._content, b""
         return content
-
-
-def rfc3339(timestamp: float) -> str:
-    """A Unix time as "2026-01-31T12:00:00Z"."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
 
 
 # --- Upstreams
@@ -6039,7 +6606,14 @@ class Pool:
             text = f"{what} does not answer {request.path}."
             return APIError(404, text, param="model")
         else:
-            cure = "GET /v1/models lists what does"
+            return self.unknown_model(request)
+        return self.unknown_model(request, cure)
+
+    @staticmethod
+    def unknown_model(
+        request: APIRequest, cure: str = "GET /v1/models lists what does"
+    ) -> APIError:
+        """The answer to a request for a model that is not here."""
         return APIError(
             404,
             f"The model {request.model!r} does not exist here: {cure}.",
@@ -6388,7 +6962,19 @@ class Call:
             return error
 
     async def __aexit__(self, *exc_info: object) -> None:
+        if self.stream is not None and not self.ended:  # left early, or broken off
+            self.usage = self._complete(self.stream.usage, self.stream.events)
         await self._leave()
+
+    def _complete(self, usage: Usage, output: int) -> Usage:
+        """usage, its gaps filled with an estimate where tokens are what is used.
+
+        output  tokens that have come, as far as we can tell
+        """
+        if not self.request.dialect.generates:
+            return usage
+        sent = usage.input or len(self.request.content) // 4
+        return Usage(sent, usage.cached_input, usage.output or output)
 
     async def _leave(self) -> None:
         """Give everything back: the answer, then the slot."""
@@ -6437,6 +7023,8 @@ class Call:
         else:
             self._first = b""
             self.usage = find_usage(self.content)
+            if answer.status < 300 and not any(self.usage):
+                self.usage = self._complete(self.usage, len(self.content) // 4)
             self.pool.succeeded(controller, request, self.usage)
 
     async def _kind(self, answer: Answer) -> Body:
@@ -6581,7 +7169,8 @@ class Call:
         whole = not block if stream is None else stream.ended and stream.error is None
         if whole and not self.ended:
             self.ended = True
-            self.usage = Usage() if stream is None else stream.usage
+            if stream is not None:
+                self.usage = self._complete(stream.usage, stream.events)
             self.pool.succeeded(self.controller, self.request, self.usage)
         return block
 
@@ -6751,6 +7340,160 @@ class Journal:
                 name = record.attempts[-1][0]
                 times.setdefault(name, []).append(record.first_byte)
         return {name: round(sorted(ts)[len(ts) // 2], 3) for name, ts in times.items()}
+
+
+class Histogram:
+    """How often a value was at most each of some bounds, as Prometheus counts it."""
+
+    BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(self.BOUNDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect.bisect_left(self.BOUNDS, value)] += 1
+        self._sum += value
+
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        """Its samples; labels are written already, without braces."""
+        total = 0
+        for bound, count in zip((*self.BOUNDS, "+Inf"), self._counts):
+            total += count
+            le = f'{labels},le="{bound}"' if labels else f'le="{bound}"'
+            yield f"{name}_bucket{{{le}}} {total}"
+        yield f"{name}_sum{{{labels}}} {self._sum:.6f}"
+        yield f"{name}_count{{{labels}}} {total}"
+
+
+def metric_labels(**labels: str) -> str:
+    """Labels as the text format writes them, without braces."""
+    escaped = {
+        name: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        for name, value in labels.items()
+    }
+    return ",".join(f'{name}="{value}"' for name, value in escaped.items())
+
+
+class Metrics:
+    """What GET /metrics tells: Prometheus text, version 0.0.4.
+
+    Labels are bounded: a model that nobody lists is "other", and so is a path.
+
+    users  whether there are counts for each user, too
+    """
+
+    PREFIX = "chatgpt_apiserver_"
+    COUNTERS: ClassVar = {
+        "requests_total": "Requests that have ended.",
+        "tokens_total": "Tokens; input holds cached_input.",
+        "attempts_total": "Controllers asked, by what came of it.",
+        "rejected_total": "Requests refused before a controller was asked.",
+        "user_requests_total": "Requests that have ended, by user.",
+        "user_tokens_total": "Tokens, by user.",
+    }
+    HISTOGRAMS: ClassVar = {
+        "request_duration_seconds": "From a request's head to the end of its answer.",
+        "time_to_first_token_seconds": "From asking a controller to its first byte.",
+        "time_per_output_token_seconds": "From the first byte on, for each token.",
+        "queue_wait_seconds": "From a request's head until a controller is asked.",
+    }
+
+    def __init__(self, users: bool = False) -> None:
+        self._users = users
+        self._counts: dict[str, Counter[str]] = {n: Counter() for n in self.COUNTERS}
+        self._histograms: dict[str, dict[str, Histogram]] = {
+            name: {} for name in self.HISTOGRAMS
+        }
+
+    def observe(self, record: RequestRecord, path: str, model: str) -> None:
+        """Count a request that has ended."""
+        assert record.ended is not None
+        count, usage = self._counts, record.usage
+        status = str(record.status)
+        count["requests_total"][
+            metric_labels(path=path, model=model, status=status)
+        ] += 1
+        labels = metric_labels(path=path, model=model)
+        self._time("request_duration_seconds", labels, record.ended - record.started)
+        for name, _, reason in record.attempts:
+            result = metric_labels(controller=name, result="failed" if reason else "ok")
+            count["attempts_total"][result] += 1
+        if not record.attempts:
+            reason = record.error[0] if record.user else "unauthorized"
+            count["rejected_total"][metric_labels(reason=reason or status)] += 1
+        else:
+            self._observe_answer(record, model)
+        if self._users and record.user:
+            user = metric_labels(user=record.user)
+            count["user_requests_total"][user] += 1
+            count["user_tokens_total"][user] += usage.total
+
+    def _observe_answer(self, record: RequestRecord, model: str) -> None:
+        controller, asked, _ = record.attempts[-1]
+        labels = metric_labels(model=model, controller=controller)
+        wait = record.attempts[0][1] - record.started
+        self._time("queue_wait_seconds", metric_labels(model=model), wait)
+        for kind, tokens in record.usage._asdict().items():
+            self._counts["tokens_total"][f'{labels},type="{kind}"'] += tokens
+        if record.began_at and record.ended is not None:
+            self._time("time_to_first_token_seconds", labels, record.began_at - asked)
+            if record.usage.output:
+                each = (record.ended - record.began_at) / record.usage.output
+                self._time("time_per_output_token_seconds", labels, each)
+
+    def _time(self, name: str, labels: str, seconds: float) -> None:
+        self._histograms[name].setdefault(labels, Histogram()).observe(seconds)
+
+    def text(self, gauges: Iterable[tuple[str, str, str, float]]) -> str:
+        """All of it; gauges are (name, help, labels, value), of one name together."""
+        lines: list[str] = []
+        for name, told in self.COUNTERS.items():
+            if self._counts[name]:
+                lines += self._head(self.PREFIX + name, told, "counter")
+                for labels, value in self._counts[name].items():
+                    lines.append(f"{self.PREFIX}{name}{{{labels}}} {value}")
+        for name, told in self.HISTOGRAMS.items():
+            if self._histograms[name]:
+                lines += self._head(self.PREFIX + name, told, "histogram")
+                for labels, histogram in self._histograms[name].items():
+                    lines += histogram.lines(self.PREFIX + name, labels)
+        last = ""
+        for name, told, labels, number in gauges:
+            if name != last:
+                kind = "counter" if name.endswith("_total") else "gauge"
+                lines += self._head(name, told, kind)
+                last = name
+            lines.append(
+                f"{name}{{{labels}}} {number:.15g}"
+                if labels
+                else f"{name} {number:.15g}"
+            )
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def _head(name: str, told: str, kind: str) -> list[str]:
+        return [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
+
+
+def process_gauges() -> Iterator[tuple[str, str, str, float]]:
+    """What Prometheus' own libraries tell of a process, as far as the system does."""
+    cpu = os.times()
+    yield "process_cpu_seconds_total", "User and system time.", "", cpu[0] + cpu[1]
+    with contextlib.suppress(OSError, ValueError, IndexError):  # Linux
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = [int(number) for number in file.read().split()]
+        page = os.sysconf("SC_PAGE_SIZE")
+        yield "process_virtual_memory_bytes", "Virtual memory.", "", pages[0] * page
+        yield "process_resident_memory_bytes", "Memory in use.", "", pages[1] * page
+        open_files = len(os.listdir("/proc/self/fd"))
+        yield "process_open_fds", "Open files.", "", open_files
+    if os.name == "posix":
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        yield "process_max_fds", "Open files allowed.", "", most
 
 
 # -----------------------------------------------------------------------------
@@ -7621,6 +8364,9 @@ class Service:
         agents_auth: str = "local",
         upstream_errors: str = "map",
         page: bool = True,
+        ledger: Ledger,
+        default_quotas: list[Quota],
+        metrics_users: bool = False,
         report: Callable[[str], None] = lambda line: None,
         access: Callable[[str], None] | None = None,
         debug: Callable[[str], None] = lambda line: None,
@@ -7646,7 +8392,10 @@ class Service:
         self._status = (-math.inf, b"", "")  # when it was made, content, ETag
         self.content_size = 0  # held for requests in flight
         self.draining = False
-        self._load: dict[str, UserLoad] = {}
+        self._running: dict[str, int] = {}  # requests, by user_id
+        self.ledger = ledger
+        self.default_quotas = default_quotas
+        self.metrics = Metrics(users=metrics_users)
 
     # --- Who may do what
 
@@ -7660,22 +8409,43 @@ class Service:
 
     def begin_request(self, user: User) -> None:
         """Count a request of a user in; end_request() it.  Raise APIError: 429, 503."""
-        limits = self.limits
-        if self.requests_in_flight >= limits.requests_in_flight:
+        if self.requests_in_flight >= self.limits.requests_in_flight:
             raise APIError(503, "The server is at its limit.", retry_after=1)
-        if limits.user_requests_in_flight or limits.user_requests_per_minute:
-            load = self._load.setdefault(user.user_id, UserLoad())
-            load.begin(limits)
+        running = self._running.get(user.user_id, 0)
+        most = user.max_concurrency or self.limits.user_requests_in_flight
+        if most and running >= most:
+            text = f"You have {running} requests running, the most at once."
+            raise APIError(429, text, code="user_limit_exceeded", retry_after=1)
+        limit = self.limit_of(user)
+        over = None if limit is None else limit.over(running)
+        if over is not None:
+            quota, used, end = over
+            raise APIError(
+                429,
+                f"Your limit of {quota} is used up ({used:,} {quota.unit} used);"
+                f" it begins anew at {rfc3339(end)}.",
+                code="user_limit_exceeded",
+                retry_after=max(0.0, end - unix_time()),
+            )
+        self._running[user.user_id] = running + 1
         self.requests_in_flight += 1
 
     def end_request(self, user: User) -> None:
         """Count it out again."""
         self.requests_in_flight -= 1
-        load = self._load.get(user.user_id)
-        if load is not None and load.in_flight:  # 0: begun while that had no limit
-            load.in_flight -= 1
-            if not load.in_flight and not self.limits.user_requests_per_minute:
-                del self._load[user.user_id]
+        self._running[user.user_id] -= 1
+        if not self._running[user.user_id]:
+            del self._running[user.user_id]
+
+    def limit_of(self, user: User) -> UsageLimit | None:
+        """What a user may use; None for as much as there is."""
+        quotas = self.default_quotas if user.quotas is None else user.quotas
+        if user is self.admin:
+            quotas = []
+        most = int(self.limits.user_requests_per_minute)
+        quotas = [*quotas, Quota(most, "requests", "minute")] if most else quotas
+        name = user.user_id or user.name
+        return self.ledger.limit_of(name, quotas) if quotas else None
 
     def hold(self, size: int) -> None:
         """Take memory for a request's content; release() it.  APIError(503)."""
@@ -7720,6 +8490,32 @@ class Service:
             "controllers": controllers,
         }
 
+    def known_model(self, model: str) -> str:
+        """A model's name where a controller is known to have it, else "other"."""
+        known = any(c.names(model) for c in self.pool.controllers)
+        return model if known else "other"
+
+    def gauges(self) -> Iterator[tuple[str, str, str, float]]:
+        """What GET /metrics tells of this moment."""
+        prefix, pool = Metrics.PREFIX, self.pool
+        now = asyncio.get_running_loop().time()
+        build = metric_labels(version=__version__)
+        yield f"{prefix}build_info", "The version that runs.", build, 1
+        yield f"{prefix}waiting", "Requests in the queue.", "", pool.waiting
+        yield f"{prefix}agents_connected", "Agents.", "", len(self.agents)
+        for c in pool.controllers:
+            labels = metric_labels(controller=c.name)
+            yield f"{prefix}in_flight", "Requests at a controller.", labels, c.in_flight
+        for c in pool.controllers:
+            state = c.describe(now)["state"]
+            for each in ("ready", "busy", "cooling", "disabled"):
+                labels = metric_labels(controller=c.name, state=each)
+                told = "1 for the state that it is in."
+                yield f"{prefix}controller_state", told, labels, int(each == state)
+        started = "Unix time of the start."
+        yield "process_start_time_seconds", started, "", self.started
+        yield from process_gauges()
+
     def cancel(self, request_id: str) -> bool:
         """End the running requests of an id, a client's own or ours; False for none."""
         found = [h for h in self.running if h.request_id == request_id]
@@ -7760,34 +8556,10 @@ class Service:
         for agent in list(self.agents.values()):
             if agent.user is None or agent.user is self.admin:
                 continue
-            user = self.users.find(agent.user.token)
+            user = self.users.get(agent.user.user_id)
             if user is None or user.role != "agent":
                 self.unregister(agent)
                 agent.websocket.close(1008, "its key is no longer valid")
-
-
-class UserLoad:
-    """How much one user asks, for the limits on that."""
-
-    def __init__(self) -> None:
-        self.in_flight = 0
-        self._minute = 0
-        self._count = 0
-
-    def begin(self, limits: Limits) -> None:
-        """Count one in; APIError(429) if that is one too many."""
-        minute = int(time.monotonic() // 60)
-        if minute != self._minute:
-            self._minute, self._count = minute, 0
-        in_flight = limits.user_requests_in_flight
-        per_minute = limits.user_requests_per_minute
-        if in_flight and self.in_flight >= in_flight:
-            raise APIError(429, "Too many requests of yours at once.", retry_after=1)
-        if per_minute and self._count >= per_minute:
-            left = 60 - time.monotonic() % 60
-            raise APIError(429, "Too many requests this minute.", retry_after=left)
-        self.in_flight += 1
-        self._count += 1
 
 
 # -----------------------------------------------------------------------------
@@ -7885,6 +8657,7 @@ class Who(enum.Enum):
     USER = "the API key, or a user's token"
     AGENT = "an agent's token, the API key, or no key from this machine"
     LOCAL = "the API key, or no key from this machine"
+    MONITOR = "the API key, or a monitor's token"
     ADMIN = "the API key, also as admin_key in the query or the content"
 
 
@@ -7927,12 +8700,17 @@ class RequestHandler:
         "/agent.py": Route("GET", "do_source", Who.ANYBODY),
         "/health": Route("GET", "do_health", Who.ANYBODY),
         "/status": Route("GET", "do_status", Who.ANYBODY),
+        "/livez": Route("GET", "do_health", Who.ANYBODY),
+        "/readyz": Route("GET", "do_ready", Who.ANYBODY),
+        "/metrics": Route("GET", "do_metrics", Who.MONITOR),
         "/client/register": Route("GET", "do_register", Who.AGENT),
         "/api/connections": Route("GET", "do_connections", Who.LOCAL),
         "/api/ask": Route("POST", "do_ask", Who.USER, Reads.JSON, "ask_content_size"),
         "/admin/users": Route("GET", "do_users", Who.ADMIN),
         "/admin/users/add": Route("POST", "do_users_add", Who.ADMIN, Reads.JSON),
+        "/admin/users/update": Route("POST", "do_users_update", Who.ADMIN, Reads.JSON),
         "/admin/users/delete": Route("POST", "do_users_delete", Who.ADMIN, Reads.JSON),
+        "/admin/usage": Route("GET", "do_admin_usage", Who.ADMIN),
         "/admin/status": Route("GET", "do_admin_status", Who.ADMIN),
         "/admin/requests/cancel": Route(
             "POST", "do_requests_cancel", Who.ADMIN, Reads.JSON
@@ -7947,6 +8725,7 @@ class RequestHandler:
         "/v1/chat/completions": Route(
             "POST", "do_chat_completions", Who.USER, Reads.CONTENT, "content_size"
         ),
+        "/v1/usage": Route("GET", "do_usage", Who.USER),
         "/v1/models": Route("GET", "do_models", Who.USER),
         "/v1/models/": Route("GET", "do_model", Who.USER),
         "/v1/": Route("POST", "do_api", Who.USER, Reads.CONTENT, "content_size"),
@@ -7985,6 +8764,7 @@ class RequestHandler:
         self._content_left = True  # the request's content has not been read yet
         self._held = 0
         self._counted = False
+        self._tells_limits = False
         self._heartbeat: asyncio.TimerHandle | None = None
         self._written_at = 0.0
 
@@ -8113,10 +8893,30 @@ class RequestHandler:
             if self.websocket is None:  # a websocket's line came with its 101
                 self.log_request()
             if request.method == "POST" and self.path.startswith(("/v1/", "/api/ask")):
-                self.service.journal.add(self.record(self.loop.time()))
+                self._tell_of_request()
             self.call = None  # or its content stays as long as the connection
         if self._content_left and self.websocket is None:
             await self._skip_content(request)
+
+    def _tell_of_request(self) -> None:
+        """Tell who counts of a request that has ended."""
+        service, record = self.service, self.record(self.loop.time())
+        service.journal.add(record)
+        service.metrics.observe(
+            record, self._route_path, service.known_model(record.model)
+        )
+        if self._counted and self.user is not None:
+            user = self.user.user_id or self.user.name
+            controller = record.attempts[-1][0] if record.attempts else ""
+            failures = int(record.failed)
+            service.ledger.record(
+                user, record.model, controller, failures, record.usage
+            )
+
+    @property
+    def _route_path(self) -> str:
+        """The path, if it is one of those that everybody has."""
+        return self.path if self.path in (*self.ROUTES, *DIALECTS) else "other"
 
     def _end_request(self) -> None:
         self.connection.eof_is_hangup = False
@@ -8201,7 +9001,7 @@ class RequestHandler:
     def log_request(self) -> None:
         """The access line: when, who, what, with what result, from whom, how long."""
         access = self.service.access
-        if access is None:
+        if access is None or self.path in ("/livez", "/readyz"):  # every few seconds
             return
         now = self.loop.time()
         call = self.call
@@ -8288,18 +9088,30 @@ class RequestHandler:
             name = "admin" if who is Who.ADMIN else "API"
             raise APIError(401, f"Invalid {name} key", code="invalid_api_key")
         if user is not self.service.admin:
-            if who is Who.USER and user.role == "agent":
-                raise APIError(403, "An agent's token can only register an agent.")
-            if who is Who.AGENT and user.role != "agent":
-                raise APIError(403, "A user's token cannot register an agent.")
-            if who in (Who.ADMIN, Who.LOCAL):
-                raise APIError(403, "This is for the administrator's key.")
+            self._check_role(user, who)
+            if unix_time() >= user.expires:
+                when = rfc3339(user.expires)
+                raise APIError(401, f"This token expired at {when}.", code="expired")
+
+    @staticmethod
+    def _check_role(user: User, who: Who) -> None:
+        """APIError(403) if a role may not ask for what a route serves."""
+        role = {Who.USER: "user", Who.AGENT: "agent", Who.MONITOR: "monitor"}.get(who)
+        if user.role == role:
+            return
+        if user.role == "agent":
+            raise APIError(403, "An agent's token can only register an agent.")
+        if user.role == "monitor":
+            raise APIError(403, "A monitor's token can only read /metrics.")
+        if who is Who.AGENT:
+            raise APIError(403, "A user's token cannot register an agent.")
+        raise APIError(403, "This is for the administrator's key.")
 
     def _admit_keyless(self, who: Who) -> None:
         """Let pass who may do without a key; APIError 401 or 403."""
         if who is Who.ADMIN:
             raise APIError(401, "Admin key not provided")
-        if who is Who.USER:
+        if who in (Who.USER, Who.MONITOR):
             raise APIError(401, "API key not provided", code="invalid_api_key")
         auth = self.service.agents_auth
         if who is Who.AGENT and auth == "open":
@@ -8411,10 +9223,36 @@ class RequestHandler:
             fields.append(("Connection", "close"))
         elif self.request is not None and self.request.version == "HTTP/1.0":
             fields.append(("Connection", "keep-alive"))
+        if self._tells_limits:
+            fields += self._limit_fields()
         self.status = status
         self.head_sent = True
         self.first_byte_at = self.loop.time()
         return encode_head(f"HTTP/1.1 {status} {REASONS.get(status, '')}", fields)
+
+    def _limit_fields(self) -> list[tuple[str, str]]:
+        """OpenAI's x-ratelimit fields: of several limits the one with least left."""
+        assert self.user is not None
+        limit = self.service.limit_of(self.user)
+        fields: list[tuple[str, str]] = []
+        state = [] if limit is None else limit.state()
+        for unit in ("requests", "tokens"):
+            left = [
+                (q.amount - used, q.amount, end)
+                for q, used, end in state
+                if q.unit == unit
+            ]
+            if left:
+                remaining, amount, end = min(left)
+                remaining -= unit == "requests"  # this one is counted when it ends
+                seconds = max(0, math.ceil(end - unix_time()))
+                for name, value in (
+                    ("limit", str(amount)),
+                    ("remaining", str(max(0, remaining))),
+                    ("reset", f"{seconds}s"),
+                ):
+                    fields.append((f"x-ratelimit-{name}-{unit}", value))
+        return fields
 
     def send_content(
         self,
@@ -8510,6 +9348,8 @@ class RequestHandler:
         assert self.user is not None and self.request is not None
         connection = self.connection
         self.model = (request.model or "").partition("?")[0]  # as mocks have one
+        self._check_model(request)
+        self._tells_limits = True
         self.service.begin_request(self.user)
         self._counted = True
         self.service.running[self] = None
@@ -8532,6 +9372,17 @@ class RequestHandler:
                 raise
             raise self.cancelled from None
         return call
+
+    def _check_model(self, request: APIRequest) -> None:
+        """APIError(404) for a model that the user may not use: as if it were not there."""
+        assert self.user is not None
+        if self.user.models is None:
+            return
+        request.may_use = self.user.may_use
+        if request.model is None and request.ask is None:
+            raise APIError(400, "'model' is missing.", param="model")
+        if request.model is not None and not self.user.may_use(request.model):
+            raise self.service.pool.unknown_model(request)
 
     def _start_heartbeat(self) -> None:
         if self._heartbeat is None and self.limits.heartbeat_interval:
@@ -8604,12 +9455,12 @@ class RequestHandler:
             if not connection.writable:
                 await connection.drain()
 
-    @staticmethod
-    def _relayed_fields(call: Call) -> dict[str, str]:
+    def _relayed_fields(self, call: Call) -> dict[str, str]:
         """The fields of a controller's answer that travel on to the client."""
-        return end_to_end(
-            call.headers, _PRIVATE_RESPONSE_FIELDS, _PRIVATE_RESPONSE_PREFIXES
-        )
+        prefixes: tuple[str, ...] = _PRIVATE_RESPONSE_PREFIXES
+        if self.user is not None and self.service.limit_of(self.user) is not None:
+            prefixes = (*prefixes, "x-ratelimit-")  # it has limits of its own
+        return end_to_end(call.headers, _PRIVATE_RESPONSE_FIELDS, prefixes)
 
     def _send_call(self, call: Call) -> None:
         """Send a call's whole answer, if it was no stream."""
@@ -8688,9 +9539,11 @@ class RequestHandler:
 
     def _models(self) -> list[dict[str, Any]]:
         names: dict[str, str] = {}
+        assert self.user is not None
         for controller in self.service.pool.controllers:
             for name in controller.known_models():
-                names.setdefault(name, controller.type)
+                if self.user.may_use(name):
+                    names.setdefault(name, controller.type)
         if self._speaks_anthropic:
             like = {"type": "model", "created_at": "1970-01-01T00:00:00Z"}
             return [{**like, "id": name, "display_name": name} for name in names]
@@ -8901,7 +9754,7 @@ class RequestHandler:
 
     async def do_users(self) -> None:
         """GET /admin/users; with ?from=0&count=100 a part of them, and the total."""
-        lines = [user.line for user in self.service.users.users]
+        lines = [user.shown() for user in self.service.users.users]
         count = self._query("count")
         more = b""
         if count is not None:
@@ -8914,10 +9767,18 @@ class RequestHandler:
 
     async def do_users_add(self, body: dict[str, Any]) -> None:
         """POST /admin/users/add: answered when it is on disk."""
-        name, role = body.get("name", ""), body.get("role", "user")
-        user = await self.service.users.add(name=name, role=role)
+        body.pop("admin_key", None)
+        user = await self.service.users.add(**body)
         self.service.report(f"user {user.user_id} added")
         self.send_json({"user_id": user.user_id, "token": user.token})
+
+    async def do_users_update(self, body: dict[str, Any]) -> None:
+        """POST /admin/users/update: other settings, or a new token."""
+        body.pop("admin_key", None)
+        user = await self.service.users.update(str(body.pop("user_id", "")), body)
+        self.service.report(f"user {user.user_id} changed")
+        token = {"token": user.token} if user.token else {}
+        self.send_json({"user_id": user.user_id, **token})
 
     async def do_users_delete(self, body: dict[str, Any]) -> None:
         """POST /admin/users/delete: the token stops working with the answer."""
@@ -9010,6 +9871,69 @@ class RequestHandler:
         """GET /health."""
         self.send_content(200, b"OK", [("Content-Type", "text/plain")])
 
+    async def do_ready(self) -> None:
+        """GET /readyz: whether requests should be sent here; cooling is no reason."""
+        service = self.service
+        askable = [
+            c
+            for c in service.pool.controllers
+            if not c.by_name_only and not c.switched_off
+        ]
+        reason = "" if askable else "no controller could be asked\n"
+        if service.draining:
+            reason = "shutting down\n"
+        fields = [("Content-Type", "text/plain")]
+        self.send_content(503 if reason else 200, (reason or "OK").encode(), fields)
+
+    async def do_metrics(self) -> None:
+        """GET /metrics, for Prometheus."""
+        text = self.service.metrics.text(self.service.gauges())
+        fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
+        self.send_content(200, text.encode(), fields)
+
+    async def do_admin_usage(self) -> None:
+        """GET /admin/usage?from=&to=&by=day,user,model: sums, as JSON or CSV."""
+        self._send_usage(None)
+
+    async def do_usage(self) -> None:
+        """GET /v1/usage: the sums of whoever asks, and what is left of the limits."""
+        assert self.user is not None
+        self._send_usage(self.user)
+
+    def _send_usage(self, user: User | None) -> None:
+        by = (self._query("by") or "day,user,model").split(",")
+        first, last = self._query("from") or "", self._query("to") or "9999"
+        for name in by:
+            if name not in COLUMNS or by.count(name) > 1:
+                raise APIError(400, f"'by' takes some of {', '.join(COLUMNS)}.")
+        for day in (first, last):
+            if day not in ("", "9999") and not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
+                raise APIError(400, "'from' and 'to' are days, as 2026-11-01.")
+        own = None if user is None else user.user_id or user.name
+        report = self.service.ledger.report(by, first, last, own)
+        accept = self.request.headers.get("accept", "") if self.request else ""
+        if self._query("format") == "csv" or "text/csv" in accept:
+            content = usage_csv([*by, *COUNTS], report["data"])
+            self.send_content(
+                200, content, [("Content-Type", "text/csv; charset=utf-8")]
+            )
+            return
+        if user is not None:
+            report["limits"] = self._limits_left(user)
+        self.send_json(report)
+
+    def _limits_left(self, user: User) -> list[dict[str, Any]]:
+        limit = self.service.limit_of(user)
+        return [
+            {
+                "limit": str(quota),
+                "used": used,
+                "left": max(0, quota.amount - used),
+                "until": rfc3339(end),
+            }
+            for quota, used, end in (limit.state() if limit is not None else ())
+        ]
+
     async def do_status(self) -> None:
         """GET /status."""
         self.send_json({"status": "ok"})
@@ -9043,6 +9967,26 @@ class RequestHandler:
         if source is None:
             raise APIError(404, "The source is not at hand: it was piped in.")
         self.send_content(200, source, [("Content-Type", "text/x-python")])
+
+
+def usage_csv(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
+    """Rows as CSV (RFC 4180).
+
+    A spreadsheet takes a text that begins with "=" for a formula: a quote before it
+    makes it a text.
+    """
+    import csv
+    import io
+
+    def plain(value: Any) -> str:
+        text = str(value)
+        return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
+
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(columns)
+    writer.writerows([plain(row[column]) for column in columns] for row in rows)
+    return file.getvalue().encode("utf-8", "replace")
 
 
 def _plain(text: str) -> str:
@@ -9203,6 +10147,10 @@ class Server:
     upstream_errors  "map" (to 500) or "pass" (429 and 5xx as they are)
     page             show a browser a page at "/"
     mocks            have the mock models
+    store            what is kept of new tokens: "token" or "sha256"
+    usage            path of usage.jsonl; None: beside the users; "-": none
+    default_limit    of users without one, as parse_quotas() takes it
+    metrics_users    count for each user in /metrics, too
     limits           Limits
     log              a Log for lines and access lines; None: warnings go to logging
     verbose          log each connection, attempt and agent's message too
@@ -9226,6 +10174,10 @@ class Server:
         page: bool = True,
         mocks: bool = True,
         limits: Limits = DEFAULT_LIMITS,
+        store: str = "token",
+        usage: str | None = None,
+        default_limit: Any = None,
+        metrics_users: bool = False,
         log: Log | None = None,
         verbose: bool = False,
     ) -> None:
@@ -9238,12 +10190,15 @@ class Server:
         debug = log.report if log is not None and verbose else lambda line: None
         self.service = Service(
             api_key,
-            UserStore(users, limits=limits, report=report),
+            UserStore(users, store=store, limits=limits, report=report),
             Pool(pool, limits=limits, report=report, debug=debug),
             limits=limits,
             agents_auth=agents_auth or "key",
             upstream_errors=upstream_errors,
             page=page,
+            ledger=Ledger(self._usage_path(users, usage), report),
+            default_quotas=parse_quotas(default_limit) if default_limit else [],
+            metrics_users=metrics_users,
             report=(lambda line: None) if log is None else report,
             access=None if log is None else log.write,
             debug=debug,
@@ -9262,11 +10217,19 @@ class Server:
     def __repr__(self) -> str:
         return f"<Server {self.url or 'not started'}>"
 
+    def _usage_path(self, users: str, usage: str | None) -> str | None:
+        """Where usage is written: beside the users, unless somebody says otherwise."""
+        self._usage_is_wanted = usage not in (None, "-")
+        beside = os.path.join(os.path.dirname(users), "usage.jsonl")
+        return None if usage == "-" else usage or beside
+
     # --- What answers
 
     def add(self, controller: Controller) -> None:
         """Add a controller, from any thread; ValueError if its name is taken."""
         self.service.pool.add(controller)
+        if controller.limit is not None:
+            self.service.ledger.watch(f"controller {controller.name}", controller.limit)
 
     def model(self, name: str, **options: Any) -> Callable[[F], F]:
         """Decorate a function that answers for a model; see FunctionController.
@@ -9292,6 +10255,7 @@ class Server:
         service = self.service
         loop = asyncio.get_running_loop()
         service.users.load()
+        service.ledger.load()
         sockets = open_sockets(self.listen, self._wanted_port)
         try:
             service.tls = self._tls_context()
@@ -9318,6 +10282,7 @@ class Server:
         host = f"[{host}]" if ":" in host and "[" not in host else host
         self.url = f"http{'s' if service.tls else ''}://{host}:{self.port}"
         self._spawn(self._poll_users())
+        self._spawn(self._write_usage())
         self._spawn(self._list_models())
 
     def reload_certificate(self) -> None:
@@ -9394,6 +10359,8 @@ class Server:
         for connection in list(self._handlers):
             connection.abort()
         service.pool.close()
+        if self._counts_usage():
+            await service.ledger.flush()
         await service.users.aclose()
         await asyncio.sleep(0)  # transports say goodbye in the next turn
         self.url = ""
@@ -9449,6 +10416,18 @@ class Server:
             await asyncio.sleep(self.service.limits.users_poll_interval)
             await self.service.users.refresh()
             self.service.dismiss_agents()
+
+    async def _write_usage(self) -> None:
+        """Write what was used, once somebody has a token or a limit."""
+        while True:
+            await asyncio.sleep(USAGE_FLUSH_INTERVAL)
+            if self._counts_usage():
+                await self.service.ledger.flush()
+
+    def _counts_usage(self) -> bool:
+        """Whether usage is written: nobody is surprised by a file that is not needed."""
+        limits = any(c.limit is not None for c in self.service.pool.controllers)
+        return self._usage_is_wanted or limits or bool(self.service.users.users)
 
     async def _list_models(self) -> None:
         """Ask the upstreams for their models, now and each minute."""
@@ -10090,6 +11069,7 @@ options, with one dash or two:
   --listen ADDR       0.0.0.0 or :: opens it to the network (default: this
                       machine only)
   --users FILE        users and their tokens (default: users.json)
+  --usage FILE        who used what (default: usage.jsonl beside it; - for none)
   --tls-cert FILE     certificate for https and wss (default: http and ws)
   --tls-key FILE      its private key (default: in the certificate's file)
   --config_file FILE  the configuration (default: none is needed)
@@ -10159,6 +11139,10 @@ class Config:
         self.listen = ""  # one address or name; "": this machine only, IPv4 and IPv6
         self.api_key = ""  # never empty after load_config
         self.users = "users.json"
+        self.usage: str | None = None
+        self.store = "token"
+        self.default_limit: Any = None
+        self.metrics_users = False
         self.tls_cert: str | None = None
         self.tls_key: str | None = None  # None: in the file of tls_cert
         self.pool_type = "balanced"  # or random, least_busy
@@ -10250,6 +11234,14 @@ def models_shape(value: Any) -> Any:
     return Expected('["name"] or {"alias": "name"}, not empty', (list, dict), bool)
 
 
+def is_limit(value: Any) -> bool:
+    """Whether value is a limit."""
+    try:
+        return bool(parse_quotas(value))
+    except ValueError:
+        return False
+
+
 NAME = Expected("printable text", str, lambda text: text != "" and text.isprintable())
 # Relative to the folder of the server's file, in whichever file it is written.
 PATH = Expected("the path of a file", NAME.types, NAME.test)
@@ -10301,11 +11293,7 @@ CONTROLLER_KEYS = {
     "weight": whole_number(0),
     "models": models_shape,
     "max_concurrency": whole_number(1),
-    "limit": {
-        "requests": whole_number(1),
-        "tokens": whole_number(1),
-        "per": one_of("minute", "hour", "day"),
-    },
+    "limit": Expected(f"a limit {QUOTA_WORDS}", (str, dict, list), is_limit),
     "account": NAME,
     "config": CONFIG_KEYS,
     "config_file": FILE,
@@ -10323,6 +11311,10 @@ FILE_KEYS = {
         is_key,
     ),
     "users": PATH,
+    "usage": PATH,
+    "store": one_of("token", "sha256"),
+    "default_limit": Expected(f"a limit {QUOTA_WORDS}", (str, dict, list), is_limit),
+    "metrics": {"users": TRUE_OR_FALSE},
     "tls_cert": FILE,
     "tls_key": FILE,
     "pool": {"type": POOL_TYPE},
@@ -10389,7 +11381,7 @@ class Source(NamedTuple):
             self.check_type(value, "an object", dict, place)
             return dict(self.check_items(value, shape, place))
         self.check_type(value, shape.words, shape.types, place)
-        if shape in (PATH, FILE) and value:
+        if shape in (PATH, FILE) and value and value != "-":
             value = os.path.join(self.folder, os.path.expanduser(value))
         if not shape.test(value):
             raise self.mistake(place, f"expected {shape.words}")
@@ -10474,7 +11466,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandLine(prog="chatgpt_apiserver.py", allow_abbrev=False)
     parser.add_argument("port", nargs="?")
     parser.add_argument("api_key", nargs="?")
-    for name in ("--listen", "--users", "--tls-cert", "--tls-key"):
+    for name in ("--listen", "--users", "--usage", "--tls-cert", "--tls-key"):
         parser.add_argument(name)
     parser.add_argument("--config_file", "--config-file")
     parser.add_argument("--config_path", "--config-path")
@@ -10516,7 +11508,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     config.path = find_file(args, environ)
     file = Source(config.path or "", os.path.dirname(config.path or ""), environ)
     settings = file.read(FILE_KEYS) if config.path else {}
-    for key in ("pool", "agents"):
+    for key in ("pool", "agents", "metrics"):
         for inner, value in settings.pop(key, {}).items():
             settings[f"{key}_{inner}"] = value
     if given("tls_cert", args, environ):
@@ -10583,9 +11575,6 @@ def read_controllers(
         if name in result:
             text = f"controllers[{list(result).index(name)}] has the same name"
             raise file.mistake(f"{place}.name", text)
-        if "limit" in entry and not {"per"} < entry["limit"].keys():
-            text = 'expected "per" and "requests" or "tokens"'
-            raise file.mistake(f"{place}.limit", text)
         config = read_upstream(file, entry, place)
         result[name] = controller_arguments({**entry, **config}, environ)
     return list(result.values())
@@ -10837,6 +11826,10 @@ def build_server(config: Config, log: Log) -> Server:
         upstream_errors=config.upstream_errors,
         page=config.page,
         mocks=config.mocks,
+        store=config.store,
+        usage=config.usage,
+        default_limit=config.default_limit,
+        metrics_users=config.metrics_users,
         limits=config.limits,
         log=log,
         verbose=config.verbose,
@@ -10899,7 +11892,16 @@ class Program:
 class ServerProgram(Program):
     """The server as a program: the start screen, reloading."""
 
-    FIXED = ("port", "listen", "api_key", "users", "tls_cert", "tls_key", "mocks")
+    FIXED = (
+        "port",
+        "listen",
+        "api_key",
+        "users",
+        "usage",
+        "tls_cert",
+        "tls_key",
+        "mocks",
+    )
 
     def __init__(self, argv: list[str]) -> None:
         super().__init__()
@@ -10958,6 +11960,10 @@ class ServerProgram(Program):
         service = self._server.service
         self._server.use_agents_auth(config.agents_auth)
         service.upstream_errors = config.upstream_errors
+        service.page = config.page
+        service.users.store = config.store
+        quotas = parse_quotas(config.default_limit) if config.default_limit else []
+        service.default_quotas = quotas
         service.pool.type = config.pool_type
         self._replace_controllers(old, config)
         names = ", ".join(controller["name"] for controller in config.controllers)
