@@ -1679,27 +1679,29 @@ class Usage(NamedTuple):
 def read_usage(value: Any) -> Usage:
     """The token counts of a usage object, whoever wrote it."""
     fields = as_object(value)
-
-    def count(*keys: str) -> int:
-        number = next((fields[key] for key in keys if fields.get(key)), 0)
-        return number if type(number) is int and 0 <= number < 1 << 48 else 0
-
-    sent = count("prompt_tokens", "input_tokens")
-    output = count("completion_tokens", "output_tokens")
+    sent = _count(fields, "prompt_tokens", "input_tokens")
+    output = _count(fields, "completion_tokens", "output_tokens")
     # Anthropic's input_tokens are those that were neither read from the cache nor
     # written to it.
-    read, written = (
-        count("cache_read_input_tokens"),
-        count("cache_creation_input_tokens"),
-    )
-    cached = read
+    cached = read = _count(fields, "cache_read_input_tokens")
+    written = _count(fields, "cache_creation_input_tokens")
     for key in ("prompt_tokens_details", "input_tokens_details"):
-        details = as_object(fields.get(key)).get("cached_tokens")
-        if type(details) is int and 0 < details <= sent:
-            cached = details
+        if key in fields:
+            details = as_object(fields[key]).get("cached_tokens")
+            if type(details) is int and 0 < details <= sent:
+                cached = details
     if not sent and not output:
-        sent = count("total_tokens")  # of an embedding, some say no more
+        sent = _count(fields, "total_tokens")  # of an embedding, some say no more
     return Usage(sent + read + written, cached, output)
+
+
+def _count(fields: dict[str, Any], *keys: str) -> int:
+    """The first of these counts that is there and no zero."""
+    for key in keys:  # a generator in next() takes three times as long
+        number = fields.get(key)
+        if number:
+            return number if type(number) is int and 0 < number < 1 << 48 else 0
+    return 0
 
 
 _USAGE_KEY = re.compile(r'"usage"\s*:\s*(?=\{)')
