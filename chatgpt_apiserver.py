@@ -5419,7 +5419,7 @@ class OpenAIController(Controller):
         self.limits = limits
         self.listed: list[str] | None = None  # its own list of models, once read
         self._listed_names: frozenset[str] = frozenset()
-        self._list_problem = ""  # why it could not be read: said once
+        self.list_problem = ""  # why it could not be read: said once
         self._api_key = api_key
         self._fields = [("Accept-Encoding", "identity")]
         if api_key and auth == "x-api-key":
@@ -5499,9 +5499,9 @@ class OpenAIController(Controller):
                 problem = f"its list of models cannot be read (status {status})"
         except (OSError, asyncio.TimeoutError, ProtocolError):
             problem = "its list of models cannot be read: it does not answer"
-        if problem and problem != self._list_problem:
+        if problem and problem != self.list_problem:
             self.report(f"{self.name}: {problem}")
-        self._list_problem = problem
+        self.list_problem = problem
 
     async def probe(self) -> int | None:
         try:
@@ -6134,14 +6134,15 @@ class MockController(FunctionController):
 
     type = "mock"
     by_name_only = True
-    MODELS: ClassVar[dict[str, str]] = {
-        "mock/echo": "echo",
-        "mock/text": "text",
-        "mock/slow": "slow",
-        "mock/429": "too_many",
-        "mock/500": "fail",
-        "mock/cut": "cut",
-        "mock/garbage": "garbage",
+    # The method of each, and its parameters.
+    MODELS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "mock/echo": ("echo",),
+        "mock/text": ("text", "text", "pieces", "delay"),
+        "mock/slow": ("slow", "seconds"),
+        "mock/429": ("too_many", "times"),
+        "mock/500": ("fail",),
+        "mock/cut": ("cut", "events"),
+        "mock/garbage": ("garbage",),
     }
 
     def __init__(self) -> None:
@@ -6156,8 +6157,12 @@ class MockController(FunctionController):
 
     async def _call(self, body: dict[str, Any]) -> Any:
         name, _, query = body["model"].partition("?")
-        parameters = dict(urllib.parse.parse_qsl(query))
-        return getattr(self, self.MODELS[name])(body, parameters)
+        parameters = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        method, *known = self.MODELS[name]
+        for parameter in parameters.keys() - {*known, "id", "created"}:
+            message = f"{name} has no parameter {parameter[:40]!r}."
+            raise APIError(400, message, param="model")
+        return getattr(self, method)(body, parameters)
 
     def head(self, model: str) -> dict[str, Any]:
         parameters = dict(urllib.parse.parse_qsl(model.partition("?")[2]))
@@ -8544,6 +8549,10 @@ class Service:
                 current.websocket.close(4000, "the agent has registered anew")
         if agent.version == 1:
             agent.name = f"agent-{agent.id[:8]}"
+        name, number = agent.name, 1
+        while any(other.name == agent.name for other in self.agents.values()):
+            number += 1  # several of one machine, or of one person
+            agent.name = f"{name}-{number}"
         self.agents[agent.id] = agent
         self.pool.add(agent)
 
@@ -8904,16 +8913,15 @@ class RequestHandler:
         """Tell who counts of a request that has ended."""
         service, record = self.service, self.record(self.loop.time())
         service.journal.add(record)
-        service.metrics.observe(
-            record, self._route_path, service.known_model(record.model)
-        )
+        known = service.known_model(record.model)
+        service.metrics.observe(record, self._route_path, known)
         if self._counted and self.user is not None:
             user = self.user.user_id or self.user.name
             controller = record.attempts[-1][0] if record.attempts else ""
+            # Names that nobody has would fill the memory, and are nobody's usage.
+            model = known if record.failed else record.model
             failures = int(record.failed)
-            service.ledger.record(
-                user, record.model, controller, failures, record.usage
-            )
+            service.ledger.record(user, model, controller, failures, record.usage)
 
     @property
     def _route_path(self) -> str:
@@ -10690,7 +10698,7 @@ class Agent:
 
     def _nothing_found(self) -> str:
         tried = [
-            f"{u.name} {'does not answer' if u.listed is None else 'lists no models'}"
+            f"{u.name}: {u.list_problem or 'it lists no models'}"
             for u in self._upstreams
         ]
         return f"nothing to serve yet, waiting: {'; '.join(tried)}"

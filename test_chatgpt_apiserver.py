@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import calendar
 import contextlib
 import email.utils
 import errno
@@ -7877,6 +7878,8 @@ async def test_mocks_answer_by_name_only(tmp_path):
         assert (await chat(server, model="mock/500")).status == 500
         assert (await chat(server, model="mock/slow?seconds=0")).status == 200
         assert (await chat(server, model="mock/slow?seconds=x")).status == 400
+        reply = await chat(server, model="mock/slow?second=1")
+        assert reply.status == 400 and "'second'" in chat_error(reply)["message"]
         reply = await chat(server, model="mock/cut?events=2", stream=True)
         assert reply.events()[-1].startswith('{"error"') and len(reply.events()) == 3
         assert (await controller_line(server, "mock"))["state"] == "ready"
@@ -8652,6 +8655,332 @@ async def test_page_works_below_a_proxys_path(tmp_path, browser):
             await tab.until(f"curl.textContent.includes(':{port}/llm/v1/chat')")
             assert tab.complaints == []
         proxy.close()
+
+
+# --- Limits, and what was used
+
+
+@pytest.mark.parametrize(
+    "written, quotas",
+    [
+        ("1000 requests/day", [(1000, "requests", "day")]),
+        (" 5 tokens / month ", [(5, "tokens", "month")]),
+        ({"tokens": 9, "per": "week"}, [(9, "tokens", "week")]),
+        (
+            {"requests": 1, "tokens": 2, "per": "hour"},
+            [(1, "requests", "hour"), (2, "tokens", "hour")],
+        ),
+        (
+            ["1 requests/minute", {"tokens": 2, "per": "day"}],
+            [(1, "requests", "minute"), (2, "tokens", "day")],
+        ),
+    ],
+)
+def test_a_limit_may_be_written_in_several_forms(written, quotas):
+    assert apiserver.parse_quotas(written) == [apiserver.Quota(*q) for q in quotas]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "", "10 request/day", "x requests/day", "-1 requests/day", "0 tokens/day",
+        "0.5 requests/day", "10 requests", "10 requests/year", "10 apples/day",
+        {}, {"requests": 5}, {"per": "day"}, {"requests": "5", "per": "day"},
+        {"requests": True, "per": "day"}, {"requests": 5, "per": "day", "x": 1},
+        {"requests": 0, "per": "day"}, [], [[]], [["1 requests/day"]], 5, True, None,
+    ],
+)  # fmt: skip
+def test_a_limit_that_is_misspelt_is_refused(written):
+    with pytest.raises(ValueError, match="expected a limit"):
+        apiserver.parse_quotas(written)
+
+
+@pytest.mark.parametrize(
+    "per, now, start, end",
+    [
+        ("minute", "2026-12-31 23:59:59", "2026-12-31 23:59:00", "2027-01-01 00:00:00"),
+        ("hour", "2026-11-27 09:59:59", "2026-11-27 09:00:00", "2026-11-27 10:00:00"),
+        ("day", "2026-02-28 12:00:00", "2026-02-28 00:00:00", "2026-03-01 00:00:00"),
+        ("week", "2026-11-29 23:59:59", "2026-11-23 00:00:00", "2026-11-30 00:00:00"),
+        ("week", "2026-11-30 00:00:00", "2026-11-30 00:00:00", "2026-12-07 00:00:00"),
+        ("month", "2026-12-31 23:00:00", "2026-12-01 00:00:00", "2027-01-01 00:00:00"),
+        ("month", "2028-02-29 00:00:00", "2028-02-01 00:00:00", "2028-03-01 00:00:00"),
+    ],
+)
+def test_windows_are_those_of_the_calendar_in_utc(per, now, start, end):
+    now, start, end = (
+        calendar.timegm(time.strptime(text, "%Y-%m-%d %H:%M:%S"))
+        for text in (now, start, end)
+    )
+    assert apiserver.window(per, now + 0.9) == (start, end)
+
+
+def test_a_clock_that_is_set_back_gives_nothing_back(monkeypatch):
+    clock = [1_800_000_000.0]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    limit = apiserver.UsageLimit(apiserver.parse_quotas("2 requests/hour"))
+    limit.count(requests=2)
+    clock[0] -= 7200
+    assert limit.over()[1] == 2
+    clock[0] += 3 * 3600
+    assert limit.over() is None
+
+
+def ledger(path, **counts):
+    """A ledger on a file, as a server that has just started has it."""
+    made = apiserver.Ledger(str(path), print)
+    made.load()
+    return made
+
+
+def ledger_requests(made):
+    return made.report(["user"], "", "9999")["total"]["requests"]
+
+
+@flow
+async def test_two_ledgers_on_one_file_count_together(tmp_path):
+    path = tmp_path / "usage.jsonl"
+    one, two = ledger(path), ledger(path)
+    limit = two.limit_of("ada", apiserver.parse_quotas("5 requests/day"))
+    assert limit.over() is None
+    for _ in range(3):
+        one.record("ada", "m", "c", 0, apiserver.Usage(2, 1, 3))
+        two.record("ada", "m", "c", 1, apiserver.Usage())
+    for made in (one, two, one, two):
+        await made.flush()
+    assert ledger_requests(one) == ledger_requests(two) == 6
+    assert limit.over()[1] == 6 and ledger_requests(ledger(path)) == 6
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["requests"] for line in lines] == [3, 3] and len(lines[0]) == 9
+    assert lines[0]["input"] == 6 and lines[1]["failures"] == 3
+
+
+@flow
+async def test_a_torn_line_is_passed_over_and_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / "usage.jsonl"
+    one = ledger(path)
+    one.record("ada", "m", "c", 0, apiserver.Usage(1))
+    await one.flush()
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:-9])
+    two = ledger(path)
+    two.record("ada", "m", "c", 0, apiserver.Usage(1))
+    await two.flush()
+    assert ledger_requests(two) == ledger_requests(ledger(path)) == 2
+
+
+@flow
+async def test_a_full_disk_loses_nothing_once_there_is_room(tmp_path, monkeypatch):
+    lines = []
+    path = tmp_path / "usage.jsonl"
+    made = apiserver.Ledger(str(path), lines.append)
+    made.record("ada", "m", "c", 0, apiserver.Usage(1))
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+    for _ in range(2):
+        await made.flush()
+    assert path.read_bytes() == b"" and len(lines) == 1 and "No space" in lines[0]
+    made.record("ada", "m", "c", 0, apiserver.Usage(1))
+    monkeypatch.undo()
+    await made.flush()
+    assert ledger_requests(ledger(path)) == 2 == ledger_requests(made)
+
+
+@flow
+async def test_a_large_file_is_shortened_and_old_days_are_dropped(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(apiserver, "USAGE_FILE_SIZE", 1000)
+    path = tmp_path / "usage.jsonl"
+    counts = dict.fromkeys(apiserver.COUNTS, 1)
+    line = {"t": "2026-11-0%dT%02d", "user": "ada", "model": "m", "controller": "c"}
+    text = json.dumps({**line, **counts}) + "\n"
+    path.write_text("".join(text % (d, h) for d in (1, 2) for h in range(24)))
+    monkeypatch.setattr(apiserver, "unix_time", lambda: 1_795_000_000.0)  # 2026-11-18
+    other, made = ledger(path), ledger(path)
+    made.record("ada", "m", "c", 0, apiserver.Usage(1))
+    await made.flush()
+    assert len(path.read_text().splitlines()) == 3
+    await other.flush()  # to it the file is another one
+    assert ledger_requests(made) == ledger_requests(other) == 49
+    monkeypatch.setattr(apiserver, "unix_time", lambda: 1_795_000_000.0 + 500 * 86400)
+    assert ledger_requests(ledger(path)) == 0
+
+
+@flow
+async def test_a_users_limit_is_told_and_begins_anew(tmp_path):
+    limit = "2 requests/day"
+    async with serving(tmp_path) as server:
+        token = (await server.service.users.add(name="ada", limit=limit)).token
+        first = await chat(server, key=token, model="mock/echo")
+        assert first.headers["x-ratelimit-limit-requests"] == "2"
+        assert first.headers["x-ratelimit-remaining-requests"] == "1"
+        await chat(server, key=token, model="mock/echo")
+    async with serving(tmp_path) as server:  # it outlives a restart
+        reply = await chat(server, key=token, model="mock/echo")
+        assert reply.status == 429
+        error = chat_error(reply)
+        assert error["code"] == "user_limit_exceeded" and limit in error["message"]
+        assert re.search(r"begins anew at 20[0-9-]+T00:00:00Z", error["message"])
+        assert reply.headers.get("x-should-retry", "false") == "false"
+        assert (await chat(server, model="mock/echo")).status == 200
+        usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
+        assert usage["total"]["requests"] == 2 and usage["limits"][0]["left"] == 0
+
+
+@flow
+async def test_requests_under_way_are_counted_against_a_limit(tmp_path):
+    gate = PoolGate(models=["gate"])
+    async with serving(tmp_path, gate.controller) as server:
+        token = (await server.service.users.add(limit="2 requests/day")).token
+        asking = [chat(server, key=token, model="gate") for _ in range(2)]
+        asking = [asyncio.ensure_future(each) for each in asking]
+        await until(lambda: len(gate.asked) == 2)
+        assert (await chat(server, key=token, model="gate")).status == 429
+        gate.let()
+        assert {r.status for r in await asyncio.gather(*asking)} == {200}
+
+
+@flow
+async def test_a_user_has_only_its_own_models(tmp_path):
+    async with Upstream() as upstream:
+        controller = upstream.controller(models=["gpt-4o", "gpt-4o-mini", "o1"])
+        async with serving(tmp_path, controller) as server:
+            token = (await server.service.users.add(models=["gpt-4o*"])).token
+            assert (await chat(server, key=token, model="gpt-4o")).status == 200
+            reply = await chat(server, key=token, model="o1")
+            assert reply.status == 404
+            assert chat_error(reply)["code"] == "model_not_found"
+            reply = await ask(server.port, "GET", "/v1/models", key=token)
+            names = [model["id"] for model in reply.json()["data"]]
+            assert names == ["gpt-4o", "gpt-4o-mini"]
+            reply = await ask(server.port, "POST", "/api/ask", {"content": "x"}, token)
+            assert reply.status == 200
+            assert upstream.requests[-1].json()["model"] == "gpt-4o"
+
+
+@flow
+async def test_a_token_ends_with_its_time_and_a_rotated_one_with_its(
+    tmp_path, monkeypatch
+):
+    clock = [1_800_000_000.0]
+    async with serving(tmp_path) as server:
+        users = server.service.users
+        monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+        ending = await users.add(expires="2027-01-15T08:01:00Z")  # in a minute
+        old = await users.add(name="ada")
+        new = await users.update(old.user_id, {"rotate": 60})
+        tokens = (ending.token, old.token, new.token)
+        assert [await models_status(server, t) for t in tokens] == [200, 200, 200]
+        clock[0] += 61
+        assert [await models_status(server, t) for t in tokens] == [401, 401, 200]
+        reply = await ask(server.port, "GET", "/v1/models", key=ending.token)
+        assert "expired at 2027-01-15" in chat_error(reply)["message"]
+
+
+async def models_status(server, token):
+    return (await ask(server.port, "GET", "/v1/models", key=token)).status
+
+
+@flow
+async def test_only_digests_of_tokens_are_kept_if_that_is_wanted(tmp_path):
+    async with serving(tmp_path, store="sha256") as server:
+        reply = await ask(server.port, "POST", "/admin/users/add", {"admin_key": KEY})
+        token = reply.json()["token"]
+        digest = apiserver.token_digest(token).hex()
+        text = (tmp_path / "users.json").read_text()
+        assert digest in text and token not in text
+        assert await models_status(server, token) == 200
+        listed = (await ask(server.port, "GET", "/admin/users")).content.decode()
+        assert digest[:8] in listed and digest[:9] not in listed
+
+
+@flow
+async def test_a_name_means_one_user(tmp_path):
+    async with serving(tmp_path) as server:
+        users = server.service.users
+        ada = await users.add(name="ada")
+        for name in ("ada", "admin"):
+            with pytest.raises(APIError, match="is taken"):
+                await users.add(name=name)
+        await users.update(ada.user_id, {"name": "ada", "limit": "1 tokens/day"})
+        with pytest.raises(APIError, match="nonsense: unknown field"):
+            await users.update(ada.user_id, {"nonsense": 1})
+
+
+@flow
+async def test_usage_is_told_as_json_and_as_csv_without_formulas(tmp_path):
+    async with Upstream() as upstream, serving(tmp_path, upstream.controller()) as s:
+        await chat(s, model="=cmd()")
+        await chat(s, model="m", stream=True)
+        path = "/admin/usage?by=model"
+        rows = (await ask(s.port, "GET", path)).json()
+        assert rows["total"]["requests"] == 2
+        assert [row["model"] for row in rows["data"]] == ["=cmd()", "m"]
+        assert rows["data"][0]["input"] == 3 and rows["data"][0]["output"] == 4
+        text = (await ask(s.port, "GET", path + "&format=csv")).content.decode()
+        assert text.splitlines()[1].startswith("'=cmd(),1,0,3,0,4")
+        for query in ("by=x", "by=day,day", "from=x"):
+            reply = await ask(s.port, "GET", f"/admin/usage?{query}")
+            assert reply.status == 400
+        user = await s.service.users.add()
+        assert (await ask(s.port, "GET", path, key=user.token)).status == 403
+
+
+@flow
+async def test_a_stream_left_early_is_counted_as_far_as_it_came(tmp_path):
+    async with serving(tmp_path) as server:
+        token = (await server.service.users.add()).token
+        body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02")
+        async with Client(server.port) as client:
+            body = {**body, "stream": True}
+            client.send(request_bytes("POST", "/v1/chat/completions", body, token))
+            await client.read_head()
+            await client.read_chunk()
+        await until(lambda: not server.service.requests_in_flight)
+        total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
+        assert total["requests"] == 1 and total["input"] and 0 < total["output"] < 8
+
+
+@flow
+async def test_metrics_are_for_monitors_and_their_labels_bounded(tmp_path):
+    async with Upstream() as upstream:
+        controller = upstream.controller(name="up", models=["m"])
+        async with serving(tmp_path, controller) as server:
+            monitor = (await server.service.users.add(role="monitor")).token
+            user = (await server.service.users.add(name="someone")).token
+            await chat(server)
+            await chat(server, key=user, model='evil"\n{}')
+            port = server.port
+            statuses = [
+                (await ask(port, "GET", "/metrics", key=key)).status
+                for key in ("", user, monitor)
+            ]
+            assert statuses == [401, 403, 200]
+            assert (await chat(server, key=monitor)).status == 403
+            text = (await ask(port, "GET", "/metrics")).content.decode()
+            assert "evil" not in text and "someone" not in text
+            prefix = "chatgpt_apiserver_"
+            sample = 'tokens_total{model="m",controller="up",type="output"} 4\n'
+            assert prefix + sample in text
+            assert (
+                prefix + 'controller_state{controller="up",state="ready"} 1\n' in text
+            )
+            assert re.search('requests_total.*model="other",status="404"} 1\n', text)
+
+
+@flow
+async def test_ready_means_that_something_could_be_asked(tmp_path):
+    log = PoolLog()
+    async with serving(tmp_path, log=log) as server:
+        assert (await ask(server.port, "GET", "/livez", key="")).status == 200
+        assert (await ask(server.port, "GET", "/readyz", key="")).status == 503
+        server.add(pool_function("f"))
+        assert (await ask(server.port, "GET", "/readyz", key="")).status == 200
+        server.service.draining = True
+        reply = await ask(server.port, "GET", "/readyz", key="")
+        assert reply.status == 503 and reply.content == b"shutting down\n"
+        assert "livez" not in log.text and "readyz" not in log.text
 
 
 # -----------------------------------------------------------------------------
@@ -13884,7 +14213,7 @@ async def test_a_mock_that_says_much_holds_up_nobody(tmp_path, model, stream):
 async def test_a_name_of_a_mock_has_a_largest_size(tmp_path):
     async with serving(tmp_path) as server:
         for size, status in ((2048, 200), (2049, 404)):
-            model = "mock/echo?x=".ljust(size, "x")
+            model = "mock/text?text=".ljust(size, "x")
             body = {**CHAT, "model": model}
             assert (await ask(server.port, "POST", CHAT_URL, body)).status == status
 
