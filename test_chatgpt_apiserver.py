@@ -8844,7 +8844,7 @@ async def test_requests_under_way_are_counted_against_a_limit(tmp_path):
 @flow
 async def test_a_user_has_only_its_own_models(tmp_path):
     async with Upstream() as upstream:
-        controller = upstream.controller(models=["gpt-4o", "gpt-4o-mini", "o1"])
+        controller = upstream.controller(models=["o1", "gpt-4o", "gpt-4o-mini"])
         async with serving(tmp_path, controller) as server:
             token = (await server.service.users.add(models=["gpt-4o*"])).token
             assert (await chat(server, key=token, model="gpt-4o")).status == 200
