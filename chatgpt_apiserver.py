@@ -7374,6 +7374,7 @@ class Histogram:
         yield f"{name}_count{{{labels}}} {total}"
 
 
+@functools.lru_cache(maxsize=1024)  # each request has the same few
 def metric_labels(**labels: str) -> str:
     """Labels as the text format writes them, without braces."""
     escaped = {
@@ -7442,16 +7443,20 @@ class Metrics:
         labels = metric_labels(model=model, controller=controller)
         wait = record.attempts[0][1] - record.started
         self._time("queue_wait_seconds", metric_labels(model=model), wait)
-        for kind, tokens in record.usage._asdict().items():
-            self._counts["tokens_total"][f'{labels},type="{kind}"'] += tokens
+        for kind, tokens in zip(record.usage._fields, record.usage):
+            each = metric_labels(model=model, controller=controller, type=kind)
+            self._counts["tokens_total"][each] += tokens
         if record.began_at and record.ended is not None:
             self._time("time_to_first_token_seconds", labels, record.began_at - asked)
             if record.usage.output:
-                each = (record.ended - record.began_at) / record.usage.output
-                self._time("time_per_output_token_seconds", labels, each)
+                seconds = (record.ended - record.began_at) / record.usage.output
+                self._time("time_per_output_token_seconds", labels, seconds)
 
     def _time(self, name: str, labels: str, seconds: float) -> None:
-        self._histograms[name].setdefault(labels, Histogram()).observe(seconds)
+        histogram = self._histograms[name].get(labels)
+        if histogram is None:
+            histogram = self._histograms[name][labels] = Histogram()
+        histogram.observe(seconds)
 
     def text(self, gauges: Iterable[tuple[str, str, str, float]]) -> str:
         """All of it; gauges are (name, help, labels, value), of one name together."""
@@ -8926,7 +8931,8 @@ class RequestHandler:
     @property
     def _route_path(self) -> str:
         """The path, if it is one of those that everybody has."""
-        return self.path if self.path in (*self.ROUTES, *DIALECTS) else "other"
+        known = self.path in self.ROUTES or self.path in DIALECTS
+        return self.path if known else "other"
 
     def _end_request(self) -> None:
         self.connection.eof_is_hangup = False
@@ -9075,7 +9081,7 @@ class RequestHandler:
         value = headers.get("authorization", "")
         scheme, _, token = value.partition(" ")
         tokens = [token.strip() if scheme.lower() == "bearer" else value]
-        tokens += [headers.get(name, "") for name in _KEY_FIELDS]
+        tokens += [headers[name] for name in _KEY_FIELDS if name in headers]
         return [token for token in (*tokens, self.token_in_path) if token]
 
     def authorize(self, who: Who, body: Mapping[str, Any] = {}) -> None:
