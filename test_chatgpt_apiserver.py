@@ -87,7 +87,7 @@ PING, PONG, CLOSE = Opcode.PING, Opcode.PONG, Opcode.CLOSE
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 
 # One timeout for everything: a test that hangs is told by its traceback.
-faulthandler.dump_traceback_later(400, exit=True)
+faulthandler.dump_traceback_later(300, exit=True)
 
 
 def run(work, timeout=20):
@@ -2522,6 +2522,250 @@ def test_json_is_written_on_one_line_in_utf_8():
 def test_half_a_surrogate_pair_survives():
     for text in ("\ud800", "\udfff\\\ud800x"):
         assert json.loads(apiserver.encode_json([text])) == [text]
+
+
+# --- What an answer's body is
+
+
+@pytest.mark.parametrize(
+    "content, kind",
+    [
+        (b"{", "JSON"),
+        (b"[1]", "JSON"),
+        (b"data: x", "EVENTS"),
+        (b"event: x", "EVENTS"),
+        (b"id: 1", "EVENTS"),
+        (b"retry: 9", "EVENTS"),
+        (b": comment", "EVENTS"),
+        (b"", None),
+        (b"dat", None),
+        (b"retry", None),
+        (b"data; x", "OTHER"),
+        (b"<html>", "OTHER"),
+        (b'"text"', "OTHER"),
+        (b"ID3", "OTHER"),
+        (b"\x00", "OTHER"),
+    ],
+)
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n" * 500, b" \r\n\t"])
+def test_a_body_is_what_it_begins_with(before, content, kind):
+    start = apiserver.body_start(before + content)
+    assert start == content
+    assert apiserver.body_kind(start) is (apiserver.Body[kind] if kind else None)
+
+
+@pytest.mark.parametrize(
+    "label, kind",
+    [
+        ("text/event-stream", "EVENTS"),
+        ("Text/Event-Stream; charset=UTF-8", "EVENTS"),
+        ("application/json", "JSON"),
+        ("APPLICATION/JSON ;charset=utf-8", "JSON"),
+        ("application/problem+json", "JSON"),
+        ("text/plain", "OTHER"),
+        ("audio/mpeg", "OTHER"),
+        ("application/jsonl", "OTHER"),
+        ("", "OTHER"),
+    ],
+)
+def test_a_label_ignores_case_and_parameters(label, kind):
+    assert apiserver.labelled_kind(label) is apiserver.Body[kind]
+
+
+@pytest.mark.parametrize("delimited", [True, False])
+@pytest.mark.parametrize(
+    "content, good",
+    [
+        (b"{}", (True, True)),
+        (b'[{"a": 1}]\r\n \n', (True, True)),
+        (b"", (False, False)),
+        (b"  \n", (False, False)),
+        (b'{"choices": [', (False, False)),
+        (b'{"text": "half of', (False, False)),
+        (b'{"a": "b"} <!-- proxy -->', (False, False)),
+        (b'{"choices": [{"a": 1}', (True, False)),  # no peer that says how long does so
+    ],
+)
+def test_half_an_answer_is_none(content, good, delimited):
+    if good[not delimited]:
+        assert apiserver.check_json(content, delimited) == content
+    else:
+        with pytest.raises(ProtocolError) as caught:
+            apiserver.check_json(content, delimited)
+        assert caught.value.status == 502
+
+
+# --- Errors in others' words
+
+
+@pytest.mark.parametrize(
+    "value, message, words",
+    [
+        ({"error": {"message": "No", "code": "X_y", "type": "t"}}, "No", {"x_y", "t"}),
+        ({"type": "error", "error": {"type": "t", "message": "No"}}, "No", {"t"}),
+        ({"error": "No"}, "No", set()),
+        ({"error": "No", "code": "c", "status": 500}, "No", {"c"}),
+        ({"error": ["No", "no"]}, "No; no", set()),
+        ({"error": {"message": {"a": 1}}}, '{"a":1}', set()),
+        ({"error": {"code": 429, "status": "BUSY"}}, "", {"busy"}),
+        ({"error": 5}, "5", set()),
+        ({"detail": "No"}, "No", set()),
+        ({"detail": {"message": "No", "code": "c"}}, "No", {"c"}),
+        ({"detail": {"error": {"message": "No", "code": "c"}}}, "No", {"c"}),
+        (
+            {
+                "detail": [
+                    {"loc": ["body", "n"], "msg": "No", "type": "t"},
+                    {"msg": "b"},
+                ]
+            },
+            "body.n: No; b",
+            {"t"},
+        ),
+        ({"errors": [{"message": "No"}]}, "No", set()),
+        ({"object": "error", "message": "No", "type": "T", "code": 4}, "No", {"t"}),
+        ({"message": "No", "code": "c"}, "No", {"c"}),
+        ([{"error": {"message": "No", "status": "S"}}], "No", {"s"}),
+        (
+            {"error": {"message": "No", "details": [5, {"x": 1}, {"reason": "DEAD"}]}},
+            "No",
+            {"dead"},
+        ),
+    ],
+    ids=repr,
+)
+def test_an_error_is_found_in_every_shape(value, message, words):
+    error = apiserver.find_error(value)
+    assert (error.message, error.words) == (message, words)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 5, "error", [], [5], {}, {"error": None}, {"error": {}}, {"detail": ""}]
+    + [{"choices": [], "message": "x"}, {"data": [{"error": 1}]}, completion()],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_is_no_error_is_none(value):
+    assert apiserver.find_error(value) is None
+
+
+@pytest.mark.parametrize(
+    "code, type, shown",
+    [
+        ("context_length_exceeded", "t", "context_length_exceeded"),
+        (None, "server_error", "server_error"),
+        ("the user's words", "server_error", "server_error"),
+        ("MY PASSWORD IS", "s3cret!", ""),
+        ("hello_Alice", None, ""),
+        ("a\nb", "\u0430", ""),
+        ("", "", ""),
+    ],
+)
+def test_of_an_error_only_a_plain_word_may_be_kept(code, type, shown):
+    error = apiserver.ErrorObject("the words of the one who asked", type, code)
+    assert error.summary == shown
+
+
+# --- Models
+
+
+@pytest.mark.parametrize(
+    "value, names",
+    [
+        ({"object": "list", "data": [{"id": "a"}, {"id": "b"}]}, ["a", "b"]),
+        ({"models": [{"name": "llama3:8b", "model": "x"}]}, ["llama3:8b"]),
+        ({"models": [{"name": "models/gemini-pro"}]}, ["gemini-pro"]),
+        ({"models": ["a"]}, ["a"]),
+        ([{"id": "a", "name": "A"}, "b"], ["a", "b"]),
+        ({"data": [{"id": "a"}, {"no": 1}, None, 3, {"id": 5}, ""]}, ["a"]),
+        ({"data": [{"id": "a"}], "models": [{"name": "b"}]}, ["a"]),
+        ({"data": []}, []),
+        ({"data": None}, None),
+        ({"data": {"id": "a"}}, None),
+        ({"error": {"message": "No"}}, None),
+        ({}, None),
+        ("a", None),
+    ],
+    ids=repr,
+)
+def test_a_list_of_models_is_read_in_every_shape(value, names):
+    for before in (b"", b"\xef\xbb\xbf\n "):
+        assert apiserver.model_names(before + json.dumps(value).encode()) == names
+
+
+def test_a_list_of_models_that_is_no_json_is_none():
+    for content in (b"", b"<html>", b'{"data": [', b"[" * 100_000):
+        assert apiserver.model_names(content) is None
+
+
+def test_a_chat_goes_to_the_first_model_that_answers_one():
+    others = "text-embedding-3-large whisper-1 tts-1-hd gpt-4o-transcribe bge-m3 sora-2"
+    others += (
+        " bge-reranker-v2 dall-e-3 omni-moderation-latest gpt-image-1 Qwen3-Rerank"
+    )
+    others += " nomic-embed-text stable-diffusion-xl NV-Embed-v2"
+    assert apiserver.chat_model(others.split()) is None
+    assert apiserver.chat_model([*others.split(), "qwen3", "llama3"]) == "qwen3"
+    assert apiserver.chat_model([]) is None
+
+
+# --- Forms
+
+
+def form(*parts, boundary="B", end="--"):
+    """Multipart content of (head, value) parts."""
+    lines = [f"--{boundary}\r\n{head}\r\n\r\n{value}\r\n" for head, value in parts]
+    return f"{''.join(lines)}--{boundary}{end}\r\n".encode()
+
+
+FORM = "multipart/form-data; boundary=B"
+FORM_FILE = ('Content-Disposition: form-data; name="file"; filename="model"', "ID3")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        'Content-Disposition: form-data; name="model"',
+        "Content-Disposition: form-data; name=model",
+        'content-disposition:form-data;name="model"',
+        'CONTENT-DISPOSITION: FORM-DATA; NAME = "model"',
+        'Content-Type: text/plain\r\nContent-Disposition: form-data; name="model"',
+        'Content-Disposition: form-data; x="a; name=\\"no\\""; name="model"',
+    ],
+)
+@pytest.mark.parametrize(
+    "content_type",
+    [FORM, 'Multipart/Form-Data; charset=utf-8; BOUNDARY="B"'],
+)
+def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type):
+    for parts in ([FORM_FILE, (head, "alias")], [(head, "alias"), FORM_FILE]):
+        content = form(*parts)
+        request = apiserver.form_request("/v1/audio/x", content, content_type)
+        assert request.model == "alias"
+        assert request.encode() == request.encode("alias") == content
+        assert request.encode("real/one") == content.replace(b"alias", b"real/one")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        form(FORM_FILE),
+        form(('Content-Disposition: form-data; name="model2"', "x")),
+        form(('Content-Disposition: form-data; filename="name=model"', "x")),
+        form(("X: form-data; name=model", "x")),
+        form(('Content-Disposition: form-data; name="model"', "x" * 1024)),
+        form(('Content-Disposition: form-data; name="model"', "x"), boundary="C"),
+        form(('Content-Disposition: form-data; name="model"', "x"))[:-8],
+        form(*[FORM_FILE] * 100, ('Content-Disposition: form-data; name="model"', "x")),
+        b"--B",
+        b"",
+    ],
+    ids=lambda content: repr(content[:50]),
+)
+def test_what_is_no_field_named_model_names_none(content):
+    request = apiserver.form_request("/v1/audio/x", content, FORM)
+    assert request.model is None and request.encode("real") == content
+    assert apiserver.form_request("/v1/x", content, "text/plain").model is None
 
 
 # --- Chat requests
