@@ -7591,6 +7591,7 @@ th.act { width: 5rem; }
 :is(th, td):last-child { padding-right: 0; text-align: right; }
 .reason { white-space: normal; overflow-wrap: anywhere; max-height: 4.2em; }
 #calls td { cursor: pointer; }
+small + svg { display: block; width: 100%; height: 3px; background: var(--line); }
 td.tale { padding: .25rem 0 1.25rem; white-space: normal; text-align: left; }
 .tale svg { width: 100%; height: 6px; margin-bottom: .5rem; border-radius: 3px; }
 .tale p { display: grid; grid-template-columns: 4rem 1fr; overflow-wrap: anywhere; }
@@ -7598,6 +7599,7 @@ table:not(:has(tbody))::after {
   content: attr(data-empty); display: table-caption; caption-side: bottom;
   padding: 2rem 15%; color: var(--quiet); text-align: center;
 }
+#plot svg { display: block; width: 100%; height: 11rem; fill: var(--ink); }
 #try { display: grid; grid-template-columns: 17rem minmax(0, 1fr); gap: 2.5rem; }
 #turns { min-height: 26rem; }
 #turns p { margin-bottom: 1.25rem; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -7624,7 +7626,8 @@ dialog form, summary { margin: .875rem 0 .5rem; }
   tr { display: grid; grid-template-columns: repeat(3, 1fr); padding: .5rem 0; }
   td { padding: 0 .75rem 0 0; }
   td.wide { grid-column: span 2; }
-  td:last-child { grid-column: 3; align-self: end; }
+  td:last-child:not(.num) { grid-column: 3; align-self: end; }
+  #usage td:first-child { grid-column: span 3; }
   td.tale { grid-column: span 3; }
   td.num { text-align: left; }
   .num::before { content: attr(data-label); display: block; color: var(--quiet); }
@@ -7651,7 +7654,7 @@ dialog form, summary { margin: .875rem 0 .5rem; }
   </dl>
   <nav>
     <a href="#overview" class="admin">Overview</a><a href="#try">Try it</a>
-    <a href="#users" class="admin">Users</a>
+    <a href="#users" class="admin">Users</a><a href="#usage">Usage</a>
   </nav>
   <main>
   <div id="overview" hidden>
@@ -7697,9 +7700,23 @@ dialog form, summary { margin: .875rem 0 .5rem; }
   <section id="users" hidden>
     <div class="row"><h2>Users</h2><button id="add_user">Add a user</button></div>
     <table id="people" data-empty="No users yet."><thead><tr>
-      <th class="wide" data-small="role">Name<th class="wide" data-do="delete">
+      <th class="wide" data-small="role">Name<th class="wide">Limits
+      <th class="mid">Models<th>Expires<th class="wide" data-do="edit rotate delete">
     </table>
     <button id="more_users" class="plain" hidden>Show more</button>
+  </section>
+  <section id="usage" hidden>
+    <div class="row"><h2>Tokens by day</h2>
+      <select id="by" aria-label="By"><option value="model">by model
+        <option class="admin" value="user">by user</select>
+      <button id="csv" class="admin">CSV</button></div>
+    <div id="limits"></div>
+    <div id="plot" role="img" aria-label="Tokens by day"></div>
+    <small id="since"></small>
+    <table id="sums" data-empty="Nothing was used."><thead><tr>
+      <th class="wide">Name<th class="num">Requests<th class="num">Failed
+      <th class="num">Input<th class="num">Cached<th class="num">Output
+    </table>
   </section>
   </main>
 </div>
@@ -7707,6 +7724,9 @@ dialog form, summary { margin: .875rem 0 .5rem; }
   <h2></h2>
   <form>
     <label>Name <input name="name" required maxlength="80"></label>
+    <label>Limits <input name="limit" placeholder="none; or 1000 requests/day"></label>
+    <label>Models <input name="models" placeholder="all; or gpt-4o*, llama3.1"></label>
+    <label>Expires <input name="expires" placeholder="never; or 2027-01-31"></label>
     <div class="row"><button class="main">Save</button>
       <button class="plain" formmethod="dialog" formnovalidate>Cancel</button></div>
   </form>
@@ -7809,8 +7829,6 @@ function age(s) {
   return `${Math.max(0, Math.floor(s / size))} ${unit}`;
 }
 const took = s => s === null ? "–" : s < 10 ? `${s.toFixed(2)} s` : age(s);
-
-const tokens = ({input, output}) => input + output;
 
 // --- Overview
 function sparkline(id, slots) { // ten minutes, in slots of ten seconds
@@ -8006,20 +8024,37 @@ async function showUsers() {
   const count = $$("#people tbody").length + 100;
   const page = await ask(`admin/users?from=0&count=${count}`);
   $("#more_users").hidden = page.users.length >= page.total;
-  table("#people", page.users, user => user.user_id, user => ({
-    Name: user.name || user.user_id, role: user.role ?? "user", delete: "Delete",
-  }));
+  table("#people", page.users, user => user.user_id, (user, body) => {
+    $(".Limits", body).replaceChildren(...(user.limits ?? []).map(limitBar));
+    return {
+      Name: user.name || user.user_id, role: user.role ?? "user",
+      Models: user.models?.join(", ") ?? "all", Expires: user.expires ?? "never",
+      edit: "Edit", rotate: "Rotate", delete: "Delete",
+    };
+  });
+}
+
+// How much of a limit is used, in words and to scale.
+function limitBar({limit, used, maximum, reset}) {
+  const width = Math.min(used / maximum, 1), fill = width < 1 ? "ink" : "bad";
+  const anew = width < 1 ? "" : `, anew in ${age(Date.parse(reset) / 1000 - now())}`;
+  return make("div", {}, make("small", {}, `${short(used)} of ${limit}${anew}`),
+    drawing("0 0 1 1", draw("rect", {width, height: 1, fill: `var(--${fill})`})));
 }
 
 function openAccount(title, user, save) {
   put($("#account h2"), title);
   for (const input of $$("#account input")) {
-    input.value = user[input.name] ?? "";
+    input.value = [user[input.name] ?? []].flat().join(", ");
+    input.parentNode.hidden = user.role === "agent" && input.name !== "name";
   }
   $("#account form").onsubmit = async event => {
     if (event.submitter?.formNoValidate) return;
     event.preventDefault(); // it stays open if that fails
-    await save(valuesOf(event.target));
+    const {name, limit, models, expires} = valuesOf(event.target);
+    const list = text => text ? text.split(/ *, */) : null;
+    const lists = {limit: list(limit), models: list(models)};
+    await save({name, ...lists, expires: expires || null});
     $("#account").close();
   };
   $("#account").showModal();
@@ -8066,12 +8101,61 @@ const actions = {
   cancel: r => act("requests/cancel", {request_id: r.request_id}),
   delete: ({user_id, name}) => confirm(`Delete ${name || user_id}?`)
     && act("users/delete", {user_id}, showUsers),
+  edit: user => openAccount(`Edit ${user.name}`, user, fields =>
+    act("users/update", {user_id: user.user_id, ...fields}, showUsers)),
+  async rotate({user_id, name}) {
+    if (confirm(`A new token for ${name || user_id}? The old one lives one more hour.`))
+      await tellToken(name, await ask("admin/users/update", {user_id, rotate: 3600}));
+  },
   story(r, body) {
     if (body.rows[1]) return body.deleteRow(1);
     const cell = body.insertRow().insertCell();
     tell(Object.assign(cell, {colSpan: 9, className: "tale"}), r);
   },
 };
+
+// --- Usage
+const DAYS = 30;
+const tokens = ({input, output}) => input + output;
+const day = back => new Date((now() - back * 86400) * 1000).toISOString().slice(0, 10);
+
+async function showUsage() {
+  const by = $("#by").value, path = admin ? "admin/usage" : "v1/usage";
+  const days = Array.from({length: DAYS}, (_, i) => day(DAYS - 1 - i));
+  const {data, limits} = await ask(`${path}?from=${days[0]}&by=day,${by}`);
+  const sums = Object.entries(Object.groupBy(data, line => line[by])).map(
+    ([name, lines]) => {
+      const sum = field => lines.reduce((total, line) => total + line[field], 0);
+      const days = new Map(lines.map(line => [line.day, tokens(line)]));
+      return {name, days, requests: sum("requests"), failures: sum("failures"),
+        input: sum("input"), cached: sum("cached_input"), output: sum("output")};
+    });
+  sums.sort((a, b) => tokens(b) - tokens(a));
+  const tops = days.map(() => 0), bars = [];
+  const shades = sums.map((sum, rank) => Math.max(.85 * .6 ** rank, .07));
+  sums.forEach((sum, rank) => days.forEach((date, i) => {
+    const height = sum.days.get(date) ?? 0, opacity = shades[rank];
+    tops[i] += height;
+    bars.push(draw("rect", {x: i + .1, y: -tops[i], width: .8, height, opacity},
+      draw("title", {}, `${date} ${sum.name}: ${whole(height)}`)));
+  }));
+  const top = Math.max(...tops, 1);
+  $("#plot").replaceChildren(drawing(`0 ${-top} ${DAYS} ${top}`, ...bars));
+  put($("#since"), `${days[0]} to today, at most ${short(top)} a day`);
+  table("#sums", sums, sum => sum.name, (sum, body) => {
+    body.style.setProperty("--shade", shades[sums.indexOf(sum)]);
+    return {Name: [sum.name, "ink"], Requests: whole(sum.requests),
+      Failed: whole(sum.failures), Input: short(sum.input), Cached: short(sum.cached),
+      Output: short(sum.output)};
+  });
+  $("#limits").replaceChildren(...(limits ?? []).map(limitBar));
+}
+
+async function saveCSV() {
+  const answer = await call(`admin/usage?format=csv&from=${day(DAYS - 1)}`);
+  const href = URL.createObjectURL(await answer.blob());
+  make("a", {href, download: "usage.csv"}).click();
+}
 
 // --- Coming, going, and where one is
 async function enter(typed) {
@@ -8096,7 +8180,7 @@ function leave(words) {
 }
 
 async function go() {
-  const places = {overview: show, try: showTry, users: showUsers};
+  const places = {overview: show, try: showTry, users: showUsers, usage: showUsage};
   const hashes = $$("nav a:not([hidden])").map(link => link.hash);
   const hash = hashes.includes(location.hash) ? location.hash : hashes[0];
   for (const place of $$("main > *")) place.hidden = `#${place.id}` !== hash;
@@ -8110,8 +8194,10 @@ $("#leave").onclick = () => leave("Signed out.");
 $("#failed").oninput = showCalls;
 $("#settings").oninput = snippets;
 $("#more_users").onclick = showUsers;
+$("#by").oninput = showUsage;
+$("#csv").onclick = saveCSV;
 $("#add_machine").onclick = () =>
-  openAccount("Add a machine", {name: "gpu-box"}, addMachine);
+  openAccount("Add a machine", {role: "agent", name: "gpu-box"}, addMachine);
 $("#add_user").onclick = () => openAccount("Add a user", {}, async fields =>
   tellToken(fields.name, await ask("admin/users/add", fields)));
 $("#door").onsubmit = () => enter($("#door input").value.trim());
@@ -9770,16 +9856,25 @@ class RequestHandler:
 
     async def do_users(self) -> None:
         """GET /admin/users; with ?from=0&count=100 a part of them, and the total."""
-        lines = [user.shown() for user in self.service.users.users]
+        users = self.service.users.users
         count = self._query("count")
         more = b""
         if count is not None:
             first = self._query("from") or "0"
             if not (count + first).isdecimal():
                 raise APIError(400, "'from' and 'count' must be numbers.")
-            more = b', "total": %d' % len(lines)
-            lines = lines[int(first[:9]) :][: int(count[:9])]
+            more = b', "total": %d' % len(users)
+            users = users[int(first[:9]) :][: int(count[:9])]
+            lines = [self._user_line(user) for user in users]
+        else:
+            lines = [user.shown() for user in users]
         self.send_content(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
+
+    def _user_line(self, user: User) -> bytes:
+        """A user as the page shows it: with what is used of its limits."""
+        fields = json.loads(user.shown())
+        fields.pop("token", None)
+        return encode_json({**fields, "limits": self._limits_left(user)})
 
     async def do_users_add(self, body: dict[str, Any]) -> None:
         """POST /admin/users/add: answered when it is on disk."""
@@ -9944,8 +10039,9 @@ class RequestHandler:
             {
                 "limit": str(quota),
                 "used": used,
+                "maximum": quota.amount,
                 "left": max(0, quota.amount - used),
-                "until": rfc3339(end),
+                "reset": rfc3339(end),
             }
             for quota, used, end in (limit.state() if limit is not None else ())
         ]
