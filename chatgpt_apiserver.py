@@ -2034,7 +2034,7 @@ class SSEDecoder:
     def _look_at_first_event(self) -> None:
         """Find out how events end, once something follows the first line of data."""
         line = _DATA_LINE.search(self._rest)
-        following = bytes(self._rest[line.end() : line.end() + 6]) if line else b""
+        following = bytes(self._rest[line.end() : line.end() + 7]) if line else b""
         if line is None or any(name.startswith(following) for name in _NEXT_EVENT):
             return
         self._began = True
@@ -2223,7 +2223,8 @@ class TypedStream(EventStream):
     def __init__(self, max_size: int = DEFAULT_LIMITS.response_size) -> None:
         super().__init__(max_size)
         self.first: dict[str, Any] = {}  # that event, once seen
-        self._looked_for = tuple(f'"{t}"' for t in (*self.ENDS, *self.USAGE, "error"))
+        looked_for = (self.FIRST, *self.ENDS, *self.USAGE, "error")
+        self._looked_for = tuple(f'"{kind}"' for kind in looked_for)
 
     def receive(self, data: bytes) -> bytes:
         if self.ended:
@@ -2244,6 +2245,8 @@ class TypedStream(EventStream):
 
     def _take(self, event: dict[str, Any]) -> None:
         kind = event.get("type")
+        if not isinstance(kind, str):
+            return
         if kind == "error":
             self.error = find_error(event if event.get("error") else {"error": event})
             self.ended = True

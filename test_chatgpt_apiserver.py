@@ -85,6 +85,8 @@ SERVER, CLIENT = False, True
 TEXT, BINARY, CONTINUATION = Opcode.TEXT, Opcode.BINARY, Opcode.CONTINUATION
 PING, PONG, CLOSE = Opcode.PING, Opcode.PONG, Opcode.CLOSE
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+CHAT_URL = "/v1/chat/completions"
+STREAM = {**CHAT, "stream": True}
 
 # One timeout for everything: a test that hangs is told by its traceback.
 faulthandler.dump_traceback_later(300, exit=True)
@@ -3120,6 +3122,47 @@ def test_streamed_pieces_are_put_together():
     assert second["message"]["content"] == "x"
 
 
+@pytest.mark.parametrize(
+    "pieces, calls",
+    [
+        ([("1", "f", '{"a"'), (None, None, ":1}")], [("1", "f", '{"a":1}')]),
+        (
+            [("1", "f", "{"), (None, None, "}"), ("2", "g", "["), (None, None, "]")],
+            [("1", "f", "{}"), ("2", "g", "[]")],
+        ),
+        ([("1", "f", "{"), ("1", None, "}")], [("1", "f", "{}")]),
+        ([("1", "f", "{"), ("2", "g", ""), ("1", None, "}")], None),
+        (
+            [(None, "f", "{}"), (None, "g", "{}")],
+            [(None, "f", "{}"), (None, "g", "{}")],
+        ),
+        ([("", "f", "{}")], [("", "f", "{}")]),
+    ],
+)
+def test_pieces_of_tool_calls_without_an_index_belong_to_the_last(pieces, calls):
+    builder = apiserver.CompletionBuilder()
+    for id, name, arguments in pieces:
+        call = {"id": id, "function": {"name": name, "arguments": arguments}}
+        builder.add({"choices": [{"delta": {"tool_calls": [call]}}]})
+    made = builder.result()["choices"][0]["message"]["tool_calls"]
+    made = [(call["id"], *call["function"].values()) for call in made]
+    assert made == (calls or [("1", "f", "{}"), ("2", "g", "")])
+
+
+def test_what_stands_beside_the_text_of_a_stream_is_kept():
+    builder = apiserver.CompletionBuilder()
+    for token, refusal in (("a", "I "), ("b", "won't")):
+        logprobs = {"content": [{"token": token}], "refusal": None}
+        choice = {"index": 0, "delta": {"refusal": refusal}, "logprobs": logprobs}
+        builder.add({"choices": [choice], "system_fingerprint": "fp"})
+    result = builder.result()
+    [choice] = result["choices"]
+    assert result["system_fingerprint"] == "fp"
+    assert choice["message"]["refusal"] == "I won't"
+    assert choice["message"]["content"] is None
+    assert choice["logprobs"]["content"] == [{"token": "a"}, {"token": "b"}]
+
+
 def test_error_object_has_all_four_fields():
     error = apiserver.error_object(APIError(404, "No", code="model_not_found"))
     assert error == {
@@ -3241,6 +3284,38 @@ def test_comments_are_no_beginning():
     assert not stream.began
     stream.receive(b"data: y\n\n")
     assert stream.began
+
+
+API_LINES = [b'{"a": 1}', b'{"b": "\\n"}', b"[DONE]"]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize(
+    "lines, expected",
+    [
+        ([b"data: " + data for data in API_LINES], API_LINES),
+        ([b": hi", *(b"data: " + data for data in API_LINES)], API_LINES),
+        (
+            [b"event: a", b"data: " + API_LINES[0], b"event: b", b"data: [DONE]"],
+            [API_LINES[0], b"[DONE]"],
+        ),
+    ],
+)
+def test_events_that_end_in_one_newline_are_events_however_cut(lines, expected, end):
+    """Outside the standard, and sent by some: one-api and others cut at lines."""
+    data = end.join([*lines, b""])
+    for stream, out in api_every_cut(apiserver.EventStream, data):
+        events = [event for event in api_stream(out) if event is not None]
+        assert events == expected
+        assert stream.began
+
+
+def test_one_event_of_many_lines_stays_one():
+    """Half of a JSON text is none: its lines are no events."""
+    data = b'data: {"a":\ndata: [1,\ndata: 2]}\n\ndata: {"b": 1}\n\n'
+    for _, out in api_every_cut(apiserver.EventStream, data):
+        assert out == data
+        assert json.loads(api_events(out)[0]) == {"a": [1, 2]}
 
 
 @pytest.mark.parametrize("size, good", [(99, True), (100, True), (101, False)])
@@ -3451,6 +3526,193 @@ def test_F39_other_line_ends_change_nothing(end):
     for stream, out in api_every_cut(lambda: apiserver.CompletionStream(True), data):
         assert api_events(out) == api_events(chunk("Hi") + chunk(None, "stop") + DONE)
         assert stream.usage == apiserver.Usage(7)
+
+
+@pytest.mark.parametrize(
+    "last, whole",
+    [
+        ('"finish_reason": "stop"', True),
+        ('"finish_reason":"tool_calls"', True),
+        ('"finish_reason": ""', False),
+        ('"finish_reason": null', False),
+        ('"text": "\\"finish_reason\\": \\"stop\\""', False),
+    ],
+)
+def test_only_a_reason_that_says_something_finishes_a_choice(last, whole):
+    data = b'data: {"choices": [{%b}]}\n\n' % last.encode()
+    if whole:
+        for _, out in api_every_cut(apiserver.CompletionStream, data):
+            assert out == data + DONE
+    else:
+        assert api_ends_early(data)
+
+
+def test_each_of_the_choices_that_were_asked_for_has_to_finish():
+    def make():
+        return apiserver.CompletionStream(choices=2)
+
+    data = chunk("a") + chunk(None, "stop")
+    with pytest.raises(ProtocolError):
+        api_feed(make(), data)
+    for _, out in api_every_cut(make, data + chunk(None, "length")):
+        assert out.endswith(DONE)
+
+
+# --- Streams of responses and messages
+
+
+def typed(kind, **fields):
+    """One event of a typed stream, in bytes."""
+    data = json.dumps({"type": kind, **fields}).encode()
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+
+
+MESSAGE_START = typed(
+    "message_start",
+    message={"usage": {"input_tokens": 3, "cache_read_input_tokens": 5}},
+)
+RESPONSE_CREATED = typed("response.created", response={"id": "r"}, sequence_number=0)
+TYPED_STREAMS = [
+    (
+        apiserver.MessagesStream,
+        [
+            MESSAGE_START,
+            typed("ping"),
+            typed("message_delta", usage={"output_tokens": 9}),
+        ],
+        typed("message_stop"),
+        (8, 5, 9),
+    ),
+    *(
+        (
+            apiserver.ResponsesStream,
+            [RESPONSE_CREATED, typed("response.output_text.delta", delta="error")],
+            typed(f"response.{end}", response={"usage": {"input_tokens": 3}}),
+            (3, 0, 0),
+        )
+        for end in ("completed", "incomplete", "failed")
+    ),
+]
+
+
+@pytest.mark.parametrize("make, events, last, usage", TYPED_STREAMS)
+def test_a_typed_stream_is_relayed_counted_and_whole_with_its_last_event(
+    make, events, last, usage
+):
+    data = b"".join([*events, last])
+    for stream, out in api_every_cut(make, data):
+        assert out == data
+        assert stream.ended and stream.error is None and stream.usage == usage
+    for missing in range(1, len(events) + 1):
+        with pytest.raises(ProtocolError) as caught:
+            api_feed(make(), b"".join(events[:missing]))
+        assert caught.value.status == 502
+    with pytest.raises(ProtocolError):
+        api_feed(make(), b"".join(events) + last[:-9])
+
+
+@pytest.mark.parametrize("make, events, last, usage", TYPED_STREAMS[:2])
+def test_an_error_event_ends_a_typed_stream(make, events, last, usage):
+    for error in ({"error": {"message": "No", "type": "t"}}, {"message": "No"}):
+        data = events[0] + typed("error", **error) + last
+        for stream, out in api_every_cut(make, data):
+            assert out == events[0]
+            assert stream.ended and stream.error.message == "No"
+
+
+def test_words_in_a_typed_stream_end_nothing():
+    text = 'x "message_stop" "type": "error"'
+    data = MESSAGE_START + typed("content_block_delta", delta={"text": text})
+    data += b'data: "message_stop"\n\ndata: ["error"]\n\ndata: {"type": []}\n\n'
+    stream = apiserver.MessagesStream()
+    with pytest.raises(ProtocolError):
+        api_feed(stream, data)
+    assert stream.error is None
+
+
+# --- Errors in each dialect
+
+
+LATE_ERROR = APIError(400, "too\nlong", type="t", param="p", code="c")
+
+
+@pytest.mark.parametrize("path", [CHAT_URL, "/v1/completions"])
+def test_a_late_error_of_completions_is_an_event_without_a_name(path):
+    event = apiserver.dialect_of(path).late_error(LATE_ERROR, None)
+    assert event.startswith(b'data: {"error": {') and event.count(b"\n") == 2
+    error = {"message": "too\nlong", "type": "t", "param": "p", "code": "c"}
+    assert json.loads(event[6:]) == {"error": error}
+
+
+def test_a_late_error_of_messages_is_anthropics():
+    event = apiserver.dialect_of("/v1/messages").late_error(LATE_ERROR, None)
+    name, data = event.split(b"\n", 1)
+    assert name == b"event: error" and data.startswith(b"data: ")
+    error = {"type": "invalid_request_error", "message": "too\nlong"}
+    assert json.loads(data[6:]) == {"type": "error", "error": error}
+
+
+def test_a_late_error_of_responses_is_flat_or_a_failed_response():
+    dialect = apiserver.dialect_of("/v1/responses")
+    stream = dialect.open_stream(APIRequest("/v1/responses"), 1000)
+    for at, begun in enumerate((b"", RESPONSE_CREATED + typed("response.x"))):
+        stream.receive(begun)
+        name, data = dialect.late_error(LATE_ERROR, stream).split(b"\n", 1)
+        said = json.loads(data[6:])
+        assert name == b"event: " + said["type"].encode()
+        if at == 0:
+            flat = {"code": "c", "message": "too\nlong", "param": "p"}
+            assert said == {"type": "error", "sequence_number": 0, **flat}
+        else:
+            assert said["type"] == "response.failed" and said["sequence_number"] == 2
+            failed = {"id": "r", "status": "failed"}
+            assert said["response"] == {
+                **failed,
+                "error": {"code": "c", "message": "too\nlong"},
+            }
+
+
+def test_other_paths_have_no_event_for_a_late_error():
+    for path in ("/v1/embeddings", "/v1/audio/speech", "/v1/messages/count_tokens"):
+        assert apiserver.dialect_of(path).late_error(LATE_ERROR, None) == b""
+
+
+@pytest.mark.parametrize(
+    "status, kind",
+    [(400, "invalid_request_error"), (401, "authentication_error")]
+    + [(402, "billing_error"), (403, "permission_error"), (404, "not_found_error")]
+    + [(405, "invalid_request_error"), (413, "request_too_large")]
+    + [(429, "rate_limit_error"), (500, "api_error"), (502, "api_error")]
+    + [(503, "overloaded_error"), (504, "timeout_error")],
+)
+def test_anthropics_name_of_each_status(status, kind):
+    for path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches"):
+        content = apiserver.dialect_of(path).error_content(APIError(status, "No"))
+        error = {"type": kind, "message": "No"}
+        assert json.loads(content) == {"type": "error", "error": error}
+    for path in ("/v1/message", "/v1/messagesx", CHAT_URL):
+        content = apiserver.dialect_of(path).error_content(APIError(status, "No"))
+        assert list(json.loads(content)) == ["error"]
+
+
+# --- Requests
+
+
+def test_json_of_a_large_request_is_looked_at_and_let_go():
+    """Parsed, it is up to 30 times as large: a few would fill the memory."""
+    head = b'{"model": "m", "messages": [], "stream": true, "z": ['
+    for size, kept in ((apiserver.APIRequest.KEPT_SIZE, True), (4_000_000, False)):
+        room = size - len(head) - 4
+        content = head + b"{}," * (room // 3) + b" " * (room % 3) + b"{}]}"
+        assert len(content) == size
+        tracemalloc.start()
+        request = apiserver.parse_chat_request(content)
+        used = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert (used > size) is kept
+        assert (request.model, request.stream) == ("m", True)
+        assert request.body["model"] == "m"
+        assert json.loads(request.encode("real"))["model"] == "real"
 
 
 # --- Anything at all
@@ -9237,8 +9499,6 @@ async def test_ready_means_that_something_could_be_asked(tmp_path):
 # Request handler
 # -----------------------------------------------------------------------------
 
-CHAT_URL = "/v1/chat/completions"
-STREAM = {**CHAT, "stream": True}
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
