@@ -9339,8 +9339,10 @@ class RequestHandler:
         """OpenAI's x-ratelimit fields: of several limits the one with least left."""
         assert self.user is not None
         limit = self.service.limit_of(self.user)
+        if limit is None:
+            return []
         fields: list[tuple[str, str]] = []
-        state = [] if limit is None else limit.state()
+        state = limit.state()
         for unit in ("requests", "tokens"):
             left = [
                 (q.amount - used, q.amount, end)
