@@ -87,7 +87,6 @@ import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
     AsyncGenerator,
-    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -176,7 +175,7 @@ class Limits:
     pong_timeout = 20.0  # any byte counts as an answer
     ask_timeout = 120.0  # a version 1 agent's silence; the original's
     ask_answer_size = 4 * 1024 * 1024
-    redial_first = 1.0  # an agent dials again after up to this, doubling ...
+    redial_first = 0.5  # an agent dials again after up to this, doubling ...
     redial_max = 30.0  # ... up to this; refused for its key, after this
     look_interval = 3.0  # an agent that has no upstream yet looks for one
     models_interval = 30.0  # one that has reads its list of models again
@@ -322,6 +321,7 @@ class Failure(enum.Enum):
     DISABLED = "its key or its quota is no good"
     KEY_DOUBTED = "it refused this request: for what it asked, or for the key"
     UNKNOWN_MODEL = "it does not have this model"
+    FULL = "nothing: others keep it busy, and it has room again in a moment"
 
 
 class ControllerError(APIError):
@@ -3443,6 +3443,10 @@ class HTTPClient:
             return error
         return connection
 
+    async def addresses(self) -> list[str]:
+        """All addresses of its host; OSError and asyncio.TimeoutError."""
+        return await self._addresses(self.address.host, self.address.port)
+
     async def _addresses(self, host: str, port: int) -> list[str]:
         """A host's addresses; OSError and asyncio.TimeoutError."""
         with contextlib.suppress(ValueError):
@@ -3594,6 +3598,7 @@ class WebSocket:
 
     patient    the peer may be too busy to answer pings: do not cut it
     heartbeat  sends something into a silence; None is for a ping
+    headers    of the server's answer to our handshake
     """
 
     def __init__(
@@ -3609,6 +3614,7 @@ class WebSocket:
         self.close_code = 1006
         self.close_reason = ""
         self.patient = False
+        self.headers = Headers()
         self.heartbeat: Callable[[], None] | None = None
         self._protocol = WebSocketProtocol(
             masks, limits.message_size if max_size is None else max_size
@@ -3670,6 +3676,7 @@ class WebSocket:
         verify: bool = True,
         max_size: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        resolve: Callable[[str, int], list[str]] = look_up,
     ) -> WebSocket:
         """Open a websocket to a ws, wss, http or https URL (RFC 6455 section 4.1).
 
@@ -3678,7 +3685,9 @@ class WebSocket:
         is not 101 (401, 403: not with this key), ProtocolError(502) for one that
         cannot be trusted, OSError (also for TLS), and asyncio.TimeoutError.
         """
-        client = HTTPClient(url, ca_file=ca_file, verify=verify, limits=limits)
+        client = HTTPClient(
+            url, ca_file=ca_file, verify=verify, limits=limits, resolve=resolve
+        )
         parts = urllib.parse.urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         key = handshake_key()
@@ -3702,7 +3711,9 @@ class WebSocket:
         except BaseException:
             connection.abort()
             raise
-        return cls(connection, masks=True, max_size=max_size)
+        websocket = cls(connection, masks=True, max_size=max_size)
+        websocket.headers = answer.headers
+        return websocket
 
     @staticmethod
     def _check_handshake(answer: Response, key: str) -> None:
@@ -5181,6 +5192,7 @@ class Controller:
         self.account = account
         self.health = Health()
         self.switched_off = False  # by the administrator
+        self.paused = False  # by its owner, of an agent
         self.current = 0.0  # of smooth weighted round robin
         self.in_flight = 0  # also those whose client has gone, but their work has not
         self.requests = 0
@@ -5248,10 +5260,15 @@ class Controller:
         """The models it is known to have."""
         return self.models or ()
 
+    @property
+    def out_of_turn(self) -> bool:
+        """Whether somebody has said that it shall not be asked."""
+        return self.switched_off or self.paused
+
     def available(self, now: float) -> bool:
         """Whether it may be asked this moment."""
         most = self.max_concurrency
-        if self.switched_off or (most is not None and self.in_flight >= most):
+        if self.out_of_turn or (most is not None and self.in_flight >= most):
             return False
         health = self.health
         # While it is being tried again, by one request and not by a crowd.
@@ -5261,7 +5278,7 @@ class Controller:
 
     def closed_for(self, now: float) -> float:
         """Seconds until it may be asked again; 0 if it may now."""
-        if self.switched_off:
+        if self.out_of_turn:
             return math.inf
         if self.limit is not None and self.limit.exceeded():
             return self.limit.seconds_left()
@@ -5277,7 +5294,7 @@ class Controller:
         most = self.max_concurrency
         return (
             self.health.closed_by in (Failure.BROKEN, Failure.REFUSED)
-            and not self.switched_off
+            and not self.out_of_turn
             and (most is None or self.in_flight < most)
             and (self.limit is None or not self.limit.exceeded())
         )
@@ -5295,6 +5312,8 @@ class Controller:
         state, reason = "cooling", health.reason
         if self.switched_off:
             state, reason = "disabled", "disabled by the administrator"
+        elif self.paused:
+            state, reason = "paused", "paused by its owner"
         elif self.limit is not None and self.limit.exceeded():
             reason = self.limit.exceeded()
         elif health.closed_by is Failure.DISABLED:
@@ -5619,6 +5638,15 @@ class AgentCall:
             waiter.set_exception(asyncio.TimeoutError())
 
 
+# What an agent says in "error" if it has as many calls as it may, those of other
+# servers counted: that is no failure.
+AGENT_FULL = "the agent has as many calls as it may"
+AGENT_FULL_PAUSE = 0.25  # seconds until it is asked again
+# Which server it is, in its answer to an agent's handshake: by this an agent tells
+# two ways to one server.
+SERVER_ID_FIELD = "x-server-id"
+
+
 def envelope(id: str, message: str, data: str = "") -> str:
     """One message between server and agent, as JSON."""
     # json builds an encoder anew for each object, in 3 us; a text takes it 0.2.
@@ -5672,6 +5700,7 @@ class AgentController(Controller):
         self.heard_at = unix_time()
         self.asked_at: float | None = None
         self._loop = websocket.connection.loop
+        self._full_until = 0.0
         self._calls: dict[str, AgentCall] = {}
         # Calls of a version 1 agent whose client has left: it works on, and must
         # not be given another request before it is done.
@@ -5694,6 +5723,7 @@ class AgentController(Controller):
         concurrency = said.get("max_concurrency")
         usable = isinstance(concurrency, int) and 0 < concurrency <= 10_000
         self.max_concurrency = concurrency if usable else 8
+        self.paused = said.get("paused") is True
 
     def set_models(self, models: Any) -> None:
         """The models it serves: a list, or None for any."""
@@ -5715,6 +5745,24 @@ class AgentController(Controller):
 
     def answers(self, path: str) -> bool:
         return self.version == 2 or path == CHAT_PATH
+
+    def available(self, now: float) -> bool:
+        return now >= self._full_until and super().available(now)
+
+    def full(self) -> ControllerError:
+        """Leave an agent alone for a moment that other servers keep busy."""
+        self._full_until = self._loop.time() + AGENT_FULL_PAUSE
+        self._loop.call_later(AGENT_FULL_PAUSE, self.on_free)
+        reason = f"{self.name} is busy with what other servers ask"
+        return ControllerError(
+            reason, Failure.FULL, status=503, code="agent_full", retry_after=1
+        )
+
+    def tell(self, message: str) -> None:
+        """Send a message without data; version 1 would not understand it."""
+        if self.version == 2:
+            with contextlib.suppress(ConnectionError):
+                self.websocket.write(envelope(self.id, message))
 
     # --- What the agent says
 
@@ -5742,6 +5790,13 @@ class AgentController(Controller):
             self._change_models(data)
         elif kind == "Drain" and self.version == 2:
             self.on_drain(self)
+        elif kind in ("Pause", "Resume") and self.version == 2:
+            if self.paused != (kind == "Pause"):
+                self.paused = not self.paused
+                self.report(
+                    f"agent {self.name} is {'' if self.paused else 'no more '}paused"
+                )
+                self.on_free()
 
     def _deliver(self, id: str, kind: str, data: Any) -> None:
         """Hand a message to its call; late is not wrong, it is dropped quietly."""
@@ -5894,6 +5949,8 @@ class AgentAnswer(Answer):
         status = head.get("status")
         if kind == "error":
             agent.end_call(id)
+        if kind == "error" and data == AGENT_FULL:
+            raise agent.full()
         if kind != "ApiResponse" or type(status) is not int or not 200 <= status < 600:
             said = data[:4096] if kind == "error" else "its answer is unreadable"
             raise agent_error(agent.name, said)
@@ -6778,6 +6835,8 @@ class Pool:
         self, controller: Controller, error: ControllerError, request: APIRequest
     ) -> None:
         """Take a failed attempt into account."""
+        if error.failure is Failure.FULL:
+            return
         controller.failures += 1
         if error.failure is Failure.UNKNOWN_MODEL:
             self._remember_unknown(controller, error, request)
@@ -6917,7 +6976,8 @@ class Call:
     async def __aenter__(self) -> Call:
         tried: list[Controller] = []
         errors: list[ControllerError] = []
-        while len(tried) < self.pool.limits.attempts:
+        limits, began = self.pool.limits, asyncio.get_running_loop().time()
+        while len(tried) < limits.attempts:
             controller = await self.pool.acquire(self.request, tried)
             if controller is None:
                 break
@@ -6925,6 +6985,12 @@ class Call:
             error = await self._attempt(controller)
             if error is None:
                 return self
+            waited = asyncio.get_running_loop().time() - began
+            if error.failure is Failure.FULL and waited < limits.queue_timeout:
+                tried.pop()  # it is one of those to wait for
+                self.tries.pop()
+                self.attempts -= 1
+                continue
             errors.append(error)
         if errors[0].refusal and all(error.refusal for error in errors):
             self.status, self.headers, self.content = errors[0].refusal
@@ -6966,8 +7032,9 @@ class Call:
                 await self._leave()
             if not isinstance(error, ControllerError):
                 raise error from None
-            which = f"attempt {self.attempts} of {request.id or 'a request'}"
-            self.pool.report(f"{which} failed: {error.reason}")
+            if error.failure is not Failure.FULL:
+                which = f"attempt {self.attempts} of {request.id or 'a request'}"
+                self.pool.report(f"{which} failed: {error.reason}")
             self.tries[-1] = (controller.name, asked, error.reason)
             return error
 
@@ -8485,8 +8552,10 @@ class Service:
         self.tls: ssl.SSLContext | None = None  # for https and wss
         self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
         self.agents: dict[str, AgentController] = {}
+        self.paused: set[str] = set()  # ids of agents, by the administrator
         self.conversations = Conversations(limits)
         self.requests_in_flight = 0
+        self.id = random_id("server-")  # of this run; agents compare it
         self.started = unix_time()
         self.journal = Journal()
         self.running: dict[RequestHandler, None] = {}  # in their order
@@ -8609,7 +8678,7 @@ class Service:
             yield f"{prefix}in_flight", "Requests at a controller.", labels, c.in_flight
         for c in pool.controllers:
             state = c.describe(now)["state"]
-            for each in ("ready", "busy", "cooling", "disabled"):
+            for each in ("ready", "busy", "cooling", "disabled", "paused"):
                 labels = metric_labels(controller=c.name, state=each)
                 told = "1 for the state that it is in."
                 yield f"{prefix}controller_state", told, labels, int(each == state)
@@ -8647,8 +8716,21 @@ class Service:
         while any(other.name == agent.name for other in self.agents.values()):
             number += 1  # several of one machine, or of one person
             agent.name = f"{name}-{number}"
+        agent.switched_off = agent.id in self.paused
         self.agents[agent.id] = agent
         self.pool.add(agent)
+
+    def pause(self, id: str, paused: bool) -> bool:
+        """Take an agent out of turn, or back, also when it returns; False for none."""
+        agent = self.agents.get(id)
+        if agent is None and id not in self.paused:
+            return False
+        (self.paused.add if paused else self.paused.discard)(id)
+        if agent is not None:
+            agent.switched_off = paused
+            agent.tell("Pause" if paused else "Resume")
+            self.pool.wake()
+        return True
 
     def unregister(self, agent: AgentController) -> None:
         """Let an agent go, if it is still the one of its id."""
@@ -8827,6 +8909,7 @@ class RequestHandler:
         "/admin/controllers/disable": Route(
             "POST", "do_controllers_disable", Who.ADMIN, Reads.JSON
         ),
+        "/admin/agents/pause": Route("POST", "do_agents_pause", Who.ADMIN, Reads.JSON),
         "/v1/chat/completions": Route(
             "POST", "do_chat_completions", Who.USER, Reads.CONTENT, "content_size"
         ),
@@ -9813,7 +9896,8 @@ class RequestHandler:
             raise APIError(503, "There are too many agents.", retry_after=30)
         if service.draining:
             raise APIError(503, "The server is shutting down.", retry_after=5)
-        websocket = WebSocket.accept(self.connection, self.request)
+        fields = [(SERVER_ID_FIELD, service.id)]
+        websocket = WebSocket.accept(self.connection, self.request, fields)
         self.status = 101
         self.head_sent = True
         self._content_left = False
@@ -9962,6 +10046,18 @@ class RequestHandler:
         controller.switched_off = True
         self.send_json({"message": "Controller disabled"})
 
+    async def do_agents_pause(self, body: dict[str, Any]) -> None:
+        """POST /admin/agents/pause {"id", "paused"}: it stays, and is not asked.
+
+        "paused" is true if it is not given; false puts the agent back in turn.
+        """
+        id, paused = body.get("id"), body.get("paused", True)
+        if not isinstance(id, str) or not isinstance(paused, bool):
+            raise APIError(400, "Expected 'id', an agent's, and 'paused', a boolean.")
+        if not self.service.pause(id, paused):
+            raise APIError(404, "Agent not found")
+        self.send_json({"message": "Agent paused" if paused else "Agent resumed"})
+
     def _named_controller(self, body: dict[str, Any]) -> Controller:
         controller = self.service.pool.find(str(body.get("name")))
         if controller is None:
@@ -9993,7 +10089,7 @@ class RequestHandler:
         askable = [
             c
             for c in service.pool.controllers
-            if not c.by_name_only and not c.switched_off
+            if not c.by_name_only and not c.out_of_turn
         ]
         reason = "" if askable else "no controller could be asked\n"
         if service.draining:
@@ -10611,6 +10707,13 @@ LOCAL_PORTS = {11434: "Ollama", 8080: "llama.cpp", 8000: "vLLM", 1234: "LM Studi
 _SEGMENT = r"/[A-Za-z0-9_][A-Za-z0-9._~:@-]*"
 _API_TARGET = re.compile(rf"/v1(?:{_SEGMENT})+(?:\?[A-Za-z0-9._~:@/?&=+,%-]*)?")
 _API_FIELD = re.compile(r"[a-z0-9-]{1,64}:[\t\x20-\x7e\xa0-\xff]*")
+# The addresses of a server's name are looked up again after this many seconds ...
+SERVER_LOOK_UP_INTERVAL = 30.0
+SERVER_ADDRESSES = 64  # ... and no more than this are dialled
+# A server that is started again has its agents back soon: for a minute they dial
+# after at most two seconds, later after at most redial_max.
+REDIAL_SOON = 2.0
+REDIAL_SOON_TIME = 60.0
 _CURES = {
     401: "it does not know this key; give it an agent's token with --key",
     403: "this key may not register an agent; it takes an agent's token with --key",
@@ -10648,249 +10751,141 @@ async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
         _, running = await asyncio.wait(running, timeout=1)
 
 
-class Agent:
-    """The dial-in side: makes controllers on this machine part of a server's pool.
+def explain_no_link(server: str, error: Exception) -> str:
+    """Why a server could not be joined, and what to do about it."""
+    if isinstance(error, ProtocolError):
+        cure = _CURES.get(error.status, str(error))
+        return f"{server} refused this agent ({error.status}): {cure}"
+    if isinstance(error, asyncio.TimeoutError):  # an OSError from 3.11 on
+        return f"{server} does not answer"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        reason = error.verify_message
+        cure = "--ca-file takes the certificate to trust"
+        return f"the certificate of {server} is not trusted ({reason}); {cure}"
+    if isinstance(error, ssl.SSLError):
+        return f"{server} speaks no TLS ({error.reason}); is it http?"
+    number = error.errno if isinstance(error, OSError) else 0
+    reason = os.strerror(number) if number else str(error)
+    return f"{server} cannot be reached ({reason})"
 
-        agent = Agent("http://my-server:8080", key="...", controllers=[...])
-        await agent.serve_forever()  # until request_shutdown()
 
-    url              the server's, as register_url() takes it
-    key              an agent's token or the server's API key; "" for none
-    controllers      what answers; None: whatever comes up on LOCAL_PORTS.  Of an
-                     OpenAIController without models all that it lists is served
-    models           serve only these of what the upstreams list; None: all
-    name             a label for people; None: this machine's name
-    max_concurrency  calls that the server may send at once
-    ca_file          certificates to trust (PEM) in place of the system's
-    log              a Log for lines to people; None: they go to logging
+class Link:
+    """An agent's connection to one address of one server, made again for ever.
 
-    id      what the server knows it by; it is kept from connection to connection
-    serves  the models it tells the server, None for any
+    Its task reads the socket and waits for no call: each call has a task.
 
-    Raise ValueError for a url that is none.
+    url        of the server
+    address    an IP address of the server's name; "" for whichever answers
+    id         what the server knows the agent by
+    server_id  which server is at its end, while it is open; "" if it does not say
+    joined_at  when the server was told of the agent, on the loop's clock; 0: not
+    calls      tasks of the calls that run, by their ids
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        key: str = "",
-        controllers: Iterable[Controller] | None = None,
-        models: Iterable[str] | None = None,
-        name: str | None = None,
-        max_concurrency: int = 8,
-        ca_file: str | None = None,
-        limits: Limits = DEFAULT_LIMITS,
-        log: Log | None = None,
-        verbose: bool = False,
-    ) -> None:
-        self.url = register_url(url)
-        self.server = Address.of(self.url).authority  # for people: without a token
-        self.name = name or socket.gethostname()
-        self.max_concurrency = max_concurrency
-        self.limits = limits
-        self.id = ""
-        self.serves: list[str] | None = []
-        self._only = None if models is None else set(models)
-        self._fields = [("Authorization", f"Bearer {key}")] if key else []
-        self._ca_file = ca_file
-        self._report = logger.info if log is None else log.report
-        self._warn = logger.warning if log is None else log.report
-        self._debug = log.report if log is not None and verbose else logger.debug
-        self.pool = Pool(limits=limits, report=self._warn)
-        for controller in self._local() if controllers is None else controllers:
-            self.pool.add(controller)
-        self._upstreams = [
-            controller
-            for controller in self.pool.controllers
-            if isinstance(controller, OpenAIController) and controller.models is None
-        ]
-        self._conversations = Conversations(limits)
-        self._websocket: WebSocket | None = None
-        self._joined_at = 0.0  # on the loop's clock; 0: not yet
-        self._calls: dict[str, asyncio.Task[None]] = {}
-        self._told = ""  # the problem that people know of
-        self._shutdown: Shutdown | None = None  # how it will end, once it runs
-
-    def _local(self) -> list[Controller]:
-        """What may be running on this machine, but for the server itself."""
-        address = Address.of(self.url)
-        own = address.port if is_loopback(address.host) else 0
-        return [
-            OpenAIController(
-                "",
-                name=f"127.0.0.1:{port} ({program})",
-                base_url=f"http://127.0.0.1:{port}/v1",
-                limits=self.limits,
-            )
-            for port, program in LOCAL_PORTS.items()
-            if port != own
-        ]
+    def __init__(self, agent: Agent, url: str, address: str) -> None:
+        self.agent = agent
+        self.limits = agent.limits
+        self.url = url
+        self.address = address
+        self.server = Address.of(url).authority  # for people: without a token
+        if address not in ("", Address.of(url).host):
+            self.server += f" ({address})"
+        self.id = agent.id
+        self.server_id = ""
+        self.joined_at = 0.0
+        self.wanted = True  # its address is still one of the server's
+        self.websocket: WebSocket | None = None
+        self.calls: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # also of calls that have ended
+        self._problem = ""  # what people have been told
 
     # --- Life
 
-    async def serve_forever(self) -> None:
-        """Serve until request_shutdown(), whatever becomes of the server."""
-        loop = asyncio.get_running_loop()
-        ready = asyncio.Event()  # there is something to serve
-        self._shutdown = shutdown = Shutdown()
-        watching = loop.create_task(self._watch_models(ready))
-        dialling = loop.create_task(self._stay(ready))
-        try:
-            await asyncio.wait(
-                {watching, dialling, shutdown.requested},
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if not shutdown.requested.done():  # neither ends but by a fault of its own
-                await asyncio.gather(watching, dialling)
-            await self._drain(shutdown)
-            if self._websocket is not None:
-                await asyncio.wait({dialling}, timeout=1)  # the server closes, too
-        finally:
-            await end_tasks({watching, dialling})
-            for controller in self.pool.controllers:
-                controller.close()
-
-    def request_shutdown(self) -> None:
-        """Have serve_forever() end: once gently, twice at once.  For signals."""
-        assert self._shutdown is not None
-        self._shutdown.request()
-
-    async def _drain(self, shutdown: Shutdown) -> None:
-        """Take no new calls; what runs may finish for drain_timeout seconds."""
-        websocket = self._websocket
-        if websocket is None:
-            return
-        with contextlib.suppress(ConnectionError):
-            await self._send(self.id, "Drain")
-        seconds = self.limits.drain_timeout
-        if self._calls:
-            count = len(self._calls)
-            self._report(f"{count} running calls may finish ({seconds:.0f} s)")
-        await shutdown.wait_for(self._calls.values, seconds)
-        websocket.close(1001, "the agent is shutting down")
-
-    # --- What it serves
-
-    async def _watch_models(self, ready: asyncio.Event) -> None:
-        """Read what the upstreams list, now and regularly; tell when it changes."""
-        limits = self.limits
-        while True:
-            await asyncio.gather(*(u.refresh_models() for u in self._upstreams))
-            for upstream in self._upstreams:
-                listed = upstream.listed or ()
-                upstream.models = {
-                    name: name for name in listed if name in (self._only or listed)
-                }
-            tables = [controller.models for controller in self.pool.controllers]
-            names = dict.fromkeys(name for table in tables for name in table or ())
-            models = None if None in tables else list(names)
-            changed, self.serves = models != self.serves, models
-            if models == [] and not ready.is_set():
-                self._tell(self._nothing_found())
-            elif changed and ready.is_set():
-                self._report(f"now serving {self._models_text()}")
-                with contextlib.suppress(ConnectionError):
-                    await self._send(self.id, "Models", _to_ascii(models))
-            else:
-                ready.set()
-            pause = limits.models_interval if ready.is_set() else limits.look_interval
-            await asyncio.sleep(pause)
-
-    def _models_text(self) -> str:
-        if self.serves is None:
-            return "any model"
-        more = [f"and {len(self.serves) - 5} more"] if len(self.serves) > 5 else []
-        return ", ".join([*self.serves[:5], *more]) or "no model"
-
-    def _nothing_found(self) -> str:
-        tried = [
-            f"{u.name}: {u.list_problem or 'it lists no models'}"
-            for u in self._upstreams
-        ]
-        return f"nothing to serve yet, waiting: {'; '.join(tried)}"
-
-    # --- The connection
-
-    async def _stay(self, ready: asyncio.Event) -> None:
+    async def run(self) -> None:
         """Dial, serve until the connection ends, and again, for ever."""
         loop = asyncio.get_running_loop()
-        limits = self.limits
-        await ready.wait()
-        delay = limits.redial_first
-        while True:
-            self._joined_at, refused = 0.0, False
+        delay, lost_at = self.limits.redial_first, loop.time()
+        while self.wanted:
+            joined_before, self.joined_at, refused = bool(self.joined_at), 0.0, False
             try:
                 problem = await self._serve_connection()
             except (OSError, asyncio.TimeoutError, ProtocolError) as error:
-                problem = self._explain(error)
+                problem = explain_no_link(self.server, error)
                 refused = getattr(error, "status", 0) in (401, 403)
-            assert self._shutdown is not None
-            if self._shutdown.requested.done():
+            if self.agent.ending:
                 return
-            self._tell(f"{problem}; dialling again")
-            if self._joined_at and loop.time() - self._joined_at > delay:
-                delay = limits.redial_first  # it had been a good one
+            if problem:
+                self._tell(problem, joined_before)
+            if self.joined_at:
+                lost_at = loop.time()
+                if lost_at - self.joined_at > delay:
+                    delay = self.limits.redial_first  # it had been a good one
+            soon = loop.time() - lost_at < REDIAL_SOON_TIME
+            longest = self.limits.redial_max
+            delay = min(delay, REDIAL_SOON if soon else longest, longest)
             # Full jitter: a thousand agents must not come back in one moment.
-            pause = limits.redial_max if refused else random.uniform(0, delay)
-            delay = min(2 * delay, limits.redial_max)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(longest if refused else random.uniform(0, delay))
+            delay *= 2
 
-    def _tell(self, problem: str) -> None:
-        """Tell people of a problem, once while it lasts."""
-        if problem != self._told:
-            self._told = problem
-            self._warn(problem)
+    def _tell(self, problem: str, joined_before: bool) -> None:
+        """Tell people of a problem, once while it lasts.
 
-    def _explain(self, error: Exception) -> str:
-        """Why a server could not be joined, and what to do about it."""
-        server = self.server
-        if isinstance(error, ProtocolError):
-            cure = _CURES.get(error.status, str(error))
-            return f"{server} refused this agent ({error.status}): {cure}"
-        if isinstance(error, asyncio.TimeoutError):  # an OSError from 3.11 on
-            return f"{server} does not answer"
-        if isinstance(error, ssl.SSLCertVerificationError):
-            reason = error.verify_message
-            cure = "--ca-file takes the certificate to trust"
-            return f"the certificate of {server} is not trusted ({reason}); {cure}"
-        if isinstance(error, ssl.SSLError):
-            return f"{server} speaks no TLS ({error.reason}); is it http?"
-        number = error.errno if isinstance(error, OSError) else 0
-        reason = os.strerror(number) if number else str(error)
-        return f"{server} cannot be reached ({reason})"
+        An address that was never reached is none as long as another of its name is:
+        many names have an IPv6 address that not everybody can reach.
+        """
+        was_here = self.joined_at or joined_before
+        if problem != self._problem and (was_here or not self.agent.reaches(self.url)):
+            self._problem = problem
+            self.agent.warn(f"{problem}; dialling again")
+
+    async def drain(self) -> None:
+        """Have the server send no new calls."""
+        with contextlib.suppress(ConnectionError):
+            await self.send(self.id, "Drain")
+
+    def close(self) -> None:
+        """End the connection: the agent is shutting down."""
+        if self.websocket is not None:
+            self.websocket.close(1001, "the agent is shutting down")
+
+    # --- The connection
 
     async def _serve_connection(self) -> str:
         """Dial and serve until the connection ends; how it did.
 
         Raise what WebSocket.connect() does.
         """
+        agent = self.agent
+        address = [self.address]
         websocket = await WebSocket.connect(
             self.url,
-            fields=self._fields,
-            ca_file=self._ca_file,
+            fields=agent.fields,
+            ca_file=agent.ca_file,
             max_size=int(self.limits.agent_message_size),
             limits=self.limits,
+            resolve=(lambda host, port: address) if self.address else look_up,
         )
-        # The original server reads a socket only while it waits for an answer:
-        # pings would pile up there.  A server of our kind says that it is.
-        websocket.patient = True
-        websocket.heartbeat = lambda: None
-        loop = websocket.connection.loop
+        server_id = websocket.headers.get(SERVER_ID_FIELD, "")
+        if server_id and agent.reaches_server(server_id):
+            websocket.connection.close()
+            while agent.reaches_server(server_id):  # by another of its addresses
+                await asyncio.sleep(1)
+            return ""
         timeout = self.limits.first_message_timeout
+        loop = websocket.connection.loop
         timer = loop.call_later(timeout, websocket.close, 1008, "no id")
-        self._websocket = websocket
+        self.websocket, self.server_id = websocket, server_id
         try:
             with contextlib.suppress(ConnectionError):
                 async for message in websocket:
                     await self._take(parse_envelope(message))
                     del message  # it may be large, and the next one far
-                    if self._joined_at:
+                    if self.joined_at:
                         timer.cancel()
         finally:
             timer.cancel()
-            self._websocket = None
-            await end_tasks(self._calls.values())
+            self.websocket, self.server_id = None, ""
+            await end_tasks(self._tasks)
             websocket.connection.close()
         how = "was lost"
         if websocket.close_code != 1006:
@@ -10898,11 +10893,11 @@ class Agent:
             how = f"ended ({websocket.close_code} {reason})"
         return f"the connection to {self.server} {how}"
 
-    async def _send(self, id: str, message: str, data: str = "") -> None:
+    async def send(self, id: str, message: str, data: str = "") -> None:
         """Send one message, waiting for a slow server; ConnectionError."""
-        if self._websocket is None:
+        if self.websocket is None:
             raise ConnectionResetError("the server is gone")
-        await self._websocket.send(envelope(id, message, data))
+        await self.websocket.send(envelope(id, message, data))
 
     async def _take(self, said: dict[str, Any]) -> None:
         """Do what one message of the server's asks for."""
@@ -10910,73 +10905,79 @@ class Agent:
         kind, data = said.get("message"), data if isinstance(data, str) else ""
         if kind == "Connection id":
             await self._introduce(id, data)
-        elif kind == "ping":
-            await self._send(id, "pong")
-        elif kind == "ApiCancel" and id in self._calls:
-            self._calls[id].cancel()
-        elif kind in ("ApiRequest", "ChatGptRequest") and id not in self._calls:
+        elif kind in ("Pause", "Resume"):
+            self.agent.report(f"{self.server} says: {kind.lower()}")
+        elif kind == "ApiCancel" and id in self.calls:
+            self.calls.pop(id).cancel()
+        elif kind == "ApiRequest" and id not in self.calls:
             # Twice: a call that has ended may still be on its way out.
-            if len(self._calls) >= 2 * self.max_concurrency:
-                await self._send(id, "error", "too many calls at once")
+            most = 2 * self.agent.max_concurrency
+            if self.agent.is_full or len(self._tasks) >= most:
+                await self.send(id, "error", AGENT_FULL)
                 return
-            answer = self._answer_api if kind == "ApiRequest" else self._answer_text
-            task = asyncio.get_running_loop().create_task(self._call(id, data, answer))
-            self._calls[id] = task
-            task.add_done_callback(lambda task: self._calls.pop(id, None))
+            task = asyncio.get_running_loop().create_task(self._call(id, data))
+            self.calls[id] = task
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _introduce(self, id: str, data: str) -> None:
-        """Say who this is; or hear that the server is of our kind."""
-        websocket = self._websocket
-        assert websocket is not None
+        """Say who this is; or hear what this server calls it."""
+        agent = self.agent
         if parse_envelope(data).get("version") == 2:
             self.id = id
-            websocket.patient = False
-            websocket.heartbeat = None
             return
-        self.id = self.id or id
-        hello = {"version": 2, "name": self.name, "models": self.serves}
-        hello["max_concurrency"] = self.max_concurrency
-        if self.serves is None:
+        hello = {"version": 2, "name": agent.name, "models": agent.serves}
+        hello["max_concurrency"] = agent.max_concurrency
+        hello["paused"] = agent.paused
+        if agent.serves is None:
             del hello["models"]
-        await self._send(self.id, "Connection id", _to_ascii(hello))
-        if not self._joined_at:
-            self._joined_at = websocket.connection.loop.time()
-            self._told = ""
-            models = self._models_text()
-            self._report(f"connected to {self.server} as {self.name}, serving {models}")
+        await self.send(self.id, "Connection id", _to_ascii(hello))
+        if not self.joined_at:
+            self.joined_at = asyncio.get_running_loop().time()
+            self._problem = ""
+            what = f"as {agent.name}, serving {agent.models_text()}"
+            paused = "; paused" if agent.paused else ""
+            agent.report(f"connected to {self.server} {what}{paused}")
 
     # --- Calls
 
-    async def _call(
-        self, id: str, data: str, answer: Callable[[str, str], Awaitable[str]]
-    ) -> None:
+    async def _call(self, id: str, data: str) -> None:
         """Answer one call, whatever happens, and log it."""
         began = time.monotonic()
         outcome = "cancelled"
         try:
             try:
-                outcome = await answer(id, data)
+                outcome = await self._answer(id, data)
             except APIError as error:
                 outcome = f"failed: {error.reason}"
-                await self._send(id, "error", error.message[:4096])
+                await self._end(id, "error", error.message[:4096])
             except ConnectionError:
                 raise
             except Exception:
                 logger.exception("call %s failed", id)
                 outcome = "failed: an internal error"
-                await self._send(id, "error", "an internal error of the agent")
+                await self._end(id, "error", "an internal error of the agent")
         except ConnectionError:
             outcome = "lost: the server is gone"
         finally:
+            self.calls.pop(id, None)
             milliseconds = (time.monotonic() - began) * 1e3
-            self._debug(f"call {_word(id)} {outcome}, {milliseconds:.0f} ms")
+            self.agent.debug(f"call {_word(id)} {outcome}, {milliseconds:.0f} ms")
 
-    async def _answer_api(self, id: str, data: str) -> str:
+    async def _end(self, id: str, message: str, data: str = "") -> None:
+        """Send the last message of a call.
+
+        It is counted out first: the server may send the next call at once.
+        """
+        self.calls.pop(id, None)
+        await self.send(id, message, data)
+
+    async def _answer(self, id: str, data: str) -> str:
         """An ApiRequest through the pool, its answer sent as it comes."""
         begun = False
         try:
             request = self._read_request(data)
-            async with self.pool.call(request) as call:
+            async with self.agent.pool.call(request) as call:
                 begun = True
                 if call.content is not None:
                     await self._send_whole(id, call.status, call.headers, call.content)
@@ -10995,11 +10996,11 @@ class Agent:
         if call.is_raw:
             head["content_type"] = call.headers.get("content-type", "")
             head["encoding"] = "base64"
-        await self._send(id, "ApiResponse", _to_ascii(head))
+        await self.send(id, "ApiResponse", _to_ascii(head))
         while not call.ended:
             piece = await call.read()
             await self._send_data(id, base64.b64encode(piece) if call.is_raw else piece)
-        await self._send(id, "ApiEnd")
+        await self._end(id, "ApiEnd")
 
     def _read_request(self, data: str) -> APIRequest:
         """The request in an ApiRequest; APIError(400) for what is not served."""
@@ -11028,7 +11029,7 @@ class Agent:
         except (ValueError, RecursionError):
             raise APIError(400, "The agent could not read the call.") from None
         request.headers = headers
-        if request.model is None and self.pool.needs_model(request):
+        if request.model is None and self.agent.pool.needs_model(request):
             raise APIError(400, "'model' is missing.", param="model")
         now = asyncio.get_running_loop().time()
         request.deadline = now + self.limits.request_timeout
@@ -11048,16 +11049,16 @@ class Agent:
         except UnicodeDecodeError:
             head["encoding"] = "base64"
             content = base64.b64encode(content)
-        await self._send(id, "ApiResponse", _to_ascii(head))
+        await self.send(id, "ApiResponse", _to_ascii(head))
         await self._send_data(id, content)
-        await self._send(id, "ApiEnd")
+        await self._end(id, "ApiEnd")
 
     async def _send_data(self, id: str, content: bytes) -> None:
         """Send a piece of an answer, cut between characters (base64: fours)."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for at in range(0, len(content), PIECE_SIZE):
             text = decoder.decode(content[at : at + PIECE_SIZE])
-            await self._send(id, "ApiData", text)
+            await self.send(id, "ApiData", text)
 
     async def _send_refusal(self, id: str, error: APIError) -> None:
         """Answer as an upstream would: the server judges it and may ask another."""
@@ -11069,34 +11070,247 @@ class Agent:
         content = encode_json({"error": error_object(error)})
         await self._send_whole(id, status, headers, content)
 
-    async def _answer_text(self, id: str, data: str) -> str:
-        """A ChatGptRequest of an original server; its conversation is kept here."""
-        said = parse_envelope(data)
-        kept = self._conversations
-        question = content_text(said.get("content"))
-        conversation_id = str(said.get("conversation_id") or uuid.uuid4())
-        parent_id = str(said.get("parent_id") or "")
-        conversation = kept.find("", conversation_id)
-        earlier = conversation.messages(parent_id) if conversation else None
-        turn = {"role": "user", "content": question}
-        body: dict[str, Any] = {"messages": [*(earlier or ()), turn]}
-        if self.serves:
-            body["model"] = self.serves[0]
-        request = APIRequest(CHAT_PATH, encode_json(body), body=body)
-        request.headers = {"content-type": "application/json"}
-        request.deadline = asyncio.get_running_loop().time() + self.limits.ask_timeout
-        async with self.pool.call(request) as call:
-            answer = parse_envelope(call.content or b"")
+
+class Agent:
+    """The dial-in side: makes controllers on this machine part of servers' pools.
+
+        agent = Agent("http://my-server:8080", key="...", controllers=[...])
+        await agent.serve_forever()  # until request_shutdown()
+
+    urls             of servers, as register_url() takes them; every address that a
+                     name has is dialled
+    key              an agent's token or the server's API key; "" for none
+    controllers      what answers; None: whatever comes up on LOCAL_PORTS.  Of an
+                     OpenAIController without models all that it lists is served
+    models           serve only these of what the upstreams list; None: all
+    name             a label for people; None: this machine's name
+    max_concurrency  calls at once, of all servers together
+    paused           connected, but asked for nothing until pause(False)
+    ca_file          certificates to trust (PEM) in place of the system's
+    log              a Log for lines to people; None: they go to logging
+
+    id      what servers know it by, from connection to connection
+    serves  the models it tells the servers, None for any
+    links   its connections, or attempts at them
+
+    Raise ValueError for a url that is none.
+    """
+
+    def __init__(
+        self,
+        *urls: str,
+        key: str = "",
+        controllers: Iterable[Controller] | None = None,
+        models: Iterable[str] | None = None,
+        name: str | None = None,
+        max_concurrency: int = 8,
+        paused: bool = False,
+        ca_file: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        log: Log | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.urls = list(dict.fromkeys(map(register_url, urls or [""])))
+        self.name = name or socket.gethostname()
+        self.max_concurrency = max_concurrency
+        self.paused = paused
+        self.limits = limits
+        self.id = str(uuid.uuid4())
+        self.serves: list[str] | None = []
+        self.links: list[Link] = []
+        self.fields = [("Authorization", f"Bearer {key}")] if key else []
+        self.ca_file = ca_file
+        self.report = logger.info if log is None else log.report
+        self.warn = logger.warning if log is None else log.report
+        self.debug = log.report if log is not None and verbose else logger.debug
+        self._only = None if models is None else set(models)
+        self.pool = Pool(limits=limits, report=self.warn)
+        for controller in self._local() if controllers is None else controllers:
+            self.pool.add(controller)
+        self._upstreams = [
+            controller
+            for controller in self.pool.controllers
+            if isinstance(controller, OpenAIController) and controller.models is None
+        ]
+        for upstream in self._upstreams:  # people are told of all in one line
+            upstream.report = self.debug
+        self._tasks: set[asyncio.Task[None]] = set()  # of the links
+        self._nothing = ""  # why there is nothing to serve, as people were told
+        self._shutdown: Shutdown | None = None  # how it will end, once it runs
+
+    def _local(self) -> list[Controller]:
+        """What may be running on this machine, but for the servers themselves."""
+        servers = map(Address.of, self.urls)
+        own = {server.port for server in servers if is_loopback(server.host)}
+        return [
+            OpenAIController(
+                "",
+                name=f"127.0.0.1:{port} ({program})",
+                base_url=f"http://127.0.0.1:{port}/v1",
+                limits=self.limits,
+            )
+            for port, program in LOCAL_PORTS.items()
+            if port not in own
+        ]
+
+    # --- Life
+
+    async def serve_forever(self) -> None:
+        """Serve until request_shutdown(), whatever becomes of the servers."""
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()  # there is something to serve
+        self._shutdown = shutdown = Shutdown()
+        work = {loop.create_task(self._watch_models(ready))}
+        work |= {loop.create_task(self._watch_server(url, ready)) for url in self.urls}
         try:
-            text = content_text(answer["choices"][0]["message"]["content"])
-        except (LookupError, TypeError):
-            raise refusal_error(500, call.content or b"") from None
-        response_id = str(uuid.uuid4())
-        conversation = kept.keep("", conversation_id, None)
-        kept.add(conversation, response_id, parent_id, question, text)
-        reply = {"response_id": response_id, "conversation_id": conversation_id}
-        await self._send(id, "ChatGptResponse", _to_ascii({**reply, "content": text}))
-        return f"{request.model or 'chat'} {call.status}"
+            ends = {*work, shutdown.requested}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not shutdown.requested.done():  # none ends but by a fault of its own
+                await asyncio.gather(*work)
+            await self._drain(shutdown)
+        finally:
+            await end_tasks(work | self._tasks)
+            for controller in self.pool.controllers:
+                controller.close()
+
+    def request_shutdown(self) -> None:
+        """Have serve_forever() end: once gently, twice at once.  For signals."""
+        assert self._shutdown is not None
+        self._shutdown.request()
+
+    @property
+    def ending(self) -> bool:
+        """Whether it has been asked to end."""
+        return self._shutdown is not None and self._shutdown.requested.done()
+
+    async def _drain(self, shutdown: Shutdown) -> None:
+        """Take no new calls; what runs may finish for drain_timeout seconds."""
+        await asyncio.gather(*(link.drain() for link in self.links))
+        seconds = self.limits.drain_timeout
+        running = self._running()
+        if running:
+            self.report(f"{len(running)} running calls may finish ({seconds:.0f} s)")
+        await shutdown.wait_for(self._running, seconds)
+        for link in self.links:
+            link.close()
+        if self._tasks:  # the servers close, too
+            await asyncio.wait(self._tasks, timeout=1)
+
+    # --- What it serves
+
+    async def _watch_models(self, ready: asyncio.Event) -> None:
+        """Read what the upstreams list, now and regularly; tell when it changes."""
+        limits = self.limits
+        while True:
+            await asyncio.gather(*(u.refresh_models() for u in self._upstreams))
+            for upstream in self._upstreams:
+                listed = upstream.listed or ()
+                upstream.models = {
+                    name: name for name in listed if name in (self._only or listed)
+                }
+            tables = [controller.models for controller in self.pool.controllers]
+            names = dict.fromkeys(name for table in tables for name in table or ())
+            models = None if None in tables else list(names)
+            changed, self.serves = models != self.serves, models
+            if models == [] and not ready.is_set():
+                self._tell_nothing()
+            elif changed and ready.is_set():
+                self.report(f"now serving {self.models_text()}")
+                self._tell_servers("Models", _to_ascii(models))
+            else:
+                ready.set()
+            pause = limits.models_interval if ready.is_set() else limits.look_interval
+            await asyncio.sleep(pause)
+
+    def models_text(self) -> str:
+        """What it serves, for people."""
+        if self.serves is None:
+            return "any model"
+        more = [f"and {len(self.serves) - 5} more"] if len(self.serves) > 5 else []
+        return ", ".join([*self.serves[:5], *more]) or "no model"
+
+    def _tell_nothing(self) -> None:
+        """Tell people why there is nothing to serve, once while it lasts."""
+        tried = "; ".join(
+            f"{u.name}: {u.list_problem or 'it lists no models'}"
+            for u in self._upstreams
+        )
+        if tried != self._nothing:
+            self._nothing = tried
+            self.warn(f"nothing to serve yet, waiting: {tried}")
+
+    # --- Calls and pauses
+
+    def _running(self) -> list[asyncio.Task[None]]:
+        return [task for link in self.links for task in link.calls.values()]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many calls run as may: each server knows only of its own."""
+        running = sum(len(link.calls) for link in self.links)
+        return running >= self.max_concurrency
+
+    def pause(self, paused: bool = True) -> None:
+        """Have the servers ask for nothing more, or again; what runs goes on."""
+        if paused != self.paused:
+            self.paused = paused
+            self.report("paused" if paused else "resumed")
+            self._tell_servers("Pause" if paused else "Resume")
+
+    def turn(self) -> None:
+        """Pause, or resume if it is paused; for a signal."""
+        self.pause(not self.paused)
+
+    def _tell_servers(self, message: str, data: str = "") -> None:
+        for link in self.links:
+            if link.joined_at and link.websocket is not None:
+                with contextlib.suppress(ConnectionError):
+                    link.websocket.write(envelope(link.id, message, data))
+
+    # --- The servers
+
+    async def _watch_server(self, url: str, ready: asyncio.Event) -> None:
+        """Keep a link to each address of a server's name, as they come and go."""
+        await ready.wait()
+        host = Address.of(url).host
+        client = HTTPClient(url, limits=self.limits)
+        told = False
+        while True:
+            found, pause = self._addresses_of(url), SERVER_LOOK_UP_INTERVAL
+            try:  # this machine's name is one server, whichever family it takes
+                found = [""] if is_loopback(host) else await client.addresses()
+            except (OSError, asyncio.TimeoutError) as error:
+                pause = REDIAL_SOON
+                if not found and not told:
+                    told = True
+                    self.warn(f"{explain_no_link(host, error)}; looking again")
+            for address in found[:SERVER_ADDRESSES]:
+                if address not in self._addresses_of(url):
+                    self._add_link(url, address)
+            for link in self.links:
+                if link.url == url:
+                    link.wanted = link.address in found
+            await asyncio.sleep(pause)
+
+    def _add_link(self, url: str, address: str) -> Link:
+        link = Link(self, url, address)
+        task = asyncio.get_running_loop().create_task(link.run())
+        self.links.append(link)
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self.links.remove(link))
+        task.add_done_callback(self._tasks.discard)
+        return link
+
+    def _addresses_of(self, url: str) -> list[str]:
+        return [link.address for link in self.links if link.url == url]
+
+    def reaches(self, url: str) -> bool:
+        """Whether it is connected to any address of a server."""
+        return any(link.websocket and link.url == url for link in self.links)
+
+    def reaches_server(self, server_id: str) -> bool:
+        """Whether it is connected to a server, by whichever address."""
+        return any(link.server_id == server_id for link in self.links)
 
 
 def command_model(
@@ -11206,13 +11420,14 @@ examples:
 """
 
 AGENT_HELP = """\
-usage: chatgpt_apiserver.py agent <URL> [options]
+usage: chatgpt_apiserver.py agent <URL>... [options]
 
 Makes what runs on this machine (Ollama, llama.cpp, vLLM, LM Studio, any other
 OpenAI-compatible server, or a program) part of a chatgpt_apiserver elsewhere.
 It dials out: no port is opened here.
 
-  <URL>               the server: http, https, ws, wss or host:port
+  <URL>               a server: http, https, ws, wss or host:port; every address
+                      that its name has is dialled
 
 options, with one dash or two:
   --key TOKEN         an agent's token or the server's API key (default: the
@@ -11225,7 +11440,8 @@ options, with one dash or two:
   --config_file FILE  serve the controllers of this configuration file
   --models A,B        the models (default: all that is found; the program)
   --name NAME         a label for people (default: this machine's name)
-  --max-concurrency N calls at once (default: 8)
+  --max-concurrency N calls at once, of all servers together (default: 8)
+  --pause             be asked for nothing; the signal USR1 changes that
   --ca-file FILE      certificates to trust (default: the system's)
   -v, --verbose       log each call (default: off)
   --version, --help   print the version, or this
@@ -11766,16 +11982,17 @@ def agent_parser() -> argparse.ArgumentParser:
     parser = CommandLine(
         prog="chatgpt_apiserver.py agent",
         description=AGENT_HELP,
-        epilog="the URL of one server",
+        epilog="the URLs of servers",
         allow_abbrev=False,
     )
-    parser.add_argument("url", nargs="?")
+    parser.add_argument("urls", nargs="*")
     for name in ("--key", "--upstream", "--upstream-key", "--command", "--models"):
         parser.add_argument(name)
     for name in ("--name", "--max-concurrency", "--ca-file"):
         parser.add_argument(name)
     parser.add_argument("--config_file", "--config-file")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--pause", action="store_true")
     parser.add_argument("-v", "--verbose", action="store_true")
     version = f"chatgpt_apiserver.py {__version__}"
     parser.add_argument("--version", action="version", version=version)
@@ -11839,8 +12056,9 @@ def build_agent(
     names = [name.strip() for name in (args.models or "").split(",") if name.strip()]
     try:
         return Agent(
-            args.url or "",
+            *args.urls,
             key=key,
+            paused=args.pause,
             controllers=agent_controllers(args, names, environ, limits),
             models=names or None,
             name=args.name and source.check(args.name, NAME, "name"),
@@ -12110,6 +12328,11 @@ class AgentProgram(Program):
 
     async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         await self._agent.serve_forever()
+
+    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        super()._handle_signals(loop)
+        if hasattr(signal, "SIGUSR1"):
+            loop.add_signal_handler(signal.SIGUSR1, self._agent.turn)
 
     def _request_shutdown(self) -> None:
         self._agent.request_shutdown()

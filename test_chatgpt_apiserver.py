@@ -12981,7 +12981,7 @@ async def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_pat
                 began = time.monotonic()
                 await until(lambda count=count: upstream.ended == count)
                 assert time.monotonic() - began < 1
-                await until(lambda: not agent._calls)
+                await until(lambda: not agent.links[0].calls)
             assert agent.id in server.service.agents  # and stays
 
 
@@ -12998,8 +12998,8 @@ async def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
         ):
             client.send(request_bytes("POST", CHAT_API, STREAMED))
             await client.read_head()
-            await until(lambda: agent._calls)
-            agent._websocket.connection.reset()
+            await until(lambda: agent.links[0].calls)
+            agent.links[0].websocket.connection.reset()
             text = (await client.reader.read()).decode()
             assert '"code": "agent_lost"' in text and "[DONE]" not in text
             await until(lambda: upstream.ended == 1)
@@ -13012,7 +13012,7 @@ async def test_what_an_agent_drops_before_the_first_byte_another_answers(tmp_pat
 
         async def die(request):
             asked.append("first")
-            first._websocket.connection.reset()
+            first.links[0].websocket.connection.reset()
             await asyncio.sleep(20)
 
         async def answer(request):
@@ -13118,7 +13118,7 @@ async def test_a_second_request_to_shut_down_ends_an_agent_at_once(tmp_path):
 
         async with agent_of(server, FunctionController(wait, models=["m"])) as agent:
             asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
-            await until(lambda: agent._calls)
+            await until(lambda: agent.links[0].calls)
             agent.request_shutdown()
             agent.request_shutdown()
             await asyncio.wait_for(agent.task, 5)
@@ -13276,7 +13276,7 @@ async def test_nonsense_from_a_server_does_not_end_an_agent(message):
 
 
 @flow
-async def test_an_agent_takes_no_more_calls_than_twice_what_it_said():
+async def test_an_agent_takes_no_more_calls_than_it_said():
     async def wait(request):
         await asyncio.sleep(20)
 
@@ -13289,15 +13289,18 @@ async def test_an_agent_takes_no_more_calls_than_twice_what_it_said():
                 "name": "box",
                 "models": ["m"],
                 "max_concurrency": 2,
+                "paused": False,
             }
             for number in range(5):
                 data = {"method": "POST", "path": CHAT_API, "body": CHAT}
                 server.send(f"c{number}", "ApiRequest", data)
-            assert (await server.heard("error"))["id"] == "c4"
-            assert len(agent._calls) == 4
+            refusal = await server.heard("error")
+            assert refusal["id"] == "c2" and refusal["data"] == apiserver.AGENT_FULL
+            (link,) = agent.links
+            assert len(link.calls) == 2
             server.send("c0", "ApiCancel")
-            await until(lambda: len(agent._calls) == 3)
-        assert not agent._calls
+            await until(lambda: len(link.calls) == 1)
+        assert not link.calls and not agent.links
 
 
 @flow
@@ -13323,37 +13326,6 @@ async def test_a_slow_server_slows_the_upstream():
             assert made * 60_000 < 12 * 1024 * 1024  # what sockets hold
             server.writer.transport.resume_reading()
             await until(lambda: made > seen + 100)
-
-
-@flow
-async def test_the_original_go_server_is_served(tmp_path):
-    async with Upstream(agent_upstream) as upstream, AgentServer() as server:
-        async with agent_of(server.port, upstream.controller()) as agent:
-            hello = await server.heard("Connection id")
-            assert hello["id"] == "fresh-id" == agent.id
-            assert agent._websocket.patient  # it answers no pings while idle
-            server.send("p", "ping")
-            assert (await server.heard("pong"))["id"] == "p"
-            data = {"message_id": "1", "conversation_id": "", "parent_id": "2"}
-            server.send("q", "ChatGptRequest", {**data, "content": "Hello"})
-            answer = json.loads((await server.heard("ChatGptResponse"))["data"])
-            assert answer["content"] == "Hi there"
-            more = {
-                "conversation_id": answer["conversation_id"],
-                "parent_id": answer["response_id"],
-                "content": "And?",
-            }
-            server.send("r", "ChatGptRequest", more)
-            second = await server.heard("ChatGptResponse", "r")
-            second = json.loads(second["data"])
-            assert second["conversation_id"] == answer["conversation_id"]
-            texts = [m["content"] for m in upstream.requests[-1].json()["messages"]]
-            assert texts == ["Hello", "Hi there", "And?"]
-            upstream.behave = http_reply({"error": {"message": "no luck"}}, 404)
-            server.send("s", "ChatGptRequest", {**data, "content": "Hello"})
-            assert "no luck" in (await server.heard("error"))["data"]
-            server.send("fresh-id", "Connection id", '{"version": 2}')
-            await until(lambda: not agent._websocket.patient)
 
 
 @flow
@@ -13579,7 +13551,245 @@ async def test_a_hundred_agents_at_once(tmp_path):
     assert asyncio.all_tasks() == before
 
 
+# --- An agent of several servers
+
+
+@contextlib.asynccontextmanager
+async def two_servers(tmp_path, **options):
+    async with serving(tmp_path, **options) as one:
+        async with serving(tmp_path, **options) as two:
+            yield one, two
+
+
+def serving_urls(*servers):
+    return [f"127.0.0.1:{server.port}" for server in servers]
+
+
+@contextlib.asynccontextmanager
+async def agent_of_all(urls, controller, **options):
+    """An agent of several servers at work, its lines in agent.log."""
+    options = {"key": KEY, "name": "box", "limits": AGENT_LIMITS, **options}
+    log = AgentLog()
+    agent = apiserver.Agent(*urls, controllers=[controller], log=log, **options)
+    agent.log = log
+    task = asyncio.ensure_future(agent.serve_forever())
+    try:
+        yield agent
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@flow
+async def test_an_agent_serves_all_its_servers_and_one_that_goes_disturbs_none(
+    tmp_path,
+):
+    controller = FunctionController(lambda request: "Hi", models=["m"])
+    async with serving(tmp_path) as one, contextlib.AsyncExitStack() as stack:
+        async with serving(tmp_path) as two:
+            urls = serving_urls(one, two)
+            agent = await stack.enter_async_context(agent_of_all(urls, controller))
+            for server in (one, two):
+                await until(lambda server=server: agent.id in server.service.agents)
+                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                assert reply.status == 200
+            before = one.service.agents[agent.id]
+        reply = await ask(one.port, "POST", CHAT_API, CHAT)
+        assert reply.status == 200 and one.service.agents[agent.id] is before
+        for url in urls:
+            assert agent.log.has(f"connected to {url} as box, serving m")
+        assert agent.log.has(f"{urls[1]} ended (1001")
+        assert not agent.log.has(f"{urls[0]} ended")
+
+
+@flow
+async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
+    go, running, most = asyncio.Event(), 0, 0
+
+    async def wait(request):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await go.wait()
+        running -= 1
+        return "Hi"
+
+    controller = FunctionController(wait, models=["m"])
+    async with two_servers(tmp_path) as servers:
+        urls = serving_urls(*servers)
+        async with agent_of_all(urls, controller, max_concurrency=2) as agent:
+            for server in servers:
+                await until(lambda server=server: agent.id in server.service.agents)
+            asks = [
+                asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+                for server in (*servers, *servers)
+            ]
+            await until(lambda: running == 2)
+            await asyncio.sleep(2 * apiserver.AGENT_FULL_PAUSE)
+            assert running == 2 and agent.is_full
+            go.set()
+            # Who found it full has waited, and it was nobody's failure.
+            assert {(await asked).status for asked in asks} == {200} and most == 2
+            for server in servers:
+                assert server.service.agents[agent.id].failures == 0
+
+
+@flow
+async def test_an_agent_that_is_full_for_too_long_is_a_503(tmp_path):
+    limits = Limits(queue_timeout=0.4)
+    async with serving(tmp_path, limits=limits) as server:
+        async with Agent(server.port, hello=agent_hello()) as agent:
+            asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+            for _ in range(2):
+                id, _ = await agent_call(agent)
+                await agent.send(id, "error", apiserver.AGENT_FULL)
+            while not asking.done():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    id, _ = await asyncio.wait_for(agent_call(agent), 0.5)
+                    await agent.send(id, "error", apiserver.AGENT_FULL)
+            reply = await asking
+            assert reply.status == 503 and reply.headers["retry-after"] == "1"
+            (controller,) = server.service.agents.values()
+            assert controller.failures == 0 and controller.in_flight == 0
+
+
+@flow
+async def test_every_address_of_a_servers_name_is_dialled(tmp_path, monkeypatch):
+    found = ["127.0.0.2"]
+
+    async def addresses(client):
+        if not found:
+            raise OSError("there is no such name")
+        return list(found)
+
+    monkeypatch.setattr(apiserver.HTTPClient, "addresses", addresses)
+    monkeypatch.setattr(apiserver, "SERVER_LOOK_UP_INTERVAL", 0.02)
+    monkeypatch.setattr(apiserver, "REDIAL_SOON", 0.02)
+    controller = FunctionController(lambda request: "Hi", models=["m"])
+    async with contextlib.AsyncExitStack() as stack:
+        one = await stack.enter_async_context(serving(tmp_path, listen="127.0.0.2"))
+        users = str(tmp_path / "users.json")
+        two = apiserver.Server(KEY, port=one.port, listen="127.0.0.3", users=users)
+        url = f"http://pool.example:{one.port}"
+        async with two, agent_of_all([url], controller) as agent:
+            await until(lambda: agent.id in one.service.agents)
+            assert not two.service.agents
+            found.append("127.0.0.3")  # a replica more
+            await until(lambda: agent.id in two.service.agents)
+            assert agent.log.has(f"pool.example:{one.port} (127.0.0.3)")
+            first = one.service.agents[agent.id]
+            found.clear()  # the name server is away: all goes on
+            await asyncio.sleep(0.1)
+            assert len(agent.links) == 2 and first in one.service.agents.values()
+            found.append("127.0.0.3")  # one less: it may finish, and is not dialled
+            await until(lambda: [link.wanted for link in agent.links] == [False, True])
+            assert first in one.service.agents.values()
+            first.websocket.connection.reset()
+            await until(lambda: len(agent.links) == 1)
+            await asyncio.sleep(0.1)
+            assert not one.service.agents and agent.id in two.service.agents
+
+
+@flow
+async def test_two_ways_to_one_server_are_one_registration(tmp_path):
+    controller = FunctionController(lambda request: "Hi", models=["m"])
+    async with serving(tmp_path) as server:
+        urls = [f"127.0.0.1:{server.port}", f"localhost:{server.port}"]
+        async with agent_of_all(urls, controller) as agent:
+            await until(lambda: agent.id in server.service.agents)
+            await asyncio.sleep(0.3)
+            assert len(server.service.agents) == 1 and len(agent.links) == 2
+            assert len(agent.log) == 1 and agent.log.has("connected to")
+
+
+@flow
+async def test_a_paused_agent_stays_and_is_asked_for_nothing(tmp_path):
+    controller = FunctionController(lambda request: "Hi", models=["m"])
+    async with two_servers(tmp_path) as servers:
+        urls = serving_urls(*servers)
+        async with agent_of_all(urls, controller, paused=True) as agent:
+            for server in servers:
+                await until(lambda server=server: agent.id in server.service.agents)
+                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                assert reply.status == 503
+                state = server.service.agents[agent.id].describe(0.0)
+                assert state["state"] == "paused" and "owner" in state["reason"]
+            assert agent.log.has("; paused")
+            agent.turn()
+            for server in servers:
+                paused = server.service.agents[agent.id]
+                await until(lambda paused=paused: not paused.paused)
+                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                assert reply.status == 200
+
+
+@flow
+async def test_an_administrator_pauses_an_agent_also_when_it_comes_back(tmp_path):
+    controller = FunctionController(lambda request: "Hi", models=["m"])
+    path = "/admin/agents/pause"
+    async with serving(tmp_path) as server, agent_of(server, controller) as agent:
+        body = {"id": agent.id}
+        assert (await ask(server.port, "POST", path, body)).status == 200
+        assert (await ask(server.port, "POST", CHAT_API, CHAT)).status == 503
+        before = server.service.agents[agent.id]
+        before.websocket.connection.reset()
+        await until(lambda: server.service.agents.get(agent.id) not in (None, before))
+        assert (await ask(server.port, "POST", CHAT_API, CHAT)).status == 503
+        body["paused"] = False
+        assert (await ask(server.port, "POST", path, body)).status == 200
+        assert (await ask(server.port, "POST", CHAT_API, CHAT)).status == 200
+        assert agent.log.has("says: pause") and agent.log.has("says: resume")
+        for wrong, status in [({"id": "x"}, 404), ({}, 400), ({"id": 7}, 400)]:
+            assert (await ask(server.port, "POST", path, wrong)).status == status
+        assert (await ask(server.port, "POST", path, body, key="no")).status == 401
+
+
+@flow
+async def test_an_agent_says_that_its_upstream_refuses_the_key():
+    error = {"error": {"message": "no", "code": "invalid_api_key"}}
+    async with Upstream(http_reply(error, 401)) as upstream, AgentServer() as server:
+        async with agent_of(server.port, upstream.controller(name="up")) as agent:
+            await until(lambda: agent.log)
+            assert "up: its key is refused (status 401)" in agent.log[0]
+            await asyncio.sleep(0.1)
+            assert len(agent.log) == 1
+
+
+@flow
+async def test_an_endless_list_of_models_does_not_hold_up_an_agent(tmp_path):
+    async def behave(request, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+        while True:
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    limits = Limits(redial_first=0.05, connect_timeout=0.2)
+    async with serving(tmp_path) as server, Upstream(behave) as endless:
+        function = FunctionController(lambda request: "Hi", models=["m"])
+        upstream = endless.controller(name="endless", limits=limits)
+        async with agent_of(server, upstream, function, limits=limits):
+            reply = await ask(server.port, "POST", CHAT_API, CHAT)
+            assert reply.status == 200
+
+
 # --- As a program
+
+
+@needs_posix
+def test_a_signal_pauses_an_agent_and_resumes_it(tmp_path):
+    with Program("0", KEY, cwd=tmp_path) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        program = ("--command", f"{sys.executable} -c print(1)", "--models", "m")
+        options = ("--key", KEY, "--pause", *program)
+        with Program("agent", url, *options, cwd=tmp_path) as agent:
+            agent.wait_for("; paused")
+            for status, line in [(200, "is no more paused"), (503, "is paused")]:
+                agent.signal(signal.SIGUSR1)
+                server.wait_for(line)
+                reply = fetch(server.port, "POST", "/v1/chat/completions", CHAT)
+                assert reply.status == status
 
 
 def agent_program(*arguments, cwd):
@@ -13624,7 +13834,6 @@ async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path):
     "arguments, words",
     [
         ([], "expected the URL of a server"),
-        (["h", "i"], "expected the URL of one server"),
         (["h", "--hlep"], "unknown option --hlep"),
         (["h", "--command", "no-such-program"], "there is no such program"),
         (["h", "--upstream", "ftp://x"], "upstream: expected"),
@@ -13655,7 +13864,7 @@ def test_the_upstream_of_an_agent_is_written_as_people_do(upstream, base_url):
     agent = apiserver.build_agent(argv, {"API_KEY": "T"}, None)
     (controller,) = agent.pool.controllers
     assert controller.base_url == base_url and list(controller.models) == ["a", "b"]
-    assert agent._fields == [("Authorization", "Bearer T")]
+    assert agent.fields == [("Authorization", "Bearer T")]
 
 
 def test_an_agent_serves_the_controllers_of_a_configuration(tmp_path):
