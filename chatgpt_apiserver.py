@@ -7909,7 +7909,7 @@ function sparkline(id, slots) { // ten minutes, in slots of ten seconds
     draw("path", {d: `M0 20L${line}L59 20`}), draw("path", {d: `M${line}`})));
 }
 
-const colours = {ready: "ok", busy: "run", cooling: "warn", disabled: "bad"};
+const colours = {ready: "ok", busy: "run", cooling: "warn", paused: "warn", disabled: "bad"};
 const isOff = controller => ["cooling", "disabled"].includes(controller.state);
 const verb = controller => isOff(controller) ? "Enable" : "Disable";
 
@@ -10036,6 +10036,7 @@ class RequestHandler:
         """POST /admin/controllers/enable: it may be asked again at once."""
         controller = self._named_controller(body)
         controller.switched_off = False
+        self.service.paused.discard(controller.id)
         controller.health.reset()
         self.service.pool.wake()
         self.send_json({"message": "Controller enabled"})
