@@ -2588,9 +2588,12 @@ class APIRequest:
 
     @property
     def digest(self) -> bytes:
-        """The SHA-256 of the content: what is sent again has the same one."""
+        """A SHA-256 of the content: what is sent again has the same one."""
         if not self._digest:
-            self._digest = hashlib.sha256(self.content).digest()
+            content, size = self.content, self.KEPT_SIZE // 2
+            if len(content) > 2 * size:  # 32 MiB would hold up all others for 0.1 s
+                content = b"%d" % len(content) + content[:size] + content[-size:]
+            self._digest = hashlib.sha256(content).digest()
         return self._digest
 
     @property
@@ -6512,6 +6515,11 @@ class Pool:
         """Let a controller go; its requests in flight end by themselves."""
         if controller in self.controllers:
             self.controllers.remove(controller)
+            self._probes.pop(controller, None)
+            of_others = {
+                k: v for k, v in self._unknown.items() if k[0] is not controller
+            }
+            self._unknown = of_others
             if controller.transient:
                 now = self._left_at = asyncio.get_running_loop().time()
                 oldest = now - AGENT_RETURN_WINDOW
@@ -8773,6 +8781,12 @@ _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
 )
 # The last two speak to a proxy in front of us: send this file instead.
 _PRIVATE_RESPONSE_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
+_LIMIT_FIELDS = {
+    unit: tuple(
+        f"x-ratelimit-{name}-{unit}" for name in ("limit", "remaining", "reset")
+    )
+    for unit in ("requests", "tokens")
+}
 _FORWARDING_FIELDS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 # Pages of the original browser agents: no other page may become an agent.
 _AGENT_ORIGINS = ("https://chat.openai.com", "https://chatgpt.com")
@@ -9424,24 +9438,18 @@ class RequestHandler:
         limit = self.service.limit_of(self.user)
         if limit is None:
             return []
-        fields: list[tuple[str, str]] = []
-        state = limit.state()
-        for unit in ("requests", "tokens"):
-            left = [
-                (q.amount - used, q.amount, end)
-                for q, used, end in state
-                if q.unit == unit
-            ]
-            if left:
-                remaining, amount, end = min(left)
-                remaining -= unit == "requests"  # this one is counted when it ends
-                seconds = max(0, math.ceil(end - unix_time()))
-                for name, value in (
-                    ("limit", str(amount)),
-                    ("remaining", str(max(0, remaining))),
-                    ("reset", f"{seconds}s"),
-                ):
-                    fields.append((f"x-ratelimit-{name}-{unit}", value))
+        now = unix_time()
+        tightest: dict[str, tuple[int, int, int]] = {}
+        for (amount, unit, _), used, end in limit.state():
+            left = amount - used - (unit == "requests")  # this one counts when it ends
+            if unit not in tightest or left < tightest[unit][0]:
+                tightest[unit] = (left, amount, end)
+        fields = []
+        for unit, (left, amount, end) in tightest.items():
+            most, remaining, reset = _LIMIT_FIELDS[unit]
+            fields.append((most, str(amount)))
+            fields.append((remaining, str(max(0, left))))
+            fields.append((reset, f"{max(0, math.ceil(end - now))}s"))
         return fields
 
     def send_content(
