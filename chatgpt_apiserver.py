@@ -3981,14 +3981,15 @@ def with_token(user: User, token: str) -> User:
     return told
 
 
-def parse_time(value: Any) -> float:
+@functools.lru_cache(maxsize=1024)  # many users have the same
+def parse_time(value: str | None) -> float:
     """A date or time of RFC 3339 as Unix time; None is infinity.  ValueError.
 
     Without an offset it is UTC; a day alone ends with it.
     """
     if value is None:
         return math.inf
-    text = str(value)
+    text = value
     if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
         return calendar.timegm(time.strptime(text, "%Y-%m-%d")) + 86400
     match = re.fullmatch(
@@ -4157,7 +4158,7 @@ def settings_problem(fields: dict[str, Any]) -> str:
         try:
             if fields.get(key) is not None:
                 parse(fields[key])
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             return f".{key}: {error}"
     old = fields.get("old")
     if old is not None and (not isinstance(old, dict) or token_problem(old)):
@@ -4686,6 +4687,12 @@ _QUOTA = re.compile(r"([0-9]{1,15})\s+(requests|tokens)\s*/\s*(\w+)")
 QUOTA_WORDS = 'as "1000 requests/day" (tokens; minute, hour, day, week, month)'
 
 
+@functools.lru_cache(maxsize=1024)  # many users have the same
+def _quota_of(text: str) -> tuple[Quota, ...]:
+    match = _QUOTA.fullmatch(text.strip())
+    return (Quota(int(match[1]), match[2], match[3]),) if match else ()
+
+
 def parse_quotas(value: Any) -> list[Quota]:
     """The quotas of "limit": a text, an object, or a list of them; ValueError.
 
@@ -4694,8 +4701,7 @@ def parse_quotas(value: Any) -> list[Quota]:
     if isinstance(value, list) and value and not any(type(v) is list for v in value):
         return [quota for item in value for quota in parse_quotas(item)]
     if isinstance(value, str):
-        match = _QUOTA.fullmatch(value.strip())
-        quotas = [Quota(int(match[1]), match[2], match[3])] if match else []
+        quotas = [*_quota_of(value)]
     elif isinstance(value, dict):
         per = value.get("per")
         units = [(unit, n) for unit, n in value.items() if unit != "per"]
@@ -4966,7 +4972,7 @@ class Ledger:
             data = file.read(size - at)
         whole = data.rfind(b"\n") + 1
         self._read_to = (inode, at + whole)
-        return list(parse_usage(data[:whole]))
+        return list(parse_usage(data[:whole]).items())
 
     def _append(self, pending: dict[Key, list[int]]) -> None:
         """Append lines in one write, or none of them."""
@@ -4991,9 +4997,7 @@ class Ledger:
         if self.path is None or self._read_to[1] <= USAGE_FILE_SIZE:
             return
         with open(self.path, "rb") as file:
-            merged: dict[Key, list[int]] = {}
-            for key, counts in parse_usage(file.read()):
-                _add(merged, key, counts)
+            merged = parse_usage(file.read())
         data = b"".join(map(usage_line, merged.items()))
         if len(data) < self._read_to[1] // 2:
             replace_file(self.path, data, newer_than=0)
@@ -5007,23 +5011,26 @@ def _no_lock() -> Iterator[None]:
     yield
 
 
-def parse_usage(data: bytes) -> Iterator[Line]:
-    """The lines of usage.jsonl; a torn one is passed over, and days long gone.
+def parse_usage(data: bytes) -> dict[Key, list[int]]:
+    """What the lines of usage.jsonl add up to.
 
-    Of a day that is over the hour does not matter any more.
+    A torn line is passed over, and days long gone; of a day that is over the hour
+    does not matter any more.  4 us a line: a start may have a million.
     """
     now = int(unix_time() // 3600)
     today, first = hour_text(now)[:10], hour_text(now - 24 * USAGE_LIFETIME)
+    sums: dict[Key, list[int]] = {}
     for line in data.splitlines():
-        fields = as_object(read_json(line))
-        names = [fields.get(key) for key in ("t", *COLUMNS[1:])]
-        counts = [fields.get(key, 0) for key in COUNTS]
-        if not all(isinstance(name, str) for name in names):
+        try:
+            fields = json.loads(line)
+            hour, *names = [fields[key] for key in ("t", *COLUMNS[1:])]
+            counts = [fields[key] for key in COUNTS]
+            if hour >= first and {*map(type, counts)} == {int}:
+                key = (hour if hour >= today else hour[:10] + "T00", *map(str, names))
+                _add(sums, key, counts)
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        hour = str(names[0])
-        if hour >= first and all(type(count) is int for count in counts):
-            hour = hour if hour >= today else f"{hour[:10]}T00"
-            yield cast(Key, (hour, *names[1:])), counts
+    return sums
 
 
 def _add(sums: dict[Any, list[int]], key: Any, counts: Iterable[int]) -> None:
