@@ -149,15 +149,13 @@ class Limits:
     admin_content_size = 64 * 1024
     total_content_size = 256 * 1024 * 1024  # of all requests together, then 503
     content_read_timeout = 15.0  # between two reads
-    content_rate = 512  # bytes per second on average ...
-    content_rate_after = 10.0  # ... once this many seconds have gone
+    content_rate = 512  # bytes per second on average, once 10 s have gone
 
     # --- Connections from clients.
     keep_alive_timeout = 75.0  # as nginx: longer than the proxies in front
     keep_alive_requests = 1000
     write_timeout = 30.0  # a peer that takes no byte for so long is cut
     connections = 0  # 0: from the limit on open files, at most 4,096
-    connections_per_address = 0  # 0: off, for proxies and NAT share addresses
     requests_in_flight = 4096
     user_requests_in_flight = 0  # 0: off
     user_requests_per_minute = 0  # 0: off
@@ -170,11 +168,9 @@ class Limits:
     agents = 4096
     message_size = 4 * 1024 * 1024  # accepted from an agent
     agent_message_size = 48 * 1024 * 1024  # accepted by one: a request's content
-    first_message_timeout = 10.0
     ping_interval = 20.0  # shorter than the 60 s of NATs and proxies
     pong_timeout = 20.0  # any byte counts as an answer
     ask_timeout = 120.0  # a version 1 agent's silence; the original's
-    ask_answer_size = 4 * 1024 * 1024
     redial_first = 0.5  # an agent dials again after up to this, doubling ...
     redial_max = 30.0  # ... up to this; refused for its key, after this
     look_interval = 3.0  # an agent that has no upstream yet looks for one
@@ -5579,6 +5575,10 @@ class AnthropicController(OpenAIController):
 # --- Agents
 
 
+# The most that a version 1 agent may answer to an ask, in bytes.
+ASK_ANSWER_SIZE = 4 * 1024 * 1024
+
+
 class AgentCall:
     """One request on an agent's socket, and what the agent has said to it.
 
@@ -5855,7 +5855,7 @@ class AgentController(Controller):
             "content": content,
         }
         deadline = min(self._loop.time() + self.limits.ask_timeout, request.deadline)
-        call = self._open_call(id, self.limits.ask_answer_size)
+        call = self._open_call(id, ASK_ANSWER_SIZE)
         self.asked_at = unix_time()
         self.websocket.patient = True
         self.debug(f"{self.name} is sent 'ChatGptRequest'")
@@ -8774,6 +8774,11 @@ class Service:
 
 # What of a client's request does not travel on to an upstream, and of an
 # upstream's answer not to the client.
+# A websocket in which nobody has said who it is for so many seconds is closed.
+FIRST_MESSAGE_TIMEOUT = 10.0
+# Content may begin slowly: its rate is looked at after so many seconds.
+CONTENT_RATE_AFTER = 10.0
+
 _KEY_FIELDS = ("x-api-key", "api-key", "x-goog-api-key")  # beside Authorization
 _PRIVATE_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
     "accept-encoding api-key authorization content-encoding content-length cookie"
@@ -9397,7 +9402,7 @@ class RequestHandler:
             self._hold(len(piece))  # as it comes: to announce much costs nothing
             seconds = self.loop.time() - began
             slow = len(pieces) < seconds * limits.content_rate
-            if slow and seconds > limits.content_rate_after:
+            if slow and seconds > CONTENT_RATE_AFTER:
                 raise asyncio.TimeoutError
         self._content_left = False
         return bytes(pieces)
@@ -9941,7 +9946,7 @@ class RequestHandler:
         """Exchange ids; the id that the agent remembers, None if it says nothing."""
         websocket = agent.websocket
         websocket.write(envelope(agent.id, "Connection id"))
-        deadline = self.limits.first_message_timeout
+        deadline = FIRST_MESSAGE_TIMEOUT
         timer = self.loop.call_later(deadline, websocket.close, 1008, "no id")
         try:
             while True:
@@ -10686,11 +10691,6 @@ class Server:
 
     def _has_room(self, connection: Connection) -> bool:
         """Whether one more connection is within the limits; an idle one gives way."""
-        per_address = self.service.limits.connections_per_address
-        if per_address:
-            peers = [other.peer for other in self._handlers]
-            if peers.count(connection.peer) >= per_address:
-                return False
         if len(self._handlers) < self._max_connections:
             return True
         for other, handler in self._handlers.items():
@@ -10887,7 +10887,7 @@ class Link:
             while agent.reaches_server(server_id):  # by another of its addresses
                 await asyncio.sleep(1)
             return ""
-        timeout = self.limits.first_message_timeout
+        timeout = FIRST_MESSAGE_TIMEOUT
         loop = websocket.connection.loop
         timer = loop.call_later(timeout, websocket.close, 1008, "no id")
         self.websocket, self.server_id = websocket, server_id
@@ -11466,44 +11466,19 @@ example:
   python chatgpt_apiserver.py agent https://my-server:8080 --key TOKEN
 """
 
-# The variables that may give a setting; the first that is set and not empty counts.
-VARIABLES = {
-    "port": ("CHATGPT_APISERVER_PORT",),
-    "listen": ("CHATGPT_APISERVER_LISTEN",),
-    "api_key": ("CHATGPT_APISERVER_API_KEY", "API_KEY"),
-    "pool_type": ("CHATGPT_APISERVER_POOL_TYPE",),
-    "config_file": ("CHATGPT_APISERVER_CONFIG_FILE", "CONFIG_FILE"),
-    "config_path": ("CHATGPT_APISERVER_CONFIG_PATH", "CONFIG_PATH"),
-}
 
+class Config(argparse.Namespace):
+    """All of SETTINGS by name, checked; Config() has their defaults.
 
-class Config:
-    """Everything a person can set, checked; Config() is the defaults.
-
-    Equal dicts in controllers are controllers that a reload leaves alone.
+    Also: path of the file read, notes for the start screen, and verbose.  Equal
+    dicts in controllers are controllers that a reload leaves alone.
     """
 
     def __init__(self) -> None:
-        self.port = 8080  # 0: the system chooses
-        self.listen = ""  # one address or name; "": this machine only, IPv4 and IPv6
-        self.api_key = ""  # never empty after load_config
-        self.users = "users.json"
-        self.usage: str | None = None
-        self.store = "token"
-        self.default_limit: Any = None
-        self.metrics_users = False
-        self.tls_cert: str | None = None
-        self.tls_key: str | None = None  # None: in the file of tls_cert
-        self.pool_type = "balanced"  # or random, least_busy
-        self.agents_auth: str | None = None  # "local", "key" or "open"
-        self.upstream_errors = "map"  # or pass
+        super().__init__(path=None, notes=[], verbose=False, controllers=[])
         self.limits = Limits()
-        self.controllers: list[dict[str, Any]] = []  # arguments of OpenAIController
-        self.path: str | None = None  # of the file read
-        self.notes: list[str] = []  # lines for the start screen
-        self.mocks = True
-        self.page = True
-        self.verbose = False
+        for name, setting in SETTINGS.items():
+            setattr(self, name, setting.default)
 
     def __repr__(self) -> str:
         names = [controller["name"] for controller in self.controllers]
@@ -11597,8 +11572,18 @@ PATH = Expected("the path of a file", NAME.types, NAME.test)
 FILE = Expected("the path of a file that can be read", str, is_readable)
 NUMBER = Expected("a number from 0", (int, float), lambda value: 0 <= value < 1e12)
 ABOVE_0 = Expected("seconds, above 0", (int, float), lambda value: 0 < value < 1e12)
-POOL_TYPE = one_of("balanced", "random", "least_busy")
-
+LIMIT = Expected(f"a limit {QUOTA_WORDS}", (str, dict, list), is_limit)
+PORT = Expected("a port from 0 to 65535", (int, str), is_port)
+ADDRESS = Expected(
+    "an address without port, as 0.0.0.0 or ::",
+    str,
+    lambda value: value == "" or is_address(value),
+)
+KEY = Expected(
+    "a key of your own, of printable ASCII without spaces (<API_KEY> is none)",
+    str,
+    is_key,
+)
 TRUE_OR_FALSE = Expected("true or false", bool, lambda value: True)
 # Limits that the file could set once, and constants now: no server is run with others.
 RETIRED_LIMITS = frozenset(
@@ -11608,7 +11593,9 @@ RETIRED_LIMITS = frozenset(
     " wrong_keys_per_minute queue_size_per_controller queue_size_min queue_size_max"
     " agent_return_timeout agent_return_window message_fragments control_frame_rate"
     " control_frame_burst close_timeout agent_write_size response_head_size"
-    " response_header_count interim_responses idle_upstream_connections".split()
+    " response_header_count interim_responses idle_upstream_connections"
+    " content_rate_after connections_per_address first_message_timeout"
+    " ask_answer_size".split()
 )
 
 
@@ -11642,45 +11629,83 @@ CONTROLLER_KEYS = {
     "weight": whole_number(0),
     "models": models_shape,
     "max_concurrency": whole_number(1),
-    "limit": Expected(f"a limit {QUOTA_WORDS}", (str, dict, list), is_limit),
+    "limit": LIMIT,
     "account": NAME,
     "config": CONFIG_KEYS,
     "config_file": FILE,
 }
-FILE_KEYS = {
-    "port": Expected("a port from 0 to 65535", (int, str), is_port),
-    "listen": Expected(
-        "an address without port, as 0.0.0.0 or ::",
-        str,
-        lambda value: value == "" or is_address(value),
-    ),
-    "api_key": Expected(
-        "a key of your own, of printable ASCII without spaces (<API_KEY> is none)",
-        str,
-        is_key,
-    ),
-    "users": PATH,
-    "usage": PATH,
-    "store": one_of("token", "sha256"),
-    "default_limit": Expected(f"a limit {QUOTA_WORDS}", (str, dict, list), is_limit),
-    "metrics": {"users": TRUE_OR_FALSE},
-    "tls_cert": FILE,
-    "tls_key": FILE,
-    "pool": {"type": POOL_TYPE},
-    "agents": {"auth": one_of("local", "key", "open")},
-    "upstream_errors": one_of("map", "pass"),
-    "limits": {
-        **dict.fromkeys(RETIRED_LIMITS, NUMBER),
-        **{
-            name: limit_shape(name, default)
-            for name, default in vars(Limits).items()
-            if not name.startswith("_")
-        },
+LIMITS = {
+    **dict.fromkeys(RETIRED_LIMITS, NUMBER),
+    **{
+        name: limit_shape(name, default)
+        for name, default in vars(Limits).items()
+        if not name.startswith("_")
     },
-    "mocks": TRUE_OR_FALSE,
-    "page": TRUE_OR_FALSE,
-    "controllers": [CONTROLLER_KEYS],
 }
+
+
+class Setting(NamedTuple):
+    """Something that a person can set."""
+
+    shape: Any  # of what is written
+    default: Any = None
+    place: str = ""  # in the file, "pool.type"; "": its name
+    variables: tuple[str, ...] = ()  # the first that is set and not empty counts
+    option: bool = False  # on the command line, too
+    restart: bool = False  # what runs keeps what it had
+
+
+# All that can be set, by the name of Server's argument.  To add one is to add a line
+# here, and where it is an option, one to HELP.
+SETTINGS = {
+    "port": Setting(PORT, 8080, "", ("CHATGPT_APISERVER_PORT",), restart=True),
+    "listen": Setting(
+        ADDRESS, "", "", ("CHATGPT_APISERVER_LISTEN",), option=True, restart=True
+    ),
+    "api_key": Setting(
+        KEY, "", "", ("CHATGPT_APISERVER_API_KEY", "API_KEY"), restart=True
+    ),
+    "users": Setting(PATH, "users.json", option=True, restart=True),
+    "usage": Setting(PATH, option=True, restart=True),
+    "store": Setting(one_of("token", "sha256"), "token"),
+    "default_limit": Setting(LIMIT),
+    "metrics_users": Setting(TRUE_OR_FALSE, False, "metrics.users", restart=True),
+    "tls_cert": Setting(FILE, option=True, restart=True),
+    "tls_key": Setting(FILE, option=True, restart=True),
+    "pool": Setting(
+        one_of("balanced", "random", "least_busy"),
+        "balanced",
+        "pool.type",
+        ("CHATGPT_APISERVER_POOL_TYPE",),
+    ),
+    "agents_auth": Setting(one_of("local", "key", "open"), None, "agents.auth"),
+    "upstream_errors": Setting(one_of("map", "pass"), "map"),
+    "mocks": Setting(TRUE_OR_FALSE, True, restart=True),
+    "page": Setting(TRUE_OR_FALSE, True),
+}
+# Where to look for the file.
+FINDING = {
+    "config_file": Setting(
+        PATH, variables=("CHATGPT_APISERVER_CONFIG_FILE", "CONFIG_FILE"), option=True
+    ),
+    "config_path": Setting(
+        PATH, variables=("CHATGPT_APISERVER_CONFIG_PATH", "CONFIG_PATH"), option=True
+    ),
+}
+
+
+def file_keys() -> dict[str, Any]:
+    """The shape of chatgpt-apiserver.json."""
+    keys: dict[str, Any] = {"limits": LIMITS, "controllers": [CONTROLLER_KEYS]}
+    for name, setting in SETTINGS.items():
+        outer, _, inner = (setting.place or name).partition(".")
+        if inner:
+            keys.setdefault(outer, {})[inner] = setting.shape
+        else:
+            keys[outer] = setting.shape
+    return keys
+
+
 # --- Reading and checking
 
 KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
@@ -11815,31 +11840,36 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandLine(prog="chatgpt_apiserver.py", allow_abbrev=False)
     parser.add_argument("port", nargs="?")
     parser.add_argument("api_key", nargs="?")
-    for name in ("--listen", "--users", "--usage", "--tls-cert", "--tls-key"):
-        parser.add_argument(name)
-    parser.add_argument("--config_file", "--config-file")
-    parser.add_argument("--config_path", "--config-path")
+    for name, setting in {**SETTINGS, **FINDING}.items():
+        if setting.option:
+            parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     parser.add_argument("-v", "--verbose", action="store_true")
     version = f"chatgpt_apiserver.py {__version__}"
     parser.add_argument("--version", action="version", version=version)
     return parser
 
 
-def given(key: str, args: argparse.Namespace, environ: Mapping[str, str]) -> Any:
+def given(name: str, args: argparse.Namespace, environ: Mapping[str, str]) -> Any:
     """A setting as argument or environment have it, checked; None if neither does."""
-    shape = POOL_TYPE if key == "pool_type" else FILE_KEYS.get(key, PATH)
-    value = getattr(args, key, None)
-    if key == "api_key" and value == "-":
+    setting = SETTINGS.get(name) or FINDING[name]
+    value = getattr(args, name, None)
+    if name == "api_key" and value == "-":
         value = environ.get("API_KEY")
         if not value:
             text = "- is the environment variable API_KEY, which is not set"
-            raise Source("command line").mistake(key, text)
+            raise Source("command line").mistake(name, text)
     if value is not None:
-        return Source("command line").check(value, shape, key)
-    for name in VARIABLES.get(key, ()):
-        if environ.get(name):
-            return Source("environment").check(environ[name], shape, name)
+        return Source("command line").check(value, setting.shape, name)
+    for variable in filter(environ.get, setting.variables):
+        return Source("environment").check(environ[variable], setting.shape, variable)
     return None
+
+
+def written(content: dict[str, Any], place: str) -> Any:
+    """What a file has at a place, None if nothing."""
+    outer, _, inner = place.partition(".")
+    value = content.get(outer)
+    return value.get(inner) if inner and value is not None else value
 
 
 # --- Putting it together
@@ -11856,32 +11886,27 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     config.verbose = bool(args.verbose)
     config.path = find_file(args, environ)
     file = Source(config.path or "", os.path.dirname(config.path or ""), environ)
-    settings = file.read(FILE_KEYS) if config.path else {}
-    for key in ("pool", "agents", "metrics"):
-        for inner, value in settings.pop(key, {}).items():
-            settings[f"{key}_{inner}"] = value
+    content = file.read(file_keys()) if config.path else {}
     if given("tls_cert", args, environ):
-        settings.pop("tls_key", None)  # it belongs to another certificate
-    for key in (*FILE_KEYS, "pool_type"):
-        value = given(key, args, environ)
+        content.pop("tls_key", None)  # it belongs to another certificate
+    for name, setting in SETTINGS.items():
+        value = given(name, args, environ)
+        if value is None:
+            value = written(content, setting.place or name)
         if value is not None:
-            settings[key] = value
-    vars(config).update(settings)
+            setattr(config, name, value)
     config.port = int(config.port)
     config.listen = config.listen.strip("[]")
-    limits = settings.get("limits", {})
-    config.limits = Limits(
-        **{k: v for k, v in limits.items() if k not in RETIRED_LIMITS}
-    )
-    config.controllers = read_controllers(
-        file, settings.get("controllers", []), environ
-    )
-    if not config.controllers and environ.get("OPENAI_API_KEY"):
-        config.controllers = [controller_from_environment(environ)]
-        config.notes = ["controller openai-1 from OPENAI_API_KEY in the environment"]
+    limits = content.get("limits", {})
     retired = sorted(RETIRED_LIMITS & limits.keys())
     if retired:
         config.notes.append(f"no longer settings, and not used: {', '.join(retired)}")
+    config.limits = Limits(**{k: limits[k] for k in limits if k not in retired})
+    config.controllers = read_controllers(file, content.get("controllers", []), environ)
+    if not config.controllers and environ.get("OPENAI_API_KEY"):
+        config.controllers = [controller_from_environment(environ)]
+        note = "controller openai-1 from OPENAI_API_KEY in the environment"
+        config.notes.append(note)
     if config.tls_key and not config.tls_cert:
         raise ConfigurationError("tls_key: there is no tls_cert that it belongs to")
     if not config.api_key:
@@ -12039,7 +12064,7 @@ def agent_controllers(
     if args.config_file is not None:
         path = source.check(args.config_file, FILE, "config_file")
         file = Source(path, os.path.dirname(path), environ)
-        entries = file.read(FILE_KEYS).get("controllers", [])
+        entries = file.read(file_keys()).get("controllers", [])
         made = read_controllers(file, entries, environ)
         return [make_controller(arguments, limits) for arguments in made]
     if args.upstream is None:
@@ -12096,7 +12121,9 @@ def start_screen(server: Server, config: Config) -> str:
     service = server.service
     url = server.url
     kinds = [c for c in service.pool.controllers if c.type != "mock"]
-    names = ", ".join(f"{c.name} (weight {c.weight:g})" for c in kinds)
+    names = ", ".join(f"{c.name} (weight {c.weight:g})" for c in kinds[:20])
+    if len(kinds) > 20:
+        names += f" and {len(kinds) - 20} more"
     socket_url = url.replace("http", "ws", 1)
     away = url_from_elsewhere(server, config)
     opening = "   (this machine only; --listen 0.0.0.0 opens it)"
@@ -12165,26 +12192,8 @@ def warnings(config: Config) -> list[str]:
 
 def build_server(config: Config, log: Log) -> Server:
     """The server that a configuration describes."""
-    server = Server(
-        config.api_key,
-        port=config.port,
-        listen=config.listen,
-        users=config.users,
-        tls_cert=config.tls_cert,
-        tls_key=config.tls_key,
-        pool=config.pool_type,
-        agents_auth=config.agents_auth,
-        upstream_errors=config.upstream_errors,
-        page=config.page,
-        mocks=config.mocks,
-        store=config.store,
-        usage=config.usage,
-        default_limit=config.default_limit,
-        metrics_users=config.metrics_users,
-        limits=config.limits,
-        log=log,
-        verbose=config.verbose,
-    )
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    server = Server(**settings, limits=config.limits, log=log, verbose=config.verbose)
     for arguments in config.controllers:
         server.add(make_controller(arguments, config.limits))
     return server
@@ -12243,17 +12252,6 @@ class Program:
 class ServerProgram(Program):
     """The server as a program: the start screen, reloading."""
 
-    FIXED = (
-        "port",
-        "listen",
-        "api_key",
-        "users",
-        "usage",
-        "tls_cert",
-        "tls_key",
-        "mocks",
-    )
-
     def __init__(self, argv: list[str]) -> None:
         super().__init__()
         self._argv = argv
@@ -12264,7 +12262,11 @@ class ServerProgram(Program):
 
     def _fixed_settings(self, config: Config) -> dict[str, Any]:
         """What only a restart changes, by name."""
-        fixed = {name: getattr(config, name) for name in self.FIXED}
+        fixed = {
+            setting.place or name: getattr(config, name)
+            for name, setting in SETTINGS.items()
+            if setting.restart
+        }
         return {**fixed, "limits.connections": config.limits.connections}
 
     async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -12315,7 +12317,7 @@ class ServerProgram(Program):
         service.users.store = config.store
         quotas = parse_quotas(config.default_limit) if config.default_limit else []
         service.default_quotas = quotas
-        service.pool.type = config.pool_type
+        service.pool.type = config.pool
         self._replace_controllers(old, config)
         names = ", ".join(controller["name"] for controller in config.controllers)
         self._log.report(f"configuration reloaded; controllers: {names or 'none'}")

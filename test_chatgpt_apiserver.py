@@ -9890,9 +9890,8 @@ async def test_slow_content_is_answered_408(tmp_path, chunked_body, constant):
     limits = Limits(
         content_read_timeout=0.3,
         content_rate=10_000,
-        content_rate_after=0.2,
     )
-    constant(LINGER_TIMEOUT=0.05)
+    constant(LINGER_TIMEOUT=0.05, CONTENT_RATE_AFTER=0.2)
     length = ("Transfer-Encoding", "chunked") if chunked_body else None
     length = length or ("Content-Length", "100000")
     async with serving(tmp_path, limits=limits) as server:
@@ -11102,11 +11101,11 @@ async def test_busy_agent_is_not_dropped_for_its_silence(tmp_path):
 
 
 @flow
-async def test_agent_that_does_not_say_its_id_is_sent_away(tmp_path):
+async def test_agent_that_does_not_say_its_id_is_sent_away(tmp_path, constant):
     """L28."""
 
-    limits = Limits(first_message_timeout=0.1)
-    async with serving(tmp_path, limits=limits) as server:
+    constant(FIRST_MESSAGE_TIMEOUT=0.1)
+    async with serving(tmp_path) as server:
         agent = Agent(server.port)
         await agent.connect()
         assert (await agent.receive())["message"] == "Connection id"
@@ -13973,7 +13972,7 @@ def test_two_arguments_are_enough_and_the_rest_has_defaults(load):
     config = load(["8080", "my-key"])
     assert (config.port, config.api_key, config.listen) == (8080, "my-key", "")
     assert (config.users, config.tls_cert, config.tls_key) == ("users.json", None, None)
-    assert (config.pool_type, config.agents_auth) == ("balanced", None)
+    assert (config.pool, config.agents_auth) == ("balanced", None)
     assert (config.upstream_errors, config.controllers) == ("map", [])
     assert (config.path, config.notes, config.verbose) == (None, [], False)
     assert vars(config.limits) == {}
@@ -14116,9 +14115,9 @@ def test_version_is_printed(capsys):
     ("api_key", [], {"API_KEY": "e"}, {"api_key": "f"}, "e"),
     ("api_key", [], {"API_KEY": "e", "CHATGPT_APISERVER_API_KEY": "E"}, {}, "E"),
     ("api_key", ["1", "a"], {"API_KEY": "not a key"}, {"api_key": "f"}, "a"),
-    ("pool_type", [], {}, {"pool": {"type": "random"}}, "random"),
-    ("pool_type", [], {}, {"pool": {}}, "balanced"),
-    ("pool_type", [], {"CHATGPT_APISERVER_POOL_TYPE": "least_busy"},
+    ("pool", [], {}, {"pool": {"type": "random"}}, "random"),
+    ("pool", [], {}, {"pool": {}}, "balanced"),
+    ("pool", [], {"CHATGPT_APISERVER_POOL_TYPE": "least_busy"},
      {"pool": {"type": "random"}}, "least_busy"),
     ("agents_auth", [], {}, {"agents": {"auth": "open"}}, "open"),
     ("upstream_errors", [], {}, {"upstream_errors": "pass"}, "pass"),
