@@ -23,10 +23,10 @@ The file reads downward; each section uses only what stands above it:
     WebSocket                the same for RFC 6455, in both roles
     API messages, events     the same for the OpenAI API's JSON and streams
     Connections              Connection, HTTPClient, WebSocket on asyncio
-    Users                    users.json
+    Users, limits, usage     users.json, usage.jsonl: the Ledger counts
     Controllers              upstream, agent, function: one shape
     Pool                     balance, queue, fail over, cool down
-    Metrics                  the last requests, for the administrator
+    Metrics                  the last requests, and what Prometheus is told
     The page                 what a browser is shown
     Service                  keys, agents, conversations, the log
     Request handler          routes and authorization
@@ -1947,7 +1947,7 @@ class CompletionBuilder:
                 ]
                 begins = function.get("name") and not id
                 index = len(calls) - 1 if calls else 0
-                if id and not known or begins:
+                if (id and not known) or begins:
                     index = len(calls)
                 elif id:
                     index = known[-1]
@@ -2149,10 +2149,11 @@ class CompletionStream(EventStream):
         # To look into text takes 0.1 us, into bytes 0.3; to parse an event takes 5.
         text = block.decode("latin-1")
         self.events += text.count("data:")
-        if self._unfinished > 0 and '"finish_reason"' in text:
-            # Before a regular expression takes 20 times as long to find none.
-            if '"finish_reason":"' in text or '"finish_reason": "' in text:
-                self._unfinished -= len(_FINISHED.findall(text))
+        # Both ways to write it: the regular expression takes 20 times as long.
+        if self._unfinished > 0 and (
+            '"finish_reason":"' in text or '"finish_reason": "' in text
+        ):
+            self._unfinished -= len(_FINISHED.findall(text))
         if '"error"' in text or text.count('"usage"') != text.count(_NO_USAGE):
             return self._sift(block)
         if "[DONE]" in text:
@@ -2270,7 +2271,7 @@ class ResponsesStream(TypedStream):
 
     FIRST = "response.created"
     ENDS = ("response.completed", "response.incomplete", "response.failed")
-    USAGE: ClassVar = {end: ("response", "usage") for end in ENDS}
+    USAGE: ClassVar = dict.fromkeys(ENDS, ("response", "usage"))
 
 
 class MessagesStream(TypedStream):
@@ -2658,8 +2659,7 @@ def parse_chat_request(content: bytes, query: str = "") -> APIRequest:
     if not isinstance(messages, list):
         raise APIError(400, "'messages' must be a list.", param="messages")
     if content.find(b'"Role"') >= 0 and any(  # 0.2 us in place of a look at each
-        "Role" in as_object(message).keys() and "role" not in message
-        for message in messages
+        "Role" in as_object(message) and "role" not in message for message in messages
     ):
         body["messages"] = [_lower_keys(message) for message in messages]
         content = encode_json(body)
@@ -3898,6 +3898,9 @@ class WebSocket:
 # is it in force and answered.  Changes that come during a write go into the next
 # one together.  People and other servers change the file too, so it is looked at
 # before each write and twice a second; what cannot be read is never overwritten.
+#
+# The Ledger is told once of each request that has ended.  Limits of users and of
+# controllers, reports and the page read it; it writes increments, a line each.
 
 ROLES = ("user", "agent", "monitor")
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
@@ -3989,7 +3992,8 @@ def parse_time(value: str | None) -> float:
     if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
         return calendar.timegm(time.strptime(text, "%Y-%m-%d")) + 86400
     match = re.fullmatch(
-        r"([0-9-]{10})[Tt ]([0-9:]{8})(?:\.[0-9]+)?(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))?",
+        r"([0-9-]{10})[Tt ]([0-9:]{8})(?:\.[0-9]+)?"
+        r"(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))?",
         text,
     )
     if match is None:
@@ -4375,8 +4379,9 @@ class UserStore:
         """Add a user with a new id and token; it is on disk when this returns.
 
         settings are name, role, limit, models, expires, max_concurrency.  What is
-        returned has its token, whatever is kept of it.  Raise APIError: 400 for a setting that cannot be, 507
-        past a limit, 500 if the file cannot be written; nothing has changed then.
+        returned has its token, whatever is kept of it.  Raise APIError: 400 for a
+        setting that cannot be, 507 past a limit, 500 if the file cannot be written;
+        nothing has changed then.
         """
         token = str(uuid.uuid4())  # 122 bits from the system's randomness for keys
         settings = {key: value for key, value in settings.items() if value is not None}
@@ -5235,9 +5240,9 @@ class Controller:
         if not may_be_about_stream_options(content):
             return WholeAnswer(content, answer.status, answer.headers)
         again = await self._send(request, await encoded(request, model, False))
-        if again.status < 300:  # that alone shows that it was our own addition
-            if len(self._without_options) < 1000:  # names come from clients
-                self._without_options.add(key)
+        # That alone shows that it was our own addition; and names come from clients.
+        if again.status < 300 and len(self._without_options) < 1000:
+            self._without_options.add(key)
         return again
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
@@ -7165,9 +7170,10 @@ class Call:
         )
         if error is None:
             return content
-        if 400 <= answer.status < 500 and answer.status != 401:
-            if error.failure in (Failure.KEY_DOUBTED, Failure.UNKNOWN_MODEL):
-                error.refusal = (answer.status, answer.headers, content)
+        # Not a 401: the client would take it for its own key.
+        perhaps = error.failure in (Failure.KEY_DOUBTED, Failure.UNKNOWN_MODEL)
+        if perhaps and answer.status != 401:
+            error.refusal = (answer.status, answer.headers, content)
         raise error
 
     def _check(self, answer: Answer, content: bytes) -> bytes:
@@ -9584,7 +9590,7 @@ class RequestHandler:
         return call
 
     def _check_model(self, request: APIRequest) -> None:
-        """APIError(404) for a model that the user may not use: as if it were not there."""
+        """APIError(404) for a model that a user may not use: as if it were not there."""
         assert self.user is not None
         if self.user.models is None:
             return
@@ -10527,8 +10533,8 @@ class Server:
     def use_agents_auth(self, auth: str | None) -> None:
         """Say who may register an agent without a key; None: whatever is safe.
 
-        Where a port is open to others, or TLS ends in it, what looks like this machine's
-        own user may be anybody who comes through a forwarder.
+        Where a port is open to others, or TLS ends in it, what looks like this
+        machine's own user may be anybody who comes through a forwarder.
         """
         service = self.service
         here = is_loopback(self.listen or "localhost") and service.tls is None
@@ -10659,7 +10665,7 @@ class Server:
                 await self.service.ledger.flush()
 
     def _counts_usage(self) -> bool:
-        """Whether usage is written: nobody is surprised by a file that is not needed."""
+        """Whether usage is written: a file that nobody needs surprises people."""
         limits = any(c.limit is not None for c in self.service.pool.controllers)
         return self._usage_is_wanted or limits or bool(self.service.users.users)
 
