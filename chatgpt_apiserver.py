@@ -5175,6 +5175,8 @@ class Controller:
     max_concurrency  requests it takes at once, or None
     limit            "1000 requests/day", or any other that parse_quotas() takes
     account          controllers with the same account cool down together
+    tier             asked only when all of a lower tier are full, closed or have
+                     not the model: paid keys behind machines of one's own
     """
 
     type = "controller"
@@ -5192,15 +5194,19 @@ class Controller:
         max_concurrency: int | None = None,
         limit: Any = None,
         account: str | None = None,
+        tier: int = 1,
     ) -> None:
         if weight < 0:
             raise ValueError("weight must not be negative")
+        if tier < 1:
+            raise ValueError("tier must be 1 or more")
         self.name = name
         self.weight = weight or 1
         self.models = None if models is None else dict(models_table(models))
         self.max_concurrency = max_concurrency
         self.limit = UsageLimit(parse_quotas(limit)) if limit else None
         self.account = account
+        self.tier = tier
         self.health = Health()
         self.switched_off = False  # by the administrator
         self.paused = False  # by its owner, of an agent
@@ -5346,8 +5352,8 @@ class Controller:
 
     def status(self, now: float) -> dict[str, Any]:
         """Its line in GET /admin/status."""
-        more = {"id": self.name, "max_concurrency": self.max_concurrency}
-        return {**self.describe(now), **more}
+        more = {"max_concurrency": self.max_concurrency, "tier": self.tier}
+        return {**self.describe(now), "id": self.name, **more}
 
     async def list_models(self) -> Iterable[str]:
         """The models it can name, once it has been asked."""
@@ -6592,8 +6598,12 @@ class Pool:
     ) -> Controller | None:
         suitable = self._suitable(request, now)
         free = [c for c in suitable if c.available(now) and c not in tried]
-        if len(free) < 2:
-            return free[0] if free else self._last_standing(suitable, tried, now)
+        if not free:
+            return self._last_standing(suitable, tried, now)
+        lowest = min(c.tier for c in free)
+        free = [c for c in free if c.tier == lowest]
+        if len(free) == 1:
+            return free[0]
         if self.type == "random":
             return random.choices(free, [c.weight for c in free])[0]
         if self.type == "least_busy":
@@ -11637,6 +11647,7 @@ CONTROLLER_KEYS = {
     "max_concurrency": whole_number(1),
     "limit": LIMIT,
     "account": NAME,
+    "tier": whole_number(1),
     "config": CONFIG_KEYS,
     "config_file": FILE,
 }

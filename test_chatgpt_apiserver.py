@@ -7252,6 +7252,38 @@ async def test_least_busy_counts_requests_in_flight_per_weight():
 
 
 @flow
+async def test_a_tier_is_asked_when_those_below_are_full_or_closed():
+    pool = Pool()
+    near = pool_function("near", max_concurrency=2)
+    far = pool_function("far", weight=100, tier=2)
+    farther = pool_function("farther", tier=3)
+    for controller in (farther, far, near):
+        pool.add(controller)
+    assert [await pool_acquire(pool) for _ in range(3)] == [near, near, far]
+    pool_release(pool, near)
+    assert await pool_acquire(pool) is near
+    near.switched_off = far.switched_off = True
+    assert await pool_acquire(pool) is farther
+    near.switched_off = False
+    pool_release(pool, near)
+    assert await pool_acquire(pool) is near
+    assert far.status(0)["tier"] == 2
+    with pytest.raises(ValueError):
+        pool_function("b", tier=0)
+
+
+@flow
+async def test_what_fails_in_one_tier_is_asked_of_the_next(tmp_path):
+    async with Upstream(http_reply(b"{}", status=500)) as broken:
+        near = broken.controller(name="near")
+        far = pool_function("far", tier=2)
+        async with serving(tmp_path, far, near) as server:
+            for _ in range(3):
+                assert chat_text(await chat(server)) == "far"
+    assert near.requests > 0
+
+
+@flow
 async def test_models_and_aliases_decide_who_is_asked(tmp_path):
     behave = http_reply(completion("from upstream", model="real-1"))
     async with Upstream(behave) as upstream:
