@@ -2333,6 +2333,10 @@ class Dialect:
         """An error as the last event of a stream; b"" where there is no such event."""
         return b""
 
+    def answer_id(self, content: bytes) -> str:
+        """What a later request names to continue an answer, from its first bytes."""
+        return ""
+
 
 class ChatDialect(Dialect):
     """/v1/chat/completions."""
@@ -2372,6 +2376,11 @@ class ResponsesDialect(Dialect):
     judged = True
     generates = True
     answer_key = b'"output"'
+    ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
+
+    def answer_id(self, content: bytes) -> str:
+        found = self.ID.search(content)
+        return found[1].decode("utf-8", "replace") if found else ""
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
         return ResponsesStream(max_size)
@@ -2469,6 +2478,48 @@ def dialect_of(path: str) -> Dialect:
 # --- Requests
 
 
+# Request fields in which clients name a conversation.
+SESSION_FIELDS = ("x-session-id", "x-claude-code-session-id")
+
+
+class Turn(NamedTuple):
+    """Where a request stands in a conversation, as far as its body tells.
+
+    previous   the response that it continues, or ""
+    cache_key  what its client says that requests have in common, or ""
+    start      model, system text and first message of the user, or ""
+    later      whether more than that has been said
+    """
+
+    previous: str = ""
+    cache_key: str = ""
+    start: str = ""
+    later: bool = False
+
+
+def find_turn(body: dict[str, Any]) -> Turn:
+    """The Turn of a request to chat/completions, messages or responses.
+
+    Only texts count: clients move their cache marks from turn to turn.
+    """
+    said = body.get("messages", body.get("input"))
+    messages = [{"content": said}] if isinstance(said, str) else as_list(said)
+    texts = [content_text(body.get(key)) for key in ("system", "instructions")]
+    count = 0
+    for count, message in enumerate(map(as_object, messages), 1):
+        texts.append(content_text(message.get("content")))
+        if message.get("role") == "user":
+            break
+    texts.append(str(body.get("model")))
+    previous, cache_key = body.get("previous_response_id"), body.get("prompt_cache_key")
+    return Turn(
+        previous if isinstance(previous, str) else "",
+        cache_key if isinstance(cache_key, str) else "",
+        "\0".join(texts) if count else "",
+        len(messages) > count,
+    )
+
+
 class APIRequest:
     """A request to a controller, understood as far as routing needs.
 
@@ -2502,6 +2553,7 @@ class APIRequest:
     __slots__ = (
         "_body",
         "_digest",
+        "_turn",
         "agent_id",
         "ask",
         "choices",
@@ -2551,11 +2603,14 @@ class APIRequest:
         self.ask = ask
         self.id = ""
         self._digest = b""
+        self._turn: Turn | None = None
         self._body: dict[str, Any] | None = None
         if body is not None:
             self._read_body(body)
             if len(content) <= self.KEPT_SIZE:
                 self._body = body
+            elif self.dialect.generates:
+                self._turn = find_turn(body)
 
     def _read_body(self, body: dict[str, Any]) -> None:
         model = body.get("model")
@@ -2592,6 +2647,20 @@ class APIRequest:
                 content = b"%d" % len(content) + content[:size] + content[-size:]
             self._digest = hashlib.sha256(content).digest()
         return self._digest
+
+    @property
+    def turn(self) -> Turn:
+        """Where it stands in a conversation."""
+        if self._turn is None:
+            talks = self._body is not None and self.dialect.generates
+            self._turn = find_turn(self._body or {}) if talks else Turn()
+        return self._turn
+
+    @property
+    def session(self) -> str:
+        """What its client calls the conversation, or ""."""
+        names = (self.headers.get(name, "") for name in SESSION_FIELDS)
+        return next(filter(None, names), "") or self.turn.cache_key
 
     @property
     def counts_usage(self) -> bool:
@@ -6381,6 +6450,10 @@ PROBE_INTERVAL = 60.0  # seconds between two probes of one controller's key
 # is not expected back.
 AGENT_RETURN_TIMEOUT = 5.0  # seconds
 AGENT_RETURN_WINDOW = 30.0  # seconds
+CONVERSATIONS_KEPT = 10_000  # whose controllers are remembered
+# A conversation leaves its controller where that has so many more requests in
+# flight than another: one user's must not all go to one that others need, too.
+CONVERSATION_LEAD = 16
 
 
 def parse_retry_after(headers: dict[str, str]) -> float | None:
@@ -6456,6 +6529,35 @@ def judge_refusal(
     )
 
 
+def conversation_key(request: APIRequest) -> bytes:
+    """What a conversation's requests have in common; never with another user's."""
+    session = request.session
+    kind, name = ("session", session) if session else ("start", request.turn.start)
+    return short_hash(request.user, kind, request.model or "", name)
+
+
+def response_key(request: APIRequest, response_id: str) -> bytes:
+    """A response of this user's, which a later request may continue."""
+    return short_hash(request.user, "response", response_id)
+
+
+def short_hash(*words: str) -> bytes:
+    """16 bytes that only the same words give."""
+    text = "\0".join(words)
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+
+
+def rendezvous(key: bytes, controller: Controller) -> float:
+    """How well a controller suits a key: the best one changes only when it leaves.
+
+    Each is the best for a share of keys that is its share of the weight.
+    """
+    name = (controller.id or controller.name).encode("utf-8", "replace")
+    digest = hashlib.blake2b(key + name, digest_size=8).digest()
+    share = ((int.from_bytes(digest, "big") >> 12) + 0.5) / 2**52  # between 0 and 1
+    return -controller.weight / math.log(share)
+
+
 class Waiter:
     """A request in the queue, and the controllers it has been to.
 
@@ -6479,6 +6581,7 @@ class Pool:
 
     type    "balanced" (smooth weighted round robin), "random" or "least_busy"
             (fewest requests in flight per weight)
+    affinity  a conversation goes on where it was: the prompt is in a cache there
     report  takes lines that a person wants to know
     debug   takes lines on each attempt
     """
@@ -6489,6 +6592,7 @@ class Pool:
         self,
         type: str = "balanced",
         *,
+        affinity: bool = True,
         limits: Limits = DEFAULT_LIMITS,
         report: Callable[[str], None] = lambda line: None,
         debug: Callable[[str], None] = lambda line: None,
@@ -6496,6 +6600,7 @@ class Pool:
         if type not in self.TYPES:
             raise ValueError(f"a pool is one of {', '.join(self.TYPES)}")
         self.type = type
+        self.affinity = affinity
         self.limits = limits
         self.report = report
         self.debug = debug
@@ -6509,6 +6614,8 @@ class Pool:
         # (controller, model, path, user or "" for all) that is not asked until then.
         self._unknown: dict[tuple[Controller, str | None, str, str], float] = {}
         self._probes: dict[Controller, tuple[float, asyncio.Task[None]]] = {}
+        self._homes: dict[bytes, str] = {}  # of conversations; the oldest is first
+        self._several = False  # controllers between which to choose
 
     # --- Who is in it
 
@@ -6525,6 +6632,7 @@ class Pool:
         controller.on_free = self.wake
         controller.report = self.report
         self.controllers.append(controller)
+        self._several = sum(not c.by_name_only for c in self.controllers) > 1
         if self._loop is not None:  # who adds it may be in another thread
             with contextlib.suppress(RuntimeError):  # that loop has been closed
                 self._loop.call_soon_threadsafe(self.wake)
@@ -6604,6 +6712,9 @@ class Pool:
         free = [c for c in free if c.tier == lowest]
         if len(free) == 1:
             return free[0]
+        home = self._home(request, free) if self.affinity else None
+        if home is not None:
+            return home
         if self.type == "random":
             return random.choices(free, [c.weight for c in free])[0]
         if self.type == "least_busy":
@@ -6617,6 +6728,46 @@ class Pool:
                 best = controller
         best.current -= total
         return best
+
+    def _home(self, request: APIRequest, free: list[Controller]) -> Controller | None:
+        """Of free controllers the one that a conversation prefers, or None.
+
+        That is who had it last.  After a restart, or at another server, it is who
+        comes first by rendezvous hashing: each server finds the same, and a
+        controller that leaves moves its own conversations only.  What begins
+        without a name is balanced: its prompt is in no cache yet.
+        """
+        turn, session = request.turn, request.session
+        if not (turn.previous or session or (turn.later and turn.start)):
+            return None
+        key = conversation_key(request)
+        answered = response_key(request, turn.previous)
+        by_name = {c.id or c.name: c for c in free}
+        homes = (self._homes.get(k, "") for k in (answered, key))
+        known = [by_name[home] for home in homes if home in by_name]
+        if not known and not session and not turn.later:
+            return None
+        best = known[0] if known else max(free, key=lambda c: rendezvous(key, c))
+        least = min(c.in_flight for c in free)
+        return best if best.in_flight < least + CONVERSATION_LEAD else None
+
+    def remember(
+        self, controller: Controller, request: APIRequest, content: bytes
+    ) -> None:
+        """Keep who has a conversation; content is what its answer begins with."""
+        if not self.affinity or not self._several:
+            return
+        keys = []
+        answer_id = request.dialect.answer_id(content)
+        if answer_id:
+            keys.append(response_key(request, answer_id))
+        if request.session or request.turn.start:
+            keys.append(conversation_key(request))
+        for key in keys:
+            self._homes.pop(key, None)
+            self._homes[key] = controller.id or controller.name
+            if len(self._homes) > CONVERSATIONS_KEPT:
+                del self._homes[next(iter(self._homes))]
 
     @staticmethod
     def _last_standing(
@@ -7050,6 +7201,8 @@ class Call:
             self._first = b""
             await self._begin(controller, self._answer)
             self.status = self._answer.status  # nobody else will be asked
+            if self.status < 300:
+                self.pool.remember(controller, request, self.content or self._first)
             self.began_at = asyncio.get_running_loop().time()
             return None
         except asyncio.CancelledError:
@@ -10395,6 +10548,7 @@ class Server:
     agents_auth      who may register an agent without a key: "local" (from this
                      machine), "key" (nobody) or "open" (anybody)
     upstream_errors  "map" (to 500) or "pass" (429 and 5xx as they are)
+    affinity         a conversation goes on at the controller that had it last
     page             show a browser a page at "/"
     mocks            have the mock models
     store            what is kept of new tokens: "token" or "sha256"
@@ -10421,6 +10575,7 @@ class Server:
         pool: str = "balanced",
         agents_auth: str | None = None,
         upstream_errors: str = "map",
+        affinity: bool = True,
         page: bool = True,
         mocks: bool = True,
         limits: Limits = DEFAULT_LIMITS,
@@ -10441,7 +10596,7 @@ class Server:
         self.service = Service(
             api_key,
             UserStore(users, store=store, limits=limits, report=report),
-            Pool(pool, limits=limits, report=report, debug=debug),
+            Pool(pool, affinity=affinity, limits=limits, report=report, debug=debug),
             limits=limits,
             agents_auth=agents_auth or "key",
             upstream_errors=upstream_errors,
@@ -11697,6 +11852,7 @@ SETTINGS = {
     ),
     "agents_auth": Setting(one_of("local", "key", "open"), None, "agents.auth"),
     "upstream_errors": Setting(one_of("map", "pass"), "map"),
+    "affinity": Setting(TRUE_OR_FALSE, True),
     "mocks": Setting(TRUE_OR_FALSE, True, restart=True),
     "page": Setting(TRUE_OR_FALSE, True),
 }
@@ -12335,6 +12491,7 @@ class ServerProgram(Program):
         quotas = parse_quotas(config.default_limit) if config.default_limit else []
         service.default_quotas = quotas
         service.pool.type = config.pool
+        service.pool.affinity = config.affinity
         self._replace_controllers(old, config)
         names = ", ".join(controller["name"] for controller in config.controllers)
         self._log.report(f"configuration reloaded; controllers: {names or 'none'}")

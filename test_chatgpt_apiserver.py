@@ -7283,6 +7283,146 @@ async def test_what_fails_in_one_tier_is_asked_of_the_next(tmp_path):
     assert near.requests > 0
 
 
+def turns(*texts, system="Be brief.", **more):
+    """A chat in which user and assistant have said these, in turn."""
+    roles = ("user", "assistant")
+    said = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"model": "m", "messages": [{"role": "system", "content": system}, *said]}
+
+
+async def answered_by(server, body, key=KEY, headers=()):
+    reply = await ask(server.port, "POST", CHAT_URL, body, key, headers)
+    return chat_text(reply)
+
+
+@flow
+async def test_a_conversation_goes_on_where_it_was(tmp_path):
+    async with serving(tmp_path, *map(pool_function, "abcd")) as server:
+        seen = set()
+        for number in range(8):
+            first = f"Question {number}"
+            home = await answered_by(server, turns(first))
+            seen.add(home)
+            for _ in range(2):
+                parts = [{"type": "text", "text": first, "cache_control": {}}]
+                assert await answered_by(server, turns(parts, "Yes", "And?")) == home
+        assert seen == set("abcd")  # what begins is balanced
+
+
+@flow
+@pytest.mark.parametrize(
+    "body, headers",
+    [
+        ({}, [("X-Session-Id", "s")]),
+        ({}, [("x-claude-code-session-id", "s")]),
+        ({"prompt_cache_key": "s"}, []),
+    ],
+)
+async def test_a_session_stays_at_one_controller_and_is_its_users_own(
+    tmp_path, body, headers
+):
+    async with serving(tmp_path, *map(pool_function, "abcdefgh")) as server:
+
+        async def homes(key, count=5):
+            return [
+                await answered_by(server, {**turns(f"{n}"), **body}, key, headers)
+                for n in range(count)
+            ]
+
+        keys = [KEY]
+        for _ in range(7):
+            reply = await ask(server.port, "POST", "/admin/users/add", {})
+            keys.append(reply.json()["token"])
+        theirs = [set(await homes(key)) for key in keys]
+        assert all(len(each) == 1 for each in theirs)
+        assert len(set.union(*theirs)) > 1
+        server.service.pool.affinity = False
+        assert len(set(await homes(KEY))) == 5
+
+
+@flow
+async def test_a_session_never_waits_for_its_controller_and_moves_with_it(tmp_path):
+    a, b = (pool_function(name, max_concurrency=1) for name in "ab")
+    session = [("x-session-id", "s")]
+    async with serving(tmp_path, a, b) as server:
+        home = server.service.pool.find(
+            await answered_by(server, turns("1"), KEY, session)
+        )
+        other = b if home is a else a
+        home.in_flight += 1  # full
+        assert await answered_by(server, turns("2"), KEY, session) == other.name
+        home.in_flight -= 1
+        assert await answered_by(server, turns("3"), KEY, session) == other.name
+
+
+@flow
+async def test_a_crowd_of_one_session_is_spread():
+    pool = Pool()
+    a, b = pool_function("a"), pool_function("b")
+    for controller in (a, b):
+        pool.add(controller)
+    for _ in range(100):
+        request = pool_request("u")
+        request.headers = {"x-session-id": "s"}
+        await pool.acquire(request, [])
+    assert abs(a.in_flight - b.in_flight) <= apiserver.CONVERSATION_LEAD + 1
+
+
+@flow
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_is_continued_where_it_was_made(tmp_path, stream):
+    def behave(name):
+        made = {"id": f"resp_{name}", "object": "response", "output": []}
+        created = {"type": "response.created", "response": made}
+        done = {"type": "response.completed", "response": made}
+        events = [f"data: {json.dumps(event)}\n\n" for event in (created, done)]
+        text = "".join(events).encode()
+        kind = "text/event-stream" if stream else "application/json"
+        return http_reply(text if stream else made, content_type=kind)
+
+    body = {"model": "m", "input": "Hello", "stream": stream}
+    async with contextlib.AsyncExitStack() as stack:
+        ups = [await stack.enter_async_context(Upstream(behave(n))) for n in "abc"]
+        controllers = [up.controller() for up in ups]
+        server = await stack.enter_async_context(serving(tmp_path, *controllers))
+        for _ in ups:
+            await ask(server.port, "POST", "/v1/responses", body)
+        for name, upstream in zip("cab" * 2, [ups[2], ups[0], ups[1]] * 2):
+            before = upstream.requests.copy()
+            more = {**body, "previous_response_id": f"resp_{name}"}
+            reply = await ask(server.port, "POST", "/v1/responses", more)
+            assert reply.status == 200
+            assert len(upstream.requests) == len(before) + 1
+
+
+@flow
+async def test_no_more_conversations_are_kept_than_fit(constant):
+    constant(CONVERSATIONS_KEPT=3)
+    pool = Pool()
+    for name in "ab":
+        pool.add(pool_function(name))
+    for number in range(9):
+        request = pool_request("u")
+        request.headers = {"x-session-id": str(number)}
+        pool.remember(pool.find("a"), request, b"")
+    assert len(pool._homes) == 3
+
+
+def test_a_controller_that_leaves_moves_only_its_own_keys():
+    controllers = [pool_function(f"c{n}", weight=1 + n % 2) for n in range(9)]
+
+    def homes(controllers):
+        return [
+            max(controllers, key=lambda c: apiserver.rendezvous(b"%d" % n, c)).name
+            for n in range(5000)
+        ]
+
+    before, after = homes(controllers), homes(controllers[:-1])
+    moved = [a for a, b in zip(before, after) if a != b]
+    assert set(moved) == {"c8"}
+    assert 0.7 < before.count("c1") / (2 * before.count("c2")) < 1.4
+
+
 @flow
 async def test_models_and_aliases_decide_who_is_asked(tmp_path):
     behave = http_reply(completion("from upstream", model="real-1"))
