@@ -8923,12 +8923,13 @@ class Service:
         self.pool.remove(agent)
 
     def dismiss_agents(self) -> None:
-        """Let agents go whose token has been deleted: they would go on reading."""
+        """Let agents go whose token is no longer good: they would go on reading."""
         for agent in list(self.agents.values()):
             if agent.user is None or agent.user is self.admin:
                 continue
             user = self.users.get(agent.user.user_id)
-            if user is None or user.role != "agent":
+            ended = user is not None and unix_time() >= user.expires
+            if user is None or user.role != "agent" or ended:
                 self.unregister(agent)
                 agent.websocket.close(1008, "its key is no longer valid")
 

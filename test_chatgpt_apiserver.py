@@ -9562,6 +9562,18 @@ async def test_a_token_ends_with_its_time_and_a_rotated_one_with_its(
         assert "expired at 2027-01-15" in chat_error(reply)["message"]
 
 
+@flow
+async def test_an_agent_goes_when_its_token_ends(tmp_path, monkeypatch):
+    async with serving(tmp_path) as server:
+        user = await server.service.users.add(role="agent", expires="2099-01-01")
+        path = f"/k/{user.token}/client/register"
+        async with Agent(server.port, path) as agent:
+            await until(lambda: server.service.agents)
+            monkeypatch.setattr(apiserver, "unix_time", lambda: 4.2e9)
+            event = await agent.event()
+            assert event[0] == Opcode.CLOSE and not server.service.agents
+
+
 async def models_status(server, token):
     return (await ask(server.port, "GET", "/v1/models", key=token)).status
 
