@@ -5251,6 +5251,7 @@ class Controller:
     type = "controller"
     by_name_only = False  # it serves only who asks for its models by name
     transient = False  # it comes and goes by itself, and others may share its name
+    keeps_conversations = False  # those of /api/ask
     own_code = False  # what it raises was written by the program that embeds us
     id = ""  # what conversations that it keeps itself are kept under
 
@@ -5659,22 +5660,372 @@ class AnthropicController(OpenAIController):
 ASK_ANSWER_SIZE = 4 * 1024 * 1024
 
 
-class AgentCall:
+def envelope(id: str, message: str, data: str = "") -> str:
+    """One message between server and agent, as JSON."""
+    # json builds an encoder anew for each object, in 3 us; a text takes it 0.2.
+    return (
+        f'{{"id":{_to_ascii(id)},"message":{_to_ascii(message)},'
+        f'"data":{_to_ascii(data)}}}'
+    )
+
+
+def parse_envelope(text: str | bytes) -> dict[str, Any]:
+    """The JSON object of one message; {} for anything else (it is dropped)."""
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode())
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# What an agent says in "error" if it has as many calls as it may, those of other
+# servers counted: that is no failure.
+AGENT_FULL = "the agent has as many calls as it may"
+AGENT_FULL_PAUSE = 0.25  # seconds until it is asked again
+# Which server it is, in its answer to an agent's handshake: by this an agent tells
+# two ways to one server.
+SERVER_ID_FIELD = "x-server-id"
+
+
+class AgentController(Controller):
+    """A program that dialled in over a websocket; the base of the two kinds.
+
+    id          what conversations with it are kept under
+    credential  what it registered with; who comes back with an id needs the same
+    """
+
+    type = "agent"
+    transient = True
+    # What belongs to one call; what is not of its version fails that call.
+    REPLIES = ("ChatGptResponse", "ApiData", "ApiEnd", "ApiResponse", "error")
+
+    def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
+        super().__init__("", max_concurrency=1)
+        self.credential = credential
+        self.websocket = websocket
+        self.user: User | None = None  # whose token that is, if it is one
+        self.limits = websocket.limits
+        # It wants no new calls.
+        self.on_drain: Callable[[Controller], None] = lambda controller: None
+        self.debug: Callable[[str], None] = lambda line: None
+        self.heard_at = unix_time()
+        self.asked_at: float | None = None
+        self._loop = websocket.connection.loop
+        self._calls: dict[str, AgentCall] = {}
+        self.register_as(id)
+
+    def register_as(self, id: str) -> None:
+        """Take the id that it is registered under."""
+        self.id = id
+
+    def welcome(self) -> None:
+        """Tell it that it is registered, if it wants to know."""
+
+    def tell(self, message: str) -> None:
+        """Send a message without data, if it would understand it."""
+
+    def status(self, now: float) -> dict[str, Any]:
+        """Its line in GET /admin/status: its name is a label, the id is its own."""
+        user = "" if self.user is None else self.user.name or self.user.user_id
+        return {**super().status(now), "id": self.id, "user": user}
+
+    async def serve(self) -> None:
+        """Read the agent's messages until it leaves."""
+        try:
+            async for message in self.websocket:
+                self._hear(parse_envelope(message))
+                del message  # it may be large, and the next one far
+        finally:
+            reason = f"{self.name} has left"
+            for call in self._calls.values():
+                call.fail(ControllerError(reason, Failure.NONE, code="agent_lost"))
+
+    def _hear(self, said: dict[str, Any]) -> None:
+        """Take one message; what is not understood is dropped."""
+        self.heard_at = unix_time()
+        kind, data = str(said.get("message")), said.get("data")
+        text = data if isinstance(data, str) else ""
+        self.debug(f"{self.name} says {kind[:40]!r}")
+        if kind not in self.REPLIES:
+            self._hear_of_itself(kind, text)
+            return
+        id = str(said.get("id"))
+        call = self._calls.get(id)
+        if call is None:
+            self._hear_late(id)
+        elif not call.put(kind, text):
+            self.cancel(id)
+
+    def _hear_of_itself(self, kind: str, data: str) -> None:
+        """A message that belongs to no call."""
+
+    def _hear_late(self, id: str) -> None:
+        """A reply that nobody waits for any more: late is not wrong."""
+
+    def _open_call(self, id: str, max_size: float, deadline: float) -> AgentCall:
+        call = self._calls[id] = AgentCall(self, id, int(max_size), deadline)
+        self.asked_at = unix_time()
+        return call
+
+    def end_call(self, id: str) -> None:
+        """Forget a call that the agent has ended."""
+        self._calls.pop(id, None)
+
+    def cancel(self, id: str) -> None:
+        """Forget a call, and have the agent stop working on it if it can."""
+        self.end_call(id)
+
+
+class TextAgent(AgentController):
+    """An original agent, version 1: takes one text, and keeps conversations itself."""
+
+    keeps_conversations = True
+
+    def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
+        super().__init__(id, websocket, credential)
+        websocket.heartbeat = self._ping
+        # Calls whose client has left, and timers that end them: the agent works on,
+        # and must not be given another request before it is done.
+        self._abandoned: dict[str, asyncio.TimerHandle] = {}
+
+    def register_as(self, id: str) -> None:
+        super().register_as(id)
+        self.name = f"agent-{id[:8]}"
+
+    def answers(self, path: str) -> bool:
+        return path == CHAT_PATH
+
+    def _ping(self) -> None:
+        """Ping it in its own words, as the original server did."""
+        self.debug(f"{self.name} is sent 'ping'")
+        self.websocket.ping()
+        with contextlib.suppress(ConnectionError):
+            self.websocket.write(envelope(str(uuid.uuid4()), "ping"))
+
+    async def serve(self) -> None:
+        try:
+            await super().serve()
+        finally:
+            self.websocket.heartbeat = None  # it would hold us, as we hold it
+            for timer in self._abandoned.values():
+                timer.cancel()
+
+    def _hear_late(self, id: str) -> None:
+        self._end_abandoned(id)
+
+    def _end_abandoned(self, id: str) -> None:
+        """A call whose client had left is done, or its deadline has come."""
+        timer = self._abandoned.pop(id, None)
+        if timer is not None:
+            timer.cancel()
+            self.in_flight -= 1
+            self.websocket.patient = bool(self._calls or self._abandoned)
+            self.on_free()
+
+    async def answer(self, request: APIRequest) -> Answer:
+        """Ask for one text; there is one answer."""
+        conversation_id = parent_id = ""
+        if request.ask is not None and (request.agent_id or not request.ask[1]):
+            content, conversation_id, parent_id = request.ask
+        else:  # no conversation of its own: all of it as one text
+            content = messages_text(request.body["messages"])
+        id = str(uuid.uuid4())
+        data = {
+            "message_id": id,
+            "conversation_id": conversation_id,
+            "parent_id": parent_id or str(uuid.uuid4()),
+            "content": content,
+        }
+        deadline = min(self._loop.time() + self.limits.ask_timeout, request.deadline)
+        call = self._open_call(id, ASK_ANSWER_SIZE, deadline)
+        self.websocket.patient = True  # it answers no ping while it works
+        self.debug(f"{self.name} is sent 'ChatGptRequest'")
+        try:
+            await self.websocket.send(envelope(id, "ChatGptRequest", _to_ascii(data)))
+            kind, text = await call.get(deadline)
+        except asyncio.CancelledError:
+            if not call.answered:
+                timer = self._loop.call_at(deadline, self._end_abandoned, id)
+                self._abandoned[id] = timer
+                self.in_flight += 1
+            raise
+        finally:
+            self.end_call(id)
+            self.websocket.patient = bool(self._abandoned)
+        return self._as_answer(request, content, kind, text)
+
+    def _as_answer(
+        self, request: APIRequest, question: str, kind: str, text: str
+    ) -> Answer:
+        """Its words as the answer that the client expects."""
+        said = parse_envelope(text)
+        content = said.get("content")
+        if kind != "ChatGptResponse" or not isinstance(content, str):
+            why = text[:4096] if kind == "error" else "its answer is unreadable"
+            raise agent_error(self.name, why)
+        usage = Usage(estimate_tokens(question), 0, estimate_tokens(content))
+        if request.ask is not None:
+            body = {
+                "usage": usage_object(usage),
+                "response_id": str(said.get("response_id") or ""),
+                "conversation_id": str(said.get("conversation_id") or ""),
+                "content": content,
+            }
+        else:
+            model = request.model or ""
+            body = chat_completion(model, {"content": content}, usage_object(usage))
+        return WholeAnswer(encode_json(body))
+
+
+class APIAgent(AgentController):
+    """This file as agent, version 2: takes any API request.
+
+    hello  what it said of itself in its first message
+    """
+
+    def __init__(
+        self, id: str, websocket: WebSocket, credential: str, hello: dict[str, Any]
+    ) -> None:
+        super().__init__(id, websocket, credential)
+        name = hello.get("name")
+        usable = isinstance(name, str) and name.isprintable()
+        self.name = str(name)[:64] if usable and name else f"agent-{id[:8]}"
+        self._set_models(hello.get("models"))
+        most = hello.get("max_concurrency")
+        usable = isinstance(most, int) and 0 < most <= 10_000
+        self.max_concurrency = most if usable else 8
+        self.paused = hello.get("paused") is True
+        self._full_until = 0.0
+
+    def _set_models(self, models: Any) -> None:
+        """Take the models it serves: a list, or None for any."""
+        if isinstance(models, list):
+            names = [name for name in models if isinstance(name, str)]
+            self.models = models_table(names[:1000])
+
+    def welcome(self) -> None:
+        # The id it got.  That of an agent without this word is the one it was sent.
+        self.websocket.write(envelope(self.id, "Connection id", '{"version": 2}'))
+
+    def tell(self, message: str) -> None:
+        with contextlib.suppress(ConnectionError):
+            self.websocket.write(envelope(self.id, message))
+
+    def available(self, now: float) -> bool:
+        return now >= self._full_until and super().available(now)
+
+    def _full(self) -> ControllerError:
+        """Leave it alone for a moment: other servers keep it busy."""
+        self._full_until = self._loop.time() + AGENT_FULL_PAUSE
+        self._loop.call_later(AGENT_FULL_PAUSE, self.on_free)
+        reason = f"{self.name} is busy with what other servers ask"
+        return ControllerError(
+            reason, Failure.FULL, status=503, code="agent_full", retry_after=1
+        )
+
+    def _hear_of_itself(self, kind: str, data: str) -> None:
+        if kind == "Models":
+            with contextlib.suppress(ValueError, RecursionError):
+                self._set_models(json.loads(data))
+                self.on_free()
+        elif kind == "Drain":
+            self.on_drain(self)
+        elif kind in ("Pause", "Resume") and self.paused != (kind == "Pause"):
+            self.paused = not self.paused
+            how = "paused" if self.paused else "no more paused"
+            self.report(f"agent {self.name} is {how}")
+            self.on_free()
+
+    async def _send(self, request: APIRequest, content: bytes) -> Answer:
+        """Ask it: any request, any answer, streamed."""
+        id = random_id("call-")
+        text = envelope(id, "ApiRequest", self._request_data(request, content))
+        if len(text) > self.limits.agent_message_size:  # it would close the socket
+            reason = "The request is too large for an agent."
+            raise ControllerError(reason, Failure.NONE, status=413)
+        call = self._open_call(id, self.limits.event_size, request.deadline)
+        self.debug(f"{self.name} is sent 'ApiRequest'")
+        try:
+            # One large request after the other: together they would be more than
+            # may wait to be sent.
+            await self.websocket.connection.drain()
+            await self.websocket.send(text)
+            timeout = self.limits.first_byte_timeout
+            first = await call.get(min(self._loop.time() + timeout, request.deadline))
+            if first == ("error", AGENT_FULL):
+                self.end_call(id)
+                raise self._full()
+            call.begin(*first)
+            return call
+        except BaseException:
+            self.cancel(id)
+            raise
+
+    @staticmethod
+    def _request_data(request: APIRequest, content: bytes) -> str:
+        """What an ApiRequest says; the client's own JSON goes in as it came."""
+        data: dict[str, Any] = {"method": "POST", "path": request.target}
+        data["headers"] = request.headers
+        if request.is_json:
+            return f'{_to_ascii(data)[:-1]},"body":{content.decode()}}}'
+        body = base64.b64encode(content).decode()
+        return _to_ascii({**data, "encoding": "base64", "body": body})
+
+    def cancel(self, id: str) -> None:
+        if self._calls.pop(id, None) is not None:
+            self.debug(f"{self.name} is sent 'ApiCancel'")
+            with contextlib.suppress(ConnectionError):
+                self.websocket.write(envelope(id, "ApiCancel"))
+
+
+def make_agent(
+    id: str, websocket: WebSocket, credential: str, first: str
+) -> AgentController:
+    """The controller for an agent, by the data of its first message.
+
+    Version 1 says nothing there; nonsense counts as nothing.
+    """
+    hello = parse_envelope(first)
+    if hello.get("version") == 2:
+        return APIAgent(id, websocket, credential, hello)
+    return TextAgent(id, websocket, credential)
+
+
+def agent_error(
+    name: str, said: str, failure: Failure = Failure.NONE
+) -> ControllerError:
+    """The failure that an agent tells of: its words are for whoever asked."""
+    message = f"{name} failed: {said}"
+    return ControllerError(f"{name} failed", failure, said=message, code="agent_error")
+
+
+class AgentCall(Answer):
     """One request on an agent's socket, and what the agent has said to it.
 
     Messages wait here until they are read, at most max_size bytes of them: the
-    socket is shared, and must never wait for one slow client.
+    socket is shared, and must never wait for one slow client.  Once begun it is the
+    answer: ApiResponse, any number of ApiData, ApiEnd.
     """
 
     MESSAGE_COST = 128  # bytes of memory for each, even for one without data
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_size: int) -> None:
-        self._loop = loop
+    def __init__(
+        self, agent: AgentController, id: str, max_size: int, deadline: float
+    ) -> None:
+        super().__init__(0, {})
+        self._agent = agent
+        self._id = id
         self._max_size = max_size
+        self._deadline = deadline
+        self._loop = agent.websocket.connection.loop
         self._messages: deque[tuple[str, str]] = deque()
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
         self._error: ControllerError | None = None
+        self._base64 = False
+        self._ended = False
+
+    # --- Messages
 
     def put(self, kind: str, data: str) -> bool:
         """Add a message; False if that is one too many, and the call has failed."""
@@ -5710,358 +6061,43 @@ class AgentCall:
         while not self._messages:
             if self._error is not None:
                 raise self._error
-            self._waiter = waiter = self._loop.create_future()
-            timer = self._loop.call_at(deadline, self._expire, waiter)
+            if self._loop.time() >= deadline:
+                raise asyncio.TimeoutError
+            self._waiter = self._loop.create_future()
+            timer = self._loop.call_at(deadline, self._wake)
             try:
-                await waiter
+                await self._waiter
             finally:
                 timer.cancel()
                 self._waiter = None
-                del waiter  # see Connection.receive()
         kind, data = self._messages.popleft()
         self._size -= len(data) + self.MESSAGE_COST
         return kind, data
 
-    @staticmethod
-    def _expire(waiter: asyncio.Future[None]) -> None:
-        if not waiter.done():
-            waiter.set_exception(asyncio.TimeoutError())
+    # --- The answer
 
-
-# What an agent says in "error" if it has as many calls as it may, those of other
-# servers counted: that is no failure.
-AGENT_FULL = "the agent has as many calls as it may"
-AGENT_FULL_PAUSE = 0.25  # seconds until it is asked again
-# Which server it is, in its answer to an agent's handshake: by this an agent tells
-# two ways to one server.
-SERVER_ID_FIELD = "x-server-id"
-
-
-def envelope(id: str, message: str, data: str = "") -> str:
-    """One message between server and agent, as JSON."""
-    # json builds an encoder anew for each object, in 3 us; a text takes it 0.2.
-    return (
-        f'{{"id":{_to_ascii(id)},"message":{_to_ascii(message)},'
-        f'"data":{_to_ascii(data)}}}'
-    )
-
-
-def parse_envelope(text: str | bytes) -> dict[str, Any]:
-    """The JSON object of one message; {} for anything else (it is dropped)."""
-    try:
-        value = json.loads(text if isinstance(text, str) else text.decode())
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def agent_error(
-    name: str, said: str, failure: Failure = Failure.NONE
-) -> ControllerError:
-    """The failure that an agent tells of: its words are for whoever asked."""
-    message = f"{name} failed: {said}"
-    return ControllerError(f"{name} failed", failure, said=message, code="agent_error")
-
-
-class AgentController(Controller):
-    """A program that dialled in over a websocket.
-
-    id          what conversations with it are kept under
-    credential  what it registered with; who comes back with an id needs the same
-    version     1: an original agent, which takes one text and keeps conversations
-                itself.  2: this file as agent, which takes any API request
-    """
-
-    type = "agent"
-    transient = True
-    REPLIES = ("ChatGptResponse", "ApiData", "ApiEnd", "ApiResponse", "error")
-
-    def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
-        super().__init__(f"agent-{id[:8]}", max_concurrency=1)
-        self.id = id
-        self.version = 1
-        self.websocket = websocket
-        self.credential = credential
-        self.user: User | None = None  # whose token that is, if it is one
-        self.limits = websocket.limits
-        # It wants no new calls.
-        self.on_drain: Callable[[Controller], None] = lambda controller: None
-        self.debug: Callable[[str], None] = lambda line: None
-        self.heard_at = unix_time()
-        self.asked_at: float | None = None
-        self._loop = websocket.connection.loop
-        self._full_until = 0.0
-        self._calls: dict[str, AgentCall] = {}
-        # Calls of a version 1 agent whose client has left: it works on, and must
-        # not be given another request before it is done.
-        self._owed: dict[str, asyncio.TimerHandle] = {}
-
-    def introduce(self, data: str) -> None:
-        """Read what an agent says of itself in its first message.
-
-        Version 1 says nothing; nonsense counts as nothing.
-        """
-        said = parse_envelope(data)
-        if said.get("version") != 2:
-            self.websocket.heartbeat = self._ping
-            return
-        self.version = 2
-        name = said.get("name")
-        if isinstance(name, str) and name and name.isprintable():
-            self.name = name[:64]
-        self.set_models(said.get("models"))
-        concurrency = said.get("max_concurrency")
-        usable = isinstance(concurrency, int) and 0 < concurrency <= 10_000
-        self.max_concurrency = concurrency if usable else 8
-        self.paused = said.get("paused") is True
-
-    def set_models(self, models: Any) -> None:
-        """The models it serves: a list, or None for any."""
-        if isinstance(models, list):
-            names = [name for name in models if isinstance(name, str)]
-            self.models = models_table(names[:1000])
-
-    def status(self, now: float) -> dict[str, Any]:
-        """Its line in GET /admin/status: its name is a label, the id is its own."""
-        user = "" if self.user is None else self.user.name or self.user.user_id
-        return {**super().status(now), "id": self.id, "user": user}
-
-    def _ping(self) -> None:
-        """Version 1 is pinged in its own words, as the original server did."""
-        self.debug(f"{self.name} is sent 'ping'")
-        self.websocket.ping()
-        with contextlib.suppress(ConnectionError):
-            self.websocket.write(envelope(str(uuid.uuid4()), "ping"))
-
-    def answers(self, path: str) -> bool:
-        return self.version == 2 or path == CHAT_PATH
-
-    def available(self, now: float) -> bool:
-        return now >= self._full_until and super().available(now)
-
-    def full(self) -> ControllerError:
-        """Leave an agent alone for a moment that other servers keep busy."""
-        self._full_until = self._loop.time() + AGENT_FULL_PAUSE
-        self._loop.call_later(AGENT_FULL_PAUSE, self.on_free)
-        reason = f"{self.name} is busy with what other servers ask"
-        return ControllerError(
-            reason, Failure.FULL, status=503, code="agent_full", retry_after=1
-        )
-
-    def tell(self, message: str) -> None:
-        """Send a message without data; version 1 would not understand it."""
-        if self.version == 2:
-            with contextlib.suppress(ConnectionError):
-                self.websocket.write(envelope(self.id, message))
-
-    # --- What the agent says
-
-    async def serve(self) -> None:
-        """Read the agent's messages until it leaves."""
-        try:
-            async for message in self.websocket:
-                self._hear(parse_envelope(message))
-                del message  # it may be large, and the next one far
-        finally:
-            self.websocket.heartbeat = None  # it would hold us, as we hold it
-            for timer in self._owed.values():
-                timer.cancel()
-            reason = f"{self.name} has left"
-            for call in self._calls.values():
-                call.fail(ControllerError(reason, Failure.NONE, code="agent_lost"))
-
-    def _hear(self, said: dict[str, Any]) -> None:
-        self.heard_at = unix_time()
-        kind, data = said.get("message"), said.get("data")
-        self.debug(f"{self.name} says {str(kind)[:40]!r}")
-        if kind in self.REPLIES:
-            self._deliver(str(said.get("id")), str(kind), data)
-        elif kind == "Models" and isinstance(data, str) and self.version == 2:
-            self._change_models(data)
-        elif kind == "Drain" and self.version == 2:
-            self.on_drain(self)
-        elif kind in ("Pause", "Resume") and self.version == 2:
-            if self.paused != (kind == "Pause"):
-                self.paused = not self.paused
-                self.report(
-                    f"agent {self.name} is {'' if self.paused else 'no more '}paused"
-                )
-                self.on_free()
-
-    def _deliver(self, id: str, kind: str, data: Any) -> None:
-        """Hand a message to its call; late is not wrong, it is dropped quietly."""
-        call = self._calls.get(id)
-        text = data if isinstance(data, str) else ""
-        if call is None:
-            self._forgive(id)
-        elif not call.put(kind, text):
-            self.cancel(id)
-
-    def _forgive(self, id: str) -> None:
-        """A call whose client had left is done, or its deadline has come."""
-        timer = self._owed.pop(id, None)
-        if timer is not None:
-            timer.cancel()
-            self.in_flight -= 1
-            self.websocket.patient = bool(self._calls or self._owed)
-            self.on_free()
-
-    def _change_models(self, data: str) -> None:
-        try:
-            self.set_models(json.loads(data))
-        except (ValueError, RecursionError):
-            return
-        self.on_free()
-
-    # --- What it is asked
-
-    async def answer(self, request: APIRequest) -> Answer:
-        if self.version == 2:
-            return await super().answer(request)
-        return await self._answer_text(request)
-
-    async def _answer_text(self, request: APIRequest) -> Answer:
-        """Ask a version 1 agent: one text, one answer."""
-        conversation_id = parent_id = ""
-        if request.ask is not None and (request.agent_id or not request.ask[1]):
-            content, conversation_id, parent_id = request.ask
-        else:  # no conversation of its own: all of it as one text
-            content = messages_text(request.body["messages"])
-        id = str(uuid.uuid4())
-        data = {
-            "message_id": id,
-            "conversation_id": conversation_id,
-            "parent_id": parent_id or str(uuid.uuid4()),
-            "content": content,
-        }
-        deadline = min(self._loop.time() + self.limits.ask_timeout, request.deadline)
-        call = self._open_call(id, ASK_ANSWER_SIZE)
-        self.asked_at = unix_time()
-        self.websocket.patient = True
-        self.debug(f"{self.name} is sent 'ChatGptRequest'")
-        try:
-            await self.websocket.send(envelope(id, "ChatGptRequest", _to_ascii(data)))
-            kind, text = await call.get(deadline)
-        except asyncio.CancelledError:
-            if not call.answered:
-                self._owed[id] = self._loop.call_at(deadline, self._forgive, id)
-                self.in_flight += 1
-            raise
-        finally:
-            self.end_call(id)
-            self.websocket.patient = bool(self._owed)
-        return self._text_answer(request, content, kind, text)
-
-    def _text_answer(
-        self, request: APIRequest, question: str, kind: str, text: str
-    ) -> Answer:
-        """A version 1 agent's words as the answer that the client expects."""
-        said = parse_envelope(text)
-        content = said.get("content")
-        if kind != "ChatGptResponse" or not isinstance(content, str):
-            why = text[:4096] if kind == "error" else "its answer is unreadable"
-            raise agent_error(self.name, why)
-        usage = Usage(estimate_tokens(question), 0, estimate_tokens(content))
-        if request.ask is not None:
-            body = {
-                "usage": usage_object(usage),
-                "response_id": str(said.get("response_id") or ""),
-                "conversation_id": str(said.get("conversation_id") or ""),
-                "content": content,
-            }
-        else:
-            model = request.model or ""
-            body = chat_completion(model, {"content": content}, usage_object(usage))
-        return WholeAnswer(encode_json(body))
-
-    async def _send(self, request: APIRequest, content: bytes) -> Answer:
-        """Ask a version 2 agent: any request, any answer, streamed."""
-        id = random_id("call-")
-        text = envelope(id, "ApiRequest", self._request_data(request, content))
-        if len(text) > self.limits.agent_message_size:  # it would close the socket
-            reason = "The request is too large for an agent."
-            raise ControllerError(reason, Failure.NONE, status=413)
-        call = self._open_call(id, self.limits.event_size)
-        self.asked_at = unix_time()
-        self.debug(f"{self.name} is sent 'ApiRequest'")
-        try:
-            # One large request after the other: together they would be more than
-            # may wait to be sent.
-            await self.websocket.connection.drain()
-            await self.websocket.send(text)
-            timeout = self.limits.first_byte_timeout
-            deadline = min(self._loop.time() + timeout, request.deadline)
-            kind, data = await call.get(deadline)
-            return AgentAnswer(self, id, call, kind, data, request.deadline)
-        except BaseException:
-            self.cancel(id)
-            raise
-
-    @staticmethod
-    def _request_data(request: APIRequest, content: bytes) -> str:
-        """What an ApiRequest says; the client's own JSON goes in as it came."""
-        data: dict[str, Any] = {"method": "POST", "path": request.target}
-        data["headers"] = request.headers
-        if request.is_json:
-            return f'{_to_ascii(data)[:-1]},"body":{content.decode()}}}'
-        body = base64.b64encode(content).decode()
-        return _to_ascii({**data, "encoding": "base64", "body": body})
-
-    def _open_call(self, id: str, max_size: int) -> AgentCall:
-        call = self._calls[id] = AgentCall(self._loop, int(max_size))
-        return call
-
-    def cancel(self, id: str) -> None:
-        """Forget a call, and have a version 2 agent stop working on it."""
-        if self._calls.pop(id, None) is not None and self.version == 2:
-            self.debug(f"{self.name} is sent 'ApiCancel'")
-            with contextlib.suppress(ConnectionError):
-                self.websocket.write(envelope(id, "ApiCancel"))
-
-    def end_call(self, id: str) -> None:
-        """Forget a call that the agent has ended."""
-        self._calls.pop(id, None)
-
-
-class AgentAnswer(Answer):
-    """A version 2 agent's answer: ApiResponse, any number of ApiData, ApiEnd."""
-
-    def __init__(
-        self,
-        agent: AgentController,
-        id: str,
-        call: AgentCall,
-        kind: str,
-        data: str,
-        deadline: float,
-    ) -> None:
+    def begin(self, kind: str, data: str) -> None:
+        """Take the first message: the answer's head.  Raise ControllerError."""
         head = parse_envelope(data)
         status = head.get("status")
         if kind == "error":
-            agent.end_call(id)
-        if kind == "error" and data == AGENT_FULL:
-            raise agent.full()
+            self._agent.end_call(self._id)
         if kind != "ApiResponse" or type(status) is not int or not 200 <= status < 600:
             said = data[:4096] if kind == "error" else "its answer is unreadable"
-            raise agent_error(agent.name, said)
+            raise agent_error(self._agent.name, said)
         content_type = str(head.get("content_type", ""))
         if not (content_type.isascii() and content_type.isprintable()):
             content_type = "application/octet-stream"
-        super().__init__(status, {"content-type": content_type})
+        self.status = status
+        self.headers = {"content-type": content_type}
         if isinstance(head.get("retry_after"), (int, float)):
             self.headers["retry-after"] = str(head["retry_after"])
-        self._agent = agent
-        self._id = id
-        self._call = call
-        self._deadline = deadline
         self._base64 = head.get("encoding") == "base64"
-        self._ended = False
 
     async def read(self) -> bytes:
         while not self._ended:
-            loop = asyncio.get_running_loop()
-            silence = loop.time() + self._agent.limits.silence_timeout
-            kind, data = await self._call.get(min(silence, self._deadline))
+            silence = self._loop.time() + self._agent.limits.silence_timeout
+            kind, data = await self.get(min(silence, self._deadline))
             if kind == "ApiEnd":
                 self._ended = True
                 self._agent.end_call(self._id)
@@ -6074,8 +6110,7 @@ class AgentAnswer(Answer):
 
     async def finish(self) -> None:
         """Wait a moment for ApiEnd: a call that is left before it is cancelled."""
-        soon = asyncio.get_running_loop().time() + 0.2
-        self._deadline = min(self._deadline, soon)
+        self._deadline = min(self._deadline, self._loop.time() + 0.2)
         with contextlib.suppress(asyncio.TimeoutError, APIError):
             while await self.read():
                 pass
@@ -8890,14 +8925,13 @@ class Service:
         current = self.agents.get(claimed_id)
         usable = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", claimed_id, re.ASCII)
         if usable and (current is None or current.credential == agent.credential):
-            agent.id = claimed_id
+            agent.register_as(claimed_id)
             if current is not None:
                 self.unregister(current)
                 current.websocket.close(4000, "the agent has registered anew")
-        if agent.version == 1:
-            agent.name = f"agent-{agent.id[:8]}"
+        names = {other.name for other in self.agents.values()}
         name, number = agent.name, 1
-        while any(other.name == agent.name for other in self.agents.values()):
+        while agent.name in names:
             number += 1  # several of one machine, or of one person
             agent.name = f"{name}-{number}"
         agent.switched_off = agent.id in self.paused
@@ -10023,10 +10057,9 @@ class RequestHandler:
     ) -> dict[str, Any]:
         """The ask API's answer, and the conversation kept for the next question."""
         kept = self.service.conversations
-        agent = call.controller
         agent_id = ""
-        if isinstance(agent, AgentController) and agent.version == 1:
-            agent_id = agent.id
+        if call.controller is not None and call.controller.keeps_conversations:
+            agent_id = call.controller.id
         try:
             if agent_id:
                 text = answer["content"]
@@ -10094,28 +10127,29 @@ class RequestHandler:
         self.close_connection = True
         self.websocket = websocket
         self.log_request()
-        agent = AgentController(str(uuid.uuid4()), websocket, credential)
-        agent.user = self.user
-        claimed = await self._introduce(agent)
-        if claimed is None:
+        id = str(uuid.uuid4())
+        said = await self._first_message(websocket, id)
+        if said is None:
             return
+        agent = make_agent(id, websocket, credential, str(said.get("data") or ""))
+        agent.user = self.user
         agent.debug = service.debug
-        service.register(agent, claimed)
         agent.on_drain = service.pool.remove
+        service.register(agent, str(said.get("id") or ""))
         service.report(f"agent {agent.name} joined from {self.connection.peer}")
         try:
-            if agent.version == 2:  # the id it got; and pings are answered here
-                websocket.write(envelope(agent.id, "Connection id", '{"version": 2}'))
+            agent.welcome()
             await agent.serve()
         finally:
             service.unregister(agent)
             how = f"{websocket.close_code} {_plain(websocket.close_reason)}".strip()
             service.report(f"agent {agent.name} left ({how})")
 
-    async def _introduce(self, agent: AgentController) -> str | None:
-        """Exchange ids; the id that the agent remembers, None if it says nothing."""
-        websocket = agent.websocket
-        websocket.write(envelope(agent.id, "Connection id"))
+    async def _first_message(
+        self, websocket: WebSocket, id: str
+    ) -> dict[str, Any] | None:
+        """Send an agent its id; what it says of itself, None if it says nothing."""
+        websocket.write(envelope(id, "Connection id"))
         deadline = FIRST_MESSAGE_TIMEOUT
         timer = self.loop.call_later(deadline, websocket.close, 1008, "no id")
         try:
@@ -10125,11 +10159,9 @@ class RequestHandler:
                     return None
                 said = parse_envelope(message)
                 if said.get("message") == "Connection id":
-                    break
+                    return said
         finally:
             timer.cancel()
-        agent.introduce(str(said.get("data") or ""))
-        return str(said.get("id") or "")
 
     # --- Administration
 
