@@ -8206,6 +8206,339 @@ async def test_a_code_of_the_key_or_the_account_disables_at_once(
             assert "disabled for 600 s" in log.text
 
 
+# --- Whose fault it is
+
+
+def by_words(answers, usual=None):
+    """An upstream's behaviour: what it sends to a request with one of these words."""
+
+    async def behave(request, writer):
+        found = (a for word, a in answers.items() if word.encode() in request.content)
+        answer = next(found, usual or http_reply(completion()))
+        if answer is None:
+            raise ConnectionResetError
+        writer.write(answer)
+
+    return behave
+
+
+@contextlib.asynccontextmanager
+async def pool_of(tmp_path, *behaves, options=None, **more):
+    """A server over upstreams that behave so: (server, upstreams, controllers)."""
+    async with contextlib.AsyncExitStack() as stack:
+        upstreams, controllers = [], []
+        for number, behave in enumerate(behaves):
+            upstreams.append(await stack.enter_async_context(Upstream(behave)))
+            given = options[number] if options else {}
+            named = {"name": f"up{number}", "models": ["m"], **given}
+            controllers.append(upstreams[-1].controller(**named))
+        server = await stack.enter_async_context(
+            serving(tmp_path, *controllers, **more)
+        )
+        yield server, upstreams, controllers
+
+
+async def states(server):
+    reply = await ask(server.port, "GET", "/admin/controllers")
+    lines = reply.json()["controllers"]
+    return {c["name"]: c["state"] for c in lines if c["type"] != "mock"}
+
+
+QUOTE = "ALICE-SECRET"  # what one user asked
+QUOTED = {"message": f"near: {QUOTE}", "type": QUOTE, "code": QUOTE}
+QUOTING_ANSWERS = {
+    **{
+        str(status): http_reply({"error": QUOTED}, status)
+        for status in (400, 401, 402, 403, 404, 409, 413, 422, 429, 500, 501, 503, 529)
+    },
+    "text": http_reply({"error": QUOTE}, 500),
+    "detail": http_reply({"detail": [{"msg": QUOTE, "type": QUOTE}]}, 500),
+    "list": http_reply([{"error": {**QUOTED, "status": QUOTE}}], 429),
+    "html": http_reply(b"<html>%b" % QUOTE.encode(), 500, "text/html"),
+    "redirect": http_reply(b"", 302, headers=[("Location", f"/{QUOTE}")]),
+    "phrase": b"HTTP/1.1 500 %b\r\nContent-Length: 0\r\n\r\n" % QUOTE.encode(),
+    "label": http_reply(b"x", content_type=QUOTE),
+    "coding": http_reply(b"x", headers=[("Content-Encoding", QUOTE)]),
+    "retry": http_reply({}, 429, headers=[("Retry-After", QUOTE)]),
+    "200": http_reply({"error": QUOTED}),
+    "neither": http_reply(QUOTE.encode()),
+    "framing": b"HTTP/1.1 200 OK\r\nContent-Length: %b\r\n\r\n" % QUOTE.encode(),
+    "event": http_reply(
+        b'data: {"error": %b}\n\n' % json.dumps(QUOTED).encode(),
+        content_type="text/event-stream",
+    ),
+    "late": http_reply(
+        chunk("Hi") + b'data: {"error": %b}\n\n' % json.dumps(QUOTED).encode(),
+        content_type="text/event-stream",
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("shape", QUOTING_ANSWERS)
+@flow
+async def test_nobody_reads_what_another_user_asked(tmp_path, shape, stream):
+    """Not in a 503, not in what the administrator sees, not in the log."""
+    log = PoolLog()
+    behave = by_words({QUOTE: QUOTING_ANSWERS[shape]})
+    async with pool_of(tmp_path, behave, log=log) as (server, _, _):
+        alice, bob = await add_user(server), await add_user(server)
+        for number in range(4):
+            own = await chat(server, f"{QUOTE} {number}", alice, stream=stream)
+            assert own.status != 503 or number
+        if shape in ("400", "403", "409", "500", "429", "text", "list", "event"):
+            first = (await chat(server, QUOTE, alice)).content.decode()
+            assert QUOTE in first or "cooling" in first
+        seen = [(await chat(server, key=bob)).content]
+        for path in ("/admin/controllers", "/admin/status", "/metrics"):
+            seen.append((await ask(server.port, "GET", path)).content)
+        assert QUOTE not in b"".join(seen).decode()
+    assert QUOTE not in log.text
+
+
+def test_a_failure_has_two_texts_and_only_its_own_words_are_kept():
+    error = apiserver.judge_refusal(
+        "up", 500, {}, apiserver.ErrorObject(QUOTE, "server_error", QUOTE), "m"
+    )
+    assert error.message == f"up: {QUOTE}"
+    assert error.reason == "up: status 500 server_error"
+    health = apiserver.Health(Limits(cool_failures=1))
+    assert health.fail(error, plain_request(), 0)
+    assert QUOTE not in health.reason
+
+
+CLOSES_NOTHING = [
+    *(300, 301, 302, 307, 308, 400, 401, 402, 403, 404, 405, 406, 408, 409, 410, 413),
+    *(415, 422, 424, 425, 451, 498, 499, 500, 501, 502, 503, 504, 520, 529),
+]
+ANSWERS_TO_ONE = {
+    **{str(status): error_reply(status) for status in CLOSES_NOTHING},
+    "garbage": http_reply(b"garbage"),
+    "empty": http_reply(b""),
+    "half": http_reply(b'{"choices": ['),
+    "no http": b"garbage\r\n\r\n",
+    "error in 200": http_reply({"error": {"message": "roles must alternate"}}),
+    "error event": http_reply(b'data: {"error": {"message": "no"}}\n\n'),
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("answer", ANSWERS_TO_ONE)
+@flow
+async def test_one_request_closes_nothing(tmp_path, answer, count):
+    """However often it is sent, to however many, streamed or not."""
+    behave = by_words({"BAD": ANSWERS_TO_ONE[answer]})
+    async with pool_of(tmp_path, *[behave] * count) as (server, _, controllers):
+        alice, bob = await add_user(server), await add_user(server)
+        for stream in (False, False, True, True):
+            assert (await chat(server, "BAD", alice, stream=stream)).status >= 400
+        assert (await chat(server, key=bob)).status == 200
+        assert set((await states(server)).values()) == {"ready"}
+        assert not any(c.health.closed_by for c in controllers)
+
+
+@pytest.mark.parametrize("status", [400, 402, 403, 404, 409, 413, 415, 422, 451])
+@flow
+async def test_a_refusal_is_the_clients_when_all_refuse(tmp_path, status):
+    content = {"error": {"message": "about the prompt", "code": None}}
+    behave = by_words({"BAD": http_reply(content, status)})
+    async with pool_of(tmp_path, *[behave] * 3) as (server, upstreams, _):
+        reply = await chat(server, "BAD")
+        assert (reply.status, reply.json()) == (status, content)
+        asked = sum(len(chats(upstream)) for upstream in upstreams)
+        assert asked == (3 if status in (402, 403) else 1)
+
+
+@flow
+async def test_distinct_requests_close_what_is_broken_for_all(tmp_path):
+    async with pool_of(tmp_path, error_reply(500), None) as (server, (bad, _), _):
+        for number in range(12):
+            assert (await chat(server, f"{number}")).status == 200
+        assert (await states(server))["up0"] == "cooling"
+        assert len(chats(bad)) == 3
+
+
+def test_a_failure_is_evidence_once_a_minute_for_each_user_and_content():
+    health = apiserver.Health(Limits(cool_failures=3))
+    broken = apiserver.ControllerError("broken")
+
+    def fail(user, number, now):
+        request = plain_request(number)
+        request.user = user
+        return health.fail(broken, request, now)
+
+    assert not any(fail("alice", 0, now) for now in range(50))
+    assert not fail("bob", 0, 50)
+    assert not fail("bob", 0, 59)
+    assert fail("alice", 0, 61)  # of a monitor, say, that asks the same each minute
+    health = apiserver.Health(Limits(cool_failures=2))
+    assert not fail("alice", 0, 0)
+    health.succeed()
+    assert not fail("alice", 0, 1)
+
+
+def test_who_makes_many_requests_fail_costs_no_time_and_no_memory():
+    health = apiserver.Health()
+    broken = apiserver.ControllerError("broken")
+    began = time.process_time()
+    for number in range(10_000):
+        health.fail(broken, plain_request(number), 1.0)
+    assert time.process_time() - began < 0.5
+    assert len(health._seen) <= 1000
+
+
+def test_an_upload_that_is_sent_again_has_another_boundary_and_is_the_same():
+    """SDKs draw a new one for each try: three tries of one file are one request."""
+    digests = {
+        apiserver.form_request("/v1/x", form(FORM_FILE, boundary=b), "").digest
+        for b in ("B", "a-b'c", "----WebKit1")
+    }
+    assert len(digests) == 1
+    other = form((FORM_FILE[0], "ID4"))
+    assert apiserver.form_request("/v1/x", other, "").digest not in digests
+    assert plain_request(1).digest != plain_request(2).digest
+
+
+# --- Keys that are doubted
+
+
+def pool_probes(upstream):
+    return [r for r in upstream.requests if r.line.startswith("GET /v1/models ")]
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+@flow
+async def test_a_key_is_disabled_only_when_a_plain_request_is_refused_too(
+    tmp_path, status
+):
+    refused = [False]
+
+    async def behave(request, writer):
+        plain = request.line.startswith("GET")
+        bad = refused[0] if plain else b"BAD" in request.content
+        writer.write(error_reply(status) if bad else http_reply(completion()))
+
+    async with pool_of(tmp_path, behave, None) as (server, (first, _), (up0, _)):
+        for number in range(6):
+            assert (await chat(server, f"BAD {number}")).status == 200
+        await until(lambda: pool_probes(first))
+        assert (await states(server))["up0"] == "ready"
+        assert len(pool_probes(first)) == 1  # a minute
+        server.service.pool._probes.clear()  # the minute is over
+        refused[0] = True
+        while up0.health.closed_by is None:
+            assert (await chat(server, "BAD again")).status == 200
+        assert (await states(server))["up0"] == "disabled"
+        assert len(pool_probes(first)) == 2
+        assert pool_probes(first)[1].headers["authorization"] == "Bearer UPSTREAMSECRET"
+
+
+@flow
+async def test_words_of_a_message_are_no_code_of_a_key(tmp_path):
+    said = {
+        "message": "insufficient_quota invalid_api_key",
+        "code": "bad",
+        "param": "x",
+    }
+    behave = by_words({"BAD": http_reply({"error": said}, 400)})
+    async with pool_of(tmp_path, behave) as (server, _, _):
+        assert (await chat(server, "BAD")).status == 400
+        assert await states(server) == {"up0": "ready"}
+
+
+@flow
+async def test_nothing_is_kept_of_a_controller_that_was_probed_and_has_gone(tmp_path):
+    """Agents come and go: each may have answered 403 once."""
+    async with pool_of(tmp_path, error_reply(403)) as (server, _, (controller,)):
+        await chat(server)
+        pool = server.service.pool
+        assert controller in pool._probes
+        pool.remove(controller)
+        assert not pool._probes
+
+
+# --- The last one standing
+
+
+@flow
+async def test_the_last_one_is_asked_although_it_was_broken_for_all(tmp_path):
+    broken = [True]
+
+    async def behave(request, writer):
+        writer.write(error_reply(500) if broken[0] else http_reply(completion()))
+
+    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
+        for number in range(4):
+            assert (await chat(server, f"{number}")).status == 500
+        assert await states(server) == {"up0": "cooling"}
+        assert len(chats(upstream)) == 4
+        broken[0] = False
+        assert (await chat(server, "new")).status == 200
+        assert await states(server) == {"up0": "ready"}
+
+
+@flow
+async def test_the_last_one_is_tried_by_one_request_at_a_time(tmp_path):
+    go_on = asyncio.Event()
+
+    async def behave(request, writer):
+        if b"slow" in request.content:
+            await go_on.wait()
+            writer.write(http_reply(completion()))
+        else:
+            writer.write(error_reply(500) if not go_on.is_set() else GOOD_REPLY)
+
+    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
+        for number in range(3):
+            await chat(server, f"{number}")
+        asking = [asyncio.ensure_future(chat(server, f"slow {n}")) for n in range(5)]
+        await until(lambda: server.service.pool.waiting == 4)
+        assert len(chats(upstream)) == 4
+        go_on.set()
+        assert {r.status for r in await asyncio.gather(*asking)} == {200}
+
+
+GOOD_REPLY = http_reply(completion())
+
+
+@pytest.mark.parametrize(
+    "answer, status, left",
+    [
+        (error_reply(429, headers=[("Retry-After", "20")]), 503, 20),
+        (error_reply(400, code="invalid_api_key"), 503, None),
+        (error_reply(429, code="insufficient_quota"), 503, None),
+    ],
+)
+@flow
+async def test_the_last_one_is_not_asked_before_its_time_nor_with_a_dead_key(
+    tmp_path, answer, status, left
+):
+    async with pool_of(tmp_path, answer) as (server, (upstream,), _):
+        await chat(server)
+        reply = await chat(server, "another")
+        assert reply.status == status and len(chats(upstream)) == 1
+        if left is None:
+            assert "retry-after" not in reply.headers
+        else:
+            assert left - 3 <= int(reply.headers["retry-after"]) <= left
+
+
+@flow
+async def test_a_refused_connection_is_tried_again_where_nobody_else_is(tmp_path):
+    async with Upstream() as upstream:
+        upstream.server.close()
+        await upstream.server.wait_closed()
+        async with serving(tmp_path, upstream.controller(name="up")) as server:
+            assert (await chat(server)).status == 500
+            assert await states(server) == {"up": "cooling"}
+            again = await asyncio.start_server(
+                upstream._serve, "127.0.0.1", upstream.port
+            )
+            assert (await chat(server, "b")).status == 200
+            again.close()
+
+
 @flow
 async def test_no_key_and_no_second_line_of_an_upstream_reaches_the_log(tmp_path):
     log = PoolLog()
