@@ -15631,6 +15631,21 @@ def test_the_readmes_script_runs_as_printed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
+def test_the_readme_names_every_setting_and_every_route():
+    def names(shape):
+        for key, inner in shape.items():
+            yield key
+            inner = inner[0] if isinstance(inner, list) else inner
+            if isinstance(inner, dict) and key != "limits":  # they are in the source
+                yield from names(inner)
+
+    text = readme()
+    settings = set(names(apiserver.file_keys()))
+    assert [key for key in settings if not re.search(f'[`"]{key}[`"]', text)] == []
+    routes = set(apiserver.RequestHandler.ROUTES) - {"/v1/", "/v1/models/"}
+    assert [route for route in routes if f"{route}`" not in text] == []
+
+
 def test_the_readme_has_the_help_text_as_it_is(tmp_path):
     done = subprocess.run(
         [sys.executable, str(MODULE), "--help"],
