@@ -171,10 +171,6 @@ class Limits:
     ping_interval = 20.0  # shorter than the 60 s of NATs and proxies
     pong_timeout = 20.0  # any byte counts as an answer
     ask_timeout = 120.0  # a version 1 agent's silence; the original's
-    redial_first = 0.5  # an agent dials again after up to this, doubling ...
-    redial_max = 30.0  # ... up to this; refused for its key, after this
-    look_interval = 3.0  # an agent that has no upstream yet looks for one
-    models_interval = 30.0  # one that has reads its list of models again
 
     # --- Upstreams.
     connect_timeout = 10.0  # with DNS; also for a proxy's answer, a list of models
@@ -10749,7 +10745,13 @@ class Server:
         if cert is None:
             return None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(cert, key)
+        try:
+            # A key under a password is refused: nobody is there to be asked for it.
+            context.load_cert_chain(cert, key, password="")
+        except ssl.SSLError:
+            raise OSError(f"{cert}: not a certificate with its key") from None
+        except OSError as error:
+            raise OSError(f"{cert}, {key}: {error.strerror}") from None
         return context
 
     async def __aenter__(self) -> Server:
@@ -10927,6 +10929,14 @@ class Server:
 # further than that: what it is sent can reach its own upstreams' API and nothing
 # else.  Tasks answer the calls; the one that reads the socket waits for none.
 
+# Seconds until an agent dials again: up to this, doubling, up to that; after that at
+# once where its key was refused.
+REDIAL_FIRST = 0.5
+REDIAL_MAX = 30.0
+# Seconds between two looks for an upstream, and between two at its models.
+LOOK_INTERVAL = 3.0
+MODELS_INTERVAL = 30.0
+
 # Where usual programs listen on the machine they run on.
 LOCAL_PORTS = {11434: "Ollama", 8080: "llama.cpp", 8000: "vLLM", 1234: "LM Studio"}
 # Strict, for a server chooses it: no dot begins a segment, and nothing is encoded.
@@ -10937,7 +10947,7 @@ _API_FIELD = re.compile(r"[a-z0-9-]{1,64}:[\t\x20-\x7e\xa0-\xff]*")
 SERVER_LOOK_UP_INTERVAL = 30.0
 SERVER_ADDRESSES = 64  # ... and no more than this are dialled
 # A server that is started again has its agents back soon: for a minute they dial
-# after at most two seconds, later after at most redial_max.
+# after at most two seconds, later after at most REDIAL_MAX.
 REDIAL_SOON = 2.0
 REDIAL_SOON_TIME = 60.0
 _CURES = {
@@ -11030,7 +11040,7 @@ class Link:
     async def run(self) -> None:
         """Dial, serve until the connection ends, and again, for ever."""
         loop = asyncio.get_running_loop()
-        delay, lost_at = self.limits.redial_first, loop.time()
+        delay, lost_at = REDIAL_FIRST, loop.time()
         while self.wanted:
             joined_before, self.joined_at, refused = bool(self.joined_at), 0.0, False
             try:
@@ -11045,9 +11055,9 @@ class Link:
             if self.joined_at:
                 lost_at = loop.time()
                 if lost_at - self.joined_at > delay:
-                    delay = self.limits.redial_first  # it had been a good one
+                    delay = REDIAL_FIRST  # it had been a good one
             soon = loop.time() - lost_at < REDIAL_SOON_TIME
-            longest = self.limits.redial_max
+            longest = REDIAL_MAX
             delay = min(delay, REDIAL_SOON if soon else longest, longest)
             # Full jitter: a thousand agents must not come back in one moment.
             await asyncio.sleep(longest if refused else random.uniform(0, delay))
@@ -11445,7 +11455,7 @@ class Agent:
                 self._tell_servers("Models", _to_ascii(models))
             else:
                 ready.set()
-            pause = limits.models_interval if ready.is_set() else limits.look_interval
+            pause = MODELS_INTERVAL if ready.is_set() else LOOK_INTERVAL
             await asyncio.sleep(pause)
 
     def models_text(self) -> str:
@@ -11805,7 +11815,7 @@ RETIRED_LIMITS = frozenset(
     " control_frame_burst close_timeout agent_write_size response_head_size"
     " response_header_count interim_responses idle_upstream_connections"
     " content_rate_after connections_per_address first_message_timeout"
-    " ask_answer_size".split()
+    " ask_answer_size redial_first redial_max look_interval models_interval".split()
 )
 
 
@@ -12054,7 +12064,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("api_key", nargs="?")
     for name, setting in {**SETTINGS, **FINDING}.items():
         if setting.option:
-            parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
+            spellings = {f"--{name.replace('_', '-')}", f"--{name}"}
+            parser.add_argument(*sorted(spellings), dest=name)
     parser.add_argument("-v", "--verbose", action="store_true")
     version = f"chatgpt_apiserver.py {__version__}"
     parser.add_argument("--version", action="version", version=version)
@@ -12506,14 +12517,15 @@ class ServerProgram(Program):
         except ConfigurationError as error:
             self._log.report(f"configuration not reloaded: {error}")
             return
-        if self._config.path and not config.path:  # found before, and not named
-            path = self._config.path
+        path = self._config.path
+        if path and path != config.path and not os.path.lexists(path):
+            # Nothing, or a file in a later folder, was found in its place.
             self._log.report(f"configuration not reloaded: {path} is not there")
             return
         try:
             self._server.reload_certificate()
         except OSError as error:
-            self._log.report(f"certificate not reloaded: {error.strerror or error}")
+            self._log.report(f"certificate not reloaded: {error}")
         old, self._config = self._config, config
         # Compared with what is in force, which is what the start has read.
         now = self._fixed_settings(config)

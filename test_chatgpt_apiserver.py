@@ -467,11 +467,10 @@ class Program:
             [python, str(MODULE), *arguments],
             cwd=cwd,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            **options,
+            **{"stdin": subprocess.DEVNULL, **options},
         )
         self.lines = []
         self._changed = threading.Condition()
@@ -13645,6 +13644,97 @@ async def test_a_tls_handshake_that_never_ends_is_not_left_behind(tmp_path):
     assert not left
 
 
+def entry(name):
+    """A controller of a configuration file; nobody listens there."""
+    config = {"api_key": "k", "base_url": "http://127.0.0.1:9"}
+    return {"type": "openai", "name": name, "config": config}
+
+
+@needs_posix
+@flow(timeout=30)
+async def test_sighup_takes_a_renewed_certificate_and_no_broken_one(tmp_path):
+    cert = tmp_path / "cert.pem"
+    cert.write_text(TEST_CERT + TEST_KEY)
+    with program_in(tmp_path, "--tls-cert", str(cert)) as program:
+        program.wait_for("listens on https")
+        cert.write_text(TEST_CERT)  # its key is not there
+        program.signal(signal.SIGHUP)
+        program.wait_for("certificate not reloaded: .*cert.pem: not a certificate")
+        program.wait_for("controllers: none")
+        cert.write_text(TEST_CERT + TEST_KEY)
+        write_config(tmp_path, controllers=[entry("second")])
+        program.signal(signal.SIGHUP)
+        program.wait_for("controllers: second")
+        assert program.stderr.count("certificate not") == 1
+        program.signal(signal.SIGTERM)
+        assert program.end() == 0
+
+
+@needs_posix
+@pytest.mark.parametrize("elsewhere", [False, True])
+@flow(timeout=30)
+async def test_sighup_without_the_file_that_was_found_changes_nothing(
+    tmp_path, elsewhere
+):
+    found = tmp_path / "chatgpt-apiserver.json"
+    write_config(tmp_path, controllers=[entry("kept")])
+    with program_in(tmp_path) as program:
+        port = program.port
+        found.unlink()
+        if elsewhere:
+            (tmp_path / "config").mkdir()
+            write_config(tmp_path / "config", controllers=[])
+        program.signal(signal.SIGHUP)
+        program.wait_for("not reloaded: chatgpt-apiserver.json is not there")
+        reply = await ask(port, "GET", "/admin/controllers")
+        names = [line["name"] for line in reply.json()["controllers"]]
+        assert "kept" in names
+        program.signal(signal.SIGTERM)
+        assert program.end() == 0
+
+
+@needs_posix
+@flow(timeout=30)
+async def test_what_only_a_restart_changes_is_compared_with_what_is_in_force(tmp_path):
+    changed = {"users": "other.json", "metrics": {"users": True}}
+    with program_in(tmp_path) as program:
+        assert program.port
+        for name, settings in (("one", changed), ("two", changed), ("three", {})):
+            write_config(tmp_path, controllers=[entry(name)], **settings)
+            program.signal(signal.SIGHUP)
+            program.wait_for(f"controllers: {name}$")
+        program.signal(signal.SIGTERM)
+        assert program.end() == 0
+        text = "only a restart changes users, metrics.users"
+        assert program.stderr.count(text) == 2
+
+
+@needs_posix
+def test_a_closed_terminal_ends_the_server(tmp_path):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    with program_in(tmp_path, stdin=theirs) as program:
+        assert program.port
+        program.signal(signal.SIGHUP)  # sent by a person: the terminal is there
+        program.wait_for("configuration reloaded")
+        os.close(theirs)
+        os.close(ours)
+        program.signal(signal.SIGHUP)
+        program.wait_for("shutting down .SIGHUP")
+        assert program.end() == 0
+
+
+def test_the_start_screen_is_whole_with_many_controllers(tmp_path):
+    names = [f"a-long-name-for-a-controller-{n}" for n in range(300)]
+    write_config(tmp_path, controllers=list(map(entry, names)))
+    with program_in(tmp_path) as program:
+        program.wait_for("SHA-256 of agent.py")
+        assert names[19] in program.stderr and "and 280 more" in program.stderr
+        assert "mock/echo" in program.stderr
+        program.signal(signal.SIGTERM)
+        assert program.end() == 0
+
+
 async def until_reply(port, part):
     """Ask until the answer has part in it."""
     end = time.monotonic() + 5
@@ -13657,9 +13747,14 @@ async def until_reply(port, part):
 # Agent
 # -----------------------------------------------------------------------------
 
-AGENT_LIMITS = Limits(redial_first=0.05, redial_max=0.2, look_interval=0.02)
 STREAMED = {**CHAT, "stream": True}
 CHAT_API = "/v1/chat/completions"
+
+
+@pytest.fixture(autouse=True)
+def agents_do_not_wait(constant):
+    """Agents dial again, and look again, within a test's time."""
+    constant(REDIAL_FIRST=0.05, REDIAL_MAX=0.2, LOOK_INTERVAL=0.02)
 
 
 class AgentLog(list):
@@ -13675,7 +13770,7 @@ class AgentLog(list):
 async def agent_of(server, *controllers, **options):
     """An agent at work for a server (or a port), its lines in agent.log."""
     port = getattr(server, "port", server)
-    options = {"key": KEY, "name": "box", "limits": AGENT_LIMITS, **options}
+    options = {"key": KEY, "name": "box", **options}
     options.setdefault("log", AgentLog())
     options.setdefault("controllers", controllers or None)
     agent = apiserver.Agent(f"127.0.0.1:{port}", **options)
@@ -13995,12 +14090,15 @@ async def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
 
 @pytest.mark.parametrize("key, words", [("wrong", "(401)"), ("user", "(403)")])
 @flow
-async def test_a_refused_key_is_told_once_and_tried_again(tmp_path, key, words):
+async def test_a_refused_key_is_told_once_and_tried_again(
+    tmp_path, constant, key, words
+):
+    constant(REDIAL_MAX=0.02)
     async with serving(tmp_path) as server:
         user = await server.service.users.add()
         controller = FunctionController(lambda request: "Hi", models=["m"])
         token = user.token if key == "user" else key
-        options = {"limits": Limits(redial_max=0.02), "key": token}
+        options = {"key": token}
         log = AgentLog()
         server.service.access = log.write
         async with agent_of(server.port, controller, **options) as agent:
@@ -14072,17 +14170,18 @@ async def test_a_second_request_to_shut_down_ends_an_agent_at_once(tmp_path):
 
 
 @flow
-async def test_an_agent_waits_for_an_upstream_and_tells_when_its_list_changes(tmp_path):
+async def test_an_agent_waits_for_an_upstream_and_tells_when_its_list_changes(
+    tmp_path, constant
+):
+    constant(MODELS_INTERVAL=0.02)
     names = []
 
     async def behave(request, writer):
         writer.write(http_reply({"data": [{"id": name} for name in names]}))
 
     async with Upstream(behave) as upstream, serving(tmp_path) as server:
-        limits = Limits(look_interval=0.02, models_interval=0.02)
-        async with agent_of(
-            server.port, upstream.controller(name="up"), limits=limits
-        ) as agent:
+        controller = upstream.controller(name="up")
+        async with agent_of(server.port, controller) as agent:
             await until(lambda: agent.log)
             assert "nothing to serve yet" in agent.log[0] and "up" in agent.log[0]
             assert not server.service.agents
@@ -14275,7 +14374,7 @@ async def test_a_slow_server_slows_the_upstream():
 
 @flow
 async def test_a_server_that_falls_silent_is_left_and_dialled_again():
-    limits = Limits(redial_first=0.05, ping_interval=0.05, pong_timeout=0.05)
+    limits = Limits(ping_interval=0.05, pong_timeout=0.05)
     async with AgentServer() as server:
         controller = FunctionController(lambda request: "Hi", models=["m"])
         async with agent_of(server.port, controller, limits=limits) as agent:
@@ -14513,7 +14612,7 @@ def serving_urls(*servers):
 @contextlib.asynccontextmanager
 async def agent_of_all(urls, controller, **options):
     """An agent of several servers at work, its lines in agent.log."""
-    options = {"key": KEY, "name": "box", "limits": AGENT_LIMITS, **options}
+    options = {"key": KEY, "name": "box", **options}
     log = AgentLog()
     agent = apiserver.Agent(*urls, controllers=[controller], log=log, **options)
     agent.log = log
@@ -14710,7 +14809,7 @@ async def test_an_endless_list_of_models_does_not_hold_up_an_agent(tmp_path):
             await writer.drain()
             await asyncio.sleep(0.01)
 
-    limits = Limits(redial_first=0.05, connect_timeout=0.2)
+    limits = Limits(connect_timeout=0.2)
     async with serving(tmp_path) as server, Upstream(behave) as endless:
         function = FunctionController(lambda request: "Hi", models=["m"])
         upstream = endless.controller(name="endless", limits=limits)
@@ -15209,6 +15308,15 @@ def test_reading_again_gives_equal_controllers(load):
     file["controllers"][1]["weight"] = 3
     second = load(file=file).controllers
     assert second[0] == first[0] and second[1] != first[1]
+
+
+def test_a_limit_that_is_no_setting_any_more_is_named_once_and_not_used(load):
+    limits = {"redial_max": 3, "header_count": 7, "agents": 3}
+    config = load(file={"limits": limits})
+    text = "no longer settings, and not used: header_count, redial_max"
+    assert config.notes == [text] and config.limits.agents == 3
+    assert not hasattr(config.limits, "header_count")
+    assert not apiserver.RETIRED_LIMITS & set(vars(Limits))
 
 
 def test_limits_are_changed_by_name(load):
