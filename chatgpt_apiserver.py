@@ -1536,6 +1536,7 @@ class ErrorObject(NamedTuple):
     message  others' words: for whoever asked, and for nobody else
     type, code, param  the OpenAI API's, where it has them
     words    every code, type, status and reason in it, in lower case
+    passed_on  whether it is what another server of ours was told by its upstream
     """
 
     message: str = ""
@@ -1543,6 +1544,7 @@ class ErrorObject(NamedTuple):
     code: str | None = None
     param: str | None = None
     words: frozenset[str] = frozenset()
+    passed_on: bool = False
 
     @property
     def summary(self) -> str:
@@ -1594,6 +1596,7 @@ def _read_error(inner: Any, outer: dict[str, Any]) -> ErrorObject:
         fields.get("code"),
         fields.get("param"),
         _words(inner),
+        "upstream_status" in inner,
     )
 
 
@@ -5302,8 +5305,7 @@ class Controller:
             model = chat_model(filter(request.may_use, listed))
             if model is None:
                 raise APIError(400, "Say which 'model' to ask.", param="model")
-        if model is not None and self.models is not None:
-            model = self.models.get(model, model)
+        model = self.real_name(model)
         key = (model, request.path)
         include_usage = request.counts_usage and key not in self._without_options
         answer = await self._send(request, await encoded(request, model, include_usage))
@@ -5338,6 +5340,10 @@ class Controller:
         if self.models is None:  # any, but the mocks' names are theirs alone
             return model is None or not model.startswith("mock/")
         return bool(self.models) if model is None else model in self.models
+
+    def real_name(self, model: str | None) -> str | None:
+        """What it calls a model."""
+        return model if model is None else (self.models or {}).get(model, model)
 
     def names(self, model: str) -> bool:
         """Whether it is known to have a model, and does not just take any."""
@@ -6510,11 +6516,11 @@ def parse_retry_after(headers: dict[str, str]) -> float | None:
 
 
 def says_unknown_model(error: ErrorObject, model: str | None) -> bool:
-    """Whether an error says that the model is not there: by a code, or in words."""
-    if error.words & _UNKNOWN_MODEL_CODES:
-        return True
+    """Whether an error says in words that the model is not there."""
     text = error.message[:500]
     if model is None or "model" not in text.lower():
+        return False
+    if error.param not in (None, "model"):  # what is unsupported is another field
         return False
     named = model in text and _UNKNOWN_MODEL.search(text) is not None
     return named or ("not_found_error" in error.words and model in text)
@@ -6531,10 +6537,13 @@ def judge_refusal(
 
     Codes and statuses decide.  Words do so only for a model that is not there.
     """
-    if error.words & _DEAD_KEY_CODES:
+    dead_key = error.words & _DEAD_KEY_CODES
+    if dead_key and not error.passed_on:  # or it is the key of one of its upstreams
         failure = Failure.DISABLED
     elif status == 429 or "rate_limit_exceeded" in error.words:
         failure = Failure.RATE_LIMITED
+    elif error.words & _UNKNOWN_MODEL_CODES:  # one-api says so with a 503
+        failure = Failure.UNKNOWN_MODEL
     elif status in (400, 403, 404) and says_unknown_model(error, model):
         failure = Failure.UNKNOWN_MODEL
     elif status in (401, 402, 403) and not error.words & _CONTENT_CODES:
@@ -7366,7 +7375,7 @@ class Call:
             answer.status,
             answer.headers,
             said or ErrorObject(),
-            self.request.model,
+            controller.real_name(self.request.model),
         )
         if error is None:
             return content
@@ -7393,7 +7402,8 @@ class Call:
     def _event_error(self, error: ErrorObject) -> ControllerError:
         """The error object in an answer that began with 200."""
         assert self.controller is not None
-        name, model = self.controller.name, self.request.model
+        name = self.controller.name
+        model = self.controller.real_name(self.request.model)
         return judge_refusal(name, 500, {}, error, model) or ControllerError(name)
 
     async def _next_block(self, stream: EventStream) -> bytes:

@@ -7422,6 +7422,62 @@ def test_a_controller_that_leaves_moves_only_its_own_keys():
     assert 0.7 < before.count("c1") / (2 * before.count("c2")) < 1.4
 
 
+def refusal(status, message="No.", **fields):
+    """An upstream that refuses whatever it is asked."""
+    error = {"message": message, "type": None, "param": None, "code": None, **fields}
+    return http_reply({"error": error}, status)
+
+
+@flow
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        (404, {"message": "The model 'real' does not exist"}),
+        (400, {"message": "Model real not found", "param": "model"}),
+        (503, {"message": "No channel", "code": "model_not_found"}),
+    ],
+)
+async def test_a_model_unknown_at_one_controller_is_asked_of_the_next(
+    tmp_path, status, said
+):
+    async with Upstream(refusal(status, **said)) as lacking:
+        lacks = lacking.controller(models={"local": "real"}, weight=100)
+        has = pool_function("has", models=["local"])
+        async with serving(tmp_path, lacks, has) as server:
+            for number in range(4):
+                reply = await chat(server, f"{number}", model="local")
+                assert chat_text(reply) == "has"
+            assert lacks.requests < 4  # it is not asked again for a while
+            assert not lacks.health.closed_by
+
+
+@flow
+async def test_an_unsupported_field_is_no_unknown_model(tmp_path):
+    text = "Unsupported parameter: 'max_tokens' is not supported with the model m."
+    refuses = refusal(400, text, param="max_tokens")
+    async with Upstream(refuses) as upstream:
+        one = upstream.controller(weight=100)
+        async with serving(tmp_path, one, pool_function("other")) as server:
+            assert (await chat(server)).status == 400
+            assert (await chat(server)).status == 400
+
+
+@flow
+async def test_the_dead_key_of_an_upstreams_upstream_is_not_its_own(tmp_path):
+    async with Upstream(refusal(401, code="invalid_api_key")) as dead:
+        async with serving(tmp_path, dead.controller()) as behind:
+            chained = apiserver.OpenAIController(
+                KEY, name="chained", base_url=f"{behind.url}/v1"
+            )
+            async with serving(tmp_path, chained) as server:
+                reply = await chat(server)
+                assert reply.json()["error"]["code"] == "invalid_api_key"
+                assert not chained.health.closed_by
+                chained._fields = [("Authorization", "Bearer wrong")]
+                await chat(server)
+                assert "its key was refused" in chained.health.reason
+
+
 @flow
 async def test_models_and_aliases_decide_who_is_asked(tmp_path):
     behave = http_reply(completion("from upstream", model="real-1"))
