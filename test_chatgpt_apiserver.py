@@ -7339,6 +7339,66 @@ async def test_a_session_stays_at_one_controller_and_is_its_users_own(
         assert len(set(await homes(KEY))) == 5
 
 
+@pytest.mark.parametrize(
+    "path, first, second",
+    [
+        (
+            "/v1/messages",
+            {"system": "S", "messages": [{"role": "user", "content": "Q"}]},
+            {
+                "system": [{"type": "text", "text": "S", "cache_control": {}}],
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                    {"role": "assistant", "content": "A"},
+                    {"role": "user", "content": "Q2"},
+                ],
+            },
+        ),
+        (
+            "/v1/responses",
+            {"instructions": "S", "input": "Q"},
+            {
+                "instructions": "S",
+                "input": [
+                    {"role": "user", "content": [{"type": "input_text", "text": "Q"}]},
+                    {"role": "assistant", "content": "A"},
+                ],
+            },
+        ),
+    ],
+)
+@pytest.mark.parametrize("size", [0, apiserver.APIRequest.KEPT_SIZE])
+def test_a_conversations_turns_are_known_by_how_it_began(path, first, second, size):
+    def turn(body, **more):
+        content = json.dumps({"model": "m", "x": "x" * size, **body, **more}).encode()
+        return apiserver.parse_api_request(content, path).turn
+
+    assert turn(first).start == turn(second).start
+    assert (turn(first).later, turn(second).later) == (False, True)
+    assert turn(first).start != turn(first, model="other").start
+    assert turn(first).start != turn({**first, "input": "Other", "system": ""}).start
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": 5, "system": {}, "prompt_cache_key": [], "input": None},
+        {"messages": [None, 5, {"role": ["user"]}, {"role": "user", "content": {}}]},
+        {"input": [[]], "previous_response_id": {"a": 1}, "instructions": 7},
+        {},
+    ],
+)
+def test_a_turn_is_found_in_anything(body):
+    turn = apiserver.find_turn(body)
+    assert (turn.previous, turn.cache_key) == ("", "")
+
+
+def test_what_is_no_conversation_has_no_turn():
+    for path in ("/v1/embeddings", "/v1/audio/speech"):
+        request = apiserver.parse_api_request(b'{"model":"m","input":"Q"}', path)
+        assert request.turn == apiserver.Turn()
+
+
 @flow
 async def test_a_session_never_waits_for_its_controller_and_moves_with_it(tmp_path):
     a, b = (pool_function(name, max_concurrency=1) for name in "ab")
@@ -15333,6 +15393,7 @@ def test_the_seeds_example_is_read(load, tmp_path):
     ({"models": {"a": "real"}}, {"models": {"a": "real"}}),
     ({"models": ["env:MODEL"]}, {"models": {"real": "real"}}),
     ({"max_concurrency": 4, "account": "x"}, {"max_concurrency": 4, "account": "x"}),
+    ({"tier": 2}, {"tier": 2}),
     ({"limit": {"tokens": 9, "per": "day"}}, {"limit": {"tokens": 9, "per": "day"}}),
     ({"config": {"api_key": ""}}, {"api_key": ""}),
     ({"config": {"api_key": "env:KEY"}}, {"api_key": "from-env"}),
@@ -15454,6 +15515,8 @@ def openai(**config):
     (controllers({**OPENAI, "weight": -1}), "controllers[0].weight: expected a whole number from 0"),
     (controllers({**OPENAI, "weight": 10**400}), "controllers[0].weight: expected a whole number"),
     (controllers({**OPENAI, "max_concurrency": 0}), "controllers[0].max_concurrency: expected a whole number from 1"),
+    (controllers({**OPENAI, "tier": 0}), "controllers[0].tier: expected a whole number from 1"),
+    ({"affinity": "no"}, "affinity: expected true or false"),
     (controllers({**OPENAI, "models": []}), "controllers[0].models: expected"),
     (controllers({**OPENAI, "models": "m"}), "controllers[0].models: expected"),
     (controllers({**OPENAI, "models": ["m", 5]}), "controllers[0].models[1]: expected"),
@@ -15588,6 +15651,15 @@ def mutated(value, rng):
         index = rng.randrange(len(value))
         return [*value[:index], mutated(value[index], rng), *value[index + 1 :]]
     return rng.choice(odd)
+
+
+def test_tiers_and_affinity_are_settings(load, tmp_path):
+    file = {**controllers({**OPENAI, "name": "a", "tier": 2}), "affinity": False}
+    config = load(file=file)
+    config.users = str(tmp_path / "users.json")
+    pool = apiserver.build_server(config, None).service.pool
+    assert (pool.affinity, pool.find("a").tier) == (False, 2)
+    assert apiserver.build_server(load(file={}), None).service.pool.affinity
 
 
 def test_mutated_documents_are_a_config_or_one_line(load, tmp_path):
