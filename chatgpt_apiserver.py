@@ -65,6 +65,7 @@ import hmac
 import http
 import inspect
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -1751,7 +1752,12 @@ _MAX_PARTS = 100
 
 
 def find_form_field(content: bytes, content_type: str, name: str) -> FormField | None:
-    """A text field of multipart/form-data by its name (RFC 7578 section 4.2)."""
+    """A text field of multipart/form-data by its name (RFC 7578 section 4.2).
+
+    Raise APIError(400) if there are two, or too many parts to know: one reader
+    takes the first of them and another the last.
+    """
+    field = None
     match = _BOUNDARY.search(content_type)
     if match is None:
         return None
@@ -1760,12 +1766,15 @@ def find_form_field(content: bytes, content_type: str, name: str) -> FormField |
     for _ in range(_MAX_PARTS):
         end = content.find(b"\r\n" + delimiter, at + 1)
         if at < 0 or end < 0:
-            break
+            return field
         start = content.find(b"\r\n\r\n", at, min(end, at + 8192)) + 4
         if start >= 4 and _part_name(content[at:start]) == name and end - start < 1024:
-            return FormField(content[start:end].decode("utf-8", "replace"), start, end)
+            if field is not None:
+                raise APIError(400, f"{name!r} is there twice.", param=name)
+            text = content[start:end].decode("utf-8", "replace")
+            field = FormField(text, start, end)
         at = end + 2
-    return None
+    raise APIError(400, f"A form may have {_MAX_PARTS} parts.", param=name)
 
 
 def _part_name(head: bytes) -> str | None:
@@ -2614,6 +2623,8 @@ class APIRequest:
     def _read_body(self, body: dict[str, Any]) -> None:
         model = body.get("model")
         stream = body.get("stream")
+        if "model" in body and not _OTHER_SPELLINGS.isdisjoint(body):
+            raise APIError(400, "'model' is there twice.", param="model")
         if model is not None and not isinstance(model, str):
             raise APIError(400, "'model' must be a string.", param="model")
         if stream is not None and not isinstance(stream, bool):
@@ -2698,6 +2709,12 @@ class APIRequest:
             return encode_json(body)
         except RecursionError:  # the parser just took it, from higher up the stack
             raise APIError(400, "The request's JSON is nested too deeply.") from None
+
+
+# Go's JSON takes "Model" for "model", and the last of both.
+_OTHER_SPELLINGS = frozenset(
+    map("".join, itertools.product(*({c, c.upper()} for c in "model")))
+) - {"model"}
 
 
 def _lower_keys(value: Any) -> Any:

@@ -2757,7 +2757,6 @@ def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type
         form(('Content-Disposition: form-data; name="model"', "x" * 1024)),
         form(('Content-Disposition: form-data; name="model"', "x"), boundary="C"),
         form(('Content-Disposition: form-data; name="model"', "x"))[:-8],
-        form(*[FORM_FILE] * 100, ('Content-Disposition: form-data; name="model"', "x")),
         b"--B",
         b"",
     ],
@@ -2860,15 +2859,14 @@ def test_capitalised_keys_only_inside_messages():
     ]
 
 
-def test_a_key_in_lower_case_wins_over_a_capital_one():
-    for names in (("model", "Model"), ("Model", "model")):
-        values = {"model": "a", "Model": "b"}
-        body = {
-            **{name: values[name] for name in names},
-            "Messages": [{"Role": "user"}],
-        }
-        request = apiserver.parse_chat_request(json.dumps(body).encode())
-        assert request.model == json.loads(request.encode())["model"] == "a"
+@pytest.mark.parametrize("other", ["Model", "MODEL", "mODEl"])
+def test_a_model_that_is_there_in_two_spellings_is_refused(other):
+    """One reader would take the first, and another the last."""
+    for names in (("model", other), (other, "model")):
+        for messages in ("messages", "Messages"):
+            body = {**dict.fromkeys(names, "a"), messages: []}
+            content = json.dumps(body).encode()
+            assert api_refusal(apiserver.parse_chat_request, content).param == "model"
 
 
 def test_tools_are_not_touched_by_capital_keys():
@@ -12755,6 +12753,308 @@ async def test_stream_for_http_1_0_ends_with_its_connection(tmp_path):
         assert content == chunk("Hi", "stop") + DONE
 
 
+# --- Clients as they are
+
+
+@flow
+async def test_a_path_under_v1_has_one_form(tmp_path):
+    async with handler_chat(tmp_path) as (server, upstream):
+        for path in (
+            "/v1//chat/completions",
+            "/v1/chat/completions/",
+            "//v1/chat/completions",
+            "/v1/v1/chat/completions",
+            "/v1/v1//chat//completions//",
+            "/chat/completions/",
+        ):
+            reply = await ask(server.port, "POST", path, CHAT)
+            assert reply.status == 200, path
+            assert handler_posts(upstream)[-1].line == f"POST {CHAT_URL} HTTP/1.1"
+        for path in ("/v1/models/", "//v1/models", "/v1/v1/models"):
+            assert (await ask(server.port, "GET", path)).status == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/admin//users", "/admin/users/", "//admin/users", "/health/", "/api//ask"]
+    + ["/client//register", "/v1/../admin/users", "/v1/%2e%2e/admin/users"]
+    + ["/v1//../admin/users", "/v1/v1/../../admin/users", "//health"],
+)
+@flow
+async def test_no_other_path_has_a_second_form(tmp_path, path):
+    """A proxy in front that guards /admin/ must not be passed."""
+    async with handler_chat(tmp_path) as (server, upstream):
+        for method in ("GET", "POST"):
+            body = CHAT if method == "POST" else None
+            assert (await ask(server.port, method, path, body)).status == 404
+        assert handler_posts(upstream) == []
+
+
+@flow
+async def test_what_nobody_speaks_is_said_at_once(tmp_path):
+    websocket = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
+    async with serving(tmp_path) as server:
+        for method in ("GET", "PUT", "PATCH", "DELETE"):
+            assert (await ask(server.port, method, "/v1/nope")).status == 404
+        reply = await ask(server.port, "GET", CHAT_URL)
+        assert reply.status == 405 and "POST" in reply.headers["allow"]
+        reply = await ask(server.port, "GET", "/v1/responses", headers=websocket)
+        assert reply.status == 426 and reply.headers["upgrade"] == "websocket"
+        assert "upgrade" in reply.headers["connection"].lower()
+        reply = await ask(server.port, "GET", "/v1/realtime", headers=websocket)
+        assert reply.status == 501
+
+
+@pytest.mark.parametrize(
+    "fields, good",
+    [
+        ([("api-key", KEY)], True),
+        ([("X-Goog-Api-Key", KEY)], True),
+        ([("Authorization", "Bearer sk-ant-oat01-session"), ("x-api-key", KEY)], True),
+        ([("Authorization", "Basic eDp5"), ("api-key", KEY)], True),
+        ([("Authorization", f"bearer {KEY}"), ("x-api-key", "wrong")], True),
+        ([("x-api-key", "wrong"), ("x-goog-api-key", KEY)], True),
+        ([("x-api-key", "wrong"), ("api-key", "no")], False),
+        ([("Authorization", f"Basic {KEY}")], False),
+        ([], False),
+    ],
+)
+@flow
+async def test_of_several_credentials_the_one_that_fits_is_taken(
+    tmp_path, fields, good
+):
+    """And none of them travels to an upstream."""
+    async with handler_chat(tmp_path) as (server, upstream):
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT, None, fields)
+        assert reply.status == (200 if good else 401)
+        assert len(handler_posts(upstream)) == int(good)
+        for request in handler_posts(upstream):
+            assert request.headers.pop("authorization") == "Bearer UPSTREAMSECRET"
+            values = " ".join(request.headers.values())
+            assert not any(value in values for _, value in fields)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "x-gzip", "deflate", "identity"])
+@flow
+async def test_a_compressed_request_is_read(tmp_path, coding):
+    content = json.dumps(CHAT).encode()
+    encode = {"deflate": zlib.compress, "identity": bytes}.get(coding, gzip.compress)
+    coded = [("Content-Encoding", coding)]
+    async with handler_chat(tmp_path) as (server, upstream):
+        sent = encode(content)
+        reply = await ask(server.port, "POST", CHAT_URL, sent, headers=coded)
+        assert reply.status == 200
+        [asked] = handler_posts(upstream)
+        assert asked.content == content and "content-encoding" not in asked.headers
+        sent = encode(b'{"content": "Hi", "model": "mock/echo"}')
+        reply = await ask(server.port, "POST", "/api/ask", sent, headers=coded)
+        assert reply.json()["content"] == "Hi"
+
+
+@pytest.mark.parametrize(
+    "coding, content, status",
+    [
+        ("zstd", b"x", 415),
+        ("br", b"x", 415),
+        ("gzip, gzip", b"x", 415),
+        ("gzip", b"garbage", 400),
+        ("gzip", gzip.compress(json.dumps(CHAT).encode())[:-9], 400),
+        ("gzip", gzip.compress(b"{" + b" " * 30_000_000, 9), 413),
+    ],
+)
+@flow
+async def test_what_cannot_be_decompressed_is_refused(
+    tmp_path, coding, content, status
+):
+    coded = [("Content-Encoding", coding)]
+    async with serving(tmp_path, limits=Limits(content_size=1_000_000)) as server:
+        reply = await ask(server.port, "POST", CHAT_URL, content, headers=coded)
+        assert reply.status == status
+        if status == 415:
+            assert "gzip" in reply.headers["accept-encoding"]
+            assert coding in reply.json()["error"]["message"]
+        assert server.service.content_size == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(
+    "body, key, status, kind",
+    [
+        ({"model": "none", "messages": []}, KEY, 404, "not_found_error"),
+        (b"{", KEY, 400, "invalid_request_error"),
+        ({"model": 5}, KEY, 400, "invalid_request_error"),
+        ({"model": "m"}, "wrong", 401, "authentication_error"),
+        ({"model": "down"}, KEY, 503, "overloaded_error"),
+        ({"model": "bad"}, KEY, 500, "api_error"),
+    ],
+)
+@flow
+async def test_errors_of_messages_are_anthropics_from_every_cause(
+    tmp_path, path, body, key, status, kind
+):
+    async with Upstream(error_reply(500)) as upstream:
+        down = upstream.controller(name="down", models=["down"])
+        bad = upstream.controller(name="bad", models=["bad"])
+        down.switched_off = True
+        async with serving(tmp_path, down, bad) as server:
+            reply = await ask(server.port, "POST", path, body, key)
+            assert reply.status == status
+            said = reply.json()
+            assert said["type"] == "error" and said["error"]["type"] == kind
+            assert said["error"]["message"]
+
+
+@flow
+async def test_models_are_listed_for_anthropics_clients_in_their_shape(tmp_path):
+    version = [("anthropic-version", "2023-06-01")]
+    async with serving(tmp_path, pool_function("f", models=["a", "b"])) as server:
+        reply = await ask(server.port, "GET", "/v1/models", headers=version)
+        listed = reply.json()
+        assert (listed["has_more"], listed["last_id"]) == (False, "b")
+        assert listed["data"][-1]["type"] == "model"
+        assert listed["data"][-1]["display_name"] == "b"
+        reply = await ask(server.port, "GET", "/v1/models")
+        assert reply.json()["data"][-1]["object"] == "model"
+
+
+@flow
+async def test_a_model_may_be_left_out_where_one_alone_could_be_meant(tmp_path):
+    async with pool_of(tmp_path, None, options=[ANY]) as (server, _, _):
+        for path in ("/v1/moderations", "/v1/images/generations", "/v1/x"):
+            for body in ({"input": "x"}, {"input": "x", "model": None}):
+                assert (await ask(server.port, "POST", path, body)).status == 200
+        reply = await ask(server.port, "POST", CHAT_URL, {"messages": []})
+        assert reply.status == 400 and chat_error(reply)["param"] == "model"
+    async with pool_of(tmp_path, None, None, options=[ANY, ANY]) as (server, _, _):
+        for path, status in (("/v1/moderations", 200), ("/v1/images/edits", 400)):
+            assert (await ask(server.port, "POST", path, {})).status == status
+
+
+@flow
+async def test_an_ask_goes_to_a_model_that_answers_questions(tmp_path):
+    names = ("text-embedding-3-large", "whisper-1", "qwen3")
+    async with pool_of(tmp_path, with_models(*names), options=[ANY]) as (
+        server,
+        ups,
+        _,
+    ):
+        assert (await handler_ask(server.port)).status == 200
+        assert chats(ups[0])[-1].json()["model"] == "qwen3"
+
+
+@pytest.mark.parametrize("kind", ["json", "form"])
+@flow
+async def test_who_names_two_models_is_refused(tmp_path, kind):
+    """Two readers take two: a user could have one that is not the user's own."""
+    head = 'Content-Disposition: form-data; name="model"'
+    headers = [("Content-Type", FORM)] if kind == "form" else []
+    async with pool_of(tmp_path, None, options=[ANY]) as (server, (upstream,), _):
+        if kind == "form":
+            bodies = [form((head, "m"), FORM_FILE, (head, "other"))]
+            bodies.append(form((head, "m"), *[FORM_FILE] * 120, (head, "other")))
+        else:  # Go's JSON, and so Ollama, ignores case and takes the last
+            bodies = [{"model": "m", "MODEL": "o"}, {"Model": "o", "model": "m"}]
+            bodies += [{**CHAT, "mOdel": "o"}]
+        for body in bodies:
+            for path in ("/v1/images/edits", "/v1/embeddings"):
+                reply = await ask(server.port, "POST", path, body, headers=headers)
+                assert reply.status == 400 and chat_error(reply)["param"] == "model"
+        assert chats(upstream) == []
+
+
+# --- Late errors
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 429, 500])
+@pytest.mark.parametrize(
+    "path, begins",
+    [
+        (CHAT_URL, b'data: {"error"'),
+        ("/v1/completions", b'data: {"error"'),
+        ("/v1/messages", b'event: error\ndata: {"type": "error", "error": {'),
+        ("/v1/responses", b'event: error\ndata: {"type": "error", "sequence_number"'),
+    ],
+)
+@flow
+async def test_an_error_behind_a_comment_is_told_and_the_stream_never_whole(
+    tmp_path, path, begins, status
+):
+    go_on = asyncio.Event()
+
+    async def behave(request, writer):
+        await go_on.wait()
+        writer.write(http_reply({"error": {"message": "too\nlong"}}, status))
+
+    limits = Limits(heartbeat_interval=0.02)
+    async with pool_of(tmp_path, behave, limits=limits) as (server, _, _):
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", path, {**STREAM, "input": "x"}))
+            assert (await client.read_head())[0] == 200
+            assert await client.read_chunk() == b": keep-alive\n\n"
+            go_on.set()
+            rest = b""
+            while piece := await client.read_chunk():
+                rest += piece
+            assert piece is None  # no last chunk
+            rest = rest.replace(b": keep-alive\n\n", b"")
+            assert rest.startswith(begins) and b"too\\nlong" in rest
+            assert rest.count(b"data: ") == 1 and b"[DONE]" not in rest
+
+
+@flow
+async def test_a_heartbeat_of_0_sends_no_comments(tmp_path):
+    async def behave(request, writer):
+        await asyncio.sleep(0.05)
+        content = chunk("Hi", "stop") + DONE
+        writer.write(http_reply(content, content_type="text/event-stream"))
+
+    limits = Limits(heartbeat_interval=0)
+    async with pool_of(tmp_path, behave, limits=limits) as (server, _, _):
+        reply = await chat(server, stream=True)
+        assert reply.content == chunk("Hi", "stop") + DONE
+
+
+# --- What one user can do to all
+
+
+@flow
+async def test_json_of_many_small_values_is_held_as_large_as_it_gets(tmp_path):
+    """A few bodies under every limit would take gigabytes."""
+    limits = Limits(total_content_size=50_000_000)
+    head = b'{"model": "mock/echo", "messages": [{"content": "Hi"}], "z": ['
+    async with serving(tmp_path, limits=limits) as server:
+        for count, status in ((1000, 200), (100_000, 200), (300_000, 413)):
+            body = head + b"{}," * count + b"{}]}"
+            reply = await ask(server.port, "POST", CHAT_URL, body)
+            assert reply.status == status, reply.content
+            assert server.service.content_size == 0
+
+
+@pytest.mark.parametrize("listen, expected", [("0.0.0.0", 401), ("127.0.0.1", 101)])
+@flow
+async def test_keyless_agents_are_for_a_server_that_listens_here_alone(
+    tmp_path, listen, expected
+):
+    async with serving(tmp_path, listen=listen) as server:
+        handshake = handler_handshake("/client/register")
+        assert await handler_status(server.port, handshake) == expected
+        fitting = handler_handshake("/client/register", ("Authorization", KEY))
+        assert await handler_status(server.port, fitting) == 101
+
+
+@flow
+async def test_keyless_agents_are_for_a_server_without_tls(tmp_path):
+    (tmp_path / "cert.pem").write_text(TEST_CERT)
+    (tmp_path / "key.pem").write_text(TEST_KEY)
+    tls = {"tls_cert": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
+    (tmp_path / "ca.pem").write_text(TEST_CA)
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    async with serving(tmp_path, **tls) as server:
+        async with Client(server.port, tls=context) as client:
+            client.send(handler_handshake("/client/register"))
+            assert (await client.read_head())[0] == 401
+
+
 # --- Clients that leave
 
 
@@ -13686,6 +13986,52 @@ async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
             program.signal(signal.SIGTERM)
             assert program.end() == 0
             assert "Traceback" not in program.stderr
+
+
+@needs_posix
+@flow
+async def test_sighup_leaves_what_is_in_force_when_the_file_has_gone(tmp_path):
+    f = {"type": "openai", "name": "f", "models": ["m"], "config": {"api_key": "k"}}
+    write_config(tmp_path, controllers=[f])
+    with program_in(tmp_path) as program:
+        port = program.port
+        (tmp_path / "chatgpt-apiserver.json").unlink()
+        program.signal(signal.SIGHUP)
+        program.wait_for("not reloaded: .*chatgpt-apiserver.json is not there")
+        reply = await ask(port, "GET", "/admin/controllers")
+        assert "f" in [line["name"] for line in reply.json()["controllers"]]
+
+
+@needs_posix
+@flow
+async def test_sighup_loads_a_renewed_certificate_and_keeps_the_old_one_if_it_is_bad(
+    tmp_path,
+):
+    (tmp_path / "cert.pem").write_text(TEST_CERT)
+    (tmp_path / "key.pem").write_text(TEST_KEY)
+    anybody = ssl._create_unverified_context()
+
+    async def shown(port):
+        async with Client(port, tls=anybody) as client:
+            return client.writer.get_extra_info("ssl_object").getpeercert(True)
+
+    options = ("--tls-cert", "cert.pem", "--tls-key", "key.pem")
+    with program_in(tmp_path, *options) as program:
+        port = program.port
+        old = ssl.PEM_cert_to_DER_cert(TEST_CERT)
+        assert await shown(port) == old
+        (tmp_path / "cert.pem").write_text("half of a certificate")
+        program.signal(signal.SIGHUP)
+        program.wait_for("certificate not reloaded: ")
+        assert await shown(port) == old
+        (tmp_path / "cert.pem").write_text(TEST_CERT_WRONG_NAME)
+        async with Client(port, tls=anybody) as client:
+            program.signal(signal.SIGHUP)
+            new = ssl.PEM_cert_to_DER_cert(TEST_CERT_WRONG_NAME)
+            end = time.monotonic() + 5
+            while await shown(port) != new:
+                assert time.monotonic() < end
+            assert (await client.request("GET", "/health")).status == 200
 
 
 @needs_posix
