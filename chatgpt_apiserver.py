@@ -12554,27 +12554,32 @@ class ServerProgram(Program):
         except OSError as error:
             self._log.report(f"certificate not reloaded: {error}")
         old, self._config = self._config, config
+        self._apply(old, config)
+        names = ", ".join(controller["name"] for controller in config.controllers)
+        self._log.report(f"configuration reloaded; controllers: {names or 'none'}")
         # Compared with what is in force, which is what the start has read.
         now = self._fixed_settings(config)
         later = [name for name, was in self._fixed.items() if now[name] != was]
-        # All share one Limits: what is changed in it is changed for all.
-        vars(old.limits).clear()
-        vars(old.limits).update(vars(config.limits))
-        config.limits = old.limits
-        service = self._server.service
-        self._server.use_agents_auth(config.agents_auth)
-        service.upstream_errors = config.upstream_errors
-        service.page = config.page
-        service.users.store = config.store
-        quotas = parse_quotas(config.default_limit) if config.default_limit else []
-        service.default_quotas = quotas
-        service.pool.type = config.pool
-        service.pool.affinity = config.affinity
-        self._replace_controllers(old, config)
-        names = ", ".join(controller["name"] for controller in config.controllers)
-        self._log.report(f"configuration reloaded; controllers: {names or 'none'}")
         if later:
             self._log.report(f"only a restart changes {', '.join(later)}")
+
+    def _apply(self, old: Config, new: Config) -> None:
+        """Put in force what needs no restart."""
+        # All share one Limits: what is changed in it is changed for all.
+        vars(old.limits).clear()
+        vars(old.limits).update(vars(new.limits))
+        new.limits = old.limits
+        server, service = self._server, self._server.service
+        server.use_agents_auth(new.agents_auth)
+        service.upstream_errors = new.upstream_errors
+        service.page = new.page
+        service.users.store = new.store
+        service.default_quotas = (
+            parse_quotas(new.default_limit) if new.default_limit else []
+        )
+        service.pool.type = new.pool
+        service.pool.affinity = new.affinity
+        self._replace_controllers(old, new)
 
     def _replace_controllers(self, old: Config, new: Config) -> None:
         """Swap the controllers; what has not changed keeps its state."""

@@ -14172,6 +14172,29 @@ async def test_what_only_a_restart_changes_is_compared_with_what_is_in_force(tmp
 
 
 @needs_posix
+@flow(timeout=30)
+async def test_sighup_changes_the_page_new_tokens_and_the_default_limit(tmp_path):
+    html = [("Accept", "text/html")]
+    with program_in(tmp_path) as program:
+        port = program.port
+        reply = await ask(port, "GET", "/", headers=html)
+        assert reply.headers["content-type"].startswith("text/html")
+        settings = {"store": "sha256", "default_limit": "1 requests/day"}
+        write_config(tmp_path, page=False, **settings)
+        program.signal(signal.SIGHUP)
+        program.wait_for("configuration reloaded")
+        reply = await ask(port, "GET", "/", headers=html)
+        assert reply.headers["content-type"].startswith("text/plain")
+        reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY})
+        token = reply.json()["token"]
+        assert token not in (tmp_path / "users.json").read_text()
+        statuses = [(await echo(port, key=token)).status for _ in range(2)]
+        assert statuses == [200, 429]
+        program.signal(signal.SIGTERM)
+        assert program.end() == 0
+
+
+@needs_posix
 def test_a_closed_terminal_ends_the_server(tmp_path):
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
