@@ -2302,6 +2302,315 @@ class MessagesStream(TypedStream):
         )
 
 
+# --- Answers made here, in each dialect
+
+
+class ChatWriter:
+    """A generated answer in the dialect of its path; this one: chat completions.
+
+    like  its id, created and model
+    sent  the tokens of what was asked
+
+    whole() makes another dialect's answer of a chat.completion; delta() and end()
+    make a stream, out of the deltas of a chat.
+    """
+
+    ID = "chatcmpl-"
+
+    def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
+        self.like = {**like, "id": str(like["id"]).replace("chatcmpl-", self.ID)}
+        self.sent = sent
+        self._role = {"role": "assistant"}
+
+    def delta(self, delta: dict[str, Any]) -> bytes:
+        """The events of a piece: {"content": text}, or {"tool_calls": [...]}."""
+        role, self._role = self._role, {}
+        return chat_chunk(self.like, {**role, **delta})
+
+    def end(self, finish_reason: str, usage: Usage) -> bytes:
+        """The last events."""
+        last = chat_chunk(self.like, self._role, finish_reason)
+        counts = chat_chunk(self.like, None, usage=usage_object(usage))
+        return last + counts + DONE_EVENT
+
+    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
+        """A chat.completion as the answer of the path."""
+        return completion
+
+    def events(self, completion: dict[str, Any]) -> bytes:
+        """A chat.completion as the whole stream of the path."""
+        choice = completion["choices"][0]
+        delta = self.delta(choice["message"])
+        usage = read_usage(completion.get("usage"))
+        return delta + self.end(choice.get("finish_reason") or "stop", usage)
+
+
+class CompletionsWriter(ChatWriter):
+    """The same for completions: texts in place of messages."""
+
+    ID = "cmpl-"
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {**self.like, "object": "text_completion", "choices": choices, **more}
+
+    def _choice(self, text: str, finish_reason: str | None) -> list[dict[str, Any]]:
+        choice = {"index": 0, "text": text, "logprobs": None}
+        return [{**choice, "finish_reason": finish_reason}]
+
+    def delta(self, delta: dict[str, Any]) -> bytes:
+        choice = self._choice(content_text(delta.get("content")), None)
+        return sse_event(encode_json(self._chunk(choice)))
+
+    def end(self, finish_reason: str, usage: Usage) -> bytes:
+        last = self._chunk(self._choice("", finish_reason))
+        counts = self._chunk([], usage=usage_object(usage))
+        return b"".join(sse_event(encode_json(c)) for c in (last, counts)) + DONE_EVENT
+
+    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
+        first = completion["choices"][0]
+        text = content_text(first["message"].get("content"))
+        choice = self._choice(text, first.get("finish_reason"))
+        return self._chunk(choice, usage=completion.get("usage"))
+
+
+class MessagesWriter(ChatWriter):
+    """The same for messages: blocks of text and of tool use."""
+
+    ID = "msg_"
+    STOPS: ClassVar = {"tool_calls": "tool_use", "length": "max_tokens"}
+
+    def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
+        super().__init__(like, sent)
+        self._blocks = 0
+        self._open = ""  # the type of the block that has begun
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        return sse_event(encode_json({"type": kind, **fields}), kind)
+
+    def _message(self, **fields: Any) -> dict[str, Any]:
+        message = {"id": self.like["id"], "type": "message", "role": "assistant"}
+        more: dict[str, Any] = {
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+        return {**message, "model": self.like["model"], **more, **fields}
+
+    def _begin(self) -> bytes:
+        usage = {"input_tokens": self.sent, "output_tokens": 0}
+        return self._event("message_start", message=self._message(usage=usage))
+
+    def _start_block(self, block: dict[str, Any]) -> bytes:
+        before = self._stop_block() if self._blocks else self._begin()
+        self._open, self._blocks = block["type"], self._blocks + 1
+        index = self._blocks - 1
+        start = self._event("content_block_start", index=index, content_block=block)
+        return before + start
+
+    def _stop_block(self) -> bytes:
+        return self._event("content_block_stop", index=self._blocks - 1)
+
+    def _block_delta(self, **delta: str) -> bytes:
+        index = self._blocks - 1
+        return self._event("content_block_delta", index=index, delta=delta)
+
+    def delta(self, delta: dict[str, Any]) -> bytes:
+        events = []
+        text = content_text(delta.get("content"))
+        if text and self._open != "text":
+            events.append(self._start_block({"type": "text", "text": ""}))
+        if text:
+            events.append(self._block_delta(type="text_delta", text=text))
+        for call in as_list(delta.get("tool_calls")):
+            block = {"type": "tool_use", "id": call.get("id"), "input": {}}
+            block["name"] = call["function"]["name"]
+            events.append(self._start_block(block))
+            arguments = call["function"]["arguments"]
+            events.append(
+                self._block_delta(type="input_json_delta", partial_json=arguments)
+            )
+        return b"".join(events)
+
+    def end(self, finish_reason: str, usage: Usage) -> bytes:
+        before = self._stop_block() if self._blocks else self._begin()
+        stop = {"stop_reason": self.STOPS.get(finish_reason, "end_turn")}
+        counts = {"input_tokens": usage.input, "output_tokens": usage.output}
+        delta = {**stop, "stop_sequence": None}
+        last = self._event("message_delta", delta=delta, usage=counts)
+        return before + last + self._event("message_stop")
+
+    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
+        choice, usage = completion["choices"][0], read_usage(completion.get("usage"))
+        message = choice["message"]
+        text = content_text(message.get("content"))
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
+        for call in as_list(message.get("tool_calls")):
+            inner = as_object(read_json(call["function"]["arguments"]))
+            block = {"type": "tool_use", "id": call.get("id"), "input": inner}
+            content.append({**block, "name": call["function"]["name"]})
+        return self._message(
+            content=content,
+            stop_reason=self.STOPS.get(choice.get("finish_reason"), "end_turn"),
+            usage={"input_tokens": usage.input, "output_tokens": usage.output},
+        )
+
+
+class ResponsesWriter(ChatWriter):
+    """The same for responses: items of output, each told as it begins and ends."""
+
+    ID = "resp_"
+
+    def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
+        super().__init__(like, sent)
+        self._number = -1
+        self._output: list[dict[str, Any]] = []
+        self._texts: list[str] = []
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._number += 1
+        start = {"type": kind, "sequence_number": self._number}
+        return sse_event(encode_json({**start, **fields}), kind)
+
+    def _response(self, status: str, usage: Usage | None) -> dict[str, Any]:
+        counts = None
+        if usage is not None:
+            counts = {
+                "input_tokens": usage.input,
+                "input_tokens_details": {"cached_tokens": usage.cached_input},
+                "output_tokens": usage.output,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": usage.total,
+            }
+        return {
+            "id": self.like["id"],
+            "object": "response",
+            "created_at": self.like["created"],
+            "model": self.like["model"],
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": None,
+            "metadata": {},
+            "output": self._output,
+            "parallel_tool_calls": True,
+            "temperature": None,
+            "tool_choice": "auto",
+            "tools": [],
+            "top_p": None,
+            "usage": counts,
+        }
+
+    def _begin(self) -> bytes:
+        response = self._response("in_progress", None)
+        created = self._event("response.created", response=response)
+        return created + self._event("response.in_progress", response=response)
+
+    @staticmethod
+    def _text_item(text: str, status: str) -> dict[str, Any]:
+        part = {"type": "output_text", "text": text, "annotations": []}
+        item = {"type": "message", "id": "msg_0", "role": "assistant"}
+        return {**item, "status": status, "content": [part] if text else []}
+
+    @staticmethod
+    def _call_item(call: dict[str, Any]) -> dict[str, Any]:
+        item = {
+            "type": "function_call",
+            "id": call.get("id"),
+            "call_id": call.get("id"),
+        }
+        return {**item, "status": "completed", **call["function"]}
+
+    def delta(self, delta: dict[str, Any]) -> bytes:
+        events = [self._begin()] if self._number < 0 else []
+        text = content_text(delta.get("content"))
+        place = {"item_id": "msg_0", "output_index": 0, "content_index": 0}
+        if text and not self._texts:
+            item = self._text_item("", "in_progress")
+            added = self._event("response.output_item.added", output_index=0, item=item)
+            part = {"type": "output_text", "text": "", "annotations": []}
+            began = self._event("response.content_part.added", part=part, **place)
+            events += [added, began]
+        if text:
+            self._texts.append(text)
+            name = "response.output_text.delta"
+            events.append(self._event(name, delta=text, logprobs=[], **place))
+        for call in as_list(delta.get("tool_calls")):
+            events.append(self._call_events(self._call_item(call)))
+        return b"".join(events)
+
+    def _call_events(self, item: dict[str, Any]) -> bytes:
+        index = len(self._output) + bool(self._texts)
+        self._output.append(item)
+        empty = {**item, "status": "in_progress", "arguments": ""}
+        place = {"item_id": item["id"], "output_index": index}
+        arguments = item["arguments"]
+        name = "response.function_call_arguments"
+        return b"".join(
+            [
+                self._event(
+                    "response.output_item.added", output_index=index, item=empty
+                ),
+                self._event(f"{name}.delta", delta=arguments, **place),
+                self._event(
+                    f"{name}.done", arguments=arguments, name=item["name"], **place
+                ),
+                self._event("response.output_item.done", output_index=index, item=item),
+            ]
+        )
+
+    def end(self, finish_reason: str, usage: Usage) -> bytes:
+        events = [self._begin()] if self._number < 0 else []
+        if self._texts:
+            text = "".join(self._texts)
+            item = self._text_item(text, "completed")
+            place = {"item_id": "msg_0", "output_index": 0, "content_index": 0}
+            name, part = "response.output_text.done", item["content"][0]
+            events += [
+                self._event(name, text=text, logprobs=[], **place),
+                self._event("response.content_part.done", part=part, **place),
+                self._event("response.output_item.done", output_index=0, item=item),
+            ]
+            self._output.insert(0, item)
+        response = self._response("completed", usage)
+        return b"".join([*events, self._event("response.completed", response=response)])
+
+    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
+        message = completion["choices"][0]["message"]
+        text = content_text(message.get("content"))
+        self._output = [self._text_item(text, "completed")] if text else []
+        calls = as_list(message.get("tool_calls"))
+        self._output += [self._call_item(call) for call in calls]
+        return self._response("completed", read_usage(completion.get("usage")))
+
+
+def chat_messages(items: Any) -> list[Any]:
+    """Messages as a chat has them, out of a text or another dialect's items."""
+    if isinstance(items, str):
+        return [{"role": "user", "content": items}]
+    messages = []
+    for item in as_list(items):
+        fields = as_object(item)
+        parts = [as_object(part) for part in as_list(fields.get("content"))]
+        results = [part for part in parts if part.get("type") == "tool_result"]
+        if fields.get("type") == "function_call_output":
+            item = {"role": "tool", "content": fields.get("output")}
+        elif results:
+            texts = [content_text(result.get("content")) for result in results]
+            item = {"role": "tool", "content": "\n".join(texts)}
+        messages.append(item)
+    return messages
+
+
+def chat_tools(tools: Any) -> list[Any]:
+    """Tools as a chat has them, out of another dialect's."""
+    found = []
+    for tool in map(as_object, as_list(tools)):
+        parameters = tool.get("parameters") or tool.get("input_schema") or {}
+        function = {"name": tool.get("name"), "parameters": parameters}
+        found.append({"type": "function", "function": tool.get("function") or function})
+    return found
+
+
 # --- Dialects
 
 
@@ -2341,6 +2650,14 @@ class Dialect:
         """An error as the last event of a stream; b"" where there is no such event."""
         return b""
 
+    def writer(self, like: dict[str, Any], sent: int) -> ChatWriter:
+        """What makes an answer out of generated text, where it generates."""
+        return ChatWriter(like, sent)
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A request's body with "messages" and "tools" as a chat has them."""
+        return body
+
     def answer_id(self, content: bytes) -> str:
         """What a later request names to continue an answer, from its first bytes."""
         return ""
@@ -2377,6 +2694,14 @@ class CompletionsDialect(ChatDialect):
     def builder(self) -> CompletionBuilder | None:
         return None
 
+    def writer(self, like: dict[str, Any], sent: int) -> ChatWriter:
+        return CompletionsWriter(like, sent)
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        prompt = body.get("prompt")
+        text = prompt if isinstance(prompt, str) else "".join(map(str, as_list(prompt)))
+        return {**body, "messages": chat_messages(text)}
+
 
 class ResponsesDialect(Dialect):
     """/v1/responses."""
@@ -2392,6 +2717,16 @@ class ResponsesDialect(Dialect):
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
         return ResponsesStream(max_size)
+
+    def writer(self, like: dict[str, Any], sent: int) -> ChatWriter:
+        return ResponsesWriter(like, sent)
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        messages = chat_messages(body.get("input"))
+        if body.get("instructions"):
+            system = {"role": "system", "content": body["instructions"]}
+            messages.insert(0, system)
+        return {**body, "messages": messages, "tools": chat_tools(body.get("tools"))}
 
     def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
         said = {"code": error.code or error.type, "message": error.message}
@@ -2430,6 +2765,15 @@ class MessagesDialect(Dialect):
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
         return MessagesStream(max_size)
 
+    def writer(self, like: dict[str, Any], sent: int) -> ChatWriter:
+        return MessagesWriter(like, sent)
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        messages = chat_messages(body.get("messages"))
+        if body.get("system"):
+            messages.insert(0, {"role": "system", "content": body["system"]})
+        return {**body, "messages": messages, "tools": chat_tools(body.get("tools"))}
+
     def error_content(self, error: APIError) -> bytes:
         usual = "api_error" if error.status >= 500 else "invalid_request_error"
         kind = self.ERROR_TYPES.get(error.status, usual)
@@ -2461,13 +2805,14 @@ class CountTokensDialect(Dialect):
 
 
 CHAT_PATH = "/v1/chat/completions"
+EMBEDDINGS_PATH = "/v1/embeddings"
 MESSAGES_PATH = "/v1/messages"
 DIALECTS: dict[str, Dialect] = {
     CHAT_PATH: ChatDialect(),
     "/v1/completions": CompletionsDialect(),
     "/v1/responses": ResponsesDialect(),
     MESSAGES_PATH: MessagesDialect(),
-    "/v1/embeddings": EmbeddingsDialect(),
+    EMBEDDINGS_PATH: EmbeddingsDialect(),
     "/v1/moderations": ModelOptionalDialect(),
 }
 _OTHER_DIALECT = Dialect()
@@ -6171,9 +6516,10 @@ class GeneratedAnswer(Answer):
 
 
 class FunctionController(Controller):
-    """A Python function that answers chat requests.
+    """A Python function that answers chats, in whichever dialect they are asked.
 
-    function(request) takes the request's parsed JSON.  It may be plain (then it
+    function(request) takes the request's parsed JSON; "messages" (and "tools") are as
+    chat completions have them on every path.  It may be plain (then it
     runs in a thread), async, a generator or an async generator.  It gives
 
     - a string: the answer's text;
@@ -6203,21 +6549,29 @@ class FunctionController(Controller):
         self._threads: ThreadPoolExecutor | None = None
 
     def answers(self, path: str) -> bool:
-        return path == CHAT_PATH
+        return dialect_of(path).generates
 
     async def answer(self, request: APIRequest) -> Answer:
         model = request.model or next(iter(self.models or ()), self.name)
         # Its own copy: the same request may go to another controller.
-        body = {**request.body, "model": model}
+        body = {**request.dialect.chat(request.body), "model": model}
+        question = messages_text(body.get("messages"))
+        sent = estimate_tokens(question)
+        writer = request.dialect.writer(self.head(model), sent)
         with time_limit(request.deadline, self._late()):
             result = await self._call(body)
         if isinstance(result, (list, tuple)):
             result = iter(result)
         if hasattr(result, "__anext__") or hasattr(result, "__next__"):
-            events = self._events(request, model, result)
-            return GeneratedAnswer(events)
+            pieces = self._pieces(request, result)
+            if request.stream:
+                return GeneratedAnswer(self._events(pieces, writer))
+            return await self._joined(pieces, writer)
         if not isinstance(result, bytes):
-            result = encode_json(self._completion(request, model, result))
+            completion = self._completion(writer, result)
+            if request.stream and request.path != CHAT_PATH:  # that has many choices
+                return WholeAnswer(writer.events(completion))
+            result = encode_json(writer.whole(completion))
         return WholeAnswer(result)
 
     def head(self, model: str) -> dict[str, Any]:
@@ -6256,9 +6610,7 @@ class FunctionController(Controller):
             time.sleep(0.05)
         pieces.close()
 
-    def _completion(
-        self, request: APIRequest, model: str, result: Any
-    ) -> dict[str, Any]:
+    def _completion(self, writer: ChatWriter, result: Any) -> dict[str, Any]:
         """A chat.completion out of what the function returned."""
         if isinstance(result, dict) and "choices" in result:
             return result
@@ -6267,50 +6619,67 @@ class FunctionController(Controller):
         if not isinstance(result, dict):
             kind = type(result).__name__
             raise TypeError(f"{self.name} returned {kind}, not a str, dict or iterator")
-        completion = chat_completion(model, result, self._usage(request, result))
-        return {**completion, **self.head(model)}
+        usage = usage_object(self._usage(writer, [result]))
+        return {**chat_completion("", result, usage), **writer.like}
 
     @staticmethod
-    def _usage(request: APIRequest, message: dict[str, Any]) -> dict[str, Any]:
-        question = messages_text(request.body.get("messages"))
-        text = content_text(message.get("content"))
-        if message.get("tool_calls"):
-            text += _to_ascii(message["tool_calls"])
-        usage = Usage(estimate_tokens(question), 0, estimate_tokens(text))
-        return usage_object(usage)
+    def _usage(writer: ChatWriter, deltas: list[dict[str, Any]]) -> Usage:
+        texts = [content_text(delta.get("content")) for delta in deltas]
+        texts += [_to_ascii(d["tool_calls"]) for d in deltas if d.get("tool_calls")]
+        return Usage(writer.sent, 0, estimate_tokens("".join(texts)))
 
-    async def _events(
-        self, request: APIRequest, model: str, pieces: Any
-    ) -> AsyncGenerator[bytes, None]:
-        """The events of a chat stream out of an iterator's pieces."""
-        like = self.head(model)
-        role = {"role": "assistant"}
-        text = []
-        finish_reason = "stop"
+    async def _pieces(
+        self, request: APIRequest, result: Any
+    ) -> AsyncGenerator[Any, None]:
+        """What an iterator gives: deltas, or bytes as they are."""
         try:
             while True:
                 with time_limit(request.deadline, self._late()):
-                    piece = await self._next(pieces)
+                    piece = await self._next(result)
                 if piece is _END:
                     break
+                is_whole = isinstance(piece, (bytes, dict))
+                yield piece if is_whole else {"content": str(piece)}
+        finally:
+            if hasattr(result, "aclose"):
+                await result.aclose()
+            elif hasattr(result, "close"):
+                self._in_thread(self._close, result)  # nobody waits for that
+
+    async def _joined(
+        self, pieces: AsyncGenerator[Any, None], writer: ChatWriter
+    ) -> Answer:
+        """Pieces as one answer; of bytes whoever reads finds out what they are."""
+        builder, deltas, raw = CompletionBuilder(), [], []
+        async for piece in pieces:
+            await asyncio.sleep(0)  # one that never waits must not stop all others
+            if isinstance(piece, bytes):
+                raw.append(piece)
+            else:
+                deltas.append(piece)
+                builder.add({"choices": [{"delta": piece}]})
+        if raw:
+            return WholeAnswer(b"".join(raw))
+        builder.add({"choices": [{"finish_reason": finish_reason(deltas)}]})
+        usage = usage_object(self._usage(writer, deltas))
+        completion = {**builder.result(), **writer.like, "usage": usage}
+        return WholeAnswer(encode_json(writer.whole(completion)))
+
+    async def _events(
+        self, pieces: AsyncGenerator[Any, None], writer: ChatWriter
+    ) -> AsyncGenerator[bytes, None]:
+        """The events of a stream out of an iterator's pieces."""
+        deltas = []
+        try:
+            async for piece in pieces:
                 if isinstance(piece, bytes):
                     yield piece
-                    continue
-                delta = piece if isinstance(piece, dict) else {"content": str(piece)}
-                if delta.get("tool_calls"):
-                    finish_reason = "tool_calls"
-                text.append(content_text(delta.get("content")))
-                yield chat_chunk(like, {**role, **delta})
-                role = {}
+                else:
+                    deltas.append(piece)
+                    yield writer.delta(piece)
         finally:
-            if hasattr(pieces, "aclose"):
-                await pieces.aclose()
-            elif hasattr(pieces, "close"):
-                self._in_thread(self._close, pieces)  # nobody waits for that
-        usage = self._usage(request, {"content": "".join(text)})
-        yield chat_chunk(like, role, finish_reason)
-        yield chat_chunk(like, None, usage=usage)
-        yield DONE_EVENT
+            await pieces.aclose()
+        yield writer.end(finish_reason(deltas), self._usage(writer, deltas))
 
     async def _next(self, pieces: Any) -> Any:
         if not hasattr(pieces, "__anext__"):
@@ -6324,6 +6693,11 @@ class FunctionController(Controller):
         if self._threads is not None:
             self._threads.shutdown(wait=False)
             self._threads = None
+
+
+def finish_reason(deltas: list[dict[str, Any]]) -> str:
+    """Why an answer of these deltas has ended."""
+    return "tool_calls" if any(d.get("tool_calls") for d in deltas) else "stop"
 
 
 _END = object()  # of a plain iterator: StopIteration cannot leave a thread's future
@@ -6371,6 +6745,34 @@ class MockController(FunctionController):
             message = f"{name} has no parameter {parameter[:40]!r}."
             raise APIError(400, message, param="model")
         return getattr(self, method)(body, parameters)
+
+    def answers(self, path: str) -> bool:
+        return super().answers(path) or path == EMBEDDINGS_PATH
+
+    async def answer(self, request: APIRequest) -> Answer:
+        if request.path == EMBEDDINGS_PATH:
+            return WholeAnswer(encode_json(self._embeddings(request)))
+        return await super().answer(request)
+
+    @staticmethod
+    def _embeddings(request: APIRequest) -> dict[str, Any]:
+        """A vector of eight numbers for each text: equal ones for equal texts."""
+        body = request.body
+        given = body.get("input")
+        texts = [str(text) for text in (given if isinstance(given, list) else [given])]
+        data = []
+        for index, text in enumerate(texts[:2048]):
+            digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+            vector = [byte / 127.5 - 1 for byte in digest[:8]]
+            packed = base64.b64encode(struct.pack("<8f", *vector)).decode()
+            is_packed = body.get("encoding_format") == "base64"
+            embedding: Any = packed if is_packed else vector
+            item = {"object": "embedding", "index": index}
+            data.append({**item, "embedding": embedding})
+        tokens = sum(map(estimate_tokens, texts))
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        answer = {"object": "list", "data": data, "model": request.model}
+        return {**answer, "usage": usage}
 
     def head(self, model: str) -> dict[str, Any]:
         parameters = dict(urllib.parse.parse_qsl(model.partition("?")[2]))

@@ -9438,6 +9438,105 @@ async def test_mocks_answer_by_name_only(tmp_path):
         assert (await controller_line(server, "mock"))["state"] == "ready"
 
 
+DIALECT_REQUESTS = {
+    "/v1/completions": {"prompt": "Hello you"},
+    "/v1/responses": {"input": "Hello you"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hello you"}]},
+}
+
+
+def dialect_text(path, answer):
+    """The text of a whole answer."""
+    if path == "/v1/completions":
+        return answer["choices"][0]["text"]
+    if path == "/v1/responses":
+        return answer["output"][0]["content"][0]["text"]
+    return answer["content"][0]["text"]
+
+
+@pytest.mark.parametrize("model", ["mock/echo", "shout"])
+@pytest.mark.parametrize("path", DIALECT_REQUESTS)
+@flow
+async def test_a_text_becomes_an_answer_in_each_dialect(tmp_path, path, model):
+    async with serving(tmp_path) as server:
+
+        @server.model("shout")
+        def shout(request):
+            return request["messages"][-1]["content"].upper()
+
+        expected = "Hello you" if model == "mock/echo" else "HELLO YOU"
+        body = {"model": model, "max_tokens": 9, **DIALECT_REQUESTS[path]}
+        whole = await ask(server.port, "POST", path, body)
+        assert whole.status == 200
+        assert dialect_text(path, whole.json()) == expected
+        assert whole.json()["usage"]
+        reply = await ask(server.port, "POST", path, {**body, "stream": True})
+        assert reply.status == 200 and reply.whole
+        text = ""
+        for event in (line for line in reply.content.decode().split("\n\n") if line):
+            data = event.split("data: ")[1]
+            chunk = {} if data == "[DONE]" else json.loads(data)
+            if path == "/v1/completions":
+                text += (chunk.get("choices") or [{"text": ""}])[0]["text"]
+            else:
+                assert event.startswith(f"event: {chunk['type']}\n")
+                piece = chunk.get("delta", "")
+                text += piece if isinstance(piece, str) else piece.get("text", "")
+        assert text == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@flow
+async def test_a_mock_calls_tools_in_each_dialect(tmp_path, stream):
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    messages = [{"role": "user", "content": "Paris"}]
+    tools = {
+        "/v1/messages": [{"name": "weather", "input_schema": schema}],
+        "/v1/responses": [
+            {"type": "function", "name": "weather", "parameters": schema}
+        ],
+    }
+    async with serving(tmp_path) as server:
+        for path, offered in tools.items():
+            body = {"model": "mock/echo", "messages": messages, "input": "Paris"}
+            body = {**body, "tools": offered, "stream": stream, "max_tokens": 9}
+            text = (await ask(server.port, "POST", path, body)).content.decode()
+            assert '"weather"' in text and "city" in text and "Paris" in text
+            assert ("tool_use" in text) == (path == "/v1/messages")
+
+
+@flow
+async def test_a_tools_result_is_echoed_in_each_dialect(tmp_path):
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "sunny"}
+    asked = {
+        "/v1/messages": {"messages": [{"role": "user", "content": [result]}]},
+        "/v1/responses": {
+            "input": [
+                {"type": "function_call_output", "call_id": "t", "output": "sunny"}
+            ]
+        },
+    }
+    async with serving(tmp_path) as server:
+        for path, body in asked.items():
+            tools = [{"type": "function", "name": "f"}]
+            body = {**body, "model": "mock/echo", "max_tokens": 9, "tools": tools}
+            reply = await ask(server.port, "POST", path, body)
+            assert dialect_text(path, reply.json()) == "sunny"
+
+
+@flow
+async def test_mock_embeddings_are_equal_for_equal_texts(tmp_path):
+    async with serving(tmp_path) as server:
+        body = {"model": "mock/echo", "input": ["a", "b", "a"]}
+        data = (await ask(server.port, "POST", "/v1/embeddings", body)).json()["data"]
+        one, two, three = (item["embedding"] for item in data)
+        assert one == three != two and len(one) == 8
+        body["encoding_format"] = "base64"
+        data = (await ask(server.port, "POST", "/v1/embeddings", body)).json()["data"]
+        packed = struct.unpack("<8f", base64.b64decode(data[0]["embedding"]))
+        assert packed == pytest.approx(one, abs=1e-6)
+
+
 # --- Slow and stalled clients
 
 
