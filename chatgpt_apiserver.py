@@ -6895,6 +6895,8 @@ _DEAD_KEY_CODES = frozenset(
     " account_deactivated billing_not_active access_terminated".split()
 )
 _UNKNOWN_MODEL_CODES = frozenset(["model_not_found", "unknown_model"])
+# What is continued may have been made at another controller.
+_ELSEWHERE_CODES = frozenset(["previous_response_not_found"])
 _CONTENT_CODES = frozenset(["content_policy_violation", "content_filter"])
 _UNKNOWN_MODEL = re.compile(
     r"not found|not exist|n't exist|unknown|invalid|not a valid|no such|not supported"
@@ -6967,7 +6969,7 @@ def judge_refusal(
         failure = Failure.UNKNOWN_MODEL
     elif status in (401, 402, 403) and not error.words & _CONTENT_CODES:
         failure = Failure.KEY_DOUBTED
-    elif status < 400 or status == 501:
+    elif status < 400 or status == 501 or error.words & _ELSEWHERE_CODES:
         failure = Failure.NONE
     elif status >= 500 or status in _BROKEN_STATUSES:
         failure = Failure.BROKEN
@@ -7799,8 +7801,9 @@ class Call:
         if error is None:
             return content
         # Not a 401: the client would take it for its own key.
-        perhaps = error.failure in (Failure.KEY_DOUBTED, Failure.UNKNOWN_MODEL)
-        if perhaps and answer.status != 401:
+        closes_nothing = (Failure.KEY_DOUBTED, Failure.UNKNOWN_MODEL, Failure.NONE)
+        perhaps = 400 <= answer.status < 500 and answer.status != 401
+        if perhaps and error.failure in closes_nothing:
             error.refusal = (answer.status, answer.headers, content)
         raise error
 

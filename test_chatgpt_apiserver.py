@@ -7453,6 +7453,24 @@ async def test_a_response_is_continued_where_it_was_made(tmp_path, stream):
 
 
 @flow
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_response_that_is_not_here_is_looked_for_elsewhere(tmp_path, known):
+    said = {"param": "previous_response_id", "code": "previous_response_not_found"}
+    made = {"id": "resp_1", "object": "response", "output": []}
+    missing = refusal(400, "No.", **said)
+    body = {"model": "m", "input": "Hello", "previous_response_id": "resp_0"}
+    async with Upstream(missing) as one, Upstream(missing) as other:
+        other.behave = http_reply(made) if known else missing
+        first, second = one.controller(weight=100), other.controller()
+        async with serving(tmp_path, first, second) as server:
+            reply = await ask(server.port, "POST", "/v1/responses", body)
+            assert reply.status == (200 if known else 400)
+            assert not known or reply.json()["id"] == "resp_1"
+            assert len(one.requests) > 0
+            assert not first.health.closed_by and not second.health.closed_by
+
+
+@flow
 async def test_no_more_conversations_are_kept_than_fit(constant):
     constant(CONVERSATIONS_KEPT=3)
     pool = Pool()
@@ -7505,6 +7523,9 @@ async def test_a_model_unknown_at_one_controller_is_asked_of_the_next(
             for number in range(4):
                 reply = await chat(server, f"{number}", model="local")
                 assert chat_text(reply) == "has"
+            server.service.pool.remove(has)
+            reply = await chat(server, model="local")
+            assert reply.status == (status if status < 500 else 500)
             assert lacks.requests < 4  # it is not asked again for a while
             assert not lacks.health.closed_by
 
