@@ -14142,7 +14142,7 @@ async def test_sighup_loads_a_renewed_certificate_and_keeps_the_old_one_if_it_is
         assert await shown(port) == old
         (tmp_path / "cert.pem").write_text("half of a certificate")
         program.signal(signal.SIGHUP)
-        program.wait_for("certificate not reloaded: ")
+        program.wait_for("certificate not reloaded: .*cert.pem")
         assert await shown(port) == old
         (tmp_path / "cert.pem").write_text(TEST_CERT_WRONG_NAME)
         async with Client(port, tls=anybody) as client:
@@ -14234,43 +14234,17 @@ def entry(name):
 
 @needs_posix
 @flow(timeout=30)
-async def test_sighup_takes_a_renewed_certificate_and_no_broken_one(tmp_path):
-    cert = tmp_path / "cert.pem"
-    cert.write_text(TEST_CERT + TEST_KEY)
-    with program_in(tmp_path, "--tls-cert", str(cert)) as program:
-        program.wait_for("listens on https")
-        cert.write_text(TEST_CERT)  # its key is not there
-        program.signal(signal.SIGHUP)
-        program.wait_for("certificate not reloaded: .*cert.pem: not a certificate")
-        program.wait_for("controllers: none")
-        cert.write_text(TEST_CERT + TEST_KEY)
-        write_config(tmp_path, controllers=[entry("second")])
-        program.signal(signal.SIGHUP)
-        program.wait_for("controllers: second")
-        assert program.stderr.count("certificate not") == 1
-        program.signal(signal.SIGTERM)
-        assert program.end() == 0
-
-
-@needs_posix
-@pytest.mark.parametrize("elsewhere", [False, True])
-@flow(timeout=30)
-async def test_sighup_without_the_file_that_was_found_changes_nothing(
-    tmp_path, elsewhere
-):
-    found = tmp_path / "chatgpt-apiserver.json"
+async def test_sighup_takes_no_other_file_for_the_one_that_has_gone(tmp_path):
     write_config(tmp_path, controllers=[entry("kept")])
     with program_in(tmp_path) as program:
         port = program.port
-        found.unlink()
-        if elsewhere:
-            (tmp_path / "config").mkdir()
-            write_config(tmp_path / "config", controllers=[])
+        (tmp_path / "chatgpt-apiserver.json").unlink()
+        (tmp_path / "config").mkdir()
+        write_config(tmp_path / "config", controllers=[])
         program.signal(signal.SIGHUP)
         program.wait_for("not reloaded: chatgpt-apiserver.json is not there")
         reply = await ask(port, "GET", "/admin/controllers")
-        names = [line["name"] for line in reply.json()["controllers"]]
-        assert "kept" in names
+        assert "kept" in [line["name"] for line in reply.json()["controllers"]]
         program.signal(signal.SIGTERM)
         assert program.end() == 0
 
