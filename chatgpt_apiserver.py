@@ -5182,7 +5182,9 @@ class UsageLimit:
         # A clock that is set back goes on with the window that it has come from.
         if used is None or now >= used[0]:
             start, end = window(per, now)
-            before = self.history(start) if used is None else (0, 0)
+            # A minute's is not known: what is kept is kept by the hour.
+            kept = used is None and per != "minute"
+            before = self.history(start) if kept else (0, 0)
             used = self._used[per] = [end, *before]
             self.reported = False
         return used

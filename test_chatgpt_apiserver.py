@@ -10394,6 +10394,23 @@ def test_windows_are_those_of_the_calendar_in_utc(per, now, start, end):
     assert apiserver.window(per, now + 0.9) == (start, end)
 
 
+@pytest.mark.parametrize(
+    "per, used", [("minute", 0), ("hour", 3), ("day", 3), ("week", 3), ("month", 3)]
+)
+def test_a_new_limit_counts_what_was_used_in_its_window_alone(monkeypatch, per, used):
+    """What is kept is kept by the hour: of a minute's nothing is taken over."""
+    ledger = apiserver.Ledger(None)
+    noon = calendar.timegm((2026, 11, 27, 12, 0, 0))
+    monkeypatch.setattr(apiserver, "unix_time", lambda: noon + 60.0)
+    for _ in range(3):
+        ledger.record("u", "m", "c", 0, apiserver.Usage())
+    monkeypatch.setattr(apiserver, "unix_time", lambda: noon + 1800.0)
+    limit = ledger.limit_of("u", apiserver.parse_quotas(f"3 requests/{per}"))
+    assert [state[1] for state in limit.state()] == [used]
+    ledger.record("u", "m", "c", 0, apiserver.Usage())
+    assert [state[1] for state in limit.state()] == [used + 1]
+
+
 def test_a_clock_that_is_set_back_gives_nothing_back(monkeypatch):
     clock = [1_800_000_000.0]
     monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
