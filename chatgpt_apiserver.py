@@ -5266,8 +5266,8 @@ class Ledger:
         hour = hour_text(int(unix_time() // 3600))
         counts = [1, failures, *usage]
         _add(self._pending, (hour, user, model[:200], controller), counts)
+        self._tell(f"user {user}", counts)  # first: its history is what we count
         self._count((hour, user, model[:200], controller), counts)
-        self._tell(f"user {user}", counts)
 
     def _count(self, key: Key, counts: list[int]) -> None:
         _add(self._sums.setdefault(key[1], {}), key, counts)
@@ -5347,10 +5347,10 @@ class Ledger:
             self._sums.clear()
             lines = [*lines, *self._pending.items()]
         for key, counts in lines:
-            self._count(key, counts)
             if not anew:
                 self._tell(f"user {key[1]}", counts)
                 self._tell(f"controller {key[3]}", counts)
+            self._count(key, counts)
 
     # --- The file, in the thread.
 

@@ -10452,6 +10452,19 @@ async def test_two_ledgers_on_one_file_count_together(tmp_path):
 
 
 @flow
+async def test_a_limit_that_nobody_has_asked_yet_counts_others_once(tmp_path):
+    path = tmp_path / "usage.jsonl"
+    one, two = ledger(path), ledger(path)
+    user = two.limit_of("ada", apiserver.parse_quotas("9 requests/day"))
+    controller = apiserver.UsageLimit(apiserver.parse_quotas("9 requests/day"))
+    two.watch("controller c", controller)
+    one.record("ada", "m", "c", 0, apiserver.Usage())
+    await one.flush()
+    await two.flush()
+    assert [limit.state()[0][1] for limit in (user, controller)] == [1, 1]
+
+
+@flow
 async def test_a_torn_line_is_passed_over_and_does_not_swallow_the_next(tmp_path):
     path = tmp_path / "usage.jsonl"
     one = ledger(path)
