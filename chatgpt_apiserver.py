@@ -2906,6 +2906,7 @@ class APIRequest:
     __slots__ = (
         "_body",
         "_digest",
+        "_has_options",
         "_turn",
         "agent_id",
         "ask",
@@ -2945,6 +2946,7 @@ class APIRequest:
         self.model: str | None = None
         self.model_field: FormField | None = None
         self.stream = False
+        self._has_options = False
         self.wants_usage = False
         self.choices = 1
         self.headers = headers or {}
@@ -2976,6 +2978,7 @@ class APIRequest:
             raise APIError(400, "'stream' must be true or false.", param="stream")
         self.model = model or None
         self.stream = bool(stream)
+        self._has_options = "stream_options" in body
         options = as_object(body.get("stream_options"))
         self.wants_usage = options.get("include_usage") is True
         choices = body.get("n")
@@ -3040,10 +3043,11 @@ class APIRequest:
             return self.content[: field.start] + name + self.content[field.end :]
         if same and not include_usage:
             return self.content
-        if same and b'"stream_options"' not in self.content:
-            # A field more needs no new JSON: the client's own bytes stay.
-            rest = self.content.lstrip()[1:]
-            return b'{"stream_options":{"include_usage":true},' + rest
+        if same and not self._has_options:
+            # A field more needs no new JSON: the client's own bytes stay.  It is the
+            # last: Go's JSON takes "Stream_Options" for it, and the last of both.
+            start = self.content.rstrip()[:-1]
+            return start + b',"stream_options":{"include_usage":true}}'
         body = dict(self.body)
         if model is not None:
             body["model"] = model
@@ -5499,6 +5503,9 @@ def usage_line(item: Line) -> bytes:
 
 # How long a request that has failed is remembered: sent again, it fails again.
 EVIDENCE_TIME = 60.0  # seconds
+# How long others wait for the one request that tries a controller again: an answer
+# that takes minutes and is not streamed must not keep everybody out.
+TRIAL_TIME = 5.0  # seconds
 
 
 class Health:
@@ -5509,7 +5516,7 @@ class Health:
 
     closed_by  the failure that closed it, or None while it is open
     reason     why, in our own words: everybody may read it
-    trial      the request that is let through
+    trial      the request that is let through; at trial_until another one is
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -5518,6 +5525,7 @@ class Health:
         self.closed_by: Failure | None = None
         self.reason = ""
         self.trial: APIRequest | None = None
+        self.trial_until = 0.0
         self.upstream_status: int | None = None  # what it said last
         self._failures = 0  # in a row
         self._seen: dict[tuple[str, bytes], float] = {}  # failed requests, and when
@@ -5588,6 +5596,10 @@ class Health:
         if not self.closed_by:
             self._failures = self._times = self._disabled_times = 0
             self._seen = {}
+
+    def is_tried(self, now: float) -> bool:
+        """Whether a request is out that may show that it is back."""
+        return self.trial is not None and now < self.trial_until
 
     def _open(self) -> None:
         self.until = 0.0
@@ -5729,7 +5741,7 @@ class Controller:
             return False
         health = self.health
         # While it is being tried again, by one request and not by a crowd.
-        if health.closed_by and (now < health.until or health.trial is not None):
+        if health.closed_by and (now < health.until or health.is_tried(now)):
             return False
         return self.limit is None or not self.limit.exceeded()
 
@@ -7246,7 +7258,7 @@ class Pool:
         left = [c for c in suitable if c not in tried]
         if any(not c.closed_for(now) for c in left):
             return None  # one is only busy: wait for that
-        closed = [c for c in left if c.last_resort and c.health.trial is None]
+        closed = [c for c in left if c.last_resort and not c.health.is_tried(now)]
         return min(closed, key=lambda c: c.health.until, default=None)
 
     def needs_model(self, request: APIRequest) -> bool:
@@ -7465,11 +7477,13 @@ class Pool:
             return True
         return False
 
-    @staticmethod
-    def _take(controller: Controller, request: APIRequest) -> None:
+    def _take(self, controller: Controller, request: APIRequest) -> None:
         controller.in_flight += 1
-        if controller.health.closed_by:
-            controller.health.trial = request
+        health = controller.health
+        if health.closed_by:
+            loop = asyncio.get_running_loop()
+            health.trial, health.trial_until = request, loop.time() + TRIAL_TIME
+            loop.call_at(health.trial_until + 0.001, self.wake)
 
     def release(self, controller: Controller, request: APIRequest) -> None:
         """Give a slot back."""

@@ -2884,14 +2884,24 @@ def test_tools_are_not_touched_by_capital_keys():
         b'{"stream":true,"model":"m","messages":[{"role":"user","content":"{}"}]}',
     ],
 )
-def test_usage_is_asked_for_in_front_of_the_clients_own_bytes(content):
+def test_usage_is_asked_for_behind_the_clients_own_bytes(content):
     request = apiserver.parse_chat_request(content)
     assert request.counts_usage
     sent = request.encode(include_usage=True)
-    assert sent.endswith(content.strip()[1:] + content[len(content.rstrip()) :])
+    assert sent.startswith(content.rstrip()[:-1])
     usage = {"stream_options": {"include_usage": True}}
     assert json.loads(sent) == {**json.loads(content), **usage}
     assert request.content == content
+
+
+@pytest.mark.parametrize("key", ["stream\\u005foptions", "Stream_Options", "stream"])
+def test_no_spelling_of_a_field_takes_the_counting_of_usage_away(key):
+    """The last of two equal keys counts, and for Go case does not."""
+    content = b'{"model": "m", "messages": [], "stream": true, "%b": true}'
+    request = apiserver.parse_chat_request(content % key.encode())
+    sent = request.encode(include_usage=True)
+    *_, last = json.loads(sent, object_pairs_hook=list)
+    assert last == ("stream_options", [("include_usage", True)])
 
 
 @pytest.mark.parametrize(
@@ -8636,6 +8646,32 @@ async def test_the_last_one_is_tried_by_one_request_at_a_time(tmp_path):
 
 
 GOOD_REPLY = http_reply(completion())
+
+
+@pytest.mark.parametrize("cool_first", [0.01, 60])
+@flow
+async def test_a_long_request_that_tries_a_controller_keeps_nobody_out(
+    tmp_path, constant, cool_first
+):
+    """An answer that is not streamed shows nothing for minutes."""
+    constant(TRIAL_TIME=0.1)
+
+    async def behave(request, writer):
+        if b"long" in request.content:
+            await asyncio.sleep(60)
+        bad = b"BAD" in request.content
+        writer.write(error_reply(500) if bad else http_reply(completion()))
+
+    limits = Limits(cool_first=cool_first)
+    async with pool_of(tmp_path, behave, limits=limits) as (server, (upstream,), _):
+        alice, bob = await add_user(server), await add_user(server)
+        for number in range(3):
+            await chat(server, f"BAD {number}", alice)
+        asking = asyncio.ensure_future(chat(server, "long", alice))
+        await until(lambda: len(chats(upstream)) == 4)
+        assert (await asyncio.wait_for(chat(server, key=bob), 2)).status == 200
+        assert (await chat(server, "x", bob)).status == 200
+        asking.cancel()
 
 
 @pytest.mark.parametrize(
