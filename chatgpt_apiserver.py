@@ -8147,8 +8147,12 @@ class Metrics:
         "queue_wait_seconds": "From a request's head until a controller is asked.",
     }
 
+    # Controllers told apart by name; an agent may have another each time it comes.
+    MAX_CONTROLLERS = 200
+
     def __init__(self, users: bool = False) -> None:
         self._users = users
+        self._controllers: set[str] = set()
         self._counts: dict[str, Counter[str]] = {n: Counter() for n in self.COUNTERS}
         self._histograms: dict[str, dict[str, Histogram]] = {
             name: {} for name in self.HISTOGRAMS
@@ -8165,6 +8169,7 @@ class Metrics:
         labels = metric_labels(path=path, model=model)
         self._time("request_duration_seconds", labels, record.ended - record.started)
         for name, _, reason in record.attempts:
+            name = self._controller(name)
             result = metric_labels(controller=name, result="failed" if reason else "ok")
             count["attempts_total"][result] += 1
         if not record.attempts:
@@ -8179,6 +8184,7 @@ class Metrics:
 
     def _observe_answer(self, record: RequestRecord, model: str) -> None:
         controller, asked, _ = record.attempts[-1]
+        controller = self._controller(controller)
         labels = metric_labels(model=model, controller=controller)
         wait = record.attempts[0][1] - record.started
         self._time("queue_wait_seconds", metric_labels(model=model), wait)
@@ -8190,6 +8196,14 @@ class Metrics:
             if record.usage.output:
                 seconds = (record.ended - record.began_at) / record.usage.output
                 self._time("time_per_output_token_seconds", labels, seconds)
+
+    def _controller(self, name: str) -> str:
+        """A controller's name as a label: "other" for one too many."""
+        if name not in self._controllers:
+            if len(self._controllers) >= self.MAX_CONTROLLERS:
+                return "other"
+            self._controllers.add(name)
+        return name
 
     def _time(self, name: str, labels: str, seconds: float) -> None:
         histogram = self._histograms[name].get(labels)

@@ -10018,6 +10018,22 @@ def test_activity_is_counted_in_slots_and_forgotten_after_ten_minutes():
     assert sum(journal.activity(1700.0)["requests"]) == 0
 
 
+def test_agents_that_come_under_ever_new_names_fill_no_memory():
+    metrics = apiserver.Metrics()
+    how = ("POST", CHAT_URL, "m", 200, ("", ""))
+    for number in range(1000):
+        tries = [(f"agent-{number}", 1.0, "")]
+        usage = apiserver.Usage(1, 0, 1)
+        record = apiserver.RequestRecord(
+            "id", 0, 1.0, 3.0, "u", *how, tries, 2.0, usage, "", ""
+        )
+        metrics.observe(record, CHAT_URL, "m")
+    text = metrics.text([])
+    prefix = "chatgpt_apiserver_attempts_total"
+    assert text.count(prefix + "{") == metrics.MAX_CONTROLLERS + 1
+    assert prefix + '{controller="other",result="ok"} 800' in text
+
+
 # -----------------------------------------------------------------------------
 # The page
 # -----------------------------------------------------------------------------
