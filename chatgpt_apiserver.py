@@ -2777,6 +2777,8 @@ class MessagesDialect(Dialect):
     def error_content(self, error: APIError) -> bytes:
         usual = "api_error" if error.status >= 500 else "invalid_request_error"
         kind = self.ERROR_TYPES.get(error.status, usual)
+        if error.code == "cancelled":  # by a person: not to be tried again
+            kind = usual
         said = {"type": kind, "message": error.message}
         return encode_json({"type": "error", "error": said})
 
@@ -6957,8 +6959,11 @@ def says_unknown_model(error: ErrorObject, model: str | None) -> bool:
         return False
     if error.param not in (None, "model"):  # what is unsupported is another field
         return False
-    named = model in text and _UNKNOWN_MODEL.search(text) is not None
-    return named or ("not_found_error" in error.words and model in text)
+    # As a word of its own: "a" is not named by "that model cannot".
+    word = rf"(?<![\w.-]){re.escape(model)}(?![\w-]|\.\w)"
+    return re.search(word, text) is not None and (
+        "not_found_error" in error.words or _UNKNOWN_MODEL.search(text) is not None
+    )
 
 
 def judge_refusal(

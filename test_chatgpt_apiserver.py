@@ -8451,6 +8451,31 @@ def test_a_failure_has_two_texts_and_only_its_own_words_are_kept():
     assert QUOTE not in health.reason
 
 
+@pytest.mark.parametrize(
+    ("model", "says", "unknown"),
+    [
+        ("m", "The model `m` does not exist", True),
+        ("m", 'model "m" not found, try pulling it first', True),
+        ("llama3", "model 'llama3:latest' not found", True),
+        ("gemini-x", "models/gemini-x is not found for API version v1", True),
+        ("m", "The model does not exist in my memory", False),
+        ("gpt-4", "The model gpt-4.1 does not exist", False),
+        ("gpt-4", "The model gpt-4-turbo does not exist", False),
+    ],
+)
+def test_an_unknown_model_is_named_as_a_word_of_its_own(model, says, unknown):
+    error = apiserver.ErrorObject(says)
+    assert apiserver.says_unknown_model(error, model) == unknown
+
+
+def test_a_cancelled_message_is_no_overload():
+    """Its clients try again at an `overloaded_error`."""
+    dialect = apiserver.dialect_of("/v1/messages")
+    for code, kind in (("cancelled", "api_error"), (None, "overloaded_error")):
+        content = dialect.error_content(APIError(503, "No", code=code))
+        assert json.loads(content)["error"]["type"] == kind
+
+
 CLOSES_NOTHING = [
     *(300, 301, 302, 307, 308, 400, 401, 402, 403, 404, 405, 406, 408, 409, 410, 413),
     *(415, 422, 424, 425, 451, 498, 499, 500, 501, 502, 503, 504, 520, 529),
