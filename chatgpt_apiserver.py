@@ -3870,7 +3870,10 @@ class HTTPClient:
             raise failure
         finally:
             for task in attempts:
-                task.cancel()
+                # One that was done when the caller was cancelled has no owner.
+                result = None if task.cancel() else task.result()
+                if isinstance(result, Connection):
+                    result.abort()
 
     async def _connect(self, address: str, port: int) -> Connection | OSError:
         """A connection, or why there is none."""

@@ -4328,6 +4328,25 @@ async def test_requests_share_a_connection():
         await until(lambda: upstream.ended == 1)
 
 
+@flow
+async def test_a_connection_made_for_a_caller_who_just_left_is_closed():
+    async with Upstream() as upstream:
+        client = HTTPClient(upstream.url)
+        asking = asyncio.ensure_future(client.request("GET", "/x", []))
+        dialing = None
+        while dialing is None:
+            await asyncio.sleep(0)
+            named = {task.get_coro().__name__: task for task in asyncio.all_tasks()}
+            dialing = named.get("_connect")
+        while not dialing.done():
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled() and dialing.result().transport
+        await until(lambda: upstream.connections == upstream.ended == 1)
+        assert upstream.requests == []
+
+
 @pytest.mark.parametrize(
     "answer",
     [
