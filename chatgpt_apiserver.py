@@ -6978,11 +6978,15 @@ def judge_refusal(
 ) -> ControllerError | None:
     """What an answer of 300 and above says; None if it is about the request.
 
-    Codes and statuses decide.  Words do so only for a model that is not there.
+    Codes and statuses decide.  Words do so only for a model that is not there,
+    and for a request that alone is over the minute's tokens: it is refused with
+    the code of a rate limit (OpenAI 429, Groq 413), but others would not be.
     """
     dead_key = error.words & _DEAD_KEY_CODES
     if dead_key and not error.passed_on:  # or it is the key of one of its upstreams
         failure = Failure.DISABLED
+    elif error.message.startswith("Request too large"):
+        failure = Failure.NONE
     elif status == 429 or "rate_limit_exceeded" in error.words:
         failure = Failure.RATE_LIMITED
     elif error.words & _UNKNOWN_MODEL_CODES:  # one-api says so with a 503

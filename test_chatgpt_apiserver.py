@@ -8508,6 +8508,15 @@ ANSWERS_TO_ONE = {
     "error in 200": http_reply({"error": {"message": "roles must alternate"}}),
     "error event": http_reply(b'data: {"error": {"message": "no"}}\n\n'),
     "gone": None,
+    **{
+        f"too large {status}": error_reply(
+            status,
+            "Request too large for gpt-4o on tokens per min (TPM): Limit 9, Requested 99",
+            code="rate_limit_exceeded",
+            type="tokens",
+        )
+        for status in (413, 429)
+    },
 }
 
 
