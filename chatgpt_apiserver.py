@@ -5238,6 +5238,9 @@ COUNTS = ("requests", "failures", "input", "cached_input", "output")
 USAGE_FLUSH_INTERVAL = 5.0  # seconds; a kill loses at most what came since
 USAGE_FILE_SIZE = 16 * 1024 * 1024  # above it the file is rewritten, if that helps
 USAGE_LIFETIME = 400  # days
+# Models of a user's that are told apart in an hour: some controllers take any name,
+# and each new one is a line that stays.
+HOURLY_MODELS = 100
 COLUMNS = ("day", "user", "model", "controller")
 Key = tuple[str, str, str, str]  # hour (UTC, "2026-11-27T09"), user, model, controller
 Line = tuple[Key, list[int]]
@@ -5263,6 +5266,8 @@ class Ledger:
         self._sums: dict[str, dict[Key, list[int]]] = {}  # of all, by user
         self._pending: dict[Key, list[int]] = {}  # not yet written
         self._limits: dict[str, UsageLimit] = {}  # by subject: "user x", "controller y"
+        self._hour = ""
+        self._models: dict[str, set[str]] = {}  # of this hour, by user
         self._read_to = (0, 0)  # inode and size of what was read
         self._problem = ""
 
@@ -5274,9 +5279,16 @@ class Ledger:
         """Count one request that has ended."""
         hour = hour_text(int(unix_time() // 3600))
         counts = [1, failures, *usage]
-        _add(self._pending, (hour, user, model[:200], controller), counts)
+        if hour != self._hour:
+            self._hour, self._models = hour, {}
+        models = self._models.setdefault(user, set())
+        model = model[:200]
+        if len(models) < HOURLY_MODELS:
+            models.add(model)
+        key = (hour, user, model if model in models else "other", controller)
+        _add(self._pending, key, counts)
         self._tell(f"user {user}", counts)  # first: its history is what we count
-        self._count((hour, user, model[:200], controller), counts)
+        self._count(key, counts)
 
     def _count(self, key: Key, counts: list[int]) -> None:
         _add(self._sums.setdefault(key[1], {}), key, counts)
@@ -8159,12 +8171,14 @@ class Metrics:
         "queue_wait_seconds": "From a request's head until a controller is asked.",
     }
 
-    # Controllers told apart by name; an agent may have another each time it comes.
-    MAX_CONTROLLERS = 200
+    # Controllers told apart by name, and models: an agent chooses both, and may come
+    # with others each time.
+    MAX_NAMES = 200
 
     def __init__(self, users: bool = False) -> None:
         self._users = users
         self._controllers: set[str] = set()
+        self._models: set[str] = set()
         self._counts: dict[str, Counter[str]] = {n: Counter() for n in self.COUNTERS}
         self._histograms: dict[str, dict[str, Histogram]] = {
             name: {} for name in self.HISTOGRAMS
@@ -8174,6 +8188,7 @@ class Metrics:
         """Count a request that has ended."""
         assert record.ended is not None
         count, usage = self._counts, record.usage
+        model = self._bounded(model, self._models)
         status = str(record.status)
         count["requests_total"][
             metric_labels(path=path, model=model, status=status)
@@ -8181,7 +8196,7 @@ class Metrics:
         labels = metric_labels(path=path, model=model)
         self._time("request_duration_seconds", labels, record.ended - record.started)
         for name, _, reason in record.attempts:
-            name = self._controller(name)
+            name = self._bounded(name, self._controllers)
             result = metric_labels(controller=name, result="failed" if reason else "ok")
             count["attempts_total"][result] += 1
         if not record.attempts:
@@ -8196,7 +8211,7 @@ class Metrics:
 
     def _observe_answer(self, record: RequestRecord, model: str) -> None:
         controller, asked, _ = record.attempts[-1]
-        controller = self._controller(controller)
+        controller = self._bounded(controller, self._controllers)
         labels = metric_labels(model=model, controller=controller)
         wait = record.attempts[0][1] - record.started
         self._time("queue_wait_seconds", metric_labels(model=model), wait)
@@ -8209,12 +8224,12 @@ class Metrics:
                 seconds = (record.ended - record.began_at) / record.usage.output
                 self._time("time_per_output_token_seconds", labels, seconds)
 
-    def _controller(self, name: str) -> str:
-        """A controller's name as a label: "other" for one too many."""
-        if name not in self._controllers:
-            if len(self._controllers) >= self.MAX_CONTROLLERS:
+    def _bounded(self, name: str, names: set[str]) -> str:
+        """A name as a label: "other" for one too many."""
+        if name not in names:
+            if len(names) >= self.MAX_NAMES:
                 return "other"
-            self._controllers.add(name)
+            names.add(name)
         return name
 
     def _time(self, name: str, labels: str, seconds: float) -> None:

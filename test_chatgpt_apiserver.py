@@ -10080,11 +10080,11 @@ def test_agents_that_come_under_ever_new_names_fill_no_memory():
         record = apiserver.RequestRecord(
             "id", 0, 1.0, 3.0, "u", *how, tries, 2.0, usage, "", ""
         )
-        metrics.observe(record, CHAT_URL, "m")
-    text = metrics.text([])
-    prefix = "chatgpt_apiserver_attempts_total"
-    assert text.count(prefix + "{") == metrics.MAX_CONTROLLERS + 1
-    assert prefix + '{controller="other",result="ok"} 800' in text
+        metrics.observe(record, CHAT_URL, f"model-{number}")
+    text, prefix = metrics.text([]), "chatgpt_apiserver_"
+    for name in ("attempts_total", "requests_total", "queue_wait_seconds_count"):
+        assert text.count(f"{prefix}{name}{{") == metrics.MAX_NAMES + 1
+    assert prefix + 'attempts_total{controller="other",result="ok"} 800' in text
 
 
 # -----------------------------------------------------------------------------
@@ -10514,6 +10514,24 @@ def test_a_new_limit_counts_what_was_used_in_its_window_alone(monkeypatch, per, 
     assert [state[1] for state in limit.state()] == [used]
     ledger.record("u", "m", "c", 0, apiserver.Usage())
     assert [state[1] for state in limit.state()] == [used + 1]
+
+
+def test_a_user_who_asks_for_ever_new_models_fills_no_memory(monkeypatch):
+    """A function without models answers to any name."""
+    clock = [1_800_000_000.0]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    ledger = apiserver.Ledger(None)
+    for number in range(1000):
+        ledger.record("u", f"{number}-" * 100, "c", 0, apiserver.Usage(1))
+    ledger.record("v", "999", "c", 0, apiserver.Usage(1))
+    clock[0] += 3600
+    ledger.record("u", "999", "c", 0, apiserver.Usage(1))
+    rows = ledger.report(["user", "model"], "2000-01-01", "2100-01-01")["data"]
+    found = {(row["user"], row["model"]): row["requests"] for row in rows}
+    assert len(found) == apiserver.HOURLY_MODELS + 3
+    assert found["u", "other"] == 1000 - apiserver.HOURLY_MODELS
+    assert found["v", "999"] == found["u", "999"] == 1
+    assert max(len(model) for _, model in found) == 200
 
 
 def test_a_clock_that_is_set_back_gives_nothing_back(monkeypatch):
