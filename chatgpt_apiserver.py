@@ -9287,7 +9287,7 @@ class Service:
             return self.admin
         return self.users.find(token)
 
-    def begin_request(self, user: User) -> None:
+    def begin_request(self, user: User, limit: UsageLimit | None) -> None:
         """Count a request of a user in; end_request() it.  Raise APIError: 429, 503."""
         if self.requests_in_flight >= self.limits.requests_in_flight:
             raise APIError(503, "The server is at its limit.", retry_after=1)
@@ -9673,7 +9673,7 @@ class RequestHandler:
         self._content_left = True  # the request's content has not been read yet
         self._held = 0
         self._counted = False
-        self._tells_limits = False
+        self._limit: UsageLimit | None = None  # what the user may use
         self._heartbeat: asyncio.TimerHandle | None = None
         self._written_at = 0.0
 
@@ -10132,19 +10132,16 @@ class RequestHandler:
             fields.append(("Connection", "close"))
         elif self.request is not None and self.request.version == "HTTP/1.0":
             fields.append(("Connection", "keep-alive"))
-        if self._tells_limits:
-            fields += self._limit_fields()
+        if self._limit is not None:
+            fields += self._limit_fields(self._limit)
         self.status = status
         self.head_sent = True
         self.first_byte_at = self.loop.time()
         return encode_head(f"HTTP/1.1 {status} {REASONS.get(status, '')}", fields)
 
-    def _limit_fields(self) -> list[tuple[str, str]]:
+    @staticmethod
+    def _limit_fields(limit: UsageLimit) -> list[tuple[str, str]]:
         """OpenAI's x-ratelimit fields: of several limits the one with least left."""
-        assert self.user is not None
-        limit = self.service.limit_of(self.user)
-        if limit is None:
-            return []
         now = unix_time()
         tightest: dict[str, tuple[int, int, int]] = {}
         for (amount, unit, _), used, end in limit.state():
@@ -10254,8 +10251,8 @@ class RequestHandler:
         connection = self.connection
         self.model = (request.model or "").partition("?")[0]  # as mocks have one
         self._check_model(request)
-        self._tells_limits = True
-        self.service.begin_request(self.user)
+        self._limit = self.service.limit_of(self.user)
+        self.service.begin_request(self.user, self._limit)
         self._counted = True
         self.service.running[self] = None
         request.user = self.user.user_id
@@ -10363,7 +10360,7 @@ class RequestHandler:
     def _relayed_fields(self, call: Call) -> dict[str, str]:
         """The fields of a controller's answer that travel on to the client."""
         prefixes: tuple[str, ...] = _PRIVATE_RESPONSE_PREFIXES
-        if self.user is not None and self.service.limit_of(self.user) is not None:
+        if self._limit is not None:
             prefixes = (*prefixes, "x-ratelimit-")  # it has limits of its own
         return end_to_end(call.headers, _PRIVATE_RESPONSE_FIELDS, prefixes)
 
