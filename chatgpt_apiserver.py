@@ -12913,6 +12913,7 @@ class Program:
 
     def __init__(self) -> None:
         self._log = Log()
+        self._stopping = False
 
     async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         raise NotImplementedError
@@ -12948,7 +12949,11 @@ class Program:
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
-        self._log.report(f"shutting down ({name}); once more ends it at once")
+        if self._stopping:
+            self._log.report(f"ending at once ({name})")
+        else:
+            self._log.report(f"shutting down ({name}); once more ends it at once")
+        self._stopping = True
         self._request_shutdown()
 
     def _on_loop_error(

@@ -14172,6 +14172,7 @@ def test_what_does_not_finish_is_cut_at_the_end_or_by_a_second_signal(tmp_path, 
             program.wait_for("may finish")
             if twice:
                 program.signal(signal.SIGTERM)
+                program.wait_for("ending at once")
             assert (await client.read_head())[0] == 503
             assert b"shutting down" in await client.reader.read()
             status = await asyncio.get_running_loop().run_in_executor(None, program.end)
