@@ -12484,7 +12484,9 @@ class Source(NamedTuple):
             if key is None:  # see distinct
                 raise self.mistake(f"{place}.{shown(value)}", "this key comes twice")
             if key not in shape:
-                raise self.mistake(f"{place}.{shown(key)}", "unknown key")
+                nested = [n for n, inner in shape.items() if key in as_object(inner)]
+                hint = f'; it belongs in "{nested[0]}"' if nested else ""
+                raise self.mistake(f"{place}.{shown(key)}", f"unknown key{hint}")
             yield key, self.check(value, shape[key], f"{place}.{shown(key)}")
 
     def variable(self, value: str, place: str) -> str:

@@ -16094,6 +16094,8 @@ def openai(**config):
     ({"API_KEY": "SECRET"}, 'API_KEY: unknown key'),
     ({"x\ny": 1}, r'"x\ny": unknown key'),
     ({"limits": {"head_timeuot": 1}}, 'limits.head_timeuot: unknown key'),
+    ({"head_timeout": 1}, 'head_timeout: unknown key; it belongs in "limits"'),
+    (controllers({"base_url": "http://a/v1"}), 'controllers[0].base_url: unknown key; it belongs in "config"'),
     ({"limits": {"__init__": 1}}, "limits.__init__: unknown key"),
     ({"pool": {"kind": "random"}}, "pool.kind: unknown key"),
     (openai(baseurl="x"), 'controllers[0].config.baseurl: unknown key'),
