@@ -9296,7 +9296,6 @@ class Service:
         if most and running >= most:
             text = f"You have {running} requests running, the most at once."
             raise APIError(429, text, code="user_limit_exceeded", retry_after=1)
-        limit = self.limit_of(user)
         over = None if limit is None else limit.over(running)
         if over is not None:
             quota, used, end = over
@@ -9467,14 +9466,14 @@ class Service:
 # the other.  A route is a method; it sends an answer or raises, and respond() is
 # the one place that answers what was raised.
 
-# What of a client's request does not travel on to an upstream, and of an
-# upstream's answer not to the client.
 # A websocket in which nobody has said who it is for so many seconds is closed.
 FIRST_MESSAGE_TIMEOUT = 10.0
 # Content may begin slowly: its rate is looked at after so many seconds.
 CONTENT_RATE_AFTER = 10.0
 
 _KEY_FIELDS = ("x-api-key", "api-key", "x-goog-api-key")  # beside Authorization
+# What of a client's request does not travel on to an upstream, and of an
+# upstream's answer not to the client.
 _PRIVATE_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
     "accept-encoding api-key authorization content-encoding content-length cookie"
     " expect forwarded host x-goog-api-key"
@@ -9601,7 +9600,6 @@ class RequestHandler:
     close_connection.
     """
 
-    _HEAD_OF: ClassVar = {"GET": "HEAD"}
     # By path; one that ends in a slash stands for all below it.
     ROUTES: ClassVar[dict[str, Route]] = {
         "/": Route("GET", "do_about", Who.ANYBODY),
@@ -9862,10 +9860,8 @@ class RequestHandler:
         if request.method == "OPTIONS":  # CORS: before anything is asked of it
             self.do_preflight()
             return
-        fits = route and request.method in (
-            route.method,
-            self._HEAD_OF.get(route.method),
-        )
+        method = "GET" if request.method == "HEAD" else request.method
+        fits = route and method == route.method
         if route is None or (not fits and route is self.ROUTES["/v1/"]):
             self._refuse_upgrade(request)
             raise APIError(404, f"There is nothing at {request.method} {self.path}.")
@@ -10058,8 +10054,8 @@ class RequestHandler:
         origin = headers.get("origin")
         if origin is None or origin in _AGENT_ORIGINS:
             return ""
-        # Python's websocket-client sends the server's own origin: a page from
-        # there is ours, and we have none that could be turned against us.
+        # Python's websocket-client sends the server's own origin.  Our page has it,
+        # too: it runs no script but its own (Content-Security-Policy).
         if origin in (f"http://{host}", f"https://{host}"):
             return ""
         if origin.startswith(_AGENT_ORIGIN_SCHEMES):
@@ -10209,7 +10205,7 @@ class RequestHandler:
         assert self.request is not None
         route = self._route(self.request)
         method = "GET" if route is None else route.method
-        return ", ".join(filter(None, (method, self._HEAD_OF.get(method), "OPTIONS")))
+        return "GET, HEAD, OPTIONS" if method == "GET" else f"{method}, OPTIONS"
 
     def _fail(self, error: APIError) -> None:
         """Answer an error: with a status, or as the last event of a stream."""
@@ -11590,7 +11586,8 @@ class Link:
         server_id = websocket.headers.get(SERVER_ID_FIELD, "")
         if server_id and agent.reaches_server(server_id):
             websocket.connection.close()
-            while agent.reaches_server(server_id):  # by another of its addresses
+            # By another of its addresses.
+            while self.wanted and agent.reaches_server(server_id):
                 await asyncio.sleep(1)
             return ""
         timeout = FIRST_MESSAGE_TIMEOUT
@@ -11922,7 +11919,6 @@ class Agent:
 
     async def _watch_models(self, ready: asyncio.Event) -> None:
         """Read what the upstreams list, now and regularly; tell when it changes."""
-        limits = self.limits
         while True:
             await asyncio.gather(*(u.refresh_models() for u in self._upstreams))
             for upstream in self._upstreams:
