@@ -1680,7 +1680,7 @@ def read_usage(value: Any) -> Usage:
     # Anthropic's input_tokens are those that were neither read from the cache nor
     # written to it.
     cached = read = _count(fields, "cache_read_input_tokens")
-    written = _count(fields, "cache_creation_input_tokens")
+    cache_made = _count(fields, "cache_creation_input_tokens")
     for key in ("prompt_tokens_details", "input_tokens_details"):
         if key in fields:
             details = as_object(fields[key]).get("cached_tokens")
@@ -1688,7 +1688,7 @@ def read_usage(value: Any) -> Usage:
                 cached = details
     if not sent and not output:
         sent = _count(fields, "total_tokens")  # of an embedding, some say no more
-    return Usage(sent + read + written, cached, output)
+    return Usage(sent + read + cache_made, cached, output)
 
 
 def _count(fields: dict[str, Any], *keys: str) -> int:
@@ -5441,11 +5441,11 @@ class Ledger:
             # What a crash has left of a line must not swallow the next one.
             torn = before.st_size > self._read_to[1]
             data = (b"\n" if torn else b"") + b"".join(map(usage_line, pending.items()))
-            written = os.write(fd, data)
-            if written < len(data):  # a full disk
+            size = os.write(fd, data)
+            if size < len(data):  # a full disk
                 os.ftruncate(fd, before.st_size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._read_to = (before.st_ino, before.st_size + written)
+            self._read_to = (before.st_ino, before.st_size + size)
         finally:
             os.close(fd)
 
@@ -6691,7 +6691,7 @@ class FunctionController(Controller):
                 builder.add({"choices": [{"delta": piece}]})
         if raw:
             return WholeAnswer(b"".join(raw))
-        builder.add({"choices": [{"finish_reason": finish_reason(deltas)}]})
+        builder.add({"choices": [{"finish_reason": why_finished(deltas)}]})
         usage = usage_object(self._usage(writer, deltas))
         completion = {**builder.result(), **writer.like, "usage": usage}
         return WholeAnswer(encode_json(writer.whole(completion)))
@@ -6710,7 +6710,7 @@ class FunctionController(Controller):
                     yield writer.delta(piece)
         finally:
             await pieces.aclose()
-        yield writer.end(finish_reason(deltas), self._usage(writer, deltas))
+        yield writer.end(why_finished(deltas), self._usage(writer, deltas))
 
     async def _next(self, pieces: Any) -> Any:
         if not hasattr(pieces, "__anext__"):
@@ -6726,7 +6726,7 @@ class FunctionController(Controller):
             self._threads = None
 
 
-def finish_reason(deltas: list[dict[str, Any]]) -> str:
+def why_finished(deltas: list[dict[str, Any]]) -> str:
     """Why an answer of these deltas has ended."""
     return "tool_calls" if any(d.get("tool_calls") for d in deltas) else "stop"
 
@@ -6789,8 +6789,8 @@ class MockController(FunctionController):
     def _embeddings(request: APIRequest) -> dict[str, Any]:
         """A vector of eight numbers for each text: equal ones for equal texts."""
         body = request.body
-        given = body.get("input")
-        texts = [str(text) for text in (given if isinstance(given, list) else [given])]
+        asked = body.get("input")
+        texts = [str(text) for text in (asked if isinstance(asked, list) else [asked])]
         data = []
         for index, text in enumerate(texts[:2048]):
             digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
@@ -7410,20 +7410,20 @@ class Pool:
             self._set_alarm()
         timer = loop.call_later(timeout, self._refuse, waiter, error)
         try:
-            given = await waiter.future
+            outcome = await waiter.future
         except asyncio.CancelledError:
             future = waiter.future
             if future.done() and not future.cancelled():
-                given = future.result()
-                if isinstance(given, Controller):  # in the moment its client left
-                    self.release(given, request)
+                outcome = future.result()
+                if isinstance(outcome, Controller):  # in the moment its client left
+                    self.release(outcome, request)
             raise
         finally:
             timer.cancel()
             self._leave_queue(waiter)
-        if isinstance(given, APIError):
-            raise given
-        return given
+        if isinstance(outcome, APIError):
+            raise outcome
+        return outcome
 
     def _make_room(self, request: APIRequest) -> None:
         """Keep the queue bounded: the user with most requests in it loses one."""
