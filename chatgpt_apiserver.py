@@ -49,7 +49,6 @@ had opened.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import bisect
@@ -95,6 +94,7 @@ from collections.abc import (
     Mapping,
 )
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 if sys.platform == "win32":
@@ -12169,18 +12169,12 @@ example:
 """
 
 
-class Config(argparse.Namespace):
-    """All of SETTINGS by name, checked; Config() has their defaults.
+class Config(SimpleNamespace):
+    """All of SETTINGS by name, checked, with limits and controllers.
 
     Also: path of the file read, notes for the start screen, and verbose.  Equal
     dicts in controllers are controllers that a reload leaves alone.
     """
-
-    def __init__(self) -> None:
-        super().__init__(path=None, notes=[], verbose=False, controllers=[])
-        self.limits = Limits()
-        for name, setting in SETTINGS.items():
-            setattr(self, name, setting.default)
 
     def __repr__(self) -> str:
         names = [controller["name"] for controller in self.controllers]
@@ -12354,7 +12348,6 @@ class Setting(NamedTuple):
     default: Any = None
     place: str = ""  # in the file, "pool.type"; "": its name
     variables: tuple[str, ...] = ()  # the first that is set and not empty counts
-    option: bool = False  # on the command line, too
     restart: bool = False  # what runs keeps what it had
 
 
@@ -12362,19 +12355,17 @@ class Setting(NamedTuple):
 # here, and where it is an option, one to HELP.
 SETTINGS = {
     "port": Setting(PORT, 8080, "", ("CHATGPT_APISERVER_PORT",), restart=True),
-    "listen": Setting(
-        ADDRESS, "", "", ("CHATGPT_APISERVER_LISTEN",), option=True, restart=True
-    ),
+    "listen": Setting(ADDRESS, "", "", ("CHATGPT_APISERVER_LISTEN",), restart=True),
     "api_key": Setting(
         KEY, "", "", ("CHATGPT_APISERVER_API_KEY", "API_KEY"), restart=True
     ),
-    "users": Setting(PATH, "users.json", option=True, restart=True),
-    "usage": Setting(PATH, option=True, restart=True),
+    "users": Setting(PATH, "users.json", restart=True),
+    "usage": Setting(PATH, restart=True),
     "store": Setting(one_of("token", "sha256"), "token"),
     "default_limit": Setting(LIMIT),
     "metrics_users": Setting(TRUE_OR_FALSE, False, "metrics.users", restart=True),
-    "tls_cert": Setting(FILE, option=True, restart=True),
-    "tls_key": Setting(FILE, option=True, restart=True),
+    "tls_cert": Setting(FILE, restart=True),
+    "tls_key": Setting(FILE, restart=True),
     "pool": Setting(
         one_of("balanced", "random", "least_busy"),
         "balanced",
@@ -12389,12 +12380,8 @@ SETTINGS = {
 }
 # Where to look for the file.
 FINDING = {
-    "config_file": Setting(
-        PATH, variables=("CHATGPT_APISERVER_CONFIG_FILE", "CONFIG_FILE"), option=True
-    ),
-    "config_path": Setting(
-        PATH, variables=("CHATGPT_APISERVER_CONFIG_PATH", "CONFIG_PATH"), option=True
-    ),
+    name: Setting(PATH, variables=(f"CHATGPT_APISERVER_{name.upper()}", name.upper()))
+    for name in ("config_file", "config_path")
 }
 
 
@@ -12497,6 +12484,10 @@ class Source(NamedTuple):
         return self.environ[name]
 
 
+COMMAND_LINE = Source("command line")
+ENVIRONMENT = Source("environment")
+
+
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str | None, Any]:
     """An object of a JSON file; under None a key that comes twice, if one does."""
     content: dict[str | None, Any] = {}
@@ -12515,68 +12506,78 @@ def shown(key: str) -> str:
 # --- Arguments
 
 
-class CommandLine(argparse.ArgumentParser):
-    """An argparse with our help, and one line for a mistake."""
+def read_arguments(argv: list[str], help: str) -> tuple[list[str], dict[str, str]]:
+    """The words of a command line, and its options by name; a flag's value is "".
 
-    def format_help(self) -> str:
-        return self.description or HELP
+    The options are those in help, with a value where its capitals follow.  They go
+    anywhere, with one dash (as in the seeds, and in Go) or two.  Raise
+    ConfigurationError, which repeats no value, and SystemExit for --help.
+    """
+    texts = {
+        "help": help.rstrip("\n"),
+        "version": f"chatgpt_apiserver.py {__version__}",
+    }
+    options = re.findall("--([a-z_-]+)(?: (?=([A-Z'])))?", help)
+    takes_value = {name.replace("-", "_"): bool(value) for name, value in options}
+    words: list[str] = []
+    values: dict[str, str] = {}
+    rest = iter(argv)
+    for argument in rest:
+        if argument == "--":
+            words += rest
+            break
+        if not is_option(argument):
+            words.append(argument)
+            continue
+        option, equals, value = argument.partition("=")
+        option = re.sub("^-(?=[a-z]{2})", "--", option)
+        name = {"-v": "verbose", "-h": "help"}.get(option, option.lstrip("-"))
+        name = name.replace("-", "_")
+        if name in texts:
+            print(texts[name])
+            raise SystemExit(0)
+        if name not in takes_value:
+            usual = re.fullmatch("--?[a-z][a-z_-]{0,20}", option)  # and no key
+            raise COMMAND_LINE.mistake(
+                "", f"unknown option {option if usual else 'there'}"
+            )
+        if takes_value[name] and not equals:
+            value = next(rest, "--")
+            if is_option(value):
+                raise COMMAND_LINE.mistake(option, "expected one argument")
+        elif equals and not takes_value[name]:
+            raise COMMAND_LINE.mistake(option, "ignored explicit argument")
+        values[name] = value
+    return words, values
 
-    def error(self, message: str) -> NoReturn:
-        # What argparse quotes was written by the person, and may be a key.
-        raise ConfigurationError(f"command line: {message.partition(' ' + chr(39))[0]}")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Options go anywhere, with one dash (as in the seeds, and in Go) or two."""
-        arguments = list(sys.argv[1:] if args is None else args)
-        end = arguments.index("--") if "--" in arguments else len(arguments)
-        arguments[:end] = [re.sub("^-(?=[a-z]{2})", "--", a) for a in arguments[:end]]
-        # argparse's own takes the key in "8080 --users FILE KEY" for one too many.
-        parsed, extra = self.parse_known_intermixed_args(arguments, namespace)
-        for argument in extra:
-            if argument.startswith("-"):
-                name = argument.partition("=")[0]
-                usual = re.fullmatch("--?[a-z][a-z_-]{0,20}", name)  # and no key
-                self.error(f"unknown option {name if usual else 'there'}")
-            self.error(f"expected {self.epilog or 'a port and a key'}, there is more")
-        return parsed
+def is_option(argument: str) -> bool:
+    """Whether an argument is an option: - alone and a negative number are none."""
+    return re.match("-[^0-9]", argument) is not None
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The server's command line.  What is not given is None, but verbose False."""
-    parser = CommandLine(prog="chatgpt_apiserver.py", allow_abbrev=False)
-    parser.add_argument("port", nargs="?")
-    parser.add_argument("api_key", nargs="?")
-    for name, setting in {**SETTINGS, **FINDING}.items():
-        if setting.option:
-            spellings = {f"--{name.replace('_', '-')}", f"--{name}"}
-            parser.add_argument(*sorted(spellings), dest=name)
-    parser.add_argument("-v", "--verbose", action="store_true")
-    version = f"chatgpt_apiserver.py {__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    return parser
-
-
-def given(name: str, args: argparse.Namespace, environ: Mapping[str, str]) -> Any:
-    """A setting as argument or environment have it, checked; None if neither does."""
+def given(
+    name: str,
+    options: dict[str, str],
+    environ: Mapping[str, str],
+    content: dict[str, Any] | None = None,
+) -> Any:
+    """A setting as argument, environment or the file's content have it, checked."""
     setting = SETTINGS.get(name) or FINDING[name]
-    value = getattr(args, name, None)
+    value = options.get(name)
     if name == "api_key" and value == "-":
         value = environ.get("API_KEY")
         if not value:
             text = "- is the environment variable API_KEY, which is not set"
-            raise Source("command line").mistake(name, text)
+            raise COMMAND_LINE.mistake(name, text)
     if value is not None:
-        return Source("command line").check(value, setting.shape, name)
+        return COMMAND_LINE.check(value, setting.shape, name)
     for variable in filter(environ.get, setting.variables):
-        return Source("environment").check(environ[variable], setting.shape, variable)
-    return None
-
-
-def written(content: dict[str, Any], place: str) -> Any:
-    """What a file has at a place, None if nothing."""
-    outer, _, inner = place.partition(".")
-    value = content.get(outer)
-    return value.get(inner) if inner and value is not None else value
+        return ENVIRONMENT.check(environ[variable], setting.shape, variable)
+    outer, _, inner = (setting.place or name).partition(".")
+    value = (content or {}).get(outer)
+    value = as_object(value).get(inner) if inner else value
+    return setting.default if value is None else value
 
 
 # --- Putting it together
@@ -12588,20 +12589,18 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     Raise ConfigurationError if anything is wrong.  Nothing is kept between calls,
     so a reload is another call.
     """
-    args = build_parser().parse_args(argv)
-    config = Config()
-    config.verbose = bool(args.verbose)
-    config.path = find_file(args, environ)
-    file = Source(config.path or "", os.path.dirname(config.path or ""), environ)
-    content = file.read(file_keys()) if config.path else {}
-    if given("tls_cert", args, environ):
+    words, options = read_arguments(argv, HELP)
+    if len(words) > 2:
+        raise COMMAND_LINE.mistake("", "expected a port and a key, there is more")
+    options.update(zip(("port", "api_key"), words))
+    path = find_file(options, environ)
+    file = Source(path or "", os.path.dirname(path or ""), environ)
+    content = file.read(file_keys()) if path else {}
+    if given("tls_cert", options, environ):
         content.pop("tls_key", None)  # it belongs to another certificate
-    for name, setting in SETTINGS.items():
-        value = given(name, args, environ)
-        if value is None:
-            value = written(content, setting.place or name)
-        if value is not None:
-            setattr(config, name, value)
+    config = Config(path=path, notes=[], verbose="verbose" in options)
+    for name in SETTINGS:
+        setattr(config, name, given(name, options, environ, content))
     config.port = int(config.port)
     config.listen = config.listen.strip("[]")
     limits = content.get("limits", {})
@@ -12624,14 +12623,14 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     return config
 
 
-def find_file(args: argparse.Namespace, environ: Mapping[str, str]) -> str | None:
+def find_file(options: dict[str, str], environ: Mapping[str, str]) -> str | None:
     """The path of the configuration file: the one named, else the first found."""
     name = "chatgpt-apiserver.json"
-    path: str | None = given("config_file", args, environ)
-    folder = given("config_path", args, environ)
+    path: str | None = given("config_file", options, environ)
+    folder = given("config_path", options, environ)
     if folder and not os.path.isdir(folder):
         raise ConfigurationError("config_path: expected a folder that is there")
-    if path and (args.config_file or not args.config_path):
+    if path and ("config_file" in options or "config_path" not in options):
         return path
     folders = [".", ".config", "config", "/etc/chatgpt-apiserver"]
     if folder:
@@ -12683,7 +12682,7 @@ def controller_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     for key, name in (("api_key", "OPENAI_API_KEY"), ("base_url", "OPENAI_BASE_URL")):
         if environ.get(name):
             shape = CONFIG_KEYS[key]
-            settings[key] = Source("environment").check(environ[name], shape, name)
+            settings[key] = ENVIRONMENT.check(environ[name], shape, name)
     return controller_arguments(settings, environ)
 
 
@@ -12719,70 +12718,48 @@ def environment_proxy(url: str, environ: Mapping[str, str]) -> str | None:
     if without == "*" or any(n.endswith(f".{s}") for n in names for s in suffixes):
         return None
     proxy = proxy if "://" in proxy else f"http://{proxy}"
-    return str(Source("environment").check(proxy, CONFIG_KEYS["proxy"], "https_proxy"))
+    return str(ENVIRONMENT.check(proxy, CONFIG_KEYS["proxy"], "https_proxy"))
 
 
 # --- The agent's command line
 
 
-def agent_parser() -> argparse.ArgumentParser:
-    """The agent's command line.  What is not given is None, flags are False."""
-    parser = CommandLine(
-        prog="chatgpt_apiserver.py agent",
-        description=AGENT_HELP,
-        epilog="the URLs of servers",
-        allow_abbrev=False,
-    )
-    parser.add_argument("urls", nargs="*")
-    for name in ("--key", "--upstream", "--upstream-key", "--command", "--models"):
-        parser.add_argument(name)
-    for name in ("--name", "--max-concurrency", "--ca-file"):
-        parser.add_argument(name)
-    parser.add_argument("--config_file", "--config-file")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--pause", action="store_true")
-    parser.add_argument("-v", "--verbose", action="store_true")
-    version = f"chatgpt_apiserver.py {__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    return parser
-
-
 def agent_controllers(
-    args: argparse.Namespace,
+    options: dict[str, str],
     names: list[str],
     environ: Mapping[str, str],
     limits: Limits,
 ) -> list[Controller] | None:
     """What an agent serves; None for what there is on this machine."""
-    source = Source("command line")
-    if sum(x is not None for x in (args.upstream, args.command, args.config_file)) > 1:
+    if len({"upstream", "command", "config_file"} & options.keys()) > 1:
         text = "only one of --upstream, --command and --config_file goes"
-        raise source.mistake("", text)
-    if args.command is not None:
+        raise COMMAND_LINE.mistake("", text)
+    if "command" in options:
         import shlex
         import shutil
 
-        arguments = shlex.split(args.command)
+        arguments = shlex.split(options["command"])
         if not arguments or shutil.which(arguments[0]) is None:
-            raise source.mistake("command", "there is no such program")
+            raise COMMAND_LINE.mistake("command", "there is no such program")
         name = os.path.basename(arguments[0])
-        function = command_model(arguments, args.json)
+        function = command_model(arguments, "json" in options)
         return [FunctionController(function, name=name, models=names or [name])]
-    if args.config_file is not None:
-        path = source.check(args.config_file, FILE, "config_file")
+    if "config_file" in options:
+        path = COMMAND_LINE.check(options["config_file"], FILE, "config_file")
         file = Source(path, os.path.dirname(path), environ)
         entries = file.read(file_keys()).get("controllers", [])
         made = read_controllers(file, entries, environ)
         return [make_controller(arguments, limits) for arguments in made]
-    if args.upstream is None:
+    if "upstream" not in options:
         return None
-    url = args.upstream if "://" in args.upstream else f"http://{args.upstream}"
-    url = source.check(url.rstrip("/"), CONFIG_KEYS["base_url"], "upstream")
+    url = options["upstream"].rstrip("/")
+    url = url if "://" in url else f"http://{url}"
+    url = COMMAND_LINE.check(url, CONFIG_KEYS["base_url"], "upstream")
     parts = urllib.parse.urlsplit(url)
     settings = {
         "name": parts.netloc,
         "base_url": url if parts.path else f"{url}/v1",
-        "api_key": args.upstream_key or "",
+        "api_key": options.get("upstream_key", ""),
         "models": names or None,
     }
     return [make_controller(controller_arguments(settings, environ), limits)]
@@ -12792,32 +12769,37 @@ def build_agent(
     argv: list[str], environ: Mapping[str, str], log: Log | None = None
 ) -> Agent:
     """The agent that a command line describes; ConfigurationError."""
-    args = agent_parser().parse_args(argv)
-    source = Source("command line")
+    urls, options = read_arguments(argv, AGENT_HELP)
     limits = Limits()
-    most = args.max_concurrency or "8"
+    most = options.get("max_concurrency", "8")
     if not re.fullmatch("[1-9][0-9]{0,3}", most):
-        raise source.mistake("max-concurrency", "expected a number from 1 to 9999")
-    key = args.key or environ.get("API_KEY", "")
+        text = "expected a number from 1 to 9999"
+        raise COMMAND_LINE.mistake("max-concurrency", text)
+    key = options.get("key") or environ.get("API_KEY", "")
     if key and not is_key(key):
-        raise source.mistake("key", "expected printable ASCII without spaces")
-    names = [name.strip() for name in (args.models or "").split(",") if name.strip()]
+        raise COMMAND_LINE.mistake("key", "expected printable ASCII without spaces")
+    names = [name.strip() for name in options.get("models", "").split(",")]
+    names = list(filter(None, names))
+    checked = {
+        name: COMMAND_LINE.check(options[name], shape, name.replace("_", "-"))
+        for name, shape in (("name", NAME), ("ca_file", FILE))
+        if options.get(name)
+    }
     try:
         return Agent(
-            *args.urls,
+            *urls,
             key=key,
-            paused=args.pause,
-            controllers=agent_controllers(args, names, environ, limits),
+            paused="pause" in options,
+            controllers=agent_controllers(options, names, environ, limits),
             models=names or None,
-            name=args.name and source.check(args.name, NAME, "name"),
             max_concurrency=int(most),
-            ca_file=args.ca_file and source.check(args.ca_file, FILE, "ca-file"),
             limits=limits,
             log=log,
-            verbose=args.verbose,
+            verbose="verbose" in options,
+            **checked,
         )
     except ValueError as error:
-        raise source.mistake("", str(error)) from None
+        raise COMMAND_LINE.mistake("", str(error)) from None
 
 
 # --- The program
@@ -12907,17 +12889,19 @@ def build_server(config: Config, log: Log) -> Server:
 
 
 class Program:
-    """What server and agent have in common as programs: the log and the signals."""
+    """A server or an agent as a program: its log, its signals.
 
-    def __init__(self) -> None:
-        self._log = Log()
+    signals  what each of them calls, by its name
+    """
+
+    def __init__(self, runs: Server | Agent, log: Log) -> None:
+        self._runs = runs
+        self._log = log
         self._stopping = False
-
-    async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        raise NotImplementedError
-
-    def _request_shutdown(self) -> None:
-        raise NotImplementedError
+        self.signals: dict[str, Callable[[], None]] = {
+            "SIGINT": lambda: self._stop("SIGINT"),
+            "SIGTERM": lambda: self._stop("SIGTERM"),
+        }
 
     async def run(self) -> None:
         """Serve until a signal says otherwise."""
@@ -12928,31 +12912,34 @@ class Program:
         logger.addHandler(handler)
         logger.propagate = False
         try:
-            await self._serve(loop)
+            await self._serve()
         finally:
             logger.removeHandler(handler)
             logger.propagate = True
         self._log.report("stopped")
         self._log.flush()
 
-    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                loop.add_signal_handler(number, self._stop, number)
-            except NotImplementedError:  # Windows
-                signal.signal(
-                    number,
-                    lambda number, frame: loop.call_soon_threadsafe(self._stop, number),
-                )
+    async def _serve(self) -> None:
+        await self._runs.serve_forever()
 
-    def _stop(self, number: int) -> None:
-        name = signal.Signals(number).name
+    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        def act(number: int, frame: Any = None) -> None:
+            loop.call_soon_threadsafe(self.signals[signal.Signals(number).name])
+
+        for number in signal.Signals:
+            if number.name in self.signals:
+                try:
+                    loop.add_signal_handler(number, act, number)
+                except NotImplementedError:  # Windows
+                    signal.signal(number, act)
+
+    def _stop(self, name: str) -> None:
         if self._stopping:
             self._log.report(f"ending at once ({name})")
         else:
             self._log.report(f"shutting down ({name}); once more ends it at once")
         self._stopping = True
-        self._request_shutdown()
+        self._runs.request_shutdown()
 
     def _on_loop_error(
         self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
@@ -12964,13 +12951,14 @@ class Program:
 class ServerProgram(Program):
     """The server as a program: the start screen, reloading."""
 
-    def __init__(self, argv: list[str]) -> None:
-        super().__init__()
+    def __init__(self, argv: list[str], log: Log) -> None:
         self._argv = argv
         self._config = config = load_config(argv, os.environ)
-        self._server = build_server(config, self._log)
+        self._server = build_server(config, log)
+        super().__init__(self._server, log)
         self._fixed = self._fixed_settings(config)
         self._terminals = [fd for fd in (0, 2) if is_terminal(fd)]
+        self.signals["SIGHUP"] = self._hang_up
 
     def _fixed_settings(self, config: Config) -> dict[str, Any]:
         """What only a restart changes, by name."""
@@ -12981,21 +12969,16 @@ class ServerProgram(Program):
         }
         return {**fixed, "limits.connections": config.limits.connections}
 
-    async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+    async def _serve(self) -> None:
         await self._server.start()
         for line in start_screen(self._server, self._config).split("\n"):
             self._log.write(line)
-        await self._server.serve_forever()
-
-    def _request_shutdown(self) -> None:
-        self._server.request_shutdown()
+        await super()._serve()
 
     def _hang_up(self) -> None:
         """SIGHUP: read the configuration again; end if it came of a closed terminal."""
         if any(not is_terminal(fd) for fd in self._terminals):
-            self._stop(signal.SIGHUP)
+            self._stop("SIGHUP")
         else:
             self._reload()
 
@@ -13056,25 +13039,6 @@ class ServerProgram(Program):
                 pool.add(make_controller(arguments, new.limits))
 
 
-class AgentProgram(Program):
-    """The agent as a program."""
-
-    def __init__(self, argv: list[str]) -> None:
-        super().__init__()
-        self._agent = build_agent(argv, os.environ, self._log)
-
-    async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        await self._agent.serve_forever()
-
-    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        super()._handle_signals(loop)
-        if hasattr(signal, "SIGUSR1"):
-            loop.add_signal_handler(signal.SIGUSR1, self._agent.turn)
-
-    def _request_shutdown(self) -> None:
-        self._agent.request_shutdown()
-
-
 def is_terminal(fd: int) -> bool:
     """Whether a file descriptor is a terminal that is still there."""
     try:
@@ -13098,11 +13062,13 @@ def main(argv: list[str] | None = None) -> int:
     """The command line: 0 after a shutdown, 1 if it cannot run, 2 for a mistake."""
     try:
         arguments = sys.argv[1:] if argv is None else argv
-        program: Program
+        log = Log()
         if arguments[:1] == ["agent"]:
-            program = AgentProgram(arguments[1:])
+            agent = build_agent(arguments[1:], os.environ, log)
+            program = Program(agent, log)
+            program.signals["SIGUSR1"] = agent.turn
         else:
-            program = ServerProgram(arguments)
+            program = ServerProgram(arguments, log)
         raise_file_limit()
         asyncio.run(program.run())
     except ConfigurationError as error:

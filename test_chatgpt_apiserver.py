@@ -15663,9 +15663,13 @@ def test_the_help_of_an_agent_is_short_and_names_every_option(capsys):
         apiserver.main(["agent", "--help"])
     text = capsys.readouterr().out
     assert text.count("\n") <= 30 and max(map(len, text.splitlines())) <= 80
-    for action in apiserver.agent_parser()._actions:
-        if action.option_strings:
-            assert any(option in text for option in action.option_strings)
+    options = ["--json", "--pause", "--verbose"]
+    for name in ("key", "upstream", "upstream-key", "command", "config_file"):
+        options += [f"--{name}", "x"]
+    for name in ("models", "name", "max-concurrency", "ca-file"):
+        options += [f"--{name}", "x"]
+    urls, values = apiserver.read_arguments(["h", *options], text)
+    assert urls == ["h"] and len(values) == 12 and values["ca_file"] == "x"
     assert "agent <URL>" in apiserver.HELP
 
 
@@ -15845,7 +15849,7 @@ def test_certificate_of_an_argument_is_not_paired_with_the_key_in_the_file(load)
 
 def test_help_is_short_and_names_each_option_with_its_default(capsys):
     with pytest.raises(SystemExit) as caught:
-        apiserver.build_parser().parse_args(["--help"])
+        apiserver.load_config(["8080", "--help"], {})
     lines = capsys.readouterr().out.splitlines()
     assert caught.value.code == 0
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
@@ -15861,15 +15865,18 @@ def test_help_is_short_and_names_each_option_with_its_default(capsys):
     assert text.count("python chatgpt_apiserver.py") == 2
 
 
-def test_help_names_every_option_of_the_parser():
-    for action in apiserver.build_parser()._actions:
-        if action.option_strings:
-            assert any(option in apiserver.HELP for option in action.option_strings)
+def test_the_options_are_those_that_help_names():
+    names = ["listen", "users", "usage", "tls_cert", "tls_key"]
+    names += ["config_file", "config_path"]
+    argv = [part for name in names for part in (f"--{name}", "x")]
+    words, options = apiserver.read_arguments([*argv, "-v"], apiserver.HELP)
+    assert words == [] and options == {**dict.fromkeys(names, "x"), "verbose": ""}
+    assert set(names) <= {*apiserver.SETTINGS, *apiserver.FINDING}
 
 
 def test_version_is_printed(capsys):
     with pytest.raises(SystemExit):
-        apiserver.build_parser().parse_args(["--version"])
+        apiserver.load_config(["--version"], {})
     assert apiserver.__version__ in capsys.readouterr().out
 
 
