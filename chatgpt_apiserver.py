@@ -9217,65 +9217,46 @@ class Conversations:
 
 
 class Service:
-    """What all requests share.
+    """What all requests share: Server, which is one, adds the sockets and starts it.
 
-    users            UserStore
-    pool             Pool
-    agents           by id
-    agents_auth      "local", "key" or "open": who may register without a key
-    upstream_errors  "map" (500) or "pass" (429 and 5xx as they are)
-    page             whether a browser is shown the page
-    report           takes lines for people
-    access           takes access lines, or None
-    debug            takes lines on each connection, attempt and agent's message
+    agents  by id
+    paused  ids of agents, by the administrator
+    running_requests  those that controllers answer, in their order
+    content_size  bytes held for the content of requests in flight
     """
 
     ADMIN_ID = ""  # no user in users.json can have it
 
-    def __init__(
-        self,
-        api_key: str,
-        users: UserStore,
-        pool: Pool,
-        *,
-        limits: Limits = DEFAULT_LIMITS,
-        agents_auth: str = "local",
-        upstream_errors: str = "map",
-        page: bool = True,
-        ledger: Ledger,
-        default_quotas: list[Quota],
-        metrics_users: bool = False,
-        report: Callable[[str], None] = lambda line: None,
-        access: Callable[[str], None] | None = None,
-        debug: Callable[[str], None] = lambda line: None,
-    ) -> None:
+    # What Server's arguments say.
+    users: UserStore
+    pool: Pool
+    ledger: Ledger
+    metrics: Metrics
+    default_quotas: list[Quota]  # of users without a limit
+    agents_auth: str
+    upstream_errors: str
+    page: bool
+    access: Callable[[str], None] | None  # takes access lines
+    report: Callable[[str], None]  # takes lines for people
+    debug: Callable[[str], None]  # takes one on each connection, attempt and message
+
+    def __init__(self, api_key: str, limits: Limits) -> None:
         self._key = api_key.encode()
-        self.users = users
-        self.pool = pool
         self.limits = limits
-        self.agents_auth = agents_auth
-        self.upstream_errors = upstream_errors
-        self.page = page
-        self.report = report
-        self.access = access
-        self.debug = debug
-        self.tls: ssl.SSLContext | None = None  # for https and wss
         self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
+        self.tls: ssl.SSLContext | None = None  # for https and wss
         self.agents: dict[str, AgentController] = {}
-        self.paused: set[str] = set()  # ids of agents, by the administrator
+        self.paused: set[str] = set()
         self.conversations = Conversations(limits)
-        self.requests_in_flight = 0
+        self.journal = Journal()
         self.id = random_id("server-")  # of this run; agents compare it
         self.started = unix_time()
-        self.journal = Journal()
-        self.running: dict[RequestHandler, None] = {}  # in their order
-        self._status = (-math.inf, b"", "")  # when it was made, content, ETag
-        self.content_size = 0  # held for requests in flight
         self.draining = False
+        self.running_requests: dict[RequestHandler, None] = {}
+        self.requests_in_flight = 0
+        self.content_size = 0
         self._running: dict[str, int] = {}  # requests, by user_id
-        self.ledger = ledger
-        self.default_quotas = default_quotas
-        self.metrics = Metrics(users=metrics_users)
+        self._status = (-math.inf, b"", "")  # when it was made, content, ETag
 
     # --- Who may do what
 
@@ -9344,7 +9325,9 @@ class Service:
         """What GET /admin/status answers and its ETag: made at most once a second."""
         made_at, content, etag = self._status
         if now - made_at >= 1:
-            running = [encode_json(h.record().told()) for h in reversed(self.running)]
+            running = [
+                encode_json(h.record().told()) for h in reversed(self.running_requests)
+            ]
             requests = b", ".join([*running, *self.journal.encode()])
             told = encode_json(self._describe(now))[:-1]
             told += b', "requests": [' + requests + b"]}"
@@ -9397,7 +9380,7 @@ class Service:
 
     def cancel(self, request_id: str) -> bool:
         """End the running requests of an id, a client's own or ours; False for none."""
-        found = [h for h in self.running if h.request_id == request_id]
+        found = [h for h in self.running_requests if h.request_id == request_id]
         words = "The server's administrator has cancelled this request."
         for handler in found:
             handler.cancel(APIError(503, words, code="cancelled", retry_after=math.inf))
@@ -9832,7 +9815,7 @@ class RequestHandler:
         self.service.release(self._held)
         if self._counted and self.user is not None:
             self.service.end_request(self.user)
-        self.service.running.pop(self, None)
+        self.service.running_requests.pop(self, None)
 
     def _content_is_here(self) -> bool:
         """Whether the whole of the request's content is in the buffer."""
@@ -10250,7 +10233,7 @@ class RequestHandler:
         self._limit = self.service.limit_of(self.user)
         self.service.begin_request(self.user, self._limit)
         self._counted = True
-        self.service.running[self] = None
+        self.service.running_requests[self] = None
         request.user = self.user.user_id
         request.id = self.request_id
         request.deadline = self.started + self.limits.request_timeout
@@ -11048,7 +11031,7 @@ class Shutdown:
             )
 
 
-class Server:
+class Server(Service):
     """The whole server.  Nothing happens before it is started.
 
         server = Server(api_key="secret", port=0)
@@ -11105,28 +11088,26 @@ class Server:
     ) -> None:
         if not api_key:
             raise ValueError("api_key must not be empty")
+        super().__init__(api_key, limits)
         self.listen = listen
         self.port = port
         self.url = ""
         report = logger.warning if log is None else log.report
-        debug = log.report if log is not None and verbose else lambda line: None
-        self.service = Service(
-            api_key,
-            UserStore(users, store=store, limits=limits, report=report),
-            Pool(pool, affinity=affinity, limits=limits, report=report, debug=debug),
-            limits=limits,
-            agents_auth=agents_auth or "key",
-            upstream_errors=upstream_errors,
-            page=page,
-            ledger=Ledger(self._usage_path(users, usage), report),
-            default_quotas=parse_quotas(default_limit) if default_limit else [],
-            metrics_users=metrics_users,
-            report=(lambda line: None) if log is None else report,
-            access=None if log is None else log.write,
-            debug=debug,
+        self.report = (lambda line: None) if log is None else report
+        self.access = None if log is None else log.write
+        self.debug = log.report if log is not None and verbose else lambda line: None
+        self.users = UserStore(users, store=store, limits=limits, report=report)
+        self.pool = Pool(
+            pool, affinity=affinity, limits=limits, report=report, debug=self.debug
         )
+        self.ledger = Ledger(self._usage_path(users, usage), report)
+        self.metrics = Metrics(users=metrics_users)
+        self.default_quotas = parse_quotas(default_limit) if default_limit else []
+        self.agents_auth = agents_auth or "key"
+        self.upstream_errors = upstream_errors
+        self.page = page
         if mocks:
-            self.service.pool.add(MockController())
+            self.pool.add(MockController())
         self._wanted_port = port
         self._agents_auth = agents_auth
         self._tls = (tls_cert, tls_key)
@@ -11149,9 +11130,9 @@ class Server:
 
     def add(self, controller: Controller) -> None:
         """Add a controller, from any thread; ValueError if its name is taken."""
-        self.service.pool.add(controller)
+        self.pool.add(controller)
         if controller.limit is not None:
-            self.service.ledger.watch(f"controller {controller.name}", controller.limit)
+            self.ledger.watch(f"controller {controller.name}", controller.limit)
 
     def model(self, name: str, **options: Any) -> Callable[[F], F]:
         """Decorate a function that answers for a model; see FunctionController.
@@ -11174,16 +11155,15 @@ class Server:
 
     async def start(self) -> None:
         """Open the sockets; from here on requests are answered."""
-        service = self.service
         loop = asyncio.get_running_loop()
-        service.users.load()
-        service.ledger.load()
+        self.users.load()
+        self.ledger.load()
         sockets = open_sockets(self.listen, self._wanted_port)
         try:
-            service.tls = self._tls_context()
-            self._max_connections = connection_limit(service.limits)
+            self.tls = self._tls_context()
+            self._max_connections = connection_limit(self.limits)
             self._shutdown = Shutdown()
-            service.draining = False
+            self.draining = False
             for sock in sockets:
                 listener = await loop.create_server(
                     self._new_connection,
@@ -11202,15 +11182,15 @@ class Server:
         address, self.port = sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, address)
         host = f"[{host}]" if ":" in host and "[" not in host else host
-        self.url = f"http{'s' if service.tls else ''}://{host}:{self.port}"
+        self.url = f"http{'s' if self.tls else ''}://{host}:{self.port}"
         self._spawn(self._poll_users())
         self._spawn(self._write_usage())
         self._spawn(self._list_models())
 
     def reload_certificate(self) -> None:
         """Use the certificate as it is on the disk now; OSError if it is no good."""
-        if self.service.tls is not None:
-            self.service.tls = self._tls_context()
+        if self.tls is not None:
+            self.tls = self._tls_context()
 
     def use_agents_auth(self, auth: str | None) -> None:
         """Say who may register an agent without a key; None: whatever is safe.
@@ -11218,9 +11198,8 @@ class Server:
         Where a port is open to others, or TLS ends in it, what looks like this
         machine's own user may be anybody who comes through a forwarder.
         """
-        service = self.service
-        here = is_loopback(self.listen or "localhost") and service.tls is None
-        service.agents_auth = auth or ("local" if here else "key")
+        here = is_loopback(self.listen or "localhost") and self.tls is None
+        self.agents_auth = auth or ("local" if here else "key")
 
     def _tls_context(self) -> ssl.SSLContext | None:
         cert, key = self._tls
@@ -11261,8 +11240,8 @@ class Server:
     async def shutdown(self) -> None:
         """Stop: nothing new, what runs may finish for drain_timeout seconds."""
         assert self._shutdown is not None
-        service, wait_for = self.service, self._shutdown.wait_for
-        service.draining = True
+        wait_for = self._shutdown.wait_for
+        self.draining = True
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
@@ -11270,14 +11249,14 @@ class Server:
             handler.close_connection = True
             if handler.reading_head:
                 handler.connection.abort()
-        if service.requests_in_flight:
-            count, seconds = service.requests_in_flight, service.limits.drain_timeout
-            service.report(f"{count} running requests may finish ({seconds:.0f} s)")
-        await wait_for(lambda: self._handler_tasks(False), service.limits.drain_timeout)
-        for agent in list(service.agents.values()):
+        if self.requests_in_flight:
+            count, seconds = self.requests_in_flight, self.limits.drain_timeout
+            self.report(f"{count} running requests may finish ({seconds:.0f} s)")
+        await wait_for(lambda: self._handler_tasks(False), self.limits.drain_timeout)
+        for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
         await wait_for(lambda: self._handler_tasks(True), 1.0)
-        for handler in service.running:
+        for handler in self.running_requests:
             handler.cancel(APIError(503, "The server is shutting down.", retry_after=5))
         for _ in range(3):  # a function may swallow a cancellation, but not us
             for task in self._tasks:
@@ -11286,10 +11265,10 @@ class Server:
                 await asyncio.wait(set(self._tasks), timeout=1)
         for connection in list(self._handlers):
             connection.abort()
-        service.pool.close()
+        self.pool.close()
         if self._counts_usage():
-            await service.ledger.flush()
-        await service.users.aclose()
+            await self.ledger.flush()
+        await self.users.aclose()
         await asyncio.sleep(0)  # transports say goodbye in the next turn
         self.url = ""
 
@@ -11341,40 +11320,40 @@ class Server:
     async def _poll_users(self) -> None:
         """Take over what others change in users.json, within a second."""
         while True:
-            await asyncio.sleep(self.service.limits.users_poll_interval)
-            await self.service.users.refresh()
-            self.service.dismiss_agents()
+            await asyncio.sleep(self.limits.users_poll_interval)
+            await self.users.refresh()
+            self.dismiss_agents()
 
     async def _write_usage(self) -> None:
         """Write what was used, once somebody has a token or a limit."""
         while True:
             await asyncio.sleep(USAGE_FLUSH_INTERVAL)
             if self._counts_usage():
-                await self.service.ledger.flush()
+                await self.ledger.flush()
 
     def _counts_usage(self) -> bool:
         """Whether usage is written: a file that nobody needs surprises people."""
-        limits = any(c.limit is not None for c in self.service.pool.controllers)
-        return self._usage_is_wanted or limits or bool(self.service.users.users)
+        limits = any(c.limit is not None for c in self.pool.controllers)
+        return self._usage_is_wanted or limits or bool(self.users.users)
 
     async def _list_models(self) -> None:
         """Ask the upstreams for their models, now and each minute."""
         while True:
-            await self.service.pool.refresh_models()
+            await self.pool.refresh_models()
             await asyncio.sleep(60)
 
     # --- Connections
 
     def _new_connection(self) -> Connection:
-        return Connection(self.service.limits, self._accepted, self._lost)
+        return Connection(self.limits, self._accepted, self._lost)
 
     def _accepted(self, connection: Connection) -> None:
-        handler = RequestHandler(self.service, connection)
-        self.service.debug(f"connection from {connection.peer}")
+        handler = RequestHandler(self, connection)
+        self.debug(f"connection from {connection.peer}")
         if not self._has_room(connection):
             handler.close_connection = True
             handler.request_id = random_id("req_")
-            if self.service.tls is None:
+            if self.tls is None:
                 error = APIError(503, "Too many connections.", retry_after=1)
                 handler.send_error(error)
             connection.close()
@@ -11399,7 +11378,7 @@ class Server:
         if handler is not None:
             handler.task = None  # it may hold an error that holds all its frames
         connection.on_hangup = None
-        self.service.debug(f"connection from {connection.peer} ended")
+        self.debug(f"connection from {connection.peer} ended")
 
 
 # -----------------------------------------------------------------------------
@@ -12807,9 +12786,8 @@ def build_agent(
 
 def start_screen(server: Server, config: Config) -> str:
     """What a person wants to know first: where it listens, and what to do next."""
-    service = server.service
     url = server.url
-    kinds = [c for c in service.pool.controllers if c.type != "mock"]
+    kinds = [c for c in server.pool.controllers if c.type != "mock"]
     names = ", ".join(f"{c.name} (weight {c.weight:g})" for c in kinds[:20])
     if len(kinds) > 20:
         names += f" and {len(kinds) - 20} more"
@@ -12818,7 +12796,7 @@ def start_screen(server: Server, config: Config) -> str:
     opening = "   (this machine only; --listen 0.0.0.0 opens it)"
     if config.listen:
         opening = "" if away == url else f"   (from elsewhere: {away})"
-    count = len(service.users.users)
+    count = len(server.users.users)
     lines = [
         f"chatgpt_apiserver {__version__} listens on {url}{opening}",
         "An OpenAI-compatible API in front of upstreams, agents and Python functions.",
@@ -13014,21 +12992,21 @@ class ServerProgram(Program):
         vars(old.limits).clear()
         vars(old.limits).update(vars(new.limits))
         new.limits = old.limits
-        server, service = self._server, self._server.service
+        server = self._server
         server.use_agents_auth(new.agents_auth)
-        service.upstream_errors = new.upstream_errors
-        service.page = new.page
-        service.users.store = new.store
-        service.default_quotas = (
+        server.upstream_errors = new.upstream_errors
+        server.page = new.page
+        server.users.store = new.store
+        server.default_quotas = (
             parse_quotas(new.default_limit) if new.default_limit else []
         )
-        service.pool.type = new.pool
-        service.pool.affinity = new.affinity
+        server.pool.type = new.pool
+        server.pool.affinity = new.affinity
         self._replace_controllers(old, new)
 
     def _replace_controllers(self, old: Config, new: Config) -> None:
         """Swap the controllers; what has not changed keeps its state."""
-        pool = self._server.service.pool
+        pool = self._server.pool
         for arguments in old.controllers:
             controller = pool.find(arguments["name"])
             if arguments not in new.controllers and controller is not None:

@@ -555,8 +555,8 @@ async def test_the_harness_reaches_the_server(tmp_path):
     ):
         reply = await ask(server.port, "POST", "/v1/chat/completions", CHAT)
         assert reply.status == 200 and reply.headers["content-type"]
-        await until(lambda: server.service.agents)
-        assert agent.id in server.service.agents
+        await until(lambda: server.agents)
+        assert agent.id in server.agents
 
 
 # -----------------------------------------------------------------------------
@@ -7362,7 +7362,7 @@ async def test_a_session_stays_at_one_controller_and_is_its_users_own(
         theirs = [set(await homes(key)) for key in keys]
         assert all(len(each) == 1 for each in theirs)
         assert len(set.union(*theirs)) > 1
-        server.service.pool.affinity = False
+        server.pool.affinity = False
         assert len(set(await homes(KEY))) == 5
 
 
@@ -7431,9 +7431,7 @@ async def test_a_session_never_waits_for_its_controller_and_moves_with_it(tmp_pa
     a, b = (pool_function(name, max_concurrency=1) for name in "ab")
     session = [("x-session-id", "s")]
     async with serving(tmp_path, a, b) as server:
-        home = server.service.pool.find(
-            await answered_by(server, turns("1"), KEY, session)
-        )
+        home = server.pool.find(await answered_by(server, turns("1"), KEY, session))
         other = b if home is a else a
         home.in_flight += 1  # full
         assert await answered_by(server, turns("2"), KEY, session) == other.name
@@ -7552,7 +7550,7 @@ async def test_a_model_unknown_at_one_controller_is_asked_of_the_next(
             for number in range(4):
                 reply = await chat(server, f"{number}", model="local")
                 assert chat_text(reply) == "has"
-            server.service.pool.remove(has)
+            server.pool.remove(has)
             reply = await chat(server, model="local")
             assert reply.status == (status if status < 500 else 500)
             assert lacks.requests < 4  # it is not asked again for a while
@@ -7614,7 +7612,7 @@ async def test_max_concurrency_is_kept_and_everybody_served(tmp_path):
     gate = PoolGate(max_concurrency=2)
     async with serving(tmp_path, gate.controller) as server:
         asking = [asyncio.ensure_future(chat(server)) for _ in range(6)]
-        await until(lambda: len(gate.asked) == 2 and server.service.pool.waiting == 4)
+        await until(lambda: len(gate.asked) == 2 and server.pool.waiting == 4)
         assert (await controller_line(server, "gate"))["state"] == "busy"
         gate.let()
         replies = await asyncio.gather(*asking)
@@ -7628,7 +7626,7 @@ async def test_the_queue_takes_its_limit_and_not_one_more(tmp_path):
     limits = Limits(queue_size=3)
     async with serving(tmp_path, gate.controller, limits=limits) as server:
         asking = [asyncio.ensure_future(chat(server)) for _ in range(4)]
-        await until(lambda: server.service.pool.waiting == 3)
+        await until(lambda: server.pool.waiting == 3)
         reply = await chat(server)
         assert reply.status == 503 and reply.headers["retry-after"] == "1"
         assert chat_error(reply)["code"] == "queue_full"
@@ -7659,7 +7657,7 @@ async def test_one_user_who_floods_does_not_keep_another_waiting(tmp_path):
     limits = Limits(queue_size=8)
     async with serving(tmp_path, gate.controller, limits=limits) as server:
         flooder, other = await add_user(server), await add_user(server)
-        pool = server.service.pool
+        pool = server.pool
         flood = []
         for number in range(9):  # one is served, eight wait: the queue is full
             flood.append(asyncio.ensure_future(chat(server, f"f{number}", flooder)))
@@ -7687,8 +7685,8 @@ async def test_a_client_that_leaves_the_queue_costs_no_slot(tmp_path):
         async with Client(server.port) as client:
             body = chat_body("leaver")
             client.send(request_bytes("POST", "/v1/chat/completions", body))
-            await until(lambda: server.service.pool.waiting == 1)
-        await until(lambda: server.service.pool.waiting == 0)
+            await until(lambda: server.pool.waiting == 1)
+        await until(lambda: server.pool.waiting == 0)
         gate.let()
         assert chat_text(await first) == "through"
         assert chat_text(await chat(server, "next")) == "through"
@@ -8186,7 +8184,7 @@ async def test_a_controller_that_comes_back_is_tried_by_one_and_then_by_all(tmp_
             return
         trying.append(request)
         if len(trying) == 1:
-            pool = server.service.pool
+            pool = server.pool
             await until(lambda: pool.waiting == 4 or len(trying) > 1)
             alone.append(len(trying) == 1)
         writer.write(http_reply(completion()))
@@ -8327,7 +8325,7 @@ async def test_all_cooling_is_told_at_once_with_the_soonest(
             assert reply.headers.get("retry-after") == retry_after
             if retry_after is None:
                 assert reply.headers["x-should-retry"] == "false"
-        server.service.upstream_errors = "pass"
+        server.upstream_errors = "pass"
     for upstream_errors, statuses in [("pass", [429, 429]), ("map", [500, 503])]:
         async with Upstream(late) as one:
             async with serving(
@@ -8622,7 +8620,7 @@ async def test_a_key_is_disabled_only_when_a_plain_request_is_refused_too(
         await until(lambda: pool_probes(first))
         assert (await states(server))["up0"] == "ready"
         assert len(pool_probes(first)) == 1  # a minute
-        server.service.pool._probes.clear()  # the minute is over
+        server.pool._probes.clear()  # the minute is over
         refused[0] = True
         while up0.health.closed_by is None:
             assert (await chat(server, "BAD again")).status == 200
@@ -8649,7 +8647,7 @@ async def test_nothing_is_kept_of_a_controller_that_was_probed_and_has_gone(tmp_
     """Agents come and go: each may have answered 403 once."""
     async with pool_of(tmp_path, error_reply(403)) as (server, _, (controller,)):
         await chat(server)
-        pool = server.service.pool
+        pool = server.pool
         assert controller in pool._probes
         pool.remove(controller)
         assert not pool._probes
@@ -8690,9 +8688,7 @@ async def test_the_last_one_is_tried_by_one_request_at_a_time(tmp_path):
         for number in range(3):
             await chat(server, f"{number}")
         asking = [asyncio.ensure_future(chat(server, f"slow {n}")) for n in range(5)]
-        await until(
-            lambda: server.service.pool.waiting == 4 and len(chats(upstream)) > 3
-        )
+        await until(lambda: server.pool.waiting == 4 and len(chats(upstream)) > 3)
         assert len(chats(upstream)) == 4
         go_on.set()
         assert {r.status for r in await asyncio.gather(*asking)} == {200}
@@ -8827,7 +8823,7 @@ async def test_an_unknown_model_is_one_controllers_models_and_paths(tmp_path, co
             body = chat_body(model=model)
             reply = await ask(server.port, "POST", path, body)
             assert len(chats(ups[0])) == asked, (path, model, reply.content)
-        server.service.pool._unknown.clear()  # the minute is over
+        server.pool._unknown.clear()  # the minute is over
         await ask(server.port, "POST", "/v1/embeddings", chat_body())
         assert len(chats(ups[0])) == 4
 
@@ -8895,10 +8891,10 @@ async def test_an_agents_model_is_asked_of_nobody_else_while_it_is_away(
     hello = json.dumps({"version": 2, "name": "gpu", "models": ["local"]})
     async with pool_of(tmp_path, None, options=[ANY]) as (server, (cloud,), _):
         async with Agent(server.port, hello=hello):
-            await until(lambda: server.service.agents)
-        await until(lambda: not server.service.agents)
+            await until(lambda: server.agents)
+        await until(lambda: not server.agents)
         asking = asyncio.ensure_future(chat(server, model="local"))
-        await until(lambda: server.service.pool.waiting)
+        await until(lambda: server.pool.waiting)
         assert (await chat(server, model="other")).status == 200
         assert len(chats(cloud)) == 1
         constant(AGENT_RETURN_WINDOW=0.0)  # it does not come back
@@ -8922,7 +8918,7 @@ async def test_an_unreadable_list_of_models_is_a_line_in_the_log_once(tmp_path):
             tmp_path, lacks, odd.controller(name="b"), log=log
         ) as server:
             for _ in range(2):
-                await server.service.pool.refresh_models()
+                await server.pool.refresh_models()
     assert log.text.count(f"a: its base_url lacks /v1: {upstream.url} has models") == 1
     assert log.text.count("b: its list of models cannot be read (status 200)") == 1
 
@@ -9266,7 +9262,7 @@ async def test_enabling_wakes_who_waits(tmp_path):
         first = asyncio.ensure_future(chat(server))
         await until(lambda: gate.asked)
         second = asyncio.ensure_future(chat(server))
-        await until(lambda: server.service.pool.waiting)
+        await until(lambda: server.pool.waiting)
         body = {"admin_key": KEY, "name": "spare"}
         await ask(server.port, "POST", "/admin/controllers/enable", body, key=None)
         assert chat_text(await second) == "spare"
@@ -9280,10 +9276,10 @@ async def test_an_agent_cannot_take_a_controllers_name_from_it(tmp_path):
 
     hello = json.dumps({"version": 2, "name": "up", "models": []})
     async with serving(tmp_path) as server, Agent(server.port, hello=hello):
-        await until(lambda: server.service.agents)
+        await until(lambda: server.agents)
         up = pool_function("up")
         server.add(up)
-        assert server.service.pool.find("up") is up
+        assert server.pool.find("up") is up
 
 
 # --- Functions and mocks
@@ -9840,7 +9836,7 @@ async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
 
 async def status_of(server):
     """GET /admin/status, and what it says of each request, by its id."""
-    server.service._status = (-math.inf, b"", "")  # made anew
+    server._status = (-math.inf, b"", "")  # made anew
     reply = await ask(server.port, "GET", "/admin/status")
     assert reply.status == 200
     told = reply.json()
@@ -9927,7 +9923,7 @@ async def test_status_tells_of_streams_that_broke_off_and_of_clients_that_left(
                 headers = [("x-request-id", "left")]
                 client.send(request_bytes("POST", CHAT_URL, body, headers=headers))
                 await client.read_head()
-            await until(lambda: not server.service.running)
+            await until(lambda: not server.running_requests)
             _, requests = await status_of(server)
             broken, left = requests["broken"], requests["left"]
             assert (broken["status"], broken["failed"]) == (200, True)
@@ -10022,11 +10018,11 @@ async def test_a_request_that_waits_can_be_cancelled(tmp_path):
             await until(lambda: controller.in_flight)
             headers = [("x-request-id", "two")]
             two.send(request_bytes("POST", CHAT_URL, CHAT, headers=headers))
-            await until(lambda: server.service.pool.waiting)
+            await until(lambda: server.pool.waiting)
             body = {"request_id": "two"}
             await ask(server.port, "POST", "/admin/requests/cancel", body)
             assert (await two.read_reply()).status == 503
-            assert server.service.pool.waiting == 0
+            assert server.pool.waiting == 0
             release.set()
 
 
@@ -10643,7 +10639,7 @@ async def test_a_large_file_is_shortened_and_old_days_are_dropped(
 async def test_a_users_limit_is_told_and_begins_anew(tmp_path):
     limit = "2 requests/day"
     async with serving(tmp_path) as server:
-        token = (await server.service.users.add(name="ada", limit=limit)).token
+        token = (await server.users.add(name="ada", limit=limit)).token
         first = await chat(server, key=token, model="mock/echo")
         assert first.headers["x-ratelimit-limit-requests"] == "2"
         assert first.headers["x-ratelimit-remaining-requests"] == "1"
@@ -10664,7 +10660,7 @@ async def test_a_users_limit_is_told_and_begins_anew(tmp_path):
 async def test_requests_under_way_are_counted_against_a_limit(tmp_path):
     gate = PoolGate(models=["gate"])
     async with serving(tmp_path, gate.controller) as server:
-        token = (await server.service.users.add(limit="2 requests/day")).token
+        token = (await server.users.add(limit="2 requests/day")).token
         asking = [chat(server, key=token, model="gate") for _ in range(2)]
         asking = [asyncio.ensure_future(each) for each in asking]
         await until(lambda: len(gate.asked) == 2)
@@ -10678,7 +10674,7 @@ async def test_a_user_has_only_its_own_models(tmp_path):
     async with Upstream() as upstream:
         controller = upstream.controller(models=["o1", "gpt-4o", "gpt-4o-mini"])
         async with serving(tmp_path, controller) as server:
-            token = (await server.service.users.add(models=["gpt-4o*"])).token
+            token = (await server.users.add(models=["gpt-4o*"])).token
             assert (await chat(server, key=token, model="gpt-4o")).status == 200
             reply = await chat(server, key=token, model="o1")
             assert reply.status == 404
@@ -10697,7 +10693,7 @@ async def test_a_token_ends_with_its_time_and_a_rotated_one_with_its(
 ):
     clock = [1_800_000_000.0]
     async with serving(tmp_path) as server:
-        users = server.service.users
+        users = server.users
         monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
         ending = await users.add(expires="2027-01-15T08:01:00Z")  # in a minute
         old = await users.add(name="ada")
@@ -10713,13 +10709,13 @@ async def test_a_token_ends_with_its_time_and_a_rotated_one_with_its(
 @flow
 async def test_an_agent_goes_when_its_token_ends(tmp_path, monkeypatch):
     async with serving(tmp_path) as server:
-        user = await server.service.users.add(role="agent", expires="2099-01-01")
+        user = await server.users.add(role="agent", expires="2099-01-01")
         path = f"/k/{user.token}/client/register"
         async with Agent(server.port, path) as agent:
-            await until(lambda: server.service.agents)
+            await until(lambda: server.agents)
             monkeypatch.setattr(apiserver, "unix_time", lambda: 4.2e9)
             event = await agent.event()
-            assert event[0] == Opcode.CLOSE and not server.service.agents
+            assert event[0] == Opcode.CLOSE and not server.agents
 
 
 async def models_status(server, token):
@@ -10742,7 +10738,7 @@ async def test_only_digests_of_tokens_are_kept_if_that_is_wanted(tmp_path):
 @flow
 async def test_a_name_means_one_user(tmp_path):
     async with serving(tmp_path) as server:
-        users = server.service.users
+        users = server.users
         ada = await users.add(name="ada")
         for name in ("ada", "admin"):
             with pytest.raises(APIError, match="is taken"):
@@ -10767,21 +10763,21 @@ async def test_usage_is_told_as_json_and_as_csv_without_formulas(tmp_path):
         for query in ("by=x", "by=day,day", "from=x"):
             reply = await ask(s.port, "GET", f"/admin/usage?{query}")
             assert reply.status == 400
-        user = await s.service.users.add()
+        user = await s.users.add()
         assert (await ask(s.port, "GET", path, key=user.token)).status == 403
 
 
 @flow
 async def test_a_stream_left_early_is_counted_as_far_as_it_came(tmp_path):
     async with serving(tmp_path) as server:
-        token = (await server.service.users.add()).token
+        token = (await server.users.add()).token
         body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02")
         async with Client(server.port) as client:
             body = {**body, "stream": True}
             client.send(request_bytes("POST", "/v1/chat/completions", body, token))
             await client.read_head()
             await client.read_chunk()
-        await until(lambda: not server.service.requests_in_flight)
+        await until(lambda: not server.requests_in_flight)
         total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
         assert total["requests"] == 1 and total["input"] and 0 < total["output"] < 8
 
@@ -10791,8 +10787,8 @@ async def test_metrics_are_for_monitors_and_their_labels_bounded(tmp_path):
     async with Upstream() as upstream:
         controller = upstream.controller(name="up", models=["m"])
         async with serving(tmp_path, controller) as server:
-            monitor = (await server.service.users.add(role="monitor")).token
-            user = (await server.service.users.add(name="someone")).token
+            monitor = (await server.users.add(role="monitor")).token
+            user = (await server.users.add(name="someone")).token
             await chat(server)
             await chat(server, key=user, model='evil"\n{}')
             port = server.port
@@ -10821,7 +10817,7 @@ async def test_ready_means_that_something_could_be_asked(tmp_path):
         assert (await ask(server.port, "GET", "/readyz", key="")).status == 503
         server.add(pool_function("f"))
         assert (await ask(server.port, "GET", "/readyz", key="")).status == 200
-        server.service.draining = True
+        server.draining = True
         reply = await ask(server.port, "GET", "/readyz", key="")
         assert reply.status == 503 and reply.content == b"shutting down\n"
         assert "livez" not in log.text and "readyz" not in log.text
@@ -10918,7 +10914,7 @@ async def handler_chat(tmp_path, behave=None, controller=None, **options):
 
 
 async def handler_agents(server, count):
-    await until(lambda: len(server.service.agents) == count)
+    await until(lambda: len(server.agents) == count)
 
 
 @contextlib.asynccontextmanager
@@ -11206,12 +11202,12 @@ async def test_all_contents_together_have_a_limit(tmp_path, constant):
             headers = [("Content-Length", "900")]
             head = request_bytes("POST", "/api/ask", headers=headers)
             other.send(head + b"x" * 899)  # and the last one never
-            await until(lambda: server.service.content_size == 899)
+            await until(lambda: server.content_size == 899)
             small = await ask(server.port, "POST", "/api/ask", b"x" * 101)
             assert small.status == 400
             large = await ask(server.port, "POST", "/api/ask", b"x" * 102)
             assert large.status == 503 and large.headers["retry-after"] == "1"
-        await until(lambda: server.service.content_size == 0)
+        await until(lambda: server.content_size == 0)
 
 
 @pytest.mark.parametrize("chunked_body", [False, True])
@@ -11473,7 +11469,7 @@ async def test_bytes_behind_a_handshake_are_its_first_frame(tmp_path):
         request = request_bytes("GET", "/client/register", headers=headers)
         client.send(request + frame)
         assert (await client.read_head())[0] == 101
-        await until(lambda: "early-bird" in server.service.agents)
+        await until(lambda: "early-bird" in server.agents)
 
 
 @pytest.mark.parametrize(
@@ -11937,7 +11933,7 @@ async def test_ask_waits_a_moment_for_an_agent_that_has_just_left(tmp_path):
             await handler_agents(server, 1)
         await handler_agents(server, 0)
         async with handler_task(handler_ask(server.port)) as asking:
-            await until(lambda: server.service.pool.waiting)
+            await until(lambda: server.pool.waiting)
             async with Agent(server.port) as agent, handler_task(agent.echo()):
                 assert (await asking).json()["content"] == "echo:Hello"
 
@@ -12045,7 +12041,7 @@ async def test_conversation_stays_with_its_agent(tmp_path, monkeypatch):
                     reply = await handler_ask(server.port, **ids)
                     assert reply.status == 200 and asked
         async with Agent(server.port) as third, handler_task(third.echo()):
-            await until(lambda: list(server.service.agents) == [third.id])
+            await until(lambda: list(server.agents) == [third.id])
             reply = await handler_ask(server.port, **ids)
             assert reply.status == 500
             assert reply.json() == {"error": "Connection no longer exists"}
@@ -12282,7 +12278,7 @@ async def test_malformed_messages_harm_nobody(tmp_path):
                 agent.writer.write(agent.protocol.send(message))
             await agent.reply(id, "still here")
             assert (await asking).json()["content"] == "still here"
-        assert list(server.service.agents) == [agent.id]
+        assert list(server.agents) == [agent.id]
         assert "failed" not in log.text
 
 
@@ -12299,7 +12295,7 @@ async def test_id_that_cannot_be_a_cookie_is_not_taken(tmp_path, claimed):
         await odd.connect()
         first = await odd.receive()
         await odd.send(claimed, "Connection id")
-        await until(lambda: first["id"] in server.service.agents or claimed == 5)
+        await until(lambda: first["id"] in server.agents or claimed == 5)
         odd.writer.transport.abort()
 
 
@@ -12313,7 +12309,7 @@ async def test_agent_that_comes_back_takes_over(tmp_path):
             while (event := await old.event())[0] is not CLOSE:
                 pass
             assert event[1][0] == 4000
-            assert list(server.service.agents) == [old.id]
+            assert list(server.agents) == [old.id]
             reply = await ask(server.port, "GET", "/api/connections")
             assert [c["Id"] for c in reply.json()["connections"]] == [old.id]
             assert (await handler_ask(server.port)).status == 200
@@ -12332,8 +12328,8 @@ async def test_stranger_does_not_get_a_live_agents_id(tmp_path):
         path = f"/k/{token}/client/register"
         async with Agent(server.port, path, id=old.id), handler_task(old.echo()):
             await handler_agents(server, 2)
-            assert server.service.agents[old.id].credential == "this machine"
-            stranger = [id for id in server.service.agents if id != old.id]
+            assert server.agents[old.id].credential == "this machine"
+            stranger = [id for id in server.agents if id != old.id]
             assert UUID_FORM.fullmatch(stranger[0])
 
 
@@ -12346,7 +12342,7 @@ async def test_one_agent_is_asked_one_thing_at_a_time(tmp_path):
         asks = [handler_ask(server.port, text) for text in ("one", "two")]
         asks = [asyncio.ensure_future(each) for each in asks]
         id, data = await agent.request()
-        await until(lambda: server.service.pool.waiting == 1)
+        await until(lambda: server.pool.waiting == 1)
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(agent.request(), 0.05)
         await agent.reply(id, data["content"])
@@ -12369,8 +12365,8 @@ async def test_an_answer_that_comes_as_its_client_leaves_frees_the_agent(tmp_pat
         # Both are there before the server sees either.
         await agent.reply(id, "eins")
         client.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
-        await until(lambda: server.service.requests_in_flight == 0, 1)
-        assert server.service.agents[agent.id].in_flight == 0
+        await until(lambda: server.requests_in_flight == 0, 1)
+        assert server.agents[agent.id].in_flight == 0
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -12387,12 +12383,12 @@ async def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, an
         async with Client(server.port) as client:
             client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
             id, _ = await agent.request()
-        await until(lambda: server.service.requests_in_flight == 0, 1)
+        await until(lambda: server.requests_in_flight == 0, 1)
         reply = await ask(server.port, "GET", "/admin/controllers")
         [line] = [c for c in reply.json()["controllers"] if c["type"] == "agent"]
         assert line["state"] == "busy"
         async with handler_task(handler_ask(server.port, "two")) as asking:
-            await until(lambda: server.service.pool.waiting == 1)
+            await until(lambda: server.pool.waiting == 1)
             if answers:
                 await agent.reply(id, "too late")
             second, data = await agent.request()
@@ -12410,7 +12406,7 @@ async def test_idle_agent_is_pinged_in_its_own_words_and_dropped_when_dead(tmp_p
                 message = await asyncio.wait_for(agent.receive(), 5)
                 assert message["message"] == "ping" and message["id"]
                 await agent.send(message["id"], "pong")
-            assert agent.id in server.service.agents
+            assert agent.id in server.agents
             # From here on it says nothing, not even to websocket pings.
             began = time.monotonic()
             await handler_agents(server, 0)
@@ -12444,7 +12440,7 @@ async def test_agent_that_does_not_say_its_id_is_sent_away(tmp_path, constant):
         event = await asyncio.wait_for(agent.event(), 5)
         assert event[0] is CLOSE and event[1][0] == 1008
         agent.writer.transport.abort()
-        assert server.service.agents == {}
+        assert server.agents == {}
 
 
 @flow
@@ -12730,7 +12726,7 @@ async def test_mocks_are_asked_by_name_and_nobody_else_is(tmp_path):
 async def test_models_are_listed(tmp_path):
     listed = http_reply({"data": [{"id": "org/m 1"}, {"id": "b"}]})
     async with handler_chat(tmp_path, handler_either(listed)) as (server, _):
-        await until(lambda: server.service.pool.controllers[-1].listed)
+        await until(lambda: server.pool.controllers[-1].listed)
         reply = await ask(server.port, "GET", "/v1/models")
         assert reply.json()["object"] == "list"
         models = {model["id"]: model for model in reply.json()["data"]}
@@ -13146,7 +13142,7 @@ async def test_what_cannot_be_decompressed_is_refused(
         if status == 415:
             assert "gzip" in reply.headers["accept-encoding"]
             assert coding in reply.json()["error"]["message"]
-        assert server.service.content_size == 0
+        assert server.content_size == 0
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
@@ -13300,7 +13296,7 @@ async def test_json_of_many_small_values_is_held_as_large_as_it_gets(tmp_path):
             body = head + b"{}," * count + b"{}]}"
             reply = await ask(server.port, "POST", CHAT_URL, body)
             assert reply.status == status, reply.content
-            assert server.service.content_size == 0
+            assert server.content_size == 0
 
 
 @pytest.mark.parametrize("listen, expected", [("0.0.0.0", 401), ("127.0.0.1", 101)])
@@ -13361,7 +13357,7 @@ async def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
                 await client.read_head()
                 await client.read_chunk()
             await until(lambda: handler_posts(upstream))
-            await until(lambda: server.service.requests_in_flight == 1)
+            await until(lambda: server.requests_in_flight == 1)
             ended = upstream.ended
             if leaves == "half-close":
                 client.writer.write_eof()
@@ -13373,8 +13369,8 @@ async def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
             else:
                 client.writer.transport.abort()
             await until(lambda: upstream.ended > ended, 1.5)
-            await until(lambda: server.service.requests_in_flight == 0, 1)
-        assert [c.in_flight for c in server.service.pool.controllers] == [0, 0]
+            await until(lambda: server.requests_in_flight == 0, 1)
+        assert [c.in_flight for c in server.pool.controllers] == [0, 0]
         assert "failed" not in log.text and "cooling" not in log.text
 
 
@@ -13391,13 +13387,13 @@ async def test_client_that_leaves_the_queue_spends_no_slot(tmp_path):
             first.send(request_bytes("POST", CHAT_URL, CHAT))
             await until(lambda: handler_posts(upstream))
             second.send(request_bytes("POST", CHAT_URL, STREAM))
-            await until(lambda: server.service.pool.waiting == 1)
+            await until(lambda: server.pool.waiting == 1)
             second.writer.transport.abort()
-            await until(lambda: server.service.pool.waiting == 0, 1)
+            await until(lambda: server.pool.waiting == 0, 1)
             first.writer.transport.abort()
             await until(lambda: upstream.ended, 1.5)
             assert len(handler_posts(upstream)) == 1
-            await until(lambda: server.service.requests_in_flight == 0, 1)
+            await until(lambda: server.requests_in_flight == 0, 1)
 
 
 # --- Administration
@@ -13483,7 +13479,7 @@ async def test_one_users_requests_have_a_limit(tmp_path, limit):
             echo = {**CHAT, "model": "mock/echo"}
             reply = await ask(server.port, "POST", CHAT_URL, echo, other)
             assert reply.status == 200
-        await until(lambda: server.service.requests_in_flight == 0)
+        await until(lambda: server.requests_in_flight == 0)
         reply = await ask(server.port, "POST", CHAT_URL, echo)
         assert reply.status == (200 if limit == "user_requests_in_flight" else 429)
 
@@ -13554,12 +13550,12 @@ async def test_async_with_leaves_nothing_behind(tmp_path):
         assert server.url == f"http://127.0.0.1:{server.port}"
         async with Client(server.port) as idle, Agent(server.port):
             assert (await idle.request("GET", "/health")).content == b"OK"
-            await until(lambda: server.service.agents)
+            await until(lambda: server.agents)
             assert (await echo(server.port)).status == 200
     assert asyncio.all_tasks() == tasks
     assert is_refused(server.port)
     await until(lambda: len(os.listdir("/dev/fd")) <= len(files))
-    assert server.service.agents == {} and server._handlers == {}
+    assert server.agents == {} and server._handlers == {}
     assert not (tmp_path / "users.json").exists()
 
 
@@ -13678,7 +13674,7 @@ async def main():
         writer.write(b"POST /v1/chat/completions HTTP/1.1\\r\\nHost: a\\r\\n")
         writer.write(b"Authorization: secret\\r\\n")
         writer.write(b"Content-Length: %d\\r\\n\\r\\n" % len(body) + body)
-        while not two.service.requests_in_flight:
+        while not two.requests_in_flight:
             await asyncio.sleep(0.01)
     assert asyncio.all_tasks() == before
     assert b"shutting down" in await reader.read()
@@ -14511,7 +14507,7 @@ async def agent_of(server, *controllers, **options):
     agent.task = asyncio.ensure_future(agent.serve_forever())
     try:
         if server is not port:
-            await until(lambda: agent.id in server.service.agents)
+            await until(lambda: agent.id in server.agents)
         yield agent
     finally:
         agent.task.cancel()
@@ -14727,7 +14723,7 @@ async def test_a_slow_client_of_an_agent_holds_up_no_other(tmp_path):
                 assert time.monotonic() - began < 5
                 # 18 MB are more than the 8 MiB that wait for one call, and than
                 # what sockets hold: it is told, and its call is cut.
-                (controller,) = server.service.agents.values()
+                (controller,) = server.agents.values()
                 await until(lambda: not controller._calls)
                 slow.writer.transport.resume_reading()
                 text = (await slow.reader.read()).decode()
@@ -14755,7 +14751,7 @@ async def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_pat
                 await until(lambda count=count: upstream.ended == count)
                 assert time.monotonic() - began < 1
                 await until(lambda: not agent.links[0].calls)
-            assert agent.id in server.service.agents  # and stays
+            assert agent.id in server.agents  # and stays
 
 
 @flow
@@ -14814,7 +14810,7 @@ async def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
         assert not agent.task.done()
         again = apiserver.Server(KEY, port=port, users=str(tmp_path / "users.json"))
         async with again:
-            await until(lambda: list(again.service.agents) == [id])
+            await until(lambda: list(again.agents) == [id])
             reply = await ask(port, "POST", CHAT_API, CHAT)
             assert reply.status == 200
         closed = [line for line in agent.log if "the connection to" in line]
@@ -14828,12 +14824,12 @@ async def test_a_refused_key_is_told_once_and_tried_again(
 ):
     constant(REDIAL_MAX=0.02)
     async with serving(tmp_path) as server:
-        user = await server.service.users.add()
+        user = await server.users.add()
         controller = FunctionController(lambda request: "Hi", models=["m"])
         token = user.token if key == "user" else key
         options = {"key": token}
         log = AgentLog()
-        server.service.access = log.write
+        server.access = log.write
         async with agent_of(server.port, controller, **options) as agent:
             await until(lambda: len(log) > 2)
             assert len(agent.log) == 1 and words in agent.log[0]
@@ -14843,7 +14839,7 @@ async def test_a_refused_key_is_told_once_and_tried_again(
 @flow
 async def test_an_agents_token_registers_and_does_nothing_else(tmp_path):
     async with serving(tmp_path, agents_auth="key") as server:
-        user = await server.service.users.add(role="agent")
+        user = await server.users.add(role="agent")
         controller = FunctionController(lambda request: "Hi", models=["m"])
         async with agent_of(server, controller, key=user.token):
             reply = await ask(server.port, "POST", CHAT_API, CHAT, key=user.token)
@@ -14870,9 +14866,9 @@ def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path, monke
             ):
                 client.send(request_bytes("POST", CHAT_API, STREAMED))
                 await client.read_head()
-                (controller,) = server.service.agents.values()
+                (controller,) = server.agents.values()
                 agent.request_shutdown()
-                await until(lambda: controller not in server.service.pool.controllers)
+                await until(lambda: controller not in server.pool.controllers)
                 refused = await ask(server.port, "POST", CHAT_API, CHAT)
                 assert refused.status == 503 and not agent.task.done()
                 go.set()
@@ -14880,7 +14876,7 @@ def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path, monke
                 assert "there" in text and "[DONE]" in text
                 await asyncio.wait_for(agent.task, 5)
                 assert controller.websocket.close_code == 1001
-                assert not server.service.agents
+                assert not server.agents
 
     run(check())
 
@@ -14917,10 +14913,10 @@ async def test_an_agent_waits_for_an_upstream_and_tells_when_its_list_changes(
         async with agent_of(server.port, controller) as agent:
             await until(lambda: agent.log)
             assert "nothing to serve yet" in agent.log[0] and "up" in agent.log[0]
-            assert not server.service.agents
+            assert not server.agents
             names.append("one")
-            await until(lambda: server.service.agents)
-            (controller,) = server.service.agents.values()
+            await until(lambda: server.agents)
+            (controller,) = server.agents.values()
             assert list(controller.models) == ["one"]
             names[:] = ["two", "three"]
             await until(lambda: list(controller.models) == ["two", "three"])
@@ -15232,7 +15228,7 @@ async def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped
             reply = await asking
             assert reply.status == 500 and b"fake failed: no luck" in reply.content
             assert reply.json()["error"]["code"] == "agent_error"
-            assert agent.id in server.service.agents
+            assert agent.id in server.agents
 
 
 @pytest.mark.parametrize(
@@ -15257,8 +15253,8 @@ async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
     async with Upstream() as upstream, serving(tmp_path) as server:
         server.add(upstream.controller(models=["m"]))
         async with Agent(server.port, hello=agent_hello()) as agent:
-            await until(lambda: server.service.agents)
-            controller = server.service.agents[agent.id]
+            await until(lambda: server.agents)
+            controller = server.agents[agent.id]
             while not controller.requests:
                 asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
                 await until(lambda t=asking: controller.requests or t.done())
@@ -15292,10 +15288,10 @@ async def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(tmp_path
 
     async with serving(tmp_path, limits=limits) as server:
         async with Agent(server.port, hello=agent_hello()) as agent:
-            await until(lambda: server.service.agents)
+            await until(lambda: server.agents)
             body = {**CHAT, "more": "x" * 10_000}
             reply = await ask(server.port, "POST", CHAT_API, body)
-            assert reply.status == 413 and agent.id in server.service.agents
+            assert reply.status == 413 and agent.id in server.agents
 
 
 @flow
@@ -15311,20 +15307,20 @@ async def test_a_hundred_agents_at_once(tmp_path):
         ]
         for agent in agents:
             await stack.enter_async_context(agent)
-        await until(lambda: len(server.service.agents) == 100)
+        await until(lambda: len(server.agents) == 100)
         asks = (ask(server.port, "POST", CHAT_API, CHAT) for _ in range(200))
         replies = await asyncio.gather(*asks)
         assert {reply.status for reply in replies} == {200}
-        counts = [agent.requests for agent in server.service.agents.values()]
+        counts = [agent.requests for agent in server.agents.values()]
         assert counts == [2] * 100
         # All are cut at once, and come back.
-        before_cut = set(server.service.agents.values())
+        before_cut = set(server.agents.values())
         for agent in before_cut:
             agent.websocket.connection.reset()
         # Some are back before others have been missed.
-        await until(lambda: not before_cut & {*server.service.agents.values()})
-        await until(lambda: len(server.service.agents) == 100)
-        assert len(server.service.pool.controllers) == 101
+        await until(lambda: not before_cut & {*server.agents.values()})
+        await until(lambda: len(server.agents) == 100)
+        assert len(server.pool.controllers) == 101
     assert asyncio.all_tasks() == before
 
 
@@ -15368,12 +15364,12 @@ async def test_an_agent_serves_all_its_servers_and_one_that_goes_disturbs_none(
             urls = serving_urls(one, two)
             agent = await stack.enter_async_context(agent_of_all(urls, controller))
             for server in (one, two):
-                await until(lambda server=server: agent.id in server.service.agents)
+                await until(lambda server=server: agent.id in server.agents)
                 reply = await ask(server.port, "POST", CHAT_API, CHAT)
                 assert reply.status == 200
-            before = one.service.agents[agent.id]
+            before = one.agents[agent.id]
         reply = await ask(one.port, "POST", CHAT_API, CHAT)
-        assert reply.status == 200 and one.service.agents[agent.id] is before
+        assert reply.status == 200 and one.agents[agent.id] is before
         for url in urls:
             assert agent.log.has(f"connected to {url} as box, serving m")
         assert agent.log.has(f"{urls[1]} ended (1001")
@@ -15397,7 +15393,7 @@ async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
         urls = serving_urls(*servers)
         async with agent_of_all(urls, controller, max_concurrency=2) as agent:
             for server in servers:
-                await until(lambda server=server: agent.id in server.service.agents)
+                await until(lambda server=server: agent.id in server.agents)
             asks = [
                 asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
                 for server in (*servers, *servers)
@@ -15409,7 +15405,7 @@ async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
             # Who found it full has waited, and it was nobody's failure.
             assert {(await asked).status for asked in asks} == {200} and most == 2
             for server in servers:
-                assert server.service.agents[agent.id].failures == 0
+                assert server.agents[agent.id].failures == 0
 
 
 @flow
@@ -15427,7 +15423,7 @@ async def test_an_agent_that_is_full_for_too_long_is_a_503(tmp_path):
                     await agent.send(id, "error", apiserver.AGENT_FULL)
             reply = await asking
             assert reply.status == 503 and reply.headers["retry-after"] == "1"
-            (controller,) = server.service.agents.values()
+            (controller,) = server.agents.values()
             assert controller.failures == 0 and controller.in_flight == 0
 
 
@@ -15450,22 +15446,22 @@ async def test_every_address_of_a_servers_name_is_dialled(tmp_path, monkeypatch)
         two = apiserver.Server(KEY, port=one.port, listen="127.0.0.3", users=users)
         url = f"http://pool.example:{one.port}"
         async with two, agent_of_all([url], controller) as agent:
-            await until(lambda: agent.id in one.service.agents)
-            assert not two.service.agents
+            await until(lambda: agent.id in one.agents)
+            assert not two.agents
             found.append("127.0.0.3")  # a replica more
-            await until(lambda: agent.id in two.service.agents)
+            await until(lambda: agent.id in two.agents)
             assert agent.log.has(f"pool.example:{one.port} (127.0.0.3)")
-            first = one.service.agents[agent.id]
+            first = one.agents[agent.id]
             found.clear()  # the name server is away: all goes on
             await asyncio.sleep(0.1)
-            assert len(agent.links) == 2 and first in one.service.agents.values()
+            assert len(agent.links) == 2 and first in one.agents.values()
             found.append("127.0.0.3")  # one less: it may finish, and is not dialled
             await until(lambda: [link.wanted for link in agent.links] == [False, True])
-            assert first in one.service.agents.values()
+            assert first in one.agents.values()
             first.websocket.connection.reset()
             await until(lambda: len(agent.links) == 1)
             await asyncio.sleep(0.1)
-            assert not one.service.agents and agent.id in two.service.agents
+            assert not one.agents and agent.id in two.agents
 
 
 @flow
@@ -15474,9 +15470,9 @@ async def test_two_ways_to_one_server_are_one_registration(tmp_path):
     async with serving(tmp_path) as server:
         urls = [f"127.0.0.1:{server.port}", f"localhost:{server.port}"]
         async with agent_of_all(urls, controller) as agent:
-            await until(lambda: agent.id in server.service.agents)
+            await until(lambda: agent.id in server.agents)
             await asyncio.sleep(0.3)
-            assert len(server.service.agents) == 1 and len(agent.links) == 2
+            assert len(server.agents) == 1 and len(agent.links) == 2
             assert len(agent.log) == 1 and agent.log.has("connected to")
 
 
@@ -15487,15 +15483,15 @@ async def test_a_paused_agent_stays_and_is_asked_for_nothing(tmp_path):
         urls = serving_urls(*servers)
         async with agent_of_all(urls, controller, paused=True) as agent:
             for server in servers:
-                await until(lambda server=server: agent.id in server.service.agents)
+                await until(lambda server=server: agent.id in server.agents)
                 reply = await ask(server.port, "POST", CHAT_API, CHAT)
                 assert reply.status == 503
-                state = server.service.agents[agent.id].describe(0.0)
+                state = server.agents[agent.id].describe(0.0)
                 assert state["state"] == "paused" and "owner" in state["reason"]
             assert agent.log.has("; paused")
             agent.turn()
             for server in servers:
-                paused = server.service.agents[agent.id]
+                paused = server.agents[agent.id]
                 await until(lambda paused=paused: not paused.paused)
                 reply = await ask(server.port, "POST", CHAT_API, CHAT)
                 assert reply.status == 200
@@ -15509,9 +15505,9 @@ async def test_an_administrator_pauses_an_agent_also_when_it_comes_back(tmp_path
         body = {"id": agent.id}
         assert (await ask(server.port, "POST", path, body)).status == 200
         assert (await ask(server.port, "POST", CHAT_API, CHAT)).status == 503
-        before = server.service.agents[agent.id]
+        before = server.agents[agent.id]
         before.websocket.connection.reset()
-        await until(lambda: server.service.agents.get(agent.id) not in (None, before))
+        await until(lambda: server.agents.get(agent.id) not in (None, before))
         assert (await ask(server.port, "POST", CHAT_API, CHAT)).status == 503
         body["paused"] = False
         assert (await ask(server.port, "POST", path, body)).status == 200
@@ -15591,7 +15587,7 @@ async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path):
             url, "--command", program, "-models", "answer", "-v", cwd=tmp_path
         )
         try:
-            await until(lambda: server.service.agents, 10)
+            await until(lambda: server.agents, 10)
             body = {**CHAT, "model": "answer"}
             reply = await ask(server.port, "POST", CHAT_API, body)
             assert "42" in reply.json()["choices"][0]["message"]["content"]
@@ -15601,7 +15597,7 @@ async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path):
             assert process.returncode == 0, text
             assert "serving answer" in text and "shutting down (SIGINT)" in text
             assert "answer 200" in text and KEY not in text
-            await until(lambda: not server.service.agents)
+            await until(lambda: not server.agents)
         finally:
             process.kill()
             process.wait()
@@ -16283,9 +16279,9 @@ def test_tiers_and_affinity_are_settings(load, tmp_path):
     file = {**controllers({**OPENAI, "name": "a", "tier": 2}), "affinity": False}
     config = load(file=file)
     config.users = str(tmp_path / "users.json")
-    pool = apiserver.build_server(config, None).service.pool
+    pool = apiserver.build_server(config, None).pool
     assert (pool.affinity, pool.find("a").tier) == (False, 2)
-    assert apiserver.build_server(load(file={}), None).service.pool.affinity
+    assert apiserver.build_server(load(file={}), None).pool.affinity
 
 
 def test_mutated_documents_are_a_config_or_one_line(load, tmp_path):
@@ -16594,7 +16590,7 @@ STREAM_CHAT = {**CHAT, "stream": True}
 
 def open_controller(server):
     """The one upstream of a server."""
-    return next(c for c in server.service.pool.controllers if c.type == "openai")
+    return next(c for c in server.pool.controllers if c.type == "openai")
 
 
 async def slow_socket(port, data):
@@ -16632,7 +16628,7 @@ async def test_a_slow_client_gets_the_whole_answer_before_the_end(tmp_path, cons
         data = request_bytes("POST", CHAT_URL, CHAT, headers=close)
         loop, size = asyncio.get_running_loop(), 0
         with await slow_socket(server.port, data) as sock:
-            await until(lambda: server.service.pool.controllers[-1].tokens)
+            await until(lambda: server.pool.controllers[-1].tokens)
             await asyncio.sleep(0.3)  # longer than LINGER_TIMEOUT
             while True:
                 piece = await loop.sock_recv(sock, 1 << 20)
@@ -16673,7 +16669,7 @@ async def test_clients_who_leave_at_done_leave_no_call_at_an_agent(tmp_path):
     async with serving(tmp_path) as server:
         async with Agent(server.port, hello=hello) as agent:
             async with Client(server.port) as client:
-                await until(lambda: server.service.agents)
+                await until(lambda: server.agents)
                 client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
                 message = await agent.receive()
                 while message["message"] != "ApiRequest":
@@ -16684,7 +16680,7 @@ async def test_clients_who_leave_at_done_leave_no_call_at_an_agent(tmp_path):
                 linger = struct.pack("ii", 1, 0)
                 sock = client.writer.get_extra_info("socket")
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            controller = server.service.agents[agent.id]
+            controller = server.agents[agent.id]
             await until(lambda: not controller._calls and not controller.in_flight)
 
 
@@ -16740,7 +16736,7 @@ async def test_a_mock_that_says_much_holds_up_nobody(tmp_path, model, stream):
     body = {"model": model, "stream": stream, "messages": [message]}
     async with serving(tmp_path) as server:
         long = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, body))
-        await until(lambda: server.service.requests_in_flight)
+        await until(lambda: server.requests_in_flight)
         answered = 0
         while not long.done():
             assert (await ask(server.port, "GET", "/health")).status == 200
@@ -16792,7 +16788,7 @@ async def test_a_huge_conversation_id_of_an_agent_is_not_kept(tmp_path):
             id, _ = await agent.request()
             await agent.reply(id, "Hello", conversation_id="c" * size)
             assert (await asking).json()["conversation_id"] == "c" * size
-        assert [len(id) for _, id in server.service.conversations._kept] == [200]
+        assert [len(id) for _, id in server.conversations._kept] == [200]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -16804,14 +16800,14 @@ async def test_an_agent_whose_token_is_deleted_is_sent_away(tmp_path, by_hand):
         own = Agent(server.port, headers=[("Authorization", user["token"])])
         admins = Agent(server.port, headers=[("Authorization", KEY)])
         async with own, admins, Agent(server.port) as local:
-            await until(lambda: len(server.service.agents) == 3)
+            await until(lambda: len(server.agents) == 3)
             if by_hand:
                 (tmp_path / "users.json").write_text('{"users": []}')
             else:
                 body = {"admin_key": KEY, "user_id": user["user_id"]}
                 await ask(server.port, "POST", "/admin/users/delete", body)
-            await until(lambda: len(server.service.agents) == 2)
-            assert {*server.service.agents} == {admins.id, local.id}
+            await until(lambda: len(server.agents) == 2)
+            assert {*server.agents} == {admins.id, local.id}
             closing = await own.event()
             while closing[0] is not CLOSE:
                 closing = await own.event()
@@ -16834,7 +16830,7 @@ async def test_content_that_trickles_has_the_requests_deadline(tmp_path):
             task = asyncio.ensure_future(trickle())
             status, _ = await client.read_head()
             task.cancel()
-            assert status == 408 and not server.service.content_size
+            assert status == 408 and not server.content_size
 
 
 @flow
@@ -16951,7 +16947,7 @@ async def client_leaves(server, model):
     async with Client(server.port) as client:
         body = chat_body(model=model)
         client.send(request_bytes("POST", "/v1/chat/completions", body))
-        await until(lambda: server.service.requests_in_flight > (model == "gate"))
+        await until(lambda: server.requests_in_flight > (model == "gate"))
         # Not in mid-dial: from Python 3.14 an asyncio.wait that is cancelled is a
         # cycle of its own.
         await until(lambda: model == "gate" or server.silent.requests)
