@@ -1408,10 +1408,10 @@ _JSON_DECODER = json.JSONDecoder(
 )
 
 
-def parse_json(content: bytes) -> Any:
-    """The JSON value in content; APIError(400) for anything that is none."""
+def parse_object(content: bytes) -> dict[str, Any]:
+    """The JSON object in content; APIError(400) for anything else."""
     try:
-        return _JSON_DECODER.decode(content.decode("utf-8"))
+        body = _JSON_DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError:
         raise APIError(400, "The request is not UTF-8.") from None
     except RecursionError:
@@ -1421,11 +1421,6 @@ def parse_json(content: bytes) -> Any:
         raise APIError(400, f"The request is not JSON ({place}).") from None
     except ValueError as error:
         raise APIError(400, f"The request is not JSON: {error}.") from None
-
-
-def parse_object(content: bytes) -> dict[str, Any]:
-    """The JSON object in content; APIError(400) for anything else."""
-    body = parse_json(content)
     if not isinstance(body, dict):
         raise APIError(400, "The request must be a JSON object.")
     return body
@@ -1836,56 +1831,6 @@ def chat_completion(
     }
 
 
-def chat_chunk(
-    like: dict[str, Any],
-    delta: dict[str, Any] | None,
-    finish_reason: str | None = None,
-    usage: dict[str, Any] | None = None,
-    index: int = 0,
-    logprobs: Any = None,
-) -> bytes:
-    """One event of a chat stream; like gives its id, created and model.
-
-    delta None is the usage event, which has no choices.
-    """
-    choice = {
-        "index": index,
-        "delta": delta,
-        "logprobs": logprobs,
-        "finish_reason": finish_reason,
-    }
-    chunk = {
-        "id": like.get("id"),
-        "object": "chat.completion.chunk",
-        "created": like.get("created"),
-        "model": like.get("model"),
-        "choices": [] if delta is None else [choice],
-    }
-    if like.get("system_fingerprint"):
-        chunk["system_fingerprint"] = like["system_fingerprint"]
-    if usage is not None:
-        chunk["usage"] = usage
-    return sse_event(encode_json(chunk))
-
-
-def completion_events(completion: dict[str, Any], include_usage: bool) -> bytes:
-    """A whole chat.completion as the events of a stream, with [DONE]."""
-    events = []
-    for choice in completion.get("choices") or []:
-        index = choice.get("index", 0)
-        delta = {k: v for k, v in choice["message"].items() if v is not None}
-        for number, call in enumerate(delta.get("tool_calls") or []):
-            call.setdefault("index", number)  # only streams have it
-        logprobs = choice.get("logprobs")
-        events.append(chat_chunk(completion, delta, index=index, logprobs=logprobs))
-        reason = choice.get("finish_reason")
-        events.append(chat_chunk(completion, {}, reason, index=index))
-    usage = completion.get("usage")
-    if include_usage and usage:
-        events.append(chat_chunk(completion, None, usage=usage))
-    return b"".join(events) + DONE_EVENT
-
-
 class CompletionBuilder:
     """Puts a stream's chunks together to the chat.completion they stand for."""
 
@@ -2091,39 +2036,79 @@ def event_data(raw: bytes) -> bytes | None:
 
 
 class EventStream:
-    """A stream of events on its way through, relayed as it came.
+    """A stream of events on its way through, relayed as it came; this one: any.
+
+    hide_usage  an event of usage is counted and left out: nobody asked for it
+    choices     how many choices have to finish
 
     began   an event has been seen (comments are no answer)
     ended   nothing more will be relayed
     error   what an error event said, or None; the event itself is not relayed
     usage   the token counts, as far as they have been seen
     events  how many there have been, roughly
+    whole   what its answer looked like when it began, where an event tells
     """
 
-    events = 0
+    ENDS: ClassVar[tuple[str, ...]] = ()  # types of events of which one ends it
 
-    def __init__(self, max_size: int = DEFAULT_LIMITS.response_size) -> None:
+    def __init__(
+        self,
+        hide_usage: bool = False,
+        choices: int = 1,
+        max_size: int = DEFAULT_LIMITS.response_size,
+    ) -> None:
         self.began = False
         self.ended = False
         self.error: ErrorObject | None = None
         self.usage = Usage()
+        self.events = 0
+        self.whole: dict[str, Any] = {}
+        self._hide_usage = hide_usage
+        self._unfinished = choices  # that have had no finish_reason yet
+        self._done = False  # [DONE] has been seen
         self._decoder = SSEDecoder(max_size)
 
     def receive(self, data: bytes) -> bytes:
         """Bytes to relay, out of bytes received."""
+        if self.ended:
+            return b""
         block = self._decoder.receive(data)
         if not self.began and block:
             self.began = block.startswith(b"data: {") or any(
                 data is not None for _, data in split_events(block)
             )
-        return block
+        # To look into text takes 0.1 us, into bytes 0.3; to parse an event takes 5.
+        text = block.decode("latin-1")
+        self.events += text.count("data:")
+        return block if self._is_plain(block, text) else self._sift(block)
+
+    def _is_plain(self, block: bytes, text: str) -> bool:
+        """Whether no event of a block has to be understood; text is the same."""
+        return True
+
+    def _sift(self, block: bytes) -> bytes:
+        """Look at each event of a block; what may be relayed of it."""
+        kept = []
+        for raw, data in split_events(block):
+            if data is None or self._relays(data):
+                kept.append(raw)
+            if self._done or self.error is not None:
+                self.ended = True
+                break
+        return b"".join(kept)
+
+    def _relays(self, data: bytes) -> bool:
+        """Take an event into account; whether it is relayed."""
+        return True
 
     def end(self) -> bytes:
         """The upstream has ended its answer: the last bytes to relay.
 
         Raise ProtocolError(502) if the answer is not whole.
         """
-        block = self.receive(self._decoder.end())
+        block = self.receive(b"" if self.ended else self._decoder.end())
+        if self.ENDS and not self.ended:
+            raise ProtocolError(502, "the stream ended before its answer did")
         self.ended = True
         return block
 
@@ -2135,63 +2120,33 @@ _FINISHED = re.compile(r'"finish_reason"\s*:\s*"[^"]')
 class CompletionStream(EventStream):
     """A stream of chat completions' or completions' chunks.
 
-    Nothing is relayed behind [DONE] or an error.  A usage event that the client
-    did not ask for is counted and left out.
+    Nothing is relayed behind [DONE] or an error.
     """
 
-    def __init__(
-        self,
-        hide_usage: bool = False,
-        choices: int = 1,
-        max_size: int = DEFAULT_LIMITS.response_size,
-    ) -> None:
-        super().__init__(max_size)
-        self._hide_usage = hide_usage
-        self._unfinished = choices  # that have had no finish_reason yet
-        self._done = False
-
-    def receive(self, data: bytes) -> bytes:
-        if self.ended:
-            return b""
-        block = super().receive(data)
-        # To look into text takes 0.1 us, into bytes 0.3; to parse an event takes 5.
-        text = block.decode("latin-1")
-        self.events += text.count("data:")
+    def _is_plain(self, block: bytes, text: str) -> bool:
         # Both ways to write it: the regular expression takes 20 times as long.
         if self._unfinished > 0 and (
             '"finish_reason":"' in text or '"finish_reason": "' in text
         ):
             self._unfinished -= len(_FINISHED.findall(text))
         if '"error"' in text or text.count('"usage"') != text.count(_NO_USAGE):
-            return self._sift(block)
+            return False
         if "[DONE]" in text:
             if block != DONE_EVENT and not block.endswith(b"\n\n" + DONE_EVENT):
-                return self._sift(block)
+                return False
             if text.count("[DONE]") > 1:  # an earlier one, or only quoted
-                return self._sift(block)
+                return False
             self.ended = self._done = True
-        return block
-
-    def _sift(self, block: bytes) -> bytes:
-        """Look at each event of a block; what may be relayed of it."""
-        kept = []
-        for raw, data in split_events(block):
-            if data is not None and data.strip() == b"[DONE]":
-                self.ended = self._done = True
-                kept.append(raw)
-            elif data is None or self._relays(data):
-                kept.append(raw)
-            if self.ended:
-                break
-        return b"".join(kept)
+        return True
 
     def _relays(self, data: bytes) -> bool:
+        if data.strip() == b"[DONE]":
+            self._done = True
         if b'"error"' not in data and b'"usage"' not in data:
             return True
         chunk = as_object(read_json(data))  # what is no JSON is not ours to judge
         if chunk.get("error") or chunk.get("object") == "error":
             self.error = find_error(chunk)
-            self.ended = True
             return False
         if isinstance(chunk.get("usage"), dict):
             self.usage = read_usage(chunk["usage"])
@@ -2199,14 +2154,12 @@ class CompletionStream(EventStream):
         return True
 
     def end(self) -> bytes:
-        block = b""
-        if not self.ended:
-            rest = self._decoder.end()
-            data = event_data(rest) or b""
-            # Half an event is no event, and its finish_reason none.
-            if data.strip() == b"[DONE]" or read_json(data) is not None:
-                block = self.receive(rest)
-            self.ended = True
+        rest = b"" if self.ended else self._decoder.end()
+        data = event_data(rest) or b""
+        # Half an event is no event, and its finish_reason none.
+        whole = data.strip() == b"[DONE]" or read_json(data) is not None
+        block = self.receive(rest) if whole else b""
+        self.ended = True
         if self._done or self.error:
             return block
         if self._unfinished > 0:
@@ -2217,89 +2170,45 @@ class CompletionStream(EventStream):
 class TypedStream(EventStream):
     """A stream whose events tell their type: of responses and of messages.
 
-    ENDS   the types that end an answer
-    USAGE  the types that tell usage, and where
+    WHOLE  the field in which the first event, and some others, have all of it
+    WORDS  an event without any of them needs no look
     """
 
-    ENDS: ClassVar[tuple[str, ...]] = ()
-    USAGE: ClassVar[dict[str, tuple[str, ...]]] = {}
-    FIRST = ""  # the type of the event that begins an answer
+    WHOLE = ""
+    WORDS: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, max_size: int = DEFAULT_LIMITS.response_size) -> None:
-        super().__init__(max_size)
-        self.first: dict[str, Any] = {}  # that event, once seen
-        looked_for = (self.FIRST, *self.ENDS, *self.USAGE, "error")
-        self._looked_for = tuple(f'"{kind}"' for kind in looked_for)
+    def _is_plain(self, block: bytes, text: str) -> bool:
+        return not any(word in text for word in self.WORDS)
 
-    def receive(self, data: bytes) -> bytes:
-        if self.ended:
-            return b""
-        block = super().receive(data)
-        self.events += block.count(b"data:")
-        text = block.decode("latin-1")
-        if not any(word in text for word in self._looked_for):
-            return block
-        kept = []
-        for raw, data_of_event in split_events(block):
-            if data_of_event is not None:
-                self._take(as_object(read_json(data_of_event)))
-            if self.error is not None:
-                break
-            kept.append(raw)
-        return b"".join(kept)
-
-    def _take(self, event: dict[str, Any]) -> None:
+    def _relays(self, data: bytes) -> bool:
+        event = as_object(read_json(data))
+        whole = as_object(event.get(self.WHOLE))
         kind = event.get("type")
-        if not isinstance(kind, str):
-            return
         if kind == "error":
             self.error = find_error(event if event.get("error") else {"error": event})
-            self.ended = True
-        if kind == self.FIRST:
-            self.first = event
-        if kind in self.USAGE:
-            for key in self.USAGE[kind]:
-                event = as_object(event.get(key))
-            self._count(event)
-        if kind in self.ENDS:
-            self.ended = True
-
-    def _count(self, usage: dict[str, Any]) -> None:
-        self.usage = read_usage(usage)
-
-    def end(self) -> bytes:
-        block = b"" if self.ended else self.receive(self._decoder.end())
-        if not self.ended:
-            raise ProtocolError(502, "the stream ended before its answer did")
-        return block
+            return False
+        self.whole = self.whole or whole
+        self.ended = self.ended or kind in self.ENDS
+        # The last event's counts are cumulative, but may leave out the input's.
+        new = read_usage(whole.get("usage") or event.get("usage"))
+        self.usage = Usage(*(now or seen for now, seen in zip(new, self.usage)))
+        return True
 
 
 class ResponsesStream(TypedStream):
     """A stream of POST /v1/responses."""
 
-    FIRST = "response.created"
+    WHOLE = "response"
     ENDS = ("response.completed", "response.incomplete", "response.failed")
-    USAGE: ClassVar = dict.fromkeys(ENDS, ("response", "usage"))
+    WORDS = ('"error"', '"response.created"', *(f'"{kind}"' for kind in ENDS))
 
 
 class MessagesStream(TypedStream):
     """A stream of POST /v1/messages."""
 
-    FIRST = "message_start"
+    WHOLE = "message"
     ENDS = ("message_stop",)
-    USAGE: ClassVar = {
-        "message_start": ("message", "usage"),
-        "message_delta": ("usage",),
-    }
-
-    def _count(self, usage: dict[str, Any]) -> None:
-        # The last event's counts are cumulative, but may leave out the input's.
-        seen, new = self.usage, read_usage(usage)
-        self.usage = Usage(
-            new.input or seen.input,
-            new.cached_input or seen.cached_input,
-            new.output or seen.output,
-        )
+    WORDS = ('"error"', '"message_')
 
 
 # --- Answers made here, in each dialect
@@ -2311,27 +2220,44 @@ class ChatWriter:
     like  its id, created and model
     sent  the tokens of what was asked
 
-    whole() makes another dialect's answer of a chat.completion; delta() and end()
-    make a stream, out of the deltas of a chat.
+    delta() and end() make a stream, out of the deltas of a chat.  events() makes a
+    whole stream of a chat.completion, and whole() another dialect's answer.
     """
 
     ID = "chatcmpl-"
+    OBJECT = "chat.completion.chunk"
 
     def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
-        self.like = {**like, "id": str(like["id"]).replace("chatcmpl-", self.ID)}
+        self.like = {key: like.get(key) for key in ("id", "created", "model")}
+        if isinstance(self.like["id"], str):
+            self.like["id"] = self.like["id"].replace("chatcmpl-", self.ID)
+        if like.get("system_fingerprint"):
+            self.like["system_fingerprint"] = like["system_fingerprint"]
         self.sent = sent
         self._role = {"role": "assistant"}
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        start = {"id": None, "object": self.OBJECT, **self.like}
+        return {**start, "choices": choices, **more}
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return sse_event(encode_json(self._chunk(choices, **more)))
+
+    def _choice(
+        self, delta: Any, reason: Any = None, index: int = 0, logprobs: Any = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs}
+        return {**choice, "finish_reason": reason}
 
     def delta(self, delta: dict[str, Any]) -> bytes:
         """The events of a piece: {"content": text}, or {"tool_calls": [...]}."""
         role, self._role = self._role, {}
-        return chat_chunk(self.like, {**role, **delta})
+        return self._event([self._choice({**role, **delta})])
 
     def end(self, finish_reason: str, usage: Usage) -> bytes:
         """The last events."""
-        last = chat_chunk(self.like, self._role, finish_reason)
-        counts = chat_chunk(self.like, None, usage=usage_object(usage))
-        return last + counts + DONE_EVENT
+        last = self._event([self._choice(self._role, finish_reason)])
+        return last + self._event([], usage=usage_object(usage)) + DONE_EVENT
 
     def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
         """A chat.completion as the answer of the path."""
@@ -2339,148 +2265,182 @@ class ChatWriter:
 
     def events(self, completion: dict[str, Any]) -> bytes:
         """A chat.completion as the whole stream of the path."""
-        choice = completion["choices"][0]
-        delta = self.delta(choice["message"])
-        usage = read_usage(completion.get("usage"))
-        return delta + self.end(choice.get("finish_reason") or "stop", usage)
+        events = []
+        for choice in completion.get("choices") or []:
+            index = choice.get("index", 0)
+            delta = {k: v for k, v in choice["message"].items() if v is not None}
+            for number, call in enumerate(delta.get("tool_calls") or []):
+                call.setdefault("index", number)  # only streams have it
+            whole = self._choice(delta, None, index, choice.get("logprobs"))
+            last = self._choice({}, choice.get("finish_reason"), index)
+            events += [self._event([whole]), self._event([last])]
+        if completion.get("usage"):
+            events.append(self._event([], usage=completion["usage"]))
+        return b"".join(events) + DONE_EVENT
 
 
 class CompletionsWriter(ChatWriter):
     """The same for completions: texts in place of messages."""
 
     ID = "cmpl-"
+    OBJECT = "text_completion"
 
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {**self.like, "object": "text_completion", "choices": choices, **more}
-
-    def _choice(self, text: str, finish_reason: str | None) -> list[dict[str, Any]]:
-        choice = {"index": 0, "text": text, "logprobs": None}
-        return [{**choice, "finish_reason": finish_reason}]
-
-    def delta(self, delta: dict[str, Any]) -> bytes:
-        choice = self._choice(content_text(delta.get("content")), None)
-        return sse_event(encode_json(self._chunk(choice)))
-
-    def end(self, finish_reason: str, usage: Usage) -> bytes:
-        last = self._chunk(self._choice("", finish_reason))
-        counts = self._chunk([], usage=usage_object(usage))
-        return b"".join(sse_event(encode_json(c)) for c in (last, counts)) + DONE_EVENT
+    def _choice(
+        self, delta: Any, reason: Any = None, index: int = 0, logprobs: Any = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "text": content_text(delta.get("content"))}
+        return {**choice, "logprobs": None, "finish_reason": reason}
 
     def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
-        first = completion["choices"][0]
-        text = content_text(first["message"].get("content"))
-        choice = self._choice(text, first.get("finish_reason"))
-        return self._chunk(choice, usage=completion.get("usage"))
+        choices = [
+            self._choice(choice["message"], choice.get("finish_reason"), index)
+            for index, choice in enumerate(completion["choices"])
+        ]
+        return self._chunk(choices, usage=completion.get("usage"))
 
 
-class MessagesWriter(ChatWriter):
-    """The same for messages: blocks of text and of tool use."""
+class ItemsWriter(ChatWriter):
+    """An answer of items, texts and tool calls, each told as it begins and ends.
+
+    answer  all of it, once it has ended
+    """
+
+    def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
+        super().__init__(like, sent)
+        self.answer: dict[str, Any] = {}
+        self._items: list[dict[str, Any]] = []  # that are whole
+        self._texts: list[str] = []  # pieces of the item that has begun
+        self._start = self._begin()  # events to send before all others
+
+    def _begin(self) -> list[bytes]:
+        raise NotImplementedError
+
+    def _begin_text(self) -> list[bytes]:
+        raise NotImplementedError
+
+    def _text(self, text: str) -> bytes:
+        raise NotImplementedError
+
+    def _end_text(self, text: str) -> list[bytes]:
+        raise NotImplementedError
+
+    def _call(self, id: Any, name: str, arguments: str) -> list[bytes]:
+        raise NotImplementedError
+
+    def _end(self, finish_reason: str, usage: Usage) -> list[bytes]:
+        raise NotImplementedError
+
+    def delta(self, delta: dict[str, Any]) -> bytes:
+        events, self._start = self._start, []
+        text = content_text(delta.get("content"))
+        if text:
+            events += [] if self._texts else self._begin_text()
+            events.append(self._text(text))
+            self._texts.append(text)
+        for call in as_list(delta.get("tool_calls")):
+            function = call["function"]
+            events += self._close_text()
+            events += self._call(
+                call.get("id"), function["name"], function["arguments"]
+            )
+        return b"".join(events)
+
+    def _close_text(self) -> list[bytes]:
+        text, self._texts = "".join(self._texts), []
+        return self._end_text(text) if text else []
+
+    def end(self, finish_reason: str, usage: Usage) -> bytes:
+        events = [*self._start, *self._close_text()]
+        return b"".join([*events, *self._end(finish_reason, usage)])
+
+    def events(self, completion: dict[str, Any]) -> bytes:
+        choice = completion["choices"][0]
+        usage = read_usage(completion.get("usage"))
+        delta = self.delta(choice["message"])
+        return delta + self.end(choice.get("finish_reason") or "stop", usage)
+
+    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
+        self.events(completion)
+        return self.answer
+
+
+class MessagesWriter(ItemsWriter):
+    """The same for messages: items are blocks of content."""
 
     ID = "msg_"
     STOPS: ClassVar = {"tool_calls": "tool_use", "length": "max_tokens"}
 
-    def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
-        super().__init__(like, sent)
-        self._blocks = 0
-        self._open = ""  # the type of the block that has begun
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
+    def _typed(self, kind: str, **fields: Any) -> bytes:
         return sse_event(encode_json({"type": kind, **fields}), kind)
 
-    def _message(self, **fields: Any) -> dict[str, Any]:
-        message = {"id": self.like["id"], "type": "message", "role": "assistant"}
-        more: dict[str, Any] = {
-            "content": [],
-            "stop_reason": None,
+    def _block(self, part: str, **fields: Any) -> bytes:
+        return self._typed(f"content_block_{part}", index=len(self._items), **fields)
+
+    def _message(self, stop_reason: str | None, usage: Usage) -> dict[str, Any]:
+        return {
+            "id": self.like["id"],
+            "type": "message",
+            "role": "assistant",
+            "model": self.like["model"],
+            "content": self._items,
+            "stop_reason": stop_reason,
             "stop_sequence": None,
+            "usage": {"input_tokens": usage.input, "output_tokens": usage.output},
         }
-        return {**message, "model": self.like["model"], **more, **fields}
 
-    def _begin(self) -> bytes:
-        usage = {"input_tokens": self.sent, "output_tokens": 0}
-        return self._event("message_start", message=self._message(usage=usage))
+    def _begin(self) -> list[bytes]:
+        message = self._message(None, Usage(self.sent))
+        return [self._typed("message_start", message=message)]
 
-    def _start_block(self, block: dict[str, Any]) -> bytes:
-        before = self._stop_block() if self._blocks else self._begin()
-        self._open, self._blocks = block["type"], self._blocks + 1
-        index = self._blocks - 1
-        start = self._event("content_block_start", index=index, content_block=block)
-        return before + start
+    def _begin_text(self) -> list[bytes]:
+        return [self._block("start", content_block={"type": "text", "text": ""})]
 
-    def _stop_block(self) -> bytes:
-        return self._event("content_block_stop", index=self._blocks - 1)
+    def _text(self, text: str) -> bytes:
+        return self._block("delta", delta={"type": "text_delta", "text": text})
 
-    def _block_delta(self, **delta: str) -> bytes:
-        index = self._blocks - 1
-        return self._event("content_block_delta", index=index, delta=delta)
+    def _end_text(self, text: str) -> list[bytes]:
+        stop = self._block("stop")
+        self._items.append({"type": "text", "text": text})
+        return [stop]
 
-    def delta(self, delta: dict[str, Any]) -> bytes:
-        events = []
-        text = content_text(delta.get("content"))
-        if text and self._open != "text":
-            events.append(self._start_block({"type": "text", "text": ""}))
-        if text:
-            events.append(self._block_delta(type="text_delta", text=text))
-        for call in as_list(delta.get("tool_calls")):
-            block = {"type": "tool_use", "id": call.get("id"), "input": {}}
-            block["name"] = call["function"]["name"]
-            events.append(self._start_block(block))
-            arguments = call["function"]["arguments"]
-            events.append(
-                self._block_delta(type="input_json_delta", partial_json=arguments)
-            )
-        return b"".join(events)
+    def _call(self, id: Any, name: str, arguments: str) -> list[bytes]:
+        block = {"type": "tool_use", "id": id, "input": {}, "name": name}
+        delta = {"type": "input_json_delta", "partial_json": arguments}
+        start = self._block("start", content_block=block)
+        events = [start, self._block("delta", delta=delta), self._block("stop")]
+        self._items.append({**block, "input": as_object(read_json(arguments))})
+        return events
 
-    def end(self, finish_reason: str, usage: Usage) -> bytes:
-        before = self._stop_block() if self._blocks else self._begin()
-        stop = {"stop_reason": self.STOPS.get(finish_reason, "end_turn")}
-        counts = {"input_tokens": usage.input, "output_tokens": usage.output}
-        delta = {**stop, "stop_sequence": None}
-        last = self._event("message_delta", delta=delta, usage=counts)
-        return before + last + self._event("message_stop")
-
-    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
-        choice, usage = completion["choices"][0], read_usage(completion.get("usage"))
-        message = choice["message"]
-        text = content_text(message.get("content"))
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
-        for call in as_list(message.get("tool_calls")):
-            inner = as_object(read_json(call["function"]["arguments"]))
-            block = {"type": "tool_use", "id": call.get("id"), "input": inner}
-            content.append({**block, "name": call["function"]["name"]})
-        return self._message(
-            content=content,
-            stop_reason=self.STOPS.get(choice.get("finish_reason"), "end_turn"),
-            usage={"input_tokens": usage.input, "output_tokens": usage.output},
-        )
+    def _end(self, finish_reason: str, usage: Usage) -> list[bytes]:
+        stop_reason = self.STOPS.get(finish_reason, "end_turn")
+        self.answer = self._message(stop_reason, usage)
+        delta = {"stop_reason": stop_reason, "stop_sequence": None}
+        last = self._typed("message_delta", delta=delta, usage=self.answer["usage"])
+        return [last, self._typed("message_stop")]
 
 
-class ResponsesWriter(ChatWriter):
-    """The same for responses: items of output, each told as it begins and ends."""
+class ResponsesWriter(ItemsWriter):
+    """The same for responses: events are numbered."""
 
     ID = "resp_"
 
     def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
+        self._numbers = itertools.count()
         super().__init__(like, sent)
-        self._number = -1
-        self._output: list[dict[str, Any]] = []
-        self._texts: list[str] = []
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        self._number += 1
-        start = {"type": kind, "sequence_number": self._number}
+    def _typed(self, kind: str, **fields: Any) -> bytes:
+        kind = f"response.{kind}"
+        start = {"type": kind, "sequence_number": next(self._numbers)}
         return sse_event(encode_json({**start, **fields}), kind)
 
     def _response(self, status: str, usage: Usage | None) -> dict[str, Any]:
-        counts = None
-        if usage is not None:
-            counts = {
-                "input_tokens": usage.input,
-                "input_tokens_details": {"cached_tokens": usage.cached_input},
-                "output_tokens": usage.output,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": usage.total,
-            }
+        counts = usage and {
+            "input_tokens": usage.input,
+            "input_tokens_details": {"cached_tokens": usage.cached_input},
+            "output_tokens": usage.output,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.total,
+        }
         return {
             "id": self.like["id"],
             "object": "response",
@@ -2491,7 +2451,7 @@ class ResponsesWriter(ChatWriter):
             "incomplete_details": None,
             "instructions": None,
             "metadata": {},
-            "output": self._output,
+            "output": self._items,
             "parallel_tool_calls": True,
             "temperature": None,
             "tool_choice": "auto",
@@ -2500,94 +2460,69 @@ class ResponsesWriter(ChatWriter):
             "usage": counts,
         }
 
-    def _begin(self) -> bytes:
+    def _begin(self) -> list[bytes]:
         response = self._response("in_progress", None)
-        created = self._event("response.created", response=response)
-        return created + self._event("response.in_progress", response=response)
+        return [self._typed(k, response=response) for k in ("created", "in_progress")]
 
-    @staticmethod
-    def _text_item(text: str, status: str) -> dict[str, Any]:
+    def _item_event(self, part: str, item: dict[str, Any]) -> bytes:
+        index = len(self._items)
+        return self._typed(f"output_item.{part}", output_index=index, item=item)
+
+    def _end_item(self, item: dict[str, Any]) -> bytes:
+        done = self._item_event("done", item)
+        self._items.append(item)
+        return done
+
+    def _text_item(self, status: str, *content: dict[str, Any]) -> dict[str, Any]:
+        item = {"type": "message", "id": f"msg_{len(self._items)}", "role": "assistant"}
+        return {**item, "status": status, "content": [*content]}
+
+    def _text_event(self, kind: str, **fields: Any) -> bytes:
+        index = len(self._items)
+        place = {"output_index": index, "content_index": 0}
+        return self._typed(kind, **fields, item_id=f"msg_{index}", **place)
+
+    def _begin_text(self) -> list[bytes]:
+        part = {"type": "output_text", "text": "", "annotations": []}
+        added = self._item_event("added", self._text_item("in_progress"))
+        return [added, self._text_event("content_part.added", part=part)]
+
+    def _text(self, text: str) -> bytes:
+        return self._text_event("output_text.delta", delta=text, logprobs=[])
+
+    def _end_text(self, text: str) -> list[bytes]:
         part = {"type": "output_text", "text": text, "annotations": []}
-        item = {"type": "message", "id": "msg_0", "role": "assistant"}
-        return {**item, "status": status, "content": [part] if text else []}
+        return [
+            self._text_event("output_text.done", text=text, logprobs=[]),
+            self._text_event("content_part.done", part=part),
+            self._end_item(self._text_item("completed", part)),
+        ]
 
-    @staticmethod
-    def _call_item(call: dict[str, Any]) -> dict[str, Any]:
-        item = {
-            "type": "function_call",
-            "id": call.get("id"),
-            "call_id": call.get("id"),
-        }
-        return {**item, "status": "completed", **call["function"]}
-
-    def delta(self, delta: dict[str, Any]) -> bytes:
-        events = [self._begin()] if self._number < 0 else []
-        text = content_text(delta.get("content"))
-        place = {"item_id": "msg_0", "output_index": 0, "content_index": 0}
-        if text and not self._texts:
-            item = self._text_item("", "in_progress")
-            added = self._event("response.output_item.added", output_index=0, item=item)
-            part = {"type": "output_text", "text": "", "annotations": []}
-            began = self._event("response.content_part.added", part=part, **place)
-            events += [added, began]
-        if text:
-            self._texts.append(text)
-            name = "response.output_text.delta"
-            events.append(self._event(name, delta=text, logprobs=[], **place))
-        for call in as_list(delta.get("tool_calls")):
-            events.append(self._call_events(self._call_item(call)))
-        return b"".join(events)
-
-    def _call_events(self, item: dict[str, Any]) -> bytes:
-        index = len(self._output) + bool(self._texts)
-        self._output.append(item)
+    def _call(self, id: Any, name: str, arguments: str) -> list[bytes]:
+        item = {"type": "function_call", "id": id, "call_id": id, "name": name}
+        kind = "function_call_arguments"
+        place = {"item_id": id, "output_index": len(self._items)}
         empty = {**item, "status": "in_progress", "arguments": ""}
-        place = {"item_id": item["id"], "output_index": index}
-        arguments = item["arguments"]
-        name = "response.function_call_arguments"
-        return b"".join(
-            [
-                self._event(
-                    "response.output_item.added", output_index=index, item=empty
-                ),
-                self._event(f"{name}.delta", delta=arguments, **place),
-                self._event(
-                    f"{name}.done", arguments=arguments, name=item["name"], **place
-                ),
-                self._event("response.output_item.done", output_index=index, item=item),
-            ]
-        )
+        return [
+            self._item_event("added", empty),
+            self._typed(f"{kind}.delta", delta=arguments, **place),
+            self._typed(f"{kind}.done", arguments=arguments, name=name, **place),
+            self._end_item({**item, "status": "completed", "arguments": arguments}),
+        ]
 
-    def end(self, finish_reason: str, usage: Usage) -> bytes:
-        events = [self._begin()] if self._number < 0 else []
-        if self._texts:
-            text = "".join(self._texts)
-            item = self._text_item(text, "completed")
-            place = {"item_id": "msg_0", "output_index": 0, "content_index": 0}
-            name, part = "response.output_text.done", item["content"][0]
-            events += [
-                self._event(name, text=text, logprobs=[], **place),
-                self._event("response.content_part.done", part=part, **place),
-                self._event("response.output_item.done", output_index=0, item=item),
-            ]
-            self._output.insert(0, item)
-        response = self._response("completed", usage)
-        return b"".join([*events, self._event("response.completed", response=response)])
-
-    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
-        message = completion["choices"][0]["message"]
-        text = content_text(message.get("content"))
-        self._output = [self._text_item(text, "completed")] if text else []
-        calls = as_list(message.get("tool_calls"))
-        self._output += [self._call_item(call) for call in calls]
-        return self._response("completed", read_usage(completion.get("usage")))
+    def _end(self, finish_reason: str, usage: Usage) -> list[bytes]:
+        self.answer = self._response("completed", usage)
+        return [self._typed("completed", response=self.answer)]
 
 
-def chat_messages(items: Any) -> list[Any]:
-    """Messages as a chat has them, out of a text or another dialect's items."""
+def chat_messages(items: Any, system: Any = None) -> list[Any]:
+    """Messages as a chat has them, out of a text or another dialect's items.
+
+    system  what they stand beside, as a text or in parts
+    """
+    messages: list[Any] = [{"role": "system", "content": system}] if system else []
     if isinstance(items, str):
-        return [{"role": "user", "content": items}]
-    messages = []
+        messages.append({"role": "user", "content": items})
     for item in as_list(items):
         fields = as_object(item)
         parts = [as_object(part) for part in as_list(fields.get("content"))]
@@ -2618,28 +2553,31 @@ class Dialect:
     """What is particular to one path of the API; this one: to all other paths.
 
     judged     bodies are judged by their first bytes, not by their label
-    asks_usage a stream's usage has to be asked for, with stream_options
     answer_key what is in every answer, and in no error
     generates  an answer is text that was generated, a token at a time
+    asks_usage a stream's usage has to be asked for, with stream_options
     default_model  "model" may be left out, as in the OpenAI API
+    stream     what looks at a stream on its way to the client
+    writer     what makes an answer out of generated text, where it generates
+    builder    what puts a stream together that nobody asked for; None: it stays one
     """
 
     judged = False
+    answer_key = b""
     generates = False
     asks_usage = False
-    answer_key = b""
     default_model = False
+    stream: ClassVar[type[EventStream]] = EventStream
+    writer: ClassVar[type[ChatWriter]] = ChatWriter
+    builder: ClassVar[type[CompletionBuilder] | None] = None
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
-        """What looks at a stream on its way to the client."""
-        return EventStream(max_size)
+        """What looks at the stream that answers a request."""
+        hide_usage = request.stream and not request.wants_usage
+        return self.stream(hide_usage, request.choices, max_size)
 
-    def events(self, answer: dict[str, Any], include_usage: bool) -> bytes | None:
+    def events(self, answer: dict[str, Any]) -> bytes | None:
         """A whole answer as the stream that was asked for; None: as it is."""
-        return None
-
-    def builder(self) -> CompletionBuilder | None:
-        """What puts a stream together that nobody asked for; None: it stays one."""
         return None
 
     def error_content(self, error: APIError) -> bytes:
@@ -2649,10 +2587,6 @@ class Dialect:
     def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
         """An error as the last event of a stream; b"" where there is no such event."""
         return b""
-
-    def writer(self, like: dict[str, Any], sent: int) -> ChatWriter:
-        """What makes an answer out of generated text, where it generates."""
-        return ChatWriter(like, sent)
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         """A request's body with "messages" and "tools" as a chat has them."""
@@ -2667,19 +2601,14 @@ class ChatDialect(Dialect):
     """/v1/chat/completions."""
 
     judged = True
+    answer_key = b'"choices"'
     generates = True
     asks_usage = True
-    answer_key = b'"choices"'
+    stream = CompletionStream
+    builder: ClassVar[type[CompletionBuilder] | None] = CompletionBuilder
 
-    def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
-        hide_usage = request.stream and not request.wants_usage
-        return CompletionStream(hide_usage, request.choices, max_size)
-
-    def events(self, answer: dict[str, Any], include_usage: bool) -> bytes | None:
-        return completion_events(answer, include_usage)
-
-    def builder(self) -> CompletionBuilder | None:
-        return CompletionBuilder()
+    def events(self, answer: dict[str, Any]) -> bytes | None:
+        return self.writer(answer).events(answer)
 
     def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
         return sse_event(self.error_content(error))
@@ -2688,14 +2617,11 @@ class ChatDialect(Dialect):
 class CompletionsDialect(ChatDialect):
     """/v1/completions: the same, with texts in place of messages."""
 
-    def events(self, answer: dict[str, Any], include_usage: bool) -> bytes | None:
+    writer = CompletionsWriter
+    builder = None
+
+    def events(self, answer: dict[str, Any]) -> bytes | None:
         return sse_event(encode_json(answer)) + DONE_EVENT
-
-    def builder(self) -> CompletionBuilder | None:
-        return None
-
-    def writer(self, like: dict[str, Any], sent: int) -> ChatWriter:
-        return CompletionsWriter(like, sent)
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         prompt = body.get("prompt")
@@ -2707,49 +2633,35 @@ class ResponsesDialect(Dialect):
     """/v1/responses."""
 
     judged = True
-    generates = True
     answer_key = b'"output"'
+    generates = True
+    stream = ResponsesStream
+    writer = ResponsesWriter
     ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
 
     def answer_id(self, content: bytes) -> str:
         found = self.ID.search(content)
         return found[1].decode("utf-8", "replace") if found else ""
 
-    def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
-        return ResponsesStream(max_size)
-
-    def writer(self, like: dict[str, Any], sent: int) -> ChatWriter:
-        return ResponsesWriter(like, sent)
-
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        messages = chat_messages(body.get("input"))
-        if body.get("instructions"):
-            system = {"role": "system", "content": body["instructions"]}
-            messages.insert(0, system)
+        messages = chat_messages(body.get("input"), body.get("instructions"))
         return {**body, "messages": messages, "tools": chat_tools(body.get("tools"))}
 
     def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
         said = {"code": error.code or error.type, "message": error.message}
-        first: dict[str, Any] = {}
-        number = 0
-        event: dict[str, Any]
-        if isinstance(stream, ResponsesStream):
-            first, number = as_object(stream.first.get("response")), stream.events
-        if first:
-            name = "response.failed"
-            event = {"response": {**first, "status": "failed", "error": said}}
-        else:
-            name, event = "error", {**said, "param": error.param}
-        start: dict[str, Any] = {"type": name, "sequence_number": number}
+        event: dict[str, Any] = {**said, "param": error.param}
+        name = "error"
+        if stream is not None and stream.whole:
+            failed = {**stream.whole, "status": "failed", "error": said}
+            name, event = "response.failed", {"response": failed}
+        number = 0 if stream is None else stream.events
+        start = {"type": name, "sequence_number": number}
         return sse_event(encode_json({**start, **event}), name)
 
 
-class MessagesDialect(Dialect):
-    """/v1/messages, of the Anthropic API."""
+class AnthropicDialect(Dialect):
+    """/v1/messages/...: whole answers, and the errors of the Anthropic API."""
 
-    judged = True
-    generates = True
-    answer_key = b'"content"'
     ERROR_TYPES: ClassVar = {
         400: "invalid_request_error",
         401: "authentication_error",
@@ -2762,18 +2674,6 @@ class MessagesDialect(Dialect):
         504: "timeout_error",
     }
 
-    def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
-        return MessagesStream(max_size)
-
-    def writer(self, like: dict[str, Any], sent: int) -> ChatWriter:
-        return MessagesWriter(like, sent)
-
-    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        messages = chat_messages(body.get("messages"))
-        if body.get("system"):
-            messages.insert(0, {"role": "system", "content": body["system"]})
-        return {**body, "messages": messages, "tools": chat_tools(body.get("tools"))}
-
     def error_content(self, error: APIError) -> bytes:
         usual = "api_error" if error.status >= 500 else "invalid_request_error"
         kind = self.ERROR_TYPES.get(error.status, usual)
@@ -2781,6 +2681,20 @@ class MessagesDialect(Dialect):
             kind = usual
         said = {"type": kind, "message": error.message}
         return encode_json({"type": "error", "error": said})
+
+
+class MessagesDialect(AnthropicDialect):
+    """/v1/messages."""
+
+    judged = True
+    answer_key = b'"content"'
+    generates = True
+    stream = MessagesStream
+    writer = MessagesWriter
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        messages = chat_messages(body.get("messages"), body.get("system"))
+        return {**body, "messages": messages, "tools": chat_tools(body.get("tools"))}
 
     def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
         return sse_event(self.error_content(error), "error")
@@ -2799,13 +2713,6 @@ class ModelOptionalDialect(Dialect):
     default_model = True
 
 
-class CountTokensDialect(Dialect):
-    """/v1/messages/...: whole answers, and the errors of messages."""
-
-    error_content = MessagesDialect.error_content
-    ERROR_TYPES = MessagesDialect.ERROR_TYPES
-
-
 CHAT_PATH = "/v1/chat/completions"
 EMBEDDINGS_PATH = "/v1/embeddings"
 MESSAGES_PATH = "/v1/messages"
@@ -2818,16 +2725,13 @@ DIALECTS: dict[str, Dialect] = {
     "/v1/moderations": ModelOptionalDialect(),
 }
 _OTHER_DIALECT = Dialect()
-_OTHER_MESSAGES_DIALECT = CountTokensDialect()
+_BELOW_MESSAGES = AnthropicDialect()
 
 
 def dialect_of(path: str) -> Dialect:
     """The dialect that is spoken at a path."""
-    dialect = DIALECTS.get(path)
-    if dialect is None:
-        below = path.startswith(f"{MESSAGES_PATH}/")
-        dialect = _OTHER_MESSAGES_DIALECT if below else _OTHER_DIALECT
-    return dialect
+    below = path.startswith(f"{MESSAGES_PATH}/")
+    return DIALECTS.get(path) or (_BELOW_MESSAGES if below else _OTHER_DIALECT)
 
 
 # --- Requests
@@ -2878,25 +2782,12 @@ def find_turn(body: dict[str, Any]) -> Turn:
 class APIRequest:
     """A request to a controller, understood as far as routing needs.
 
-    path, query   of a POST: "/v1/chat/completions", and what stands behind "?"
-    dialect       what is particular to that path
-    content       bytes as the client sent them
-    is_json       whether they are a JSON object
-    model         the model asked for, or None
-    stream        whether server-sent events are wanted
-    wants_usage   whether the client wants the usage event of a stream
-    choices       how many choices a completion shall have
-    model_field   where a form says the model, or None
-    headers       request fields that travel on to an upstream
-    user          whose request it is: the queue is fair between users
-    id            x-request-id, for the log
-    deadline      when to give up, on the loop's clock
-    may_use       whether its user may have a model, where none is asked for
-    on_asked      called when a controller is asked: the wait in the queue is over
-    agent_id      the one agent that can answer, or None
-    ask           of /api/ask: content, conversation_id and parent_id for an agent
-                  that keeps the conversation itself; the body has the messages for
-                  the controllers that do not
+    path, query  of a POST: "/v1/chat/completions", and what stands behind "?"
+    content      bytes as the client sent them
+    headers      request fields that travel on to an upstream
+    ask          of /api/ask: content, conversation_id and parent_id for an agent
+                 that keeps the conversation itself; the body has the messages for
+                 the controllers that do not
 
     Raise APIError(400) for a field that is not what it has to be.
     """
@@ -2905,30 +2796,22 @@ class APIRequest:
     # is looked at and let go.
     KEPT_SIZE = 1024 * 1024
 
-    __slots__ = (
-        "_body",
-        "_digest",
-        "_has_options",
-        "_turn",
-        "agent_id",
-        "ask",
-        "choices",
-        "content",
-        "deadline",
-        "dialect",
-        "headers",
-        "id",
-        "is_json",
-        "may_use",
-        "model",
-        "model_field",
-        "on_asked",
-        "path",
-        "query",
-        "stream",
-        "user",
-        "wants_usage",
-    )
+    model: str | None = None  # the model asked for
+    model_field: FormField | None = None  # where a form says the model
+    stream = False  # server-sent events are wanted
+    wants_usage = False  # the client wants the usage event of a stream
+    choices = 1  # that a completion shall have
+    id = ""  # x-request-id, for the log
+    user = ""  # whose request it is: the queue is fair between users
+    agent_id: str | None = None  # the one agent that can answer
+    deadline = math.inf  # when to give up, on the loop's clock
+    # Whether its user may have a model, where none is asked for.
+    may_use: Callable[[str], bool] = bool
+    # Called when a controller is asked: the wait in the queue is over.
+    on_asked: Callable[[], None] | None = None
+
+    _body: dict[str, Any] | None = None
+    _has_options = False
 
     def __init__(
         self,
@@ -2941,33 +2824,18 @@ class APIRequest:
         ask: tuple[str, str, str] | None = None,
     ) -> None:
         self.path = path
-        self.dialect = dialect_of(path)
         self.query = query
+        self.dialect = dialect_of(path)
         self.content = content
         self.is_json = body is not None
-        self.model: str | None = None
-        self.model_field: FormField | None = None
-        self.stream = False
-        self._has_options = False
-        self.wants_usage = False
-        self.choices = 1
         self.headers = headers or {}
-        self.user = ""
-        self.deadline = math.inf
-        self.on_asked: Callable[[], None] | None = None
-        self.may_use: Callable[[str], bool] = bool
-        self.agent_id: str | None = None
         self.ask = ask
-        self.id = ""
-        self._digest = b""
-        self._turn: Turn | None = None
-        self._body: dict[str, Any] | None = None
         if body is not None:
             self._read_body(body)
             if len(content) <= self.KEPT_SIZE:
                 self._body = body
             elif self.dialect.generates:
-                self._turn = find_turn(body)
+                self.turn = find_turn(body)
 
     def _read_body(self, body: dict[str, Any]) -> None:
         model = body.get("model")
@@ -2998,26 +2866,22 @@ class APIRequest:
         """What an upstream is asked for: path and query."""
         return f"{self.path}?{self.query}" if self.query else self.path
 
-    @property
+    @functools.cached_property
     def digest(self) -> bytes:
         """A SHA-256 of the content: what is sent again has the same one."""
-        if not self._digest:
-            content, size = self.content, self.KEPT_SIZE // 2
-            if len(content) > 2 * size:  # 32 MiB would hold up all others for 0.1 s
-                content = b"%d" % len(content) + content[:size] + content[-size:]
-            if self.content[:2] == b"--":  # SDKs draw a form's boundary anew each time
-                boundary = self.content[:72].partition(b"\r\n")[0]
-                content = content.replace(boundary, b"")
-            self._digest = hashlib.sha256(content).digest()
-        return self._digest
+        content, size = self.content, self.KEPT_SIZE // 2
+        if len(content) > 2 * size:  # 32 MiB would hold up all others for 0.1 s
+            content = b"%d" % len(content) + content[:size] + content[-size:]
+        if self.content[:2] == b"--":  # SDKs draw a form's boundary anew each time
+            boundary = self.content[:72].partition(b"\r\n")[0]
+            content = content.replace(boundary, b"")
+        return hashlib.sha256(content).digest()
 
-    @property
+    @functools.cached_property
     def turn(self) -> Turn:
         """Where it stands in a conversation."""
-        if self._turn is None:
-            talks = self._body is not None and self.dialect.generates
-            self._turn = find_turn(self._body or {}) if talks else Turn()
-        return self._turn
+        body = self._body if self.dialect.generates else None
+        return find_turn(body or {})
 
     @property
     def session(self) -> str:
@@ -3077,14 +2941,7 @@ def _lower_keys(value: Any) -> Any:
     }
 
 
-def parse_api_request(content: bytes, path: str, query: str = "") -> APIRequest:
-    """Read a JSON request; APIError(400) says what is wrong with it."""
-    if path == CHAT_PATH:
-        return parse_chat_request(content, query)
-    return APIRequest(path, content, query=query, body=parse_object(content))
-
-
-def parse_chat_request(content: bytes, query: str = "") -> APIRequest:
+def parse_chat_request(content: bytes) -> APIRequest:
     """Read a chat request; APIError(400) says which field is wrong.
 
     Keys that begin in capitals ("Model", and inside messages), as the original
@@ -3104,7 +2961,7 @@ def parse_chat_request(content: bytes, query: str = "") -> APIRequest:
         content = encode_json(body)
     if not body.get("model"):
         raise APIError(400, "'model' is missing.", param="model")
-    return APIRequest(CHAT_PATH, content, query=query, body=body)
+    return APIRequest(CHAT_PATH, content, body=body)
 
 
 def form_request(
@@ -7810,8 +7667,8 @@ class Call:
         request = self.request
         self.stream = stream = request.dialect.open_stream(request, max_size)
         self._first = stream.receive(self._first)
-        builder = None if request.stream else request.dialect.builder()
-        if builder is not None:
+        if request.dialect.builder and not request.stream:
+            builder = request.dialect.builder()
             self.content = await self._gather(stream, builder, max_size)
             return
         while not stream.began and stream.error is None:
@@ -7905,16 +7762,15 @@ class Call:
         """A whole answer, as the stream that was asked for."""
         try:
             request = self.request
-            events = request.dialect.events(parse_object(content), request.wants_usage)
+            events = request.dialect.events(parse_object(content))
         except (APIError, KeyError, TypeError, AttributeError):
             raise ProtocolError(502, "its answer is no chat.completion") from None
         if events is not None:
             self.content = None
             self.headers = {"content-type": "text/event-stream"}
-            self.stream = EventStream()
-            self.stream.ended = True
-            self.stream.usage = find_usage(content)
-            self._first = events
+            max_size = int(self.pool.limits.response_size)
+            self.stream = request.dialect.open_stream(request, max_size)
+            self._first = self.stream.receive(events)
 
     async def read(self) -> bytes:
         """The next bytes for the client; b"" at the end.

@@ -3069,7 +3069,7 @@ API_COMPLETIONS = [
 def test_a_completion_as_events_and_together_again_is_the_same(number):
     whole = json.loads(json.dumps(API_COMPLETIONS[number]))
     builder = apiserver.CompletionBuilder()
-    for chunk in api_chunks(apiserver.completion_events(whole, include_usage=True)):
+    for chunk in api_chunks(apiserver.dialect_of(CHAT_URL).events(whole)):
         assert chunk["object"] == "chat.completion.chunk"
         builder.add(chunk)
     result = builder.result()
@@ -3079,11 +3079,11 @@ def test_a_completion_as_events_and_together_again_is_the_same(number):
     assert result == API_COMPLETIONS[number]
 
 
-def test_usage_event_is_sent_only_to_who_asked():
+def test_the_usage_of_a_whole_answer_is_its_streams_last_event():
     whole = apiserver.chat_completion("m", {"content": "Hi"}, {"total_tokens": 3})
-    *_, last = api_chunks(apiserver.completion_events(whole, include_usage=True))
+    *chunks, last = api_chunks(apiserver.dialect_of(CHAT_URL).events(whole))
     assert (last["choices"], last["usage"]) == ([], {"total_tokens": 3})
-    for chunk in api_chunks(apiserver.completion_events(whole, include_usage=False)):
+    for chunk in chunks:
         assert chunk["choices"] and "usage" not in chunk
         assert chunk["id"] == whole["id"] and chunk["created"] == whole["created"]
 
@@ -7398,7 +7398,7 @@ async def test_a_session_stays_at_one_controller_and_is_its_users_own(
 def test_a_conversations_turns_are_known_by_how_it_began(path, first, second, size):
     def turn(body, **more):
         content = json.dumps({"model": "m", "x": "x" * size, **body, **more}).encode()
-        return apiserver.parse_api_request(content, path).turn
+        return APIRequest(path, content, body=json.loads(content)).turn
 
     assert turn(first).start == turn(second).start
     assert (turn(first).later, turn(second).later) == (False, True)
@@ -7422,7 +7422,7 @@ def test_a_turn_is_found_in_anything(body):
 
 def test_what_is_no_conversation_has_no_turn():
     for path in ("/v1/embeddings", "/v1/audio/speech"):
-        request = apiserver.parse_api_request(b'{"model":"m","input":"Q"}', path)
+        request = APIRequest(path, body={"model": "m", "input": "Q"})
         assert request.turn == apiserver.Turn()
 
 
@@ -9609,6 +9609,45 @@ async def test_a_mock_calls_tools_in_each_dialect(tmp_path, stream):
             text = (await ask(server.port, "POST", path, body)).content.decode()
             assert '"weather"' in text and "city" in text and "Paris" in text
             assert ("tool_use" in text) == (path == "/v1/messages")
+
+
+@flow
+async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
+    async def answer(request):
+        call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
+        for delta in ({"content": "a"}, {"tool_calls": [call]}, {"content": "b"}):
+            yield delta
+
+    async with serving(tmp_path, FunctionController(answer)) as server:
+        body = {"model": "m", "stream": True, "max_tokens": 9, "input": "?"}
+        body["messages"] = [{"role": "user", "content": "?"}]
+        for path, place in (
+            ("/v1/messages", "index"),
+            ("/v1/responses", "output_index"),
+        ):
+            reply = await ask(server.port, "POST", path, body)
+            events = [json.loads(data) for data in api_stream(reply.content)]
+            places = [event[place] for event in events if place in event]
+            assert places == sorted(places) and set(places) == {0, 1, 2}
+        done = events[-1]["response"]["output"]
+        assert [item["type"] for item in done] == [
+            "message",
+            "function_call",
+            "message",
+        ]
+        assert len({item["id"] for item in done}) == 3
+
+
+@flow
+async def test_a_made_streams_usage_is_sent_only_to_who_asked(tmp_path):
+    async with serving(tmp_path, FunctionController(lambda request: "Hi")) as server:
+        for include in (True, False):
+            options = {"stream_options": {"include_usage": include}}
+            reply = await chat(server, stream=True, **options)
+            *events, done = reply.events()
+            assert done == "[DONE]"
+            assert ("usage" in json.loads(events[-1])) == include
+            assert all(json.loads(event)["choices"] for event in events[:-1])
 
 
 @flow
