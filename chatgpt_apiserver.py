@@ -11330,7 +11330,6 @@ class Link:
     url        of the server
     address    an IP address of the server's name; "" for whichever answers
     id         what the server knows the agent by
-    server_id  which server is at its end, while it is open; "" if it does not say
     joined_at  when the server was told of the agent, on the loop's clock; 0: not
     calls      tasks of the calls that run, by their ids
     """
@@ -11344,7 +11343,6 @@ class Link:
         if address not in ("", Address.of(url).host):
             self.server += f" ({address})"
         self.id = agent.id
-        self.server_id = ""
         self.joined_at = 0.0
         self.wanted = True  # its address is still one of the server's
         self.websocket: WebSocket | None = None
@@ -11374,10 +11372,9 @@ class Link:
                 if lost_at - self.joined_at > delay:
                     delay = REDIAL_FIRST  # it had been a good one
             soon = loop.time() - lost_at < REDIAL_SOON_TIME
-            longest = REDIAL_MAX
-            delay = min(delay, REDIAL_SOON if soon else longest, longest)
+            delay = min(delay, REDIAL_SOON if soon else REDIAL_MAX, REDIAL_MAX)
             # Full jitter: a thousand agents must not come back in one moment.
-            await asyncio.sleep(longest if refused else random.uniform(0, delay))
+            await asyncio.sleep(REDIAL_MAX if refused else random.uniform(0, delay))
             delay *= 2
 
     def _tell(self, problem: str, joined_before: bool) -> None:
@@ -11386,8 +11383,9 @@ class Link:
         An address that was never reached is none as long as another of its name is:
         many names have an IPv6 address that not everybody can reach.
         """
-        was_here = self.joined_at or joined_before
-        if problem != self._problem and (was_here or not self.agent.reaches(self.url)):
+        links = (link for link in self.agent.links.values() if link.url == self.url)
+        matters = self.joined_at or joined_before or not any(x.websocket for x in links)
+        if problem != self._problem and matters:
             self._problem = problem
             self.agent.warn(f"{problem}; dialling again")
 
@@ -11419,16 +11417,17 @@ class Link:
             resolve=(lambda host, port: address) if self.address else look_up,
         )
         server_id = websocket.headers.get(SERVER_ID_FIELD, "")
-        if server_id and agent.reaches_server(server_id):
+        other = agent.reached.get(server_id)
+        if other is not None:  # by another of its addresses
             websocket.connection.close()
-            # By another of its addresses.
-            while self.wanted and agent.reaches_server(server_id):
-                await asyncio.sleep(1)
+            await asyncio.wait({other})
             return ""
-        timeout = FIRST_MESSAGE_TIMEOUT
         loop = websocket.connection.loop
-        timer = loop.call_later(timeout, websocket.close, 1008, "no id")
-        self.websocket, self.server_id = websocket, server_id
+        timer = loop.call_later(FIRST_MESSAGE_TIMEOUT, websocket.close, 1008, "no id")
+        ended = loop.create_future()
+        if server_id:
+            agent.reached[server_id] = ended
+        self.websocket = websocket
         try:
             with contextlib.suppress(ConnectionError):
                 async for message in websocket:
@@ -11438,7 +11437,9 @@ class Link:
                         timer.cancel()
         finally:
             timer.cancel()
-            self.websocket, self.server_id = None, ""
+            self.websocket = None
+            agent.reached.pop(server_id, None)
+            ended.set_result(None)
             await end_tasks(self._tasks)
             websocket.connection.close()
         how = "was lost"
@@ -11546,14 +11547,11 @@ class Link:
 
     async def _send_pieces(self, id: str, call: Call) -> None:
         """Send an answer as it comes: events as text, anything else as base64."""
-        head = {"status": call.status, "content_type": "text/event-stream"}
-        if call.is_raw:
-            head["content_type"] = call.headers.get("content-type", "")
-            head["encoding"] = "base64"
-        await self.send(id, "ApiResponse", _to_ascii(head))
+        kind = call.headers.get("content-type", "")
+        kind = kind if call.is_raw else "text/event-stream"
+        await self._send_head(id, call.status, {"content-type": kind}, call.is_raw)
         while not call.ended:
-            piece = await call.read()
-            await self._send_data(id, base64.b64encode(piece) if call.is_raw else piece)
+            await self._send_data(id, await call.read(), call.is_raw)
         await self._end(id, "ApiEnd")
 
     def _read_request(self, data: str) -> APIRequest:
@@ -11593,22 +11591,30 @@ class Link:
         self, id: str, status: int, headers: dict[str, str], content: bytes
     ) -> None:
         """Send a whole answer: what is not text as base64."""
+        try:
+            content.decode()
+            is_raw = False
+        except UnicodeDecodeError:
+            is_raw = True
+        await self._send_head(id, status, headers, is_raw)
+        await self._send_data(id, content, is_raw)
+        await self._end(id, "ApiEnd")
+
+    async def _send_head(
+        self, id: str, status: int, headers: dict[str, str], is_raw: bool
+    ) -> None:
         head: dict[str, Any] = {"status": status}
         head["content_type"] = headers.get("content-type", "application/json")
         retry_after = parse_retry_after(headers)
         if retry_after is not None:
             head["retry_after"] = retry_after
-        try:
-            content.decode()
-        except UnicodeDecodeError:
+        if is_raw:
             head["encoding"] = "base64"
-            content = base64.b64encode(content)
         await self.send(id, "ApiResponse", _to_ascii(head))
-        await self._send_data(id, content)
-        await self._end(id, "ApiEnd")
 
-    async def _send_data(self, id: str, content: bytes) -> None:
+    async def _send_data(self, id: str, content: bytes, is_raw: bool) -> None:
         """Send a piece of an answer, cut between characters (base64: fours)."""
+        content = base64.b64encode(content) if is_raw else content
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for at in range(0, len(content), PIECE_SIZE):
             text = decoder.decode(content[at : at + PIECE_SIZE])
@@ -11645,7 +11651,7 @@ class Agent:
 
     id      what servers know it by, from connection to connection
     serves  the models it tells the servers, None for any
-    links   its connections, or attempts at them
+    links   its connections, or attempts at them, by their tasks
 
     Raise ValueError for a url that is none.
     """
@@ -11671,7 +11677,9 @@ class Agent:
         self.limits = limits
         self.id = str(uuid.uuid4())
         self.serves: list[str] | None = []
-        self.links: list[Link] = []
+        self.links: dict[asyncio.Task[None], Link] = {}
+        # By the ids of the servers that are reached; done when they are no more.
+        self.reached: dict[str, asyncio.Future[None]] = {}
         self.fields = [("Authorization", f"Bearer {key}")] if key else []
         self.ca_file = ca_file
         self.report = logger.info if log is None else log.report
@@ -11688,7 +11696,6 @@ class Agent:
         ]
         for upstream in self._upstreams:  # people are told of all in one line
             upstream.report = self.debug
-        self._tasks: set[asyncio.Task[None]] = set()  # of the links
         self._nothing = ""  # why there is nothing to serve, as people were told
         self._shutdown: Shutdown | None = None  # how it will end, once it runs
 
@@ -11723,7 +11730,7 @@ class Agent:
                 await asyncio.gather(*work)
             await self._drain(shutdown)
         finally:
-            await end_tasks(work | self._tasks)
+            await end_tasks(work | self.links.keys())
             for controller in self.pool.controllers:
                 controller.close()
 
@@ -11739,16 +11746,16 @@ class Agent:
 
     async def _drain(self, shutdown: Shutdown) -> None:
         """Take no new calls; what runs may finish for drain_timeout seconds."""
-        await asyncio.gather(*(link.drain() for link in self.links))
+        await asyncio.gather(*(link.drain() for link in self.links.values()))
         seconds = self.limits.drain_timeout
         running = self._running()
         if running:
             self.report(f"{len(running)} running calls may finish ({seconds:.0f} s)")
         await shutdown.wait_for(self._running, seconds)
-        for link in self.links:
+        for link in self.links.values():
             link.close()
-        if self._tasks:  # the servers close, too
-            await asyncio.wait(self._tasks, timeout=1)
+        if self.links:  # the servers close, too
+            await asyncio.wait(set(self.links), timeout=1)
 
     # --- What it serves
 
@@ -11795,13 +11802,12 @@ class Agent:
     # --- Calls and pauses
 
     def _running(self) -> list[asyncio.Task[None]]:
-        return [task for link in self.links for task in link.calls.values()]
+        return [task for link in self.links.values() for task in link.calls.values()]
 
     @property
     def is_full(self) -> bool:
         """Whether as many calls run as may: each server knows only of its own."""
-        running = sum(len(link.calls) for link in self.links)
-        return running >= self.max_concurrency
+        return len(self._running()) >= self.max_concurrency
 
     def pause(self, paused: bool = True) -> None:
         """Have the servers ask for nothing more, or again; what runs goes on."""
@@ -11815,7 +11821,7 @@ class Agent:
         self.pause(not self.paused)
 
     def _tell_servers(self, message: str, data: str = "") -> None:
-        for link in self.links:
+        for link in self.links.values():
             if link.joined_at and link.websocket is not None:
                 with contextlib.suppress(ConnectionError):
                     link.websocket.write(envelope(link.id, message, data))
@@ -11829,7 +11835,10 @@ class Agent:
         client = HTTPClient(url, limits=self.limits)
         told = False
         while True:
-            found, pause = self._addresses_of(url), SERVER_LOOK_UP_INTERVAL
+            links = {
+                link.address: link for link in self.links.values() if link.url == url
+            }
+            found, pause = list(links), SERVER_LOOK_UP_INTERVAL
             try:  # this machine's name is one server, whichever family it takes
                 found = [""] if is_loopback(host) else await client.addresses()
             except (OSError, asyncio.TimeoutError) as error:
@@ -11838,32 +11847,17 @@ class Agent:
                     told = True
                     self.warn(f"{explain_no_link(host, error)}; looking again")
             for address in found[:SERVER_ADDRESSES]:
-                if address not in self._addresses_of(url):
+                if address not in links:
                     self._add_link(url, address)
-            for link in self.links:
-                if link.url == url:
-                    link.wanted = link.address in found
+            for address, link in links.items():
+                link.wanted = address in found
             await asyncio.sleep(pause)
 
-    def _add_link(self, url: str, address: str) -> Link:
+    def _add_link(self, url: str, address: str) -> None:
         link = Link(self, url, address)
         task = asyncio.get_running_loop().create_task(link.run())
-        self.links.append(link)
-        self._tasks.add(task)
-        task.add_done_callback(lambda task: self.links.remove(link))
-        task.add_done_callback(self._tasks.discard)
-        return link
-
-    def _addresses_of(self, url: str) -> list[str]:
-        return [link.address for link in self.links if link.url == url]
-
-    def reaches(self, url: str) -> bool:
-        """Whether it is connected to any address of a server."""
-        return any(link.websocket and link.url == url for link in self.links)
-
-    def reaches_server(self, server_id: str) -> bool:
-        """Whether it is connected to a server, by whichever address."""
-        return any(link.server_id == server_id for link in self.links)
+        self.links[task] = link
+        task.add_done_callback(self.links.pop)
 
 
 def command_model(

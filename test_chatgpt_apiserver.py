@@ -14554,6 +14554,12 @@ async def agent_of(server, *controllers, **options):
             await agent.task
 
 
+def link_of(agent):
+    """Its one connection."""
+    (link,) = agent.links.values()
+    return link
+
+
 class AgentServer:
     """A fake server that speaks bytes to one agent after the other."""
 
@@ -14789,7 +14795,7 @@ async def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_pat
                 began = time.monotonic()
                 await until(lambda count=count: upstream.ended == count)
                 assert time.monotonic() - began < 1
-                await until(lambda: not agent.links[0].calls)
+                await until(lambda: not link_of(agent).calls)
             assert agent.id in server.agents  # and stays
 
 
@@ -14806,8 +14812,8 @@ async def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
         ):
             client.send(request_bytes("POST", CHAT_API, STREAMED))
             await client.read_head()
-            await until(lambda: agent.links[0].calls)
-            agent.links[0].websocket.connection.reset()
+            await until(lambda: link_of(agent).calls)
+            link_of(agent).websocket.connection.reset()
             text = (await client.reader.read()).decode()
             assert '"code": "agent_lost"' in text and "[DONE]" not in text
             await until(lambda: upstream.ended == 1)
@@ -14820,7 +14826,7 @@ async def test_what_an_agent_drops_before_the_first_byte_another_answers(tmp_pat
 
         async def die(request):
             asked.append("first")
-            first.links[0].websocket.connection.reset()
+            link_of(first).websocket.connection.reset()
             await asyncio.sleep(20)
 
         async def answer(request):
@@ -14929,7 +14935,7 @@ async def test_a_second_request_to_shut_down_ends_an_agent_at_once(tmp_path):
 
         async with agent_of(server, FunctionController(wait, models=["m"])) as agent:
             asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
-            await until(lambda: agent.links[0].calls)
+            await until(lambda: link_of(agent).calls)
             agent.request_shutdown()
             agent.request_shutdown()
             await asyncio.wait_for(agent.task, 5)
@@ -15108,7 +15114,7 @@ async def test_an_agent_takes_no_more_calls_than_it_said():
                 server.send(f"c{number}", "ApiRequest", data)
             refusal = await server.heard("error")
             assert refusal["id"] == "c2" and refusal["data"] == apiserver.AGENT_FULL
-            (link,) = agent.links
+            link = link_of(agent)
             assert len(link.calls) == 2
             server.send("c0", "ApiCancel")
             await until(lambda: len(link.calls) == 1)
@@ -15495,7 +15501,9 @@ async def test_every_address_of_a_servers_name_is_dialled(tmp_path, monkeypatch)
             await asyncio.sleep(0.1)
             assert len(agent.links) == 2 and first in one.agents.values()
             found.append("127.0.0.3")  # one less: it may finish, and is not dialled
-            await until(lambda: [link.wanted for link in agent.links] == [False, True])
+            await until(
+                lambda: [link.wanted for link in agent.links.values()] == [False, True]
+            )
             assert first in one.agents.values()
             first.websocket.connection.reset()
             await until(lambda: len(agent.links) == 1)
@@ -15513,6 +15521,12 @@ async def test_two_ways_to_one_server_are_one_registration(tmp_path):
             await asyncio.sleep(0.3)
             assert len(server.agents) == 1 and len(agent.links) == 2
             assert len(agent.log) == 1 and agent.log.has("connected to")
+            (link,) = (link for link in agent.links.values() if link.websocket)
+            first = server.agents[agent.id]
+            link.websocket.connection.reset()  # whichever is free comes at once
+            await until(lambda: server.agents.get(agent.id, first) is not first)
+            await asyncio.sleep(0.3)
+            assert sum(bool(link.websocket) for link in agent.links.values()) == 1
 
 
 @flow
