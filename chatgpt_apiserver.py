@@ -3038,7 +3038,9 @@ class Connection(asyncio.Protocol):
     buffer        bytes received and not yet parsed
     eof           the peer has sent its last byte
     lost          the connection is gone, for the reason in error, if any
+    writable      drain() would return at once
     stalled       it was cut, for the peer took no byte for write_timeout
+    tls           it is encrypted
     peer          the peer's IP address, or "" where there is none
     on_hangup     called once when the peer has left while nobody is reading
     eof_is_hangup  whether it has left when it has sent its last byte: it may still be
@@ -3059,7 +3061,9 @@ class Connection(asyncio.Protocol):
         self.buffer = bytearray()
         self.eof = False
         self.lost = False
+        self.writable = True
         self.stalled = False
+        self.tls = False
         self.error: Exception | None = None
         self.eof_is_hangup = False
         self.on_hangup: Callable[[], None] | None = None
@@ -3072,7 +3076,6 @@ class Connection(asyncio.Protocol):
         self._reader: asyncio.Future[bool] | None = None
         self._writers: list[asyncio.Future[bool]] = []
         self._reading = True
-        self._writable = True
         self._deadline = self.loop.time() + limits.head_timeout
         self._timer: asyncio.TimerHandle | None = None
 
@@ -3089,6 +3092,7 @@ class Connection(asyncio.Protocol):
         transport.set_write_buffer_limits(WRITE_HIGH_WATER, WRITE_LOW_WATER)
         name = transport.get_extra_info("peername")
         self.peer = str(name[0]) if isinstance(name, tuple) else ""
+        self.tls = transport.get_extra_info("sslcontext") is not None
         tune(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
@@ -3134,10 +3138,10 @@ class Connection(asyncio.Protocol):
             self._release_writers()
 
     def pause_writing(self) -> None:
-        self._writable = False
+        self.writable = False
 
     def resume_writing(self) -> None:
-        self._writable = True
+        self.writable = True
         self._release_writers()
 
     def _release_writers(self) -> None:
@@ -3268,47 +3272,40 @@ class Connection(asyncio.Protocol):
         self.bytes_sent += len(data)
         self.transport.write(data)
 
-    async def drain(self) -> None:
+    async def drain(self, *, or_receive: bool = False) -> None:
         """Wait until the peer has taken enough of what was written.
 
         Raise ConnectionResetError when it leaves, or takes no byte for
         write_timeout: the connection is then cut.
-        """
-        while not self._writable and not self.lost:
-            await self._wait_for_room()
-        if self.lost:
-            raise ConnectionResetError("the connection was closed")
 
-    async def drain_or_receive(self) -> None:
-        """Wait as drain() does, or until the peer answers before it has taken all.
-
-        Raise asyncio.TimeoutError at the deadline, and when it takes no byte for
-        write_timeout; that it has ended is for receive() to say.
+        or_receive  wait no longer than until the peer answers, or ends: that is for
+                    receive() to say.  Raise asyncio.TimeoutError in place of a cut,
+                    and at the deadline
         """
-        if self._timer is None:
-            self._timer = self.loop.call_at(self._deadline, self._on_timer)
-        while not (self._writable or self.buffer or self.eof):
-            await self._wait_for_room(reading=True)
-        if self.stalled:
+        while not self.writable and not self.lost:
+            if or_receive and (self.buffer or self.eof):
+                return
+            writer: asyncio.Future[bool] = self.loop.create_future()
+            self._writers.append(writer)
+            if or_receive:
+                self._reader = writer
+                if self._timer is None:
+                    self._timer = self.loop.call_at(self._deadline, self._on_timer)
+            taken = self.bytes_sent - self.unsent
+            timer = self.loop.call_later(
+                self.limits.write_timeout, self._cut_if_stalled, taken, writer
+            )
+            try:
+                if await writer:
+                    raise asyncio.TimeoutError
+            finally:
+                timer.cancel()
+                if or_receive:
+                    self._reader = None
+        if self.stalled and or_receive:
             raise asyncio.TimeoutError
-
-    async def _wait_for_room(self, reading: bool = False) -> None:
-        """Wait until the peer has taken something, or also until something came."""
-        taken = self.bytes_sent - self.unsent
-        writer: asyncio.Future[bool] = self.loop.create_future()
-        self._writers.append(writer)
-        if reading:
-            self._reader = writer
-        timer = self.loop.call_later(
-            self.limits.write_timeout, self._cut_if_stalled, taken, writer
-        )
-        try:
-            if await writer:
-                raise asyncio.TimeoutError
-        finally:
-            timer.cancel()
-            if reading:
-                self._reader = None
+        if self.lost and not or_receive:
+            raise ConnectionResetError("the connection was closed")
 
     def _cut_if_stalled(self, taken: int, writer: asyncio.Future[bool]) -> None:
         # Not by the size of the buffer: another writer may have filled it up.
@@ -3330,11 +3327,6 @@ class Connection(asyncio.Protocol):
     def closing(self) -> bool:
         """Whether it is too late to write."""
         return self.lost or self.transport.is_closing()
-
-    @property
-    def writable(self) -> bool:
-        """Whether drain() would return at once."""
-        return self._writable
 
     # --- The end
 
@@ -3381,11 +3373,6 @@ class Connection(asyncio.Protocol):
         except asyncio.TimeoutError:
             pass
         self.close()
-
-    @property
-    def tls(self) -> bool:
-        """Whether it is encrypted."""
-        return self.transport.get_extra_info("sslcontext") is not None
 
 
 _NO_TRANSPORT = asyncio.Transport()
@@ -3603,7 +3590,7 @@ class HTTPClient:
             if not connection.writable:
                 longest = loop.time() + self.limits.request_timeout
                 connection.set_deadline(min(longest, deadline))
-                await connection.drain_or_receive()
+                await connection.drain(or_receive=True)
             connection.set_deadline(min(loop.time() + timeout, deadline))
             for interim in range(INTERIM_RESPONSES + 1):
                 head = await connection.read(parse_response_head)
