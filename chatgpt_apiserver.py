@@ -267,6 +267,8 @@ class APIError(Exception):
     param, code  OpenAI's fields, or None
     retry_after  seconds after which trying again makes sense, or None
     upstream_status  what an upstream answered, where that is the reason
+
+    Its reason is what a log may say: never the message, which may quote a prompt.
     """
 
     TYPES: ClassVar = {
@@ -297,11 +299,7 @@ class APIError(Exception):
         self.code = code
         self.retry_after = retry_after
         self.upstream_status = upstream_status
-
-    @property
-    def reason(self) -> str:
-        """What a log may say of it: never the message, which may quote a prompt."""
-        return f"status {self.status} {self.code or self.type}"
+        self.reason = f"status {status} {code or self.type}"
 
 
 class Failure(enum.Enum):
@@ -338,25 +336,13 @@ class ControllerError(APIError):
         said: str = "",
         status: int = 500,
         type: str | None = None,
-        code: str | None = None,
-        retry_after: float | None = None,
-        upstream_status: int | None = None,
+        **fields: Any,
     ) -> None:
-        super().__init__(
-            status,
-            said or reason,
-            type=type or "upstream_error",
-            code=code,
-            retry_after=retry_after,
-            upstream_status=upstream_status,
-        )
-        self._reason = reason
+        type = type or "upstream_error"
+        super().__init__(status, said or reason, type=type, **fields)
+        self.reason = reason
         self.failure = failure
         self.refusal: tuple[int, dict[str, str], bytes] | None = None
-
-    @property
-    def reason(self) -> str:
-        return self._reason
 
 
 class ConfigurationError(Exception):
@@ -12006,7 +11992,7 @@ class Expected(NamedTuple):
 
     words: str  # after "expected"
     types: Any  # one or a tuple, as for isinstance
-    test: Callable[[Any], bool]  # of a value of these types
+    test: Callable[[Any], Any]  # of a value of these types; ValueError is no, too
 
 
 def one_of(*words: str) -> Expected:
@@ -12018,13 +12004,6 @@ def whole_number(least: int) -> Expected:
     """A whole number, within reason."""
     words = f"a whole number from {least}"
     return Expected(words, int, lambda value: least <= value < 10**12)
-
-
-def is_port(value: int | str) -> bool:
-    """Whether value is a port, as a number or as a string."""
-    if isinstance(value, str):
-        return re.fullmatch("[0-9]{1,5}", value) is not None and int(value) <= 65535
-    return 0 <= value <= 65535
 
 
 def is_address(value: str) -> bool:
@@ -12043,11 +12022,8 @@ def is_key(value: str) -> bool:
 
 def is_url(value: str) -> bool:
     """Whether value is an http or https URL of host, port and path only."""
-    try:
-        url = urllib.parse.urlsplit(value)
-        known = url.scheme in ("http", "https") and url.port != 0
-    except ValueError:  # a port that is none, an unfinished [
-        return False
+    url = urllib.parse.urlsplit(value)  # ValueError: an unfinished [, a port of 99999
+    known = url.scheme in ("http", "https") and url.port != 0
     clean = is_key(value) and not set(value) & set("?#@\\")
     return known and clean and is_address(url.hostname or "")
 
@@ -12070,22 +12046,18 @@ def models_shape(value: Any) -> Any:
     return Expected('["name"] or {"alias": "name"}, not empty', (list, dict), bool)
 
 
-def is_limit(value: Any) -> bool:
-    """Whether value is a limit."""
-    try:
-        return bool(parse_quotas(value))
-    except ValueError:
-        return False
-
-
 NAME = Expected("printable text", str, lambda text: text != "" and text.isprintable())
 # Relative to the folder of the server's file, in whichever file it is written.
 PATH = Expected("the path of a file", NAME.types, NAME.test)
 FILE = Expected("the path of a file that can be read", str, is_readable)
 NUMBER = Expected("a number from 0", (int, float), lambda value: 0 <= value < 1e12)
 ABOVE_0 = Expected("seconds, above 0", (int, float), lambda value: 0 < value < 1e12)
-LIMIT = Expected(f"a limit {QUOTA_WORDS}", (str, dict, list), is_limit)
-PORT = Expected("a port from 0 to 65535", (int, str), is_port)
+LIMIT = Expected(f"a limit {QUOTA_WORDS}", (str, dict, list), parse_quotas)
+PORT = Expected(
+    "a port from 0 to 65535",
+    (int, str),
+    lambda value: re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535,
+)
 ADDRESS = Expected(
     "an address without port, as 0.0.0.0 or ::",
     str,
@@ -12264,9 +12236,10 @@ class Source(NamedTuple):
         self.check_type(value, shape.words, shape.types, place)
         if shape in (PATH, FILE) and value and value != "-":
             value = os.path.join(self.folder, os.path.expanduser(value))
-        if not shape.test(value):
-            raise self.mistake(place, f"expected {shape.words}")
-        return value
+        with contextlib.suppress(ValueError):
+            if shape.test(value):
+                return value
+        raise self.mistake(place, f"expected {shape.words}")
 
     def check_type(self, value: Any, words: str, types: Any, place: str) -> None:
         # To isinstance, true is a number.
@@ -12424,11 +12397,12 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     if retired:
         config.notes.append(f"no longer settings, and not used: {', '.join(retired)}")
     config.limits = Limits(**{k: limits[k] for k in limits if k not in retired})
-    config.controllers = read_controllers(file, content.get("controllers", []), environ)
-    if not config.controllers and environ.get("OPENAI_API_KEY"):
-        config.controllers = [controller_from_environment(environ)]
+    entries = content.get("controllers", [])
+    if not entries and environ.get("OPENAI_API_KEY"):
+        entries = [{"config": upstream_from_environment(environ)}]
         note = "controller openai-1 from OPENAI_API_KEY in the environment"
         config.notes.append(note)
+    config.controllers = read_controllers(file, entries, environ)
     if config.tls_key and not config.tls_cert:
         raise ConfigurationError("tls_key: there is no tls_cert that it belongs to")
     if not config.api_key:
@@ -12492,14 +12466,14 @@ def read_upstream(file: Source, entry: dict[str, Any], place: str) -> dict[str, 
     return dict(config)
 
 
-def controller_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The one controller that OPENAI_API_KEY stands for."""
-    settings = {"name": "openai-1"}
-    for key, name in (("api_key", "OPENAI_API_KEY"), ("base_url", "OPENAI_BASE_URL")):
-        if environ.get(name):
-            shape = CONFIG_KEYS[key]
-            settings[key] = ENVIRONMENT.check(environ[name], shape, name)
-    return controller_arguments(settings, environ)
+def upstream_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The "config" that OPENAI_API_KEY stands for."""
+    names = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
+    return {
+        key: ENVIRONMENT.check(environ[name], CONFIG_KEYS[key], name)
+        for key, name in names.items()
+        if environ.get(name)
+    }
 
 
 def controller_arguments(
@@ -12628,8 +12602,9 @@ def start_screen(server: Server, config: Config) -> str:
     names = ", ".join(f"{c.name} (weight {c.weight:g})" for c in kinds[:20])
     if len(kinds) > 20:
         names += f" and {len(kinds) - 20} more"
-    socket_url = url.replace("http", "ws", 1)
-    away = url_from_elsewhere(server, config)
+    away = url
+    if config.listen in ("0.0.0.0", "::"):
+        away = re.sub(r"//.*:", f"//{socket.gethostname()}:", url)
     opening = "   (this machine only; --listen 0.0.0.0 opens it)"
     if config.listen:
         opening = "" if away == url else f"   (from elsewhere: {away})"
@@ -12640,7 +12615,7 @@ def start_screen(server: Server, config: Config) -> str:
         "",
         f"  Base URL     {url}/v1   for any OpenAI client",
         *([f"  Page         {url}   in a browser"] if config.page else []),
-        f"  Agents       {socket_url}/client/register",
+        f"  Agents       {url.replace('http', 'ws', 1)}/client/register",
         f"  Controllers  {names or 'none yet: connect an agent, set OPENAI_API_KEY,'}",
         *([] if names else ["               or write a chatgpt-apiserver.json"]),
         f"  Users        the API key, and {count} in {config.users}",
@@ -12672,26 +12647,17 @@ def agent_lines(url: str, away: bool) -> list[str]:
     ]
 
 
-def url_from_elsewhere(server: Server, config: Config) -> str:
-    """The server's URL as another machine has to write it."""
-    if config.listen in ("0.0.0.0", "::"):
-        return re.sub(r"//.*:", f"//{socket.gethostname()}:", server.url)
-    return server.url
-
-
 def warnings(config: Config) -> list[str]:
     """What is dangerous in a configuration."""
+    is_open = not is_loopback(config.listen or "localhost")
     lines = []
-    if not config.tls_cert and not is_loopback(config.listen or "localhost"):
+    if is_open and not config.tls_cert:
         lines.append("KEYS AND PROMPTS TRAVEL UNENCRYPTED: use --tls-cert, or a proxy")
-    if config.agents_auth == "open" and not is_loopback(config.listen or "localhost"):
-        lines.append(
-            "ANYBODY CAN REGISTER AN AGENT AND READ PROMPTS (agents.auth: open)"
-        )
-    for controller in config.controllers:
-        if not controller.get("verify", True):
-            lines.append(f"{controller['name']} TAKES ANY CERTIFICATE (verify: false)")
-    return lines
+    if is_open and config.agents_auth == "open":
+        what = "REGISTER AN AGENT AND READ PROMPTS"
+        lines.append(f"ANYBODY CAN {what} (agents.auth: open)")
+    names = [c["name"] for c in config.controllers if not c.get("verify", True)]
+    return [*lines, *(f"{n} TAKES ANY CERTIFICATE (verify: false)" for n in names)]
 
 
 def build_server(config: Config, log: Log) -> Server:
