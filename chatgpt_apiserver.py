@@ -383,6 +383,7 @@ _STATUS_LINE = re.compile(
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)", re.ASCII)
 _CONTROLS = bytes((*range(9), *range(10, 32), 127))  # all but HTAB
 _LENGTH = re.compile(r"[0-9]{1,15}", re.ASCII)
+_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})(?=\r\n)")
 _HOST = re.compile(
     r"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])"
     r"(?::[0-9]{0,5})?",
@@ -410,6 +411,13 @@ class Headers(dict[str, str]):
         """The members of a comma-separated field, in lower case."""
         return [item.strip().lower() for item in self.get(name, "").split(",")]
 
+    def keep_alive(self, version: str) -> bool:
+        """Whether the connection may stay open (RFC 9112 section 9.3)."""
+        tokens = self.tokens("connection") if "connection" in self else ()
+        if "close" in tokens:
+            return False
+        return version == "HTTP/1.1" or "keep-alive" in tokens
+
 
 class Request(NamedTuple):
     """The head of a request."""
@@ -424,14 +432,8 @@ class Request(NamedTuple):
 
     @property
     def keep_alive(self) -> bool:
-        """Whether the client wants the connection kept (RFC 9112 section 9.3)."""
-        connection = self.headers.get("connection")
-        if connection is None:
-            return self.version == "HTTP/1.1"
-        tokens = self.headers.tokens("connection")
-        if "close" in tokens:
-            return False
-        return self.version == "HTTP/1.1" or "keep-alive" in tokens
+        """Whether the client wants the connection kept."""
+        return self.headers.keep_alive(self.version)
 
 
 class Response(NamedTuple):
@@ -444,9 +446,7 @@ class Response(NamedTuple):
     @property
     def keep_alive(self) -> bool:
         """Whether the connection may carry another request."""
-        if self.version != "HTTP/1.1" or "connection" not in self.headers:
-            return self.version == "HTTP/1.1"
-        return "close" not in self.headers.tokens("connection")
+        return self.version == "HTTP/1.1" and self.headers.keep_alive(self.version)
 
 
 def _take_head(buffer: bytearray, max_size: int) -> list[str] | None:
@@ -590,24 +590,17 @@ def _take_known_head(buffer: bytearray, max_size: int) -> Request | None:
 
     Most of a client's requests do: this takes 1.6 us, and parsing a head 4.7.
     """
-    end = buffer.find(b"\r\n\r\n", 0, min(max_size, KNOWN_HEAD_SIZE)) + 4
-    if end < 4:
-        return None
+    end = buffer.find(b"\r\n\r\n", 0, KNOWN_HEAD_SIZE) + 4
     head = bytes(buffer[:end])
-    start = head.find(b"\r\nContent-Length: ")
-    if start < 0:
-        start = head.find(b"\r\ncontent-length: ")
-    if start < 0:
+    length = _LENGTH_LINE.search(head)
+    if length is None or end > max_size:
         return None
-    stop = head.find(b"\r\n", start + 18)
-    length = head[start + 18 : stop]
-    if not length.isdigit() or len(length) > 15:
-        return None
+    start, stop = length.span()
     request = _known_request(head[:start] + head[stop:])
     if request is None:
         return None
     del buffer[:end]
-    return Request(*request[:-1], int(length))
+    return Request(*request[:-1], int(length[1]))
 
 
 @functools.lru_cache(maxsize=512)
@@ -719,6 +712,8 @@ def response_length(method: str, response: Response) -> int | None:
 class ContentDecoder:
     """Takes a message's content off a buffer, as far as it has arrived.
 
+    This one: content of a length in bytes (RFC 9112 section 6.2), or UNTIL_CLOSE.
+
     complete   true once the last byte was taken; what is still in the buffer
                then belongs to the next message
     pending    decode() may give more although nothing new has arrived
@@ -727,34 +722,24 @@ class ContentDecoder:
     complete = False
     pending = False
 
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.complete = length == 0
+
     def decode(self, buffer: bytearray) -> bytes:
         """What has arrived, possibly nothing; ProtocolError(400) for bad chunks."""
-        raise NotImplementedError
-
-    def end(self) -> None:
-        """The connection has ended: ProtocolError(400) if that is too early."""
-        if not self.complete:
-            raise ProtocolError(400, "the connection ended before the content")
-
-
-class SizedDecoder(ContentDecoder):
-    """Content of a length in bytes (RFC 9112 section 6.2), or UNTIL_CLOSE."""
-
-    def __init__(self, length: int) -> None:
-        self.left = length
-        self.complete = length == 0
-        self._until_close = length == UNTIL_CLOSE
-
-    def decode(self, buffer: bytearray) -> bytes:
-        piece = bytes(buffer[: self.left])
-        del buffer[: self.left]
-        self.left -= len(piece)
-        self.complete = self.left == 0
+        piece = bytes(buffer[: self._left])
+        del buffer[: self._left]
+        if self._left != UNTIL_CLOSE:
+            self._left -= len(piece)
+            self.complete = self._left == 0
         return piece
 
     def end(self) -> None:
-        self.complete = self.complete or self._until_close
-        super().end()
+        """The connection has ended: ProtocolError(400) if that is too early."""
+        self.complete = self.complete or self._left == UNTIL_CLOSE
+        if not self.complete:
+            raise ProtocolError(400, "the connection ended before the content")
 
 
 @functools.lru_cache(maxsize=256)  # the same few sizes come again and again
@@ -790,7 +775,9 @@ class ChunkedDecoder(ContentDecoder):
                     break
                 line = data[at:end]
                 if len(line) > 15:
-                    self._count_extension(line)
+                    self._extensions += len(line)
+                    if self._extensions > CHUNK_EXTENSIONS_SIZE:
+                        raise ProtocolError(400, "too many chunk extensions")
                 at = end + 2
                 size = _chunk_size(line)
                 if not size:
@@ -819,11 +806,6 @@ class ChunkedDecoder(ContentDecoder):
         pieces.append(data[:size])
         self._left -= size
         return size
-
-    def _count_extension(self, line: bytes) -> None:
-        self._extensions += len(line)
-        if self._extensions > CHUNK_EXTENSIONS_SIZE:
-            raise ProtocolError(400, "too many chunk extensions")
 
     def _take_trailers(self, buffer: bytearray) -> None:
         if buffer.startswith(b"\r\n"):
@@ -931,7 +913,7 @@ def content_coding(headers: Headers) -> str:
 def content_decoder(length: int | None, coding: str = "") -> ContentDecoder:
     """The decoder for a length (bytes, None for chunked, or UNTIL_CLOSE) and a coding
     (as content_coding() names it)."""
-    decoder = ChunkedDecoder() if length is None else SizedDecoder(length)
+    decoder = ChunkedDecoder() if length is None else ContentDecoder(length)
     return InflatingDecoder(coding, decoder) if coding else decoder
 
 
@@ -1551,12 +1533,10 @@ def find_error(value: Any) -> ErrorObject | None:
         return find_error(value[0]) if value and isinstance(value[0], dict) else None
     body = as_object(value)
     for key in ("error", "detail", "errors"):
-        inner = body.get(key)
-        if inner:
-            return _read_error(inner, body)
-    if body.get("object") == "error" or "message" in body.keys() - {"choices"}:
-        return _read_error(body, body) if "choices" not in body else None
-    return None
+        if body.get(key):
+            return _read_error(body[key], body)
+    says = body.get("object") == "error" or "message" in body
+    return _read_error(body, body) if says and "choices" not in body else None
 
 
 def _read_error(inner: Any, outer: dict[str, Any]) -> ErrorObject:
@@ -1881,15 +1861,9 @@ class CompletionBuilder:
             function = delta.get("function") or {}
             index, id = delta.get("index"), delta.get("id")
             if index is None:
-                known = [
-                    number for number, call in enumerate(calls) if call["id"] == id
-                ]
-                begins = function.get("name") and not id
-                index = len(calls) - 1 if calls else 0
-                if (id and not known) or begins:
-                    index = len(calls)
-                elif id:
-                    index = known[-1]
+                known = [n for n, call in enumerate(calls) if id and call["id"] == id]
+                begins = id or function.get("name") or not calls
+                index = known[-1] if known else len(calls) - (not begins)
             if index >= len(calls):
                 index = len(calls)
                 empty = {"name": "", "arguments": ""}
@@ -2285,36 +2259,18 @@ class CompletionsWriter(ChatWriter):
         return self._chunk(choices, usage=completion.get("usage"))
 
 
-class ItemsWriter(ChatWriter):
-    """An answer of items, texts and tool calls, each told as it begins and ends.
+class MessagesWriter(ChatWriter):
+    """The same for messages: items (texts, tool calls), told as they begin and end."""
 
-    answer  all of it, once it has ended
-    """
+    ID = "msg_"
+    STOPS: ClassVar = {"tool_calls": "tool_use", "length": "max_tokens"}
 
     def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
         super().__init__(like, sent)
-        self.answer: dict[str, Any] = {}
         self._items: list[dict[str, Any]] = []  # that are whole
         self._texts: list[str] = []  # pieces of the item that has begun
+        self._answer: dict[str, Any] = {}  # once it has ended
         self._start = self._begin()  # events to send before all others
-
-    def _begin(self) -> list[bytes]:
-        raise NotImplementedError
-
-    def _begin_text(self) -> list[bytes]:
-        raise NotImplementedError
-
-    def _text(self, text: str) -> bytes:
-        raise NotImplementedError
-
-    def _end_text(self, text: str) -> list[bytes]:
-        raise NotImplementedError
-
-    def _call(self, id: Any, name: str, arguments: str) -> list[bytes]:
-        raise NotImplementedError
-
-    def _end(self, finish_reason: str, usage: Usage) -> list[bytes]:
-        raise NotImplementedError
 
     def delta(self, delta: dict[str, Any]) -> bytes:
         events, self._start = self._start, []
@@ -2347,14 +2303,9 @@ class ItemsWriter(ChatWriter):
 
     def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
         self.events(completion)
-        return self.answer
+        return self._answer
 
-
-class MessagesWriter(ItemsWriter):
-    """The same for messages: items are blocks of content."""
-
-    ID = "msg_"
-    STOPS: ClassVar = {"tool_calls": "tool_use", "length": "max_tokens"}
+    # What is the messages' own.
 
     def _typed(self, kind: str, **fields: Any) -> bytes:
         return sse_event(encode_json({"type": kind, **fields}), kind)
@@ -2399,14 +2350,14 @@ class MessagesWriter(ItemsWriter):
 
     def _end(self, finish_reason: str, usage: Usage) -> list[bytes]:
         stop_reason = self.STOPS.get(finish_reason, "end_turn")
-        self.answer = self._message(stop_reason, usage)
+        self._answer = self._message(stop_reason, usage)
         delta = {"stop_reason": stop_reason, "stop_sequence": None}
-        last = self._typed("message_delta", delta=delta, usage=self.answer["usage"])
+        last = self._typed("message_delta", delta=delta, usage=self._answer["usage"])
         return [last, self._typed("message_stop")]
 
 
-class ResponsesWriter(ItemsWriter):
-    """The same for responses: events are numbered."""
+class ResponsesWriter(MessagesWriter):
+    """The same for responses, whose events are numbered."""
 
     ID = "resp_"
 
@@ -2497,8 +2448,8 @@ class ResponsesWriter(ItemsWriter):
         ]
 
     def _end(self, finish_reason: str, usage: Usage) -> list[bytes]:
-        self.answer = self._response("completed", usage)
-        return [self._typed("completed", response=self.answer)]
+        self._answer = self._response("completed", usage)
+        return [self._typed("completed", response=self._answer)]
 
 
 def chat_messages(items: Any, system: Any = None) -> list[Any]:
@@ -2545,6 +2496,10 @@ class Dialect:
     default_model  "model" may be left out, as in the OpenAI API
     stream     what looks at a stream on its way to the client
     writer     what makes an answer out of generated text, where it generates
+    messages   the field of a request in which other things are said than a chat's
+    system     the field in which the system's text stands beside them
+    error_event  the name of a stream's event that tells an error, or "" if it needs
+               none; None: there is no such event
     builder    what puts a stream together that nobody asked for; None: it stays one
     """
 
@@ -2556,6 +2511,9 @@ class Dialect:
     stream: ClassVar[type[EventStream]] = EventStream
     writer: ClassVar[type[ChatWriter]] = ChatWriter
     builder: ClassVar[type[CompletionBuilder] | None] = None
+    messages = ""
+    system = ""
+    error_event: str | None = None
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
         """What looks at the stream that answers a request."""
@@ -2572,11 +2530,16 @@ class Dialect:
 
     def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
         """An error as the last event of a stream; b"" where there is no such event."""
-        return b""
+        if self.error_event is None:
+            return b""
+        return sse_event(self.error_content(error), self.error_event)
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         """A request's body with "messages" and "tools" as a chat has them."""
-        return body
+        if not self.messages:
+            return body
+        messages = chat_messages(body.get(self.messages), body.get(self.system))
+        return {**body, "messages": messages, "tools": chat_tools(body.get("tools"))}
 
     def answer_id(self, content: bytes) -> str:
         """What a later request names to continue an answer, from its first bytes."""
@@ -2593,11 +2556,10 @@ class ChatDialect(Dialect):
     stream = CompletionStream
     builder: ClassVar[type[CompletionBuilder] | None] = CompletionBuilder
 
+    error_event = ""
+
     def events(self, answer: dict[str, Any]) -> bytes | None:
         return self.writer(answer).events(answer)
-
-    def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
-        return sse_event(self.error_content(error))
 
 
 class CompletionsDialect(ChatDialect):
@@ -2623,15 +2585,13 @@ class ResponsesDialect(Dialect):
     generates = True
     stream = ResponsesStream
     writer = ResponsesWriter
+    messages = "input"
+    system = "instructions"
     ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
 
     def answer_id(self, content: bytes) -> str:
         found = self.ID.search(content)
         return found[1].decode("utf-8", "replace") if found else ""
-
-    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        messages = chat_messages(body.get("input"), body.get("instructions"))
-        return {**body, "messages": messages, "tools": chat_tools(body.get("tools"))}
 
     def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
         said = {"code": error.code or error.type, "message": error.message}
@@ -2677,13 +2637,9 @@ class MessagesDialect(AnthropicDialect):
     generates = True
     stream = MessagesStream
     writer = MessagesWriter
-
-    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        messages = chat_messages(body.get("messages"), body.get("system"))
-        return {**body, "messages": messages, "tools": chat_tools(body.get("tools"))}
-
-    def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
-        return sse_event(self.error_content(error), "error")
+    messages = "messages"
+    system = "system"
+    error_event = "error"
 
 
 class EmbeddingsDialect(Dialect):

@@ -4006,7 +4006,7 @@ async def test_a_peer_that_nobody_reads_cannot_fill_the_memory(constant):
         writer.write(bytes(32 * 1024 * 1024))
         await until(lambda: not connection.transport.is_reading())
         assert len(connection.buffer) <= 1000 + 256 * 1024
-        decoder = apiserver.SizedDecoder(32 * 1024 * 1024)
+        decoder = apiserver.ContentDecoder(32 * 1024 * 1024)
         size = 0
         while not decoder.complete:
             size += len(await connection.read_content(decoder, 5))
@@ -4032,7 +4032,7 @@ async def test_read_returns_none_when_the_peer_ends_too_early():
 @flow
 async def test_content_cut_short_is_an_error(end, error):
     async with connection_pair() as (connection, _, writer):
-        decoder = apiserver.SizedDecoder(10)
+        decoder = apiserver.ContentDecoder(10)
         writer.write(b"12345")
         assert await connection.read_content(decoder, 5) == b"12345"
         end(writer)
@@ -4044,7 +4044,7 @@ async def test_content_cut_short_is_an_error(end, error):
 @flow
 async def test_content_has_a_silence_and_a_deadline(timeout, deadline):
     async with connection_pair() as (connection, _, _writer):
-        decoder = apiserver.SizedDecoder(10)
+        decoder = apiserver.ContentDecoder(10)
         end = connection.loop.time() + deadline
         with pytest.raises(asyncio.TimeoutError):
             await connection.read_content(decoder, timeout, end)
