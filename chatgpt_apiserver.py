@@ -3632,7 +3632,7 @@ class HTTPClient:
         end = loop.time() + self.limits.connect_timeout
         addresses = await self._addresses(host, port)
         failure = OSError(f"{host} has no address")
-        attempts: set[asyncio.Task[Connection | OSError]] = set()
+        attempts: set[asyncio.Task[Connection]] = set()
         try:
             while addresses or attempts:
                 if addresses:
@@ -3641,33 +3641,26 @@ class HTTPClient:
                 left = end - loop.time()
                 if left <= 0:
                     raise asyncio.TimeoutError
-                done, attempts = await asyncio.wait(
+                done, _ = await asyncio.wait(
                     attempts,
                     timeout=min(left, NEXT_ADDRESS_DELAY) if addresses else left,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                results = [attempt.result() for attempt in done]
-                made = [item for item in results if isinstance(item, Connection)]
-                for connection in made[1:]:
-                    connection.abort()
-                if made:
-                    return made[0]
-                failure = next((e for e in results if isinstance(e, OSError)), failure)
+                for task in done:
+                    attempts.remove(task)
+                    try:
+                        return task.result()
+                    except OSError as error:
+                        failure = error
             raise failure
         finally:
-            for task in attempts:
-                # One that was done when the caller was cancelled has no owner.
-                result = None if task.cancel() else task.result()
-                if isinstance(result, Connection):
-                    result.abort()
+            for task in attempts:  # one may have been made in the same moment
+                if not task.cancel() and task.exception() is None:
+                    task.result().abort()
 
-    async def _connect(self, address: str, port: int) -> Connection | OSError:
-        """A connection, or why there is none."""
+    async def _connect(self, address: str, port: int) -> Connection:
         connection = Connection(self.limits)
-        try:
-            await connection.loop.create_connection(lambda: connection, address, port)
-        except OSError as error:
-            return error
+        await connection.loop.create_connection(lambda: connection, address, port)
         return connection
 
     async def addresses(self) -> list[str]:
@@ -11430,19 +11423,14 @@ class Link:
         began = time.monotonic()
         outcome = "cancelled"
         try:
-            try:
-                outcome = await self._answer(id, data)
-            except APIError as error:
-                outcome = f"failed: {error.reason}"
-                await self._end(id, "error", error.message[:4096])
-            except ConnectionError:
-                raise
-            except Exception:
-                logger.exception("call %s failed", id)
-                outcome = "failed: an internal error"
-                await self._end(id, "error", "an internal error of the agent")
+            outcome = await self._answer(id, data)
         except ConnectionError:
             outcome = "lost: the server is gone"
+        except Exception:
+            logger.exception("call %s failed", id)
+            outcome = "failed: an internal error"
+            with contextlib.suppress(ConnectionError):
+                await self._end(id, "error", "an internal error of the agent")
         finally:
             self.calls.pop(id, None)
             milliseconds = (time.monotonic() - began) * 1e3
@@ -11457,7 +11445,7 @@ class Link:
         await self.send(id, message, data)
 
     async def _answer(self, id: str, data: str) -> str:
-        """An ApiRequest through the pool, its answer sent as it comes."""
+        """Put an ApiRequest through the pool, send its answer; how that went."""
         begun = False
         try:
             request = self._read_request(data)
@@ -11470,7 +11458,8 @@ class Link:
                 return f"{request.path} {request.model} {call.status}"
         except APIError as error:
             if begun:
-                raise
+                await self._end(id, "error", error.message[:4096])
+                return f"failed: {error.reason}"
             await self._send_refusal(id, error)
             return f"refused ({error.status}): {error.reason}"
 
