@@ -9885,8 +9885,11 @@ class RequestHandler:
             fields.append(("Access-Control-Allow-Origin", "*"))
         if self._content_left and not self._content_is_here():
             self.close_connection = True  # see _skip_content()
+        upgrade = "Upgrade" if status == 426 else ""  # it has an Upgrade field
         if self.close_connection:
-            fields.append(("Connection", "close"))
+            fields.append(("Connection", f"{upgrade}, close" if upgrade else "close"))
+        elif upgrade:
+            fields.append(("Connection", upgrade))
         elif self.request is not None and self.request.version == "HTTP/1.0":
             fields.append(("Connection", "keep-alive"))
         if self._limit is not None:
@@ -9957,8 +9960,7 @@ class RequestHandler:
         if status == 415:
             fields.append(("Accept-Encoding", "gzip, deflate"))
         if status == 426:  # RFC 9110 section 15.5.22; RFC 6455 section 4.4
-            fields += [("Upgrade", "websocket"), ("Connection", "Upgrade")]
-            fields.append(("Sec-WebSocket-Version", "13"))
+            fields += [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
         self.send_content(status, self._error_content(error), fields)
 
     def _allowed(self) -> str:

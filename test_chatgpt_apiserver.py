@@ -13108,7 +13108,10 @@ async def test_what_nobody_speaks_is_said_at_once(tmp_path):
         assert reply.status == 405 and "POST" in reply.headers["allow"]
         reply = await ask(server.port, "GET", "/v1/responses", headers=websocket)
         assert reply.status == 426 and reply.headers["upgrade"] == "websocket"
-        assert "upgrade" in reply.headers["connection"].lower()
+        assert reply.headers["connection"] == "Upgrade"
+        last = [*websocket, ("Connection", "close")]
+        reply = await ask(server.port, "GET", "/v1/responses", headers=last)
+        assert reply.headers["connection"] == "Upgrade, close"
         reply = await ask(server.port, "GET", "/v1/realtime", headers=websocket)
         assert reply.status == 501
 
