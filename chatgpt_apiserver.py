@@ -84,7 +84,7 @@ import time
 import urllib.parse
 import uuid
 import zlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
     Callable,
@@ -7957,10 +7957,11 @@ class Metrics:
         self._users = users
         self._controllers: set[str] = set()
         self._models: set[str] = set()
-        self._counts: dict[str, Counter[str]] = {n: Counter() for n in self.COUNTERS}
-        self._histograms: dict[str, dict[str, Histogram]] = {
-            name: {} for name in self.HISTOGRAMS
-        }
+        # By name, then by labels.
+        self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._times: defaultdict[str, defaultdict[str, Histogram]] = defaultdict(
+            lambda: defaultdict(Histogram)
+        )
 
     def observe(self, record: RequestRecord, path: str, model: str) -> None:
         """Count a request that has ended."""
@@ -7968,11 +7969,11 @@ class Metrics:
         count, usage = self._counts, record.usage
         model = self._bounded(model, self._models)
         status = str(record.status)
-        count["requests_total"][
-            metric_labels(path=path, model=model, status=status)
-        ] += 1
+        labels = metric_labels(path=path, model=model, status=status)
+        count["requests_total"][labels] += 1
         labels = metric_labels(path=path, model=model)
-        self._time("request_duration_seconds", labels, record.ended - record.started)
+        seconds = record.ended - record.started
+        self._times["request_duration_seconds"][labels].observe(seconds)
         for name, _, reason in record.attempts:
             name = self._bounded(name, self._controllers)
             result = metric_labels(controller=name, result="failed" if reason else "ok")
@@ -7981,26 +7982,27 @@ class Metrics:
             reason = record.error[0] if record.user else "unauthorized"
             count["rejected_total"][metric_labels(reason=reason or status)] += 1
         else:
-            self._observe_answer(record, model)
+            self._observe_answer(record, model, record.ended)
         if self._users and record.user:
             user = metric_labels(user=record.user)
             count["user_requests_total"][user] += 1
             count["user_tokens_total"][user] += usage.total
 
-    def _observe_answer(self, record: RequestRecord, model: str) -> None:
+    def _observe_answer(self, record: RequestRecord, model: str, ended: float) -> None:
         controller, asked, _ = record.attempts[-1]
         controller = self._bounded(controller, self._controllers)
         labels = metric_labels(model=model, controller=controller)
+        times, usage, began = self._times, record.usage, record.began_at
         wait = record.attempts[0][1] - record.started
-        self._time("queue_wait_seconds", metric_labels(model=model), wait)
-        for kind, tokens in zip(record.usage._fields, record.usage):
+        times["queue_wait_seconds"][metric_labels(model=model)].observe(wait)
+        for kind, tokens in zip(usage._fields, usage):
             each = metric_labels(model=model, controller=controller, type=kind)
             self._counts["tokens_total"][each] += tokens
-        if record.began_at and record.ended is not None:
-            self._time("time_to_first_token_seconds", labels, record.began_at - asked)
-            if record.usage.output:
-                seconds = (record.ended - record.began_at) / record.usage.output
-                self._time("time_per_output_token_seconds", labels, seconds)
+        if began:
+            times["time_to_first_token_seconds"][labels].observe(began - asked)
+        if began and usage.output:
+            seconds = (ended - began) / usage.output
+            times["time_per_output_token_seconds"][labels].observe(seconds)
 
     def _bounded(self, name: str, names: set[str]) -> str:
         """A name as a label: "other" for one too many."""
@@ -8010,41 +8012,30 @@ class Metrics:
             names.add(name)
         return name
 
-    def _time(self, name: str, labels: str, seconds: float) -> None:
-        histogram = self._histograms[name].get(labels)
-        if histogram is None:
-            histogram = self._histograms[name][labels] = Histogram()
-        histogram.observe(seconds)
-
     def text(self, gauges: Iterable[tuple[str, str, str, float]]) -> str:
         """All of it; gauges are (name, help, labels, value), of one name together."""
         lines: list[str] = []
-        for name, told in self.COUNTERS.items():
-            if self._counts[name]:
-                lines += self._head(self.PREFIX + name, told, "counter")
-                for labels, value in self._counts[name].items():
-                    lines.append(f"{self.PREFIX}{name}{{{labels}}} {value}")
-        for name, told in self.HISTOGRAMS.items():
-            if self._histograms[name]:
-                lines += self._head(self.PREFIX + name, told, "histogram")
-                for labels, histogram in self._histograms[name].items():
-                    lines += histogram.lines(self.PREFIX + name, labels)
-        last = ""
-        for name, told, labels, number in gauges:
-            if name != last:
-                kind = "counter" if name.endswith("_total") else "gauge"
-                lines += self._head(name, told, kind)
-                last = name
-            lines.append(
-                f"{name}{{{labels}}} {number:.15g}"
-                if labels
-                else f"{name} {number:.15g}"
-            )
-        return "\n".join(lines) + "\n"
 
-    @staticmethod
-    def _head(name: str, told: str, kind: str) -> list[str]:
-        return [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
+        def add(name: str, told: str, kind: str, samples: list[str]) -> None:
+            head = [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
+            lines.extend(head + samples if samples else [])
+
+        for name, told in self.COUNTERS.items():
+            counts, name = self._counts[name], self.PREFIX + name
+            samples = [f"{name}{{{labels}}} {n}" for labels, n in counts.items()]
+            add(name, told, "counter", samples)
+        for name, told in self.HISTOGRAMS.items():
+            times, name = self._times[name], self.PREFIX + name
+            rows = (times[labels].lines(name, labels) for labels in times)
+            add(name, told, "histogram", [*itertools.chain.from_iterable(rows)])
+        for (name, told), group in itertools.groupby(gauges, lambda gauge: gauge[:2]):
+            kind = "counter" if name.endswith("_total") else "gauge"
+            samples = [
+                (f"{name}{{{labels}}}" if labels else name) + f" {number:.15g}"
+                for _, _, labels, number in group
+            ]
+            add(name, told, kind, samples)
+        return "\n".join(lines) + "\n"
 
 
 def process_gauges() -> Iterator[tuple[str, str, str, float]]:
