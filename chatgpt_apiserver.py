@@ -2188,11 +2188,7 @@ class ChatWriter:
     OBJECT = "chat.completion.chunk"
 
     def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
-        self.like = {key: like.get(key) for key in ("id", "created", "model")}
-        if isinstance(self.like["id"], str):
-            self.like["id"] = self.like["id"].replace("chatcmpl-", self.ID)
-        if like.get("system_fingerprint"):
-            self.like["system_fingerprint"] = like["system_fingerprint"]
+        self.like = {**like, "id": like["id"].replace("chatcmpl-", self.ID)}
         self.sent = sent
         self._role = {"role": "assistant"}
 
@@ -2225,6 +2221,8 @@ class ChatWriter:
 
     def events(self, completion: dict[str, Any]) -> bytes:
         """A chat.completion as the whole stream of the path."""
+        keys = (*self.like, "system_fingerprint")
+        self.like.update({k: completion[k] for k in keys if completion.get(k)})
         events = []
         for choice in completion.get("choices") or []:
             index = choice.get("index", 0)
@@ -2559,7 +2557,7 @@ class ChatDialect(Dialect):
     error_event = ""
 
     def events(self, answer: dict[str, Any]) -> bytes | None:
-        return self.writer(answer).events(answer)
+        return self.writer({"id": "", "created": 0, "model": ""}).events(answer)
 
 
 class CompletionsDialect(ChatDialect):
@@ -6379,7 +6377,7 @@ class FunctionController(Controller):
             return await self._joined(pieces, writer)
         if not isinstance(result, bytes):
             completion = self._completion(writer, result)
-            if request.stream and request.path != CHAT_PATH:  # that has many choices
+            if request.stream:
                 return WholeAnswer(writer.events(completion))
             result = encode_json(writer.whole(completion))
         return WholeAnswer(result)
@@ -6420,8 +6418,10 @@ class FunctionController(Controller):
             time.sleep(0.05)
         pieces.close()
 
-    def _completion(self, writer: ChatWriter, result: Any) -> dict[str, Any]:
-        """A chat.completion out of what the function returned."""
+    def _completion(
+        self, writer: ChatWriter, result: Any, deltas: list[Any] | None = None
+    ) -> dict[str, Any]:
+        """A chat.completion out of what the function returned, or of its deltas."""
         if isinstance(result, dict) and "choices" in result:
             return result
         if isinstance(result, str):
@@ -6429,7 +6429,7 @@ class FunctionController(Controller):
         if not isinstance(result, dict):
             kind = type(result).__name__
             raise TypeError(f"{self.name} returned {kind}, not a str, dict or iterator")
-        usage = usage_object(self._usage(writer, [result]))
+        usage = usage_object(self._usage(writer, deltas or [result]))
         return {**chat_completion("", result, usage), **writer.like}
 
     @staticmethod
@@ -6461,6 +6461,7 @@ class FunctionController(Controller):
     ) -> Answer:
         """Pieces as one answer; of bytes whoever reads finds out what they are."""
         builder, deltas, raw = CompletionBuilder(), [], []
+        builder.add({"choices": [{}]})
         async for piece in pieces:
             await asyncio.sleep(0)  # one that never waits must not stop all others
             if isinstance(piece, bytes):
@@ -6470,9 +6471,8 @@ class FunctionController(Controller):
                 builder.add({"choices": [{"delta": piece}]})
         if raw:
             return WholeAnswer(b"".join(raw))
-        builder.add({"choices": [{"finish_reason": why_finished(deltas)}]})
-        usage = usage_object(self._usage(writer, deltas))
-        completion = {**builder.result(), **writer.like, "usage": usage}
+        message = builder.result()["choices"][0]["message"]
+        completion = self._completion(writer, message, deltas)
         return WholeAnswer(encode_json(writer.whole(completion)))
 
     async def _events(
@@ -6489,7 +6489,8 @@ class FunctionController(Controller):
                     yield writer.delta(piece)
         finally:
             await pieces.aclose()
-        yield writer.end(why_finished(deltas), self._usage(writer, deltas))
+        reason = "tool_calls" if any(d.get("tool_calls") for d in deltas) else "stop"
+        yield writer.end(reason, self._usage(writer, deltas))
 
     async def _next(self, pieces: Any) -> Any:
         if not hasattr(pieces, "__anext__"):
@@ -6503,11 +6504,6 @@ class FunctionController(Controller):
         if self._threads is not None:
             self._threads.shutdown(wait=False)
             self._threads = None
-
-
-def why_finished(deltas: list[dict[str, Any]]) -> str:
-    """Why an answer of these deltas has ended."""
-    return "tool_calls" if any(d.get("tool_calls") for d in deltas) else "stop"
 
 
 _END = object()  # of a plain iterator: StopIteration cannot leave a thread's future
