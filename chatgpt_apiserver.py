@@ -8806,6 +8806,7 @@ class Log:
     def __init__(self, fd: int = 2) -> None:
         self._fd = fd
         self._lines: list[str] = []
+        self._pending = bytearray()  # lines before these, half written
         self._dropped = 0
         self._scheduled = False
 
@@ -8831,23 +8832,20 @@ class Log:
     def flush(self) -> None:
         """Write as much as the reader takes now; try the rest later."""
         self._scheduled = False
-        if self._dropped and len(self._lines) < self.MAX_LINES // 2:
-            self._lines.append(f"({self._dropped} lines of this log were dropped)")
-            self._dropped = 0
-        lines = self._lines
-        while lines:
-            count, size = 0, 0
-            while count < len(lines) and (not count or size < self.PIECE_SIZE // 2):
-                size += len(lines[count]) + 1
-                count += 1
-            text = "\n".join(lines[:count]) + "\n"
-            data = text.encode("utf-8", "backslashreplace")
-            if len(data) > self.PIECE_SIZE:
-                data = data[: self.PIECE_SIZE - 1] + b"\n"
-            if not self._write(data):
+        pending = self._pending
+        while pending or self._lines:
+            if not pending:
+                if self._dropped:
+                    text = f"({self._dropped} lines of this log were dropped)"
+                    self._lines.append(text)
+                    self._dropped = 0
+                text = "\n".join([*self._lines, ""])
+                pending += text.encode("utf-8", "backslashreplace")
+                self._lines.clear()
+            if not self._write(bytes(pending[: self.PIECE_SIZE])):
                 break
-            del lines[:count]
-        if lines and not self._scheduled:
+            del pending[: self.PIECE_SIZE]
+        if pending:
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop().call_later(0.2, self.flush)
                 self._scheduled = True
