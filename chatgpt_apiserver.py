@@ -12596,9 +12596,20 @@ def build_server(config: Config, log: Log) -> Server:
     """The server that a configuration describes."""
     settings = {name: getattr(config, name) for name in SETTINGS}
     server = Server(**settings, limits=config.limits, log=log, verbose=config.verbose)
-    for arguments in config.controllers:
-        server.add(make_controller(arguments, config.limits))
+    use_controllers(server, [], config)
     return server
+
+
+def use_controllers(server: Server, old: list[Any], config: Config) -> None:
+    """Put a configuration's controllers in place of the old ones; equal ones stay."""
+    for arguments in old:
+        controller = server.pool.find(arguments["name"])
+        if arguments not in config.controllers and controller is not None:
+            server.pool.remove(controller)
+            controller.close()
+    for arguments in config.controllers:
+        if arguments not in old:
+            server.add(make_controller(arguments, config.limits))
 
 
 class Program:
@@ -12737,19 +12748,7 @@ class ServerProgram(Program):
         )
         server.pool.type = new.pool
         server.pool.affinity = new.affinity
-        self._replace_controllers(old, new)
-
-    def _replace_controllers(self, old: Config, new: Config) -> None:
-        """Swap the controllers; what has not changed keeps its state."""
-        pool = self._server.pool
-        for arguments in old.controllers:
-            controller = pool.find(arguments["name"])
-            if arguments not in new.controllers and controller is not None:
-                pool.remove(controller)
-                controller.close()
-        for arguments in new.controllers:
-            if arguments not in old.controllers:
-                pool.add(make_controller(arguments, new.limits))
+        use_controllers(server, old.controllers, new)
 
 
 def is_terminal(fd: int) -> bool:

@@ -14302,6 +14302,23 @@ async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
 
 @needs_posix
 @flow
+async def test_a_reload_forgets_nothing_that_a_controller_has_used(tmp_path):
+    async with Upstream() as upstream:
+        config = {"api_key": "k", "base_url": upstream.url}
+        entry = {"name": "one", "models": ["m"], "config": config}
+        entry["limit"] = {"requests": 1, "per": "month"}
+        write_config(tmp_path, controllers=[entry])
+        with program_in(tmp_path) as program:
+            assert (await echo(program.port, model="m")).status == 200
+            assert (await echo(program.port, model="m")).status == 503
+            write_config(tmp_path, controllers=[{**entry, "weight": 2}])
+            program.signal(signal.SIGHUP)
+            program.wait_for("configuration reloaded; controllers: one")
+            assert (await echo(program.port, model="m")).status == 503
+
+
+@needs_posix
+@flow
 async def test_sighup_leaves_what_is_in_force_when_the_file_has_gone(tmp_path):
     f = {"type": "openai", "name": "f", "models": ["m"], "config": {"api_key": "k"}}
     write_config(tmp_path, controllers=[f])
