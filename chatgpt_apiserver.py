@@ -383,7 +383,7 @@ _STATUS_LINE = re.compile(
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)", re.ASCII)
 _CONTROLS = bytes((*range(9), *range(10, 32), 127))  # all but HTAB
 _LENGTH = re.compile(r"[0-9]{1,15}", re.ASCII)
-_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})(?=\r\n)")
+_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
 _HOST = re.compile(
     r"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])"
     r"(?::[0-9]{0,5})?",
@@ -586,7 +586,7 @@ def _parse_request(lines: list[str]) -> Request:
 
 
 def _take_known_head(buffer: bytearray, max_size: int) -> Request | None:
-    """Take a head that differs only in its content's length from one before it.
+    """Take a head that differs from an earlier one only in its Content-Length.
 
     Most of a client's requests do: this takes 1.6 us, and parsing a head 4.7.
     """
@@ -595,22 +595,16 @@ def _take_known_head(buffer: bytearray, max_size: int) -> Request | None:
     length = _LENGTH_LINE.search(head)
     if length is None or end > max_size:
         return None
-    start, stop = length.span()
-    request = _known_request(head[:start] + head[stop:])
-    if request is None:
-        return None
+    start, stop = length.span(1)
+    request = _parse_any_length(head[:start] + b"0" + head[stop:])
     del buffer[:end]
     return Request(*request[:-1], int(length[1]))
 
 
 @functools.lru_cache(maxsize=512)
-def _known_request(head: bytes) -> Request | None:
-    """A head without its Content-Length; None if none may be added to it."""
-    lines = head[:-4].decode("latin-1").split("\r\n")
-    fields = head.lower()
-    if b"\r\ncontent-length" in fields or b"\r\ntransfer-encoding" in fields:
-        return None
-    return None if len(lines) > HEADER_COUNT else _parse_request(lines)
+def _parse_any_length(head: bytes) -> Request:
+    """A request whose Content-Length is written as 0, whatever it was."""
+    return _parse_request(head[:-4].decode("latin-1").split("\r\n"))
 
 
 @_remembered
