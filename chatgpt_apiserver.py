@@ -356,7 +356,7 @@ class ConfigurationError(Exception):
 # One parser for both directions: requests from clients and answers from upstreams
 # differ only in their start line.  It is strict, for every tolerance has been
 # somebody's request smuggling: two readers must never disagree on where a message
-# ends.  A parser takes from the front of a buffer, and returns None for more.
+# ends.  A parser takes from the front of a buffer; None means that it needs more.
 
 # Sizes are bytes.  nginx takes lines of 8 KiB, Envoy and http.client 100 fields.
 REQUEST_LINE_SIZE = 8 * 1024
@@ -451,10 +451,10 @@ class Response(NamedTuple):
 
 def _take_head(buffer: bytearray, max_size: int) -> list[str] | None:
     """Take the lines of a head (or of trailers); ProtocolError if they are large."""
-    # A head may come byte by byte: this is made anew for each, so it must cost
-    # next to nothing.  rfind takes 4 us for 32 KiB; find takes 14, a regex 200.
+    # A head may arrive byte by byte, and all of it is searched for each byte.
+    # rfind takes 4 us for 32 KiB; find takes 14, a regex 200.
     if buffer.rfind(b"\r\n\r\n", 0, max_size) < 0:
-        # Any other blank line: its sender will send no more.
+        # With any other blank line its sender takes the head for complete.
         blank = (buffer.rfind(line, 0, max_size) for line in (b"\n\n", b"\n\r\n"))
         if buffer.startswith(b"\n") or max(blank) >= 0:
             raise ProtocolError(400, "lines must end in CR LF")
@@ -468,10 +468,10 @@ def _take_head(buffer: bytearray, max_size: int) -> list[str] | None:
 
 
 def _remembered(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """parse, which knows what it parsed before: 0.1 us a line, not 0.5.
+    """parse with a memo: a known line takes 0.1 us, not 0.5.
 
-    Most lines of a client are the same in each of its requests.  Long ones are
-    not kept, for anybody can send them.
+    A client repeats most lines in each of its requests.  Long lines are not kept:
+    anybody could fill the memory with them.
     """
     known = functools.lru_cache(maxsize=1024)(parse)
     return lambda line: known(line) if len(line) <= 256 else parse(line)
@@ -1341,10 +1341,10 @@ class WebSocketProtocol:
 # API messages and server-sent events. No I/O
 # -----------------------------------------------------------------------------
 #
-# What of the APIs has to be understood to route, count and end a request rightly;
-# the rest is passed on as it came.  Bodies are judged by what they are, not by
-# their label.  What differs between chat completions, completions, responses and
-# messages stands in one class for each, a Dialect; nothing below asks for a path.
+# What has to be understood of the APIs to route, count and end a request; the rest
+# is relayed as it came.  Bodies are judged by what they are, not by their label.
+# What differs between chat completions, completions, responses and messages stands
+# in one class for each, a Dialect; nothing below asks for a path.
 
 
 def _parse_int(digits: str) -> int:
@@ -1389,7 +1389,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def read_json(content: bytes | str) -> Any:
-    """The JSON value that somebody answered, or None if it is none."""
+    """The JSON value in an answer, or None if it is not JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -1438,7 +1438,7 @@ def random_id(prefix: str) -> str:
 
 
 class Body(enum.Enum):
-    """What a body is, told by its first bytes."""
+    """What a body is."""
 
     EVENTS = "server-sent events"
     JSON = "JSON"
@@ -1457,7 +1457,7 @@ def body_start(content: bytes) -> bytes:
 
 
 def body_kind(start: bytes) -> Body | None:
-    """What a body that begins so is; None while more bytes are needed to tell."""
+    """What a body is that begins like this; None while it could be several."""
     if start[:1] in (b"{", b"["):
         return Body.JSON
     if start.startswith(_FIELDS):
@@ -1482,7 +1482,7 @@ class ErrorObject(NamedTuple):
     message  others' words: for whoever asked, and for nobody else
     type, code, param  the OpenAI API's, where it has them
     words    every code, type, status and reason in it, in lower case
-    passed_on  whether it is what another server of ours was told by its upstream
+    passed_on  whether another server like this one got it from its upstream
     """
 
     message: str = ""
@@ -1501,7 +1501,7 @@ class ErrorObject(NamedTuple):
         return ""
 
 
-# As the APIs write codes.  What else stands there may be quoted from a request.
+# How the APIs write codes.  Anything else may be quoted from a request.
 _PLAIN_WORD = re.compile("[a-z]+(?:_[a-z0-9]+)*", re.ASCII)
 
 
@@ -1509,7 +1509,7 @@ def find_error(value: Any) -> ErrorObject | None:
     """The error in an answer's parsed JSON, or None.
 
     The shapes of OpenAI, Anthropic, Gemini (a list), vLLM ("object": "error"),
-    FastAPI ("detail"), and of those who have only a text.
+    FastAPI ("detail"), and a mere text.
     """
     if isinstance(value, list):
         return find_error(value[0]) if value and isinstance(value[0], dict) else None
@@ -1616,7 +1616,7 @@ class Usage(NamedTuple):
 
 
 def read_usage(value: Any) -> Usage:
-    """The token counts of a usage object, whoever wrote it."""
+    """The token counts of a usage object in any dialect."""
     fields = as_object(value)
     sent = _count(fields, "prompt_tokens", "input_tokens")
     output = _count(fields, "completion_tokens", "output_tokens")
@@ -1630,12 +1630,12 @@ def read_usage(value: Any) -> Usage:
             if type(details) is int and 0 < details <= sent:
                 cached = details
     if not sent and not output:
-        sent = _count(fields, "total_tokens")  # of an embedding, some say no more
+        sent = _count(fields, "total_tokens")  # some report only this of embeddings
     return Usage(sent + read + cache_made, cached, output)
 
 
 def _count(fields: dict[str, Any], *keys: str) -> int:
-    """The first of these counts that is there and no zero."""
+    """The first of these counts that is there and is not zero."""
     for key in keys:  # a generator in next() takes three times as long
         number = fields.get(key)
         if number:
@@ -1665,7 +1665,7 @@ def find_usage(content: bytes) -> Usage:
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens where nobody counts: one for every four bytes of UTF-8."""
+    """Tokens where nobody counted them: one for every four bytes of UTF-8."""
     return (len(text.encode("utf-8", "replace")) + 3) // 4
 
 
@@ -7738,7 +7738,7 @@ class Call:
 # Metrics
 # -----------------------------------------------------------------------------
 #
-# What the server tells of itself, for people and for what watches it.  Nothing of a
+# What the server reports of itself, to people and to monitoring.  Nothing of a
 # request's content is kept here.
 
 
@@ -7767,7 +7767,7 @@ class RequestRecord(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether its client had an error of it; who left has had none."""
+        """Whether its client got an error; one that left got none."""
         return self.ended is not None and self.status != 499 and self.error != ("", "")
 
     @property
@@ -7775,8 +7775,8 @@ class RequestRecord(NamedTuple):
         """Seconds from its last attempt to the beginning of the answer."""
         return self.began_at - self.attempts[-1][1] if self.began_at else None
 
-    def told(self) -> dict[str, Any]:
-        """Its line in GET /admin/status: with seconds since it began."""
+    def as_json(self) -> dict[str, Any]:
+        """What GET /admin/status says of it; times are seconds since it began."""
 
         def since(when: float | None) -> float | None:
             return round(when - self.started, 3) if when else None
@@ -7813,7 +7813,7 @@ class Journal:
     """The last requests, and how busy the last ten minutes were."""
 
     REQUESTS = 200  # that are kept
-    # Requests without a valid key that are kept: a stranger shall push out nobody.
+    # Requests without a valid key that are kept: strangers push nobody else out.
     STRANGERS = 20
     SLOT = 10.0  # seconds that are counted together
     SLOTS = 60
@@ -7821,7 +7821,7 @@ class Journal:
     def __init__(self) -> None:
         self._requests: deque[RequestRecord] = deque(maxlen=self.REQUESTS)
         self._strangers: deque[RequestRecord] = deque(maxlen=self.STRANGERS)
-        # By id(); the record stands there too, or another could get its id.
+        # By id(); the record is kept beside it, or another could get its id.
         self._encoded: dict[int, tuple[RequestRecord, bytes]] = {}
         # Number of a slot since the clock's beginning, requests, failures, tokens.
         self._slots: deque[list[int]] = deque(maxlen=self.SLOTS + 1)
@@ -7847,13 +7847,13 @@ class Journal:
         """The same as JSON; each is encoded once, however often it is asked for."""
         known = self._encoded
         self._encoded = {
-            id(record): known.get(id(record)) or (record, encode_json(record.told()))
+            id(record): known.get(id(record)) or (record, encode_json(record.as_json()))
             for record in self.requests()
         }
         return [line for _, line in self._encoded.values()]
 
     def activity(self, now: float) -> dict[str, list[int]]:
-        """Requests, failures and tokens in each slot; the one that runs is left out."""
+        """Requests, failures and tokens in each slot but the current one."""
         first = int(now / self.SLOT) - self.SLOTS
         counts = [[0] * self.SLOTS for _ in range(3)]
         for number, *slot in self._slots:
@@ -7908,7 +7908,7 @@ def metric_labels(**labels: str) -> str:
 
 
 class Metrics:
-    """What GET /metrics tells: Prometheus text, version 0.0.4.
+    """What GET /metrics answers: Prometheus text, version 0.0.4.
 
     Labels are bounded: a model that nobody lists is "other", and so is a path.
 
@@ -7931,8 +7931,8 @@ class Metrics:
         "queue_wait_seconds": "From a request's head until a controller is asked.",
     }
 
-    # Controllers told apart by name, and models: an agent chooses both, and may come
-    # with others each time.
+    # Controllers, and models, with labels of their own: agents choose both names, and
+    # may come with new ones each time.
     MAX_NAMES = 200
 
     def __init__(self, users: bool = False) -> None:
@@ -8021,7 +8021,7 @@ class Metrics:
 
 
 def process_gauges() -> Iterator[tuple[str, str, str, float]]:
-    """What Prometheus' own libraries tell of a process, as far as the system does."""
+    """What Prometheus' own libraries report of a process, where the system tells."""
     cpu = os.times()
     yield "process_cpu_seconds_total", "User and system time.", "", cpu[0] + cpu[1]
     with contextlib.suppress(OSError, ValueError, IndexError):  # Linux
@@ -9075,7 +9075,8 @@ class Service:
         made_at, content, etag = self._status
         if now - made_at >= 1:
             running = [
-                encode_json(h.record().told()) for h in reversed(self.running_requests)
+                encode_json(h.record().as_json())
+                for h in reversed(self.running_requests)
             ]
             requests = b", ".join([*running, *self.journal.encode()])
             told = encode_json(self._describe(now))[:-1]
