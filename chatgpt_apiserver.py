@@ -11179,15 +11179,14 @@ def register_url(url: str) -> str:
     """
     whole = url if "://" in url else f"http://{url}"
     try:
-        address = Address.of(whole)
+        scheme, _, _, path = address = Address.of(whole)
+        if not re.fullmatch("[!-~]+", whole) or set(whole) & set("?#@"):
+            raise ValueError
     except ValueError:
-        address = Address("", "", 0, "")
-    if not re.fullmatch("[!-~]+", whole) or set(whole) & set("?#@") or not address.host:
-        raise ValueError("expected the URL of a server, as http://my-server:8080")
-    path = address.path
-    if not path.endswith("/client/register"):
-        path += "/client/register"
-    return f"{address.scheme}://{address.authority}{path}"
+        text = "expected the URL of a server, as http://my-server:8080"
+        raise ValueError(text) from None
+    path = path.removesuffix("/client/register")
+    return f"{scheme}://{address.authority}{path}/client/register"
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
@@ -12254,7 +12253,7 @@ def read_arguments(argv: list[str], help: str) -> tuple[list[str], dict[str, str
             if is_option(value):
                 raise COMMAND_LINE.mistake(option, "expected one argument")
         elif equals and not takes_value[name]:
-            raise COMMAND_LINE.mistake(option, "ignored explicit argument")
+            raise COMMAND_LINE.mistake(option, "takes no value")
         values[name] = value
     return words, values
 
@@ -12341,9 +12340,7 @@ def find_file(options: dict[str, str], environ: Mapping[str, str]) -> str | None
         raise ConfigurationError("config_path: expected a folder that is there")
     if path and ("config_file" in options or "config_path" not in options):
         return path
-    folders = [".", ".config", "config", "/etc/chatgpt-apiserver"]
-    if folder:
-        folders.insert(0, folder)
+    folders = [folder or ".", ".", ".config", "config", "/etc/chatgpt-apiserver"]
     paths = [os.path.normpath(os.path.join(folder, name)) for folder in folders]
     # A folder of that name counts too, and is a mistake: docker makes one when what
     # is to be mounted is not there.
@@ -12434,10 +12431,7 @@ def environment_proxy(url: str, environ: Mapping[str, str]) -> str | None:
 
 
 def agent_controllers(
-    options: dict[str, str],
-    names: list[str],
-    environ: Mapping[str, str],
-    limits: Limits,
+    options: dict[str, str], names: list[str], environ: Mapping[str, str]
 ) -> list[Controller] | None:
     """What an agent serves; None for what there is on this machine."""
     if len({"upstream", "command", "config_file"} & options.keys()) > 1:
@@ -12458,7 +12452,7 @@ def agent_controllers(
         file = Source(path, os.path.dirname(path), environ)
         entries = file.read(file_keys()).get("controllers", [])
         made = read_controllers(file, entries, environ)
-        return [make_controller(arguments, limits) for arguments in made]
+        return [make_controller(arguments, DEFAULT_LIMITS) for arguments in made]
     if "upstream" not in options:
         return None
     url = options["upstream"].rstrip("/")
@@ -12471,7 +12465,7 @@ def agent_controllers(
         "api_key": options.get("upstream_key", ""),
         "models": names or None,
     }
-    return [make_controller(controller_arguments(settings, environ), limits)]
+    return [make_controller(controller_arguments(settings, environ), DEFAULT_LIMITS)]
 
 
 def build_agent(
@@ -12479,7 +12473,6 @@ def build_agent(
 ) -> Agent:
     """The agent that a command line describes; ConfigurationError."""
     urls, options = read_arguments(argv, AGENT_HELP)
-    limits = Limits()
     most = options.get("max_concurrency", "8")
     if not re.fullmatch("[1-9][0-9]{0,3}", most):
         text = "expected a number from 1 to 9999"
@@ -12499,10 +12492,9 @@ def build_agent(
             *urls,
             key=key,
             paused="pause" in options,
-            controllers=agent_controllers(options, names, environ, limits),
+            controllers=agent_controllers(options, names, environ),
             models=names or None,
             max_concurrency=int(most),
-            limits=limits,
             log=log,
             verbose="verbose" in options,
             **checked,
@@ -12770,12 +12762,9 @@ def main(argv: list[str] | None = None) -> int:
             program = ServerProgram(arguments, log)
         raise_file_limit()
         asyncio.run(program.run())
-    except ConfigurationError as error:
+    except (ConfigurationError, OSError) as error:
         print(f"chatgpt_apiserver: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"chatgpt_apiserver: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigurationError) else 1
     except KeyboardInterrupt:
         pass
     return 0

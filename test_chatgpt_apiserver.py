@@ -15885,7 +15885,7 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "k", "--list", "::"], "unknown option"),  # no abbreviations
     (["8080", "k", "-list", "::"], "unknown option"),
     (["8080", "k", "--listen"], "--listen: expected one argument"),
-    (["8080", "k", "--verbose=SECRET"], "--verbose: ignored explicit argument"),
+    (["8080", "k", "--verbose=SECRET"], "--verbose: takes no value"),
     (["8080", "k", "--listen", "0.0.0.0:80"], "listen: expected an address without port"),
     (["8080", "k", "--listen", "256.0.0.1"], "listen: expected an address"),
     (["8080", "k", "--listen", "a b"], "listen: expected an address"),
