@@ -11284,16 +11284,6 @@ class Link:
             self._problem = problem
             self.agent.warn(f"{problem}; dialling again")
 
-    async def drain(self) -> None:
-        """Have the server send no new calls."""
-        with contextlib.suppress(ConnectionError):
-            await self.send(self.id, "Drain")
-
-    def close(self) -> None:
-        """End the connection: the agent is shutting down."""
-        if self.websocket is not None:
-            self.websocket.close(1001, "the agent is shutting down")
-
     # --- The connection
 
     async def _serve_connection(self) -> str:
@@ -11448,14 +11438,13 @@ class Link:
     def _read_request(self, data: str) -> APIRequest:
         """The request in an ApiRequest; APIError(400) for what is not served."""
         said = parse_envelope(data)
-        body, fields = said.get("body"), said.get("headers")
-        target = str(said.get("path"))
+        body, target = said.get("body"), str(said.get("path"))
         if said.get("method") != "POST" or not _API_TARGET.fullmatch(target):
             raise APIError(400, "An agent answers only POST of plain paths under /v1/.")
         path, _, query = target.partition("?")
         headers = {
             name: value
-            for name, value in (fields if isinstance(fields, dict) else {}).items()
+            for name, value in as_object(said.get("headers")).items()
             if _API_FIELD.fullmatch(f"{name}:{value}")
             and isinstance(value, str)
             and name not in _PRIVATE_REQUEST_FIELDS
@@ -11637,14 +11626,15 @@ class Agent:
 
     async def _drain(self, shutdown: Shutdown) -> None:
         """Take no new calls; what runs may finish for drain_timeout seconds."""
-        await asyncio.gather(*(link.drain() for link in self.links.values()))
+        self._tell_servers("Drain")
         seconds = self.limits.drain_timeout
         running = self._running()
         if running:
             self.report(f"{len(running)} running calls may finish ({seconds:.0f} s)")
         await shutdown.wait_for(self._running, seconds)
         for link in self.links.values():
-            link.close()
+            if link.websocket is not None:
+                link.websocket.close(1001, "the agent is shutting down")
         if self.links:  # the servers close, too
             await asyncio.wait(set(self.links), timeout=1)
 
