@@ -4054,7 +4054,7 @@ class WebSocket:
         loop.call_later(CLOSE_TIMEOUT, self.connection.abort)
 
     def _write(self, frame: bytes) -> None:
-        """Write a frame that may come too late: then nobody misses it."""
+        """Write a frame; where the peer has left, nobody misses it."""
         with contextlib.suppress(ConnectionResetError):
             self.connection.write(frame)
 
@@ -11142,15 +11142,15 @@ class Server(Service):
 # further than that: what it is sent can reach its own upstreams' API and nothing
 # else.  Tasks answer the calls; the one that reads the socket waits for none.
 
-# Seconds until an agent dials again: up to this, doubling, up to that; after that at
-# once where its key was refused.
+# Seconds until an agent dials again: at random up to the first, which doubles up to
+# the second; after a refused key the second.
 REDIAL_FIRST = 0.5
 REDIAL_MAX = 30.0
-# Seconds between two looks for an upstream, and between two at its models.
+# Seconds between two searches for an upstream, and between two looks at its models.
 LOOK_INTERVAL = 3.0
 MODELS_INTERVAL = 30.0
 
-# Where usual programs listen on the machine they run on.
+# Where common programs listen on this machine.
 LOCAL_PORTS = {11434: "Ollama", 8080: "llama.cpp", 8000: "vLLM", 1234: "LM Studio"}
 # Strict, for a server chooses it: no dot begins a segment, and nothing is encoded.
 _SEGMENT = r"/[A-Za-z0-9_][A-Za-z0-9._~:@-]*"
@@ -11195,7 +11195,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
     while running:
         for task in running:
             task.cancel()
-        # Once more for who has missed it: wait_for() loses some before Python 3.12.
+        # Once more if one was lost: wait_for() loses some before Python 3.12.
         _, running = await asyncio.wait(running, timeout=1)
 
 
@@ -11218,9 +11218,9 @@ def explain_no_link(server: str, error: Exception) -> str:
 
 
 class Link:
-    """An agent's connection to one address of one server, made again for ever.
+    """An agent's connection to one address of one server, redialled for ever.
 
-    Its task reads the socket and waits for no call: each call has a task.
+    Its task only reads the socket: each call has a task of its own.
 
     url        of the server
     address    an IP address of the server's name; "" for whichever answers
@@ -11265,7 +11265,7 @@ class Link:
             if self.joined_at:
                 lost_at = loop.time()
                 if lost_at - self.joined_at > delay:
-                    delay = REDIAL_FIRST  # it had been a good one
+                    delay = REDIAL_FIRST  # the connection had held
             soon = loop.time() - lost_at < REDIAL_SOON_TIME
             delay = min(delay, REDIAL_SOON if soon else REDIAL_MAX, REDIAL_MAX)
             # Full jitter: a thousand agents must not come back in one moment.
@@ -11275,8 +11275,8 @@ class Link:
     def _tell(self, problem: str, joined_before: bool) -> None:
         """Tell people of a problem, once while it lasts.
 
-        An address that was never reached is none as long as another of its name is:
-        many names have an IPv6 address that not everybody can reach.
+        An address that never worked is no problem while another of the same server
+        does: many names have an IPv6 address that not everybody can reach.
         """
         links = (link for link in self.agent.links.values() if link.url == self.url)
         matters = self.joined_at or joined_before or not any(x.websocket for x in links)
@@ -11558,7 +11558,7 @@ class Agent:
         self.id = str(uuid.uuid4())
         self.serves: list[str] | None = []
         self.links: dict[asyncio.Task[None], Link] = {}
-        # By the ids of the servers that are reached; done when they are no more.
+        # By ids of the servers it is connected to; done when that connection ends.
         self.reached: dict[str, asyncio.Future[None]] = {}
         self.fields = [("Authorization", f"Bearer {key}")] if key else []
         self.ca_file = ca_file
