@@ -28,7 +28,8 @@ The file reads downward; each section uses only what stands above it:
     Pool                     balance, queue, fail over, cool down
     Metrics                  the last requests, and what Prometheus is told
     The page                 what a browser is shown
-    Service                  keys, agents, conversations, the log
+    The log                  lines that never wait for their reader
+    Service                  what requests share: keys, agents, conversations
     Request handler          routes and authorization
     Server                   sockets, tasks, start and stop
     Agent                    the side that dials in: the handler's mirror
@@ -8772,11 +8773,11 @@ PAGE_FIELDS = (
 
 
 # -----------------------------------------------------------------------------
-# Service: what all requests share
+# The log
 # -----------------------------------------------------------------------------
 #
-# Who may do what, which agents are there, which conversations are kept, what has
-# been promised to the memory, and the log.  No sockets here, and no routes.
+# Lines for people and access lines go to standard error.  A request never waits for
+# its log, and nothing that others wrote breaks a line or moves a cursor.
 
 
 class Log:
@@ -8786,22 +8787,21 @@ class Log:
     not stand still for the sake of their log.
     """
 
-    MAX_LINES = 10_000
+    MAX_SIZE = 1024 * 1024  # bytes that wait for the reader
     PIECE_SIZE = 4096  # of PIPE_BUF: a pipe that polls as writable takes it whole
 
     def __init__(self, fd: int = 2) -> None:
         self._fd = fd
-        self._lines: list[str] = []
-        self._pending = bytearray()  # lines before these, half written
-        self._dropped = 0
+        self._waiting = bytearray()
+        self._dropped = 0  # lines
         self._scheduled = False
 
     def write(self, line: str) -> None:
         """Add a line, without its LF."""
-        if len(self._lines) >= self.MAX_LINES:
+        if len(self._waiting) >= self.MAX_SIZE:
             self._dropped += 1
             return
-        self._lines.append(line)
+        self._waiting += line.encode("utf-8", "backslashreplace") + b"\n"
         if not self._scheduled:
             try:
                 asyncio.get_running_loop().call_soon(self.flush)
@@ -8818,25 +8818,20 @@ class Log:
     def flush(self) -> None:
         """Write as much as the reader takes now; try the rest later."""
         self._scheduled = False
-        pending = self._pending
-        while pending or self._lines:
-            if not pending:
-                if self._dropped:
-                    text = f"({self._dropped} lines of this log were dropped)"
-                    self._lines.append(text)
-                    self._dropped = 0
-                text = "\n".join([*self._lines, ""])
-                pending += text.encode("utf-8", "backslashreplace")
-                self._lines.clear()
-            if not self._write(bytes(pending[: self.PIECE_SIZE])):
-                break
-            del pending[: self.PIECE_SIZE]
-        if pending:
-            with contextlib.suppress(RuntimeError):
-                asyncio.get_running_loop().call_later(0.2, self.flush)
-                self._scheduled = True
+        waiting = self._waiting
+        if self._dropped and len(waiting) < self.MAX_SIZE // 2:
+            waiting += b"(%d lines of this log were dropped)\n" % self._dropped
+            self._dropped = 0
+        while waiting:
+            size = waiting.rfind(b"\n", 0, self.PIECE_SIZE) + 1 or self.PIECE_SIZE
+            if not self._write(waiting[:size]):
+                with contextlib.suppress(RuntimeError):
+                    asyncio.get_running_loop().call_later(0.2, self.flush)
+                    self._scheduled = True
+                return
+            del waiting[:size]
 
-    def _write(self, data: bytes) -> bool:
+    def _write(self, data: bytearray) -> bool:
         """Write one piece; False if that would have to wait."""
         try:
             if os.name == "posix" and not select.select([], [self._fd], [], 0)[1]:
@@ -8877,6 +8872,30 @@ class LogHandler(logging.Handler):
 def clock_text(timestamp: int) -> str:
     """Local date and time, for people."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(timestamp))
+
+
+def _plain(text: str) -> str:
+    """text for the log: short, and nothing that moves a cursor."""
+    text = " ".join(text[:80].split())
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _word(text: str) -> str:
+    """text for the log, as one word."""
+    return _cached_word(text[:80])
+
+
+@functools.lru_cache(maxsize=1024)  # the same few names in each line
+def _cached_word(text: str) -> str:
+    return _plain(text).replace(" ", "_")
+
+
+# -----------------------------------------------------------------------------
+# Service: what all requests share
+# -----------------------------------------------------------------------------
+#
+# Who may do what, which agents are there, which conversations are kept, and what has
+# been promised to the memory.  No sockets here, and no routes.
 
 
 class Conversation:
@@ -8963,6 +8982,23 @@ class Conversations:
         conversation = self._kept.pop(key)
         conversation.kept = False
         self._size -= conversation.size
+
+
+@functools.lru_cache(maxsize=1)
+def source_code() -> bytes | None:
+    """This file's bytes, or None if it is no file."""
+    try:
+        with open(__file__, "rb") as file:
+            return file.read()
+    except (NameError, OSError):
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def source_digest() -> str | None:
+    """The SHA-256 of what GET /agent.py sends."""
+    source = source_code()
+    return None if source is None else hashlib.sha256(source).hexdigest()
 
 
 class Service:
@@ -10642,39 +10678,6 @@ def usage_csv(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
     writer.writerow(columns)
     writer.writerows([plain(row[column]) for column in columns] for row in rows)
     return file.getvalue().encode("utf-8", "replace")
-
-
-def _plain(text: str) -> str:
-    """text for the log: short, and nothing that moves a cursor."""
-    text = " ".join(text[:80].split())
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def _word(text: str) -> str:
-    """text for the log, as one word."""
-    return _cached_word(text[:80])
-
-
-@functools.lru_cache(maxsize=1024)  # the same few names in each line
-def _cached_word(text: str) -> str:
-    return _plain(text).replace(" ", "_")
-
-
-@functools.lru_cache(maxsize=1)
-def source_code() -> bytes | None:
-    """This file's bytes, or None if it is no file."""
-    try:
-        with open(__file__, "rb") as file:
-            return file.read()
-    except (NameError, OSError):
-        return None
-
-
-@functools.lru_cache(maxsize=1)
-def source_digest() -> str | None:
-    """The SHA-256 of what GET /agent.py sends."""
-    source = source_code()
-    return None if source is None else hashlib.sha256(source).hexdigest()
 
 
 # -----------------------------------------------------------------------------
