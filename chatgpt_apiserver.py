@@ -12135,30 +12135,25 @@ class Source(NamedTuple):
             value = self.variable(value, place)
         if callable(shape):
             shape = shape(value)
+        words = KINDS.get(type(shape)) or shape.words
+        types = type(shape) if type(shape) in KINDS else shape.types
+        # To isinstance, true is a number.
+        if not isinstance(value, types) or (type(value) is bool and types is not bool):
+            kind = "null" if value is None else KINDS.get(type(value), "a number")
+            raise self.mistake(place, f"expected {words}, got {kind}")
         if isinstance(shape, list):
-            self.check_type(value, "a list", list, place)
             return [
                 self.check(item, shape[0], f"{place}[{index}]")
                 for index, item in enumerate(value)
             ]
         if isinstance(shape, dict):
-            self.check_type(value, "an object", dict, place)
             return dict(self.check_items(value, shape, place))
-        self.check_type(value, shape.words, shape.types, place)
         if shape in (PATH, FILE) and value and value != "-":
             value = os.path.join(self.folder, os.path.expanduser(value))
         with contextlib.suppress(ValueError):
             if shape.test(value):
                 return value
         raise self.mistake(place, f"expected {shape.words}")
-
-    def check_type(self, value: Any, words: str, types: Any, place: str) -> None:
-        # To isinstance, true is a number.
-        if not isinstance(value, types) or (
-            isinstance(value, bool) and types is not bool
-        ):
-            kind = "null" if value is None else KINDS.get(type(value), "a number")
-            raise self.mistake(place, f"expected {words}, got {kind}")
 
     def check_items(
         self, items: dict[Any, Any], shape: dict[str, Any], place: str

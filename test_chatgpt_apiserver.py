@@ -16400,15 +16400,6 @@ def test_mutated_documents_are_a_config_or_one_line(load, tmp_path):
     assert outcomes == {"config", "mistake"}
 
 
-def test_near_matches_cost_nothing_until_somebody_mistypes():
-    code = "import sys, chatgpt_apiserver as a; a.load_config(['1', 'k'], {}); print('difflib' in sys.modules)"
-    folder = os.path.dirname(os.path.abspath(apiserver.__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE
-    )
-    assert done.stdout.strip() == b"False"
-
-
 # -----------------------------------------------------------------------------
 # What people read: the log, the README
 # -----------------------------------------------------------------------------
