@@ -3454,6 +3454,7 @@ class HTTPClient:
         self.limits = limits
         self._host = ("Host", self.address.authority)
         self._proxy = Address.of(proxy) if proxy else None
+        self._via = self._proxy or self.address
         self._proxy_fields: list[tuple[str, str]] = []
         self._ca_file = ca_file
         self._verify = verify
@@ -3602,9 +3603,8 @@ class HTTPClient:
 
         Raise OSError and asyncio.TimeoutError.
         """
-        via = self._proxy or self.address
         try:
-            connection = await self._dial(via.host, via.port)
+            connection = await self._dial()
         except ConnectionRefusedError:
             if self._proxy is None:
                 raise
@@ -3613,41 +3613,43 @@ class HTTPClient:
             if self._proxy is not None:
                 await self._tunnel(connection)
             if self.address.scheme == "https":
-                await self._start_tls(connection)
+                file = self._ca_file
+                changed = os.stat(file).st_mtime_ns if file else 0
+                context = client_tls_context(file, changed, self._verify)
+                host = self.address.host
+                await connection.start_tls(context, server_hostname=host)
         except BaseException:
             connection.abort()
             raise
         return connection
 
-    async def _dial(self, host: str, port: int) -> Connection:
+    async def _dial(self) -> Connection:
         """A connection to whichever of a host's addresses answers first.
 
         While one does not, the next is tried beside it (RFC 8305 section 5).
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + self.limits.connect_timeout
-        addresses = await self._addresses(host, port)
-        failure = OSError(f"{host} has no address")
+        failure = OSError(f"{self._via.host} has no address")
         attempts: set[asyncio.Task[Connection]] = set()
         try:
-            while addresses or attempts:
-                if addresses:
-                    attempt = self._connect(addresses.pop(0), port)
-                    attempts.add(loop.create_task(attempt))
-                left = end - loop.time()
-                if left <= 0:
-                    raise asyncio.TimeoutError
-                done, _ = await asyncio.wait(
-                    attempts,
-                    timeout=min(left, NEXT_ADDRESS_DELAY) if addresses else left,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                for task in done:
-                    attempts.remove(task)
-                    try:
-                        return task.result()
-                    except OSError as error:
-                        failure = error
+            with time_limit(end, asyncio.TimeoutError()):
+                addresses = await self.addresses()
+                while addresses or attempts:
+                    if addresses:
+                        attempt = self._connect(addresses.pop(0), self._via.port)
+                        attempts.add(loop.create_task(attempt))
+                    done, _ = await asyncio.wait(
+                        attempts,
+                        timeout=NEXT_ADDRESS_DELAY if addresses else None,
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                    for task in done:
+                        attempts.remove(task)
+                        try:
+                            return task.result()
+                        except OSError as error:
+                            failure = error
             raise failure
         finally:
             for task in attempts:  # one may have been made in the same moment
@@ -3660,11 +3662,8 @@ class HTTPClient:
         return connection
 
     async def addresses(self) -> list[str]:
-        """All addresses of its host; OSError and asyncio.TimeoutError."""
-        return await self._addresses(self.address.host, self.address.port)
-
-    async def _addresses(self, host: str, port: int) -> list[str]:
-        """A host's addresses; OSError and asyncio.TimeoutError."""
+        """All addresses of its host, or its proxy's; OSError, asyncio.TimeoutError."""
+        host, port = self._via.host, self._via.port
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(host))]
         if self._lookup is None or self._lookup.done():
@@ -3674,14 +3673,9 @@ class HTTPClient:
             self._lookup.set_running_or_notify_cancel()  # cannot be cancelled
             arguments = (self._lookup, host, port)
             threading.Thread(target=self._look_up, args=arguments, daemon=True).start()
-        lookup = asyncio.wrap_future(self._lookup)
-        try:
-            await asyncio.wait({lookup}, timeout=self.limits.connect_timeout)
-            if not lookup.done():
-                raise asyncio.TimeoutError
-            found = lookup.result()
-        finally:
-            lookup.cancel()
+        end = asyncio.get_running_loop().time() + self.limits.connect_timeout
+        with time_limit(end, asyncio.TimeoutError()):
+            found = await asyncio.wrap_future(self._lookup)
         if isinstance(found, str):
             raise OSError(f"{host} could not be resolved: {found}")
         return [*found]
@@ -3704,11 +3698,6 @@ class HTTPClient:
         if head is None or not 200 <= head.status < 300 or connection.buffer:
             status = "no answer" if head is None else f"status {head.status}"
             raise ConnectionRefusedError(f"the proxy refused the tunnel: {status}")
-
-    async def _start_tls(self, connection: Connection) -> None:
-        changed = os.stat(self._ca_file).st_mtime_ns if self._ca_file else 0
-        context = client_tls_context(self._ca_file, changed, self._verify)
-        await connection.start_tls(context, server_hostname=self.address.host)
 
 
 class ClientResponse(Answer):

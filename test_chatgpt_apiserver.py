@@ -15497,12 +15497,16 @@ async def test_an_agent_that_is_full_for_too_long_is_a_503(tmp_path):
 async def test_every_address_of_a_servers_name_is_dialled(tmp_path, monkeypatch):
     found = ["127.0.0.2"]
 
-    async def addresses(client):
-        if not found:
-            raise OSError("there is no such name")
-        return list(found)
+    real = socket.getaddrinfo
 
-    monkeypatch.setattr(apiserver.HTTPClient, "addresses", addresses)
+    def resolve(host, port, *arguments, **options):
+        if host != "pool.example":
+            return real(host, port, *arguments, **options)
+        if not found:
+            raise socket.gaierror("there is no such name")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(apiserver, "SERVER_LOOK_UP_INTERVAL", 0.02)
     monkeypatch.setattr(apiserver, "REDIAL_SOON", 0.02)
     controller = FunctionController(lambda request: "Hi", models=["m"])
