@@ -14556,23 +14556,30 @@ class AgentLog(list):
 
 
 @contextlib.asynccontextmanager
-async def agent_of(server, *controllers, **options):
-    """An agent at work for a server (or a port), its lines in agent.log."""
-    port = getattr(server, "port", server)
+async def agent_of_all(urls, *controllers, **options):
+    """An agent of several servers at work, its lines in agent.log."""
     options = {"key": KEY, "name": "box", **options}
     options.setdefault("log", AgentLog())
     options.setdefault("controllers", controllers or None)
-    agent = apiserver.Agent(f"127.0.0.1:{port}", **options)
+    agent = apiserver.Agent(*urls, **options)
     agent.log = options["log"]
     agent.task = asyncio.ensure_future(agent.serve_forever())
     try:
-        if server is not port:
-            await until(lambda: agent.id in server.agents)
         yield agent
     finally:
         agent.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await agent.task
+
+
+@contextlib.asynccontextmanager
+async def agent_of(server, *controllers, **options):
+    """An agent of one server (or a port), once it is there."""
+    port = getattr(server, "port", server)
+    async with agent_of_all([f"127.0.0.1:{port}"], *controllers, **options) as agent:
+        if server is not port:
+            await until(lambda: agent.id in server.agents)
+        yield agent
 
 
 def link_of(agent):
@@ -15402,22 +15409,6 @@ async def two_servers(tmp_path, **options):
 
 def serving_urls(*servers):
     return [f"127.0.0.1:{server.port}" for server in servers]
-
-
-@contextlib.asynccontextmanager
-async def agent_of_all(urls, controller, **options):
-    """An agent of several servers at work, its lines in agent.log."""
-    options = {"key": KEY, "name": "box", **options}
-    log = AgentLog()
-    agent = apiserver.Agent(*urls, controllers=[controller], log=log, **options)
-    agent.log = log
-    task = asyncio.ensure_future(agent.serve_forever())
-    try:
-        yield agent
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 @flow
