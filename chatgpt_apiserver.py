@@ -11891,27 +11891,27 @@ class Expected(NamedTuple):
     """What a single value has to be."""
 
     words: str  # after "expected"
-    types: Any  # one or a tuple, as for isinstance
     test: Callable[[Any], Any]  # of a value of these types; ValueError is no, too
+    types: Any = str  # one or a tuple, as for isinstance
 
 
 def one_of(*words: str) -> Expected:
     """A string that is one of these words."""
-    return Expected(" or ".join(map(json.dumps, words)), str, words.__contains__)
+    return Expected(" or ".join(map(json.dumps, words)), words.__contains__)
 
 
 def whole_number(least: int) -> Expected:
     """A whole number, within reason."""
     words = f"a whole number from {least}"
-    return Expected(words, int, lambda value: least <= value < 10**12)
+    return Expected(words, lambda value: least <= value < 10**12, int)
 
 
 def is_address(value: str) -> bool:
-    """Whether value is an IP address, [::1] too, or could be the name of a host."""
+    """Whether value is "", an IP address, [::1] too, or could be a host's name."""
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(re.sub(r"^\[(.*)\]$", r"\1", value)))
     # 256.0.0.1 is no name: a last label of digits is a mistyped address.
-    name = r"(?=.{1,253}$)([A-Za-z0-9_-]{1,63}\.)*(?![0-9]+$)[A-Za-z0-9_-]{1,63}"
+    name = r"|(?=.{1,253}$)([A-Za-z0-9_-]{1,63}\.)*(?![0-9]+$)[A-Za-z0-9_-]{1,63}"
     return re.fullmatch(name, value) is not None
 
 
@@ -11925,7 +11925,7 @@ def is_url(value: str) -> bool:
     url = urllib.parse.urlsplit(value)  # ValueError: an unfinished [, a port of 99999
     known = url.scheme in ("http", "https") and url.port != 0
     clean = is_key(value) and not set(value) & set("?#@\\")
-    return known and clean and is_address(url.hostname or "")
+    return known and clean and is_address(url.hostname or "?")
 
 
 def is_proxy(value: str) -> bool:
@@ -11943,32 +11943,26 @@ def models_shape(value: Any) -> Any:
     """The shape of "models": ["name", ...] or {"alias": "name", ...}."""
     if value and isinstance(value, (list, dict)):
         return [NAME] if isinstance(value, list) else dict.fromkeys(value, NAME)
-    return Expected('["name"] or {"alias": "name"}, not empty', (list, dict), bool)
+    return Expected('["name"] or {"alias": "name"}, not empty', bool, (list, dict))
 
 
-NAME = Expected("printable text", str, lambda text: text != "" and text.isprintable())
+NAME = Expected("printable text", lambda text: text != "" and text.isprintable())
 # Relative to the folder of the server's file, in whichever file it is written.
-PATH = Expected("the path of a file", NAME.types, NAME.test)
-FILE = Expected("the path of a file that can be read", str, is_readable)
-NUMBER = Expected("a number from 0", (int, float), lambda value: 0 <= value < 1e12)
-ABOVE_0 = Expected("seconds, above 0", (int, float), lambda value: 0 < value < 1e12)
-LIMIT = Expected(f"a limit {QUOTA_WORDS}", (str, dict, list), parse_quotas)
+PATH = Expected("the path of a file", NAME.test)
+FILE = Expected("the path of a file that can be read", is_readable)
+NUMBER = Expected("a number from 0", lambda value: 0 <= value < 1e12, (int, float))
+ABOVE_0 = Expected("seconds, above 0", lambda value: 0 < value < 1e12, (int, float))
+LIMIT = Expected(f"a limit {QUOTA_WORDS}", parse_quotas, (str, dict, list))
 PORT = Expected(
     "a port from 0 to 65535",
-    (int, str),
     lambda value: re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535,
+    (int, str),
 )
-ADDRESS = Expected(
-    "an address without port, as 0.0.0.0 or ::",
-    str,
-    lambda value: value == "" or is_address(value),
-)
+ADDRESS = Expected("an address without port, as 0.0.0.0 or ::", is_address)
 KEY = Expected(
-    "a key of your own, of printable ASCII without spaces (<API_KEY> is none)",
-    str,
-    is_key,
+    "a key of your own, of printable ASCII without spaces (<API_KEY> is none)", is_key
 )
-TRUE_OR_FALSE = Expected("true or false", bool, lambda value: True)
+TRUE_OR_FALSE = Expected("true or false", lambda value: True, bool)
 # Limits that the file could set once, and constants now: no server is run with others.
 RETIRED_LIMITS = frozenset(
     "request_line_size header_line_size header_count chunk_line_size"
@@ -11995,11 +11989,10 @@ def limit_shape(name: str, default: float) -> Expected:
 CONFIG_KEYS = {
     "api_key": Expected(
         'a key of printable ASCII without spaces, "" for a server that wants none',
-        str,
         lambda value: value == "" or is_key(value),
     ),
-    "base_url": Expected("the http or https URL of an API", str, is_url),
-    "proxy": Expected("a proxy as http://host:port", str, is_proxy),
+    "base_url": Expected("the http or https URL of an API", is_url),
+    "proxy": Expected("a proxy as http://host:port", is_proxy),
     "ca_file": FILE,
     "verify": TRUE_OR_FALSE,
     "first_byte_timeout": ABOVE_0,
