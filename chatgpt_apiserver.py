@@ -12027,33 +12027,31 @@ class Setting(NamedTuple):
 
     shape: Any  # of what is written
     default: Any = None
-    place: str = ""  # in the file, "pool.type"; "": its name
     variables: tuple[str, ...] = ()  # the first that is set and not empty counts
+    place: str = ""  # in the file, "pool.type"; "": its name
     restart: bool = False  # what runs keeps what it had
 
 
 # All that can be set, by the name of Server's argument.  To add one is to add a line
 # here, and where it is an option, one to HELP.
 SETTINGS = {
-    "port": Setting(PORT, 8080, "", ("CHATGPT_APISERVER_PORT",), restart=True),
-    "listen": Setting(ADDRESS, "", "", ("CHATGPT_APISERVER_LISTEN",), restart=True),
-    "api_key": Setting(
-        KEY, "", "", ("CHATGPT_APISERVER_API_KEY", "API_KEY"), restart=True
-    ),
+    "port": Setting(PORT, 8080, ("CHATGPT_APISERVER_PORT",), restart=True),
+    "listen": Setting(ADDRESS, "", ("CHATGPT_APISERVER_LISTEN",), restart=True),
+    "api_key": Setting(KEY, "", ("CHATGPT_APISERVER_API_KEY", "API_KEY"), restart=True),
     "users": Setting(PATH, "users.json", restart=True),
     "usage": Setting(PATH, restart=True),
     "store": Setting(one_of("token", "sha256"), "token"),
     "default_limit": Setting(LIMIT),
-    "metrics_users": Setting(TRUE_OR_FALSE, False, "metrics.users", restart=True),
+    "metrics_users": Setting(TRUE_OR_FALSE, False, (), "metrics.users", restart=True),
     "tls_cert": Setting(FILE, restart=True),
     "tls_key": Setting(FILE, restart=True),
     "pool": Setting(
         one_of("balanced", "random", "least_busy"),
         "balanced",
-        "pool.type",
         ("CHATGPT_APISERVER_POOL_TYPE",),
+        "pool.type",
     ),
-    "agents_auth": Setting(one_of("local", "key", "open"), None, "agents.auth"),
+    "agents_auth": Setting(one_of("local", "key", "open"), None, (), "agents.auth"),
     "upstream_errors": Setting(one_of("map", "pass"), "map"),
     "affinity": Setting(TRUE_OR_FALSE, True),
     "mocks": Setting(TRUE_OR_FALSE, True, restart=True),
