@@ -3088,14 +3088,8 @@ class Connection(asyncio.Protocol):
                 writer.set_result(False)
         self._writers.clear()
 
-    async def start_tls(
-        self,
-        context: ssl.SSLContext,
-        *,
-        server_side: bool = False,
-        server_hostname: str | None = None,
-    ) -> None:
-        """Encrypt it from here on, within tls_timeout.
+    async def start_tls(self, context: ssl.SSLContext, host: str | None = None) -> None:
+        """Encrypt it from here on, within tls_timeout: as the client of host, if given.
 
         Raise OSError (ssl.SSLError is one) or asyncio.TimeoutError; the connection
         is gone then.
@@ -3107,8 +3101,8 @@ class Connection(asyncio.Protocol):
                 self.transport,
                 self,
                 context,
-                server_side=server_side,
-                server_hostname=server_hostname,
+                server_side=host is None,
+                server_hostname=host,
                 ssl_handshake_timeout=self.limits.tls_timeout,
             )
             if transport is None:
@@ -3616,8 +3610,7 @@ class HTTPClient:
                 file = self._ca_file
                 changed = os.stat(file).st_mtime_ns if file else 0
                 context = client_tls_context(file, changed, self._verify)
-                host = self.address.host
-                await connection.start_tls(context, server_hostname=host)
+                await connection.start_tls(context, self.address.host)
         except BaseException:
             connection.abort()
             raise
@@ -9462,7 +9455,7 @@ class RequestHandler:
         assert self.service.tls is not None
         peer = self.connection.peer
         try:
-            await self.connection.start_tls(self.service.tls, server_side=True)
+            await self.connection.start_tls(self.service.tls)
         except (OSError, asyncio.TimeoutError) as error:
             self.service.debug(f"TLS handshake with {peer} failed: {error}")
             return False

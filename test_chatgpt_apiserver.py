@@ -5266,12 +5266,12 @@ async def test_a_handshake_that_hangs_or_is_none_fails(behave):
 async def test_plain_bytes_before_the_handshake_are_not_taken_for_encrypted_ones():
     """Somebody on the way could answer in the upstream's place."""
 
-    client = HTTPClient("https://127.0.0.1")
+    context = apiserver.client_tls_context(None, 0, True)
     async with connection_pair() as (connection, _, writer):
         writer.write(OK)
         await until(lambda: connection.buffer)
         with pytest.raises(ConnectionResetError, match="before the TLS handshake"):
-            await client._start_tls(connection)
+            await connection.start_tls(context, "127.0.0.1")
 
 
 @flow
