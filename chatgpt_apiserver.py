@@ -1619,29 +1619,25 @@ class Usage(NamedTuple):
 def read_usage(value: Any) -> Usage:
     """The token counts of a usage object in any dialect."""
     fields = as_object(value)
-    sent = _count(fields, "prompt_tokens", "input_tokens")
-    output = _count(fields, "completion_tokens", "output_tokens")
+    get = fields.get
+    sent = _tokens(get("prompt_tokens") or get("input_tokens"))
+    output = _tokens(get("completion_tokens") or get("output_tokens"))
     # Anthropic's input_tokens are those that were neither read from the cache nor
     # written to it.
-    cached = read = _count(fields, "cache_read_input_tokens")
-    cache_made = _count(fields, "cache_creation_input_tokens")
+    cached = read = _tokens(get("cache_read_input_tokens"))
+    cache_made = _tokens(get("cache_creation_input_tokens"))
     for key in ("prompt_tokens_details", "input_tokens_details"):
         if key in fields:
-            details = as_object(fields[key]).get("cached_tokens")
-            if type(details) is int and 0 < details <= sent:
-                cached = details
+            hits = _tokens(as_object(fields[key]).get("cached_tokens"))
+            cached = hits if 0 < hits <= sent else cached
     if not sent and not output:
-        sent = _count(fields, "total_tokens")  # some report only this of embeddings
+        sent = _tokens(get("total_tokens"))  # some report only this of embeddings
     return Usage(sent + read + cache_made, cached, output)
 
 
-def _count(fields: dict[str, Any], *keys: str) -> int:
-    """The first of these counts that is there and is not zero."""
-    for key in keys:  # a generator in next() takes three times as long
-        number = fields.get(key)
-        if number:
-            return number if type(number) is int and 0 < number < 1 << 48 else 0
-    return 0
+def _tokens(count: Any) -> int:
+    """A count of tokens; 0 for what cannot be one."""
+    return count if type(count) is int and 0 < count < 1 << 48 else 0
 
 
 _USAGE_KEY = re.compile(r'"usage"\s*:\s*(?=\{)')
@@ -2072,7 +2068,9 @@ class CompletionStream(EventStream):
             '"finish_reason":"' in text or '"finish_reason": "' in text
         ):
             self._unfinished -= len(_FINISHED.findall(text))
-        if '"error"' in text or text.count('"usage"') != text.count(_NO_USAGE):
+        if '"error"' in text:
+            return False
+        if '"usage"' in text and text.count('"usage"') != text.count(_NO_USAGE):
             return False
         if "[DONE]" in text:
             if block != DONE_EVENT and not block.endswith(b"\n\n" + DONE_EVENT):
@@ -2605,13 +2603,9 @@ class AnthropicDialect(Dialect):
     """/v1/messages/...: whole answers, and the errors of the Anthropic API."""
 
     ERROR_TYPES: ClassVar = {
-        400: "invalid_request_error",
-        401: "authentication_error",
+        **APIError.TYPES,
         402: "billing_error",
-        403: "permission_error",
-        404: "not_found_error",
         413: "request_too_large",
-        429: "rate_limit_error",
         503: "overloaded_error",
         504: "timeout_error",
     }
@@ -2668,8 +2662,10 @@ _BELOW_MESSAGES = AnthropicDialect()
 
 def dialect_of(path: str) -> Dialect:
     """The dialect that is spoken at a path."""
+    if path in DIALECTS:
+        return DIALECTS[path]
     below = path.startswith(f"{MESSAGES_PATH}/")
-    return DIALECTS.get(path) or (_BELOW_MESSAGES if below else _OTHER_DIALECT)
+    return _BELOW_MESSAGES if below else _OTHER_DIALECT
 
 
 # --- Requests
@@ -2701,7 +2697,7 @@ def find_turn(body: dict[str, Any]) -> Turn:
     """
     said = body.get("messages", body.get("input"))
     messages = [{"content": said}] if isinstance(said, str) else as_list(said)
-    texts = [content_text(body.get(key)) for key in ("system", "instructions")]
+    texts = [content_text(body.get(key) or "") for key in ("system", "instructions")]
     count = 0
     for count, message in enumerate(map(as_object, messages), 1):
         texts.append(content_text(message.get("content")))
