@@ -1009,25 +1009,13 @@ def handshake_key() -> str:
     return base64.b64encode(secrets.token_bytes(16)).decode()
 
 
-# The 256 byte values as one number: one XOR makes a table for bytes.translate.
-ALL_BYTES = int.from_bytes(bytes(range(256)), "big")
-
-
 def apply_mask(data: bytes | bytearray, masking_key: bytes) -> bytes:
     """Mask or unmask data with a key of 4 bytes (section 5.3): the same operation."""
+    # As two big numbers: 0.4 us for 64 bytes and 1.8 ms for 1 MiB, on 3.9 and 3.11.
     size = len(data)
-    # Measured on 3.9 and 3.11: for 64 bytes the XOR of two big numbers takes 0.4 us
-    # and the tables 3 us; they meet at 6 KiB; for 1 MiB it is 1.8 ms and 0.9 ms.
-    if size < 6 * 1024:
-        mask = (masking_key * (size // 4 + 1))[:size]
-        number = int.from_bytes(data, "big") ^ int.from_bytes(mask, "big")
-        return number.to_bytes(size, "big")
-    masked = bytearray(data)
-    for i in range(4):
-        mask = masking_key[i : i + 1] * 256
-        table = (ALL_BYTES ^ int.from_bytes(mask, "big")).to_bytes(256, "big")
-        masked[i::4] = masked[i::4].translate(table)
-    return bytes(masked)
+    mask = (masking_key * (size // 4 + 1))[:size]
+    number = int.from_bytes(data, "big") ^ int.from_bytes(mask, "big")
+    return number.to_bytes(size, "big")
 
 
 class FrameHead(NamedTuple):
