@@ -1500,9 +1500,7 @@ def find_error(value: Any) -> ErrorObject | None:
     The shapes of OpenAI, Anthropic, Gemini (a list), vLLM ("object": "error"),
     FastAPI ("detail"), and a mere text.
     """
-    if isinstance(value, list):
-        return find_error(value[0]) if value and isinstance(value[0], dict) else None
-    body = as_object(value)
+    body = as_object(value[0] if isinstance(value, list) and value else value)
     for key in ("error", "detail", "errors"):
         if body.get(key):
             return _read_error(body[key], body)
@@ -1511,34 +1509,27 @@ def find_error(value: Any) -> ErrorObject | None:
 
 
 def _read_error(inner: Any, outer: dict[str, Any]) -> ErrorObject:
-    if isinstance(inner, list):
-        messages = [_detail_text(item) for item in inner]
-        first = as_object(inner[0])
-        place = ".".join(map(str, as_list(first.get("loc")))) or None
-        said = "; ".join(filter(None, messages))
-        return ErrorObject(said, param=place, words=_words(first))
+    if isinstance(inner, list) and inner:
+        errors = [_read_error(item, {}) for item in inner]
+        rows = zip(errors, inner)
+        said = "; ".join(e.message or e.type or str(item) for e, item in rows)
+        return errors[0]._replace(message=said, type=None, code=None)
     if not isinstance(inner, dict):
         return ErrorObject(str(inner), words=_words(outer))
     if isinstance(inner.get("error"), (dict, str)):  # {"detail": {"error": ...}}
         return _read_error(inner["error"], inner)
+    place = ".".join(map(str, as_list(inner.get("loc"))))  # FastAPI's
     message = inner.get("message") or inner.get("msg") or ""
+    said = message if isinstance(message, str) else _to_ascii(message)
     fields = {key: value for key, value in inner.items() if isinstance(value, str)}
     return ErrorObject(
-        message if isinstance(message, str) else _to_ascii(message),
+        f"{place}: {said or fields.get('type', '')}" if place else said,
         fields.get("type"),
         fields.get("code"),
-        fields.get("param"),
+        fields.get("param") or place or None,
         _words(inner),
         "upstream_status" in inner,
     )
-
-
-def _detail_text(item: Any) -> str:
-    """One item of FastAPI's "detail": where, and what is wrong there."""
-    fields = as_object(item)
-    place = ".".join(map(str, as_list(fields.get("loc"))))
-    message = fields.get("msg") or fields.get("message") or fields.get("type") or ""
-    return f"{place}: {message}" if place else str(message or item)
 
 
 def _words(fields: dict[str, Any]) -> frozenset[str]:
