@@ -7855,14 +7855,13 @@ class Histogram:
         yield f"{name}_count{{{labels}}} {total}"
 
 
-@functools.lru_cache(maxsize=1024)  # each request has the same few
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
 def metric_labels(**labels: str) -> str:
     """Labels as the text format writes them, without braces."""
-    escaped = {
-        name: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        for name, value in labels.items()
-    }
-    return ",".join(f'{name}="{value}"' for name, value in escaped.items())
+    pairs = ((name, value.translate(_ESCAPES)) for name, value in labels.items())
+    return ",".join(f'{name}="{value}"' for name, value in pairs)
 
 
 class Metrics:
@@ -7874,19 +7873,26 @@ class Metrics:
     """
 
     PREFIX = "chatgpt_apiserver_"
-    COUNTERS: ClassVar = {
-        "requests_total": "Requests that have ended.",
-        "tokens_total": "Tokens; input holds cached_input.",
-        "attempts_total": "Controllers asked, by what came of it.",
-        "rejected_total": "Requests refused before a controller was asked.",
-        "user_requests_total": "Requests that have ended, by user.",
-        "user_tokens_total": "Tokens, by user.",
-    }
-    HISTOGRAMS: ClassVar = {
-        "request_duration_seconds": "From a request's head to the end of its answer.",
-        "time_to_first_token_seconds": "From asking a controller to its first byte.",
-        "time_per_output_token_seconds": "From the first byte on, for each token.",
-        "queue_wait_seconds": "From a request's head until a controller is asked.",
+    # Each with the names of its labels.  What ends in _seconds is a histogram.
+    METRICS: ClassVar = {
+        "requests_total path model status": "Requests that have ended.",
+        "tokens_total model controller type": "Tokens; input holds cached_input.",
+        "attempts_total controller result": "Controllers asked, by what came of it.",
+        "rejected_total reason": "Requests refused before a controller was asked.",
+        "user_requests_total user": "Requests that have ended, by user.",
+        "user_tokens_total user": "Tokens, by user.",
+        "request_duration_seconds path model": (
+            "From a request's head to the end of its answer."
+        ),
+        "time_to_first_token_seconds model controller": (
+            "From asking a controller to its first byte."
+        ),
+        "time_per_output_token_seconds model controller": (
+            "From the first byte on, for each token."
+        ),
+        "queue_wait_seconds model": (
+            "From a request's head until a controller is asked."
+        ),
     }
 
     # Controllers, and models, with labels of their own: agents choose both names, and
@@ -7897,52 +7903,45 @@ class Metrics:
         self._users = users
         self._controllers: set[str] = set()
         self._models: set[str] = set()
-        # By name, then by labels.
-        self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._times: defaultdict[str, defaultdict[str, Histogram]] = defaultdict(
-            lambda: defaultdict(Histogram)
-        )
+        # By name, then by the values of its labels.
+        self._series: dict[str, Any] = {}
+        for name in (declared.split()[0] for declared in self.METRICS):
+            is_histogram = name.endswith("_seconds")
+            self._series[name] = defaultdict(Histogram if is_histogram else int)
 
     def observe(self, record: RequestRecord, path: str, model: str) -> None:
         """Count a request that has ended."""
         assert record.ended is not None
-        count, usage = self._counts, record.usage
+        series, status = self._series, str(record.status)
         model = self._bounded(model, self._models)
-        status = str(record.status)
-        labels = metric_labels(path=path, model=model, status=status)
-        count["requests_total"][labels] += 1
-        labels = metric_labels(path=path, model=model)
+        series["requests_total"][path, model, status] += 1
         seconds = record.ended - record.started
-        self._times["request_duration_seconds"][labels].observe(seconds)
+        series["request_duration_seconds"][path, model].observe(seconds)
         for name, _, reason in record.attempts:
             name = self._bounded(name, self._controllers)
-            result = metric_labels(controller=name, result="failed" if reason else "ok")
-            count["attempts_total"][result] += 1
-        if not record.attempts:
-            reason = record.error[0] if record.user else "unauthorized"
-            count["rejected_total"][metric_labels(reason=reason or status)] += 1
-        else:
+            series["attempts_total"][name, "failed" if reason else "ok"] += 1
+        if record.attempts:
             self._observe_answer(record, model, record.ended)
+        else:
+            reason = record.error[0] if record.user else "unauthorized"
+            series["rejected_total"][reason or status,] += 1
         if self._users and record.user:
-            user = metric_labels(user=record.user)
-            count["user_requests_total"][user] += 1
-            count["user_tokens_total"][user] += usage.total
+            series["user_requests_total"][record.user,] += 1
+            series["user_tokens_total"][record.user,] += record.usage.total
 
     def _observe_answer(self, record: RequestRecord, model: str, ended: float) -> None:
-        controller, asked, _ = record.attempts[-1]
-        controller = self._bounded(controller, self._controllers)
-        labels = metric_labels(model=model, controller=controller)
-        times, usage, began = self._times, record.usage, record.began_at
+        name, asked, _ = record.attempts[-1]
+        name = self._bounded(name, self._controllers)
+        series, usage, began = self._series, record.usage, record.began_at
         wait = record.attempts[0][1] - record.started
-        times["queue_wait_seconds"][metric_labels(model=model)].observe(wait)
+        series["queue_wait_seconds"][model,].observe(wait)
         for kind, tokens in zip(usage._fields, usage):
-            each = metric_labels(model=model, controller=controller, type=kind)
-            self._counts["tokens_total"][each] += tokens
+            series["tokens_total"][model, name, kind] += tokens
         if began:
-            times["time_to_first_token_seconds"][labels].observe(began - asked)
+            series["time_to_first_token_seconds"][model, name].observe(began - asked)
         if began and usage.output:
             seconds = (ended - began) / usage.output
-            times["time_per_output_token_seconds"][labels].observe(seconds)
+            series["time_per_output_token_seconds"][model, name].observe(seconds)
 
     def _bounded(self, name: str, names: set[str]) -> str:
         """A name as a label: "other" for one too many."""
@@ -7960,14 +7959,18 @@ class Metrics:
             head = [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
             lines.extend(head + samples if samples else [])
 
-        for name, told in self.COUNTERS.items():
-            counts, name = self._counts[name], self.PREFIX + name
-            samples = [f"{name}{{{labels}}} {n}" for labels, n in counts.items()]
-            add(name, told, "counter", samples)
-        for name, told in self.HISTOGRAMS.items():
-            times, name = self._times[name], self.PREFIX + name
-            rows = (times[labels].lines(name, labels) for labels in times)
-            add(name, told, "histogram", [*itertools.chain.from_iterable(rows)])
+        for declared, told in self.METRICS.items():
+            metric, *names = declared.split()
+            name = self.PREFIX + metric
+            samples: list[str] = []
+            for values, seen in self._series[metric].items():
+                labels = metric_labels(**dict(zip(names, values)))
+                if isinstance(seen, Histogram):
+                    samples += seen.lines(name, labels)
+                else:
+                    samples.append(f"{name}{{{labels}}} {seen}")
+            kind = "counter" if name.endswith("_total") else "histogram"
+            add(name, told, kind, samples)
         for (name, told), group in itertools.groupby(gauges, lambda gauge: gauge[:2]):
             kind = "counter" if name.endswith("_total") else "gauge"
             samples = [
