@@ -2647,6 +2647,82 @@ def dialect_of(path: str) -> Dialect:
     return _BELOW_MESSAGES if below else _OTHER_DIALECT
 
 
+# --- Recordings: the lines of a tape
+
+
+TAPE_VERSION = 1
+_to_canonical = json.JSONEncoder(
+    ensure_ascii=False, sort_keys=True, separators=(",", ":")
+).encode
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON that is the same for equal values: sorted keys, no blanks."""
+    return _to_canonical(value).encode("utf-8", "backslashreplace")
+
+
+class Recording(NamedTuple):
+    """What was asked and what the answer was, as a line of a tape has it.
+
+    content  a JSON object, or anything else as base64
+    pieces   the answer as it came, each piece with the seconds since it was asked for
+    """
+
+    path: str
+    content: Any
+    status: int
+    content_type: str
+    pieces: list[tuple[float, bytes]]
+
+    def encode(self) -> bytes:
+        """Its line: first what it is found by."""
+        content = canonical_json(self.content)
+        digest = hashlib.sha256(content).hexdigest()
+        head = {"tape": TAPE_VERSION, "path": self.path, "sha256": digest}
+        pieces = [[seconds, *_piece_text(piece)] for seconds, piece in self.pieces]
+        rest = {"content_type": self.content_type, "pieces": pieces}
+        start, end = encode_json(head)[:-1], encode_json(rest)[1:]
+        status = b', "status": %d, ' % self.status
+        return start + b', "content": ' + content + status + end + b"\n"
+
+    @classmethod
+    def parse(cls, line: bytes) -> Recording | None:
+        """The recording in a line; None if it is none, or of another version."""
+        fields = as_object(read_json(line))
+        try:
+            path, content, status, kind, pieces = (fields[key] for key in cls._fields)
+            pieces = [
+                (float(seconds), base64.b64decode(text) if coding else text.encode())
+                for seconds, text, *coding in pieces
+            ]
+            known = fields["tape"] == TAPE_VERSION and 200 <= status < 600
+            if known and kind.isascii() and kind.isprintable():
+                return cls(path, content, status, kind, pieces)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            pass
+        return None
+
+
+def _piece_text(piece: bytes) -> tuple[str, ...]:
+    try:
+        return (piece.decode(),)
+    except UnicodeDecodeError:
+        return (base64.b64encode(piece).decode(), "base64")
+
+
+def differing_fields(one: Any, other: Any, place: str = "") -> Iterator[str]:
+    """Where two contents differ, as "messages[0].content": places, never values."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted({*one, *other}):
+            where = f"{place}.{key}".lstrip(".")
+            yield from differing_fields(one.get(key), other.get(key), where)
+    elif isinstance(one, list) and isinstance(other, list):
+        for index, pair in enumerate(itertools.zip_longest(one, other)):
+            yield from differing_fields(*pair, f"{place}[{index}]")
+    elif one != other or type(one) is not type(other):
+        yield place or "content"
+
+
 # --- Requests
 
 
@@ -2717,6 +2793,7 @@ class APIRequest:
     id = ""  # x-request-id, for the log
     user = ""  # whose request it is: the queue is fair between users
     agent_id: str | None = None  # the one agent that can answer
+    recording: Recording | None = None  # what a tape has as its answer
     deadline = math.inf  # when to give up, on the loop's clock
     # Whether its user may have a model, where none is asked for.
     may_use: Callable[[str], bool] = bool
@@ -2779,15 +2856,20 @@ class APIRequest:
         """What an upstream is asked for: path and query."""
         return f"{self.path}?{self.query}" if self.query else self.path
 
+    @property
+    def boundary(self) -> bytes:
+        """What a form begins with, or b"": SDKs draw it anew each time."""
+        is_form = self.content[:2] == b"--"
+        return self.content[:72].partition(b"\r\n")[0] if is_form else b""
+
     @functools.cached_property
     def digest(self) -> bytes:
         """A SHA-256 of the content: what is sent again has the same one."""
         content, size = self.content, self.KEPT_SIZE // 2
         if len(content) > 2 * size:  # 32 MiB would hold up all others for 0.1 s
             content = b"%d" % len(content) + content[:size] + content[-size:]
-        if self.content[:2] == b"--":  # SDKs draw a form's boundary anew each time
-            boundary = self.content[:72].partition(b"\r\n")[0]
-            content = content.replace(boundary, b"")
+        if self.boundary:
+            content = content.replace(self.boundary, b"")
         return hashlib.sha256(content).digest()
 
     @functools.cached_property
@@ -3367,6 +3449,9 @@ class Answer:
             pieces.append(piece)
             size += len(piece)
         raise ProtocolError(502, f"the answer is over {max_size} bytes")
+
+    def keep(self) -> None:
+        """It was whole and good: what records it may keep it."""
 
     async def finish(self) -> None:
         """Read what little may follow behind a stream's last event."""
@@ -4478,6 +4563,20 @@ def stamp_of(found: os.stat_result) -> Stamp:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
+def append_to_file(path: str, data: bytes) -> Stamp:
+    """Append in one write, or nothing; a new file has mode 0600.  Its stamp then."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW
+    fd = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o600)
+    try:
+        before = os.fstat(fd).st_size
+        if os.write(fd, data) < len(data):  # a full disk
+            os.ftruncate(fd, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return stamp_of(os.fstat(fd))
+    finally:
+        os.close(fd)
+
+
 Apply = Callable[[UserTable], User]  # one change; raises APIError
 GONE_AFTER = 5.0  # seconds, until a file that is missing means that there are no users
 
@@ -5166,20 +5265,11 @@ class Ledger:
     def _append(self, pending: dict[Key, list[int]]) -> None:
         """Append lines in one write, or none of them."""
         assert self.path is not None
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW
-        fd = os.open(self.path, flags, 0o600)
-        try:
-            before = os.fstat(fd)
-            # What a crash has left of a line must not swallow the next one.
-            torn = before.st_size > self._read_to[1]
-            data = (b"\n" if torn else b"") + b"".join(map(usage_line, pending.items()))
-            size = os.write(fd, data)
-            if size < len(data):  # a full disk
-                os.ftruncate(fd, before.st_size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._read_to = (before.st_ino, before.st_size + size)
-        finally:
-            os.close(fd)
+        # What a crash has left of a line must not swallow the next one.
+        torn = self._stat()[1] > self._read_to[1]
+        data = (b"\n" if torn else b"") + b"".join(map(usage_line, pending.items()))
+        _, size, inode = append_to_file(self.path, data)
+        self._read_to = (inode, size)
 
     def _shorten(self) -> None:
         """Make one line of each day that is over, if that halves a large file."""
@@ -5381,6 +5471,7 @@ class Controller:
     transient = False  # it comes and goes by itself, and others may share its name
     keeps_conversations = False  # those of /api/ask
     own_code = False  # what it raises was written by the program that embeds us
+    final = False  # a refusal is its answer, and says nothing about it
     id = ""  # what conversations that it keeps itself are kept under
 
     def __init__(
@@ -6639,6 +6730,275 @@ class MockController(FunctionController):
         return iter([sse_event(garbage)]) if body.get("stream") else garbage
 
 
+# --- The tape: answers recorded once, and replayed
+
+
+class RecordedAnswer(Answer):
+    """An answer on its way through, whose pieces are kept until it is good."""
+
+    def __init__(self, tape: TapeController, call: Call, answer: Answer) -> None:
+        super().__init__(answer.status, answer.headers)
+        self.delimited = answer.delimited
+        self.content_type = answer.headers.get("content-type", "")
+        self.pieces: list[tuple[float, bytes]] = []
+        self.room = tape.limits.response_size
+        self._tape, self._call, self._answer = tape, call, answer
+
+    async def read(self) -> bytes:
+        piece = await self._answer.read()
+        self.room -= len(piece)
+        if piece and self.room >= 0:
+            asked = self._call.tries[-1][1]
+            seconds = asyncio.get_running_loop().time() - asked
+            self.pieces.append((round(seconds, 3), piece))
+        return piece
+
+    def keep(self) -> None:
+        if self.status >= 300:  # redacted: it may have repeated a piece of the key
+            self.pieces = [(0, self._call.content or b"")]
+        self._tape.keep(self._call.request, self)
+
+    async def finish(self) -> None:
+        await self._answer.finish()
+
+    async def aclose(self) -> None:
+        await self._answer.aclose()
+
+
+class TapeController(Controller):
+    """Records what the others answer, and replays it without them.
+
+    file    one JSON object a line: text to be read, edited and kept in git
+    mode    "replay": nobody else is asked; "record": what all others answer is
+            added, and of equal requests the last one counts; "auto": what is there
+            is replayed, and the rest asked for and added
+    speed   0 replays at once, 1 in the time that it took, 2 in half of it
+    ignore  fields of a request that make no difference
+
+    All work with the file is done in one thread, in the order in which it came up.
+    """
+
+    type = "tape"
+    final = True
+    MODES = ("replay", "record", "auto")
+
+    def __init__(
+        self,
+        file: str,
+        *,
+        mode: str = "replay",
+        speed: float = 0,
+        ignore: Iterable[str] = (),
+        name: str = "tape",
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        super().__init__(name)
+        if mode not in self.MODES:
+            raise ValueError(f"mode is one of {', '.join(self.MODES)}")
+        self.file = os.path.abspath(file)
+        self.mode = mode
+        self.speed = speed
+        self.ignore = frozenset(ignore)
+        self.limits = limits
+        self.alone = mode == "replay"  # nobody else is asked
+        self.by_name_only = not self.alone
+        self._thread: ThreadPoolExecutor | None = None
+        self._index: dict[bytes, int] = {}  # where the line of each key begins
+        self._stamp = ABSENT  # of the file that it is of
+        self._ends_line = True  # the last line is whole
+        self._others: list[int] = []  # lines that are no recordings
+
+    def __str__(self) -> str:
+        alone = ", nobody else is asked" if self.alone else ""
+        return f"{self.file} ({self.mode}{alone}; recordings: {len(self._index)})"
+
+    # --- In the loop
+
+    def load(self) -> None:
+        """Look what is there; ConfigurationError if it cannot be used."""
+        try:
+            self._load()
+        except OSError as error:
+            raise ConfigurationError(f"{self.file}: {error.strerror}") from None
+        if self._others:
+            lines = ", ".join(map(str, self._others[:10]))
+            self.report(f"{self.file}: no recordings, and passed over: line {lines}")
+
+    def serves(self, model: str | None) -> bool:
+        return False  # see takes()
+
+    def takes(self, request: APIRequest) -> bool:
+        """Whether it is the one that answers a request, which it has looked up."""
+        return self.alone or request.recording is not None
+
+    async def look_up(self, request: APIRequest) -> None:
+        """Find the recording of a request."""
+        if self.mode != "record":
+            request.recording = await self._submit(self._find, request)
+
+    async def answer(self, request: APIRequest) -> Answer:
+        if request.recording is None:
+            raise await self._submit(self._miss, request)
+        answer = GeneratedAnswer(self._replay(request.recording))
+        answer.status = request.recording.status
+        answer.headers = {"content-type": request.recording.content_type}
+        return answer
+
+    async def _replay(self, recording: Recording) -> AsyncGenerator[bytes, None]:
+        began = asyncio.get_running_loop().time()
+        for seconds, piece in recording.pieces:
+            if self.speed:
+                passed = asyncio.get_running_loop().time() - began
+                await asyncio.sleep(seconds / self.speed - passed)
+            yield piece
+
+    def recorder(self, call: Call, controller: Controller, answer: Answer) -> Answer:
+        """answer, which is written down once it was whole and good.
+
+        What a browser agent answers to /api/ask can go on at that agent only.
+        """
+        is_ask = call.request.ask is not None
+        if controller is self or (is_ask and controller.keeps_conversations):
+            return answer
+        return RecordedAnswer(self, call, answer)
+
+    def keep(self, request: APIRequest, answer: RecordedAnswer) -> None:
+        """Write an answer down."""
+        self._submit(self._write, request, answer).add_done_callback(self._written)
+
+    def _written(self, done: asyncio.Future[None]) -> None:
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            self.report(f"{self.name}: an answer was not recorded: {error}")
+
+    def _submit(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, f"tape-{self.name}")
+        return asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()  # what is to be written is written
+            self._thread = None
+
+    # --- In the thread
+
+    def _content(self, request: APIRequest) -> Any:
+        """What was asked, as it is recorded."""
+        if request.is_json:
+            return request.body
+        content = request.content
+        if request.boundary:
+            content = content.replace(request.boundary, b"--boundary")
+        return base64.b64encode(content).decode()
+
+    def _comparable(self, content: Any) -> Any:
+        if not self.ignore or not isinstance(content, dict):
+            return content
+        return {key: content[key] for key in content if key not in self.ignore}
+
+    def _key(self, path: str, content: Any) -> bytes:
+        digest = hashlib.sha256(canonical_json(self._comparable(content))).digest()
+        return digest + path.encode("utf-8", "replace")
+
+    def _line_key(self, line: bytes) -> bytes | None:
+        """What a line is found by; None if it is no recording.
+
+        One that is as we wrote it is not parsed: 100 MB would take seconds.
+        """
+        head = None if self.ignore else _TAPE_HEAD.match(line)
+        if head is not None and line.endswith(b"]}\n"):
+            content = line[head.end() : line.find(_TAPE_CONTENT_END)]
+            digest = hashlib.sha256(content).digest()
+            if digest.hex().encode() == head[2]:
+                return digest + head[1]
+        found = Recording.parse(line)
+        return found and self._key(found.path, found.content)
+
+    def _load(self) -> None:
+        """Index the file if it has changed: others may write to it, and people."""
+        stamp = append_to_file(self.file, b"") if self.by_name_only else self._stat()
+        if stamp == self._stamp:
+            return
+        index: dict[bytes, int] = {}
+        others, at, line = [], 0, b"\n"
+        with open(self.file, "rb") as file:
+            for number, line in enumerate(file, 1):
+                key = self._line_key(line)
+                if key is not None:
+                    index[key] = at
+                elif line.strip():
+                    others.append(number)
+                at += len(line)
+        if others and not index:  # nothing is to be added to a file that is no tape
+            text = f"there is no recording of version {TAPE_VERSION} in it"
+            raise OSError(errno.EINVAL, text)
+        self._index, self._others = index, others
+        self._stamp, self._ends_line = stamp, line.endswith(b"\n")
+
+    def _stat(self) -> Stamp:
+        return stamp_of(os.stat(self.file))
+
+    def _find(self, request: APIRequest) -> Recording | None:
+        self._load()
+        at = self._index.get(self._key(request.path, self._content(request)))
+        if at is None:
+            return None
+        with open(self.file, "rb") as file:
+            file.seek(at)
+            return Recording.parse(file.readline())
+
+    def _write(self, request: APIRequest, answer: RecordedAnswer) -> None:
+        if answer.room < 0:
+            raise OSError(errno.EFBIG, "it is too large")
+        self._load()
+        content, kind = self._content(request), answer.content_type
+        key = self._key(request.path, content)
+        if self.mode == "auto" and key in self._index:
+            return  # two asked for the same at once
+        answered = (answer.status, kind, answer.pieces)
+        line = Recording(request.path, content, *answered).encode()
+        data = line if self._ends_line else b"\n" + line  # behind what a crash has left
+        before, now = self._stamp, append_to_file(self.file, data)
+        if now[1] == before[1] + len(data):  # nobody else has written
+            self._index[key] = now[1] - len(line)
+            self._stamp, self._ends_line = now, True
+
+    def _miss(self, request: APIRequest) -> APIError:
+        """The answer where there is no recording: which is the nearest."""
+        wanted, least, nearest = self._comparable(self._content(request)), 1000, ""
+        with open(self.file, "rb") as file:
+            for number, line in enumerate(file, 1):
+                found = Recording.parse(line)
+                if found is None or found.path != request.path:
+                    continue
+                differing = differing_fields(wanted, self._comparable(found.content))
+                fields = list(itertools.islice(differing, least))
+                if 0 < len(fields) < least:
+                    least = len(fields)
+                    nearest = f"line {number}, which differs in {fields[0]}"
+        name = os.path.basename(self.file)
+        text = f"{name} has no recording of {request.path}."
+        if nearest:
+            text = f"{name} has no recording of this: the nearest is {nearest}."
+        return APIError(404, text, code="no_recording")
+
+
+def tape_arguments(text: str) -> dict[str, Any]:
+    """What "FILE" or "FILE:MODE" says of a TapeController."""
+    file, _, mode = text.rpartition(":")
+    return (
+        {"file": file, "mode": mode} if mode in TapeController.MODES else {"file": text}
+    )
+
+
+_TAPE_HEAD = re.compile(
+    rb'\{"tape": %d, "path": "([^"\\]+)", "sha256": "([0-9a-f]{64})", "content": '
+    % TAPE_VERSION
+)
+_TAPE_CONTENT_END = b', "status": '  # with a blank, and unescaped: not in the content
+
+
 # -----------------------------------------------------------------------------
 # Pool
 # -----------------------------------------------------------------------------
@@ -6838,6 +7198,7 @@ class Pool:
         self.report = report
         self.debug = debug
         self.controllers: list[Controller] = []
+        self.tape: TapeController | None = None  # one of them
         self._queue: dict[str, deque[Waiter]] = {}  # by user; who is next is first
         self._kinds: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
         self._loop: asyncio.AbstractEventLoop | None = None  # of who asks
@@ -6857,6 +7218,10 @@ class Pool:
         taken = self.find(controller.name)
         if not controller.transient and taken is not None and not taken.transient:
             raise ValueError(f"there is a controller named {controller.name!r}")
+        if isinstance(controller, TapeController):
+            if self.tape is not None:
+                raise ValueError("there is a tape")
+            self.tape = controller
         health = Health(self.limits)
         for other in self.controllers:
             if controller.account is not None and other.account == controller.account:
@@ -6874,6 +7239,7 @@ class Pool:
         """Let a controller go; its requests in flight end by themselves."""
         if controller in self.controllers:
             self.controllers.remove(controller)
+            self.tape = None if controller is self.tape else self.tape
             _, probe = self._probes.pop(controller, (0.0, None))
             if probe is not None:
                 probe.cancel()
@@ -6905,6 +7271,8 @@ class Pool:
 
     async def refresh_models(self) -> None:
         """Ask all controllers for their models, side by side."""
+        if self.tape is not None and self.tape.alone:
+            return
         asked = [c for c in self.controllers if c.models is None]
         await asyncio.gather(*(c.refresh_models() for c in asked))
 
@@ -6917,6 +7285,8 @@ class Pool:
         for the machine in the next room must not go to an API for it.  Who takes
         anything gets what nobody names.
         """
+        if self.tape is not None and self.tape.takes(request):
+            return [self.tape]
         if request.agent_id is not None:
             return [c for c in self.controllers if c.id == request.agent_id]
         model, path = request.model, request.path
@@ -7395,6 +7765,8 @@ class Call:
         tried: list[Controller] = []
         errors: list[ControllerError] = []
         limits, began = self.pool.limits, asyncio.get_running_loop().time()
+        if self.pool.tape is not None:
+            await self.pool.tape.look_up(self.request)
         while len(tried) < limits.attempts:
             controller = await self.pool.acquire(self.request, tried)
             if controller is None:
@@ -7434,6 +7806,8 @@ class Call:
         self.pool.debug(f"attempt {self.attempts}: {controller.name}")
         try:
             self._answer = await controller.answer(request)
+            if self.pool.tape is not None:
+                self._answer = self.pool.tape.recorder(self, controller, self._answer)
             self.content = self.stream = None  # of an attempt before this one
             self._first = b""
             await self._begin(controller, self._answer)
@@ -7526,6 +7900,7 @@ class Call:
             if answer.status < 300 and not any(self.usage):
                 self.usage = self._complete(self.usage, len(self.content) // 4)
             self.pool.succeeded(controller, request, self.usage)
+            answer.keep()
 
     async def _kind(self, answer: Answer) -> Body:
         """What an answer is: told by its first bytes where we know what to expect."""
@@ -7558,6 +7933,8 @@ class Call:
 
     def _judge(self, controller: Controller, answer: Answer, content: bytes) -> bytes:
         """content, if it refuses the request; else raise ControllerError."""
+        if controller.final:
+            return content
         text = controller.redact(content.decode("utf-8", "surrogateescape"))
         content = text.encode("utf-8", "surrogateescape")
         said = find_error(read_json(body_start(content)))
@@ -7660,6 +8037,7 @@ class Call:
             if stream is not None:
                 self.usage = self._complete(stream.usage, stream.events)
             self.pool.succeeded(self.controller, self.request, self.usage)
+            self._answer.keep()
         return block
 
     def _explain(self, controller: Controller, caught: Exception) -> APIError:
@@ -10765,6 +11143,7 @@ class Server(Service):
     upstream_errors  "map" (to 500) or "pass" (429 and 5xx as they are)
     affinity         a conversation goes on at the controller that had it last
     page             show a browser a page at "/"
+    tape             "FILE" or "FILE:MODE" of a TapeController
     mocks            have the mock models
     store            what is kept of new tokens: "token" or "sha256"
     usage            path of usage.jsonl; None: beside the users; "-": none
@@ -10793,6 +11172,7 @@ class Server(Service):
         affinity: bool = True,
         page: bool = True,
         mocks: bool = True,
+        tape: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
         store: str = "token",
         usage: str | None = None,
@@ -10823,6 +11203,8 @@ class Server(Service):
         self.page = page
         if mocks:
             self.pool.add(MockController())
+        if tape:
+            self.pool.add(TapeController(**tape_arguments(tape), limits=limits))
         self._wanted_port = port
         self._agents_auth = agents_auth
         self._tls = (tls_cert, tls_key)
@@ -10873,6 +11255,8 @@ class Server(Service):
         loop = asyncio.get_running_loop()
         self.users.load()
         self.ledger.load()
+        if self.pool.tape is not None:
+            self.pool.tape.load()
         sockets = open_sockets(self.listen, self._wanted_port)
         try:
             self.tls = self._tls_context()
@@ -11797,6 +12181,8 @@ options, with one dash or two:
   --config_file FILE  the configuration (default: none is needed)
   --config_path DIR   folder of chatgpt-apiserver.json (default: the first with
                       one of . .config config /etc/chatgpt-apiserver)
+  --tape FILE[:MODE]  record what is answered, and replay it; MODE is replay
+                      (default), record or auto
   -v, --verbose       log connections, attempts, agents' messages (default: off)
   --version           print the version
   -h, --help          print this
@@ -11970,9 +12356,13 @@ CONFIG_KEYS = {
     "auth": one_of("bearer", "x-api-key"),
 }
 UPSTREAM_TYPES = {"openai": OpenAIController, "anthropic": AnthropicController}
+CONTROLLER_TYPES: dict[str, Callable[..., Controller]] = {
+    **UPSTREAM_TYPES,
+    "tape": TapeController,
+}
 UPSTREAM_URLS = {"openai": OPENAI_URL, "anthropic": ANTHROPIC_URL}
 CONTROLLER_KEYS = {
-    "type": one_of(*UPSTREAM_TYPES),
+    "type": one_of(*CONTROLLER_TYPES),
     "name": NAME,
     "weight": whole_number(0),
     "models": models_shape,
@@ -11983,6 +12373,21 @@ CONTROLLER_KEYS = {
     "config": CONFIG_KEYS,
     "config_file": FILE,
 }
+TAPE_KEYS = {
+    "type": CONTROLLER_KEYS["type"],
+    "name": NAME,
+    "file": PATH,
+    "mode": one_of(*TapeController.MODES),
+    "speed": NUMBER,
+    "ignore": [NAME],
+}
+
+
+def controller_shape(value: Any) -> dict[str, Any]:
+    """The shape of a controller."""
+    return TAPE_KEYS if as_object(value).get("type") == "tape" else CONTROLLER_KEYS
+
+
 LIMITS = {
     **dict.fromkeys(RETIRED_LIMITS, NUMBER),
     **{
@@ -12026,6 +12431,7 @@ SETTINGS = {
     "upstream_errors": Setting(one_of("map", "pass"), "map"),
     "affinity": Setting(TRUE_OR_FALSE, True),
     "mocks": Setting(TRUE_OR_FALSE, True, restart=True),
+    "tape": Setting(PATH),
     "page": Setting(TRUE_OR_FALSE, True),
 }
 # Where to look for the file.
@@ -12037,7 +12443,7 @@ FINDING = {
 
 def file_keys() -> dict[str, Any]:
     """The shape of chatgpt-apiserver.json."""
-    keys: dict[str, Any] = {"limits": LIMITS, "controllers": [CONTROLLER_KEYS]}
+    keys: dict[str, Any] = {"limits": LIMITS, "controllers": [controller_shape]}
     for name, setting in SETTINGS.items():
         outer, _, inner = (setting.place or name).partition(".")
         if inner:
@@ -12255,8 +12661,13 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
         config.notes.append(f"no longer settings, and not used: {', '.join(retired)}")
     config.limits = Limits(**{k: limits[k] for k in limits if k not in retired})
     entries = content.get("controllers", [])
-    if not entries and environ.get("OPENAI_API_KEY"):
-        entries = [{"config": upstream_from_environment(environ)}]
+    if config.tape:
+        entries.append({"type": "tape", **tape_arguments(config.tape)})
+        config.tape = None  # it is one of the controllers
+    only_tapes = all(e.get("type") == "tape" for e in entries)
+    if only_tapes and environ.get("OPENAI_API_KEY"):
+        upstream = upstream_from_environment(environ)
+        entries.append({"name": "openai-1", "config": upstream})
         note = "controller openai-1 from OPENAI_API_KEY in the environment"
         config.notes.append(note)
     config.controllers = read_controllers(file, entries, environ)
@@ -12293,15 +12704,23 @@ def read_controllers(
     result: dict[str, dict[str, Any]] = {}
     for index, entry in enumerate(entries):
         place = f"controllers[{index}]"
-        name = entry.setdefault("name", f"openai-{index + 1}")
+        is_tape = entry.get("type") == "tape"
+        name = entry.setdefault("name", "tape" if is_tape else f"openai-{index + 1}")
         if name == MockController.type:
             text = f'expected another name: "{name}" is that of the mock models'
             raise file.mistake(f"{place}.name", text)
         if name in result:
             text = f"controllers[{list(result).index(name)}] has the same name"
             raise file.mistake(f"{place}.name", text)
-        config = read_upstream(file, entry, place)
-        result[name] = controller_arguments({**entry, **config}, environ)
+        if is_tape:
+            if "file" not in entry:
+                raise file.mistake(f"{place}.file", f"expected {PATH.words}")
+            if any(other["type"] == "tape" for other in result.values()):
+                raise file.mistake(place, "there may be one tape, and there is one")
+            result[name] = entry
+        else:
+            config = read_upstream(file, entry, place)
+            result[name] = controller_arguments({**entry, **config}, environ)
     return list(result.values())
 
 
@@ -12346,9 +12765,9 @@ def controller_arguments(
 
 
 def make_controller(arguments: dict[str, Any], limits: Limits) -> Controller:
-    """The upstream that controller_arguments() describes."""
+    """The controller that read_controllers() describes."""
     options = {key: value for key, value in arguments.items() if key != "type"}
-    return UPSTREAM_TYPES[arguments["type"]](**options, limits=limits)
+    return CONTROLLER_TYPES[arguments["type"]](**options, limits=limits)
 
 
 def environment_proxy(url: str, environ: Mapping[str, str]) -> str | None:
@@ -12448,7 +12867,7 @@ def build_agent(
 def start_screen(server: Server, config: Config) -> str:
     """What a person wants to know first: where it listens, and what to do next."""
     url = server.url
-    kinds = [c for c in server.pool.controllers if c.type != "mock"]
+    kinds = [c for c in server.pool.controllers if not c.by_name_only]
     names = ", ".join(f"{c.name} (weight {c.weight:g})" for c in kinds[:20])
     if len(kinds) > 20:
         names += f" and {len(kinds) - 20} more"
@@ -12468,6 +12887,7 @@ def start_screen(server: Server, config: Config) -> str:
         f"  Agents       {url.replace('http', 'ws', 1)}/client/register",
         f"  Controllers  {names or 'none yet: connect an agent, set OPENAI_API_KEY,'}",
         *([] if names else ["               or write a chatgpt-apiserver.json"]),
+        *([f"  Tape         {server.pool.tape}"] if server.pool.tape else []),
         f"  Users        the API key, and {count} in {config.users}",
         *([f"  Settings     {config.path}"] if config.path else []),
         *(f"  Note         {note}" for note in config.notes),

@@ -9869,6 +9869,591 @@ async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
                 assert open_files() <= files + 2
 
 
+# --- The tape
+
+
+def tape_lines(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def recorded(content, answer="Hi there", path=CHAT_URL):
+    """A line of a tape, in bytes."""
+    pieces = [(0.0, json.dumps(completion(answer)).encode())]
+    kind = "application/json"
+    return apiserver.Recording(path, content, 200, kind, pieces).encode()
+
+
+USAGE = {"input_tokens": 3, "output_tokens": 4}
+DIALECT_ANSWERS = {
+    "/v1/chat/completions": (
+        completion(),
+        [
+            chunk("Hi "),
+            chunk("th\u00e9re") + chunk(None, "stop"),
+            chunk(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 4}),
+            DONE,
+        ],
+    ),
+    "/v1/completions": (
+        {"choices": [{"text": "Hi", "finish_reason": "stop"}], "usage": {}},
+        [b'data: {"choices": [{"text": "Hi", "finish_reason": "stop"}]}\n\n', DONE],
+    ),
+    "/v1/embeddings": ({"data": [{"embedding": [0.5]}]}, None),
+    "/v1/responses": (
+        {"id": "resp_1", "output": [], "usage": USAGE},
+        [
+            typed("response.created", response={"id": "resp_1"}),
+            typed("response.completed", response={"usage": USAGE}),
+        ],
+    ),
+    "/v1/messages": (
+        {"type": "message", "content": [], "usage": USAGE},
+        [
+            typed("message_start", message={"usage": USAGE}),
+            typed("message_delta", delta={}, usage=USAGE),
+            typed("message_stop"),
+        ],
+    ),
+}
+
+
+def piecewise(pieces, content_type="text/event-stream", next_piece=None):
+    """Behaviour of an upstream: these pieces, each after next_piece() or a moment."""
+
+    async def behave(request, writer):
+        head = STREAM_HEAD.replace(b"text/event-stream", content_type.encode())
+        writer.write(head)
+        for piece in pieces:
+            writer.write(chunked(piece))
+            await writer.drain()
+            await (next_piece or asyncio.sleep)(0.03)
+        writer.write(b"0\r\n\r\n")
+
+    return behave
+
+
+async def pieces_of(port, body, path=CHAT_URL, headers=()):
+    """The chunks in which a stream reaches its client."""
+    async with Client(port) as client:
+        client.send(request_bytes("POST", path, body, KEY, headers))
+        assert (await client.read_head())[0] == 200
+        chunks = []
+        while True:
+            chunk = await client.read_chunk()
+            if not chunk:
+                assert chunk == b""  # the last one
+                return chunks
+            chunks.append(chunk)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", DIALECT_ANSWERS)
+@flow
+async def test_a_tape_replays_each_dialect_as_it_was_recorded(tmp_path, path, stream):
+    """After a restart, with nobody else to ask: bytes, pieces and usage are the same."""
+    whole, pieces = DIALECT_ANSWERS[path]
+    if stream and pieces is None:
+        pytest.skip("has no streams")
+    behave = piecewise(pieces) if stream else http_reply(whole)
+    body = {**chat_body(), "input": "Hello", "stream": stream}
+    tape = str(tmp_path / "chat.jsonl")
+
+    async def answered(server):
+        reply = await ask(server.port, "POST", path, body)
+        chunks = await pieces_of(server.port, body, path) if stream else None
+        await until(lambda: not server.requests_in_flight)
+        usage = (await ask(server.port, "GET", "/v1/usage")).json()["total"]
+        return reply.status, reply.headers["content-type"], reply.content, chunks, usage
+
+    async with (
+        Upstream(behave) as upstream,
+        serving(
+            tmp_path,
+            upstream.controller(models=["m"]),
+            tape=f"{tape}:record",
+            usage="-",
+        ) as server,
+    ):
+        first = await answered(server)
+    async with serving(tmp_path, tape=tape, usage="-") as server:
+        assert await answered(server) == first
+    assert first[0] == 200 and first[4]["requests"] == 1 + stream
+    if path not in ("/v1/completions", "/v1/embeddings"):
+        assert first[4]["output"] == 4 * (1 + stream)
+        assert first[2] in (b"".join(pieces or []), json.dumps(whole).encode()) or (
+            path == CHAT_URL and b"usage" not in first[2]  # nobody asked for it
+        )
+
+
+@flow
+async def test_a_tape_keeps_the_time_of_each_piece(tmp_path):
+    pieces = [chunk("a"), chunk("b"), chunk(None, "stop"), DONE]
+    tape = tmp_path / "chat.jsonl"
+
+    async def timed(server):
+        began = time.monotonic()
+        chunks = await pieces_of(server.port, STREAM)
+        return chunks, time.monotonic() - began
+
+    async with Upstream(piecewise(pieces)) as upstream:
+        async with serving(
+            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:auto"
+        ) as server:
+            chunks, _ = await timed(server)
+    (line,) = tape_lines(tape)
+    times = [seconds for seconds, _ in line["pieces"]]
+    assert times == sorted(times) and times[-1] > 0.08
+    for speed, least in ((0, 0), (1, times[-1]), (0.5, 2 * times[-1])):
+        again = apiserver.TapeController(str(tape), speed=speed)
+        async with serving(tmp_path, again) as server:
+            replayed, seconds = await timed(server)
+            assert replayed == chunks and seconds >= least
+            assert speed or seconds < times[-1]
+
+
+@flow
+async def test_a_tape_holds_no_secret_and_no_header(tmp_path):
+    """Nor does a refusal that repeats the upstream's key."""
+
+    async def behave(request, writer):
+        if b"wrong" in request.content:
+            error = {"error": {"message": "bad: UPSTREAMSECRET sk-12345678"}}
+            return writer.write(http_reply(error, 400))
+        writer.write(http_reply(completion(), headers=[("x-secret", "HEADER")]))
+
+    tape = tmp_path / "chat.jsonl"
+    async with (
+        Upstream(behave) as upstream,
+        serving(
+            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:record"
+        ) as server,
+    ):
+        headers = [("x-session-id", "HEADER"), ("cookie", "HEADER")]
+        path = f"{CHAT_URL}?key=HEADER"
+        await ask(server.port, "POST", path, CHAT, headers=headers)
+        wrong = await ask(server.port, "POST", path, chat_body("wrong"))
+        assert wrong.status == 400 and b"SECRET" not in wrong.content
+    good, bad = tape_lines(tape)
+    assert list(good) == [
+        "tape", "path", "sha256", "content", "status", "content_type", "pieces"
+    ]  # fmt: skip
+    assert good["tape"] == 1 and good["path"] == CHAT_URL and good["content"] == CHAT
+    assert good["status"] == 200 and good["content_type"] == "application/json"
+    assert json.loads(good["pieces"][0][1]) == completion()
+    text = json.dumps(CHAT, sort_keys=True, separators=(",", ":"))
+    assert apiserver.hashlib.sha256(text.encode()).hexdigest() == good["sha256"]
+    written = tape.read_bytes().lower()
+    for secret in (KEY, "UPSTREAMSECRET", "HEADER", "authorization", "bearer", "sk-1"):
+        assert secret.lower().encode() not in written
+    assert stat.S_IMODE(tape.stat().st_mode) == 0o600
+    async with serving(tmp_path, tape=str(tape)) as server:
+        again = await ask(server.port, "POST", CHAT_URL, chat_body("wrong"))
+        assert (again.status, again.content) == (400, wrong.content)
+
+
+@flow
+async def test_what_fails_is_not_recorded(tmp_path):
+    """A 429, a 500, a cut stream, one whose client has left, half a JSON, an error."""
+    tape = tmp_path / "chat.jsonl"
+    held = asyncio.Event()
+
+    async def behave(request, writer):
+        kind = request.json()["messages"][0]["content"]
+        if kind.isdigit():
+            return writer.write(http_reply({"error": {"message": "no"}}, int(kind)))
+        if kind == "half":
+            return writer.write(http_reply(b'{"choices": ['))
+        writer.write(STREAM_HEAD + chunked(chunk("Hel")))
+        if kind == "held":
+            await held.wait()
+        if kind == "error":
+            writer.write(chunked(b'data: {"error": {"message": "no"}}\n\n'))
+        if kind != "cut":
+            writer.write(b"0\r\n\r\n")
+        else:
+            raise ConnectionError
+
+    async with Upstream(behave) as upstream:
+        controller = upstream.controller(name="up")
+        async with serving(tmp_path, controller, tape=f"{tape}:record") as server:
+            for kind in ("401", "429", "500", "half", "cut", "error", "no-finish"):
+                controller.health.reset()
+                stream = not kind.isdigit() and kind != "half"
+                await ask(server.port, "POST", CHAT_URL, chat_body(kind, stream=stream))
+            async with Client(server.port) as client:
+                body = chat_body("held", stream=True)
+                client.send(request_bytes("POST", CHAT_URL, body))
+                await client.read_head()
+            await until(lambda: not server.requests_in_flight)
+    assert tape.read_bytes() == b""
+
+
+@flow
+async def test_a_miss_names_the_nearest_recording_and_what_differs(tmp_path):
+    tape = tmp_path / "chat.jsonl"
+    far = chat_body("other", temperature=1, tools=[], user="PRIVATE")
+    near = chat_body("PRIVATE", temperature=0.5)
+    near["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    tape.write_bytes(recorded(far) + b"\n" + recorded(near))
+    asked = json.loads(json.dumps(near))
+    asked["messages"][1]["content"] = "SECRET"
+    async with serving(tmp_path, tape=str(tape)) as server:
+        reply = await ask(server.port, "POST", CHAT_URL, asked)
+        error = reply.json()["error"]
+        assert reply.status == 404 and error["code"] == "no_recording"
+        assert error["message"] == (
+            "chat.jsonl has no recording of this: the nearest is line 3, which differs"
+            " in messages[1].content."
+        )
+        asked = {**near, "messages": near["messages"][:1]}
+        reply = await ask(server.port, "POST", CHAT_URL, asked)
+        assert (
+            "line 3, which differs in messages[1]." in reply.json()["error"]["message"]
+        )
+        reply = await ask(server.port, "POST", CHAT_URL, {**near, "stream": True})
+        assert reply.status == 404 and "in stream." in reply.json()["error"]["message"]
+        body = {"model": "m", "max_tokens": 1, "messages": near["messages"]}
+        reply = await ask(server.port, "POST", "/v1/messages", body)
+        error = reply.json()["error"]  # in its own shape
+        assert error["type"] == "not_found_error"
+        assert error["message"] == "chat.jsonl has no recording of /v1/messages."
+        # Mocks are not asked, either.
+        reply = await ask(server.port, "POST", CHAT_URL, chat_body(model="mock/echo"))
+        assert reply.status == 404
+
+
+@flow
+async def test_auto_asks_once_and_record_asks_each_time(tmp_path):
+    answers = iter(range(100))
+
+    async def behave(request, writer):
+        writer.write(http_reply(completion(str(next(answers)))))
+
+    tape = tmp_path / "chat.jsonl"
+
+    async def said(server, text="Hello"):
+        reply = await ask(server.port, "POST", CHAT_URL, chat_body(text))
+        return reply.json()["choices"][0]["message"]["content"]
+
+    async with Upstream(behave) as upstream:
+        async with serving(
+            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:auto"
+        ) as server:
+            # Of those who ask for the same at once, the first is recorded.
+            first = set(await asyncio.gather(*(said(server) for _ in range(5))))
+            asked = len(upstream.requests)
+            assert asked == len(first) and await said(server) in first
+            assert await said(server, "other") == str(asked)
+            assert await said(server, "other") == str(asked)
+            assert len(upstream.requests) == asked + 1 and len(tape_lines(tape)) == 2
+        async with serving(
+            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:record"
+        ) as server:
+            assert await said(server) != await said(server)
+            last = str(len(upstream.requests) - 1)
+        async with serving(tmp_path, upstream.controller(), tape=str(tape)) as server:
+            assert await said(server) == await said(server) == last
+            assert len(upstream.requests) == int(last) + 1  # nor for its models
+        assert len(tape_lines(tape)) == 4
+
+
+@flow
+async def test_what_is_no_recording_is_passed_over_and_told(tmp_path):
+    """A line that a crash has torn, one of another version, a conflict's marker."""
+    log = PoolLog()
+    tape = tmp_path / "chat.jsonl"
+    whole, torn = recorded(chat_body("whole")), recorded(chat_body("torn"))
+    later = recorded(chat_body("later")).replace(b'"tape": 1', b'"tape": 2')
+    tape.write_bytes(whole + later + b"<<<<<<< ours\n" + torn[:-20])
+    async with (
+        Upstream() as upstream,
+        serving(
+            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:auto", log=log
+        ) as server,
+    ):
+        assert "passed over: line 2, 3, 4" in log.text
+        for text in ("whole", "later", "torn", "torn"):
+            reply = await ask(server.port, "POST", CHAT_URL, chat_body(text))
+            assert reply.status == 200
+        assert len(upstream.requests) == 2
+    assert tape.read_bytes().startswith(whole + later + b"<<<<<<< ours\n")
+    lines = tape.read_bytes().split(b"\n")
+    assert lines[3] == torn[:-20] and len(lines) == 7  # the next one has its own line
+    async with serving(tmp_path, tape=str(tape)) as server:
+        reply = await ask(server.port, "POST", CHAT_URL, chat_body("torn"))
+        assert reply.status == 200
+
+
+@pytest.mark.parametrize("content", [b'{"users": []}\n', b'{"tape": 2}\n'])
+def test_a_file_that_is_no_tape_stops_the_start_and_stays_as_it_is(tmp_path, content):
+    tape = tmp_path / "chat.jsonl"
+    tape.write_bytes(content)
+    for mode in ("replay", "record", "auto"):
+        server = Server(KEY, port=0, tape=f"{tape}:{mode}")
+        with pytest.raises(ConfigurationError, match="no recording of version 1 in it"):
+            run(server.start())
+    assert tape.read_bytes() == content
+    for missing in (tmp_path / "none.jsonl", f"{tmp_path}/none/chat.jsonl:record"):
+        server = Server(KEY, port=0, tape=str(missing))
+        with pytest.raises(ConfigurationError, match="No such file"):
+            run(server.start())
+
+
+@flow
+async def test_two_servers_may_write_one_tape(tmp_path):
+    tape = tmp_path / "chat.jsonl"
+    async with (
+        Upstream() as upstream,
+        serving(
+            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:auto"
+        ) as one,
+        serving(
+            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:auto"
+        ) as two,
+    ):
+        asked = [
+            ask(server.port, "POST", CHAT_URL, chat_body(f"{number} " + "x" * 5000))
+            for number in range(20)
+            for server in (one, two)
+        ]
+        replies = await asyncio.gather(*asked)
+        assert {reply.status for reply in replies} == {200}
+        count = len(upstream.requests)
+        for server in (two, one):  # each knows what the other has written
+            for number in range(20):
+                body = chat_body(f"{number} " + "x" * 5000)
+                await ask(server.port, "POST", CHAT_URL, body)
+        assert len(upstream.requests) == count
+    texts = {line["content"]["messages"][0]["content"] for line in tape_lines(tape)}
+    assert len(texts) == 20
+
+
+@flow
+async def test_an_edited_tape_is_seen_and_its_content_wins(tmp_path):
+    """Also over its SHA-256; a status that somebody wrote there is the answer."""
+    tape = tmp_path / "chat.jsonl"
+    tape.write_bytes(recorded(chat_body("old"), "one"))
+    async with serving(tmp_path, tape=str(tape)) as server:
+
+        async def asked(text):
+            return await ask(server.port, "POST", CHAT_URL, chat_body(text))
+
+        assert b"one" in (await asked("old")).content
+        edited = tape.read_bytes().replace(b'"old"', b'"new"')
+        tape.write_bytes(
+            edited.replace(b"one", b"two").replace(b'","role', b'" ,"role')
+        )
+        assert b"two" in (await asked("new")).content
+        assert (await asked("old")).status == 404
+        tape.write_bytes(edited.replace(b'"status": 200', b'"status": 429'))
+        for _ in range(4):  # nor is it asked less for it
+            reply = await asked("new")
+            assert reply.status == 429 and b"one" in reply.content
+
+
+@flow
+async def test_fields_that_are_ignored_make_no_difference(tmp_path):
+    tape = str(tmp_path / "chat.jsonl")
+    more = {"user": "a", "metadata": {"run": 1}}
+    async with Upstream() as upstream:
+        record = apiserver.TapeController(
+            tape, mode="auto", ignore=["user", "metadata"]
+        )
+        async with serving(
+            tmp_path, upstream.controller(models=["m"]), record
+        ) as server:
+            for user in ("a", "b"):
+                body = chat_body(**{**more, "user": user})
+                assert (await ask(server.port, "POST", CHAT_URL, body)).status == 200
+        assert len(upstream.requests) == 1
+    for ignore, status in ((["user", "metadata"], 200), (["user"], 404), ([], 404)):
+        replay = apiserver.TapeController(tape, ignore=ignore)
+        async with serving(tmp_path, replay) as server:
+            body = chat_body(**more, seed=None)
+            del body["seed"]
+            body["metadata"] = {"run": 2}
+            reply = await ask(server.port, "POST", CHAT_URL, body)
+            assert reply.status == status
+            if status == 404:
+                assert "differs in metadata.run." in reply.json()["error"]["message"]
+
+
+@flow
+async def test_a_tape_takes_forms_and_binary_answers(tmp_path):
+    """A form's boundary is drawn anew each time; speech is no text."""
+
+    def form(boundary):
+        part = b'--%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+        return (
+            b"".join(
+                part % (boundary, name, value)
+                for name, value in ((b"model", b"m"), (b"file", b"\xff\x00\r\n--x"))
+            )
+            + b"--%b--\r\n" % boundary
+        )
+
+    tape = tmp_path / "chat.jsonl"
+    speech = [
+        b"\xff\xfb\x90" * 100,
+        "\u00e9".encode()[:1],
+        "\u00e9".encode()[1:],
+        b"end",
+    ]
+    path = "/v1/audio/transcriptions"
+
+    def kind(boundary):
+        return [("content-type", f"multipart/form-data; boundary={boundary.decode()}")]
+
+    async def answers(server, boundary):
+        content, headers = form(boundary), kind(boundary)
+        reply = await ask(server.port, "POST", path, content, headers=headers)
+        return reply.status, reply.headers["content-type"], reply.content
+
+    async with Upstream(piecewise(speech, "audio/mpeg")) as upstream:
+        async with serving(
+            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:auto"
+        ) as server:
+            first = await answers(server, b"one")
+            assert first == (200, "audio/mpeg", b"".join(speech))
+            assert await answers(server, b"two") == first
+            assert len(upstream.requests) == 1
+    async with serving(tmp_path, tape=str(tape)) as server:
+        assert await answers(server, b"three") == first
+        chunks = await pieces_of(server.port, form(b"four"), path, kind(b"four"))
+        assert chunks == [piece for piece in speech if piece]
+    (line,) = tape_lines(tape)
+    assert b"--boundary\r\n" in base64.b64decode(line["content"])
+    assert line["pieces"][-1][1:] == ["end"] and line["pieces"][0][2] == "base64"
+
+
+def test_100_mb_of_tape_are_opened_in_a_second_and_not_held(tmp_path):
+    tape = tmp_path / "chat.jsonl"
+    line = recorded(chat_body("NUMBER " + "x" * 5000), "y" * 4500)
+    with open(tape, "wb") as file:
+        for number in range(10_000):
+            file.write(resigned(line.replace(b'"NUMBER', b'"%d' % number)))
+    assert tape.stat().st_size > 100_000_000
+    best = math.inf
+    for _ in range(3):
+        controller = apiserver.TapeController(str(tape))
+        began = time.perf_counter()
+        controller.load()
+        best = min(best, time.perf_counter() - began)
+    assert best < 1.0 and "recordings: 10000" in str(controller)
+    tracemalloc.start()
+    try:
+        controller = apiserver.TapeController(str(tape))
+        controller.load()
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+    async def check():
+        async with serving(tmp_path, controller) as server:
+            body = chat_body("9900 " + "x" * 5000)
+            reply = await ask(server.port, "POST", CHAT_URL, body)
+            assert reply.status == 200
+            # A miss looks at all of it, and nobody else stands still meanwhile.
+            body["messages"][0]["content"] = "?"
+            miss = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, body))
+            slowest = 0.0
+            while not miss.done():
+                began = time.monotonic()
+                assert (await ask(server.port, "GET", "/health")).status == 200
+                slowest = max(slowest, time.monotonic() - began)
+            assert (await miss).status == 404 and slowest < 1.0
+
+    run(check(), 60)
+
+
+def resigned(line):
+    """A line of a tape with the SHA-256 of its content put right."""
+    content = line[line.index(b'"content": ') + 11 : line.index(b', "status": ')]
+    digest = apiserver.hashlib.sha256(content).hexdigest().encode()
+    return re.sub(rb"[0-9a-f]{64}", digest, line, count=1)
+
+
+@flow
+async def test_a_tape_records_functions_and_asks(tmp_path):
+    def shout(request):
+        return request["messages"][-1]["content"].upper()
+
+    tape = tmp_path / "chat.jsonl"
+    function = FunctionController(shout, models=["shout"])
+    body = {"content": "Hello", "model": "shout"}
+    async with serving(tmp_path, function, tape=f"{tape}:record") as server:
+        first = await ask(server.port, "POST", "/api/ask", body)
+        assert first.json()["content"] == "HELLO"
+    async with serving(tmp_path, tape=str(tape)) as server:
+        reply = await ask(server.port, "POST", "/api/ask", body)
+        assert reply.json()["content"] == "HELLO"
+        assert (await ask(server.port, "GET", "/readyz")).status == 200
+        line = await controller_line(server, "tape")
+        assert line["requests"] == 1 and line["tokens"] > 0 and line["type"] == "tape"
+
+
+@flow
+async def test_what_a_browser_agent_says_to_an_ask_is_not_recorded(tmp_path):
+    """It has the conversation: nobody could go on with what is replayed."""
+    tape = tmp_path / "chat.jsonl"
+    async with serving(tmp_path, tape=f"{tape}:record") as server:
+        async with Agent(server.port) as agent, handler_task(agent.echo()):
+            await until(lambda: server.agents)
+            reply = await ask(server.port, "POST", "/api/ask", {"content": "Hello"})
+            assert reply.json()["content"] == "echo:Hello"
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            assert "echo:" in reply.json()["choices"][0]["message"]["content"]
+    assert [line["content"] for line in tape_lines(tape)] == [CHAT]
+
+
+def test_a_tape_in_the_configuration(load, tmp_path):
+    def tapes(*args, **kwargs):
+        config = load(*args, **kwargs)
+        made = [apiserver.make_controller(c, config.limits) for c in config.controllers]
+        return [(c.file, c.mode, c.speed, c.ignore) for c in made if c.type == "tape"]
+
+    cwd = os.getcwd()
+    none = frozenset()
+    assert tapes(["1", "k", "--tape", "a:b"]) == [(f"{cwd}/a:b", "replay", 0, none)]
+    assert tapes(["1", "k", "-tape=a:auto"]) == [(f"{cwd}/a", "auto", 0, none)]
+    # A key in the environment is recorded: the tape is no upstream.
+    config = load(["1", "k", "--tape", "a:auto"], {"OPENAI_API_KEY": "sk-x"})
+    assert sorted(c["name"] for c in config.controllers) == ["openai-1", "tape"]
+    entry = {"type": "tape", "file": "a.jsonl", "mode": "record", "speed": 1,
+             "ignore": ["user"]}  # fmt: skip
+    made = tapes(["1", "k"], file={"controllers": [entry]})
+    ((file, *rest),) = made
+    assert file.endswith("/a.jsonl") and rest == ["record", 1, frozenset({"user"})]
+    for file, place in [
+        ({"controllers": [{"type": "tape"}]}, "controllers[0].file"),
+        ({"controllers": [{**entry, "mode": "x"}]}, "controllers[0].mode"),
+        ({"controllers": [{**entry, "weight": 1}]}, "controllers[0].weight"),
+        ({"controllers": [{**entry, "speed": -1}]}, "controllers[0].speed"),
+        ({"controllers": [entry, {**entry, "name": "b"}]}, "controllers[1]"),
+        ({"controllers": [entry], "tape": "b"}, "controllers[1].name"),
+    ]:
+        with pytest.raises(ConfigurationError, match=re.escape(place)):
+            load(["1", "k"], file=file)
+    with pytest.raises(ValueError, match="mode is one of"):
+        apiserver.TapeController("a", mode="x")
+
+
+def test_the_start_screen_tells_of_a_tape(tmp_path):
+    tape = tmp_path / "chat.jsonl"
+    tape.write_bytes(recorded(CHAT))
+    with Program("0", KEY, "--tape", "chat.jsonl", cwd=tmp_path) as program:
+        line = program.wait_for("^  Tape +(.*)")[1]
+        assert line == f"{tape} (replay, nobody else is asked; recordings: 1)"
+        reply = run(ask(program.port, "POST", CHAT_URL, CHAT))
+        assert reply.json() == completion()
+    tape.write_bytes(b"no tape")
+    done = subprocess.run(
+        [sys.executable, str(MODULE), "0", KEY, "--tape", "chat.jsonl:auto"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
 # -----------------------------------------------------------------------------
 # Metrics
 # -----------------------------------------------------------------------------
@@ -15931,7 +16516,7 @@ def test_help_is_short_and_names_each_option_with_its_default(capsys):
 
 
 def test_the_options_are_those_that_help_names():
-    names = ["listen", "users", "usage", "tls_cert", "tls_key"]
+    names = ["listen", "users", "usage", "tls_cert", "tls_key", "tape"]
     names += ["config_file", "config_path"]
     argv = [part for name in names for part in (f"--{name}", "x")]
     words, options = apiserver.read_arguments([*argv, "-v"], apiserver.HELP)
@@ -16558,7 +17143,8 @@ def test_the_readme_names_every_setting_and_every_route():
                 yield from names(inner)
 
     text = readme()
-    settings = set(names(apiserver.file_keys()))
+    kinds = (apiserver.CONTROLLER_KEYS, apiserver.TAPE_KEYS)
+    settings = set(names({**apiserver.file_keys(), **kinds[0], **kinds[1]}))
     assert [key for key in settings if not re.search(f'[`"]{key}[`"]', text)] == []
     routes = set(apiserver.RequestHandler.ROUTES) - {"/v1/", "/v1/models/"}
     assert [route for route in routes if f"{route}`" not in text] == []
@@ -17090,13 +17676,65 @@ async def test_the_log_does_not_repeat_what_an_upstream_says(tmp_path, caplog):
     assert "status 500 overloaded" in caplog.text and "PROMPT" not in caplog.text
 
 
+def readme_block(start):
+    """The first block of README.md that begins so, without its indent."""
+    block = re.search(
+        rf"^ {{4}}{start}(?:.*\n {{4}}|.*\n\n {{4}})*.*\n", readme(), re.M
+    )
+    return textwrap.dedent(block[0])
+
+
+def run_pytest(folder, code):
+    """Run a test file in a folder; what pytest says."""
+    (folder / "test_it.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@flow
+async def test_a_readme_tape_is_recorded_once_and_replayed(tmp_path):
+    """The command and the fixture in README.md, as they stand there but for the port."""
+    command = readme_block(r"OPENAI_API_KEY=.*--tape").split()
+    assert command[:4] == ["OPENAI_API_KEY=sk-...", "python3", MODULE.name, "8080"]
+    key, arguments = command[0].partition("=")[2], ["0", *command[4:]]
+    async with Upstream(piecewise([chunk("Hi"), chunk(None, "stop"), DONE])) as up:
+        env = {"OPENAI_API_KEY": key, "OPENAI_BASE_URL": up.url}
+        with Program(*arguments, cwd=tmp_path, env=env) as program:
+            program.wait_for("Tape .*chat.jsonl .auto; recordings: 0")
+            reply = await ask(program.port, "POST", CHAT_URL, STREAM, "my-secret-key")
+            assert reply.status == 200
+            await until((tmp_path / "chat.jsonl").read_bytes)  # then it may be killed
+    code = "import pytest, chatgpt_apiserver\n" + readme_block(
+        "@pytest.fixture\n.*base_url\\(\\)"
+    )
+    code += f"""
+import json, urllib.request
+
+def test_replay(base_url):
+    for _ in range(2):
+        request = urllib.request.Request(
+            base_url + "/chat/completions",
+            {json.dumps(STREAM).encode()!r},
+            {{"Authorization": "Bearer secret"}},
+        )
+        with urllib.request.urlopen(request) as reply:
+            assert reply.read() == {reply.content!r}
+"""
+    assert "1 passed" in await asyncio.to_thread(run_pytest, tmp_path, code)
+
+
 def test_a_readme_fixture_serves_each_test(tmp_path):
     """The fixture in README.md, as it stands there."""
-    readme = (MODULE.parent / "README.md").read_text(encoding="utf-8")
-    block = re.search(
-        r"( {4}import pytest, chatgpt_apiserver\n(?: {4}.*\n|\n)+)", readme
-    )
-    code = "\n".join(line[4:] for line in block[1].splitlines())
+    code = readme_block("import pytest, chatgpt_apiserver")
     code += """
 
 def test_one(base_url):
@@ -17106,14 +17744,4 @@ def test_one(base_url):
 def test_two(base_url):
     test_one(base_url)
 """
-    (tmp_path / "test_it.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+    assert "2 passed" in run_pytest(tmp_path, code)
