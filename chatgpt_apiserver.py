@@ -1619,7 +1619,6 @@ def _tokens(count: Any) -> int:
     return count if type(count) is int and 0 < count < 1 << 48 else 0
 
 
-_USAGE_KEY = re.compile(r'"usage"\s*:\s*(?=\{)')
 _PLAIN_DECODER = json.JSONDecoder()
 
 
@@ -1631,13 +1630,11 @@ def find_usage(content: bytes) -> Usage:
     at = content.rfind(b'"usage"')
     if at < 0:
         return Usage()
-    text = content[at : at + 4096].decode("utf-8", "replace")
-    match = _USAGE_KEY.match(text)
+    text = content[at + 7 : at + 4096].decode("utf-8", "replace")
     try:
-        value = _PLAIN_DECODER.raw_decode(text, match.end())[0] if match else None
+        return read_usage(_PLAIN_DECODER.raw_decode(text.lstrip(": \t\r\n"))[0])
     except (ValueError, RecursionError):
-        value = None
-    return read_usage(value)
+        return Usage()
 
 
 def estimate_tokens(text: str) -> int:
@@ -1733,24 +1730,26 @@ def messages_text(messages: Any) -> str:
     return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in texts)
 
 
+def chat_choice(
+    message: dict[str, Any], finish_reason: str | None = None, index: int = 0
+) -> dict[str, Any]:
+    """One choice of a chat.completion."""
+    whole = {"role": "assistant", "content": None, "refusal": None, **message}
+    choice = {"index": index, "message": whole, "logprobs": None}
+    return {**choice, "finish_reason": finish_reason}
+
+
 def chat_completion(
     model: str, message: dict[str, Any], usage: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """A chat.completion object around one message of the assistant's."""
-    whole = {"role": "assistant", "content": None, "refusal": None, **message}
+    reason = "tool_calls" if message.get("tool_calls") else "stop"
     return {
         "id": random_id("chatcmpl-"),
         "object": "chat.completion",
         "created": int(unix_time()),
         "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": whole,
-                "logprobs": None,
-                "finish_reason": "tool_calls" if whole.get("tool_calls") else "stop",
-            }
-        ],
+        "choices": [chat_choice(message, reason)],
         "usage": usage,
     }
 
@@ -1773,20 +1772,11 @@ class CompletionBuilder:
         self._usage = chunk.get("usage") or self._usage
         for choice in chunk.get("choices") or []:
             index = choice.get("index", 0)
-            whole = self._choices.setdefault(
-                index,
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": None, "refusal": None},
-                    "logprobs": None,
-                    "finish_reason": None,
-                },
-            )
+            whole = self._choices.setdefault(index, chat_choice({}, None, index))
             self._add_delta(index, whole["message"], choice.get("delta") or {})
             self._add_logprobs(whole, choice.get("logprobs") or {})
-            whole["finish_reason"] = (
-                choice.get("finish_reason") or whole["finish_reason"]
-            )
+            if choice.get("finish_reason"):
+                whole["finish_reason"] = choice["finish_reason"]
 
     @staticmethod
     def _add_logprobs(whole: dict[str, Any], logprobs: dict[str, Any]) -> None:
@@ -2051,12 +2041,10 @@ class CompletionStream(EventStream):
             return False
         if '"usage"' in text and text.count('"usage"') != text.count(_NO_USAGE):
             return False
-        if "[DONE]" in text:
-            if block != DONE_EVENT and not block.endswith(b"\n\n" + DONE_EVENT):
-                return False
-            if text.count("[DONE]") > 1:  # an earlier one, or only quoted
-                return False
-            self.ended = self._done = True
+        if "[DONE]" in text:  # unless it is quoted, or not the last
+            at_end = (b"\n\n" + block).endswith(b"\n\n" + DONE_EVENT)
+            self.ended = self._done = at_end and text.count("[DONE]") == 1
+            return self._done
         return True
 
     def _relays(self, data: bytes) -> bool:
