@@ -1466,20 +1466,14 @@ def labelled_kind(content_type: str) -> Body:
 
 
 class ErrorObject(NamedTuple):
-    """What an answer says went wrong, in whichever shape it says it.
+    """What an answer says went wrong, in whichever shape it says it."""
 
-    message  others' words: for whoever asked, and for nobody else
-    type, code, param  the OpenAI API's, where it has them
-    words    every code, type, status and reason in it, in lower case
-    passed_on  whether another server like this one got it from its upstream
-    """
-
-    message: str = ""
-    type: str | None = None
+    message: str = ""  # others' words: for whoever asked, and for nobody else
+    type: str | None = None  # as the OpenAI API has it; so the next two
     code: str | None = None
     param: str | None = None
-    words: frozenset[str] = frozenset()
-    passed_on: bool = False
+    words: frozenset[str] = frozenset()  # code, type, status, reason, in lower case
+    passed_on: bool = False  # another server like this one got it from its upstream
 
     @property
     def summary(self) -> str:
@@ -1948,13 +1942,6 @@ class EventStream:
 
     hide_usage  an event of usage is counted and left out: nobody asked for it
     choices     how many choices have to finish
-
-    began   an event has been seen (comments are no answer)
-    ended   nothing more will be relayed
-    error   what an error event said, or None; the event itself is not relayed
-    usage   the token counts, as far as they have been seen
-    events  how many there have been, roughly
-    whole   what its answer looked like when it began, where an event tells
     """
 
     ENDS: ClassVar[tuple[str, ...]] = ()  # types of events of which one ends it
@@ -1965,12 +1952,12 @@ class EventStream:
         choices: int = 1,
         max_size: int = DEFAULT_LIMITS.response_size,
     ) -> None:
-        self.began = False
-        self.ended = False
-        self.error: ErrorObject | None = None
-        self.usage = Usage()
-        self.events = 0
-        self.whole: dict[str, Any] = {}
+        self.began = False  # an event has been seen (comments are no answer)
+        self.ended = False  # nothing more will be relayed
+        self.error: ErrorObject | None = None  # of an event, which is not relayed
+        self.usage = Usage()  # as far as it has been seen
+        self.events = 0  # how many there have been, roughly
+        self.whole: dict[str, Any] = {}  # its answer as it began, where events tell
         self._hide_usage = hide_usage
         self._unfinished = choices  # that have had no finish_reason yet
         self._done = False  # [DONE] has been seen
@@ -2433,32 +2420,24 @@ def chat_tools(tools: Any) -> list[Any]:
 
 
 class Dialect:
-    """What is particular to one path of the API; this one: to all other paths.
+    """What is particular to one path of the API; this one: to all other paths."""
 
-    judged     bodies are judged by their first bytes, not by their label
-    answer_key what is in every answer, and in no error
-    generates  an answer is text that was generated, a token at a time
-    asks_usage a stream's usage has to be asked for, with stream_options
-    default_model  "model" may be left out, as in the OpenAI API
-    stream     what looks at a stream on its way to the client
-    writer     what makes an answer out of generated text, where it generates
-    messages   the field of a request in which other things are said than a chat's
-    system     the field in which the system's text stands beside them
-    error_event  the name of a stream's event that tells an error, or "" if it needs
-               none; None: there is no such event
-    builder    what puts a stream together that nobody asked for; None: it stays one
-    """
-
-    judged = False
-    answer_key = b""
-    generates = False
-    asks_usage = False
-    default_model = False
+    judged = False  # bodies are judged by their first bytes, not by their label
+    answer_key = b""  # what is in every answer, and in no error
+    generates = False  # an answer is text that was generated, a token at a time
+    asks_usage = False  # a stream's usage has to be asked for, with stream_options
+    default_model = False  # "model" may be left out, as in the OpenAI API
+    # What looks at a stream on its way to the client.
     stream: ClassVar[type[EventStream]] = EventStream
-    writer: ClassVar[type[ChatWriter]] = ChatWriter
+    # What puts a stream together that nobody asked for; None: it stays a stream.
     builder: ClassVar[type[CompletionBuilder] | None] = None
-    messages = ""
-    system = ""
+    # What makes an answer out of generated text, where it generates.
+    writer: ClassVar[type[ChatWriter]] = ChatWriter
+    # The fields of a request with what was said and with the system's text, where
+    # they are not a chat's.
+    messages = system = ""
+    # The name of the event that tells an error, or "" if it needs none; None: a
+    # stream has no such event.
     error_event: str | None = None
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
@@ -2516,7 +2495,6 @@ class ChatDialect(Dialect):
     asks_usage = True
     stream = CompletionStream
     builder: ClassVar[type[CompletionBuilder] | None] = CompletionBuilder
-
     error_event = ""
 
     def events(self, answer: dict[str, Any]) -> bytes | None:
@@ -2719,18 +2697,12 @@ SESSION_FIELDS = ("x-session-id", "x-claude-code-session-id")
 
 
 class Turn(NamedTuple):
-    """Where a request stands in a conversation, as far as its body tells.
+    """Where a request stands in a conversation, as far as its body tells."""
 
-    previous   the response that it continues, or ""
-    cache_key  what its client says that requests have in common, or ""
-    start      model, system text and first message of the user, or ""
-    later      whether more than that has been said
-    """
-
-    previous: str = ""
-    cache_key: str = ""
-    start: str = ""
-    later: bool = False
+    previous: str = ""  # the response that it continues
+    cache_key: str = ""  # what its client says that requests have in common
+    start: str = ""  # model, system text and first message of the user
+    later: bool = False  # more than that has been said
 
 
 def find_turn(body: dict[str, Any]) -> Turn:
