@@ -11721,10 +11721,7 @@ class Link:
             request = self._read_request(data)
             async with self.agent.pool.call(request) as call:
                 begun = True
-                if call.content is not None:
-                    await self._send_whole(id, call.status, call.headers, call.content)
-                else:
-                    await self._send_pieces(id, call)
+                await self._send_answer(id, call)
                 return f"{request.path} {request.model} {call.status}"
         except APIError as error:
             if begun:
@@ -11733,13 +11730,31 @@ class Link:
             await self._send_refusal(id, error)
             return f"refused ({error.status}): {error.reason}"
 
-    async def _send_pieces(self, id: str, call: Call) -> None:
-        """Send an answer as it comes: events as text, anything else as base64."""
-        kind = call.headers.get("content-type", "")
-        kind = kind if call.is_raw else "text/event-stream"
-        await self._send_head(id, call.status, {"content-type": kind}, call.is_raw)
-        while not call.ended:
-            await self._send_data(id, await call.read(), call.is_raw)
+    async def _send_answer(self, id: str, call: Call) -> None:
+        """Send an answer as it comes: what is not text as base64."""
+        content, headers, is_raw = call.content, call.headers, call.is_raw
+        if content is not None:
+            try:
+                content.decode()
+            except UnicodeDecodeError:
+                is_raw = True
+        elif not is_raw:
+            headers = {"content-type": "text/event-stream"}
+        await self._send_head(id, call.status, headers, is_raw)
+        if content is not None:
+            await self._send_data(id, content, is_raw)
+        while content is None and not call.ended:
+            await self._send_data(id, await call.read(), is_raw)
+        await self._end(id, "ApiEnd")
+
+    async def _send_refusal(self, id: str, error: APIError) -> None:
+        """Answer as an upstream would: the server judges it and may ask another."""
+        passed = error.upstream_status or 0
+        status = passed if passed == 429 or passed >= 500 else error.status
+        seconds = error.retry_after
+        headers = {} if seconds is None else {"retry-after": str(seconds)}
+        await self._send_head(id, status, headers, False)
+        await self._send_data(id, encode_json({"error": error_object(error)}), False)
         await self._end(id, "ApiEnd")
 
     def _read_request(self, data: str) -> APIRequest:
@@ -11774,24 +11789,12 @@ class Link:
         request.deadline = now + self.limits.request_timeout
         return request
 
-    async def _send_whole(
-        self, id: str, status: int, headers: dict[str, str], content: bytes
-    ) -> None:
-        """Send a whole answer: what is not text as base64."""
-        try:
-            content.decode()
-            is_raw = False
-        except UnicodeDecodeError:
-            is_raw = True
-        await self._send_head(id, status, headers, is_raw)
-        await self._send_data(id, content, is_raw)
-        await self._end(id, "ApiEnd")
-
     async def _send_head(
         self, id: str, status: int, headers: dict[str, str], is_raw: bool
     ) -> None:
+        kind = "application/octet-stream" if is_raw else "application/json"
         head: dict[str, Any] = {"status": status}
-        head["content_type"] = headers.get("content-type", "application/json")
+        head["content_type"] = headers.get("content-type", kind)
         retry_after = parse_retry_after(headers)
         if retry_after is not None:
             head["retry_after"] = retry_after
@@ -11806,16 +11809,6 @@ class Link:
         for at in range(0, len(content), PIECE_SIZE):
             text = decoder.decode(content[at : at + PIECE_SIZE])
             await self.send(id, "ApiData", text)
-
-    async def _send_refusal(self, id: str, error: APIError) -> None:
-        """Answer as an upstream would: the server judges it and may ask another."""
-        passed = error.upstream_status or 0
-        status = passed if passed == 429 or passed >= 500 else error.status
-        headers = {"content-type": "application/json"}
-        if error.retry_after is not None:
-            headers["retry-after"] = str(error.retry_after)
-        content = encode_json({"error": error_object(error)})
-        await self._send_whole(id, status, headers, content)
 
 
 class Agent:
