@@ -12968,21 +12968,12 @@ class ServerProgram(Program):
 
     def __init__(self, argv: list[str], log: Log) -> None:
         self._argv = argv
-        self._config = config = load_config(argv, os.environ)
+        self._config = self._started = config = load_config(argv, os.environ)
+        self._connections = config.limits.connections
         self._server = build_server(config, log)
         super().__init__(self._server, log)
-        self._fixed = self._fixed_settings(config)
         self._terminals = [fd for fd in (0, 2) if is_terminal(fd)]
         self.signals["SIGHUP"] = self._hang_up
-
-    def _fixed_settings(self, config: Config) -> dict[str, Any]:
-        """What only a restart changes, by name."""
-        fixed = {
-            setting.place or name: getattr(config, name)
-            for name, setting in SETTINGS.items()
-            if setting.restart
-        }
-        return {**fixed, "limits.connections": config.limits.connections}
 
     async def _serve(self) -> None:
         await self._server.start()
@@ -13018,8 +13009,13 @@ class ServerProgram(Program):
         names = ", ".join(controller["name"] for controller in config.controllers)
         self._log.report(f"configuration reloaded; controllers: {names or 'none'}")
         # Compared with what is in force, which is what the start has read.
-        now = self._fixed_settings(config)
-        later = [name for name, was in self._fixed.items() if now[name] != was]
+        later = [
+            setting.place or name
+            for name, setting in SETTINGS.items()
+            if setting.restart and getattr(config, name) != getattr(self._started, name)
+        ]
+        if config.limits.connections != self._connections:
+            later.append("limits.connections")
         if later:
             self._log.report(f"only a restart changes {', '.join(later)}")
 
