@@ -11932,11 +11932,12 @@ class Agent:
         if running:
             self.report(f"{len(running)} running calls may finish ({seconds:.0f} s)")
         await shutdown.wait_for(self._running, seconds)
+        joined = {task for task, link in self.links.items() if link.websocket}
         for link in self.links.values():
             if link.websocket is not None:
                 link.websocket.close(1001, "the agent is shutting down")
-        if self.links:  # the servers close, too
-            await asyncio.wait(set(self.links), timeout=1)
+        if joined:  # the servers close, too
+            await asyncio.wait(joined, timeout=1)
 
     # --- What it serves
 

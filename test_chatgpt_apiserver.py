@@ -16113,6 +16113,26 @@ async def test_every_address_of_a_servers_name_is_dialled(tmp_path, monkeypatch)
 
 
 @flow
+async def test_an_agent_that_ends_does_not_wait_to_dial_again(
+    tmp_path, constant, monkeypatch
+):
+    constant(REDIAL_FIRST=60, REDIAL_SOON=60, REDIAL_MAX=60)
+    monkeypatch.setattr(random, "uniform", max)
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    controller = FunctionController(lambda request: "Hi", models=["m"])
+    async with serving(tmp_path) as server:
+        urls = [f"127.0.0.1:{server.port}", f"127.0.0.1:{port}"]
+        async with agent_of_all(urls, controller) as agent:
+            await until(lambda: agent.id in server.agents)
+            await until(lambda: agent.log.has("dialling again"))
+            began = time.monotonic()
+            agent.request_shutdown()
+            await agent.task
+            assert time.monotonic() - began < 0.8
+
+
+@flow
 async def test_two_ways_to_one_server_are_one_registration(tmp_path):
     controller = FunctionController(lambda request: "Hi", models=["m"])
     async with serving(tmp_path) as server:
