@@ -6562,9 +6562,15 @@ class MockController(FunctionController):
         return super().answers(path) or path == EMBEDDINGS_PATH
 
     async def answer(self, request: APIRequest) -> Answer:
-        if request.path == EMBEDDINGS_PATH:
-            return WholeAnswer(encode_json(self._embeddings(request)))
-        return await super().answer(request)
+        if request.path != EMBEDDINGS_PATH:
+            return await super().answer(request)
+        with time_limit(request.deadline, self._late()):
+            said = await self._call({"model": request.model})
+            if isinstance(said, bytes):
+                return WholeAnswer(said)
+            async for _ in said:  # it waits, refuses or breaks off as in a chat
+                pass
+        return WholeAnswer(encode_json(self._embeddings(request)))
 
     @staticmethod
     def _embeddings(request: APIRequest) -> dict[str, Any]:
@@ -6645,7 +6651,7 @@ class MockController(FunctionController):
         count = max(1, int(self._number(parameters, "pieces", 1, 1e6)))
         delay = self._number(parameters, "delay", 0)
         size = max(1, -(-len(text) // count))
-        for at in range(0, len(text), size):
+        for at in range(0, len(text) or 1, size):
             await asyncio.sleep(delay)
             yield text[at : at + size]
 
@@ -6687,7 +6693,9 @@ class MockController(FunctionController):
     def garbage(self, body: dict[str, Any], parameters: dict[str, str]) -> Any:
         """Half a JSON object; streamed, as the data of an event."""
         garbage = b'{"id": "chatcmpl-garbage", "choices": [{'
-        return iter([sse_event(garbage)]) if body.get("stream") else garbage
+        # With a name: Anthropic's SDK passes over events without one.
+        event = sse_event(garbage, "message_start")
+        return iter([event]) if body.get("stream") else garbage
 
 
 # --- The tape: answers recorded once, and replayed

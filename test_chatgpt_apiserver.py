@@ -9683,6 +9683,32 @@ async def test_mock_embeddings_are_equal_for_equal_texts(tmp_path):
         assert packed == pytest.approx(one, abs=1e-6)
 
 
+@flow
+async def test_mock_embeddings_wait_refuse_and_break_off_as_in_a_chat(tmp_path):
+    async def asked(model):
+        body = {"model": model, "input": "a"}
+        return await ask(server.port, "POST", "/v1/embeddings", body)
+
+    async with serving(tmp_path) as server:
+        began = time.monotonic()
+        assert (await asked("mock/slow?seconds=0.1")).status == 200
+        assert time.monotonic() - began >= 0.1
+        times = [(await asked("mock/429?times=1")).status for _ in range(2)]
+        assert times == [429, 200]
+        for model, status in (
+            ("mock/429", 429), ("mock/500", 500), ("mock/cut", 500),
+            ("mock/garbage", 500), ("mock/echo?x=1", 400), ("mock/slow?seconds=x", 400),
+        ):  # fmt: skip
+            assert (await asked(model)).status == status
+
+
+@flow
+async def test_a_mock_that_says_nothing_says_an_empty_text(tmp_path):
+    async with serving(tmp_path) as server:
+        body = chat_body(model="mock/text?text=")
+        assert chat_text(await ask(server.port, "POST", CHAT_URL, body)) == ""
+
+
 # --- Slow and stalled clients
 
 
