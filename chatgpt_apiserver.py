@@ -6702,29 +6702,27 @@ class MockController(FunctionController):
 
 
 class RecordedAnswer(Answer):
-    """An answer on its way through, whose pieces are kept until it is good."""
+    """An answer on its way through; at most size bytes are kept, until it is good."""
 
-    def __init__(self, tape: TapeController, call: Call, answer: Answer) -> None:
+    def __init__(
+        self, answer: Answer, size: int, write: Callable[[RecordedAnswer], None]
+    ) -> None:
         super().__init__(answer.status, answer.headers)
         self.delimited = answer.delimited
         self.content_type = answer.headers.get("content-type", "")
-        self.pieces: list[tuple[float, bytes]] = []
-        self.room = tape.limits.response_size
-        self._tape, self._call, self._answer = tape, call, answer
+        self.pieces: list[tuple[float, bytes]] = []  # and the loop's time of each
+        self.room = size
+        self._answer, self._write = answer, write
 
     async def read(self) -> bytes:
         piece = await self._answer.read()
         self.room -= len(piece)
         if piece and self.room >= 0:
-            asked = self._call.tries[-1][1]
-            seconds = asyncio.get_running_loop().time() - asked
-            self.pieces.append((round(seconds, 3), piece))
+            self.pieces.append((asyncio.get_running_loop().time(), piece))
         return piece
 
     def keep(self) -> None:
-        if self.status >= 300:  # redacted: it may have repeated a piece of the key
-            self.pieces = [(0, self._call.content or b"")]
-        self._tape.keep(self._call.request, self)
+        self._write(self)
 
     async def finish(self) -> None:
         await self._answer.finish()
@@ -6820,21 +6818,28 @@ class TapeController(Controller):
                 await asyncio.sleep(seconds / self.speed - passed)
             yield piece
 
-    def recorder(self, call: Call, controller: Controller, answer: Answer) -> Answer:
-        """answer, which is written down once it was whole and good.
-
-        What a browser agent answers to /api/ask can go on at that agent only.
-        """
-        is_ask = call.request.ask is not None
+    async def ask(self, controller: Controller, request: APIRequest) -> Answer:
+        """Have a controller answer; what is whole and good is written down."""
+        asked = asyncio.get_running_loop().time()
+        answer = await controller.answer(request)
+        is_ask = request.ask is not None  # it can go on at that browser agent only
         if controller is self or (is_ask and controller.keeps_conversations):
             return answer
-        return RecordedAnswer(self, call, answer)
 
-    def keep(self, request: APIRequest, answer: RecordedAnswer) -> None:
-        """Write an answer down."""
-        self._submit(self._write, request, answer).add_done_callback(self._written)
+        def write(good: RecordedAnswer) -> None:
+            if good.room < 0:
+                self.report(f"{self.name}: an answer is too large to be recorded")
+                return
+            pieces = [(round(at - asked, 3), piece) for at, piece in good.pieces]
+            if good.status >= 300:  # it may repeat a piece of the key
+                text = b"".join(piece for _, piece in pieces).decode("utf-8", "replace")
+                pieces = [(0.0, controller.redact(text).encode())]
+            answered = (good.status, good.content_type, pieces)
+            self._submit(self._write, request, *answered).add_done_callback(self._tell)
 
-    def _written(self, done: asyncio.Future[None]) -> None:
+        return RecordedAnswer(answer, int(self.limits.response_size), write)
+
+    def _tell(self, done: asyncio.Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
         if error is not None:
             self.report(f"{self.name}: an answer was not recorded: {error}")
@@ -6916,16 +6921,13 @@ class TapeController(Controller):
             file.seek(at)
             return Recording.parse(file.readline())
 
-    def _write(self, request: APIRequest, answer: RecordedAnswer) -> None:
-        if answer.room < 0:
-            raise OSError(errno.EFBIG, "it is too large")
+    def _write(self, request: APIRequest, *answer: Any) -> None:
         self._load()
-        content, kind = self._content(request), answer.content_type
+        content = self._content(request)
         key = self._key(request.path, content)
         if self.mode == "auto" and key in self._index:
             return  # two asked for the same at once
-        answered = (answer.status, kind, answer.pieces)
-        line = Recording(request.path, content, *answered).encode()
+        line = Recording(request.path, content, *answer).encode()
         data = line if self._ends_line else b"\n" + line  # behind what a crash has left
         before, now = self._stamp, append_to_file(self.file, data)
         if now[1] == before[1] + len(data):  # nobody else has written
@@ -7773,9 +7775,11 @@ class Call:
             request.on_asked()
         self.pool.debug(f"attempt {self.attempts}: {controller.name}")
         try:
-            self._answer = await controller.answer(request)
-            if self.pool.tape is not None:
-                self._answer = self.pool.tape.recorder(self, controller, self._answer)
+            tape = self.pool.tape
+            asking = (
+                tape.ask(controller, request) if tape else controller.answer(request)
+            )
+            self._answer = await asking
             self.content = self.stream = None  # of an attempt before this one
             self._first = b""
             await self._begin(controller, self._answer)
