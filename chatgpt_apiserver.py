@@ -708,14 +708,10 @@ class ContentDecoder:
     """Takes a message's content off a buffer, as far as it has arrived.
 
     This one: content of a length in bytes (RFC 9112 section 6.2), or UNTIL_CLOSE.
-
-    complete   true once the last byte was taken; what is still in the buffer
-               then belongs to the next message
-    pending    decode() may give more although nothing new has arrived
     """
 
-    complete = False
-    pending = False
+    complete = False  # the last byte was taken: what is left is the next message's
+    pending = False  # decode() may give more although nothing new has arrived
 
     def __init__(self, length: int) -> None:
         self._left = length
@@ -1147,9 +1143,6 @@ class WebSocketProtocol:
 
     masks     whether we are the client
     max_size  largest message accepted, in bytes: the sum of its fragments
-
-    error, close_received  what ended receiving: a breach by the peer, or its close
-    close_sent             what ended sending
     """
 
     def __init__(
@@ -1157,9 +1150,9 @@ class WebSocketProtocol:
     ) -> None:
         self.masks = masks
         self.max_size = max_size
-        self.error: WebSocketError | None = None
-        self.close_received = False
-        self.close_sent = False
+        self.error: WebSocketError | None = None  # a breach: it ended receiving
+        self.close_received = False  # that ended receiving, too
+        self.close_sent = False  # and this, sending
         self._buffer = bytearray()  # received, not yet parsed
         self._frame: FrameHead | None = None  # whose payload is arriving
         self._missing = 0  # bytes of that payload
