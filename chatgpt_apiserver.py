@@ -2310,16 +2310,13 @@ class ResponsesWriter(MessagesWriter):
             "created_at": self.like["created"],
             "model": self.like["model"],
             "status": status,
-            "error": None,
-            "incomplete_details": None,
-            "instructions": None,
+            **dict.fromkeys(("error", "incomplete_details", "instructions")),
+            **dict.fromkeys(("temperature", "top_p")),
             "metadata": {},
             "output": self._items,
             "parallel_tool_calls": True,
-            "temperature": None,
             "tool_choice": "auto",
             "tools": [],
-            "top_p": None,
             "usage": counts,
         }
 
@@ -2388,14 +2385,15 @@ def chat_messages(items: Any, system: Any = None) -> list[Any]:
         messages.append({"role": "user", "content": items})
     for item in as_list(items):
         fields = as_object(item)
-        parts = [as_object(part) for part in as_list(fields.get("content"))]
+        parts = map(as_object, as_list(fields.get("content")))
         results = [part for part in parts if part.get("type") == "tool_result"]
+        texts = [content_text(result.get("content")) for result in results]
         if fields.get("type") == "function_call_output":
-            item = {"role": "tool", "content": fields.get("output")}
+            messages.append({"role": "tool", "content": fields.get("output")})
         elif results:
-            texts = [content_text(result.get("content")) for result in results]
-            item = {"role": "tool", "content": "\n".join(texts)}
-        messages.append(item)
+            messages.append({"role": "tool", "content": "\n".join(texts)})
+        else:
+            messages.append(item)
     return messages
 
 
@@ -8261,8 +8259,8 @@ class Metrics:
         seconds = record.ended - record.started
         series["request_duration_seconds"][path, model].observe(seconds)
         for name, _, reason in record.attempts:
-            name = self._bounded(name, self._controllers)
-            series["attempts_total"][name, "failed" if reason else "ok"] += 1
+            controller = self._bounded(name, self._controllers)
+            series["attempts_total"][controller, "failed" if reason else "ok"] += 1
         if record.attempts:
             self._observe_answer(record, model, record.ended)
         else:
