@@ -1931,13 +1931,18 @@ def event_data(raw: bytes) -> bytes | None:
 
 
 class EventStream:
-    """A stream of events on its way through, relayed as it came; this one: any.
+    """A stream of events on its way through, relayed as it came.
 
     hide_usage  an event of usage is counted and left out: nobody asked for it
     choices     how many choices have to finish
+
+    Events of responses and messages tell their type; a class for each says what has
+    to be understood of them.
     """
 
+    WORDS: ClassVar[tuple[str, ...]] = ()  # an event without any is not looked at
     ENDS: ClassVar[tuple[str, ...]] = ()  # types of events of which one ends it
+    WHOLE = ""  # the field with the answer so far, in the first event and some others
 
     def __init__(
         self,
@@ -1972,7 +1977,7 @@ class EventStream:
 
     def _is_plain(self, block: bytes, text: str) -> bool:
         """Whether no event of a block has to be understood; text is the same."""
-        return True
+        return not any(word in text for word in self.WORDS)
 
     def _sift(self, block: bytes) -> bytes:
         """Look at each event of a block; what may be relayed of it."""
@@ -1987,6 +1992,17 @@ class EventStream:
 
     def _relays(self, data: bytes) -> bool:
         """Take an event into account; whether it is relayed."""
+        event = as_object(read_json(data))
+        whole = as_object(event.get(self.WHOLE))
+        kind = event.get("type")
+        if kind == "error":
+            self.error = find_error(event if event.get("error") else {"error": event})
+            return False
+        self.whole = self.whole or whole
+        self.ended = self.ended or kind in self.ENDS
+        # The last event's counts are cumulative, but may leave out the input's.
+        new = read_usage(whole.get("usage") or event.get("usage"))
+        self.usage = Usage(*(now or seen for now, seen in zip(new, self.usage)))
         return True
 
     def end(self) -> bytes:
@@ -2055,35 +2071,7 @@ class CompletionStream(EventStream):
         return block + DONE_EVENT
 
 
-class TypedStream(EventStream):
-    """A stream whose events tell their type: of responses and of messages.
-
-    WHOLE  the field in which the first event, and some others, have all of it
-    WORDS  an event without any of them needs no look
-    """
-
-    WHOLE = ""
-    WORDS: ClassVar[tuple[str, ...]] = ()
-
-    def _is_plain(self, block: bytes, text: str) -> bool:
-        return not any(word in text for word in self.WORDS)
-
-    def _relays(self, data: bytes) -> bool:
-        event = as_object(read_json(data))
-        whole = as_object(event.get(self.WHOLE))
-        kind = event.get("type")
-        if kind == "error":
-            self.error = find_error(event if event.get("error") else {"error": event})
-            return False
-        self.whole = self.whole or whole
-        self.ended = self.ended or kind in self.ENDS
-        # The last event's counts are cumulative, but may leave out the input's.
-        new = read_usage(whole.get("usage") or event.get("usage"))
-        self.usage = Usage(*(now or seen for now, seen in zip(new, self.usage)))
-        return True
-
-
-class ResponsesStream(TypedStream):
+class ResponsesStream(EventStream):
     """A stream of POST /v1/responses."""
 
     WHOLE = "response"
@@ -2091,7 +2079,7 @@ class ResponsesStream(TypedStream):
     WORDS = ('"error"', '"response.created"', *(f'"{kind}"' for kind in ENDS))
 
 
-class MessagesStream(TypedStream):
+class MessagesStream(EventStream):
     """A stream of POST /v1/messages."""
 
     WHOLE = "message"
