@@ -2640,8 +2640,8 @@ class Recording(NamedTuple):
                 (float(seconds), base64.b64decode(text) if coding else text.encode())
                 for seconds, text, *coding in pieces
             ]
-            known = fields["tape"] == TAPE_VERSION and 200 <= status < 600
-            if known and kind.isascii() and kind.isprintable():
+            known = fields["tape"] == TAPE_VERSION and isinstance(path, str)
+            if known and 200 <= status < 600 and kind.isascii() and kind.isprintable():
                 return cls(path, content, status, kind, pieces)
         except (LookupError, TypeError, ValueError, AttributeError):
             pass
@@ -6893,12 +6893,15 @@ class TapeController(Controller):
 
     def _find(self, request: APIRequest) -> Recording | None:
         self._load()
-        at = self._index.get(self._key(request.path, self._content(request)))
-        if at is None:
+        key = self._key(request.path, self._content(request))
+        if key not in self._index:
             return None
         with open(self.file, "rb") as file:
-            file.seek(at)
-            return Recording.parse(file.readline())
+            file.seek(self._index[key])
+            found = Recording.parse(file.readline())
+        if found is None:  # somebody has edited its pieces
+            del self._index[key]
+        return found
 
     def _write(self, request: APIRequest, *answer: Any) -> None:
         self._load()
@@ -6915,10 +6918,13 @@ class TapeController(Controller):
 
     def _miss(self, request: APIRequest) -> APIError:
         """The answer where there is no recording: which is the nearest."""
-        wanted, least, nearest = self._comparable(self._content(request)), 1000, ""
+        wanted, least = self._comparable(self._content(request)), 1000
+        nearest = broken = ""
         with open(self.file, "rb") as file:
             for number, line in enumerate(file, 1):
                 found = Recording.parse(line)
+                if found is None and line.strip():
+                    broken = f" Line {number} is no recording."
                 if found is None or found.path != request.path:
                     continue
                 differing = differing_fields(wanted, self._comparable(found.content))
@@ -6930,15 +6936,14 @@ class TapeController(Controller):
         text = f"{name} has no recording of {request.path}."
         if nearest:
             text = f"{name} has no recording of this: the nearest is {nearest}."
-        return APIError(404, text, code="no_recording")
+        return APIError(404, text + broken, code="no_recording")
 
 
 def tape_arguments(text: str) -> dict[str, Any]:
     """What "FILE" or "FILE:MODE" says of a TapeController."""
     file, _, mode = text.rpartition(":")
-    return (
-        {"file": file, "mode": mode} if mode in TapeController.MODES else {"file": text}
-    )
+    has_mode = mode in TapeController.MODES
+    return {"file": file, "mode": mode} if has_mode else {"file": text}
 
 
 _TAPE_HEAD = re.compile(

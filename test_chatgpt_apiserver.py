@@ -10350,6 +10350,16 @@ async def test_an_edited_tape_is_seen_and_its_content_wins(tmp_path):
         for _ in range(4):  # nor is it asked less for it
             reply = await asked("new")
             assert reply.status == 429 and b"one" in reply.content
+        for old, new in (
+            (b'[[0.0, "', b'[[0.0, ""'),
+            (b'"path": "', b'"path": 5, "x": "'),
+        ):
+            tape.write_bytes(
+                recorded(chat_body("x")) + recorded(CHAT).replace(old, new)
+            )
+            reply = await asked("Hello")  # told, or it would be looked for in vain
+            message = reply.json()["error"]["message"]
+            assert reply.status == 404 and message.endswith(" Line 2 is no recording.")
 
 
 @flow
@@ -15013,6 +15023,28 @@ async def test_a_reload_forgets_nothing_that_a_controller_has_used(tmp_path):
             program.signal(signal.SIGHUP)
             program.wait_for("configuration reloaded; controllers: one")
             assert (await echo(program.port, model="m")).status == 503
+
+
+@needs_posix
+@flow
+async def test_a_reload_changes_what_a_tape_does(tmp_path):
+    async with Upstream() as upstream:
+        config = {"api_key": "k", "base_url": upstream.url}
+        up = {"name": "up", "models": ["m"], "config": config}
+        tape = {"type": "tape", "file": "chat.jsonl", "mode": "auto"}
+        write_config(tmp_path, controllers=[up, tape])
+        with program_in(tmp_path) as program:
+            assert (await ask(program.port, "POST", CHAT_URL, CHAT)).status == 200
+            write_config(tmp_path, controllers=[{**tape, "mode": "replay"}, up])
+            program.signal(signal.SIGHUP)
+            program.wait_for("configuration reloaded; controllers: tape, up")
+            assert (await ask(program.port, "POST", CHAT_URL, CHAT)).status == 200
+            assert (await ask(program.port, "POST", CHAT_URL, STREAM)).status == 404
+            write_config(tmp_path, controllers=[up])
+            program.signal(signal.SIGHUP)
+            program.wait_for("configuration reloaded; controllers: up")
+            assert (await ask(program.port, "POST", CHAT_URL, CHAT)).status == 200
+        assert len(upstream.requests) == 2
 
 
 @needs_posix
