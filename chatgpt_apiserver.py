@@ -5391,6 +5391,9 @@ class Health:
         self.succeed()
 
 
+NOT, ANY, NAMED = range(3)  # how a controller serves a model
+
+
 class Controller:
     """Answers API requests; the base of the three kinds.
 
@@ -5490,19 +5493,20 @@ class Controller:
         """Whether it knows what to do with requests to a path."""
         return True
 
-    def serves(self, model: str | None) -> bool:
-        """Whether it answers for a model; None is for whatever it has."""
+    def serves(self, model: str | None) -> int:
+        """How it answers for a model: NOT, as it takes ANY, or NAMED; see Pool.
+
+        None is for whatever it has.
+        """
         if self.models is None:  # any, but the mocks' names are theirs alone
-            return model is None or not model.startswith("mock/")
-        return bool(self.models) if model is None else model in self.models
+            return NOT if model is not None and model.startswith("mock/") else ANY
+        if model is None:
+            return ANY if self.models else NOT
+        return NAMED if model in self.models else NOT
 
     def real_name(self, model: str | None) -> str | None:
         """What it calls a model."""
         return model if model is None else (self.models or {}).get(model, model)
-
-    def names(self, model: str) -> bool:
-        """Whether it is known to have a model, and does not just take any."""
-        return self.models is not None and model in self.models
 
     def known_models(self) -> Iterable[str]:
         """The models it is known to have."""
@@ -5723,10 +5727,9 @@ class OpenAIController(Controller):
 
     # --- Its models
 
-    def names(self, model: str) -> bool:
-        return super().names(model) or (
-            self.models is None and model in self._listed_names
-        )
+    def serves(self, model: str | None) -> int:
+        how = super().serves(model)
+        return NAMED if how == ANY and model in self._listed_names else how
 
     def known_models(self) -> Iterable[str]:
         return self.models or self.listed or ()
@@ -6522,11 +6525,11 @@ class MockController(FunctionController):
         super().__init__(self._call, name="mock", models=list(self.MODELS))
         self._refused: dict[str, int] = {}  # how often, by name with parameters
 
-    def serves(self, model: str | None) -> bool:
+    def serves(self, model: str | None) -> int:
         # Not of any length: names are taken apart here, and some are kept.
         if model is None or not model.startswith("mock/") or len(model) > 2048:
-            return False
-        return model.partition("?")[0] in self.MODELS
+            return NOT
+        return NAMED if model.partition("?")[0] in self.MODELS else NOT
 
     async def _call(self, body: dict[str, Any]) -> Any:
         name, _, query = body["model"].partition("?")
@@ -6769,8 +6772,8 @@ class TapeController(Controller):
             lines = ", ".join(map(str, self._others[:10]))
             self.report(f"{self.file}: no recordings, and passed over: line {lines}")
 
-    def serves(self, model: str | None) -> bool:
-        return False  # see takes()
+    def serves(self, model: str | None) -> int:
+        return NOT  # see takes()
 
     def takes(self, request: APIRequest) -> bool:
         """Whether it is the one that answers a request, which it has looked up."""
@@ -7244,13 +7247,13 @@ class Pool:
         if request.agent_id is not None:
             return [c for c in self.controllers if c.id == request.agent_id]
         model, path = request.model, request.path
-        able = [c for c in self.controllers if c.serves(model) and c.answers(path)]
-        if model is not None:
-            naming = [c for c in able if c.names(model)]
-            if naming:
-                able = naming
-            elif self._has_just_left(model, now):
-                return []
+        ways: tuple[list[Controller], ...] = ([], [], [])
+        for controller in self.controllers:
+            if controller.answers(path):
+                ways[controller.serves(model)].append(controller)
+        able = ways[NAMED] or ways[ANY]
+        if not ways[NAMED] and self._has_just_left(model, now):
+            return []
         if self._unknown and len(able) > 1:
             able = [c for c in able if not self._is_unknown(c, request, now)] or able
         return able
@@ -7267,8 +7270,9 @@ class Pool:
         free = [c for c in suitable if c.available(now) and c not in tried]
         if not free:
             return self._last_standing(suitable, tried, now)
-        lowest = min(c.tier for c in free)
-        free = [c for c in free if c.tier == lowest]
+        if len(free) > 1:
+            lowest = min(c.tier for c in free)
+            free = [c for c in free if c.tier == lowest]
         if len(free) == 1:
             return free[0]
         home = self._home(request, free) if self.affinity else None
@@ -9434,7 +9438,7 @@ class Service:
 
     def known_model(self, model: str) -> str:
         """A model's name where a controller is known to have it, else "other"."""
-        known = any(c.names(model) for c in self.pool.controllers)
+        known = any(c.serves(model) == NAMED for c in self.pool.controllers)
         return model if known else "other"
 
     def gauges(self) -> Iterator[tuple[str, str, str, float]]:
@@ -9629,6 +9633,9 @@ class Who(enum.Enum):
     LOCAL = "the API key, or no key from this machine"
     MONITOR = "the API key, or a monitor's token"
     ADMIN = "the API key, also as admin_key in the query or the content"
+
+
+_ROLES = {"user": Who.USER, "agent": Who.AGENT, "monitor": Who.MONITOR}
 
 
 class Reads(enum.Enum):
@@ -10064,8 +10071,7 @@ class RequestHandler:
     @staticmethod
     def _check_role(user: User, who: Who) -> None:
         """APIError(403) if a role may not ask for what a route serves."""
-        role = {Who.USER: "user", Who.AGENT: "agent", Who.MONITOR: "monitor"}.get(who)
-        if user.role == role:
+        if _ROLES[user.role] is who:
             return
         if user.role == "agent":
             raise APIError(403, "An agent's token can only register an agent.")
