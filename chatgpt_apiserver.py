@@ -24,7 +24,7 @@ The file reads downward; each section uses only what stands above it:
     API messages, events     the same for the OpenAI API's JSON and streams
     Connections              Connection, HTTPClient, WebSocket on asyncio
     Users, limits, usage     users.json, usage.jsonl: the Ledger counts
-    Controllers              upstream, agent, function: one shape
+    Controllers              upstream, agent, function, tape: one shape
     Pool                     balance, queue, fail over, cool down
     Metrics                  the last requests, and what Prometheus is told
     The page                 what a browser is shown
@@ -114,6 +114,7 @@ __all__ = [
     "Log",
     "OpenAIController",
     "Server",
+    "TapeController",
     "WebSocket",
     "main",
 ]
@@ -11134,7 +11135,7 @@ class Server(Service):
         affinity: bool = True,
         page: bool = True,
         mocks: bool = True,
-        tape: str | None = None,
+        tape: str | os.PathLike[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
         store: str = "token",
         usage: str | None = None,
@@ -11166,7 +11167,8 @@ class Server(Service):
         if mocks:
             self.pool.add(MockController())
         if tape:
-            self.pool.add(TapeController(**tape_arguments(tape), limits=limits))
+            arguments = tape_arguments(os.fspath(tape))
+            self.pool.add(TapeController(**arguments, limits=limits))
         self._wanted_port = port
         self._agents_auth = agents_auth
         self._tls = (tls_cert, tls_key)

@@ -10072,7 +10072,7 @@ async def test_a_tape_holds_no_secret_and_no_header(tmp_path):
     for secret in (KEY, "UPSTREAMSECRET", "HEADER", "authorization", "bearer", "sk-1"):
         assert secret.lower().encode() not in written
     assert stat.S_IMODE(tape.stat().st_mode) == 0o600
-    async with serving(tmp_path, tape=str(tape)) as server:
+    async with serving(tmp_path, tape=tape) as server:
         again = await ask(server.port, "POST", CHAT_URL, chat_body("wrong"))
         assert (again.status, again.content) == (400, wrong.content)
 
