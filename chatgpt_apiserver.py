@@ -2185,30 +2185,35 @@ class MessagesWriter(ChatWriter):
         self._items: list[dict[str, Any]] = []  # that are whole
         self._texts: list[str] = []  # pieces of the item that has begun
         self._answer: dict[str, Any] = {}  # once it has ended
-        self._start = self._begin()  # events to send before all others
+        self._events: list[bytes] = []  # not yet returned
+        self._begin()
 
-    def delta(self, delta: dict[str, Any]) -> bytes:
-        events, self._start = self._start, []
-        text = content_text(delta.get("content"))
-        if text:
-            events += [] if self._texts else self._begin_text()
-            events.append(self._text(text))
-            self._texts.append(text)
-        for call in as_list(delta.get("tool_calls")):
-            function = call["function"]
-            events += self._close_text()
-            events += self._call(
-                call.get("id"), function["name"], function["arguments"]
-            )
+    def _take_events(self) -> bytes:
+        events, self._events = self._events, []
         return b"".join(events)
 
-    def _close_text(self) -> list[bytes]:
+    def delta(self, delta: dict[str, Any]) -> bytes:
+        text = content_text(delta.get("content"))
+        if text:
+            if not self._texts:
+                self._begin_text()
+            self._text(text)
+            self._texts.append(text)
+        for call in as_list(delta.get("tool_calls")):
+            self._close_text()
+            function = call["function"]
+            self._call(call.get("id"), function["name"], function["arguments"])
+        return self._take_events()
+
+    def _close_text(self) -> None:
         text, self._texts = "".join(self._texts), []
-        return self._end_text(text) if text else []
+        if text:
+            self._end_text(text)
 
     def end(self, finish_reason: str, usage: Usage) -> bytes:
-        events = [*self._start, *self._close_text()]
-        return b"".join([*events, *self._end(finish_reason, usage)])
+        self._close_text()
+        self._end(finish_reason, usage)
+        return self._take_events()
 
     def events(self, completion: dict[str, Any]) -> bytes:
         choice = completion["choices"][0]
@@ -2220,13 +2225,13 @@ class MessagesWriter(ChatWriter):
         self.events(completion)
         return self._answer
 
-    # What is the messages' own.
+    # --- The events themselves: responses have others
 
-    def _typed(self, kind: str, **fields: Any) -> bytes:
-        return sse_event(encode_json({"type": kind, **fields}), kind)
+    def _tell(self, kind: str, **fields: Any) -> None:
+        self._events.append(sse_event(encode_json({"type": kind, **fields}), kind))
 
-    def _block(self, part: str, **fields: Any) -> bytes:
-        return self._typed(f"content_block_{part}", index=len(self._items), **fields)
+    def _block(self, part: str, **fields: Any) -> None:
+        self._tell(f"content_block_{part}", index=len(self._items), **fields)
 
     def _message(self, stop_reason: str | None, usage: Usage) -> dict[str, Any]:
         return {
@@ -2240,35 +2245,33 @@ class MessagesWriter(ChatWriter):
             "usage": {"input_tokens": usage.input, "output_tokens": usage.output},
         }
 
-    def _begin(self) -> list[bytes]:
-        message = self._message(None, Usage(self.sent))
-        return [self._typed("message_start", message=message)]
+    def _begin(self) -> None:
+        self._tell("message_start", message=self._message(None, Usage(self.sent)))
 
-    def _begin_text(self) -> list[bytes]:
-        return [self._block("start", content_block={"type": "text", "text": ""})]
+    def _begin_text(self) -> None:
+        self._block("start", content_block={"type": "text", "text": ""})
 
-    def _text(self, text: str) -> bytes:
-        return self._block("delta", delta={"type": "text_delta", "text": text})
+    def _text(self, text: str) -> None:
+        self._block("delta", delta={"type": "text_delta", "text": text})
 
-    def _end_text(self, text: str) -> list[bytes]:
-        stop = self._block("stop")
+    def _end_text(self, text: str) -> None:
+        self._block("stop")
         self._items.append({"type": "text", "text": text})
-        return [stop]
 
-    def _call(self, id: Any, name: str, arguments: str) -> list[bytes]:
+    def _call(self, id: Any, name: str, arguments: str) -> None:
         block = {"type": "tool_use", "id": id, "input": {}, "name": name}
+        self._block("start", content_block=block)
         delta = {"type": "input_json_delta", "partial_json": arguments}
-        start = self._block("start", content_block=block)
-        events = [start, self._block("delta", delta=delta), self._block("stop")]
+        self._block("delta", delta=delta)
+        self._block("stop")
         self._items.append({**block, "input": as_object(read_json(arguments))})
-        return events
 
-    def _end(self, finish_reason: str, usage: Usage) -> list[bytes]:
+    def _end(self, finish_reason: str, usage: Usage) -> None:
         stop_reason = self.STOPS.get(finish_reason, "end_turn")
         self._answer = self._message(stop_reason, usage)
         delta = {"stop_reason": stop_reason, "stop_sequence": None}
-        last = self._typed("message_delta", delta=delta, usage=self._answer["usage"])
-        return [last, self._typed("message_stop")]
+        self._tell("message_delta", delta=delta, usage=self._answer["usage"])
+        self._tell("message_stop")
 
 
 class ResponsesWriter(MessagesWriter):
@@ -2280,10 +2283,9 @@ class ResponsesWriter(MessagesWriter):
         self._numbers = itertools.count()
         super().__init__(like, sent)
 
-    def _typed(self, kind: str, **fields: Any) -> bytes:
-        kind = f"response.{kind}"
-        start = {"type": kind, "sequence_number": next(self._numbers)}
-        return sse_event(encode_json({**start, **fields}), kind)
+    def _tell(self, kind: str, **fields: Any) -> None:
+        number = next(self._numbers)
+        super()._tell(f"response.{kind}", sequence_number=number, **fields)
 
     def _response(self, status: str, usage: Usage | None) -> dict[str, Any]:
         counts = usage and {
@@ -2309,59 +2311,51 @@ class ResponsesWriter(MessagesWriter):
             "usage": counts,
         }
 
-    def _begin(self) -> list[bytes]:
+    def _begin(self) -> None:
         response = self._response("in_progress", None)
-        return [self._typed(k, response=response) for k in ("created", "in_progress")]
+        self._tell("created", response=response)
+        self._tell("in_progress", response=response)
 
-    def _item_event(self, part: str, item: dict[str, Any]) -> bytes:
-        index = len(self._items)
-        return self._typed(f"output_item.{part}", output_index=index, item=item)
-
-    def _end_item(self, item: dict[str, Any]) -> bytes:
-        done = self._item_event("done", item)
-        self._items.append(item)
-        return done
+    def _item(self, part: str, item: dict[str, Any]) -> None:
+        self._tell(f"output_item.{part}", output_index=len(self._items), item=item)
+        if part == "done":
+            self._items.append(item)
 
     def _text_item(self, status: str, *content: dict[str, Any]) -> dict[str, Any]:
         item = {"type": "message", "id": f"msg_{len(self._items)}", "role": "assistant"}
         return {**item, "status": status, "content": [*content]}
 
-    def _text_event(self, kind: str, **fields: Any) -> bytes:
+    def _part(self, kind: str, **fields: Any) -> None:
         index = len(self._items)
-        place = {"output_index": index, "content_index": 0}
-        return self._typed(kind, **fields, item_id=f"msg_{index}", **place)
+        place = {"item_id": f"msg_{index}", "output_index": index, "content_index": 0}
+        self._tell(kind, **fields, **place)
 
-    def _begin_text(self) -> list[bytes]:
+    def _begin_text(self) -> None:
+        self._item("added", self._text_item("in_progress"))
         part = {"type": "output_text", "text": "", "annotations": []}
-        added = self._item_event("added", self._text_item("in_progress"))
-        return [added, self._text_event("content_part.added", part=part)]
+        self._part("content_part.added", part=part)
 
-    def _text(self, text: str) -> bytes:
-        return self._text_event("output_text.delta", delta=text, logprobs=[])
+    def _text(self, text: str) -> None:
+        self._part("output_text.delta", delta=text, logprobs=[])
 
-    def _end_text(self, text: str) -> list[bytes]:
+    def _end_text(self, text: str) -> None:
         part = {"type": "output_text", "text": text, "annotations": []}
-        return [
-            self._text_event("output_text.done", text=text, logprobs=[]),
-            self._text_event("content_part.done", part=part),
-            self._end_item(self._text_item("completed", part)),
-        ]
+        self._part("output_text.done", text=text, logprobs=[])
+        self._part("content_part.done", part=part)
+        self._item("done", self._text_item("completed", part))
 
-    def _call(self, id: Any, name: str, arguments: str) -> list[bytes]:
+    def _call(self, id: Any, name: str, arguments: str) -> None:
         item = {"type": "function_call", "id": id, "call_id": id, "name": name}
-        kind = "function_call_arguments"
+        self._item("added", {**item, "status": "in_progress", "arguments": ""})
         place = {"item_id": id, "output_index": len(self._items)}
-        empty = {**item, "status": "in_progress", "arguments": ""}
-        return [
-            self._item_event("added", empty),
-            self._typed(f"{kind}.delta", delta=arguments, **place),
-            self._typed(f"{kind}.done", arguments=arguments, name=name, **place),
-            self._end_item({**item, "status": "completed", "arguments": arguments}),
-        ]
+        kind = "function_call_arguments"
+        self._tell(f"{kind}.delta", delta=arguments, **place)
+        self._tell(f"{kind}.done", arguments=arguments, name=name, **place)
+        self._item("done", {**item, "status": "completed", "arguments": arguments})
 
-    def _end(self, finish_reason: str, usage: Usage) -> list[bytes]:
+    def _end(self, finish_reason: str, usage: Usage) -> None:
         self._answer = self._response("completed", usage)
-        return [self._typed("completed", response=self._answer)]
+        self._tell("completed", response=self._answer)
 
 
 def chat_messages(items: Any, system: Any = None) -> list[Any]:
