@@ -928,22 +928,26 @@ def end_to_end(
     return fields
 
 
-def encode_head(start_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+def encode_head(
+    start_line: str, fields: Iterable[tuple[str, str]], ready: bytes = b""
+) -> bytes:
     """The bytes of a head: the one place that writes fields.
+
+    ready  more fields, as lines that we have made
 
     Raise ProtocolError(500) for a control character anywhere in it (header
     injection) and for what Latin-1 cannot say.
     """
-    lines = [start_line, *map(": ".join, fields), "\r\n"]
+    lines = [start_line, *map(": ".join, fields), ""]
     try:
         head = "\r\n".join(lines).encode("latin-1")
     except UnicodeEncodeError:
         raise ProtocolError(500, "a header field holds more than Latin-1") from None
-    # Two for each line are ours.  0.3 us; a search for others takes 2.
+    # Two behind each line are ours.  0.3 us; a search for others takes 2.
     controls = len(head) - len(head.translate(None, _CONTROLS))
-    if controls != 2 * len(lines):
+    if controls != 2 * (len(lines) - 1):
         raise ProtocolError(500, "a header field holds a control character")
-    return head
+    return head + ready + b"\r\n"
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -4890,6 +4894,7 @@ class Quota(NamedTuple):
         return f"{self.amount} {self.unit}/{self.per}"
 
 
+UNITS = ("requests", "tokens")
 PERIODS = ("minute", "hour", "day", "week", "month")
 _QUOTA = re.compile(r"([0-9]{1,15})\s+(requests|tokens)\s*/\s*(\w+)")
 QUOTA_WORDS = 'as "1000 requests/day" (tokens; minute, hour, day, week, month)'
@@ -4918,7 +4923,7 @@ def parse_quotas(value: Any) -> list[Quota]:
         quotas = []
     for amount, unit, per in quotas or [Quota(0, "", "")]:
         good = type(amount) is int and amount > 0 and per in PERIODS
-        if not good or unit not in ("requests", "tokens"):
+        if not good or unit not in UNITS:
             raise ValueError(f"expected a limit {QUOTA_WORDS}")
     return quotas
 
@@ -4939,54 +4944,112 @@ def window(per: str, now: float) -> tuple[int, int]:
     return start, start + seconds
 
 
+class Window:
+    """One calendar window: when it is, and what was used in it."""
+
+    __slots__ = ("end", "first_hour", "last_hour", "start", "used")
+
+    def __init__(self, per: str, now: float) -> None:
+        self.start, self.end = window(per, now)
+        self.first_hour = hour_text(self.start // 3600)
+        self.last_hour = hour_text((self.end - 1) // 3600)
+        self.used = dict.fromkeys(UNITS, 0)
+
+
 class UsageLimit:
     """What a user or a controller may use, and has used, in calendar windows.
 
-    history  tells what had been used since a time, before this was made
+    history  tells what had been used in a window before this was made
+
+    What is counted counts in all windows, so until one turns the quota with the
+    least left of its unit stays the same one.
     """
 
     def __init__(self, quotas: list[Quota]) -> None:
         self.quotas = quotas
-        self.history: Callable[[int], tuple[int, int]] = lambda since: (0, 0)
+        self.history: Callable[[str, Window], tuple[int, int]] = lambda *_: (0, 0)
         self.reported = False  # to a person, in this window
-        self._used: dict[str, list[int]] = {}  # end, requests, tokens; by period
+        self._windows: dict[str, Window] = {}  # by period
+        self._since = self._until = 0.0  # between these times no window turns
+        self._tightest: list[tuple[Quota, Window]] = []  # of requests, of tokens
+        self._fields = b""  # of HTTP, with places for what changes
 
-    def _window(self, per: str, now: float) -> list[int]:
-        used = self._used.get(per)
-        # A clock that is set back goes on with the window that it has come from.
-        if used is None or now >= used[0]:
-            start, end = window(per, now)
-            # A minute's is not known: what is kept is kept by the hour.
-            kept = used is None and per != "minute"
-            before = self.history(start) if kept else (0, 0)
-            used = self._used[per] = [end, *before]
-            self.reported = False
-        return used
-
-    def count(self, requests: int = 0, tokens: int = 0) -> None:
-        """Add what was used."""
+    def _look(self) -> float:
+        """Have the windows of this moment, and tell which it is."""
         now = unix_time()
+        if not self._since <= now < self._until:
+            self._turn(now)
+        return now
+
+    def _turn(self, now: float) -> None:
+        for per in dict.fromkeys(quota.per for quota in self.quotas):
+            known = self._windows.get(per)
+            # A clock that is set back goes on with the window that it has come from,
+            # unless it had been wrong by more than a day.
+            if known is not None and known.start - 86400 <= now < known.end:
+                continue
+            self._windows[per] = made = Window(per, now)
+            self.reported = False
+            # A minute's is not known: what is kept is kept by the hour.
+            if per != "minute" and (known is None or now < known.start):
+                made.used.update(zip(UNITS, self.history(per, made)))
+        self._since = max(w.start for w in self._windows.values()) - 86400
+        self._until = min(w.end for w in self._windows.values())
+        self._find_tightest()
+
+    def _find_tightest(self) -> None:
+        tightest: dict[str, tuple[int, Quota, Window]] = {}
         for quota in self.quotas:
-            self._window(quota.per, now)
-        for used in self._used.values():
-            used[1] += requests
-            used[2] += tokens
+            unit, turn = quota.unit, self._windows[quota.per]
+            left = quota.amount - turn.used[unit]
+            if unit not in tightest or left < tightest[unit][0]:
+                tightest[unit] = (left, quota, turn)
+        self._tightest = [(quota, turn) for _, quota, turn in tightest.values()]
+        self._fields = "".join(
+            f"x-ratelimit-limit-{unit}: {amount}\r\n"
+            f"x-ratelimit-remaining-{unit}: %d\r\nx-ratelimit-reset-{unit}: %ds\r\n"
+            for (amount, unit, _), _ in self._tightest
+        ).encode()
+
+    def count(self, requests: int = 0, tokens: int = 0, hour: str = "") -> None:
+        """Add what was used: now, or by another server in an hour it has told."""
+        self._look()
+        for turn in self._windows.values():
+            if not hour or turn.first_hour <= hour <= turn.last_hour:
+                turn.used["requests"] += requests
+                turn.used["tokens"] += tokens
+        if hour:  # it may not have counted in all windows
+            self._find_tightest()
 
     def state(self) -> list[tuple[Quota, int, int]]:
         """Each quota, how much of it is used, and the Unix time when it begins anew."""
-        now = unix_time()
-        windows = [(quota, self._window(quota.per, now)) for quota in self.quotas]
-        return [(q, used[1 + (q.unit == "tokens")], used[0]) for q, used in windows]
+        self._look()
+        windows = [(quota, self._windows[quota.per]) for quota in self.quotas]
+        return [(quota, turn.used[quota.unit], turn.end) for quota, turn in windows]
 
     def over(self, running: int = 0) -> tuple[Quota, int, int] | None:
         """The quota that is used up, as in state(), or None.
 
         running  requests that are admitted and not yet counted
         """
-        for quota, used, end in self.state():
-            if used + (running if quota.unit == "requests" else 0) >= quota.amount:
-                return quota, used, end
-        return None
+        self._look()
+        for (amount, unit, _), turn in self._tightest:
+            if turn.used[unit] + (running if unit == "requests" else 0) >= amount:
+                break
+        else:  # as nearly always
+            return None
+        coming = {"requests": running, "tokens": 0}
+        return next(s for s in self.state() if s[1] + coming[s[0].unit] >= s[0].amount)
+
+    def fields(self) -> bytes:
+        """OpenAI's x-ratelimit fields: of several quotas the one with least left."""
+        now = int(self._look())
+        values: list[int] = []
+        for (amount, unit, _), turn in self._tightest:
+            # This request has begun, and is counted when it ends.
+            left = amount - turn.used[unit] - (unit == "requests")
+            values += (left if left > 0 else 0, turn.end - now)
+        return self._fields % (*values,)
 
     def exceeded(self) -> str:
         """What is used up, as a sentence; "" if nothing is."""
@@ -5008,7 +5071,7 @@ USAGE_LIFETIME = 400  # days
 HOURLY_MODELS = 100
 COLUMNS = ("day", "user", "model", "controller")
 Key = tuple[str, str, str, str]  # hour (UTC, "2026-11-27T09"), user, model, controller
-Line = tuple[Key, list[int]]
+Sums = dict[Key, list[int]]  # one number for each of COUNTS
 
 
 class Ledger:
@@ -5017,24 +5080,23 @@ class Ledger:
     path    usage.jsonl: one JSON object a line, increments.  None: only in memory
     report  takes lines that a person wants to know
 
-    record() only adds up.  What has come together is appended every 5 s in one
-    write, by a thread, under a lock that all servers on the file share; on the way
-    each reads what the others have appended.  The thread has the file to itself,
-    the event loop the sums.
+    record() is one store; whoever reads adds up first.  Every 5 s what has come
+    together is appended to the file.  Sums are by day: hours matter only to limits
+    by the hour, and those look at the present one alone.
     """
 
     def __init__(
         self, path: str | None, report: Callable[[str], object] = lambda line: None
     ) -> None:
-        self.path = None if path is None else os.path.abspath(path)
-        self._report = report
-        self._sums: dict[str, dict[Key, list[int]]] = {}  # of all, by user
-        self._pending: dict[Key, list[int]] = {}  # not yet written
-        self._limits: dict[str, UsageLimit] = {}  # by subject: "user x", "controller y"
-        self._hour = ""
+        self._file = None if path is None else UsageFile(os.path.abspath(path), report)
+        # By day and user, then by model and controller.
+        self._days: dict[str, dict[str, dict[tuple[str, str], list[int]]]] = {}
+        self._recorded: Sums = {}  # and not yet added up
+        self._unwritten: Sums = {}  # added up, and not yet in the file
+        self._limits: dict[tuple[str, str], UsageLimit] = {}  # ("user", its id)
+        self._hour = Window("hour", 0)  # the present one
+        self._this_hour: dict[tuple[str, str], list[int]] = {}  # as _limits
         self._models: dict[str, set[str]] = {}  # of this hour, by user
-        self._read_to = (0, 0)  # inode and size of what was read
-        self._problem = ""
 
     # --- Counting
 
@@ -5042,52 +5104,93 @@ class Ledger:
         self, user: str, model: str, controller: str, failures: int, usage: Usage
     ) -> None:
         """Count one request that has ended."""
-        hour = hour_text(int(unix_time() // 3600))
-        counts = [1, failures, *usage]
-        if hour != self._hour:
-            self._hour, self._models = hour, {}
+        limit = self._limits.get(("user", user))
+        if limit is not None:  # first: its history is what we count
+            limit.count(1, usage.total)
+        if not self._hour.start <= unix_time() < self._hour.end:
+            self._begin_hour()
+        hour = self._hour.first_hour
+        counts = self._recorded.get((hour, user, model, controller))
+        if counts is None:
+            key = (hour, user, self._told_apart(user, model), controller)
+            counts = self._recorded.setdefault(key, [0] * len(COUNTS))
+        counts[0] += 1
+        counts[1] += failures
+        counts[2] += usage.input
+        counts[3] += usage.cached_input
+        counts[4] += usage.output
+
+    def _told_apart(self, user: str, model: str) -> str:
+        """The name that a model is counted under."""
         models = self._models.setdefault(user, set())
         model = model[:200]
         if len(models) < HOURLY_MODELS:
             models.add(model)
-        key = (hour, user, model if model in models else "other", controller)
-        _add(self._pending, key, counts)
-        self._tell(f"user {user}", counts)  # first: its history is what we count
-        self._count(key, counts)
+        return model if model in models else "other"
+
+    def _begin_hour(self) -> None:
+        self._add_up()
+        self._hour = Window("hour", unix_time())
+        self._this_hour, self._models = {}, {}
+        unwritten, self._unwritten = self._unwritten, {}
+        for (hour, *names), counts in unwritten.items():
+            key = (kept_hour(hour, self._hour.first_hour), *names)
+            _add(self._unwritten, key, counts)
+        # Not by the clock, which may be wrong for a moment.
+        while len(self._days) > USAGE_LIFETIME:
+            del self._days[min(self._days)]
+
+    def _add_up(self) -> None:
+        """Add what was recorded to the sums."""
+        recorded, self._recorded = self._recorded, {}
+        for key, counts in recorded.items():
+            self._count(key, counts)
+            if self._file is not None:
+                _add(self._unwritten, key, counts)
 
     def _count(self, key: Key, counts: list[int]) -> None:
-        _add(self._sums.setdefault(key[1], {}), key, counts)
-
-    def _tell(self, subject: str, counts: list[int]) -> None:
-        limit = self._limits.get(subject)
-        if limit is not None:
-            limit.count(counts[0], counts[2] + counts[4])
+        hour, user, model, controller = key
+        sums = self._days.setdefault(hour[:10], {}).setdefault(user, {})
+        _add(sums, (model, controller), counts)
+        if hour == self._hour.first_hour:
+            _add(self._this_hour, ("user", user), counts)
+            _add(self._this_hour, ("controller", controller), counts)
 
     def limit_of(self, user: str, quotas: list[Quota]) -> UsageLimit:
         """A user's limit; what has been used of it is kept while it is the same."""
-        limit = self._limits.get(f"user {user}")
+        limit = self._limits.get(("user", user))
         if limit is None or limit.quotas != quotas:
             limit = UsageLimit(quotas)
-            self.watch(f"user {user}", limit)
+            self.watch("user", user, limit)
         return limit
 
-    def watch(self, subject: str, limit: UsageLimit) -> None:
-        """Tell a limit of what was used before, and by others."""
-        kind, _, name = subject.partition(" ")
+    def watch(self, kind: str, name: str, limit: UsageLimit) -> None:
+        """Tell a user's or controller's limit what was used before, and by others."""
+        self._limits[kind, name] = limit
+        limit.history = functools.partial(self._used, kind, name)
 
-        def history(since: int) -> tuple[int, int]:
-            first = hour_text(since // 3600)
-            users = [name] if kind == "user" else self._sums
-            found = [
-                counts
-                for user in users
-                for key, counts in self._sums.get(user, {}).items()
-                if key[0] >= first and (kind == "user" or key[3] == name)
-            ]
-            return sum(c[0] for c in found), sum(c[2] + c[4] for c in found)
+    def _used(self, kind: str, name: str, per: str, turn: Window) -> tuple[int, int]:
+        """The requests and tokens in a window, of a user or by a controller."""
+        if not self._hour.start <= unix_time() < self._hour.end:
+            self._begin_hour()
+        self._add_up()
+        if per == "hour":
+            found = [self._this_hour.get((kind, name), [0] * len(COUNTS))]
+        else:
+            days = turn.first_hour[:10], turn.last_hour[:10]
+            rows = self._rows(*days, name if kind == "user" else None)
+            found = [counts for key, counts in rows if name in (key[1], key[3])]
+        return sum(c[0] for c in found), sum(c[2] + c[4] for c in found)
 
-        limit.history = history
-        self._limits[subject] = limit
+    def _rows(
+        self, first: str, last: str, user: str | None
+    ) -> Iterator[tuple[Key, list[int]]]:
+        """What all users or one have used, from one day to another; by day."""
+        for day, users in self._days.items():
+            if first <= day <= last:
+                for name in users if user is None else users.keys() & {user}:
+                    for names, counts in users[name].items():
+                        yield (day, name, *names), counts
 
     def report(
         self, by: list[str], first: str, last: str, user: str | None = None
@@ -5096,65 +5199,77 @@ class Ledger:
 
         {"data": [{"day", "user", "model", ...counts}], "total": {...counts}}
         """
+        self._add_up()
         sums: dict[tuple[str, ...], list[int]] = {}
         total = [0] * len(COUNTS)
-        for name in list(self._sums) if user is None else [user]:
-            for (hour, *names), counts in self._sums.get(name, {}).items():
-                if first <= hour[:10] <= last:
-                    row = dict(zip(COLUMNS, (hour[:10], *names)))
-                    _add(sums, tuple(row[column] for column in by), counts)
-                    total = [a + b for a, b in zip(total, counts)]
+        for names, counts in self._rows(first, last, user):
+            row = dict(zip(COLUMNS, names))
+            _add(sums, tuple(row[column] for column in by), counts)
+            total = [a + b for a, b in zip(total, counts)]
         data = [
             {**dict(zip(by, key)), **dict(zip(COUNTS, sums[key]))}
             for key in sorted(sums)
         ]
         return {"data": data, "total": dict(zip(COUNTS, total))}
 
+    # --- What is kept
+
     def load(self) -> None:
         """Read what was used before, for the start."""
-        self._sums.clear()
-        self._read_to = (0, 0)
-        self._take(*self._exchange({}))
+        self._begin_hour()
+        if self._file is not None:
+            self._file.read_to = (0, 0)
+            unwritten, lines, _ = self._file.exchange({})
+            self._take(unwritten, lines, anew=True)
 
     async def flush(self) -> None:
         """Write what has come together, and take over what others have written."""
-        if self.path is not None:
-            pending, self._pending = self._pending, {}
+        self._add_up()
+        if self._file is not None:
+            pending, self._unwritten = self._unwritten, {}
             loop = asyncio.get_running_loop()
-            self._take(*await loop.run_in_executor(None, self._exchange, pending))
+            exchange = self._file.exchange
+            self._take(*await loop.run_in_executor(None, exchange, pending))
 
-    def _take(
-        self, unwritten: dict[Key, list[int]], lines: list[Line], anew: bool
-    ) -> None:
+    def _take(self, unwritten: Sums, lines: Sums, anew: bool) -> None:
         """Count what others have written; anew: the whole file, which was replaced."""
         for key, counts in unwritten.items():
-            _add(self._pending, key, counts)
+            _add(self._unwritten, key, counts)
         if anew:
-            self._sums.clear()
-            lines = [*lines, *self._pending.items()]
-        for key, counts in lines:
-            if not anew:
-                self._tell(f"user {key[1]}", counts)
-                self._tell(f"controller {key[3]}", counts)
+            self._days.clear()
+            self._this_hour.clear()
+        for key, counts in (*lines.items(), *(self._unwritten.items() if anew else ())):
+            for subject in () if anew else (("user", key[1]), ("controller", key[3])):
+                limit = self._limits.get(subject)
+                if limit is not None:  # first: its history is what we count
+                    limit.count(counts[0], counts[2] + counts[4], hour=key[0])
             self._count(key, counts)
 
-    # --- The file, in the thread.
 
-    def _exchange(
-        self, pending: dict[Key, list[int]]
-    ) -> tuple[dict[Key, list[int]], list[Line], bool]:
+class UsageFile:
+    """usage.jsonl, as a thread sees it: others append to it, and rewrite it."""
+
+    def __init__(self, path: str, report: Callable[[str], object]) -> None:
+        self.path = path
+        self.read_to = (0, 0)  # inode and size of what was read
+        self._report = report
+        self._problem = ""
+
+    def exchange(self, pending: Sums) -> tuple[Sums, Sums, bool]:
         """Append lines, read those of others: what could not be written, what was
         read, and whether that is the whole file."""
-        lines: list[Line] = []
+        lines: Sums = {}
         anew = False
         try:
-            if pending or self._stat() != self._read_to:
-                with file_lock(f"{self.path}.lock") if pending else _no_lock():
-                    anew = self._is_new_file()
-                    lines = self._read_lines()
+            if pending or self._stat() != self.read_to:
+                # Reading whole lines needs no lock.
+                lock = file_lock(f"{self.path}.lock")
+                with lock if pending else contextlib.nullcontext():
+                    lines, anew = self._read()
                     if pending:
                         self._append(pending)
-                        lines += pending.items() if anew else ()
+                        for key, counts in pending.items() if anew else ():
+                            _add(lines, key, counts)
                         pending = {}
                         self._shorten()
             self._problem = ""
@@ -5166,84 +5281,77 @@ class Ledger:
         return pending, lines, anew
 
     def _stat(self) -> tuple[int, int]:
-        if self.path is None:
-            return (0, 0)
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
             return (0, 0)
         return found.st_ino, found.st_size
 
-    def _is_new_file(self) -> bool:
-        """Whether another server has rewritten it, or somebody removed it."""
-        inode, size = self._stat()
-        known, at = self._read_to
-        if known == inode and size >= at:
-            return False
-        self._read_to = (inode, 0)
-        return known != 0
+    def _read(self) -> tuple[Sums, bool]:
+        """The lines behind those that were read; True: all, of another file.
 
-    def _read_lines(self) -> list[Line]:
-        """The lines behind those that were read."""
+        Another server may have rewritten it, or somebody removed it.
+        """
         inode, size = self._stat()
-        if self.path is None or not inode:
-            return []
-        at = self._read_to[1]
-        with open(self.path, "rb") as file:
-            file.seek(at)
-            data = file.read(size - at)
+        known, at = self.read_to
+        anew = known != inode or size < at
+        at = 0 if anew else at
+        data = b""
+        if inode:
+            with open(self.path, "rb") as file:
+                file.seek(at)
+                data = file.read(size - at)
         whole = data.rfind(b"\n") + 1
-        self._read_to = (inode, at + whole)
-        return list(parse_usage(data[:whole]).items())
+        self.read_to = (inode, at + whole)
+        return parse_usage(data[:whole]), anew and known != 0
 
-    def _append(self, pending: dict[Key, list[int]]) -> None:
+    def _append(self, pending: Sums) -> None:
         """Append lines in one write, or none of them."""
-        assert self.path is not None
         # What a crash has left of a line must not swallow the next one.
-        torn = self._stat()[1] > self._read_to[1]
+        torn = self._stat()[1] > self.read_to[1]
         data = (b"\n" if torn else b"") + b"".join(map(usage_line, pending.items()))
         _, size, inode = append_to_file(self.path, data)
-        self._read_to = (inode, size)
+        self.read_to = (inode, size)
 
     def _shorten(self) -> None:
         """Make one line of each day that is over, if that halves a large file."""
-        if self.path is None or self._read_to[1] <= USAGE_FILE_SIZE:
+        if self.read_to[1] <= USAGE_FILE_SIZE:
             return
         with open(self.path, "rb") as file:
             merged = parse_usage(file.read())
         data = b"".join(map(usage_line, merged.items()))
-        if len(data) < self._read_to[1] // 2:
+        if len(data) < self.read_to[1] // 2:
             replace_file(self.path, data, newer_than=0)
             sync_folder(os.path.dirname(self.path))
-            self._read_to = self._stat()
+            self.read_to = self._stat()
 
 
-@contextlib.contextmanager
-def _no_lock() -> Iterator[None]:
-    """Reading whole lines needs none."""
-    yield
-
-
-def parse_usage(data: bytes) -> dict[Key, list[int]]:
+def parse_usage(data: bytes) -> Sums:
     """What the lines of usage.jsonl add up to.
 
     A torn line is passed over, and days long gone; of a day that is over the hour
     does not matter any more.  4 us a line: a start may have a million.
     """
     now = int(unix_time() // 3600)
-    today, first = hour_text(now)[:10], hour_text(now - 24 * USAGE_LIFETIME)
-    sums: dict[Key, list[int]] = {}
+    present, first = hour_text(now), hour_text(now - 24 * USAGE_LIFETIME)
+    sums: Sums = {}
+    same: dict[str, str] = {}  # each name is there once, and not once a line
     for line in data.splitlines():
         try:
             fields = json.loads(line)
-            hour, *names = [fields[key] for key in ("t", *COLUMNS[1:])]
+            hour, names = fields["t"], [str(fields[key]) for key in COLUMNS[1:]]
             counts = [fields[key] for key in COUNTS]
             if hour >= first and {*map(type, counts)} == {int}:
-                key = (hour if hour >= today else hour[:10] + "T00", *map(str, names))
-                _add(sums, key, counts)
+                user, model, controller = map(same.setdefault, names, names)
+                _add(sums, (kept_hour(hour, present), user, model, controller), counts)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return sums
+
+
+def kept_hour(hour: str, present: str) -> str:
+    """The hour that a line is kept with: of a day that is over it is the first."""
+    return hour if hour >= present[:10] else hour[:10] + "T00"
 
 
 def _add(sums: dict[Any, list[int]], key: Any, counts: Iterable[int]) -> None:
@@ -5257,7 +5365,7 @@ def hour_text(hour: int) -> str:
     return time.strftime("%Y-%m-%dT%H", time.gmtime(hour * 3600))
 
 
-def usage_line(item: Line) -> bytes:
+def usage_line(item: tuple[Key, list[int]]) -> bytes:
     """One line of usage.jsonl."""
     names, counts = item
     fields = dict(zip(("t", *COLUMNS[1:], *COUNTS), (*names, *counts)))
@@ -9549,12 +9657,6 @@ _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
 )
 # The last two speak to a proxy in front of us: send this file instead.
 _PRIVATE_RESPONSE_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
-_LIMIT_FIELDS = {
-    unit: tuple(
-        f"x-ratelimit-{name}-{unit}" for name in ("limit", "remaining", "reset")
-    )
-    for unit in ("requests", "tokens")
-}
 _FORWARDING_FIELDS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 # Pages of the original browser agents: no other page may become an agent.
 _AGENT_ORIGINS = ("https://chat.openai.com", "https://chatgpt.com")
@@ -10195,29 +10297,12 @@ class RequestHandler:
             fields.append(("Connection", upgrade))
         elif self.request is not None and self.request.version == "HTTP/1.0":
             fields.append(("Connection", "keep-alive"))
-        if self._limit is not None:
-            fields += self._limit_fields(self._limit)
         self.status = status
         self.head_sent = True
         self.first_byte_at = self.loop.time()
-        return encode_head(f"HTTP/1.1 {status} {REASONS.get(status, '')}", fields)
-
-    @staticmethod
-    def _limit_fields(limit: UsageLimit) -> list[tuple[str, str]]:
-        """OpenAI's x-ratelimit fields: of several limits the one with least left."""
-        now = unix_time()
-        tightest: dict[str, tuple[int, int, int]] = {}
-        for (amount, unit, _), used, end in limit.state():
-            left = amount - used - (unit == "requests")  # this one counts when it ends
-            if unit not in tightest or left < tightest[unit][0]:
-                tightest[unit] = (left, amount, end)
-        fields = []
-        for unit, (left, amount, end) in tightest.items():
-            most, remaining, reset = _LIMIT_FIELDS[unit]
-            fields.append((most, str(amount)))
-            fields.append((remaining, str(max(0, left))))
-            fields.append((reset, f"{max(0, math.ceil(end - now))}s"))
-        return fields
+        limit = b"" if self._limit is None else self._limit.fields()
+        line = f"HTTP/1.1 {status} {REASONS.get(status, '')}"
+        return encode_head(line, fields, limit)
 
     def send_content(
         self,
@@ -11187,7 +11272,7 @@ class Server(Service):
         """Add a controller, from any thread; ValueError if its name is taken."""
         self.pool.add(controller)
         if controller.limit is not None:
-            self.ledger.watch(f"controller {controller.name}", controller.limit)
+            self.ledger.watch("controller", controller.name, controller.limit)
 
     def model(self, name: str, **options: Any) -> Callable[[F], F]:
         """Decorate a function that answers for a model; see FunctionController.

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import calendar
 import contextlib
+import csv
 import email.utils
 import errno
 import faulthandler
@@ -17,6 +18,7 @@ import functools
 import gc
 import gzip
 import inspect
+import io
 import json
 import math
 import os
@@ -11288,6 +11290,58 @@ def test_a_clock_that_is_set_back_gives_nothing_back(monkeypatch):
     assert limit.over() is None
 
 
+NOON = calendar.timegm((2026, 11, 27, 12, 0, 0))
+
+
+@pytest.mark.parametrize("per", ["hour", "day", "week", "month"])
+def test_a_clock_that_was_set_years_ahead_uses_nothing_up(monkeypatch, per):
+    clock = [NOON]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    ledger = apiserver.Ledger(None)
+    quotas = apiserver.parse_quotas([f"3 requests/{per}", "3 requests/minute"])
+    limit = ledger.limit_of("u", quotas)
+    ledger.record("u", "m", "c", 0, apiserver.Usage())
+    clock[0] += 4 * 365 * 86400
+    for _ in range(3):
+        ledger.record("u", "m", "c", 0, apiserver.Usage())
+    assert limit.over()[1] == 3
+    clock[0] = NOON
+    kept = 0 if per == "hour" else 1  # of hours only the present one is kept
+    assert [used for _, used, _ in limit.state()] == [kept, 0]
+    other = ledger.limit_of("u", apiserver.parse_quotas(f"9 requests/{per}"))
+    assert [used for _, used, _ in other.state()] == [kept]
+    assert ledger_requests(ledger) == 4
+
+
+@pytest.mark.parametrize("name", [None, "usage.jsonl"])
+def test_hours_of_days_that_are_over_take_no_memory(tmp_path, monkeypatch, name):
+    """Neither with a file that nobody wants written."""
+    clock = [NOON]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    made = apiserver.Ledger(name and str(tmp_path / name))
+    tracemalloc.start()
+    for _ in range(30 * 24):
+        made.record("u", "m", "c", 0, apiserver.Usage(1, 0, 2))
+        clock[0] += 3600
+    gc.collect()
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    rows = made.report(["day"], "2026-11-28", "2026-11-29")["data"]
+    assert [(row["requests"], row["output"]) for row in rows] == [(24, 48)] * 2
+    assert size < 60_000
+
+
+def test_days_long_gone_leave_the_memory(monkeypatch, constant):
+    clock = [NOON]
+    constant(USAGE_LIFETIME=5)
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    made = apiserver.Ledger(None)
+    for _ in range(20):
+        made.record("u", "m", "c", 0, apiserver.Usage())
+        clock[0] += 86400
+    assert 5 <= ledger_requests(made) <= 6
+
+
 def ledger(path, **counts):
     """A ledger on a file, as a server that has just started has it."""
     made = apiserver.Ledger(str(path), print)
@@ -11318,12 +11372,77 @@ async def test_two_ledgers_on_one_file_count_together(tmp_path):
 
 
 @flow
+async def test_late_lines_of_others_count_in_their_own_hour(tmp_path, monkeypatch):
+    clock = [NOON]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    path = tmp_path / "usage.jsonl"
+    late, one = ledger(path), ledger(path)
+    quotas = ["5 requests/hour", "6 requests/day"]
+    limits = [one.limit_of("ada", apiserver.parse_quotas(quotas))]
+    limits.append(apiserver.UsageLimit(apiserver.parse_quotas(quotas)))
+    one.watch("controller", "c", limits[1])
+    assert b"limit-requests: 5\r" in limits[0].fields()
+    for _ in range(3):
+        late.record("ada", "m", "c", 0, apiserver.Usage())
+    clock[0] += 3600
+    late.record("ada", "m", "c", 0, apiserver.Usage())
+    await late.flush()
+    await one.flush()
+    for limit in limits:
+        assert [used for _, used, _ in limit.state()] == [1, 4]
+        assert (
+            b"limit-requests: 6\r\nx-ratelimit-remaining-requests: 1" in limit.fields()
+        )
+    for _ in range(2):
+        late.record("ada", "m", "c", 0, apiserver.Usage())
+    clock[0] += 86400
+    await late.flush()
+    await one.flush()
+    assert [used for _, used, _ in limits[0].state()] == [0, 0]
+    assert ledger_requests(one) == 6
+
+
+KILLED = """
+from chatgpt_apiserver import Ledger, Usage
+async def main():
+    made = Ledger(sys.argv[1])
+    made.load()
+    print(made.report([], "", "9999")["total"]["requests"], flush=True)
+    while True:
+        for _ in range(3):
+            made.record("ada", "m", "c", 0, Usage(1))
+            print("r", end="", flush=True)
+        await made.flush()
+        print("w", end="", flush=True)
+asyncio.run(main())
+"""
+
+
+def test_a_kill_loses_only_what_was_not_yet_written(tmp_path):
+    path = tmp_path / "usage.jsonl"
+    least = most = 0
+    dice = random.Random(5)
+    for _ in range(5):
+        child = in_child(KILLED, path)
+        select.select([child.stdout], [], [])  # it has begun
+        time.sleep(dice.random() * 0.03)  # at any moment
+        child.kill()
+        found, _, done = child.communicate()[0].partition(b"\n")
+        assert least <= int(found) <= most
+        least += 3 * done.count(b"w")
+        most += done.count(b"r") + 1
+        assert least <= ledger_requests(ledger(path)) <= most
+        least = most = ledger_requests(ledger(path))
+    assert most > 0
+
+
+@flow
 async def test_a_limit_that_nobody_has_asked_yet_counts_others_once(tmp_path):
     path = tmp_path / "usage.jsonl"
     one, two = ledger(path), ledger(path)
     user = two.limit_of("ada", apiserver.parse_quotas("9 requests/day"))
     controller = apiserver.UsageLimit(apiserver.parse_quotas("9 requests/day"))
-    two.watch("controller c", controller)
+    two.watch("controller", "c", controller)
     one.record("ada", "m", "c", 0, apiserver.Usage())
     await one.flush()
     await two.flush()
@@ -11359,6 +11478,47 @@ async def test_a_full_disk_loses_nothing_once_there_is_room(tmp_path, monkeypatc
     monkeypatch.undo()
     await made.flush()
     assert ledger_requests(ledger(path)) == 2 == ledger_requests(made)
+
+
+@flow
+async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = PoolLog()
+    constant(USAGE_FLUSH_INTERVAL=0.01)
+    async with serving(tmp_path, log=log) as server:
+        token = (await server.users.add(limit="9 requests/day")).token
+        monkeypatch.setattr(apiserver, "append_to_file", full)
+        for left in (8, 7):
+            reply = await chat(server, key=token, model="mock/echo")
+            assert reply.status == 200
+            assert reply.headers["x-ratelimit-remaining-requests"] == str(left)
+        await until(lambda: "usage is kept in memory" in log.text)
+        await asyncio.sleep(0.05)  # more tries, and no more lines
+        monkeypatch.undo()
+    assert log.text.count("usage is kept in memory") == 1
+    assert ledger_requests(ledger(tmp_path / "usage.jsonl")) == 2
+
+
+@flow
+async def test_a_hundred_thousand_lines_are_read_and_made_few(tmp_path, monkeypatch):
+    """A million take 7 s."""
+    monkeypatch.setattr(apiserver, "unix_time", lambda: float(NOON))
+    path = tmp_path / "usage.jsonl"
+    with open(path, "w") as file:
+        for number in range(120_000):
+            day, hour = f"2026-10-{number % 30 + 1:02}", number % 24
+            line = {"t": f"{day}T{hour:02}", "user": str(number % 7), "model": "m"}
+            line.update(controller="c", **dict.fromkeys(apiserver.COUNTS, 1))
+            file.write(json.dumps(line) + "\n")
+    assert path.stat().st_size > apiserver.USAGE_FILE_SIZE
+    made = ledger(path)
+    assert ledger_requests(made) == 120_000
+    made.record("1", "m", "c", 0, apiserver.Usage())
+    await made.flush()
+    assert path.stat().st_size < 100_000
+    assert ledger_requests(ledger(path)) == ledger_requests(made) == 120_001
 
 
 @flow
@@ -11414,6 +11574,95 @@ async def test_requests_under_way_are_counted_against_a_limit(tmp_path):
         assert (await chat(server, key=token, model="gate")).status == 429
         gate.let()
         assert {r.status for r in await asyncio.gather(*asking)} == {200}
+
+
+@flow
+async def test_a_window_may_turn_while_requests_run(tmp_path, monkeypatch):
+    """They count where they end, and the window before has no hold on anybody."""
+    clock = [NOON - 1.0]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    gate = PoolGate(models=["gate"])
+    async with serving(tmp_path, gate.controller) as server:
+        token = (await server.users.add(limit="2 requests/hour")).token
+        assert (await chat(server, key=token, model="mock/echo")).status == 200
+        running = asyncio.ensure_future(chat(server, key=token, model="gate"))
+        await until(lambda: gate.asked)
+        assert (await chat(server, key=token, model="mock/echo")).status == 429
+        clock[0] += 1
+        gate.let()
+        reply = await running
+        assert reply.headers["x-ratelimit-remaining-requests"] == "1"
+        assert reply.headers["x-ratelimit-reset-requests"] == "3600s"
+        statuses = [
+            (await chat(server, key=token, model="mock/echo")).status for _ in range(2)
+        ]
+        assert statuses == [200, 429]
+
+
+@flow
+async def test_a_user_who_is_deleted_while_asking_is_counted_and_gone(tmp_path):
+    gate = PoolGate(models=["gate"])
+    async with serving(tmp_path, gate.controller) as server:
+        user = await server.users.add(limit="1 requests/day", max_concurrency=1)
+        running = asyncio.ensure_future(chat(server, key=user.token, model="gate"))
+        await until(lambda: gate.asked)
+        await server.users.delete(user.user_id)
+        assert (await chat(server, key=user.token, model="gate")).status == 401
+        gate.let()
+        assert chat_text(await running) == "through"
+        assert server.requests_in_flight == 0
+        usage = (await ask(server.port, "GET", "/admin/usage?by=user")).json()["data"]
+        assert [(row["user"], row["requests"]) for row in usage] == [(user.user_id, 1)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@flow
+async def test_an_upstream_without_usage_is_counted_by_all_its_choices(
+    tmp_path, stream
+):
+    texts = ["abcdefgh", "ijklmnopqrst"]
+    if stream:
+        events = [
+            chunk(choices=[{"index": index, "delta": {"content": text}}])
+            for index, text in enumerate(texts)
+        ]
+        ends = [{"index": i, "delta": {}, "finish_reason": "stop"} for i in (0, 1)]
+        data = b"".join([*events, chunk(choices=ends), DONE])
+        answer = http_reply(data, content_type="text/event-stream")
+    else:
+        choices = [
+            {"index": index, "message": {"role": "assistant", "content": text}}
+            for index, text in enumerate(texts)
+        ]
+        answer = http_reply(completion(choices=choices, usage=None))
+    async with (
+        Upstream(answer) as upstream,
+        serving(tmp_path, upstream.controller()) as server,
+    ):
+        token = (await server.users.add(limit="99 tokens/day")).token
+        reply = await chat(server, key=token, n=2, stream=stream)
+        assert reply.status == 200
+        usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
+        total = usage["total"]
+        assert total["requests"] == 1 and total["output"] >= 4 and total["input"] > 0
+        assert usage["limits"][0]["used"] == total["input"] + total["output"]
+
+
+@pytest.mark.parametrize("limit", ["10 requests", "ten tokens/day", [], {"per": "day"}])
+@flow
+async def test_a_misspelt_limit_is_refused_by_name_and_changes_nothing(tmp_path, limit):
+    async with serving(tmp_path) as server:
+        user = await server.users.add(limit="1 requests/day")
+        for path, more in (("add", {}), ("update", {"user_id": user.user_id})):
+            body = {"admin_key": KEY, "limit": limit, **more}
+            reply = await ask(server.port, "POST", f"/admin/users/{path}", body)
+            message = reply.json()["error"]
+            assert reply.status == 400 and message.startswith("limit: expected a limit")
+        assert [user.fields.get("limit") for user in server.users.users] == [
+            "1 requests/day"
+        ]
+    with pytest.raises(ValueError, match="expected a limit as"):
+        Server(KEY, default_limit=limit or "none")
 
 
 @flow
@@ -11512,6 +11761,31 @@ async def test_usage_is_told_as_json_and_as_csv_without_formulas(tmp_path):
             assert reply.status == 400
         user = await s.users.add()
         assert (await ask(s.port, "GET", path, key=user.token)).status == 403
+
+
+@pytest.mark.parametrize(
+    "model, told",
+    [
+        ("=1+1", "'=1+1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("+1", "'+1"),
+        ("-1", "'-1"),
+        ("\t=1", "'\t=1"),
+        ('a"b,c\nd', 'a"b,c\nd'),
+        ("m\u202e\ud83d", "m\u202e?"),
+    ],
+)
+@flow
+async def test_a_hostile_name_is_one_plain_cell_and_no_label(tmp_path, model, told):
+    function = pool_function("any", models=None)
+    async with serving(tmp_path, function) as server:
+        assert (await chat(server, model=model)).status == 200
+        reply = await ask(server.port, "GET", "/admin/usage?by=model&format=csv")
+        rows = [*csv.reader(io.StringIO(reply.content.decode(), newline=""))]
+        assert len(rows) == 2 and rows[1][:2] == [told, "1"]
+        text = (await ask(server.port, "GET", "/metrics")).content.decode()
+        assert 'requests_total{path="/v1/chat/completions",model="other"' in text
+        assert model not in text
 
 
 @flow
