@@ -2398,13 +2398,15 @@ def chat_tools(tools: Any) -> list[Any]:
 
 
 class Dialect:
-    """What is particular to one path of the API; this one: to all other paths."""
+    """What is particular to one path of the API; this one: to all other paths.
 
-    judged = False  # bodies are judged by their first bytes, not by their label
-    answer_key = b""  # what is in every answer, and in no error
+    answer_key     what is in every answer, and in no error; where that is known,
+                   bodies are judged by their first bytes, not by their label
+    default_model  "model" may be left out, as in the OpenAI API
+    """
+
     generates = False  # an answer is text that was generated, a token at a time
     asks_usage = False  # a stream's usage has to be asked for, with stream_options
-    default_model = False  # "model" may be left out, as in the OpenAI API
     # What looks at a stream on its way to the client.
     stream: ClassVar[type[EventStream]] = EventStream
     # What puts a stream together that nobody asked for; None: it stays a stream.
@@ -2417,6 +2419,11 @@ class Dialect:
     # The name of the event that tells an error, or "" if it needs none; None: a
     # stream has no such event.
     error_event: str | None = None
+
+    def __init__(self, answer_key: bytes = b"", default_model: bool = False) -> None:
+        self.judged = answer_key != b""
+        self.answer_key = answer_key
+        self.default_model = default_model
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
         """What looks at the stream that answers a request."""
@@ -2467,8 +2474,6 @@ class Dialect:
 class ChatDialect(Dialect):
     """/v1/chat/completions."""
 
-    judged = True
-    answer_key = b'"choices"'
     generates = True
     asks_usage = True
     stream = CompletionStream
@@ -2497,8 +2502,6 @@ class CompletionsDialect(ChatDialect):
 class ResponsesDialect(Dialect):
     """/v1/responses."""
 
-    judged = True
-    answer_key = b'"output"'
     generates = True
     stream = ResponsesStream
     writer = ResponsesWriter
@@ -2545,8 +2548,6 @@ class AnthropicDialect(Dialect):
 class MessagesDialect(AnthropicDialect):
     """/v1/messages."""
 
-    judged = True
-    answer_key = b'"content"'
     generates = True
     stream = MessagesStream
     writer = MessagesWriter
@@ -2555,29 +2556,16 @@ class MessagesDialect(AnthropicDialect):
     error_event = "error"
 
 
-class EmbeddingsDialect(Dialect):
-    """/v1/embeddings."""
-
-    judged = True
-    answer_key = b'"data"'
-
-
-class ModelOptionalDialect(Dialect):
-    """Paths where the OpenAI API has a default model."""
-
-    default_model = True
-
-
 CHAT_PATH = "/v1/chat/completions"
 EMBEDDINGS_PATH = "/v1/embeddings"
 MESSAGES_PATH = "/v1/messages"
 DIALECTS: dict[str, Dialect] = {
-    CHAT_PATH: ChatDialect(),
-    "/v1/completions": CompletionsDialect(),
-    "/v1/responses": ResponsesDialect(),
-    MESSAGES_PATH: MessagesDialect(),
-    EMBEDDINGS_PATH: EmbeddingsDialect(),
-    "/v1/moderations": ModelOptionalDialect(),
+    CHAT_PATH: ChatDialect(b'"choices"'),
+    "/v1/completions": CompletionsDialect(b'"choices"'),
+    "/v1/responses": ResponsesDialect(b'"output"'),
+    MESSAGES_PATH: MessagesDialect(b'"content"'),
+    EMBEDDINGS_PATH: Dialect(b'"data"'),
+    "/v1/moderations": Dialect(default_model=True),
 }
 _OTHER_DIALECT = Dialect()
 _BELOW_MESSAGES = AnthropicDialect()
