@@ -1424,14 +1424,8 @@ def random_id(prefix: str) -> str:
 # --- What an answer's body is
 
 
-class Body(enum.Enum):
-    """What a body is."""
-
-    EVENTS = "server-sent events"
-    JSON = "JSON"
-    OTHER = "anything else"
-
-
+JSON_TYPE = "application/json"
+EVENTS_TYPE = "text/event-stream"
 _FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 
@@ -1443,24 +1437,20 @@ def body_start(content: bytes) -> bytes:
     return content.lstrip(b"\xef\xbb\xbf \t\r\n")
 
 
-def body_kind(start: bytes) -> Body | None:
-    """What a body is that begins like this; None while it could be several."""
+def body_type(start: bytes) -> str | None:
+    """JSON_TYPE, EVENTS_TYPE or "", by a body's first bytes; None for too few."""
     if start[:1] in (b"{", b"["):
-        return Body.JSON
+        return JSON_TYPE
     if start.startswith(_FIELDS):
-        return Body.EVENTS
-    if any(field.startswith(start) for field in _FIELDS):  # b"dat", or nothing yet
-        return None
-    return Body.OTHER
+        return EVENTS_TYPE
+    # b"dat" may become a field, and so may nothing yet.
+    return None if any(field.startswith(start) for field in _FIELDS) else ""
 
 
-def labelled_kind(content_type: str) -> Body:
+def labelled_type(content_type: str) -> str:
     """What a Content-Type says that a body is (RFC 9110 section 8.3.1)."""
     media_type = content_type.partition(";")[0].strip().lower()
-    if media_type == "text/event-stream":
-        return Body.EVENTS
-    is_json = media_type == "application/json" or media_type.endswith("+json")
-    return Body.JSON if is_json else Body.OTHER
+    return JSON_TYPE if media_type.endswith("+json") else media_type
 
 
 class ErrorObject(NamedTuple):
@@ -7926,16 +7916,16 @@ class Call:
             )
         else:
             kind = await self._kind(answer)
-            if kind is Body.EVENTS:
+            if kind == EVENTS_TYPE:
                 await self._begin_events(max_size)
-            elif kind is Body.JSON:
+            elif kind == JSON_TYPE:
                 content = self._first + await answer.read_all(max_size)
                 error = request.dialect.check(content, answer.delimited)
                 if error is not None:
                     raise self._event_error(error)
                 self.content = content
                 if request.dialect.judged:  # it may have been labelled as anything
-                    self.headers["content-type"] = "application/json"
+                    self.headers["content-type"] = JSON_TYPE
                 if request.stream:
                     self._make_stream(self.content)
             elif request.dialect.judged:
@@ -7953,15 +7943,15 @@ class Call:
             self.pool.succeeded(controller, request, self.usage)
             answer.keep()
 
-    async def _kind(self, answer: Answer) -> Body:
+    async def _kind(self, answer: Answer) -> str:
         """What an answer is: told by its first bytes where we know what to expect."""
         if not self.request.dialect.judged:
-            return labelled_kind(answer.headers.get("content-type", ""))
+            return labelled_type(answer.headers.get("content-type", ""))
         kind = None
         while kind is None:
             piece = await answer.read()
             self._first = body_start(self._first + piece)
-            kind = body_kind(self._first) if piece else Body.OTHER
+            kind = body_type(self._first) if piece else ""
         return kind
 
     async def _begin_events(self, max_size: int) -> None:
@@ -8036,7 +8026,7 @@ class Call:
         if stream.error is not None:
             raise self._event_error(stream.error)
         self.stream = None
-        self.headers = {"content-type": "application/json"}
+        self.headers = {"content-type": JSON_TYPE}
         return encode_json(builder.result())
 
     @staticmethod
@@ -8057,7 +8047,7 @@ class Call:
             raise ProtocolError(502, "its answer is no chat.completion") from None
         if events is not None:
             self.content = None
-            self.headers = {"content-type": "text/event-stream"}
+            self.headers = {"content-type": EVENTS_TYPE}
             max_size = int(self.pool.limits.response_size)
             self.stream = request.dialect.open_stream(request, max_size)
             self._first = self.stream.receive(events)
