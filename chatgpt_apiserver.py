@@ -2573,14 +2573,12 @@ def dialect_of(path: str) -> Dialect:
 
 
 TAPE_VERSION = 1
-_to_canonical = json.JSONEncoder(
-    ensure_ascii=False, sort_keys=True, separators=(",", ":")
-).encode
 
 
 def canonical_json(value: Any) -> bytes:
     """JSON that is the same for equal values: sorted keys, no blanks."""
-    return _to_canonical(value).encode("utf-8", "backslashreplace")
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
 
 
 class Recording(NamedTuple):
@@ -6772,7 +6770,6 @@ class RecordedAnswer(Answer):
     ) -> None:
         super().__init__(answer.status, answer.headers)
         self.delimited = answer.delimited
-        self.content_type = answer.headers.get("content-type", "")
         self.pieces: list[tuple[float, bytes]] = []  # and the loop's time of each
         self.room = size
         self._answer, self._write = answer, write
@@ -6897,8 +6894,9 @@ class TapeController(Controller):
             if good.status >= 300:  # it may repeat a piece of the key
                 text = b"".join(piece for _, piece in pieces).decode("utf-8", "replace")
                 pieces = [(0.0, controller.redact(text).encode())]
-            answered = (good.status, good.content_type, pieces)
-            self._submit(self._write, request, *answered).add_done_callback(self._tell)
+            kind = good.headers.get("content-type", "")
+            done = self._submit(self._write, request, good.status, kind, pieces)
+            done.add_done_callback(self._tell)
 
         return RecordedAnswer(answer, int(self.limits.response_size), write)
 
