@@ -30,17 +30,19 @@ The file reads downward; each section uses only what stands above it:
     The page                 what a browser is shown
     The log                  lines that never wait for their reader
     Service                  what requests share: keys, agents, conversations
-    Request handler          routes and authorization
+    Exchange                 one request and its answer
+    Routes                   who may ask for what, and how it is answered
+    Request handler          a connection's requests, one after the other
     Server                   sockets, tasks, start and stop
     Agent                    the side that dials in: the handler's mirror
     Configuration            file, environment, command line; main
 
 A request goes one way down: Connection receives bytes, parse_request_head() makes
-a Request of them, RequestHandler finds the route, authenticates, reads the content
-and makes an APIRequest; Pool.call() finds a Controller, whose answer() asks an
+a Request of them and RequestHandler an Exchange, follow_route() authenticates, reads
+the content and has a route make an APIRequest; Pool.call() finds a Controller, whose answer() asks an
 upstream (HTTPClient), an agent (its WebSocket) or a function.  It comes back the
 same way: Answer.read() gives bytes as they come, Call.read() judges and counts
-them, RequestHandler writes them, and waits where the client is slow.
+them, Reply writes them, and Exchange waits where the client is slow.
 
 The first event of a stream is awaited before the status goes out; until then a
 failure is answered by another controller, or by a true HTTP status.  A client that
@@ -9383,7 +9385,8 @@ class Service:
 
     agents  by id
     paused  ids of agents, by the administrator
-    running_requests  those that controllers answer, in their order
+    running_requests  those that controllers answer, in their order: what gives the
+                      record of one, and what cancels it
     content_size  bytes held for the content of requests in flight
     """
 
@@ -9414,7 +9417,9 @@ class Service:
         self.id = random_id("server-")  # of this run; agents compare it
         self.started = unix_time()
         self.draining = False
-        self.running_requests: dict[RequestHandler, None] = {}
+        self.running_requests: dict[
+            Callable[[], RequestRecord], Callable[[APIError], None]
+        ] = {}
         self.requests_in_flight = 0
         self.content_size = 0
         self._running: dict[str, int] = {}  # requests, by user_id
@@ -9481,19 +9486,32 @@ class Service:
         """The content is gone."""
         self.content_size -= size
 
+    def count(self, record: RequestRecord, path: str, user: User | None) -> None:
+        """Tell who counts of a request that has ended.
+
+        path  for /metrics, where it is one of a few
+        user  whose it was, unless it was refused before begin_request()
+        """
+        self.journal.add(record)
+        known = self.known_model(record.model)
+        self.metrics.observe(record, path, known)
+        if user is not None:
+            controller = record.attempts[-1][0] if record.attempts else ""
+            # Names that nobody has would fill the memory, and are nobody's usage.
+            model = known if record.failed else record.model
+            name, failures = user.user_id or user.name, int(record.failed)
+            self.ledger.record(name, model, controller, failures, record.usage)
+
     # --- What is shown
 
     def status(self, now: float) -> tuple[bytes, str]:
         """What GET /admin/status answers and its ETag: made at most once a second."""
         made_at, content, etag = self._status
         if now - made_at >= 1:
-            running = [
-                encode_json(h.record().as_json())
-                for h in reversed(self.running_requests)
-            ]
-            requests = b", ".join([*running, *self.journal.encode()])
+            running = [record().as_json() for record in reversed(self.running_requests)]
+            lines = [*map(encode_json, running), *self.journal.encode()]
             told = encode_json(self._describe(now))[:-1]
-            told += b', "requests": [' + requests + b"]}"
+            told += b', "requests": [' + b", ".join(lines) + b"]}"
             if told != content:
                 content, etag = told, f'"{secrets.token_hex(8)}"'
             self._status = (now, content, etag)
@@ -9543,10 +9561,11 @@ class Service:
 
     def cancel(self, request_id: str) -> bool:
         """End the running requests of an id, a client's own or ours; False for none."""
-        found = [h for h in self.running_requests if h.request_id == request_id]
+        running = self.running_requests.items()
+        found = [end for record, end in running if record().request_id == request_id]
         words = "The server's administrator has cancelled this request."
-        for handler in found:
-            handler.cancel(APIError(503, words, code="cancelled", retry_after=math.inf))
+        for end in found:
+            end(APIError(503, words, code="cancelled", retry_after=math.inf))
         return bool(found)
 
     # --- Agents
@@ -9605,19 +9624,16 @@ class Service:
 
 
 # -----------------------------------------------------------------------------
-# Request handler: routes and authorization
+# Exchange: one request and its answer
 # -----------------------------------------------------------------------------
 #
-# One RequestHandler for each accepted connection serves its requests one after
-# the other.  A route is a method; it sends an answer or raises, and respond() is
-# the one place that answers what was raised.
+# An Exchange is made for each request: it reads the content, has the pool answer,
+# and tells the log, the journal and the ledger how it ended.  Its Reply writes the
+# answer.  Neither knows what a path means: that is for the routes, below.
 
-# A websocket in which nobody has said who it is for so many seconds is closed.
-FIRST_MESSAGE_TIMEOUT = 10.0
 # Content may begin slowly: its rate is looked at after so many seconds.
 CONTENT_RATE_AFTER = 10.0
 
-_KEY_FIELDS = ("x-api-key", "api-key", "x-goog-api-key")  # beside Authorization
 # What of a client's request does not travel on to an upstream, and of an
 # upstream's answer not to the client.
 _PRIVATE_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
@@ -9633,35 +9649,15 @@ _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
 )
 # The last two speak to a proxy in front of us: send this file instead.
 _PRIVATE_RESPONSE_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
-_FORWARDING_FIELDS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
-# Pages of the original browser agents: no other page may become an agent.
-_AGENT_ORIGINS = ("https://chat.openai.com", "https://chatgpt.com")
-_AGENT_ORIGIN_SCHEMES = ("moz-extension://", "chrome-extension://")
+_JSON_FIELDS = (("Content-Type", "application/json"),)
+_EVENT_FIELDS = (
+    ("Content-Type", "text/event-stream; charset=utf-8"),
+    ("Cache-Control", "no-cache"),
+    ("X-Accel-Buffering", "no"),  # nginx would collect events
+)
+_NO_CORS = ("/admin", "/api/connections")  # no other origin's page may read these
 _TOKEN_IN_PATH = re.compile("/k/[^/]*")
-# The quickstart of the original, pasted as it stands, says "<optional>".
-_ABSENT = (None, "", "<optional>")
-
-_ABOUT = """chatgpt_apiserver {version}
-
-An OpenAI-compatible API in front of upstreams, agents and Python functions.
-
-  Base URL for clients   {scheme}://{host}/v1   (Authorization: Bearer <token>)
-  Agents connect to      {ws}://{host}/client/register
-  Be an agent            curl -fsS {scheme}://{host}/agent.py \\
-                           | python3 - agent {scheme}://{host} --key <token>
-  Ask in one line        POST {scheme}://{host}/api/ask   {{"content": "Hello"}}
-"""
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address or a name (in a Host field, without port) is this machine."""
-    host = address.strip("[]").lower()
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    mapped = getattr(ip, "ipv4_mapped", None)  # ::ffff:127.0.0.1
-    return (mapped or ip).is_loopback
+_ODD_PATHS = ("/v1/v1/", "/chat/")
 
 
 def normal_path(path: str) -> str:
@@ -9679,9 +9675,6 @@ def normal_path(path: str) -> str:
     return plain if plain.startswith("/v1/") else path
 
 
-_ODD_PATHS = ("/v1/v1/", "/chat/")
-
-
 def parsed_size(content: bytes) -> int:
     """Roughly the memory that JSON takes once it is parsed, in bytes, at the most.
 
@@ -9697,517 +9690,254 @@ def refusal_error(status: int, content: bytes) -> APIError:
     return APIError(status, message, type=said.type, param=said.param, code=said.code)
 
 
-class Who(enum.Enum):
-    """Whose requests a route serves; see RequestHandler.authorize()."""
+class Sent(enum.Enum):
+    """How much of a reply has been written."""
 
-    ANYBODY = "no key is needed"
-    USER = "the API key, or a user's token"
-    AGENT = "an agent's token, the API key, or no key from this machine"
-    LOCAL = "the API key, or no key from this machine"
-    MONITOR = "the API key, or a monitor's token"
-    ADMIN = "the API key, also as admin_key in the query or the content"
+    NOTHING = "nothing: it may have any status"
+    HEAD = "the head, and perhaps some content: the status is fixed"
+    ALL = "all of it: a byte more would begin the next reply"
 
 
-_ROLES = {"user": Who.USER, "agent": Who.AGENT, "monitor": Who.MONITOR}
+class Reply:
+    """Writes the answer to one request: whole, or as a stream.
 
-
-class Reads(enum.Enum):
-    """What a route's method is called with."""
-
-    NOTHING = "no argument; content is not read"
-    CONTENT = "content, as bytes"
-    JSON = "the JSON object in content; of no content {}"
-
-
-class Route(NamedTuple):
-    """A route, and what is settled before its method runs.
-
-    method   of HTTP; HEAD goes where GET goes
-    handler  name of the RequestHandler's method
-    who      may ask
-    reads    what of the request's content
-    limit    name of the limit on the content's size
+    sent           how much of it
+    status         of its head; 0 before that
+    close          the connection ends with it
+    fields         that are in each head, whatever the answer
+    limit          what the user may use, for x-ratelimit fields
+    content_left   the request's content has not been read
+    first_byte_at  when its head was made, on the loop's clock
     """
 
-    method: str
-    handler: str
-    who: Who
-    reads: Reads = Reads.NOTHING
-    limit: str = "admin_content_size"
+    __slots__ = (
+        "_head",
+        "_heartbeat",
+        "_written_at",
+        "close",
+        "connection",
+        "content_left",
+        "fields",
+        "first_byte_at",
+        "limit",
+        "request",
+        "sent",
+        "status",
+    )
 
-
-class RequestHandler:
-    """Serves the requests of one connection.
-
-    The words are http.server's: do_... methods, send_error, log_request,
-    close_connection.
-    """
-
-    # By path; one that ends in a slash stands for all below it.
-    ROUTES: ClassVar[dict[str, Route]] = {
-        "/": Route("GET", "do_about", Who.ANYBODY),
-        "/agent.py": Route("GET", "do_source", Who.ANYBODY),
-        "/health": Route("GET", "do_health", Who.ANYBODY),
-        "/status": Route("GET", "do_status", Who.ANYBODY),
-        "/livez": Route("GET", "do_health", Who.ANYBODY),
-        "/readyz": Route("GET", "do_ready", Who.ANYBODY),
-        "/metrics": Route("GET", "do_metrics", Who.MONITOR),
-        "/client/register": Route("GET", "do_register", Who.AGENT),
-        "/api/connections": Route("GET", "do_connections", Who.LOCAL),
-        "/api/ask": Route("POST", "do_ask", Who.USER, Reads.JSON, "ask_content_size"),
-        "/admin/users": Route("GET", "do_users", Who.ADMIN),
-        "/admin/users/add": Route("POST", "do_users_add", Who.ADMIN, Reads.JSON),
-        "/admin/users/update": Route("POST", "do_users_update", Who.ADMIN, Reads.JSON),
-        "/admin/users/delete": Route("POST", "do_users_delete", Who.ADMIN, Reads.JSON),
-        "/admin/usage": Route("GET", "do_admin_usage", Who.ADMIN),
-        "/admin/status": Route("GET", "do_admin_status", Who.ADMIN),
-        "/admin/requests/cancel": Route(
-            "POST", "do_requests_cancel", Who.ADMIN, Reads.JSON
-        ),
-        "/admin/controllers": Route("GET", "do_controllers", Who.ADMIN),
-        "/admin/controllers/enable": Route(
-            "POST", "do_controllers_enable", Who.ADMIN, Reads.JSON
-        ),
-        "/admin/controllers/disable": Route(
-            "POST", "do_controllers_disable", Who.ADMIN, Reads.JSON
-        ),
-        "/admin/agents/pause": Route("POST", "do_agents_pause", Who.ADMIN, Reads.JSON),
-        "/v1/chat/completions": Route(
-            "POST", "do_chat_completions", Who.USER, Reads.CONTENT, "content_size"
-        ),
-        "/v1/usage": Route("GET", "do_usage", Who.USER),
-        "/v1/models": Route("GET", "do_models", Who.USER),
-        "/v1/models/": Route("GET", "do_model", Who.USER),
-        "/v1/": Route("POST", "do_api", Who.USER, Reads.CONTENT, "content_size"),
-    }
-
-    def __init__(self, service: Service, connection: Connection) -> None:
-        self.service = service
+    def __init__(
+        self, connection: Connection, request: Request, fields: list[tuple[str, str]]
+    ) -> None:
         self.connection = connection
-        self.limits = service.limits
-        self.loop = connection.loop
-        self.served = 0
-        self.close_connection = False
-        self.idle = False  # between two requests: may be closed at any time
-        self.reading_head = True  # so far nothing was asked
-        self.websocket: WebSocket | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.request: Request | None = None
-        self._begin()
-
-    def _begin(self) -> None:
-        """Forget the last request."""
-        self.started = self.loop.time()
-        self.path = ""
-        self.token_in_path: str | None = None
-        self.user: User | None = None
-        self.request_id = ""
-        self.model = ""
-        self.call: Call | None = None
+        self.request = request
+        self.fields = fields
+        self.sent = Sent.NOTHING
         self.status = 0
-        self.error = ("", "")  # its code, and in words that quote nobody
-        self.cancelled: APIError | None = None  # why it was, other than by a hang-up
-        self.outcome = ""  # in a word or two, where the status does not tell
-        self.head_sent = False
+        self.close = False
+        self.limit: UsageLimit | None = None
+        self.content_left = True
         self.first_byte_at = 0.0
-        self._bytes_before = self.connection.bytes_sent
-        self._content_left = True  # the request's content has not been read yet
-        self._held = 0
-        self._counted = False
-        self._limit: UsageLimit | None = None  # what the user may use
+        self._head = b""  # made, and not yet written
         self._heartbeat: asyncio.TimerHandle | None = None
         self._written_at = 0.0
 
-    # --- The connection
-
-    async def handle(self) -> None:
-        """Serve requests until the connection ends."""
-        try:
-            if self.service.tls is not None and not await self._start_tls():
-                return
-            while not self.close_connection:
-                request = await self._read_request()
-                if request is None:
-                    break
-                await self.respond(request)
-                # Before the next request, or who pipelines and does not read would
-                # fill the memory; and before the end, which waits only a moment.
-                if not self.connection.writable and not self.connection.closing:
-                    await self.connection.drain()
-                elif self.connection.buffer:
-                    await asyncio.sleep(0)  # a long pipeline takes turns with others
-        except ConnectionError:
-            self.connection.abort()
-        finally:
-            self.connection.close()
-
-    async def _start_tls(self) -> bool:
-        """Do the handshake here and not in asyncio: a limit counts it, shutdown()
-        ends it, and one that fails is no news."""
-        assert self.service.tls is not None
-        peer = self.connection.peer
-        try:
-            await self.connection.start_tls(self.service.tls)
-        except (OSError, asyncio.TimeoutError) as error:
-            self.service.debug(f"TLS handshake with {peer} failed: {error}")
-            return False
-        self.connection.set_deadline(self.loop.time() + self.limits.head_timeout)
-        return True
-
-    async def _read_request(self) -> Request | None:
-        """The next request's head; None if there will be none.
-
-        One absolute deadline for the whole head: a byte now and then does not
-        extend it.  What is malformed or late is answered here.
-        """
-        connection = self.connection
-        limits = self.limits
-        if self.served:
-            connection.set_deadline(self.loop.time() + limits.keep_alive_timeout)
-        begun = not self.served
-        self.reading_head = True
-        try:
-            while True:
-                self.idle = not connection.buffer
-                if not self.idle:
-                    request = parse_request_head(connection.buffer, limits.head_size)
-                    if request is not None:
-                        return request
-                    if not begun:
-                        begun = True
-                        deadline = self.loop.time() + limits.head_timeout
-                        connection.set_deadline(deadline)
-                if not await connection.receive():
-                    return None
-        except asyncio.TimeoutError:
-            if not connection.buffer:
-                return None
-            error = ProtocolError(408, "the request's head took too long")
-        except ProtocolError as caught:
-            error = caught
-        finally:
-            self.idle = self.reading_head = False
-        self._begin()
-        await self._refuse(error)
-        return None
-
-    async def _refuse(self, error: ProtocolError) -> None:
-        """Answer broken HTTP once, and read nothing of what follows it."""
-        self.request = None
-        self.request_id = random_id("req_")
-        self.close_connection = True
-        error.with_traceback(None)  # as in Call._explain()
-        self.send_error(APIError(error.status, f"Bad request: {error}."))
-        self.log_request()
-        peer = self.connection.peer or "a client"
-        self.service.report(f"what {peer} sent is no request: {error}")
-        await self.connection.linger()
-
-    async def respond(self, request: Request) -> None:
-        """Answer one request, whatever happens, and log it."""
-        self._begin()
-        self.time = unix_time()
-        self.request = request
-        self.served += 1
-        self.request_id = self._choose_request_id(request)
-        self.close_connection = (
-            not request.keep_alive
-            or self.served >= self.limits.keep_alive_requests
-            or self.service.draining
-        )
-        try:
-            await self._answer(request)
-        except APIError as error:
-            self._fail(error)
-        except ProtocolError as error:
-            self.close_connection = True
-            self._fail(APIError(error.status, f"Bad request: {error}."))
-        except asyncio.TimeoutError:
-            self.close_connection = True
-            self._fail(APIError(408, "The request's content took too long."))
-        except (ConnectionError, asyncio.CancelledError):
-            self.status = self.status or 499  # nginx's word for: the client has left
-            self.outcome = "client left"
-            if self.connection.stalled:
-                seconds = self.limits.write_timeout
-                line = f"a client that took no byte for {seconds:g} s is cut"
-                self.service.report(line)
-            raise
-        except Exception:
-            logger.exception("request %s failed", self.request_id)
-            self.close_connection = True
-            text = f"Internal error; the log has more under {self.request_id}."
-            self._fail(APIError(500, text))
-        finally:
-            self._end_request()
-            if self.websocket is None:  # a websocket's line came with its 101
-                self.log_request()
-            if request.method == "POST" and self.path.startswith(("/v1/", "/api/ask")):
-                self._tell_of_request()
-            self.call = None  # or its content stays as long as the connection
-        if self._content_left and self.websocket is None:
-            await self._skip_content(request)
-
-    def _tell_of_request(self) -> None:
-        """Tell who counts of a request that has ended."""
-        service, record = self.service, self.record(self.loop.time())
-        service.journal.add(record)
-        known = service.known_model(record.model)
-        service.metrics.observe(record, self._route_path, known)
-        if self._counted and self.user is not None:
-            user = self.user.user_id or self.user.name
-            controller = record.attempts[-1][0] if record.attempts else ""
-            # Names that nobody has would fill the memory, and are nobody's usage.
-            model = known if record.failed else record.model
-            failures = int(record.failed)
-            service.ledger.record(user, model, controller, failures, record.usage)
-
     @property
-    def _route_path(self) -> str:
-        """The path, if it is one of those that everybody has."""
-        known = self.path in self.ROUTES or self.path in DIALECTS
-        return self.path if known else "other"
-
-    def _end_request(self) -> None:
-        self.connection.eof_is_hangup = False
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-        self.service.release(self._held)
-        if self._counted and self.user is not None:
-            self.service.end_request(self.user)
-        self.service.running_requests.pop(self, None)
-
-    def _content_is_here(self) -> bool:
+    def content_is_here(self) -> bool:
         """Whether the whole of the request's content is in the buffer."""
-        length = self.request.content_length if self.request is not None else None
+        length = self.request.content_length
         return length is not None and length <= len(self.connection.buffer)
 
-    async def _skip_content(self, request: Request) -> None:
-        """Get past content that nobody has read: it was refused before that."""
-        if self._content_is_here():
-            del self.connection.buffer[: request.content_length]
+    def _make_head(self, status: int, fields: list[tuple[str, str]]) -> bytes:
+        if self.content_left and not self.content_is_here:
+            self.close = True  # what is left of it would be taken for a request
+        fields += self.fields
+        fields.append(("Date", http_date(int(unix_time()))))
+        connection = ["Upgrade"] if status == 426 else []  # it has an Upgrade field
+        if self.close:
+            connection.append("close")
+        elif self.request.version == "HTTP/1.0" and not connection:
+            connection.append("keep-alive")
+        if connection:
+            fields.append(("Connection", ", ".join(connection)))
+        limit = b"" if self.limit is None else self.limit.fields()
+        line = f"HTTP/1.1 {status} {REASONS.get(status, '')}"
+        head = encode_head(line, fields, limit)
+        self.sent = Sent.HEAD
+        self.status = status
+        self.first_byte_at = self.connection.loop.time()
+        return head
+
+    def send(
+        self,
+        status: int,
+        content: bytes,
+        fields: Iterable[tuple[str, str]] = _JSON_FIELDS,
+    ) -> None:
+        """Send a whole answer in one write."""
+        head = [*fields]
+        has_content = status not in (204, 304)
+        if has_content:
+            head.append(("Content-Length", str(len(content))))
+        data = self._make_head(status, head)
+        if has_content and self.request.method != "HEAD":
+            data += content
+        self.sent = Sent.ALL
+        self.connection.write(data)
+
+    def send_text(
+        self,
+        text: str | bytes,
+        type: str = "text/plain",
+        fields: Iterable[tuple[str, str]] = (),
+        *,
+        status: int = 200,
+    ) -> None:
+        """Send a text of a type."""
+        content = text.encode("utf-8", "replace") if isinstance(text, str) else text
+        self.send(status, content, [("Content-Type", type), *fields])
+
+    def begin(self, status: int, fields: Iterable[tuple[str, str]]) -> None:
+        """Begin a stream; its head goes out with the first block."""
+        head = [*fields]
+        if self.request.version == "HTTP/1.1":
+            head.append(("Transfer-Encoding", "chunked"))
         else:
-            self.close_connection = True
-            await self.connection.linger()
+            self.close = True
+        self._head = self._make_head(status, head)
 
-    @staticmethod
-    def _choose_request_id(request: Request) -> str:
-        own = request.headers.get("x-request-id")
-        if own and len(own) <= 128 and own.isascii() and own.isprintable():
-            return own
-        return random_id("req_")
+    def write(self, block: bytes, last: bool = False) -> None:
+        """Send a block of a stream in one write."""
+        chunked = self.request.version == "HTTP/1.1"
+        data, self._head = self._head, b""
+        if block:
+            data += encode_chunk(block) if chunked else block
+        if last:
+            self.sent = Sent.ALL
+            if chunked:
+                data += LAST_CHUNK
+        self._written_at = self.connection.loop.time()
+        self.connection.write(data)
 
-    async def _answer(self, request: Request) -> None:
-        """Do what the route says, then let its method answer."""
-        route = self._route(request)
-        if request.method == "OPTIONS":  # CORS: before anything is asked of it
-            self.do_preflight()
+    # --- Heartbeats
+
+    def start_heartbeat(self) -> None:
+        """Send comments into long silences from now on: proxies would hang up."""
+        interval = self.connection.limits.heartbeat_interval
+        if self._heartbeat is None and interval:
+            loop = self.connection.loop
+            self._written_at = loop.time()
+            self._heartbeat = loop.call_later(interval, self._beat)
+
+    def _beat(self) -> None:
+        connection = self.connection
+        now, interval = connection.loop.time(), connection.limits.heartbeat_interval
+        if self.sent is Sent.ALL:
             return
-        method = "GET" if request.method == "HEAD" else request.method
-        fits = route and method == route.method
-        if route is None or (not fits and route is self.ROUTES["/v1/"]):
-            self._refuse_upgrade(request)
-            raise APIError(404, f"There is nothing at {request.method} {self.path}.")
-        if not fits:
-            raise APIError(405, f"{request.method} is not for {self.path}.")
-        arguments: list[Any] = []
-        if route.who is not Who.ADMIN:  # its key may be in the content
-            self.authorize(route.who)
-        if route.reads is not Reads.NOTHING:
-            content = await self.read_content(getattr(self.limits, route.limit))
-            arguments.append(content)
-            if route.reads is Reads.JSON:
-                arguments[0] = parse_object(content) if content.strip() else {}
-        if route.who is Who.ADMIN:
-            self.authorize(route.who, *arguments)
-        await getattr(self, route.handler)(*arguments)
+        due = self._written_at + interval
+        if now >= due:
+            due = now + interval
+            with contextlib.suppress(ConnectionError):
+                if connection.writable:
+                    if self.sent is Sent.NOTHING:
+                        self.begin(200, _EVENT_FIELDS)
+                    self.write(HEARTBEAT)
+        self._heartbeat = connection.loop.call_at(due, self._beat)
 
-    def _refuse_upgrade(self, request: Request) -> None:
-        """Tell a client at once that it has to speak HTTP: Codex then does so."""
-        if self.path == "/v1/realtime":
-            raise APIError(501, "The realtime API is not spoken here.")
-        if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
-            raise APIError(426, f"A websocket is not spoken here: POST {self.path}.")
+    def stop_heartbeat(self) -> None:
+        """Send no more of them."""
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
 
-    def _route(self, request: Request) -> Route | None:
-        """The route of a request's path, or None."""
-        path = request.path
+    def switch_protocols(self) -> None:
+        """A 101 has been sent: what follows is no reply, and no request."""
+        self.status = 101
+        self.sent = Sent.ALL
+        self.content_left = False
+        self.close = True
+
+
+def request_id_of(request: Request) -> str:
+    """The client's own x-request-id, if it is usable, or a new one."""
+    own = request.headers.get("x-request-id")
+    if own and len(own) <= 128 and own.isascii() and own.isprintable():
+        return own
+    return random_id("req_")
+
+
+class Exchange:
+    """One request, and what becomes of it.
+
+    id         of the request: its client's, or ours
+    path       as the API has it, without a token; token is the one in front of it
+    allowed    methods of that path
+    time       its beginning on the wall clock; started is the loop's
+    user       whose it is, once that is known
+    call       its way through the pool, from when it is counted until it has ended
+    cancelled  why it was, other than by a hang-up
+    error      what went wrong: its code, and words that quote nobody
+    outcome    in a word or two, where the status does not tell
+    """
+
+    __slots__ = (
+        "_bytes_before",
+        "_held",
+        "allowed",
+        "call",
+        "cancelled",
+        "connection",
+        "error",
+        "id",
+        "model",
+        "outcome",
+        "path",
+        "reply",
+        "request",
+        "service",
+        "started",
+        "time",
+        "token",
+        "user",
+    )
+
+    def __init__(
+        self, service: Service, connection: Connection, request: Request
+    ) -> None:
+        path, token = request.path, ""
         if path.startswith("/k/"):  # agents that can set nothing but an endpoint
-            self.token_in_path, slash, rest = path[3:].partition("/")
+            token, slash, rest = path[3:].partition("/")
             path = slash + rest
+        self.service = service
+        self.connection = connection
+        self.request = request
+        self.time = unix_time()
+        self.started = connection.loop.time()
+        self.id = request_id_of(request)
         self.path = path = normal_path(path)
-        if path in self.ROUTES or not path.startswith("/v1/"):
-            return self.ROUTES.get(path)
-        if path.startswith("/v1/models/"):
-            return self.ROUTES["/v1/models/"]
-        # An upstream's key is for what is below its base URL.
-        # As the most lenient server reads it: decoded twice, "\" for "/", "..;x".
-        plain = urllib.parse.unquote(urllib.parse.unquote(path))
-        steps = re.split(r"[/\\;]", plain)
-        return None if "." in steps or ".." in steps else self.ROUTES["/v1/"]
+        self.token = token
+        self.allowed = ""
+        self.user: User | None = None
+        self.model = ""
+        self.call: Call | None = None
+        self.cancelled: APIError | None = None
+        self.error = ("", "")
+        self.outcome = ""
+        fields = [("x-request-id", self.id)]
+        if not path.startswith(_NO_CORS):
+            fields.append(("Access-Control-Allow-Origin", "*"))
+        self.reply = Reply(connection, request, fields)
+        self._bytes_before = connection.bytes_sent
+        self._held = 0
 
-    def log_request(self) -> None:
-        """The access line: when, who, what, with what result, from whom, how long."""
-        access = self.service.access
-        if access is None or self.path in ("/livez", "/readyz"):  # every few seconds
-            return
-        now = self.loop.time()
-        call = self.call
-        controller, attempts = "-", 0
-        if call is not None and call.controller is not None:
-            controller, attempts = call.controller.name, call.attempts
-        user = "-" if self.user is None else self.user.name or self.user.user_id
-        method = "-" if self.request is None else self.request.method
-        first = (self.first_byte_at or now) - self.started
-        sent = self.connection.bytes_sent - self._bytes_before
-        access(
-            f"{clock_text(int(unix_time()))} {_word(user)} {method}"
-            f" {_TOKEN_IN_PATH.sub('/k/***', self.path) or '-'}"
-            f" {self.status} {_word(self.model) or '-'} {_word(controller)}"
-            f" x{attempts} {first * 1e3:.1f} {(now - self.started) * 1e3:.1f} ms"
-            f" {sent} B {self.connection.peer or '-'} {self.request_id}"
-            f"{f' {self.outcome}' if self.outcome else ''}"
-        )
-
-    def record(self, ended_at: float | None = None) -> RequestRecord:
-        """What the journal keeps of the request."""
-        assert self.request is not None
-        call, user = self.call, self.user
-        attempts: list[tuple[str, float, str]] = []
-        began_at, usage = 0.0, Usage()
-        if call is not None:
-            attempts, began_at, usage = call.tries, call.began_at, call.usage
-        return RequestRecord(
-            self.request_id,
-            self.time,
-            self.started,
-            ended_at,
-            "" if user is None else user.name or user.user_id,
-            self.request.method,
-            self.path,
-            self.model,
-            499 if self.outcome == "client left" else self.status,
-            self.error,
-            attempts,
-            began_at,
-            usage,
-            self.connection.peer,
-            self.request.headers.get("user-agent", "")[:80],
-        )
-
-    def cancel(self, why: APIError) -> None:
-        """End the request that runs; its client is told why."""
-        assert self.task is not None
-        self.cancelled = why
-        self.task.cancel()
+    @property
+    def query(self) -> dict[str, str]:
+        """What stands behind "?", by name; what is empty is not there."""
+        return dict(urllib.parse.parse_qsl(self.request.query))
 
     # --- Reading
 
-    def credentials(self) -> list[str]:
-        """The tokens that a request carries, in the order in which they are tried.
-
-        Clients add their own to ours: an OAuth token of theirs, a proxy's password.
-        """
-        assert self.request is not None
-        headers = self.request.headers
-        value = headers.get("authorization", "")
-        scheme, _, token = value.partition(" ")
-        tokens = [token.strip() if scheme.lower() == "bearer" else value]
-        tokens += [headers[name] for name in _KEY_FIELDS if name in headers]
-        return [token for token in (*tokens, self.token_in_path) if token]
-
-    def authorize(self, who: Who, body: Mapping[str, Any] = {}) -> None:
-        """Let those pass whom a route serves, and know them as self.user.
-
-        Raise APIError: 401 for no or a wrong key, 403 for one that may not.
-        """
-        if who is Who.ANYBODY:
-            return
-        tokens = self.credentials()
-        if who is Who.ADMIN:
-            key = body.get("admin_key", self._query("admin_key"))
-            tokens = [key] if isinstance(key, str) else tokens
-        if not tokens:
-            self._admit_keyless(who)
-            return
-        users = map(self.service.authenticate, tokens)
-        self.user = user = next(filter(None, users), None)
-        if user is None:
-            name = "admin" if who is Who.ADMIN else "API"
-            raise APIError(401, f"Invalid {name} key", code="invalid_api_key")
-        if user is not self.service.admin:
-            self._check_role(user, who)
-            if unix_time() >= user.expires:
-                when = rfc3339(user.expires)
-                raise APIError(401, f"This token expired at {when}.", code="expired")
-
-    @staticmethod
-    def _check_role(user: User, who: Who) -> None:
-        """APIError(403) if a role may not ask for what a route serves."""
-        if _ROLES[user.role] is who:
-            return
-        if user.role == "agent":
-            raise APIError(403, "An agent's token can only register an agent.")
-        if user.role == "monitor":
-            raise APIError(403, "A monitor's token can only read /metrics.")
-        if who is Who.AGENT:
-            raise APIError(403, "A user's token cannot register an agent.")
-        raise APIError(403, "This is for the administrator's key.")
-
-    def _admit_keyless(self, who: Who) -> None:
-        """Let pass who may do without a key; APIError 401 or 403."""
-        if who is Who.ADMIN:
-            raise APIError(401, "Admin key not provided")
-        if who in (Who.USER, Who.MONITOR):
-            raise APIError(401, "API key not provided", code="invalid_api_key")
-        auth = self.service.agents_auth
-        if who is Who.AGENT and auth == "open":
-            return
-        reason = "every agent needs a key here" if auth == "key" else ""
-        reason = self.not_local() or reason
-        if not reason:
-            return
-        if who is Who.LOCAL:
-            raise APIError(401, "API key not provided")
-        self.service.report(
-            f"an agent from {self.connection.peer} was refused: it has no key, and"
-            f" {reason}. Cure: set its endpoint to host:port/k/<token>"
-        )
-        status = 403 if auth == "local" else 401
-        raise APIError(status, f"An agent without a key is refused: {reason}.")
-
-    def _query(self, name: str) -> str | None:
-        assert self.request is not None
-        return dict(urllib.parse.parse_qsl(self.request.query)).get(name)
-
-    def not_local(self) -> str:
-        """Why a request does not come from this machine's user; "" if it does."""
-        assert self.request is not None
-        headers = self.request.headers
-        if not is_loopback(self.connection.peer):
-            return "it comes from another machine"
-        if self.request.version == "HTTP/1.0":  # nginx as it comes adds no header
-            return "it came in HTTP/1.0, as from a proxy"
-        if any(name in headers for name in _FORWARDING_FIELDS):
-            return "it was forwarded by a proxy"
-        host = headers.get("host", "")
-        if not is_loopback(re.sub(r":[0-9]*$", "", host)):
-            return "its Host is not this machine"  # DNS rebinding
-        origin = headers.get("origin")
-        if origin is None or origin in _AGENT_ORIGINS:
-            return ""
-        # Python's websocket-client sends the server's own origin.  Our page has it,
-        # too: it runs no script but its own (Content-Security-Policy).
-        if origin in (f"http://{host}", f"https://{host}"):
-            return ""
-        if origin.startswith(_AGENT_ORIGIN_SCHEMES):
-            return ""
-        return f"it comes from a web page ({_word(origin)})"
-
     async def read_content(self, max_size: float) -> bytes:
         """The request's content; APIError(413), ProtocolError, asyncio.TimeoutError."""
-        assert self.request is not None
-        connection = self.connection
+        connection, limits = self.connection, self.service.limits
         length = self.request.content_length
         coding = content_coding(self.request.headers)
         if length is not None:
@@ -10216,14 +9946,13 @@ class RequestHandler:
             if length <= len(connection.buffer) and not coding:
                 content = bytes(connection.buffer[:length])
                 del connection.buffer[:length]
-                self._content_left = False
+                self.reply.content_left = False
                 self._hold(length)
                 return content
         self._continue()
-        limits = self.limits
         decoder = content_decoder(length, coding)
         pieces = bytearray()
-        began = self.loop.time()
+        began = connection.loop.time()
         deadline = self.started + limits.request_timeout
         while not decoder.complete:
             piece = await connection.read_content(
@@ -10233,20 +9962,15 @@ class RequestHandler:
             if len(pieces) > max_size:
                 raise APIError(413, f"The content is over {max_size:.0f} bytes.")
             self._hold(len(piece))  # as it comes: to announce much costs nothing
-            seconds = self.loop.time() - began
+            seconds = connection.loop.time() - began
             slow = len(pieces) < seconds * limits.content_rate
             if slow and seconds > CONTENT_RATE_AFTER:
                 raise asyncio.TimeoutError
-        self._content_left = False
+        self.reply.content_left = False
         return bytes(pieces)
-
-    def _hold(self, size: int) -> None:
-        self.service.hold(size)
-        self._held += size
 
     def _continue(self) -> None:
         """Say that content is welcome to a client who waits to hear it."""
-        assert self.request is not None
         expect = self.request.headers.get("expect")
         if expect is None or self.request.version == "HTTP/1.0":
             return
@@ -10255,114 +9979,52 @@ class RequestHandler:
         if not self.connection.buffer:
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    # --- Sending
+    def _hold(self, size: int) -> None:
+        self.service.hold(size)
+        self._held += size
 
-    def _head(self, status: int, fields: list[tuple[str, str]]) -> bytes:
-        """The head of the answer."""
-        if self.request_id:
-            fields.append(("x-request-id", self.request_id))
-        fields.append(("Date", http_date(int(unix_time()))))
-        if not self.path.startswith(("/admin", "/api/connections")):
-            fields.append(("Access-Control-Allow-Origin", "*"))
-        if self._content_left and not self._content_is_here():
-            self.close_connection = True  # see _skip_content()
-        upgrade = "Upgrade" if status == 426 else ""  # it has an Upgrade field
-        if self.close_connection:
-            fields.append(("Connection", f"{upgrade}, close" if upgrade else "close"))
-        elif upgrade:
-            fields.append(("Connection", upgrade))
-        elif self.request is not None and self.request.version == "HTTP/1.0":
-            fields.append(("Connection", "keep-alive"))
-        self.status = status
-        self.head_sent = True
-        self.first_byte_at = self.loop.time()
-        limit = b"" if self._limit is None else self._limit.fields()
-        line = f"HTTP/1.1 {status} {REASONS.get(status, '')}"
-        return encode_head(line, fields, limit)
+    async def parse(self, parser: Callable[[bytes], T], content: bytes) -> T:
+        """Parse content: large JSON in a thread, for it takes 10 ms a MiB.
 
-    def send_content(
-        self,
-        status: int,
-        content: bytes,
-        fields: Iterable[tuple[str, str]] = (("Content-Type", "application/json"),),
-    ) -> None:
-        """Send a whole answer in one write."""
-        head = [*fields]
-        has_content = status not in (204, 304)
-        if has_content:
-            head.append(("Content-Length", str(len(content))))
-        data = self._head(status, head)
-        if has_content and (self.request is None or self.request.method != "HEAD"):
-            data += content
-        self.connection.write(data)
-
-    def send_json(self, value: Any) -> None:
-        """Send a 200 with JSON."""
-        self.send_content(200, encode_json(value))
-
-    def _error_content(self, error: APIError) -> bytes:
-        if self.path.startswith("/v1"):
-            return dialect_of(self.path).error_content(error)
-        return encode_json({"error": error.message})
-
-    def send_error(self, error: APIError) -> None:
-        """Send an error in the shape of its family of paths."""
-        status = error.status
-        fields = [("Content-Type", "application/json")]
-        passed = error.upstream_status or 0
-        if self.service.upstream_errors == "pass" and (passed == 429 or passed >= 500):
-            status = passed
-        seconds = error.retry_after
-        if seconds is not None and seconds <= 30:
-            fields.append(("Retry-After", str(max(1, math.ceil(seconds)))))
-        elif seconds is not None:
-            fields.append(("x-should-retry", "false"))
-        if status == 401:
-            fields.append(("WWW-Authenticate", "Bearer"))
-        if status == 405:
-            fields.append(("Allow", self._allowed()))
-        if status == 415:
-            fields.append(("Accept-Encoding", "gzip, deflate"))
-        if status == 426:  # RFC 9110 section 15.5.22; RFC 6455 section 4.4
-            fields += [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
-        self.send_content(status, self._error_content(error), fields)
-
-    def _allowed(self) -> str:
-        """The methods of the path."""
-        assert self.request is not None
-        route = self._route(self.request)
-        method = "GET" if route is None else route.method
-        return "GET, HEAD, OPTIONS" if method == "GET" else f"{method}, OPTIONS"
-
-    def _fail(self, error: APIError) -> None:
-        """Answer an error: with a status, or as the last event of a stream."""
-        self._note(error)
-        error.with_traceback(None)  # as in Call._explain()
-        if not self.head_sent:
-            self.send_error(error)
-            return
-        # Behind its last event the connection ends before the last chunk: whoever
-        # does not know the event sees at least that.
-        self.close_connection = True
-        self.outcome = "broken off"
-        call = self.call
-        if call is not None and not call.is_raw:
-            last = call.request.dialect.late_error(error, call.stream)
-            if last and not self.connection.closing:
-                self._write_stream(last)
-        self.connection.close()
-
-    def _note(self, error: APIError) -> None:
-        """Keep for the journal what went wrong, in no words but our own."""
-        words = f"status {error.status}"
-        if self.call is None or not self.call.tries:
-            words = error.message[:200]
-        elif isinstance(error, ControllerError):
-            words = error.reason
-        code = ErrorObject(type=error.type, code=error.code).summary
-        self.error = (code, words)
+        What it takes in memory is held like the content itself.
+        """
+        if len(content) <= PIECE_SIZE:
+            return parser(content)
+        size = parsed_size(content)
+        if size > self.service.limits.total_content_size:
+            raise APIError(413, "The content has too many values.")
+        self._hold(size)
+        if len(content) <= APIRequest.KEPT_SIZE:
+            return parser(content)
+        try:
+            loop = self.connection.loop
+            return await loop.run_in_executor(None, parser, content)
+        finally:
+            self._hold(-size)  # it is not kept
 
     # --- Controllers' answers
+
+    async def answer(self, request: APIRequest) -> None:
+        """Have the pool answer a request of the client's, and send what it says."""
+        request.headers = end_to_end(
+            self.request.headers, _PRIVATE_REQUEST_FIELDS, _PRIVATE_REQUEST_PREFIXES
+        )
+        request.headers.setdefault("content-type", "application/json")
+        if request.is_json:  # curl -d says it is a form
+            request.headers["content-type"] = "application/json"
+        call = await self.relay(request)
+        if call.content is None:
+            return
+        if self.reply.sent is not Sent.NOTHING:  # a heartbeat: the status is fixed
+            if call.status >= 300:
+                raise refusal_error(call.status, call.content)
+            self.reply.close = True
+            event = call.content.replace(b"\n", b" ").replace(b"\r", b"")
+            self.reply.write(sse_event(event), last=True)
+            return
+        if call.status >= 400:
+            self._note(refusal_error(call.status, call.content))
+        self.reply.send(call.status, call.content, self._relayed_fields(call).items())
 
     async def relay(self, request: APIRequest) -> Call:
         """Have the pool answer a request, and give the call it was, now ended.
@@ -10370,23 +10032,22 @@ class RequestHandler:
         A stream has been sent as it came.  A whole answer is in call.content, for
         the caller to send.
         """
-        assert self.user is not None and self.request is not None
-        connection = self.connection
+        assert self.user is not None
+        service, connection, user = self.service, self.connection, self.user
         self.model = (request.model or "").partition("?")[0]  # as mocks have one
-        self._check_model(request)
-        self._limit = self.service.limit_of(self.user)
-        self.service.begin_request(self.user, self._limit)
-        self._counted = True
-        self.service.running_requests[self] = None
-        request.user = self.user.user_id
-        request.id = self.request_id
-        request.deadline = self.started + self.limits.request_timeout
+        self._check_model(request, user)
+        self.reply.limit = limit = service.limit_of(user)
+        service.begin_request(user, limit)
+        self.call = call = service.pool.call(request)
+        service.running_requests[self.record] = self.cancel
+        request.user = user.user_id
+        request.id = self.id
+        request.deadline = self.started + service.limits.request_timeout
         connection.eof_is_hangup = True  # nobody is billed for an answer unread
         if connection.eof:
             raise ConnectionResetError("the client has left")
         if request.stream:
-            request.on_asked = self._start_heartbeat
-        self.call = call = self.service.pool.call(request)
+            request.on_asked = self.reply.start_heartbeat
         try:
             async with call:
                 if call.content is None:
@@ -10398,625 +10059,746 @@ class RequestHandler:
             raise self.cancelled from None
         return call
 
-    def _check_model(self, request: APIRequest) -> None:
+    def _check_model(self, request: APIRequest, user: User) -> None:
         """APIError(404) for a model that a user may not use: as if it were not there."""
-        assert self.user is not None
-        if self.user.models is None:
+        if user.models is None:
             return
-        request.may_use = self.user.may_use
+        request.may_use = user.may_use
         if request.model is None and request.ask is None:
             raise APIError(400, "'model' is missing.", param="model")
-        if request.model is not None and not self.user.may_use(request.model):
+        if request.model is not None and not user.may_use(request.model):
             raise self.service.pool.unknown_model(request)
 
-    def _start_heartbeat(self) -> None:
-        if self._heartbeat is None and self.limits.heartbeat_interval:
-            self._written_at = self.loop.time()
-            interval = self.limits.heartbeat_interval
-            self._heartbeat = self.loop.call_later(interval, self._beat)
-
-    def _beat(self) -> None:
-        """Send a comment into a long silence, or proxies in between hang up."""
-        if self.call is not None and self.call.ended:
-            return  # the last chunk is out: a byte more would begin the next answer
-        due = self._written_at + self.limits.heartbeat_interval
-        if self.loop.time() >= due:
-            due = self.loop.time() + self.limits.heartbeat_interval
-            with contextlib.suppress(ConnectionError):
-                if self.connection.writable:
-                    self._write_stream(HEARTBEAT)
-        self._heartbeat = self.loop.call_at(due, self._beat)
-
-    def _write_stream(self, block: bytes, last: bool = False) -> None:
-        """Send a block of a stream in one write, the head before the first."""
-        assert self.request is not None
-        chunked = self.request.version == "HTTP/1.1"
-        data = b""
-        if not self.head_sent:
-            data = self._stream_head(chunked)
-        if block:
-            data += encode_chunk(block) if chunked else block
-        if last and chunked:
-            data += LAST_CHUNK
-        self._written_at = self.loop.time()
-        self.connection.write(data)
-
-    def _stream_head(self, chunked: bool) -> bytes:
-        call = self.call
-        if call is not None and call.is_raw:
-            return self._raw_head(call, chunked)
-        fields = [
-            ("Content-Type", "text/event-stream; charset=utf-8"),
-            ("Cache-Control", "no-cache"),
-            ("X-Accel-Buffering", "no"),  # nginx would collect events
-        ]
-        if chunked:
-            fields.append(("Transfer-Encoding", "chunked"))
-        else:
-            self.close_connection = True
-        status = 200
-        if self.call is not None and self.call.status:
-            status = self.call.status
-            relayed = self._relayed_fields(self.call)
-            relayed.pop("content-type", None)
-            relayed.pop("cache-control", None)
-            fields += relayed.items()
-        return self._head(status, fields)
-
-    def _raw_head(self, call: Call, chunked: bool) -> bytes:
-        """The head of an answer that is neither JSON nor events: it keeps its own."""
-        fields = [*self._relayed_fields(call).items()]
-        if chunked:
-            fields.append(("Transfer-Encoding", "chunked"))
-        else:
-            self.close_connection = True
-        return self._head(call.status, fields)
-
     async def _relay_stream(self, call: Call) -> None:
-        connection = self.connection
+        connection, reply = self.connection, self.reply
+        if call.is_raw:  # a comment would be a part of it
+            reply.stop_heartbeat()
         while not call.ended:
             block = await call.read()
-            self._write_stream(block, last=call.ended)
+            if reply.sent is Sent.NOTHING:
+                reply.begin(call.status, self._stream_fields(call))
+            reply.write(block, last=call.ended)
             if not connection.writable:
                 await connection.drain()
 
     def _relayed_fields(self, call: Call) -> dict[str, str]:
         """The fields of a controller's answer that travel on to the client."""
         prefixes: tuple[str, ...] = _PRIVATE_RESPONSE_PREFIXES
-        if self._limit is not None:
+        if self.reply.limit is not None:
             prefixes = (*prefixes, "x-ratelimit-")  # it has limits of its own
         return end_to_end(call.headers, _PRIVATE_RESPONSE_FIELDS, prefixes)
 
-    def _send_call(self, call: Call) -> None:
-        """Send a call's whole answer, if it was no stream."""
-        if call.content is None:
+    def _stream_fields(self, call: Call) -> Iterable[tuple[str, str]]:
+        """The same for a stream; what is neither JSON nor events keeps its own."""
+        relayed = self._relayed_fields(call)
+        if call.is_raw:
+            return relayed.items()
+        relayed.pop("content-type", None)
+        relayed.pop("cache-control", None)
+        return (*_EVENT_FIELDS, *relayed.items())
+
+    def cancel(self, why: APIError) -> None:
+        """End the request as if its client had left, and tell the client why."""
+        if self.connection.on_hangup is not None:
+            self.cancelled = why
+            self.connection.on_hangup()
+
+    # --- Errors
+
+    def fail(self, error: APIError) -> None:
+        """Answer an error: with a status, or as the last event of a stream."""
+        self._note(error)
+        error.with_traceback(None)  # as in Call._explain()
+        reply, call = self.reply, self.call
+        if reply.sent is Sent.NOTHING:
+            self.send_error(error)
             return
-        if self.head_sent and call.status >= 300:
-            raise refusal_error(call.status, call.content)
-        if self.head_sent:  # a heartbeat went out: the status is fixed
-            self.close_connection = True
-            event = call.content.replace(b"\n", b" ").replace(b"\r", b"")
-            self._write_stream(sse_event(event), last=True)
+        # Behind its last event the connection ends before the last chunk: whoever
+        # does not know the event sees at least that.
+        reply.close = True
+        self.outcome = "broken off"
+        if call is not None and not call.is_raw and reply.sent is Sent.HEAD:
+            last = call.request.dialect.late_error(error, call.stream)
+            if last and not self.connection.closing:
+                reply.write(last)
+        self.connection.close()
+
+    def send_error(self, error: APIError) -> None:
+        """Send an error in the shape of its family of paths."""
+        status = error.status
+        fields = [*_JSON_FIELDS]
+        passed = error.upstream_status or 0
+        if self.service.upstream_errors == "pass" and (passed == 429 or passed >= 500):
+            status = passed
+        seconds = error.retry_after
+        if seconds is not None and seconds <= 30:
+            fields.append(("Retry-After", str(max(1, math.ceil(seconds)))))
+        elif seconds is not None:
+            fields.append(("x-should-retry", "false"))
+        if status == 401:
+            fields.append(("WWW-Authenticate", "Bearer"))
+        if status == 405:
+            fields.append(("Allow", self.allowed))
+        if status == 415:
+            fields.append(("Accept-Encoding", "gzip, deflate"))
+        if status == 426:  # RFC 9110 section 15.5.22; RFC 6455 section 4.4
+            fields += [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
+        if self.path.startswith("/v1"):
+            content = dialect_of(self.path).error_content(error)
         else:
-            if call.status >= 400:
-                self._note(refusal_error(call.status, call.content))
-            fields = self._relayed_fields(call)
-            self.send_content(call.status, call.content, fields.items())
+            content = encode_json({"error": error.message})
+        self.reply.send(status, content, fields)
 
-    async def do_chat_completions(self, content: bytes) -> None:
-        """POST /v1/chat/completions, streamed or whole."""
-        await self._do_request(await self._parse(parse_chat_request, content))
+    def _note(self, error: APIError) -> None:
+        """Keep for the journal what went wrong, in no words but our own."""
+        words = f"status {error.status}"
+        if self.call is None or not self.call.tries:
+            words = error.message[:200]
+        elif isinstance(error, ControllerError):
+            words = error.reason
+        code = ErrorObject(type=error.type, code=error.code).summary
+        self.error = (code, words)
 
-    async def do_api(self, content: bytes) -> None:
-        """POST /v1/...: handed through to a controller of its model."""
-        assert self.request is not None
-        content_type = self.request.headers.get("content-type", "")
-        query = self.request.query
-        if content_type.lower().startswith("multipart/form-data"):
-            request = form_request(self.path, content, content_type, query)
-        else:
-            body = await self._parse(parse_object, content)
-            request = APIRequest(self.path, content, query=query, body=body)
-        if request.model is None and self.service.pool.needs_model(request):
-            raise APIError(400, "'model' is missing.", param="model")
-        await self._do_request(request)
+    # --- The end
 
-    async def _parse(self, parse: Callable[[bytes], T], content: bytes) -> T:
-        """Parse content: large JSON in a thread, for it takes 10 ms a MiB.
-
-        What it takes in memory is held like the content itself.
-        """
-        if len(content) <= PIECE_SIZE:
-            return parse(content)
-        size = parsed_size(content)
-        if size > self.limits.total_content_size:
-            raise APIError(413, "The content has too many values.")
-        self._hold(size)
-        if len(content) <= APIRequest.KEPT_SIZE:
-            return parse(content)
-        try:
-            return await self.loop.run_in_executor(None, parse, content)
-        finally:
-            self._hold(-size)  # it is not kept
-
-    async def _do_request(self, request: APIRequest) -> None:
-        assert self.request is not None
-        request.headers = end_to_end(
-            self.request.headers, _PRIVATE_REQUEST_FIELDS, _PRIVATE_REQUEST_PREFIXES
-        )
-        request.headers.setdefault("content-type", "application/json")
-        if request.is_json:  # curl -d says it is a form
-            request.headers["content-type"] = "application/json"
-        self._send_call(await self.relay(request))
-
-    async def do_models(self) -> None:
-        """GET /v1/models: what the controllers name, in the client's own dialect."""
-        models = self._models()
-        more = {}
-        if self._speaks_anthropic:
-            ids = [model["id"] for model in models] or [None]
-            more = {"has_more": False, "first_id": ids[0], "last_id": ids[-1]}
-        self.send_json({"object": "list", "data": models, **more})
+    def end(self, counted_path: str) -> None:
+        """Give back what was taken; tell the log and who counts."""
+        service, call = self.service, self.call
+        self.connection.eof_is_hangup = False
+        self.reply.stop_heartbeat()
+        service.release(self._held)
+        if call is not None and self.user is not None:
+            service.end_request(self.user)
+            del service.running_requests[self.record]
+        if self.reply.status != 101:  # a websocket's line came with its 101
+            self.log()
+        if self.request.method == "POST" and self.path.startswith(("/v1/", "/api/ask")):
+            record = self.record(self.connection.loop.time())
+            service.count(record, counted_path, None if call is None else self.user)
+        self.call = None  # or its content stays as long as the connection
 
     @property
-    def _speaks_anthropic(self) -> bool:
-        return self.request is not None and "anthropic-version" in self.request.headers
+    def user_name(self) -> str:
+        """What the log and the journal call the user; "" for a stranger."""
+        return "" if self.user is None else self.user.name or self.user.user_id
 
-    def _models(self) -> list[dict[str, Any]]:
-        names: dict[str, str] = {}
-        assert self.user is not None
-        for controller in self.service.pool.controllers:
-            for name in controller.known_models():
-                if self.user.may_use(name):
-                    names.setdefault(name, controller.type)
-        if self._speaks_anthropic:
-            like = {"type": "model", "created_at": "1970-01-01T00:00:00Z"}
-            return [{**like, "id": name, "display_name": name} for name in names]
-        return [
-            {"id": name, "object": "model", "created": 0, "owned_by": owner}
-            for name, owner in names.items()
-        ]
-
-    async def do_model(self) -> None:
-        """GET /v1/models/{id}."""
-        id = urllib.parse.unquote(self.path[len("/v1/models/") :])
-        for model in self._models():
-            if model["id"] == id:
-                self.send_json(model)
-                return
-        raise APIError(404, f"The model {id!r} does not exist.", code="model_not_found")
-
-    # --- The ask API
-
-    async def do_ask(self, body: dict[str, Any]) -> None:
-        """POST /api/ask: one question, one answer, perhaps in a conversation."""
-        assert self.user is not None
-        user = self.user
-        question = body.get("content")
-        if not isinstance(question, str) or not question:
-            raise APIError(400, "'content' must be a text that is not empty.")
-        ids = [self._optional(body, key) for key in ("conversation_id", "parent_id")]
-        if bool(ids[0]) != bool(ids[1]):
-            raise APIError(
-                400,
-                "conversation_id and parent_id come together: the conversation_id"
-                " and the response_id of the answer to continue from.",
-            )
-        model = self._optional(body, "model")
-        request, conversation = self._ask_request(user, question, model, *ids)
-        call = await self.relay(request)
-        if call.status >= 300:
-            raise refusal_error(call.status, call.content or b"")
-        answer = parse_envelope(call.content or b"")
-        self.send_json(
-            self._ask_answer(user, question, ids, conversation, call, answer)
+    def log(self) -> None:
+        """The access line: when, who, what, with what result, from whom, how long."""
+        access = self.service.access
+        if access is None or self.path in ("/livez", "/readyz"):  # every few seconds
+            return
+        reply, connection, call = self.reply, self.connection, self.call
+        now = connection.loop.time()
+        controller, attempts = "-", 0
+        if call is not None and call.controller is not None:
+            controller, attempts = call.controller.name, call.attempts
+        first = (reply.first_byte_at or now) - self.started
+        access(
+            f"{clock_text(int(unix_time()))} {_word(self.user_name) or '-'}"
+            f" {self.request.method} {_TOKEN_IN_PATH.sub('/k/***', self.path) or '-'}"
+            # nginx's word for a client who has left is 499.
+            f" {reply.status or 499} {_word(self.model) or '-'} {_word(controller)}"
+            f" x{attempts} {first * 1e3:.1f} {(now - self.started) * 1e3:.1f} ms"
+            f" {connection.bytes_sent - self._bytes_before} B"
+            f" {connection.peer or '-'} {self.id}"
+            f"{f' {self.outcome}' if self.outcome else ''}"
         )
 
-    @staticmethod
-    def _optional(body: dict[str, Any], key: str) -> str:
-        value = body.get(key)
-        if value in _ABSENT:
-            return ""
-        if not isinstance(value, str):
-            raise APIError(400, f"{key!r} must be a string.")
-        return value
-
-    def _ask_request(
-        self,
-        user: User,
-        question: str,
-        model: str,
-        conversation_id: str,
-        parent_id: str,
-    ) -> tuple[APIRequest, Conversation | None]:
-        """The request for the pool, and the conversation it goes on with."""
-        messages: list[dict[str, str]] | None = []
-        conversation = None
-        if conversation_id:
-            kept = self.service.conversations
-            conversation = kept.find(user.user_id, conversation_id)
-            if conversation is None:
-                raise APIError(404, "Conversation doesn't exist")
-            if conversation.agent_id is None:
-                messages = conversation.messages(parent_id)
-            if messages is None:
-                raise APIError(404, "Conversation doesn't exist: no such parent_id")
-        turn = {"role": "user", "content": question}
-        chat = {
-            "messages": [*(messages or ()), turn],
-            **({"model": model} if model else {}),
-        }
-        request = APIRequest(
-            CHAT_PATH,
-            encode_json(chat),
-            body=chat,
-            headers={"content-type": "application/json"},
-            ask=(question, conversation_id, parent_id),
+    def record(self, ended_at: float | None = None) -> RequestRecord:
+        """What the journal keeps of the request."""
+        call = self.call
+        return RequestRecord(
+            self.id,
+            self.time,
+            self.started,
+            ended_at,
+            self.user_name,
+            self.request.method,
+            self.path,
+            self.model,
+            499 if self.outcome == "client left" else self.reply.status,
+            self.error,
+            [] if call is None else call.tries,
+            0.0 if call is None else call.began_at,
+            Usage() if call is None else call.usage,
+            self.connection.peer,
+            self.request.headers.get("user-agent", "")[:80],
         )
-        if conversation is not None:
-            request.agent_id = conversation.agent_id
-        return request, conversation
 
-    def _ask_answer(
-        self,
-        user: User,
-        question: str,
-        ids: list[str],
-        conversation: Conversation | None,
-        call: Call,
-        answer: dict[str, Any],
-    ) -> dict[str, Any]:
-        """The ask API's answer, and the conversation kept for the next question."""
-        kept = self.service.conversations
-        agent_id = ""
-        if call.controller is not None and call.controller.keeps_conversations:
-            agent_id = call.controller.id
-        try:
-            if agent_id:
-                text = answer["content"]
-            else:
-                text = content_text(answer["choices"][0]["message"]["content"])
-        except (LookupError, TypeError):
-            raise APIError(500, "The answer is no chat.completion.") from None
-        if agent_id and (conversation is None or conversation.agent_id is not None):
-            response_id = answer["response_id"]  # the agent keeps it
-            conversation_id = answer["conversation_id"]
-            if 0 < len(conversation_id) <= 200:  # not what would fill the memory
-                conversation = kept.keep(user.user_id, conversation_id, agent_id)
-                kept.add(conversation, "", "", "", "")
+
+# -----------------------------------------------------------------------------
+# Routes: who may ask for what, and how it is answered
+# -----------------------------------------------------------------------------
+#
+# A route is a function of an Exchange.  What it returns is sent as JSON, unless it
+# has answered by itself; what it raises is answered by RequestHandler.  Who may ask
+# and what is read is settled before that, by the table at the end.
+
+# A websocket in which nobody has said who it is for so many seconds is closed.
+FIRST_MESSAGE_TIMEOUT = 10.0
+
+_KEY_FIELDS = ("x-api-key", "api-key", "x-goog-api-key")  # beside Authorization
+_FORWARDING_FIELDS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+# Pages of the original browser agents: no other page may become an agent.
+_AGENT_ORIGINS = ("https://chat.openai.com", "https://chatgpt.com")
+_AGENT_ORIGIN_SCHEMES = ("moz-extension://", "chrome-extension://")
+# The quickstart of the original, pasted as it stands, says "<optional>".
+_ABSENT = (None, "", "<optional>")
+
+_ABOUT = """chatgpt_apiserver {version}
+
+An OpenAI-compatible API in front of upstreams, agents and Python functions.
+
+  Base URL for clients   {scheme}://{host}/v1   (Authorization: Bearer <token>)
+  Agents connect to      {ws}://{host}/client/register
+  Be an agent            curl -fsS {scheme}://{host}/agent.py \\
+                           | python3 - agent {scheme}://{host} --key <token>
+  Ask in one line        POST {scheme}://{host}/api/ask   {{"content": "Hello"}}
+"""
+
+
+# --- Who may ask
+
+
+class Who(enum.Enum):
+    """Whose requests a route serves; see authorize()."""
+
+    ANYBODY = "no key is needed"
+    USER = "the API key, or a user's token"
+    AGENT = "an agent's token, the API key, or no key from this machine"
+    LOCAL = "the API key, or no key from this machine"
+    MONITOR = "the API key, or a monitor's token"
+    ADMIN = "the API key, also as admin_key in the query or the content"
+
+
+def authorize(exchange: Exchange, who: Who, body: dict[str, Any]) -> None:
+    """Let those pass whom a route serves, and know them as exchange.user.
+
+    Raise APIError: 401 for no or a wrong key, 403 for one that may not.
+    """
+    if who is Who.ANYBODY:
+        return
+    service = exchange.service
+    tokens = credentials(exchange)
+    if who is Who.ADMIN:
+        key = body.pop("admin_key", exchange.query.get("admin_key"))
+        tokens = [key] if isinstance(key, str) else tokens
+    if not tokens:
+        admit_keyless(exchange, who)
+        return
+    user = next(filter(None, map(service.authenticate, tokens)), None)
+    if user is None:
+        name = "admin" if who is Who.ADMIN else "API"
+        raise APIError(401, f"Invalid {name} key", code="invalid_api_key")
+    exchange.user = user
+    if user is not service.admin:
+        check_role(user.role, who)
+        if unix_time() >= user.expires:
+            when = rfc3339(user.expires)
+            raise APIError(401, f"This token expired at {when}.", code="expired")
+
+
+def credentials(exchange: Exchange) -> list[str]:
+    """The tokens that a request carries, in the order in which they are tried.
+
+    Clients add their own to ours: an OAuth token of theirs, a proxy's password.
+    """
+    headers = exchange.request.headers
+    value = headers.get("authorization", "")
+    scheme, _, token = value.partition(" ")
+    tokens = [token.strip() if scheme.lower() == "bearer" else value]
+    tokens += [headers[name] for name in _KEY_FIELDS if name in headers]
+    return [token for token in (*tokens, exchange.token) if token]
+
+
+def check_role(role: str, who: Who) -> None:
+    """APIError(403) if a role may not ask for what a route serves."""
+    if role == who.name.lower():
+        return
+    if role == "agent":
+        raise APIError(403, "An agent's token can only register an agent.")
+    if role == "monitor":
+        raise APIError(403, "A monitor's token can only read /metrics.")
+    if who is Who.AGENT:
+        raise APIError(403, "A user's token cannot register an agent.")
+    raise APIError(403, "This is for the administrator's key.")
+
+
+def admit_keyless(exchange: Exchange, who: Who) -> None:
+    """Let pass who may do without a key; APIError 401 or 403."""
+    if who is Who.ADMIN:
+        raise APIError(401, "Admin key not provided")
+    if who in (Who.USER, Who.MONITOR):
+        raise APIError(401, "API key not provided", code="invalid_api_key")
+    service, peer = exchange.service, exchange.connection.peer
+    auth = service.agents_auth
+    if who is Who.AGENT and auth == "open":
+        return
+    reason = not_local(exchange.request, peer)
+    if not reason and auth == "key":
+        reason = "every agent needs a key here"
+    if not reason:
+        return
+    if who is Who.LOCAL:
+        raise APIError(401, "API key not provided")
+    service.report(
+        f"an agent from {peer} was refused: it has no key, and {reason}."
+        " Cure: set its endpoint to host:port/k/<token>"
+    )
+    status = 403 if auth == "local" else 401
+    raise APIError(status, f"An agent without a key is refused: {reason}.")
+
+
+def not_local(request: Request, peer: str) -> str:
+    """Why a request does not come from this machine's user; "" if it does."""
+    headers = request.headers
+    if not is_loopback(peer):
+        return "it comes from another machine"
+    if request.version == "HTTP/1.0":  # nginx as it comes adds no header
+        return "it came in HTTP/1.0, as from a proxy"
+    if any(name in headers for name in _FORWARDING_FIELDS):
+        return "it was forwarded by a proxy"
+    host = headers.get("host", "")
+    if not is_loopback(re.sub(r":[0-9]*$", "", host)):
+        return "its Host is not this machine"  # DNS rebinding
+    origin = headers.get("origin")
+    # Python's websocket-client sends the server's own origin.  Our page has it,
+    # too: it runs no script but its own (Content-Security-Policy).
+    good = (*_AGENT_ORIGINS, f"http://{host}", f"https://{host}")
+    if origin is None or origin in good or origin.startswith(_AGENT_ORIGIN_SCHEMES):
+        return ""
+    return f"it comes from a web page ({_word(origin)})"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address or a name (in a Host field, without port) is this machine."""
+    host = address.strip("[]").lower()
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    mapped = getattr(ip, "ipv4_mapped", None)  # ::ffff:127.0.0.1
+    return (mapped or ip).is_loopback
+
+
+# --- For clients: the API
+
+
+async def do_chat_completions(exchange: Exchange, content: bytes) -> None:
+    """POST /v1/chat/completions, streamed or whole."""
+    await exchange.answer(await exchange.parse(parse_chat_request, content))
+
+
+async def do_api(exchange: Exchange, content: bytes) -> None:
+    """POST /v1/...: handed through to a controller of its model."""
+    content_type = exchange.request.headers.get("content-type", "")
+    path, query = exchange.path, exchange.request.query
+    if content_type.lower().startswith("multipart/form-data"):
+        request = form_request(path, content, content_type, query)
+    else:
+        body = await exchange.parse(parse_object, content)
+        request = APIRequest(path, content, query=query, body=body)
+    if request.model is None and exchange.service.pool.needs_model(request):
+        raise APIError(400, "'model' is missing.", param="model")
+    await exchange.answer(request)
+
+
+async def do_models(exchange: Exchange) -> dict[str, Any]:
+    """GET /v1/models: what the controllers name, in the client's own dialect."""
+    models = list_models(exchange)
+    more = {}
+    if "anthropic-version" in exchange.request.headers:
+        ids = [model["id"] for model in models] or [None]
+        more = {"has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+    return {"object": "list", "data": models, **more}
+
+
+def list_models(exchange: Exchange) -> list[dict[str, Any]]:
+    """The models that a user may use."""
+    names: dict[str, str] = {}
+    assert exchange.user is not None
+    for controller in exchange.service.pool.controllers:
+        for name in controller.known_models():
+            if exchange.user.may_use(name):
+                names.setdefault(name, controller.type)
+    if "anthropic-version" in exchange.request.headers:
+        like = {"type": "model", "created_at": "1970-01-01T00:00:00Z"}
+        return [{**like, "id": name, "display_name": name} for name in names]
+    return [
+        {"id": name, "object": "model", "created": 0, "owned_by": owner}
+        for name, owner in names.items()
+    ]
+
+
+async def do_model(exchange: Exchange) -> dict[str, Any]:
+    """GET /v1/models/{id}."""
+    id = urllib.parse.unquote(exchange.path[len("/v1/models/") :])
+    for model in list_models(exchange):
+        if model["id"] == id:
+            return model
+    raise APIError(404, f"The model {id!r} does not exist.", code="model_not_found")
+
+
+async def do_usage(exchange: Exchange) -> dict[str, Any] | None:
+    """GET /v1/usage: the sums of whoever asks, and what is left of the limits."""
+    return report_usage(exchange, exchange.user)
+
+
+# --- For clients: one question, one answer
+
+
+async def do_ask(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/ask: one question, one answer, perhaps in a conversation."""
+    question = body.get("content")
+    if not isinstance(question, str) or not question:
+        raise APIError(400, "'content' must be a text that is not empty.")
+    conversation_id = optional_text(body, "conversation_id")
+    parent_id = optional_text(body, "parent_id")
+    if bool(conversation_id) != bool(parent_id):
+        raise APIError(
+            400,
+            "conversation_id and parent_id come together: the conversation_id"
+            " and the response_id of the answer to continue from.",
+        )
+    ask = (question, conversation_id, parent_id)
+    model = optional_text(body, "model")
+    conversation, messages = find_conversation(exchange, conversation_id, parent_id)
+    chat: dict[str, Any] = {
+        "messages": [*messages, {"role": "user", "content": question}],
+        **({"model": model} if model else {}),
+    }
+    headers = {"content-type": "application/json"}
+    request = APIRequest(CHAT_PATH, encode_json(chat), body=chat, headers=headers)
+    request.ask = ask
+    if conversation is not None:
+        request.agent_id = conversation.agent_id
+    call = await exchange.relay(request)
+    if call.status >= 300:
+        raise refusal_error(call.status, call.content or b"")
+    return keep_answer(exchange, ask, conversation, call)
+
+
+def optional_text(body: dict[str, Any], key: str) -> str:
+    """A field that may be left out: "" then."""
+    value = body.get(key)
+    if value in _ABSENT:
+        return ""
+    if not isinstance(value, str):
+        raise APIError(400, f"{key!r} must be a string.")
+    return value
+
+
+def find_conversation(
+    exchange: Exchange, id: str, parent_id: str
+) -> tuple[Conversation | None, list[dict[str, str]]]:
+    """The conversation that a question goes on with, and its chat if we keep it."""
+    assert exchange.user is not None
+    if not id:
+        return None, []
+    conversation = exchange.service.conversations.find(exchange.user.user_id, id)
+    if conversation is None:
+        raise APIError(404, "Conversation doesn't exist")
+    if conversation.agent_id is not None:
+        return conversation, []
+    messages = conversation.messages(parent_id)
+    if messages is None:
+        raise APIError(404, "Conversation doesn't exist: no such parent_id")
+    return conversation, messages
+
+
+def keep_answer(
+    exchange: Exchange,
+    ask: tuple[str, str, str],
+    conversation: Conversation | None,
+    call: Call,
+) -> dict[str, Any]:
+    """The ask API's answer, and the conversation kept for the next question."""
+    assert exchange.user is not None and call.controller is not None
+    kept, user_id = exchange.service.conversations, exchange.user.user_id
+    question, conversation_id, parent_id = ask
+    answer = parse_envelope(call.content or b"")
+    agent_id = call.controller.id if call.controller.keeps_conversations else ""
+    try:
+        if agent_id:
+            text = answer["content"]
         else:
-            response_id = str(uuid.uuid4())
-            conversation_id = ids[0] or str(uuid.uuid4())
-            if conversation is None:
-                conversation = kept.keep(user.user_id, conversation_id, None)
-            kept.add(conversation, response_id, ids[1], question, text)
-        return {
-            "id": "",
-            "response_id": response_id,
-            "conversation_id": conversation_id,
-            "content": text,
-            "error": "",
+            text = content_text(answer["choices"][0]["message"]["content"])
+    except (LookupError, TypeError):
+        raise APIError(500, "The answer is no chat.completion.") from None
+    if agent_id and (conversation is None or conversation.agent_id is not None):
+        response_id = answer["response_id"]  # the agent keeps it
+        conversation_id = answer["conversation_id"]
+        if 0 < len(conversation_id) <= 200:  # not what would fill the memory
+            conversation = kept.keep(user_id, conversation_id, agent_id)
+            kept.add(conversation, "", "", "", "")
+    else:
+        response_id = str(uuid.uuid4())
+        conversation_id = conversation_id or str(uuid.uuid4())
+        if conversation is None:
+            conversation = kept.keep(user_id, conversation_id, None)
+        kept.add(conversation, response_id, parent_id, question, text)
+    return {
+        "id": "",
+        "response_id": response_id,
+        "conversation_id": conversation_id,
+        "content": text,
+        "error": "",
+    }
+
+
+# --- For agents
+
+
+async def do_register(exchange: Exchange) -> None:
+    """GET /client/register: an agent dials in and stays."""
+    service, connection, user = exchange.service, exchange.connection, exchange.user
+    credential = "anybody" if service.agents_auth == "open" else "this machine"
+    if user is not None:
+        credential = f"token of {user.user_id}"
+    if len(service.agents) >= service.limits.agents:
+        raise APIError(503, "There are too many agents.", retry_after=30)
+    if service.draining:
+        raise APIError(503, "The server is shutting down.", retry_after=5)
+    fields = [(SERVER_ID_FIELD, service.id)]
+    websocket = WebSocket.accept(connection, exchange.request, fields)
+    exchange.reply.switch_protocols()
+    exchange.log()
+    id = str(uuid.uuid4())
+    said = await first_message(websocket, id)
+    if said is None:
+        return
+    agent = make_agent(id, websocket, credential, str(said.get("data") or ""))
+    agent.user = user
+    agent.debug = service.debug
+    agent.on_drain = service.pool.remove
+    service.register(agent, str(said.get("id") or ""))
+    service.report(f"agent {agent.name} joined from {connection.peer}")
+    try:
+        agent.welcome()
+        await agent.serve()
+    finally:
+        service.unregister(agent)
+        how = f"{websocket.close_code} {_plain(websocket.close_reason)}".strip()
+        service.report(f"agent {agent.name} left ({how})")
+
+
+async def first_message(websocket: WebSocket, id: str) -> dict[str, Any] | None:
+    """Send an agent its id; what it says of itself, None if it says nothing."""
+    websocket.write(envelope(id, "Connection id"))
+    loop = websocket.connection.loop
+    timer = loop.call_later(FIRST_MESSAGE_TIMEOUT, websocket.close, 1008, "no id")
+    try:
+        while True:
+            message = await websocket.receive()
+            if message is None or websocket.closing:
+                return None
+            said = parse_envelope(message)
+            if said.get("message") == "Connection id":
+                return said
+    finally:
+        timer.cancel()
+
+
+async def do_connections(exchange: Exchange) -> dict[str, Any]:
+    """GET /api/connections: the agents, as the original listed them."""
+    return {
+        "connections": [
+            {
+                "Ws": {},
+                "Id": agent.id,
+                "Heartbeat": rfc3339(agent.heard_at),
+                "LastMessageTime": rfc3339(agent.asked_at)
+                if agent.asked_at
+                else "0001-01-01T00:00:00Z",
+            }
+            for agent in exchange.service.agents.values()
+        ]
+    }
+
+
+# --- For the administrator
+
+
+async def do_users(exchange: Exchange) -> None:
+    """GET /admin/users; with ?from=0&count=100 a part of them, and the total."""
+    users, query = exchange.service.users.users, exchange.query
+    more = b""
+    if "count" in query:
+        first, count = query.get("from", "0"), query["count"]
+        if not (count + first).isdecimal():
+            raise APIError(400, "'from' and 'count' must be numbers.")
+        more = b', "total": %d' % len(users)
+        users = users[int(first[:9]) :][: int(count[:9])]
+        lines = [encode_json(page_line(exchange.service, user)) for user in users]
+    else:
+        lines = [user.shown() for user in users]
+    exchange.reply.send(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
+
+
+def page_line(service: Service, user: User) -> dict[str, Any]:
+    """A user as the page shows it: with what is used of its limits."""
+    fields = json.loads(user.shown())
+    fields.pop("token", None)
+    return {**fields, "limits": limits_left(service, user)}
+
+
+def limits_left(service: Service, user: User) -> list[dict[str, Any]]:
+    """What a user has used of each limit, and when it begins anew."""
+    limit = service.limit_of(user)
+    return [
+        {
+            "limit": str(quota),
+            "used": used,
+            "maximum": quota.amount,
+            "left": max(0, quota.amount - used),
+            "reset": rfc3339(end),
         }
-
-    async def do_connections(self) -> None:
-        """GET /api/connections: the agents, as the original listed them."""
-        never = "0001-01-01T00:00:00Z"
-        self.send_json(
-            {
-                "connections": [
-                    {
-                        "Ws": {},
-                        "Id": agent.id,
-                        "Heartbeat": rfc3339(agent.heard_at),
-                        "LastMessageTime": rfc3339(agent.asked_at)
-                        if agent.asked_at
-                        else never,
-                    }
-                    for agent in self.service.agents.values()
-                ]
-            }
-        )
-
-    # --- Agents
-
-    async def do_register(self) -> None:
-        """GET /client/register: an agent dials in and stays."""
-        assert self.request is not None
-        service = self.service
-        credential = "anybody" if service.agents_auth == "open" else "this machine"
-        if self.user is not None:
-            credential = f"token of {self.user.user_id}"
-        if len(service.agents) >= self.limits.agents:
-            raise APIError(503, "There are too many agents.", retry_after=30)
-        if service.draining:
-            raise APIError(503, "The server is shutting down.", retry_after=5)
-        fields = [(SERVER_ID_FIELD, service.id)]
-        websocket = WebSocket.accept(self.connection, self.request, fields)
-        self.status = 101
-        self.head_sent = True
-        self._content_left = False
-        self.close_connection = True
-        self.websocket = websocket
-        self.log_request()
-        id = str(uuid.uuid4())
-        said = await self._first_message(websocket, id)
-        if said is None:
-            return
-        agent = make_agent(id, websocket, credential, str(said.get("data") or ""))
-        agent.user = self.user
-        agent.debug = service.debug
-        agent.on_drain = service.pool.remove
-        service.register(agent, str(said.get("id") or ""))
-        service.report(f"agent {agent.name} joined from {self.connection.peer}")
-        try:
-            agent.welcome()
-            await agent.serve()
-        finally:
-            service.unregister(agent)
-            how = f"{websocket.close_code} {_plain(websocket.close_reason)}".strip()
-            service.report(f"agent {agent.name} left ({how})")
-
-    async def _first_message(
-        self, websocket: WebSocket, id: str
-    ) -> dict[str, Any] | None:
-        """Send an agent its id; what it says of itself, None if it says nothing."""
-        websocket.write(envelope(id, "Connection id"))
-        deadline = FIRST_MESSAGE_TIMEOUT
-        timer = self.loop.call_later(deadline, websocket.close, 1008, "no id")
-        try:
-            while True:
-                message = await websocket.receive()
-                if message is None or websocket.closing:
-                    return None
-                said = parse_envelope(message)
-                if said.get("message") == "Connection id":
-                    return said
-        finally:
-            timer.cancel()
-
-    # --- Administration
-
-    async def do_users(self) -> None:
-        """GET /admin/users; with ?from=0&count=100 a part of them, and the total."""
-        users = self.service.users.users
-        count = self._query("count")
-        more = b""
-        if count is not None:
-            first = self._query("from") or "0"
-            if not (count + first).isdecimal():
-                raise APIError(400, "'from' and 'count' must be numbers.")
-            more = b', "total": %d' % len(users)
-            users = users[int(first[:9]) :][: int(count[:9])]
-            lines = [self._user_line(user) for user in users]
-        else:
-            lines = [user.shown() for user in users]
-        self.send_content(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
-
-    def _user_line(self, user: User) -> bytes:
-        """A user as the page shows it: with what is used of its limits."""
-        fields = json.loads(user.shown())
-        fields.pop("token", None)
-        return encode_json({**fields, "limits": self._limits_left(user)})
-
-    async def do_users_add(self, body: dict[str, Any]) -> None:
-        """POST /admin/users/add: answered when it is on disk."""
-        body.pop("admin_key", None)
-        user = await self.service.users.add(**body)
-        self.service.report(f"user {user.user_id} added")
-        self.send_json({"user_id": user.user_id, "token": user.token})
-
-    async def do_users_update(self, body: dict[str, Any]) -> None:
-        """POST /admin/users/update: other settings, or a new token."""
-        body.pop("admin_key", None)
-        user = await self.service.users.update(str(body.pop("user_id", "")), body)
-        self.service.report(f"user {user.user_id} changed")
-        token = {"token": user.token} if user.token else {}
-        self.send_json({"user_id": user.user_id, **token})
-
-    async def do_users_delete(self, body: dict[str, Any]) -> None:
-        """POST /admin/users/delete: the token stops working with the answer."""
-        user_id = body.get("user_id")
-        if not isinstance(user_id, str):
-            raise APIError(400, "'user_id' must be a string.")
-        await self.service.users.delete(user_id)
-        self.service.dismiss_agents()
-        self.service.report(f"user {user_id} deleted")
-        self.send_json({"message": "User deleted"})
-
-    async def do_admin_status(self) -> None:
-        """GET /admin/status: what the page shows, for scripts too.
-
-        One snapshot a second for all who ask, with an ETag.  Times are seconds since
-        1970, and seconds since the request came where a request is told of:
-
-        {"version", "started", "draining", "in_flight", "waiting",
-         "agent_sha256": of /agent.py, or null,
-         "activity": {"requests": [60 numbers], "failures": [...], "tokens": [...]},
-             in slots of ten seconds, the oldest first
-         "controllers": [as /admin/controllers has them, and {"id",
-             "max_concurrency", "first_byte": median of seconds, or null,
-             "user": whose token an agent came with}],
-         "requests": [{"request_id", "time", "user", "method", "path", "model",
-             "controller": who answered, or "",
-             "attempts": [{"controller", "asked", "reason": why it failed, or ""}],
-             "first_byte": when the answer had begun, or null,
-             "duration", "status": null as long as it runs,
-             "failed": bool, "code", "error": why, or "",
-             "input", "cached_input", "output": tokens,
-             "address", "client": its User-Agent}],
-             those that run and the last 200, the latest first}
-        """
-        assert self.request is not None
-        content, etag = self.service.status(self.loop.time())
-        fields = [("Content-Type", "application/json"), ("ETag", etag)]
-        fields.append(("Cache-Control", "no-store"))  # a browser asks with the ETag
-        known = etag in self.request.headers.get("if-none-match", "")  # perhaps W/
-        self.send_content(304 if known else 200, content, fields)
-
-    async def do_requests_cancel(self, body: dict[str, Any]) -> None:
-        """POST /admin/requests/cancel: the client is told, the controller stops."""
-        if not self.service.cancel(str(body.get("request_id"))):
-            raise APIError(404, "Request not found")
-        self.send_json({"message": "Request cancelled"})
-
-    async def do_controllers(self) -> None:
-        """GET /admin/controllers: state and counts; never a key."""
-        now = self.loop.time()
-        controllers = self.service.pool.controllers
-        self.send_json({"controllers": [c.describe(now) for c in controllers]})
-
-    async def do_controllers_enable(self, body: dict[str, Any]) -> None:
-        """POST /admin/controllers/enable: it may be asked again at once."""
-        controller = self._named_controller(body)
-        controller.switched_off = False
-        self.service.paused.discard(controller.id)
-        controller.health.reset()
-        self.service.pool.wake()
-        self.send_json({"message": "Controller enabled"})
-
-    async def do_controllers_disable(self, body: dict[str, Any]) -> None:
-        """POST /admin/controllers/disable: until it is enabled."""
-        controller = self._named_controller(body)
-        controller.switched_off = True
-        self.send_json({"message": "Controller disabled"})
-
-    async def do_agents_pause(self, body: dict[str, Any]) -> None:
-        """POST /admin/agents/pause {"id", "paused"}: it stays, and is not asked.
-
-        "paused" is true if it is not given; false puts the agent back in turn.
-        """
-        id, paused = body.get("id"), body.get("paused", True)
-        if not isinstance(id, str) or not isinstance(paused, bool):
-            raise APIError(400, "Expected 'id', an agent's, and 'paused', a boolean.")
-        if not self.service.pause(id, paused):
-            raise APIError(404, "Agent not found")
-        self.send_json({"message": "Agent paused" if paused else "Agent resumed"})
-
-    def _named_controller(self, body: dict[str, Any]) -> Controller:
-        controller = self.service.pool.find(str(body.get("name")))
-        if controller is None:
-            raise APIError(404, "Controller not found")
-        return controller
-
-    # --- The rest
-
-    def do_preflight(self) -> None:
-        """OPTIONS: any page may ask, with any header fields (CORS)."""
-        assert self.request is not None
-        fields = [("Allow", self._allowed())]
-        if not self.path.startswith(("/admin", "/api/connections")):
-            wanted = self.request.headers.get("access-control-request-headers", "*")
-            fields += [
-                ("Access-Control-Allow-Methods", self._allowed()),
-                ("Access-Control-Allow-Headers", wanted),
-                ("Access-Control-Max-Age", "86400"),
-            ]
-        self.send_content(204, b"", fields)
-
-    async def do_health(self) -> None:
-        """GET /health."""
-        self.send_content(200, b"OK", [("Content-Type", "text/plain")])
-
-    async def do_ready(self) -> None:
-        """GET /readyz: whether requests should be sent here; cooling is no reason."""
-        service = self.service
-        askable = [
-            c
-            for c in service.pool.controllers
-            if not c.by_name_only and not c.out_of_turn
-        ]
-        reason = "" if askable else "no controller could be asked\n"
-        if service.draining:
-            reason = "shutting down\n"
-        fields = [("Content-Type", "text/plain")]
-        self.send_content(503 if reason else 200, (reason or "OK").encode(), fields)
-
-    async def do_metrics(self) -> None:
-        """GET /metrics, for Prometheus."""
-        text = self.service.metrics.text(self.service.gauges())
-        fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
-        self.send_content(200, text.encode(), fields)
-
-    async def do_admin_usage(self) -> None:
-        """GET /admin/usage?from=&to=&by=day,user,model: sums, as JSON or CSV."""
-        self._send_usage(None)
-
-    async def do_usage(self) -> None:
-        """GET /v1/usage: the sums of whoever asks, and what is left of the limits."""
-        assert self.user is not None
-        self._send_usage(self.user)
-
-    def _send_usage(self, user: User | None) -> None:
-        by = (self._query("by") or "day,user,model").split(",")
-        first, last = self._query("from") or "", self._query("to") or "9999"
-        for name in by:
-            if name not in COLUMNS or by.count(name) > 1:
-                raise APIError(400, f"'by' takes some of {', '.join(COLUMNS)}.")
-        for day in (first, last):
-            if day not in ("", "9999") and not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
-                raise APIError(400, "'from' and 'to' are days, as 2026-11-01.")
-        own = None if user is None else user.user_id or user.name
-        report = self.service.ledger.report(by, first, last, own)
-        accept = self.request.headers.get("accept", "") if self.request else ""
-        if self._query("format") == "csv" or "text/csv" in accept:
-            content = usage_csv([*by, *COUNTS], report["data"])
-            self.send_content(
-                200, content, [("Content-Type", "text/csv; charset=utf-8")]
-            )
-            return
-        if user is not None:
-            report["limits"] = self._limits_left(user)
-        self.send_json(report)
-
-    def _limits_left(self, user: User) -> list[dict[str, Any]]:
-        limit = self.service.limit_of(user)
-        return [
-            {
-                "limit": str(quota),
-                "used": used,
-                "maximum": quota.amount,
-                "left": max(0, quota.amount - used),
-                "reset": rfc3339(end),
-            }
-            for quota, used, end in (limit.state() if limit is not None else ())
-        ]
-
-    async def do_status(self) -> None:
-        """GET /status."""
-        self.send_json({"status": "ok"})
-
-    async def do_about(self) -> None:
-        """GET /: what this is, without data; to a browser, the page."""
-        assert self.request is not None
-        if self.service.page and "text/html" in self.request.headers.get("accept", ""):
-            self.send_content(200, PAGE.encode(), PAGE_FIELDS)
-            return
-        headers = self.request.headers
-        scheme = "https" if self.connection.tls else "http"
-        host = headers.get("host", "localhost")
-        if is_loopback(
-            self.connection.peer
-        ):  # a proxy on this machine, for people only
-            scheme = headers.get("x-forwarded-proto", scheme)
-            host = headers.get("x-forwarded-host", host)
-        text = _ABOUT.format(
-            version=__version__,
-            scheme=scheme,
-            ws=scheme.replace("http", "ws"),
-            host=host,
-        )
-        fields = [("Content-Type", "text/plain; charset=utf-8"), ("Vary", "Accept")]
-        self.send_content(200, text.encode(), fields)
-
-    async def do_source(self) -> None:
-        """GET /agent.py: the running program itself; it holds no secret."""
-        source = source_code()
-        if source is None:
-            raise APIError(404, "The source is not at hand: it was piped in.")
-        self.send_content(200, source, [("Content-Type", "text/x-python")])
+        for quota, used, end in (limit.state() if limit is not None else ())
+    ]
 
 
-def usage_csv(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
+async def do_users_add(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /admin/users/add: answered when it is on disk."""
+    user = await exchange.service.users.add(**body)
+    exchange.service.report(f"user {user.user_id} added")
+    return {"user_id": user.user_id, "token": user.token}
+
+
+async def do_users_update(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /admin/users/update: other settings, or a new token."""
+    user_id = str(body.pop("user_id", ""))
+    user = await exchange.service.users.update(user_id, body)
+    exchange.service.report(f"user {user.user_id} changed")
+    token = {"token": user.token} if user.token else {}
+    return {"user_id": user.user_id, **token}
+
+
+async def do_users_delete(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /admin/users/delete: the token stops working with the answer."""
+    service, user_id = exchange.service, body.get("user_id")
+    if not isinstance(user_id, str):
+        raise APIError(400, "'user_id' must be a string.")
+    await service.users.delete(user_id)
+    service.dismiss_agents()
+    service.report(f"user {user_id} deleted")
+    return {"message": "User deleted"}
+
+
+async def do_admin_status(exchange: Exchange) -> None:
+    """GET /admin/status: what the page shows, for scripts too.
+
+    One snapshot a second for all who ask, with an ETag.  Times are seconds since
+    1970, and seconds since the request came where a request is told of:
+
+    {"version", "started", "draining", "in_flight", "waiting",
+     "agent_sha256": of /agent.py, or null,
+     "activity": {"requests": [60 numbers], "failures": [...], "tokens": [...]},
+         in slots of ten seconds, the oldest first
+     "controllers": [as /admin/controllers has them, and {"id",
+         "max_concurrency", "first_byte": median of seconds, or null,
+         "user": whose token an agent came with}],
+     "requests": [{"request_id", "time", "user", "method", "path", "model",
+         "controller": who answered, or "",
+         "attempts": [{"controller", "asked", "reason": why it failed, or ""}],
+         "first_byte": when the answer had begun, or null,
+         "duration", "status": null as long as it runs,
+         "failed": bool, "code", "error": why, or "",
+         "input", "cached_input", "output": tokens,
+         "address", "client": its User-Agent}],
+         those that run and the last 200, the latest first}
+    """
+    content, etag = exchange.service.status(exchange.connection.loop.time())
+    fields = [("Content-Type", "application/json"), ("ETag", etag)]
+    fields.append(("Cache-Control", "no-store"))  # a browser asks with the ETag
+    known = etag in exchange.request.headers.get("if-none-match", "")  # perhaps W/
+    exchange.reply.send(304 if known else 200, content, fields)
+
+
+async def do_requests_cancel(
+    exchange: Exchange, body: dict[str, Any]
+) -> dict[str, Any]:
+    """POST /admin/requests/cancel: the client is told, the controller stops."""
+    if not exchange.service.cancel(str(body.get("request_id"))):
+        raise APIError(404, "Request not found")
+    return {"message": "Request cancelled"}
+
+
+async def do_controllers(exchange: Exchange) -> dict[str, Any]:
+    """GET /admin/controllers: state and counts; never a key."""
+    now = exchange.connection.loop.time()
+    controllers = exchange.service.pool.controllers
+    return {"controllers": [c.describe(now) for c in controllers]}
+
+
+async def do_controllers_enable(
+    exchange: Exchange, body: dict[str, Any]
+) -> dict[str, Any]:
+    """POST /admin/controllers/enable: it may be asked again at once."""
+    service, controller = exchange.service, find_controller(exchange, body)
+    controller.switched_off = False
+    service.paused.discard(controller.id)
+    controller.health.reset()
+    service.pool.wake()
+    return {"message": "Controller enabled"}
+
+
+async def do_controllers_disable(
+    exchange: Exchange, body: dict[str, Any]
+) -> dict[str, Any]:
+    """POST /admin/controllers/disable: until it is enabled."""
+    find_controller(exchange, body).switched_off = True
+    return {"message": "Controller disabled"}
+
+
+def find_controller(exchange: Exchange, body: dict[str, Any]) -> Controller:
+    """The controller that a body names; APIError(404)."""
+    controller = exchange.service.pool.find(str(body.get("name")))
+    if controller is None:
+        raise APIError(404, "Controller not found")
+    return controller
+
+
+async def do_agents_pause(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /admin/agents/pause {"id", "paused"}: it stays, and is not asked.
+
+    "paused" is true if it is not given; false puts the agent back in turn.
+    """
+    id, paused = body.get("id"), body.get("paused", True)
+    if not isinstance(id, str) or not isinstance(paused, bool):
+        raise APIError(400, "Expected 'id', an agent's, and 'paused', a boolean.")
+    if not exchange.service.pause(id, paused):
+        raise APIError(404, "Agent not found")
+    return {"message": "Agent paused" if paused else "Agent resumed"}
+
+
+async def do_admin_usage(exchange: Exchange) -> dict[str, Any] | None:
+    """GET /admin/usage?from=&to=&by=day,user,model: sums, as JSON or CSV."""
+    return report_usage(exchange, None)
+
+
+def report_usage(exchange: Exchange, user: User | None) -> dict[str, Any] | None:
+    """The usage of a user, or of all."""
+    query = exchange.query
+    by = query.get("by", "day,user,model").split(",")
+    days = query.get("from", ""), query.get("to", "9999")
+    if not set(by) <= set(COLUMNS) or len(set(by)) < len(by):
+        raise APIError(400, f"'by' takes some of {', '.join(COLUMNS)}.")
+    for day in days:
+        if day not in ("", "9999") and not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
+            raise APIError(400, "'from' and 'to' are days, as 2026-11-01.")
+    own = None if user is None else user.user_id or user.name
+    report = exchange.service.ledger.report(by, *days, own)
+    accept = exchange.request.headers.get("accept", "")
+    if query.get("format") == "csv" or "text/csv" in accept:
+        content = usage_csv([*by, *COUNTS], report["data"])
+        exchange.reply.send_text(content, "text/csv; charset=utf-8")
+        return None
+    if user is not None:
+        report["limits"] = limits_left(exchange.service, user)
+    return report
+
+
+def usage_csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
     """Rows as CSV (RFC 4180).
 
     A spreadsheet takes a text that begins with "=" for a formula: a quote before it
@@ -11033,7 +10815,374 @@ def usage_csv(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
     writer = csv.writer(file)
     writer.writerow(columns)
     writer.writerows([plain(row[column]) for column in columns] for row in rows)
-    return file.getvalue().encode("utf-8", "replace")
+    return file.getvalue()
+
+
+# --- For monitors, and for whoever comes along
+
+
+async def do_status(exchange: Exchange) -> dict[str, Any]:
+    """GET /status."""
+    return {"status": "ok"}
+
+
+async def do_health(exchange: Exchange) -> None:
+    """GET /health."""
+    exchange.reply.send_text("OK")
+
+
+async def do_ready(exchange: Exchange) -> None:
+    """GET /readyz: whether requests should be sent here; cooling is no reason."""
+    service = exchange.service
+    reason = "no controller could be asked\n"
+    if any(not (c.by_name_only or c.out_of_turn) for c in service.pool.controllers):
+        reason = ""
+    if service.draining:
+        reason = "shutting down\n"
+    exchange.reply.send_text(reason or "OK", status=503 if reason else 200)
+
+
+async def do_metrics(exchange: Exchange) -> None:
+    """GET /metrics, for Prometheus."""
+    text = exchange.service.metrics.text(exchange.service.gauges())
+    exchange.reply.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
+
+
+async def do_about(exchange: Exchange) -> None:
+    """GET /: what this is, without data; to a browser, the page."""
+    headers, connection = exchange.request.headers, exchange.connection
+    if exchange.service.page and "text/html" in headers.get("accept", ""):
+        exchange.reply.send(200, PAGE.encode(), PAGE_FIELDS)
+        return
+    scheme = "https" if connection.tls else "http"
+    host = headers.get("host", "localhost")
+    if is_loopback(connection.peer):  # a proxy on this machine, for people only
+        scheme = headers.get("x-forwarded-proto", scheme)
+        host = headers.get("x-forwarded-host", host)
+    ws = scheme.replace("http", "ws")
+    text = _ABOUT.format(version=__version__, scheme=scheme, ws=ws, host=host)
+    fields = [("Vary", "Accept")]
+    exchange.reply.send_text(text, "text/plain; charset=utf-8", fields)
+
+
+async def do_source(exchange: Exchange) -> None:
+    """GET /agent.py: the running program itself; it holds no secret."""
+    source = source_code()
+    if source is None:
+        raise APIError(404, "The source is not at hand: it was piped in.")
+    exchange.reply.send_text(source, "text/x-python")
+
+
+def do_preflight(exchange: Exchange) -> None:
+    """OPTIONS: any page may ask, with any header fields (CORS)."""
+    fields = [("Allow", exchange.allowed)]
+    if not exchange.path.startswith(_NO_CORS):
+        headers = exchange.request.headers
+        wanted = headers.get("access-control-request-headers", "*")
+        fields += [
+            ("Access-Control-Allow-Methods", exchange.allowed),
+            ("Access-Control-Allow-Headers", wanted),
+            ("Access-Control-Max-Age", "86400"),
+        ]
+    exchange.reply.send(204, b"", fields)
+
+
+# --- The table
+
+
+class Reads(enum.Enum):
+    """What a route is called with, beside the exchange."""
+
+    NOTHING = "nothing; content is not read"
+    CONTENT = "content, as bytes"
+    JSON = "the JSON object in content; of no content {}"
+
+
+class Route(NamedTuple):
+    """A route, and what is settled before it runs.
+
+    method  of HTTP; HEAD goes where GET goes
+    who     may ask
+    answer  sends an answer, or gives what is sent as JSON
+    reads   what of the request's content
+    limit   name of the limit on the content's size
+    """
+
+    method: str
+    who: Who
+    answer: Callable[..., Coroutine[Any, Any, dict[str, Any] | None]]
+    reads: Reads = Reads.NOTHING
+    limit: str = "admin_content_size"
+
+    @property
+    def allowed(self) -> str:
+        """The methods of its path."""
+        return "GET, HEAD, OPTIONS" if self.method == "GET" else "POST, OPTIONS"
+
+
+# By path; one that ends in a slash stands for all below it.
+ROUTES = {
+    "/": Route("GET", Who.ANYBODY, do_about),
+    "/agent.py": Route("GET", Who.ANYBODY, do_source),
+    "/health": Route("GET", Who.ANYBODY, do_health),
+    "/status": Route("GET", Who.ANYBODY, do_status),
+    "/livez": Route("GET", Who.ANYBODY, do_health),
+    "/readyz": Route("GET", Who.ANYBODY, do_ready),
+    "/metrics": Route("GET", Who.MONITOR, do_metrics),
+    "/client/register": Route("GET", Who.AGENT, do_register),
+    "/api/connections": Route("GET", Who.LOCAL, do_connections),
+    "/api/ask": Route("POST", Who.USER, do_ask, Reads.JSON, "ask_content_size"),
+    "/admin/users": Route("GET", Who.ADMIN, do_users),
+    "/admin/users/add": Route("POST", Who.ADMIN, do_users_add, Reads.JSON),
+    "/admin/users/update": Route("POST", Who.ADMIN, do_users_update, Reads.JSON),
+    "/admin/users/delete": Route("POST", Who.ADMIN, do_users_delete, Reads.JSON),
+    "/admin/usage": Route("GET", Who.ADMIN, do_admin_usage),
+    "/admin/status": Route("GET", Who.ADMIN, do_admin_status),
+    "/admin/requests/cancel": Route("POST", Who.ADMIN, do_requests_cancel, Reads.JSON),
+    "/admin/controllers": Route("GET", Who.ADMIN, do_controllers),
+    "/admin/controllers/enable": Route(
+        "POST", Who.ADMIN, do_controllers_enable, Reads.JSON
+    ),
+    "/admin/controllers/disable": Route(
+        "POST", Who.ADMIN, do_controllers_disable, Reads.JSON
+    ),
+    "/admin/agents/pause": Route("POST", Who.ADMIN, do_agents_pause, Reads.JSON),
+    "/v1/chat/completions": Route(
+        "POST", Who.USER, do_chat_completions, Reads.CONTENT, "content_size"
+    ),
+    "/v1/usage": Route("GET", Who.USER, do_usage),
+    "/v1/models": Route("GET", Who.USER, do_models),
+    "/v1/models/": Route("GET", Who.USER, do_model),
+    "/v1/": Route("POST", Who.USER, do_api, Reads.CONTENT, "content_size"),
+}
+
+
+def find_route(path: str) -> Route | None:
+    """The route of a path, or None."""
+    if path in ROUTES or not path.startswith("/v1/"):
+        return ROUTES.get(path)
+    if path.startswith("/v1/models/"):
+        return ROUTES["/v1/models/"]
+    # An upstream's key is for what is below its base URL.
+    # As the most lenient server reads it: decoded twice, "\" for "/", "..;x".
+    plain = urllib.parse.unquote(urllib.parse.unquote(path))
+    steps = re.split(r"[/\\;]", plain)
+    return None if "." in steps or ".." in steps else ROUTES["/v1/"]
+
+
+async def follow_route(exchange: Exchange) -> None:
+    """Do what the table says of a path, then let its route answer."""
+    request, path = exchange.request, exchange.path
+    route = find_route(path)
+    exchange.allowed = "GET, HEAD, OPTIONS" if route is None else route.allowed
+    if request.method == "OPTIONS":  # CORS: before anything is asked of it
+        do_preflight(exchange)
+        return
+    method = "GET" if request.method == "HEAD" else request.method
+    fits = route is not None and route.method == method
+    if route is None or (not fits and route is ROUTES["/v1/"]):
+        refuse_upgrade(exchange)
+        raise APIError(404, f"There is nothing at {request.method} {path}.")
+    if not fits:
+        raise APIError(405, f"{request.method} is not for {path}.")
+    arguments: list[Any] = []
+    if route.who is not Who.ADMIN:  # its key may be in the content
+        authorize(exchange, route.who, {})
+    if route.reads is not Reads.NOTHING:
+        limit = getattr(exchange.service.limits, route.limit)
+        arguments.append(await exchange.read_content(limit))
+    if route.reads is Reads.JSON:
+        content = arguments[0]
+        arguments[0] = parse_object(content) if content.strip() else {}
+    if route.who is Who.ADMIN:
+        authorize(exchange, route.who, arguments[0] if arguments else {})
+    told = await route.answer(exchange, *arguments)
+    if told is not None:
+        exchange.reply.send(200, encode_json(told))
+
+
+def refuse_upgrade(exchange: Exchange) -> None:
+    """Tell a client at once that it has to speak HTTP: Codex then does so."""
+    request, path = exchange.request, exchange.path
+    if path == "/v1/realtime":
+        raise APIError(501, "The realtime API is not spoken here.")
+    if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
+        raise APIError(426, f"A websocket is not spoken here: POST {path}.")
+
+
+# -----------------------------------------------------------------------------
+# Request handler: a connection's requests, one after the other
+# -----------------------------------------------------------------------------
+
+# What is answered where no head could be read.
+_NO_REQUEST = Request("-", "", "HTTP/1.1", "", "", Headers(), None)
+
+
+class RequestHandler:
+    """Serves the requests of one connection.
+
+    exchange  the request that is being answered, or None
+    reading   it waits for the next request's head, or is in the middle of it
+    task      in which it runs
+    """
+
+    def __init__(self, service: Service, connection: Connection) -> None:
+        self.service = service
+        self.connection = connection
+        self.exchange: Exchange | None = None
+        self.reading = False
+        self.task: asyncio.Task[None] | None = None
+        self._served = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is between two requests, and may be closed at any time."""
+        return self.reading and not self.connection.buffer
+
+    @property
+    def serves_websocket(self) -> bool:
+        """Whether an agent has dialled in."""
+        return self.exchange is not None and self.exchange.reply.status == 101
+
+    async def handle(self) -> None:
+        """Serve requests until the connection ends."""
+        connection = self.connection
+        try:
+            if self.service.tls is not None and not await self._start_tls():
+                return
+            closing = False
+            while not closing:
+                request = await self._read_request()
+                if request is None:
+                    break
+                self.exchange = exchange = self._exchange(request)
+                await self._respond(exchange)
+                # Before the next request, or who pipelines and does not read would
+                # fill the memory; and before the end, which waits only a moment.
+                if not connection.writable and not connection.closing:
+                    await connection.drain()
+                elif connection.buffer:
+                    await asyncio.sleep(0)  # a long pipeline takes turns with others
+                closing = exchange.reply.close
+                self.exchange = None
+        except ConnectionError:
+            connection.abort()
+        finally:
+            self.exchange = None
+            connection.close()
+
+    async def _start_tls(self) -> bool:
+        """Do the handshake here and not in asyncio: a limit counts it, shutdown()
+        ends it, and one that fails is no news."""
+        connection, service = self.connection, self.service
+        assert service.tls is not None
+        peer = connection.peer
+        try:
+            await connection.start_tls(service.tls)
+        except (OSError, asyncio.TimeoutError) as error:
+            service.debug(f"TLS handshake with {peer} failed: {error}")
+            return False
+        connection.set_deadline(connection.loop.time() + service.limits.head_timeout)
+        return True
+
+    async def _read_request(self) -> Request | None:
+        """The next request's head; None if there will be none.
+
+        One absolute deadline for the whole head: a byte now and then does not
+        extend it.  What is malformed or late is answered here.
+        """
+        connection, limits = self.connection, self.service.limits
+        loop = connection.loop
+        if self._served:
+            connection.set_deadline(loop.time() + limits.keep_alive_timeout)
+        begun = not self._served
+        self.reading = True
+        try:
+            while True:
+                if connection.buffer:
+                    request = parse_request_head(connection.buffer, limits.head_size)
+                    if request is not None:
+                        return request
+                    if not begun:
+                        begun = True
+                        connection.set_deadline(loop.time() + limits.head_timeout)
+                if not await connection.receive():
+                    return None
+        except asyncio.TimeoutError:
+            if not connection.buffer:
+                return None
+            error = ProtocolError(408, "the request's head took too long")
+        except ProtocolError as caught:
+            error = caught
+        finally:
+            self.reading = False
+        await self._refuse(error)
+        return None
+
+    async def _refuse(self, error: ProtocolError) -> None:
+        """Answer broken HTTP once, and read nothing of what follows it."""
+        error.with_traceback(None)  # as in Call._explain()
+        exchange = self.turn_away(APIError(error.status, f"Bad request: {error}."))
+        exchange.log()
+        peer = self.connection.peer or "a client"
+        self.service.report(f"what {peer} sent is no request: {error}")
+        await self.connection.linger()
+
+    def turn_away(self, error: APIError) -> Exchange:
+        """Answer with an error, whatever is asked, and end the connection."""
+        self.exchange = exchange = Exchange(self.service, self.connection, _NO_REQUEST)
+        exchange.reply.close = True
+        exchange.send_error(error)
+        return exchange
+
+    def _exchange(self, request: Request) -> Exchange:
+        exchange = Exchange(self.service, self.connection, request)
+        self._served += 1
+        exchange.reply.close = (
+            not request.keep_alive
+            or self._served >= self.service.limits.keep_alive_requests
+            or self.service.draining
+        )
+        return exchange
+
+    async def _respond(self, exchange: Exchange) -> None:
+        """Answer one request, whatever happens, and log it."""
+        reply = exchange.reply
+        try:
+            await follow_route(exchange)
+        except APIError as error:
+            exchange.fail(error)
+        except ProtocolError as error:
+            reply.close = True
+            exchange.fail(APIError(error.status, f"Bad request: {error}."))
+        except asyncio.TimeoutError:
+            reply.close = True
+            exchange.fail(APIError(408, "The request's content took too long."))
+        except (ConnectionError, asyncio.CancelledError):
+            exchange.outcome = "client left"
+            if self.connection.stalled:
+                seconds = self.service.limits.write_timeout
+                line = f"a client that took no byte for {seconds:g} s is cut"
+                self.service.report(line)
+            raise
+        except Exception:
+            logger.exception("request %s failed", exchange.id)
+            reply.close = True
+            text = f"Internal error; the log has more under {exchange.id}."
+            exchange.fail(APIError(500, text))
+        finally:
+            known = exchange.path in ROUTES or exchange.path in DIALECTS
+            exchange.end(exchange.path if known else "other")
+        if reply.content_left:
+            await self._skip_content(exchange)
+
+    async def _skip_content(self, exchange: Exchange) -> None:
+        """Get past content that nobody has read: it was refused before that."""
+        if exchange.reply.content_is_here:
+            del self.connection.buffer[: exchange.request.content_length]
+        else:
+            exchange.reply.close = True
+            await self.connection.linger()
 
 
 # -----------------------------------------------------------------------------
@@ -11364,9 +11513,10 @@ class Server(Service):
             listener.close()
         self._listeners.clear()
         for handler in list(self._handlers.values()):
-            handler.close_connection = True
-            if handler.reading_head:
+            if handler.exchange is None:
                 handler.connection.abort()
+            else:
+                handler.exchange.reply.close = True
         if self.requests_in_flight:
             count, seconds = self.requests_in_flight, self.limits.drain_timeout
             self.report(f"{count} running requests may finish ({seconds:.0f} s)")
@@ -11374,8 +11524,8 @@ class Server(Service):
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
         await wait_for(lambda: self._handler_tasks(True), 1.0)
-        for handler in self.running_requests:
-            handler.cancel(APIError(503, "The server is shutting down.", retry_after=5))
+        for cancel in self.running_requests.values():
+            cancel(APIError(503, "The server is shutting down.", retry_after=5))
         for _ in range(3):  # a function may swallow a cancellation, but not us
             for task in self._tasks:
                 task.cancel()
@@ -11395,7 +11545,7 @@ class Server(Service):
         return [
             handler.task
             for handler in self._handlers.values()
-            if handler.task is not None and websockets == bool(handler.websocket)
+            if handler.task is not None and handler.serves_websocket == websockets
         ]
 
     @contextlib.contextmanager
@@ -11469,11 +11619,8 @@ class Server(Service):
         handler = RequestHandler(self, connection)
         self.debug(f"connection from {connection.peer}")
         if not self._has_room(connection):
-            handler.close_connection = True
-            handler.request_id = random_id("req_")
             if self.tls is None:
-                error = APIError(503, "Too many connections.", retry_after=1)
-                handler.send_error(error)
+                handler.turn_away(APIError(503, "Too many connections.", retry_after=1))
             connection.close()
             return
         self._handlers[connection] = handler

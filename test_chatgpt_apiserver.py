@@ -12424,11 +12424,12 @@ async def test_bug_in_a_route_is_told_by_its_request_id_alone(
 ):
     """F64."""
 
-    async def broken(self):
+    async def broken(exchange):
         raise ValueError("SECRET of the handler")
 
     log = HandlerLog()
-    monkeypatch.setattr(apiserver.RequestHandler, "do_status", broken)
+    route = apiserver.ROUTES["/status"]._replace(answer=broken)
+    monkeypatch.setitem(apiserver.ROUTES, "/status", route)
     # As the program does it; caplog sees what an embedding program would.
     monkeypatch.setattr(apiserver.logger, "handlers", [apiserver.LogHandler(log)])
     async with serving(tmp_path, log=log) as server, Client(server.port) as client:
@@ -12562,7 +12563,7 @@ async def test_reset_between_refusal_and_close_leaves_no_trace(
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
             sock.close()
 
-        monkeypatch.setattr(apiserver.RequestHandler, "log_request", reset)
+        monkeypatch.setattr(apiserver.Exchange, "log", reset)
         await until(lambda: server._handlers)
         sock.sendall(b"nonsense\r\n\r\n")
         await until(lambda: not server._handlers)
@@ -17587,7 +17588,7 @@ def test_the_readme_names_every_setting_and_every_route():
     kinds = (apiserver.CONTROLLER_KEYS, apiserver.TAPE_KEYS)
     settings = set(names({**apiserver.file_keys(), **kinds[0], **kinds[1]}))
     assert [key for key in settings if not re.search(f'[`"]{key}[`"]', text)] == []
-    routes = set(apiserver.RequestHandler.ROUTES) - {"/v1/", "/v1/models/"}
+    routes = set(apiserver.ROUTES) - {"/v1/", "/v1/models/"}
     assert [route for route in routes if f"{route}`" not in text] == []
 
 
@@ -17999,7 +18000,7 @@ async def test_content_that_is_only_announced_takes_no_room(tmp_path):
         async with Client(server.port) as idle:
             head = request_bytes("POST", "/api/ask", b"x" * 290)
             idle.send(head[:-290])
-            await until(lambda: any(h.request for h in server._handlers.values()))
+            await until(lambda: any(h.exchange for h in server._handlers.values()))
             body = {"content": "Hello", "model": "mock/echo"}
             assert (await ask(server.port, "POST", "/api/ask", body)).status == 200
             idle.send(b"x" * 290)
