@@ -14858,20 +14858,21 @@ def test_few_files_are_enough_and_the_surplus_is_told(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
     def flood(port):
+        fields = f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+        fields += "Host: h\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
         with contextlib.ExitStack() as stack:
-            socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
-            for sock in socks:  # each begins a request: from then on none is idle
-                stack.enter_context(sock)
-                with contextlib.suppress(ConnectionError):  # it had to give way
-                    sock.sendall(b"GET /health HTTP/1.1\r\n")
-            answers, end = [], time.monotonic() + 10
-            while len(socks) > 16 and time.monotonic() < end:
-                for sock in select.select(socks, [], [], 1)[0]:
-                    with contextlib.suppress(ConnectionError):
-                        answers.append(sock.recv(100))
-                    socks.remove(sock)
-            assert select.select(socks, [], [], 0.1)[0] == [] and len(socks) == 16
-            assert any(a.startswith(b"HTTP/1.1 503 ") for a in answers), answers
+
+            def connect():
+                sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+                return stack.enter_context(sock)
+
+            begun = [connect() for _ in range(16)]
+            for sock in begun:  # each begins a request: from then on none is idle
+                sock.sendall(f"POST {CHAT_URL} HTTP/1.1\r\n{fields}".encode())
+                assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
+            for sock in [connect() for _ in range(24)]:
+                assert sock.recv(100).startswith(b"HTTP/1.1 503 ")
+            assert select.select(begun, [], [], 0.1)[0] == []
 
     async def check(port):
         reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY})
