@@ -1758,17 +1758,11 @@ class CompletionBuilder:
             index = choice.get("index", 0)
             whole = self._choices.setdefault(index, chat_choice({}, None, index))
             self._add_delta(index, whole["message"], choice.get("delta") or {})
-            self._add_logprobs(whole, choice.get("logprobs") or {})
+            for key, tokens in (choice.get("logprobs") or {}).items():
+                kept = whole["logprobs"] = whole["logprobs"] or {}
+                kept[key] = (kept.get(key) or []) + tokens if tokens else kept.get(key)
             if choice.get("finish_reason"):
                 whole["finish_reason"] = choice["finish_reason"]
-
-    @staticmethod
-    def _add_logprobs(whole: dict[str, Any], logprobs: dict[str, Any]) -> None:
-        """Logprobs come as lists, one entry for each token."""
-        if logprobs:
-            kept = whole["logprobs"] = whole["logprobs"] or {}
-            for key, tokens in logprobs.items():
-                kept[key] = (kept.get(key) or []) + tokens if tokens else kept.get(key)
 
     def _add_delta(
         self, index: int, message: dict[str, Any], delta: dict[str, Any]
