@@ -84,6 +84,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import uuid
 import zlib
@@ -9229,14 +9230,10 @@ class LogHandler(logging.Handler):
         line = record.getMessage()
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
-            traceback = error.__traceback__
-            while traceback is not None and traceback.tb_next is not None:
-                traceback = traceback.tb_next
             line += f" ({type(error).__name__}"
-            if traceback is not None:
-                code = traceback.tb_frame.f_code
-                name = os.path.basename(code.co_filename)
-                line += f" in {code.co_name}, {name} line {traceback.tb_lineno}"
+            for frame in traceback.extract_tb(error.__traceback__, -1):
+                name = os.path.basename(frame.filename)
+                line += f" in {frame.name}, {name} line {frame.lineno}"
             line += ")"
         self._log.report(line)
 
@@ -9375,14 +9372,7 @@ def source_digest() -> str | None:
 
 
 class Service:
-    """What all requests share: Server, which is one, adds the sockets and starts it.
-
-    agents  by id
-    paused  ids of agents, by the administrator
-    running_requests  those that controllers answer, in their order: what gives the
-                      record of one, and what cancels it
-    content_size  bytes held for the content of requests in flight
-    """
+    """What all requests share: Server, which is one, adds the sockets and starts it."""
 
     ADMIN_ID = ""  # no user in users.json can have it
 
@@ -9399,25 +9389,28 @@ class Service:
     report: Callable[[str], None]  # takes lines for people
     debug: Callable[[str], None]  # takes one on each connection, attempt and message
 
+    tls: ssl.SSLContext | None = None  # for https and wss
+    draining = False
+    requests_in_flight = 0
+    content_size = 0  # bytes held for them
+    _status = (-math.inf, b"", "")  # when it was made, content, ETag
+
     def __init__(self, api_key: str, limits: Limits) -> None:
         self._key = api_key.encode()
         self.limits = limits
         self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
-        self.tls: ssl.SSLContext | None = None  # for https and wss
-        self.agents: dict[str, AgentController] = {}
-        self.paused: set[str] = set()
+        self.agents: dict[str, AgentController] = {}  # by id
+        self.paused: set[str] = set()  # ids of agents, by the administrator
         self.conversations = Conversations(limits)
         self.journal = Journal()
         self.id = random_id("server-")  # of this run; agents compare it
         self.started = unix_time()
-        self.draining = False
+        # Those that controllers answer, in their order: what gives the record of one,
+        # and what cancels it.
         self.running_requests: dict[
             Callable[[], RequestRecord], Callable[[APIError], None]
         ] = {}
-        self.requests_in_flight = 0
-        self.content_size = 0
-        self._running: dict[str, int] = {}  # requests, by user_id
-        self._status = (-math.inf, b"", "")  # when it was made, content, ETag
+        self._running: Counter[str] = Counter()  # requests, by user_id
 
     # --- Who may do what
 
@@ -9433,7 +9426,7 @@ class Service:
         """Count a request of a user in; end_request() it.  Raise APIError: 429, 503."""
         if self.requests_in_flight >= self.limits.requests_in_flight:
             raise APIError(503, "The server is at its limit.", retry_after=1)
-        running = self._running.get(user.user_id, 0)
+        running = self._running[user.user_id]
         most = user.max_concurrency or self.limits.user_requests_in_flight
         if most and running >= most:
             text = f"You have {running} requests running, the most at once."
@@ -9693,47 +9686,24 @@ class Sent(enum.Enum):
 
 
 class Reply:
-    """Writes the answer to one request: whole, or as a stream.
+    """Writes the answer to one request: whole, or as a stream."""
 
-    sent           how much of it
-    status         of its head; 0 before that
-    close          the connection ends with it
-    fields         that are in each head, whatever the answer
-    limit          what the user may use, for x-ratelimit fields
-    content_left   the request's content has not been read
-    first_byte_at  when its head was made, on the loop's clock
-    """
-
-    __slots__ = (
-        "_head",
-        "_heartbeat",
-        "_written_at",
-        "close",
-        "connection",
-        "content_left",
-        "fields",
-        "first_byte_at",
-        "limit",
-        "request",
-        "sent",
-        "status",
-    )
+    sent = Sent.NOTHING
+    status = 0  # of its head; 0 before that
+    close = False  # the connection ends with it
+    limit: UsageLimit | None = None  # what the user may use, for x-ratelimit fields
+    content_left = True  # the request's content has not been read
+    first_byte_at = 0.0  # when its head was made, on the loop's clock
+    _head = b""  # made, and not yet written
+    _heartbeat: asyncio.TimerHandle | None = None
+    _written_at = 0.0
 
     def __init__(
         self, connection: Connection, request: Request, fields: list[tuple[str, str]]
     ) -> None:
         self.connection = connection
         self.request = request
-        self.fields = fields
-        self.sent = Sent.NOTHING
-        self.status = 0
-        self.close = False
-        self.limit: UsageLimit | None = None
-        self.content_left = True
-        self.first_byte_at = 0.0
-        self._head = b""  # made, and not yet written
-        self._heartbeat: asyncio.TimerHandle | None = None
-        self._written_at = 0.0
+        self.fields = fields  # of each head, whatever the answer
 
     @property
     def content_is_here(self) -> bool:
@@ -9859,39 +9829,16 @@ def request_id_of(request: Request) -> str:
 
 
 class Exchange:
-    """One request, and what becomes of it.
+    """One request, and what becomes of it."""
 
-    id         of the request: its client's, or ours
-    path       as the API has it, without a token; token is the one in front of it
-    allowed    methods of that path
-    time       its beginning on the wall clock; started is the loop's
-    user       whose it is, once that is known
-    call       its way through the pool, from when it is counted until it has ended
-    cancelled  why it was, other than by a hang-up
-    error      what went wrong: its code, and words that quote nobody
-    outcome    in a word or two, where the status does not tell
-    """
-
-    __slots__ = (
-        "_bytes_before",
-        "_held",
-        "allowed",
-        "call",
-        "cancelled",
-        "connection",
-        "error",
-        "id",
-        "model",
-        "outcome",
-        "path",
-        "reply",
-        "request",
-        "service",
-        "started",
-        "time",
-        "token",
-        "user",
-    )
+    user: User | None = None  # whose it is, once that is known
+    allowed = ""  # methods of its path
+    model = ""  # that was asked for
+    call: Call | None = None  # through the pool, from when it is counted to its end
+    cancelled: APIError | None = None  # why it was, other than by a hang-up
+    error = ("", "")  # what went wrong: its code, and words that quote nobody
+    outcome = ""  # in a word or two, where the status does not tell
+    _held = 0  # bytes, for its content
 
     def __init__(
         self, service: Service, connection: Connection, request: Request
@@ -9903,24 +9850,16 @@ class Exchange:
         self.service = service
         self.connection = connection
         self.request = request
+        self.token = token
+        self.path = path = normal_path(path)
+        self.id = request_id_of(request)
         self.time = unix_time()
         self.started = connection.loop.time()
-        self.id = request_id_of(request)
-        self.path = path = normal_path(path)
-        self.token = token
-        self.allowed = ""
-        self.user: User | None = None
-        self.model = ""
-        self.call: Call | None = None
-        self.cancelled: APIError | None = None
-        self.error = ("", "")
-        self.outcome = ""
+        self._bytes_before = connection.bytes_sent
         fields = [("x-request-id", self.id)]
         if not path.startswith(_NO_CORS):
             fields.append(("Access-Control-Allow-Origin", "*"))
         self.reply = Reply(connection, request, fields)
-        self._bytes_before = connection.bytes_sent
-        self._held = 0
 
     @property
     def query(self) -> dict[str, str]:
@@ -10231,6 +10170,8 @@ class Exchange:
 # A websocket in which nobody has said who it is for so many seconds is closed.
 FIRST_MESSAGE_TIMEOUT = 10.0
 
+JSONObject = dict[str, Any]
+
 _KEY_FIELDS = ("x-api-key", "api-key", "x-goog-api-key")  # beside Authorization
 _FORWARDING_FIELDS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 # Pages of the original browser agents: no other page may become an agent.
@@ -10265,7 +10206,16 @@ class Who(enum.Enum):
     ADMIN = "the API key, also as admin_key in the query or the content"
 
 
-def authorize(exchange: Exchange, who: Who, body: dict[str, Any]) -> None:
+# What a role's token is told that asks for what is another's.
+_ROLES_ONLY = {
+    "agent": "An agent's token can only register an agent.",
+    "monitor": "A monitor's token can only read /metrics.",
+}
+_FOR_AGENTS = "A user's token cannot register an agent."
+_FOR_THE_ADMINISTRATOR = "This is for the administrator's key."
+
+
+def authorize(exchange: Exchange, who: Who, body: JSONObject) -> None:
     """Let those pass whom a route serves, and know them as exchange.user.
 
     Raise APIError: 401 for no or a wrong key, 403 for one that may not.
@@ -10286,7 +10236,9 @@ def authorize(exchange: Exchange, who: Who, body: dict[str, Any]) -> None:
         raise APIError(401, f"Invalid {name} key", code="invalid_api_key")
     exchange.user = user
     if user is not service.admin:
-        check_role(user.role, who)
+        if user.role != who.name.lower():
+            refusal = _FOR_AGENTS if who is Who.AGENT else _FOR_THE_ADMINISTRATOR
+            raise APIError(403, _ROLES_ONLY.get(user.role, refusal))
         if unix_time() >= user.expires:
             when = rfc3339(user.expires)
             raise APIError(401, f"This token expired at {when}.", code="expired")
@@ -10303,19 +10255,6 @@ def credentials(exchange: Exchange) -> list[str]:
     tokens = [token.strip() if scheme.lower() == "bearer" else value]
     tokens += [headers[name] for name in _KEY_FIELDS if name in headers]
     return [token for token in (*tokens, exchange.token) if token]
-
-
-def check_role(role: str, who: Who) -> None:
-    """APIError(403) if a role may not ask for what a route serves."""
-    if role == who.name.lower():
-        return
-    if role == "agent":
-        raise APIError(403, "An agent's token can only register an agent.")
-    if role == "monitor":
-        raise APIError(403, "A monitor's token can only read /metrics.")
-    if who is Who.AGENT:
-        raise APIError(403, "A user's token cannot register an agent.")
-    raise APIError(403, "This is for the administrator's key.")
 
 
 def admit_keyless(exchange: Exchange, who: Who) -> None:
@@ -10397,7 +10336,7 @@ async def do_api(exchange: Exchange, content: bytes) -> None:
     await exchange.answer(request)
 
 
-async def do_models(exchange: Exchange) -> dict[str, Any]:
+async def do_models(exchange: Exchange) -> JSONObject:
     """GET /v1/models: what the controllers name, in the client's own dialect."""
     models = list_models(exchange)
     more = {}
@@ -10407,7 +10346,7 @@ async def do_models(exchange: Exchange) -> dict[str, Any]:
     return {"object": "list", "data": models, **more}
 
 
-def list_models(exchange: Exchange) -> list[dict[str, Any]]:
+def list_models(exchange: Exchange) -> list[JSONObject]:
     """The models that a user may use."""
     names: dict[str, str] = {}
     assert exchange.user is not None
@@ -10424,7 +10363,7 @@ def list_models(exchange: Exchange) -> list[dict[str, Any]]:
     ]
 
 
-async def do_model(exchange: Exchange) -> dict[str, Any]:
+async def do_model(exchange: Exchange) -> JSONObject:
     """GET /v1/models/{id}."""
     id = urllib.parse.unquote(exchange.path[len("/v1/models/") :])
     for model in list_models(exchange):
@@ -10433,7 +10372,7 @@ async def do_model(exchange: Exchange) -> dict[str, Any]:
     raise APIError(404, f"The model {id!r} does not exist.", code="model_not_found")
 
 
-async def do_usage(exchange: Exchange) -> dict[str, Any] | None:
+async def do_usage(exchange: Exchange) -> JSONObject | None:
     """GET /v1/usage: the sums of whoever asks, and what is left of the limits."""
     return report_usage(exchange, exchange.user)
 
@@ -10441,7 +10380,7 @@ async def do_usage(exchange: Exchange) -> dict[str, Any] | None:
 # --- For clients: one question, one answer
 
 
-async def do_ask(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /api/ask: one question, one answer, perhaps in a conversation."""
     question = body.get("content")
     if not isinstance(question, str) or not question:
@@ -10457,7 +10396,7 @@ async def do_ask(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
     ask = (question, conversation_id, parent_id)
     model = optional_text(body, "model")
     conversation, messages = find_conversation(exchange, conversation_id, parent_id)
-    chat: dict[str, Any] = {
+    chat: JSONObject = {
         "messages": [*messages, {"role": "user", "content": question}],
         **({"model": model} if model else {}),
     }
@@ -10472,7 +10411,7 @@ async def do_ask(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
     return keep_answer(exchange, ask, conversation, call)
 
 
-def optional_text(body: dict[str, Any], key: str) -> str:
+def optional_text(body: JSONObject, key: str) -> str:
     """A field that may be left out: "" then."""
     value = body.get(key)
     if value in _ABSENT:
@@ -10505,7 +10444,7 @@ def keep_answer(
     ask: tuple[str, str, str],
     conversation: Conversation | None,
     call: Call,
-) -> dict[str, Any]:
+) -> JSONObject:
     """The ask API's answer, and the conversation kept for the next question."""
     assert exchange.user is not None and call.controller is not None
     kept, user_id = exchange.service.conversations, exchange.user.user_id
@@ -10576,7 +10515,7 @@ async def do_register(exchange: Exchange) -> None:
         service.report(f"agent {agent.name} left ({how})")
 
 
-async def first_message(websocket: WebSocket, id: str) -> dict[str, Any] | None:
+async def first_message(websocket: WebSocket, id: str) -> JSONObject | None:
     """Send an agent its id; what it says of itself, None if it says nothing."""
     websocket.write(envelope(id, "Connection id"))
     loop = websocket.connection.loop
@@ -10593,7 +10532,7 @@ async def first_message(websocket: WebSocket, id: str) -> dict[str, Any] | None:
         timer.cancel()
 
 
-async def do_connections(exchange: Exchange) -> dict[str, Any]:
+async def do_connections(exchange: Exchange) -> JSONObject:
     """GET /api/connections: the agents, as the original listed them."""
     return {
         "connections": [
@@ -10629,14 +10568,14 @@ async def do_users(exchange: Exchange) -> None:
     exchange.reply.send(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
 
 
-def page_line(service: Service, user: User) -> dict[str, Any]:
+def page_line(service: Service, user: User) -> JSONObject:
     """A user as the page shows it: with what is used of its limits."""
     fields = json.loads(user.shown())
     fields.pop("token", None)
     return {**fields, "limits": limits_left(service, user)}
 
 
-def limits_left(service: Service, user: User) -> list[dict[str, Any]]:
+def limits_left(service: Service, user: User) -> list[JSONObject]:
     """What a user has used of each limit, and when it begins anew."""
     limit = service.limit_of(user)
     return [
@@ -10651,14 +10590,14 @@ def limits_left(service: Service, user: User) -> list[dict[str, Any]]:
     ]
 
 
-async def do_users_add(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+async def do_users_add(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/add: answered when it is on disk."""
     user = await exchange.service.users.add(**body)
     exchange.service.report(f"user {user.user_id} added")
     return {"user_id": user.user_id, "token": user.token}
 
 
-async def do_users_update(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+async def do_users_update(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/update: other settings, or a new token."""
     user_id = str(body.pop("user_id", ""))
     user = await exchange.service.users.update(user_id, body)
@@ -10667,7 +10606,7 @@ async def do_users_update(exchange: Exchange, body: dict[str, Any]) -> dict[str,
     return {"user_id": user.user_id, **token}
 
 
-async def do_users_delete(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+async def do_users_delete(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/delete: the token stops working with the answer."""
     service, user_id = exchange.service, body.get("user_id")
     if not isinstance(user_id, str):
@@ -10708,25 +10647,21 @@ async def do_admin_status(exchange: Exchange) -> None:
     exchange.reply.send(304 if known else 200, content, fields)
 
 
-async def do_requests_cancel(
-    exchange: Exchange, body: dict[str, Any]
-) -> dict[str, Any]:
+async def do_requests_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/requests/cancel: the client is told, the controller stops."""
     if not exchange.service.cancel(str(body.get("request_id"))):
         raise APIError(404, "Request not found")
     return {"message": "Request cancelled"}
 
 
-async def do_controllers(exchange: Exchange) -> dict[str, Any]:
+async def do_controllers(exchange: Exchange) -> JSONObject:
     """GET /admin/controllers: state and counts; never a key."""
     now = exchange.connection.loop.time()
     controllers = exchange.service.pool.controllers
     return {"controllers": [c.describe(now) for c in controllers]}
 
 
-async def do_controllers_enable(
-    exchange: Exchange, body: dict[str, Any]
-) -> dict[str, Any]:
+async def do_controllers_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/controllers/enable: it may be asked again at once."""
     service, controller = exchange.service, find_controller(exchange, body)
     controller.switched_off = False
@@ -10736,15 +10671,13 @@ async def do_controllers_enable(
     return {"message": "Controller enabled"}
 
 
-async def do_controllers_disable(
-    exchange: Exchange, body: dict[str, Any]
-) -> dict[str, Any]:
+async def do_controllers_disable(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/controllers/disable: until it is enabled."""
     find_controller(exchange, body).switched_off = True
     return {"message": "Controller disabled"}
 
 
-def find_controller(exchange: Exchange, body: dict[str, Any]) -> Controller:
+def find_controller(exchange: Exchange, body: JSONObject) -> Controller:
     """The controller that a body names; APIError(404)."""
     controller = exchange.service.pool.find(str(body.get("name")))
     if controller is None:
@@ -10752,7 +10685,7 @@ def find_controller(exchange: Exchange, body: dict[str, Any]) -> Controller:
     return controller
 
 
-async def do_agents_pause(exchange: Exchange, body: dict[str, Any]) -> dict[str, Any]:
+async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/agents/pause {"id", "paused"}: it stays, and is not asked.
 
     "paused" is true if it is not given; false puts the agent back in turn.
@@ -10765,12 +10698,12 @@ async def do_agents_pause(exchange: Exchange, body: dict[str, Any]) -> dict[str,
     return {"message": "Agent paused" if paused else "Agent resumed"}
 
 
-async def do_admin_usage(exchange: Exchange) -> dict[str, Any] | None:
+async def do_admin_usage(exchange: Exchange) -> JSONObject | None:
     """GET /admin/usage?from=&to=&by=day,user,model: sums, as JSON or CSV."""
     return report_usage(exchange, None)
 
 
-def report_usage(exchange: Exchange, user: User | None) -> dict[str, Any] | None:
+def report_usage(exchange: Exchange, user: User | None) -> JSONObject | None:
     """The usage of a user, or of all."""
     query = exchange.query
     by = query.get("by", "day,user,model").split(",")
@@ -10792,7 +10725,7 @@ def report_usage(exchange: Exchange, user: User | None) -> dict[str, Any] | None
     return report
 
 
-def usage_csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
+def usage_csv(columns: list[str], rows: list[JSONObject]) -> str:
     """Rows as CSV (RFC 4180).
 
     A spreadsheet takes a text that begins with "=" for a formula: a quote before it
@@ -10815,7 +10748,7 @@ def usage_csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
 # --- For monitors, and for whoever comes along
 
 
-async def do_status(exchange: Exchange) -> dict[str, Any]:
+async def do_status(exchange: Exchange) -> JSONObject:
     """GET /status."""
     return {"status": "ok"}
 
@@ -10904,7 +10837,7 @@ class Route(NamedTuple):
 
     method: str
     who: Who
-    answer: Callable[..., Coroutine[Any, Any, dict[str, Any] | None]]
+    answer: Callable[..., Coroutine[Any, Any, JSONObject | None]]
     reads: Reads = Reads.NOTHING
     limit: str = "admin_content_size"
 
@@ -11013,20 +10946,16 @@ _NO_REQUEST = Request("-", "", "HTTP/1.1", "", "", Headers(), None)
 
 
 class RequestHandler:
-    """Serves the requests of one connection.
+    """Serves the requests of one connection."""
 
-    exchange  the request that is being answered, or None
-    reading   it waits for the next request's head, or is in the middle of it
-    task      in which it runs
-    """
+    exchange: Exchange | None = None  # the request that is being answered
+    reading = False  # it waits for a request's head, or is in the middle of it
+    task: asyncio.Task[None] | None = None  # in which it runs
+    _served = 0
 
     def __init__(self, service: Service, connection: Connection) -> None:
         self.service = service
         self.connection = connection
-        self.exchange: Exchange | None = None
-        self.reading = False
-        self.task: asyncio.Task[None] | None = None
-        self._served = 0
 
     @property
     def idle(self) -> bool:
@@ -11318,6 +11247,10 @@ class Server(Service):
     port is taken, and ConfigurationError for a damaged users.json.
     """
 
+    url = ""
+    _shutdown: Shutdown | None = None  # how it will end, once it runs
+    _max_connections = 0
+
     def __init__(
         self,
         api_key: str,
@@ -11347,7 +11280,6 @@ class Server(Service):
         super().__init__(api_key, limits)
         self.listen = listen
         self.port = port
-        self.url = ""
         report = logger.warning if log is None else log.report
         self.report = (lambda line: None) if log is None else report
         self.access = None if log is None else log.write
@@ -11356,7 +11288,9 @@ class Server(Service):
         self.pool = Pool(
             pool, affinity=affinity, limits=limits, report=report, debug=self.debug
         )
-        self.ledger = Ledger(self._usage_path(users, usage), report)
+        self._usage_is_wanted = usage not in (None, "-")
+        beside = os.path.join(os.path.dirname(users), "usage.jsonl")
+        self.ledger = Ledger(None if usage == "-" else usage or beside, report)
         self.metrics = Metrics(users=metrics_users)
         self.default_quotas = parse_quotas(default_limit) if default_limit else []
         self.agents_auth = agents_auth or "key"
@@ -11373,17 +11307,9 @@ class Server(Service):
         self._handlers: dict[Connection, RequestHandler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.AbstractServer] = []
-        self._shutdown: Shutdown | None = None  # how it will end, once it runs
-        self._max_connections = 0
 
     def __repr__(self) -> str:
         return f"<Server {self.url or 'not started'}>"
-
-    def _usage_path(self, users: str, usage: str | None) -> str | None:
-        """Where usage is written: beside the users, unless somebody says otherwise."""
-        self._usage_is_wanted = usage not in (None, "-")
-        beside = os.path.join(os.path.dirname(users), "usage.jsonl")
-        return None if usage == "-" else usage or beside
 
     # --- What answers
 
@@ -11528,8 +11454,7 @@ class Server(Service):
         for connection in list(self._handlers):
             connection.abort()
         self.pool.close()
-        if self._counts_usage():
-            await self.ledger.flush()
+        await self._flush_usage()
         await self.users.aclose()
         await asyncio.sleep(0)  # transports say goodbye in the next turn
         self.url = ""
@@ -11587,16 +11512,18 @@ class Server(Service):
             self.dismiss_agents()
 
     async def _write_usage(self) -> None:
-        """Write what was used, once somebody has a token or a limit."""
         while True:
             await asyncio.sleep(USAGE_FLUSH_INTERVAL)
-            if self._counts_usage():
-                await self.ledger.flush()
+            await self._flush_usage()
 
-    def _counts_usage(self) -> bool:
-        """Whether usage is written: a file that nobody needs surprises people."""
+    async def _flush_usage(self) -> None:
+        """Write what was used, if anybody has a token or a limit.
+
+        A file that nobody needs surprises people.
+        """
         limits = any(c.limit is not None for c in self.pool.controllers)
-        return self._usage_is_wanted or limits or bool(self.users.users)
+        if self._usage_is_wanted or limits or self.users.users:
+            await self.ledger.flush()
 
     async def _list_models(self) -> None:
         """Ask the upstreams for their models, now and each minute."""
