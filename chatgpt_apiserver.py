@@ -9198,22 +9198,15 @@ class Log:
             self._dropped = 0
         while waiting:
             size = waiting.rfind(b"\n", 0, self.PIECE_SIZE) + 1 or self.PIECE_SIZE
-            if not self._write(waiting[:size]):
-                with contextlib.suppress(RuntimeError):
-                    asyncio.get_running_loop().call_later(0.2, self.flush)
-                    self._scheduled = True
-                return
+            with contextlib.suppress(OSError, ValueError):  # closed: nobody to tell
+                if os.name == "posix" and not select.select([], [self._fd], [], 0)[1]:
+                    break
+                os.write(self._fd, waiting[:size])
             del waiting[:size]
-
-    def _write(self, data: bytearray) -> bool:
-        """Write one piece; False if that would have to wait."""
-        try:
-            if os.name == "posix" and not select.select([], [self._fd], [], 0)[1]:
-                return False
-            os.write(self._fd, data)
-        except (OSError, ValueError):  # closed: there is nobody to tell
-            pass
-        return True
+        if waiting:
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().call_later(0.2, self.flush)
+                self._scheduled = True
 
 
 class LogHandler(logging.Handler):
@@ -9275,26 +9268,22 @@ class Conversation:
               questions with their answers
     """
 
-    def __init__(self, agent_id: str | None, began_at: float) -> None:
+    def __init__(self, agent_id: str | None) -> None:
         self.agent_id = agent_id
-        self.used_at = began_at
+        self.used_at = time.monotonic()
         self.size = 0
         self.kept = True  # until it is forgotten
-        self._turns: dict[str, tuple[str, str, str]] = {}
+        self.turns: dict[str, tuple[str, str, str]] = {}  # parent, question, answer
 
-    def add(self, id: str, parent_id: str, question: str, answer: str) -> None:
-        """Keep an answer under its id, behind its parent."""
-        if id not in self._turns:  # an agent's has no texts here, and one id: ""
-            self.size += 200 + len(question) + len(answer)
-        self._turns[id] = (parent_id, question, answer)
-
-    def messages(self, id: str) -> list[dict[str, str]] | None:
-        """The chat up to an answer; None if there is no such answer."""
-        if id not in self._turns:
-            return None
+    def messages(self, id: str) -> list[dict[str, str]]:
+        """The chat up to an answer; [] where the agent has it.  APIError(404)."""
+        if self.agent_id is not None:
+            return []
+        if id not in self.turns:
+            raise APIError(404, "Conversation doesn't exist: no such parent_id")
         messages: list[dict[str, str]] = []
-        while id in self._turns:
-            id, question, answer = self._turns[id]
+        while id in self.turns:
+            id, question, answer = self.turns[id]
             messages.append({"role": "assistant", "content": answer})
             messages.append({"role": "user", "content": question})
         return messages[::-1]
@@ -9331,16 +9320,24 @@ class Conversations:
         if conversation is None or conversation.agent_id != agent_id:
             if conversation is not None:
                 self._forget((user_id, id))
-            conversation = Conversation(agent_id, time.monotonic())
-            self._kept[user_id, id] = conversation
+            conversation = self._kept[user_id, id] = Conversation(agent_id)
         return conversation
 
-    def add(self, conversation: Conversation, *turn: str) -> None:
-        """Conversation.add(), and what goes beyond the limits is forgotten."""
-        before = conversation.size
-        conversation.add(*turn)
-        if conversation.kept:  # and not forgotten while it was being answered
-            self._size += conversation.size - before
+    def add(
+        self,
+        conversation: Conversation,
+        id: str = "",  # of an agent's: it has the texts
+        parent_id: str = "",
+        question: str = "",
+        answer: str = "",
+    ) -> None:
+        """Keep an answer behind its parent; what is beyond the limits is forgotten."""
+        if id not in conversation.turns:
+            size = 200 + len(question) + len(answer)
+            conversation.size += size
+            if conversation.kept:  # and not forgotten while it was being answered
+                self._size += size
+        conversation.turns[id] = (parent_id, question, answer)
         limits = self._limits
         while self._kept and (
             len(self._kept) > limits.conversations
@@ -9462,16 +9459,12 @@ class Service:
         return self.ledger.limit_of(name, quotas) if quotas else None
 
     def hold(self, size: int) -> None:
-        """Take memory for a request's content; release() it.  APIError(503)."""
+        """Take memory for a request's content, or give it back.  APIError(503)."""
         if size > 0 and self.content_size + size > self.limits.total_content_size:
             raise APIError(
                 503, "Too much content is on its way in; try again.", retry_after=1
             )
         self.content_size += size
-
-    def release(self, size: int) -> None:
-        """The content is gone."""
-        self.content_size -= size
 
     def count(self, record: RequestRecord, path: str, user: User | None) -> None:
         """Tell who counts of a request that has ended.
@@ -9480,7 +9473,10 @@ class Service:
         user  whose it was, unless it was refused before begin_request()
         """
         self.journal.add(record)
-        known = self.known_model(record.model)
+        served = (
+            controller.serves(record.model) for controller in self.pool.controllers
+        )
+        known = record.model if NAMED in served else "other"
         self.metrics.observe(record, path, known)
         if user is not None:
             controller = record.attempts[-1][0] if record.attempts else ""
@@ -9519,11 +9515,6 @@ class Service:
             "agent_sha256": source_digest(),
             "controllers": controllers,
         }
-
-    def known_model(self, model: str) -> str:
-        """A model's name where a controller is known to have it, else "other"."""
-        known = any(c.serves(model) == NAMED for c in self.pool.controllers)
-        return model if known else "other"
 
     def gauges(self) -> Iterator[tuple[str, str, str, float]]:
         """What GET /metrics tells of this moment."""
@@ -9637,6 +9628,12 @@ _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
 # The last two speak to a proxy in front of us: send this file instead.
 _PRIVATE_RESPONSE_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
 _JSON_FIELDS = (("Content-Type", "application/json"),)
+# RFC 9110 sections 11.6.1, 12.5.3 and 15.5.22; RFC 6455 section 4.4.
+_ERROR_FIELDS = {
+    401: [("WWW-Authenticate", "Bearer")],
+    415: [("Accept-Encoding", "gzip, deflate")],
+    426: [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")],
+}
 _EVENT_FIELDS = (
     ("Content-Type", "text/event-stream; charset=utf-8"),
     ("Cache-Control", "no-cache"),
@@ -10058,24 +10055,17 @@ class Exchange:
 
     def send_error(self, error: APIError) -> None:
         """Send an error in the shape of its family of paths."""
-        status = error.status
-        fields = [*_JSON_FIELDS]
-        passed = error.upstream_status or 0
+        status, passed = error.status, error.upstream_status or 0
         if self.service.upstream_errors == "pass" and (passed == 429 or passed >= 500):
             status = passed
+        fields = [*_JSON_FIELDS, *_ERROR_FIELDS.get(status, ())]
         seconds = error.retry_after
         if seconds is not None and seconds <= 30:
             fields.append(("Retry-After", str(max(1, math.ceil(seconds)))))
         elif seconds is not None:
             fields.append(("x-should-retry", "false"))
-        if status == 401:
-            fields.append(("WWW-Authenticate", "Bearer"))
         if status == 405:
             fields.append(("Allow", self.allowed))
-        if status == 415:
-            fields.append(("Accept-Encoding", "gzip, deflate"))
-        if status == 426:  # RFC 9110 section 15.5.22; RFC 6455 section 4.4
-            fields += [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
         if self.path.startswith("/v1"):
             content = dialect_of(self.path).error_content(error)
         else:
@@ -10099,7 +10089,7 @@ class Exchange:
         service, call = self.service, self.call
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
-        service.release(self._held)
+        service.hold(-self._held)
         if call is not None and self.user is not None:
             service.end_request(self.user)
             del service.running_requests[self.record]
@@ -10382,6 +10372,7 @@ async def do_usage(exchange: Exchange) -> JSONObject | None:
 
 async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /api/ask: one question, one answer, perhaps in a conversation."""
+    assert exchange.user is not None
     question = body.get("content")
     if not isinstance(question, str) or not question:
         raise APIError(400, "'content' must be a text that is not empty.")
@@ -10395,7 +10386,13 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
         )
     ask = (question, conversation_id, parent_id)
     model = optional_text(body, "model")
-    conversation, messages = find_conversation(exchange, conversation_id, parent_id)
+    conversation, messages = None, []
+    if conversation_id:
+        kept = exchange.service.conversations
+        conversation = kept.find(exchange.user.user_id, conversation_id)
+        if conversation is None:
+            raise APIError(404, "Conversation doesn't exist")
+        messages = conversation.messages(parent_id)
     chat: JSONObject = {
         "messages": [*messages, {"role": "user", "content": question}],
         **({"model": model} if model else {}),
@@ -10419,24 +10416,6 @@ def optional_text(body: JSONObject, key: str) -> str:
     if not isinstance(value, str):
         raise APIError(400, f"{key!r} must be a string.")
     return value
-
-
-def find_conversation(
-    exchange: Exchange, id: str, parent_id: str
-) -> tuple[Conversation | None, list[dict[str, str]]]:
-    """The conversation that a question goes on with, and its chat if we keep it."""
-    assert exchange.user is not None
-    if not id:
-        return None, []
-    conversation = exchange.service.conversations.find(exchange.user.user_id, id)
-    if conversation is None:
-        raise APIError(404, "Conversation doesn't exist")
-    if conversation.agent_id is not None:
-        return conversation, []
-    messages = conversation.messages(parent_id)
-    if messages is None:
-        raise APIError(404, "Conversation doesn't exist: no such parent_id")
-    return conversation, messages
 
 
 def keep_answer(
@@ -10463,7 +10442,7 @@ def keep_answer(
         conversation_id = answer["conversation_id"]
         if 0 < len(conversation_id) <= 200:  # not what would fill the memory
             conversation = kept.keep(user_id, conversation_id, agent_id)
-            kept.add(conversation, "", "", "", "")
+            kept.add(conversation)
     else:
         response_id = str(uuid.uuid4())
         conversation_id = conversation_id or str(uuid.uuid4())
@@ -10978,7 +10957,13 @@ class RequestHandler:
                 request = await self._read_request()
                 if request is None:
                     break
-                self.exchange = exchange = self._exchange(request)
+                self._served += 1
+                self.exchange = exchange = Exchange(self.service, connection, request)
+                exchange.reply.close = (
+                    not request.keep_alive
+                    or self._served >= self.service.limits.keep_alive_requests
+                    or self.service.draining
+                )
                 await self._respond(exchange)
                 # Before the next request, or who pipelines and does not read would
                 # fill the memory; and before the end, which waits only a moment.
@@ -11058,16 +11043,6 @@ class RequestHandler:
         exchange.send_error(error)
         return exchange
 
-    def _exchange(self, request: Request) -> Exchange:
-        exchange = Exchange(self.service, self.connection, request)
-        self._served += 1
-        exchange.reply.close = (
-            not request.keep_alive
-            or self._served >= self.service.limits.keep_alive_requests
-            or self.service.draining
-        )
-        return exchange
-
     async def _respond(self, exchange: Exchange) -> None:
         """Answer one request, whatever happens, and log it."""
         reply = exchange.reply
@@ -11126,43 +11101,43 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
         found = socket.getaddrinfo(
             listen, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        addresses = list(dict.fromkeys((item[0], item[4][0]) for item in found))
+        addresses = list(dict.fromkeys((item[0], str(item[4][0])) for item in found))
     else:
         addresses = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
     sockets: list[socket.socket] = []
-    wanted = port
-    try:
-        for family, address in addresses:
-            try:
-                # With its protocol named, or asyncio does not set TCP_NODELAY on
-                # what it accepts: a second small write would wait 40 ms for an ACK.
-                sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-                sockets.append(sock)
-                if os.name == "posix":  # on Windows it would let two share a port
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    sock.setsockopt(
-                        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::"
-                    )
-                sock.bind((address, port))
-                sock.setblocking(False)
-                port = sock.getsockname()[1]
-            except OSError as error:
-                if (
-                    listen
-                    or family == socket.AF_INET
-                    or error.errno == errno.EADDRINUSE
-                ):
-                    reason = f"{error.strerror or error}: {address} port {port}"
-                    raise OSError(error.errno, reason) from None
-                sockets.pop().close()  # no IPv6 here
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        if wanted == 0 and len(sockets) > 1:  # free for one family only: once more
-            return open_sockets(listen, 0)
-        raise
+    for family, address in addresses:
+        same_port = sockets[0].getsockname()[1] if sockets else port
+        try:
+            sockets.append(bound_socket(family, address, same_port))
+        except OSError as error:
+            in_use = error.errno == errno.EADDRINUSE
+            if not listen and family == socket.AF_INET6 and not in_use:
+                continue  # no IPv6 here
+            for sock in sockets:
+                sock.close()
+            if sockets and port == 0:  # free for one family only: once more
+                return open_sockets(listen, 0)
+            reason = f"{error.strerror or error}: {address} port {same_port}"
+            raise OSError(error.errno, reason) from None
     return sockets
+
+
+def bound_socket(family: int, address: str, port: int) -> socket.socket:
+    """A socket that can listen."""
+    # With its protocol named, or asyncio does not set TCP_NODELAY on what it accepts:
+    # a second small write would wait 40 ms for an ACK.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":  # on Windows it would let two share a port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::")
+        sock.bind((address, port))
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def connection_limit(limits: Limits) -> int:
@@ -11345,26 +11320,23 @@ class Server(Service):
         self.ledger.load()
         if self.pool.tape is not None:
             self.pool.tape.load()
-        sockets = open_sockets(self.listen, self._wanted_port)
-        try:
+        listeners: list[asyncio.AbstractServer] = []
+        with contextlib.ExitStack() as opened:  # closed again if something fails
+            sockets = open_sockets(self.listen, self._wanted_port)
+            for sock in sockets:
+                opened.callback(sock.close)
             self.tls = self._tls_context()
             self._max_connections = connection_limit(self.limits)
             self._shutdown = Shutdown()
             self.draining = False
             for sock in sockets:
                 listener = await loop.create_server(
-                    self._new_connection,
-                    sock=sock,
-                    backlog=1024,
+                    self._new_connection, sock=sock, backlog=1024
                 )
-                self._listeners.append(listener)
-        except BaseException:
-            for opened in self._listeners:
-                opened.close()
-            self._listeners.clear()
-            for sock in sockets:
-                sock.close()
-            raise
+                listeners.append(listener)
+                opened.callback(listener.close)
+            opened.pop_all()
+        self._listeners = listeners
         self.use_agents_auth(self._agents_auth)
         address, self.port = sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, address)
