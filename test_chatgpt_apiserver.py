@@ -14311,6 +14311,23 @@ async def test_a_heartbeat_of_0_sends_no_comments(tmp_path):
         assert reply.content == chunk("Hi", "stop") + DONE
 
 
+@flow
+async def test_a_silence_in_a_stream_of_audio_gets_no_comment(tmp_path):
+    async def speak(request, writer):
+        head = (
+            b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\nContent-Length: 6\r\n\r\n"
+        )
+        writer.write(head + b"one")
+        await asyncio.sleep(0.1)
+        writer.write(b"two")
+
+    limits = Limits(heartbeat_interval=0.02)
+    async with pool_of(tmp_path, speak, limits=limits) as (server, _, _):
+        body = chat_body(stream=True)
+        reply = await ask(server.port, "POST", "/v1/audio/speech", body)
+        assert reply.status == 200 and reply.content == b"onetwo"
+
+
 # --- What one user can do to all
 
 
