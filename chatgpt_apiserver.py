@@ -38,11 +38,11 @@ The file reads downward; each section uses only what stands above it:
     Configuration            file, environment, command line; main
 
 A request goes one way down: Connection receives bytes, parse_request_head() makes
-a Request of them and RequestHandler an Exchange, follow_route() authenticates, reads
-the content and has a route make an APIRequest; Pool.call() finds a Controller, whose answer() asks an
-upstream (HTTPClient), an agent (its WebSocket) or a function.  It comes back the
-same way: Answer.read() gives bytes as they come, Call.read() judges and counts
-them, Reply writes them, and Exchange waits where the client is slow.
+a Request of them, RequestHandler an Exchange; follow_route() authenticates and reads
+the content, the route makes an APIRequest; Pool.call() finds a Controller, whose
+answer() asks an upstream (HTTPClient), an agent (its WebSocket) or a function.  It
+comes back the same way: Answer.read() gives bytes as they come, Call.read() judges
+and counts them, Reply writes them, and Exchange waits where the client is slow.
 
 The first event of a stream is awaited before the status goes out; until then a
 failure is answered by another controller, or by a true HTTP status.  A client that
@@ -9210,9 +9210,9 @@ class Log:
 
 
 class LogHandler(logging.Handler):
-    """Brings what goes to logging into a Log: one line, and where it was raised.
+    """Writes the records of logging to a Log: a line each, with the error's place.
 
-    Of exc_info only the type: an exception's text may hold what was asked.
+    An exception is named by its type alone: its text may quote a request.
     """
 
     def __init__(self, log: Log) -> None:
@@ -9257,8 +9257,8 @@ def _cached_word(text: str) -> str:
 # Service: what all requests share
 # -----------------------------------------------------------------------------
 #
-# Who may do what, which agents are there, which conversations are kept, and what has
-# been promised to the memory.  No sockets here, and no routes.
+# Keys and limits, agents, conversations, and the memory that requests hold.  No
+# sockets here, and no routes.
 
 
 class Conversation:
@@ -9290,10 +9290,10 @@ class Conversation:
 
 
 class Conversations:
-    """The conversations of /api/ask, by user and id; the least recently used go.
+    """The conversations of /api/ask, by user and id; the least recently used are dropped.
 
-    A conversation belongs to who began it: two agents may hand out the same id,
-    and nobody may read on in somebody else's.
+    A conversation belongs to the user who began it: two agents may hand out the same
+    id, and nobody may continue somebody else's.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -9420,7 +9420,7 @@ class Service:
         return self.users.find(token)
 
     def begin_request(self, user: User, limit: UsageLimit | None) -> None:
-        """Count a request of a user in; end_request() it.  Raise APIError: 429, 503."""
+        """Count a user's request until end_request().  Raise APIError: 429, 503."""
         if self.requests_in_flight >= self.limits.requests_in_flight:
             raise APIError(503, "The server is at its limit.", retry_after=1)
         running = self._running[user.user_id]
@@ -9442,14 +9442,14 @@ class Service:
         self.requests_in_flight += 1
 
     def end_request(self, user: User) -> None:
-        """Count it out again."""
+        """Count it no longer."""
         self.requests_in_flight -= 1
         self._running[user.user_id] -= 1
         if not self._running[user.user_id]:
             del self._running[user.user_id]
 
     def limit_of(self, user: User) -> UsageLimit | None:
-        """What a user may use; None for as much as there is."""
+        """A user's limit, or None."""
         quotas = self.default_quotas if user.quotas is None else user.quotas
         if user is self.admin:
             quotas = []
@@ -9467,7 +9467,7 @@ class Service:
         self.content_size += size
 
     def count(self, record: RequestRecord, path: str, user: User | None) -> None:
-        """Tell who counts of a request that has ended.
+        """Record a request that has ended: journal, metrics, ledger.
 
         path  for /metrics, where it is one of a few
         user  whose it was, unless it was refused before begin_request()
@@ -9493,10 +9493,10 @@ class Service:
         if now - made_at >= 1:
             running = [record().as_json() for record in reversed(self.running_requests)]
             lines = [*map(encode_json, running), *self.journal.encode()]
-            told = encode_json(self._describe(now))[:-1]
-            told += b', "requests": [' + b", ".join(lines) + b"]}"
-            if told != content:
-                content, etag = told, f'"{secrets.token_hex(8)}"'
+            new = encode_json(self._describe(now))[:-1]
+            new += b', "requests": [' + b", ".join(lines) + b"]}"
+            if new != content:
+                content, etag = new, f'"{secrets.token_hex(8)}"'
             self._status = (now, content, etag)
         return content, etag
 
@@ -9517,7 +9517,7 @@ class Service:
         }
 
     def gauges(self) -> Iterator[tuple[str, str, str, float]]:
-        """What GET /metrics tells of this moment."""
+        """The gauges of GET /metrics, as of now."""
         prefix, pool = Metrics.PREFIX, self.pool
         now = asyncio.get_running_loop().time()
         build = metric_labels(version=__version__)
@@ -9531,14 +9531,14 @@ class Service:
             state = c.describe(now)["state"]
             for each in ("ready", "busy", "cooling", "disabled", "paused"):
                 labels = metric_labels(controller=c.name, state=each)
-                told = "1 for the state that it is in."
-                yield f"{prefix}controller_state", told, labels, int(each == state)
+                help = "1 for the state that it is in."
+                yield f"{prefix}controller_state", help, labels, int(each == state)
         started = "Unix time of the start."
         yield "process_start_time_seconds", started, "", self.started
         yield from process_gauges()
 
     def cancel(self, request_id: str) -> bool:
-        """End the running requests of an id, a client's own or ours; False for none."""
+        """End the running requests with an id, the client's or ours; False for none."""
         running = self.running_requests.items()
         found = [end for record, end in running if record().request_id == request_id]
         words = "The server's administrator has cancelled this request."
@@ -9549,9 +9549,9 @@ class Service:
     # --- Agents
 
     def register(self, agent: AgentController, claimed_id: str) -> None:
-        """Take an agent in, under the id it remembers if that is its own.
+        """Add an agent, under the id that it remembers if that is its own.
 
-        An id is its own if nobody has it, or who has it registered with the same
+        An id is its own if nobody has it, or if whoever has it registered with the same
         credential: then the newer socket wins, for the older may be dead without
         anybody having noticed.
         """
@@ -9572,7 +9572,7 @@ class Service:
         self.pool.add(agent)
 
     def pause(self, id: str, paused: bool) -> bool:
-        """Take an agent out of turn, or back, also when it returns; False for none."""
+        """Pause or resume an agent, also one that will return; False if it is unknown."""
         agent = self.agents.get(id)
         if agent is None and id not in self.paused:
             return False
@@ -9584,13 +9584,13 @@ class Service:
         return True
 
     def unregister(self, agent: AgentController) -> None:
-        """Let an agent go, if it is still the one of its id."""
+        """Remove an agent; its id may be another's by now."""
         if self.agents.get(agent.id) is agent:
             del self.agents[agent.id]
         self.pool.remove(agent)
 
     def dismiss_agents(self) -> None:
-        """Let agents go whose token is no longer good: they would go on reading."""
+        """Disconnect agents whose token is no longer valid: they read prompts."""
         for agent in list(self.agents.values()):
             if agent.user is None or agent.user is self.admin:
                 continue
@@ -9782,7 +9782,7 @@ class Reply:
     # --- Heartbeats
 
     def start_heartbeat(self) -> None:
-        """Send comments into long silences from now on: proxies would hang up."""
+        """From now on, send a comment in each long silence: proxies would hang up."""
         interval = self.connection.limits.heartbeat_interval
         if self._heartbeat is None and interval:
             loop = self.connection.loop
@@ -9805,7 +9805,7 @@ class Reply:
         self._heartbeat = connection.loop.call_at(due, self._beat)
 
     def stop_heartbeat(self) -> None:
-        """Send no more of them."""
+        """Send no more comments."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
 
@@ -9860,7 +9860,7 @@ class Exchange:
 
     @property
     def query(self) -> dict[str, str]:
-        """What stands behind "?", by name; what is empty is not there."""
+        """The parameters behind "?", by name; empty ones are left out."""
         return dict(urllib.parse.parse_qsl(self.request.query))
 
     # --- Reading
@@ -9900,7 +9900,7 @@ class Exchange:
         return bytes(pieces)
 
     def _continue(self) -> None:
-        """Say that content is welcome to a client who waits to hear it."""
+        """Send 100 Continue to a client that waits for it."""
         expect = self.request.headers.get("expect")
         if expect is None or self.request.version == "HTTP/1.0":
             return
@@ -9935,7 +9935,7 @@ class Exchange:
     # --- Controllers' answers
 
     async def answer(self, request: APIRequest) -> None:
-        """Have the pool answer a request of the client's, and send what it says."""
+        """Have the pool answer a request of the client's, and send the answer."""
         request.headers = end_to_end(
             self.request.headers, _PRIVATE_REQUEST_FIELDS, _PRIVATE_REQUEST_PREFIXES
         )
@@ -9957,7 +9957,7 @@ class Exchange:
         self.reply.send(call.status, call.content, self._relayed_fields(call).items())
 
     async def relay(self, request: APIRequest) -> Call:
-        """Have the pool answer a request, and give the call it was, now ended.
+        """Have the pool answer a request; the call that is returned has ended.
 
         A stream has been sent as it came.  A whole answer is in call.content, for
         the caller to send.
@@ -10085,7 +10085,7 @@ class Exchange:
     # --- The end
 
     def end(self, counted_path: str) -> None:
-        """Give back what was taken; tell the log and who counts."""
+        """Release what it held, write the access line and record it."""
         service, call = self.service, self.call
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
@@ -10206,7 +10206,7 @@ _FOR_THE_ADMINISTRATOR = "This is for the administrator's key."
 
 
 def authorize(exchange: Exchange, who: Who, body: JSONObject) -> None:
-    """Let those pass whom a route serves, and know them as exchange.user.
+    """Check that whoever asks may use a route, and set exchange.user.
 
     Raise APIError: 401 for no or a wrong key, 403 for one that may not.
     """
@@ -10248,7 +10248,7 @@ def credentials(exchange: Exchange) -> list[str]:
 
 
 def admit_keyless(exchange: Exchange, who: Who) -> None:
-    """Let pass who may do without a key; APIError 401 or 403."""
+    """Accept a request without a key where that is allowed; APIError 401 or 403."""
     if who is Who.ADMIN:
         raise APIError(401, "Admin key not provided")
     if who in (Who.USER, Who.MONITOR):
@@ -10555,7 +10555,7 @@ def page_line(service: Service, user: User) -> JSONObject:
 
 
 def limits_left(service: Service, user: User) -> list[JSONObject]:
-    """What a user has used of each limit, and when it begins anew."""
+    """What a user has used of each limit, and when it is reset."""
     limit = service.limit_of(user)
     return [
         {
@@ -10665,9 +10665,9 @@ def find_controller(exchange: Exchange, body: JSONObject) -> Controller:
 
 
 async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/agents/pause {"id", "paused"}: it stays, and is not asked.
+    """POST /admin/agents/pause {"id", "paused"}: it stays connected, and gets no requests.
 
-    "paused" is true if it is not given; false puts the agent back in turn.
+    "paused" is true by default; false ends the pause.
     """
     id, paused = body.get("id"), body.get("paused", True)
     if not isinstance(id, str) or not isinstance(paused, bool):
@@ -10877,7 +10877,7 @@ def find_route(path: str) -> Route | None:
 
 
 async def follow_route(exchange: Exchange) -> None:
-    """Do what the table says of a path, then let its route answer."""
+    """Apply the policy of a request's route, then have the route answer."""
     request, path = exchange.request, exchange.path
     route = find_route(path)
     exchange.allowed = "GET, HEAD, OPTIONS" if route is None else route.allowed
@@ -10902,9 +10902,9 @@ async def follow_route(exchange: Exchange) -> None:
         arguments[0] = parse_object(content) if content.strip() else {}
     if route.who is Who.ADMIN:
         authorize(exchange, route.who, arguments[0] if arguments else {})
-    told = await route.answer(exchange, *arguments)
-    if told is not None:
-        exchange.reply.send(200, encode_json(told))
+    value = await route.answer(exchange, *arguments)
+    if value is not None:
+        exchange.reply.send(200, encode_json(value))
 
 
 def refuse_upgrade(exchange: Exchange) -> None:
