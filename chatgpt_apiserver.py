@@ -2349,35 +2349,67 @@ class ResponsesWriter(MessagesWriter):
         self._tell("completed", response=self._answer)
 
 
-def chat_messages(items: Any, system: Any = None) -> list[Any]:
+# A tool's call and its result: in messages parts of a message, in responses items
+# beside the messages.
+_CALLS = ("tool_use", "function_call", "custom_tool_call")
+_RESULTS = ("tool_result", "function_call_output", "custom_tool_call_output")
+_THOUGHTS = ("thinking", "redacted_thinking")  # a chat has no place for them
+
+
+def chat_messages(items: Any, system: Any = None) -> list[dict[str, Any]]:
     """Messages as a chat has them, out of a text or another dialect's items.
 
     system  what they stand beside, as a text or in parts
     """
-    messages: list[Any] = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = []
+    if system:
+        messages.append({"role": "system", "content": content_text(system)})
     if isinstance(items, str):
         messages.append({"role": "user", "content": items})
-    for item in as_list(items):
-        fields = as_object(item)
-        parts = map(as_object, as_list(fields.get("content")))
-        results = [part for part in parts if part.get("type") == "tool_result"]
-        texts = [content_text(result.get("content")) for result in results]
-        if fields.get("type") == "function_call_output":
-            messages.append({"role": "tool", "content": fields.get("output")})
-        elif results:
-            messages.append({"role": "tool", "content": "\n".join(texts)})
-        else:
-            messages.append(item)
+    for item in map(as_object, as_list(items)):
+        content = item.get("content")
+        parts = [*map(as_object, content)] if isinstance(content, list) else []
+        tools = [item, *parts]
+        calls = [_chat_call(tool) for tool in tools if tool.get("type") in _CALLS]
+        results = [_chat_result(tool) for tool in tools if tool.get("type") in _RESULTS]
+        messages += results
+        if parts:
+            other = (*_CALLS, *_RESULTS, *_THOUGHTS)
+            said = [part for part in parts if part.get("type") not in other]
+            content = content_text(said) if all("text" in p for p in said) else said
+        if "role" in item and (content or not parts):
+            messages.append({"role": item["role"], "content": content})
+        if calls and (not messages or messages[-1]["role"] != "assistant"):
+            messages.append({"role": "assistant", "content": None})
+        if calls:
+            messages[-1].setdefault("tool_calls", []).extend(calls)
     return messages
+
+
+def _chat_call(item: dict[str, Any]) -> dict[str, Any]:
+    arguments = item.get("arguments", item.get("input"))
+    if not isinstance(arguments, str):
+        arguments = encode_json(arguments).decode()
+    function = {"name": item.get("name"), "arguments": arguments}
+    id = item.get("call_id") or item.get("id")
+    return {"id": id, "type": "function", "function": function}
+
+
+def _chat_result(item: dict[str, Any]) -> dict[str, Any]:
+    id = item.get("call_id") or item.get("tool_use_id")
+    content = content_text(item.get("output", item.get("content")))
+    return {"role": "tool", "tool_call_id": id, "content": content}
 
 
 def chat_tools(tools: Any) -> list[Any]:
     """Tools as a chat has them, out of another dialect's."""
     found = []
     for tool in map(as_object, as_list(tools)):
+        function = {key: tool[key] for key in ("name", "description") if key in tool}
         parameters = tool.get("parameters") or tool.get("input_schema") or {}
-        function = {"name": tool.get("name"), "parameters": parameters}
-        found.append({"type": "function", "function": tool.get("function") or function})
+        function = tool.get("function") or {**function, "parameters": parameters}
+        if "name" in function:  # without one, it runs at the provider
+            found.append({"type": "function", "function": function})
     return found
 
 
@@ -6676,8 +6708,10 @@ class MockController(FunctionController):
         self, body: dict[str, Any], parameters: dict[str, str]
     ) -> AsyncGenerator[Any, None]:
         """Say again what was said last, word by word; given tools, call the first."""
-        messages = body.get("messages") or [{}]
-        last = messages[-1] if isinstance(messages[-1], dict) else {}
+        messages = [*map(as_object, as_list(body.get("messages")))] or [{}]
+        # Claude Code puts a system's message behind what was said.
+        said = [m for m in messages if m.get("role") not in ("system", "developer")]
+        last = (said or messages)[-1]
         text = content_text(last.get("content"))
         if body.get("tools") and last.get("role") != "tool":
             function = {"name": "tool", **(body["tools"][0].get("function") or {})}

@@ -9675,6 +9675,151 @@ async def test_a_tools_result_is_echoed_in_each_dialect(tmp_path):
             assert dialect_text(path, reply.json()) == "sunny"
 
 
+CLAUDE_CODE_TURN = {  # as Claude Code 2.1 sends it, but for what its texts say
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "<system-reminder>"},
+                {"type": "text", "text": "run", "cache_control": {"type": "ephemeral"}},
+            ],
+        },
+        {"role": "system", "content": "Available agent types"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm", "signature": "s"},
+                {"type": "text", "text": "I do."},
+                {"type": "tool_use", "id": "1", "name": "Bash", "input": {"a": 1}},
+                {"type": "tool_use", "id": "2", "name": "Bash", "input": {}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "1", "content": "one"},
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "2",
+                    "content": [{"type": "text", "text": "two"}],
+                },
+                {"type": "text", "text": "go on"},
+            ],
+        },
+    ],
+    "system": [{"type": "text", "text": "You are"}, {"type": "text", "text": "it."}],
+    "tools": [
+        {"name": "Bash", "description": "Runs", "input_schema": {"type": "object"}}
+    ],
+    "max_tokens": 32000,
+    "thinking": {"type": "adaptive"},
+    "output_config": {"effort": "high"},
+    "metadata": {"user_id": "{}"},
+}
+CODEX_TURN = {  # as Codex 0.171 sends it
+    "instructions": "You are\nit.",
+    "input": [
+        {
+            "type": "message",
+            "role": "user",
+            "content": [
+                {"type": "input_text", "text": "<system-reminder>"},
+                {"type": "input_text", "text": "run"},
+            ],
+        },
+        {
+            "type": "message",
+            "role": "system",
+            "content": [{"type": "input_text", "text": "Available agent types"}],
+        },
+        {"type": "reasoning", "summary": [], "encrypted_content": "e"},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "I do."}],
+        },
+        {
+            "type": "function_call",
+            "call_id": "1",
+            "name": "Bash",
+            "arguments": '{"a": 1}',
+        },
+        {"type": "custom_tool_call", "call_id": "2", "name": "Bash", "input": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "one"},
+        {
+            "type": "custom_tool_call_output",
+            "call_id": "2",
+            "output": [{"type": "input_text", "text": "two"}],
+        },
+        {"type": "message", "role": "user", "content": "go on"},
+    ],
+    "tools": [
+        {"type": "web_search", "external_web_access": False},
+        {
+            "type": "function",
+            "name": "Bash",
+            "description": "Runs",
+            "strict": False,
+            "parameters": {"type": "object"},
+        },
+    ],
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "k",
+}
+
+
+@flow
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/messages?beta=true", CLAUDE_CODE_TURN), ("/v1/responses", CODEX_TURN)],
+    ids=["claude-code", "codex"],
+)
+async def test_a_function_sees_a_coding_agents_turn_as_a_chat(tmp_path, path, body):
+    """Texts as strings, and tools' calls with the ids that their results name."""
+    seen = []
+
+    def turn(request):
+        seen.append((request["messages"], request["tools"]))
+        return "done"
+
+    async with serving(tmp_path, FunctionController(turn, models=["m"])) as server:
+        reply = await ask(server.port, "POST", path, {**body, "model": "m"})
+        assert reply.status == 200
+
+    def call(id, arguments):
+        function = {"name": "Bash", "arguments": arguments}
+        return {"id": id, "type": "function", "function": function}
+
+    calls = [call("1", '{"a": 1}'), call("2", "{}")]
+    function = {"name": "Bash", "description": "Runs", "parameters": {"type": "object"}}
+    assert seen == [
+        (
+            [
+                {"role": "system", "content": "You are\nit."},
+                {"role": "user", "content": "<system-reminder>\nrun"},
+                {"role": "system", "content": "Available agent types"},
+                {"role": "assistant", "content": "I do.", "tool_calls": calls},
+                {"role": "tool", "tool_call_id": "1", "content": "one"},
+                {"role": "tool", "tool_call_id": "2", "content": "two"},
+                {"role": "user", "content": "go on"},
+            ],
+            [{"type": "function", "function": function}],
+        )
+    ]
+
+
+@flow
+async def test_an_echo_passes_over_a_system_message_behind_what_was_said(tmp_path):
+    """Where Claude Code puts one."""
+    messages = CLAUDE_CODE_TURN["messages"][:2]
+    body = {"model": "mock/echo", "max_tokens": 9, "messages": messages}
+    async with serving(tmp_path) as server:
+        reply = await ask(server.port, "POST", "/v1/messages?beta=true", body)
+        text = dialect_text("/v1/messages", reply.json())
+        assert text == "<system-reminder>\nrun"
+
+
 @flow
 async def test_mock_embeddings_are_equal_for_equal_texts(tmp_path):
     async with serving(tmp_path) as server:
