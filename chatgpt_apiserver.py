@@ -2547,6 +2547,8 @@ class ResponsesDialect(Dialect):
 class AnthropicDialect(Dialect):
     """/v1/messages/...: whole answers, and the errors of the Anthropic API."""
 
+    messages = "messages"
+    system = "system"
     ERROR_TYPES: ClassVar = {
         **APIError.TYPES,
         402: "billing_error",
@@ -2570,14 +2572,13 @@ class MessagesDialect(AnthropicDialect):
     generates = True
     stream = MessagesStream
     writer = MessagesWriter
-    messages = "messages"
-    system = "system"
     error_event = "error"
 
 
 CHAT_PATH = "/v1/chat/completions"
 EMBEDDINGS_PATH = "/v1/embeddings"
 MESSAGES_PATH = "/v1/messages"
+COUNT_PATH = "/v1/messages/count_tokens"
 DIALECTS: dict[str, Dialect] = {
     CHAT_PATH: ChatDialect(b'"choices"'),
     "/v1/completions": CompletionsDialect(b'"choices"'),
@@ -6453,7 +6454,7 @@ class FunctionController(Controller):
         self._threads: ThreadPoolExecutor | None = None
 
     def answers(self, path: str) -> bool:
-        return dialect_of(path).generates
+        return dialect_of(path).generates or path == COUNT_PATH
 
     async def answer(self, request: APIRequest) -> Answer:
         model = request.model or next(iter(self.models or ()), self.name)
@@ -6461,6 +6462,10 @@ class FunctionController(Controller):
         body = {**request.dialect.chat(request.body), "model": model}
         question = messages_text(body.get("messages"))
         sent = estimate_tokens(question)
+        # Refused, Claude Code asks for one token of an answer, only to count.
+        if request.path == COUNT_PATH:
+            sent += estimate_tokens(_to_ascii(body["tools"])) if body["tools"] else 0
+            return WholeAnswer(encode_json({"input_tokens": sent}))
         writer = request.dialect.writer(self.head(model), sent)
         with time_limit(request.deadline, self._late()):
             result = await self._call(body)

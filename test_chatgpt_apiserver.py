@@ -9810,6 +9810,25 @@ async def test_a_function_sees_a_coding_agents_turn_as_a_chat(tmp_path, path, bo
 
 
 @flow
+async def test_a_function_is_not_called_to_count_tokens(tmp_path):
+    """Claude Code counts a part at a time: refused, it asks for answers to them."""
+    called = []
+    body = {"model": "m", "messages": [{"role": "user", "content": "x" * 400}]}
+    tools = [{"name": "t", "input_schema": {"type": "object", "title": "y" * 400}}]
+    path = "/v1/messages/count_tokens?beta=true"
+    controller = FunctionController(called.append, models=["m"])
+    async with serving(tmp_path, controller) as server:
+        for more, low in (({}, 100), ({"tools": tools}, 200), ({"system": "z"}, 100)):
+            reply = await ask(server.port, "POST", path, {**body, **more})
+            assert low <= reply.json()["input_tokens"] < low + 50
+            reply = await ask(
+                server.port, "POST", path, {**body, **more, "model": "mock/text"}
+            )
+            assert low <= reply.json()["input_tokens"] < low + 50
+    assert called == []
+
+
+@flow
 async def test_an_echo_passes_over_a_system_message_behind_what_was_said(tmp_path):
     """Where Claude Code puts one."""
     messages = CLAUDE_CODE_TURN["messages"][:2]
