@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import bisect
 import calendar
+import collections
 import contextlib
 import csv
 import email.utils
@@ -11567,6 +11569,97 @@ async def test_late_lines_of_others_count_in_their_own_hour(tmp_path, monkeypatc
     await one.flush()
     assert [used for _, used, _ in limits[0].state()] == [0, 0]
     assert ledger_requests(one) == 6
+
+
+class Homes:
+    """nginx's `hash $credential consistent`: 160 points for each server (ketama)."""
+
+    def __init__(self, servers):
+        points = {}
+        for server in servers:
+            start = zlib.crc32(server.replace(":", "\0").encode())
+            point = 0
+            for number in range(160):
+                before = point.to_bytes(4, "little")
+                point = zlib.crc32(before, start)
+                points.setdefault(point, server)
+        self._servers = [points[point] for point in sorted(points)]
+        self._points = sorted(points)
+
+    def of(self, credential):
+        at = bisect.bisect_left(self._points, zlib.crc32(credential.encode()))
+        return self._servers[at % len(self._servers)]
+
+
+INSTANCES = [f"127.0.0.{number}:18910" for number in range(1, 21)]
+
+
+def test_a_lost_instance_moves_its_own_credentials_alone():
+    """20 instances, 10,000 credentials."""
+    ring = Homes(INSTANCES)
+    # As nginx 1.22 answered when it was asked.
+    asked = "14 9 16 17 14 4 8 6 18 8"
+    homes = [ring.of(f"token-{n}") for n in range(10)]
+    assert homes == [f"127.0.0.{number}:18910" for number in asked.split()]
+    dice = random.Random(1)
+    tokens = [str(uuid.UUID(int=dice.getrandbits(128))) for _ in range(10_000)]
+    before = {token: ring.of(token) for token in tokens}
+    shares = collections.Counter(before.values())
+    assert len(shares) == 20 and max(shares.values()) < 1.35 * len(tokens) / 20
+    for lost in INSTANCES:
+        ring = Homes([server for server in INSTANCES if server != lost])
+        moved = {t: ring.of(t) for t in tokens if ring.of(t) != before[t]}
+        assert moved.keys() == {t for t in tokens if before[t] == lost}
+        # Nobody gets all of them: an instance that falls does not topple the next.
+        taken = collections.Counter(moved.values())
+        assert max(taken.values()) < len(moved) / 4
+
+
+@pytest.mark.parametrize("shared, users", [(False, 10_000), (True, 1000)])
+@flow
+async def test_what_a_limit_is_exceeded_by_when_an_instance_is_lost(
+    tmp_path, monkeypatch, shared, users
+):
+    """With a file for each machine a credential's second home counts anew, until the
+    first is back; with one file for all only what the lost one had not yet written is
+    used twice."""
+    monkeypatch.setattr(apiserver, "unix_time", lambda: NOON)
+    quotas = apiserver.parse_quotas("5 requests/day")
+    homes = Homes(INSTANCES)
+    first = {f"token-{n}": homes.of(f"token-{n}") for n in range(users)}
+    lost = INSTANCES[6]
+    used = collections.Counter()
+
+    def started(server):
+        return ledger(tmp_path / ("all" if shared else server.replace(":", "-")))
+
+    ledgers = {server: started(server) for server in INSTANCES}
+
+    async def turn(requests, homes, flush=True):
+        for token in first:
+            made = ledgers[homes.of(token)]
+            limit = made.limit_of(token, quotas)
+            for _ in range(requests):
+                if limit.over() is None:
+                    made.record(token, "m", "c", 0, apiserver.Usage(1))
+                    used[token] += 1
+        for made in (*ledgers.values(), *ledgers.values()) if flush else ():
+            await made.flush()
+
+    def use_of(moved):
+        return {used[token] for token, home in first.items() if (home == lost) is moved}
+
+    await turn(3, homes)
+    await turn(1, homes, flush=False)
+    del ledgers[lost]  # it is killed, and what it had not written is gone
+    left = Homes(ledgers)
+    await turn(9, left)
+    assert use_of(moved=False) == {5}
+    assert use_of(moved=True) == ({5 + 1} if shared else {4 + 5})
+    ledgers[lost] = started(lost)
+    await turn(9, homes)
+    assert use_of(moved=False) == {5}
+    assert use_of(moved=True) == ({5 + 1} if shared else {2 * 5 + 1})
 
 
 KILLED = """
