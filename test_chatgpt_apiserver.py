@@ -101,15 +101,50 @@ def run(work, timeout=20):
     return asyncio.run(asyncio.wait_for(work, timeout))
 
 
-def flow(test=None, *, timeout=20):
-    """Decorate an async test: it runs in an event loop of its own."""
+def flow(test=None, *, timeout=20, **options):
+    """Decorate an async test: it runs in an event loop of its own.
+
+    It may name as parameters what it needs, and finds it started: a `server` with
+    these options, an `upstream` behind it (or give `behave`, and `controller` for
+    its options), a `client` and a registered `agent` of the server.
+    """
     if test is None:
-        return functools.partial(flow, timeout=timeout)
+        return functools.partial(flow, timeout=timeout, **options)
+    signature = inspect.signature(test)
+    parts = signature.parameters.keys() & {"server", "upstream", "client", "agent"}
+
+    async def run_with_parts(tmp_path, arguments):
+        async with contextlib.AsyncExitStack() as stack:
+            if "upstream" in parts or "behave" in options:
+                work = handler_chat(tmp_path, **options)
+                server, upstream = await stack.enter_async_context(work)
+            else:
+                work = serving(tmp_path, **options)
+                server, upstream = await stack.enter_async_context(work), None
+            made = {"server": server, "upstream": upstream}
+            if "client" in parts:
+                client = Client(server.port)
+                made["client"] = await stack.enter_async_context(client)
+            if "agent" in parts:
+                agent = Agent(server.port)
+                made["agent"] = await stack.enter_async_context(agent)
+                await until(lambda: server.agents)
+            await test(**arguments, **{name: made[name] for name in parts})
 
     @functools.wraps(test)
-    def run_test(*args, **kwargs):
-        run(test(*args, **kwargs), timeout)
+    def run_test(**arguments):
+        if parts:
+            tmp_path = arguments["tmp_path"]
+            if "tmp_path" not in signature.parameters:
+                del arguments["tmp_path"]
+            run(run_with_parts(tmp_path, arguments), timeout)
+        else:
+            run(test(**arguments), timeout)
 
+    names = dict.fromkeys([*signature.parameters, *["tmp_path"] * bool(parts)])
+    kind = inspect.Parameter.KEYWORD_ONLY
+    asked = [inspect.Parameter(name, kind) for name in names if name not in parts]
+    run_test.__signature__ = signature.replace(parameters=asked)
     return run_test
 
 
@@ -2743,8 +2778,7 @@ FORM_FILE = ('Content-Disposition: form-data; name="file"; filename="model"', "I
     ],
 )
 @pytest.mark.parametrize(
-    "content_type",
-    [FORM, 'Multipart/Form-Data; charset=utf-8; BOUNDARY="B"'],
+    "content_type", [FORM, 'Multipart/Form-Data; charset=utf-8; BOUNDARY="B"']
 )
 def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type):
     for parts in ([FORM_FILE, (head, "alias")], [(head, "alias"), FORM_FILE]):
@@ -5090,10 +5124,7 @@ async def test_the_next_address_is_tried_when_the_first_is_dead():
             asked.append((host, port))
             return [*dead, "127.0.0.1"]
 
-        client = HTTPClient(
-            f"http://name.example:{upstream.port}",
-            resolve=resolve,
-        )
+        client = HTTPClient(f"http://name.example:{upstream.port}", resolve=resolve)
         began = time.monotonic()
         assert await get(client) == (200, b"ok")
         assert time.monotonic() - began < 3  # connect_timeout is 10
@@ -5510,22 +5541,12 @@ async def test_websocket_carries_messages_both_ways(tmp_path, tls):
             f"ws{'s' if tls else ''}://127.0.0.1:{port}/path",
             ca_file=str(tmp_path / "ca.pem") if tls else None,
         )
-        for message in [
-            "Hello",
-            "",
-            b"",
-            b"\x00\xff",
-            "é" * 40_000,
-            b"x" * 300_000,
-        ]:
+        for message in ["Hello", "", b"", b"\x00\xff", "é" * 40_000, b"x" * 300_000]:
             await websocket.send(message)
             assert await websocket.receive() == message
         await websocket.aclose(4001, "enough")
         assert websocket.connection.closing
-        assert (accepted[0].close_code, accepted[0].close_reason) == (
-            4001,
-            "enough",
-        )
+        assert (accepted[0].close_code, accepted[0].close_reason) == (4001, "enough")
         assert websocket.close_code == 4001
         with pytest.raises(ConnectionError):
             await websocket.send("late")
@@ -5546,10 +5567,7 @@ async def test_the_server_can_close_a_websocket_too():
     async with connection_server(serve) as port:
         websocket = await WebSocket.connect(f"ws://127.0.0.1:{port}")
         assert [message async for message in websocket] == ["last"]
-        assert (websocket.close_code, websocket.close_reason) == (
-            1001,
-            "going away",
-        )
+        assert (websocket.close_code, websocket.close_reason) == (1001, "going away")
         await websocket.aclose()
         await asyncio.wait_for(closed.wait(), 5)
         await until(lambda: websocket.connection.lost)
@@ -9391,11 +9409,7 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
             for _ in range(4):
                 reply = await chat(server, stream=stream)
                 assert reply.status == 418
-                error = {
-                    "message": "tea only",
-                    "type": "teapot",
-                    "param": "messages",
-                }
+                error = {"message": "tea only", "type": "teapot", "param": "messages"}
                 assert chat_error(reply) == {**error, "code": "tea"}
             assert (await controller_line(server, "first"))["state"] == "ready"
 
@@ -9530,26 +9544,23 @@ async def test_a_function_that_hangs_is_given_up_at_the_requests_deadline(tmp_pa
 
 
 @flow
-async def test_mocks_answer_by_name_only(tmp_path):
-    async with serving(tmp_path) as server:
-        assert (
-            chat_text(await chat(server, "Say this", model="mock/echo")) == "Say this"
-        )
-        reply = await chat(server, model="gpt-4o")
-        assert reply.status == 404 and "agent" in chat_error(reply)["message"]
-        reply = await ask(server.port, "POST", "/api/ask", {"content": "Hi"})
-        assert reply.status == 503
-        assert reply.json()["error"].startswith("No available clients")
-        reply = await chat(server, model="mock/429")
-        assert reply.status == 429 and reply.headers["retry-after"] == "1"
-        assert (await chat(server, model="mock/500")).status == 500
-        assert (await chat(server, model="mock/slow?seconds=0")).status == 200
-        assert (await chat(server, model="mock/slow?seconds=x")).status == 400
-        reply = await chat(server, model="mock/slow?second=1")
-        assert reply.status == 400 and "'second'" in chat_error(reply)["message"]
-        reply = await chat(server, model="mock/cut?events=2", stream=True)
-        assert reply.events()[-1].startswith('{"error"') and len(reply.events()) == 3
-        assert (await controller_line(server, "mock"))["state"] == "ready"
+async def test_mocks_answer_by_name_only(server):
+    assert chat_text(await chat(server, "Say this", model="mock/echo")) == "Say this"
+    reply = await chat(server, model="gpt-4o")
+    assert reply.status == 404 and "agent" in chat_error(reply)["message"]
+    reply = await ask(server.port, "POST", "/api/ask", {"content": "Hi"})
+    assert reply.status == 503
+    assert reply.json()["error"].startswith("No available clients")
+    reply = await chat(server, model="mock/429")
+    assert reply.status == 429 and reply.headers["retry-after"] == "1"
+    assert (await chat(server, model="mock/500")).status == 500
+    assert (await chat(server, model="mock/slow?seconds=0")).status == 200
+    assert (await chat(server, model="mock/slow?seconds=x")).status == 400
+    reply = await chat(server, model="mock/slow?second=1")
+    assert reply.status == 400 and "'second'" in chat_error(reply)["message"]
+    reply = await chat(server, model="mock/cut?events=2", stream=True)
+    assert reply.events()[-1].startswith('{"error"') and len(reply.events()) == 3
+    assert (await controller_line(server, "mock"))["state"] == "ready"
 
 
 DIALECT_REQUESTS = {
@@ -9571,37 +9582,35 @@ def dialect_text(path, answer):
 @pytest.mark.parametrize("model", ["mock/echo", "shout"])
 @pytest.mark.parametrize("path", DIALECT_REQUESTS)
 @flow
-async def test_a_text_becomes_an_answer_in_each_dialect(tmp_path, path, model):
-    async with serving(tmp_path) as server:
+async def test_a_text_becomes_an_answer_in_each_dialect(server, path, model):
+    @server.model("shout")
+    def shout(request):
+        return request["messages"][-1]["content"].upper()
 
-        @server.model("shout")
-        def shout(request):
-            return request["messages"][-1]["content"].upper()
-
-        expected = "Hello you" if model == "mock/echo" else "HELLO YOU"
-        body = {"model": model, "max_tokens": 9, **DIALECT_REQUESTS[path]}
-        whole = await ask(server.port, "POST", path, body)
-        assert whole.status == 200
-        assert dialect_text(path, whole.json()) == expected
-        assert whole.json()["usage"]
-        reply = await ask(server.port, "POST", path, {**body, "stream": True})
-        assert reply.status == 200 and reply.whole
-        text = ""
-        for event in (line for line in reply.content.decode().split("\n\n") if line):
-            data = event.split("data: ")[1]
-            chunk = {} if data == "[DONE]" else json.loads(data)
-            if path == "/v1/completions":
-                text += (chunk.get("choices") or [{"text": ""}])[0]["text"]
-            else:
-                assert event.startswith(f"event: {chunk['type']}\n")
-                piece = chunk.get("delta", "")
-                text += piece if isinstance(piece, str) else piece.get("text", "")
-        assert text == expected
+    expected = "Hello you" if model == "mock/echo" else "HELLO YOU"
+    body = {"model": model, "max_tokens": 9, **DIALECT_REQUESTS[path]}
+    whole = await ask(server.port, "POST", path, body)
+    assert whole.status == 200
+    assert dialect_text(path, whole.json()) == expected
+    assert whole.json()["usage"]
+    reply = await ask(server.port, "POST", path, {**body, "stream": True})
+    assert reply.status == 200 and reply.whole
+    text = ""
+    for event in (line for line in reply.content.decode().split("\n\n") if line):
+        data = event.split("data: ")[1]
+        chunk = {} if data == "[DONE]" else json.loads(data)
+        if path == "/v1/completions":
+            text += (chunk.get("choices") or [{"text": ""}])[0]["text"]
+        else:
+            assert event.startswith(f"event: {chunk['type']}\n")
+            piece = chunk.get("delta", "")
+            text += piece if isinstance(piece, str) else piece.get("text", "")
+    assert text == expected
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @flow
-async def test_a_mock_calls_tools_in_each_dialect(tmp_path, stream):
+async def test_a_mock_calls_tools_in_each_dialect(server, stream):
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     messages = [{"role": "user", "content": "Paris"}]
     tools = {
@@ -9610,13 +9619,12 @@ async def test_a_mock_calls_tools_in_each_dialect(tmp_path, stream):
             {"type": "function", "name": "weather", "parameters": schema}
         ],
     }
-    async with serving(tmp_path) as server:
-        for path, offered in tools.items():
-            body = {"model": "mock/echo", "messages": messages, "input": "Paris"}
-            body = {**body, "tools": offered, "stream": stream, "max_tokens": 9}
-            text = (await ask(server.port, "POST", path, body)).content.decode()
-            assert '"weather"' in text and "city" in text and "Paris" in text
-            assert ("tool_use" in text) == (path == "/v1/messages")
+    for path, offered in tools.items():
+        body = {"model": "mock/echo", "messages": messages, "input": "Paris"}
+        body = {**body, "tools": offered, "stream": stream, "max_tokens": 9}
+        text = (await ask(server.port, "POST", path, body)).content.decode()
+        assert '"weather"' in text and "city" in text and "Paris" in text
+        assert ("tool_use" in text) == (path == "/v1/messages")
 
 
 @flow
@@ -9659,7 +9667,7 @@ async def test_a_made_streams_usage_is_sent_only_to_who_asked(tmp_path):
 
 
 @flow
-async def test_a_tools_result_is_echoed_in_each_dialect(tmp_path):
+async def test_a_tools_result_is_echoed_in_each_dialect(server):
     result = {"type": "tool_result", "tool_use_id": "t", "content": "sunny"}
     asked = {
         "/v1/messages": {"messages": [{"role": "user", "content": [result]}]},
@@ -9669,12 +9677,11 @@ async def test_a_tools_result_is_echoed_in_each_dialect(tmp_path):
             ]
         },
     }
-    async with serving(tmp_path) as server:
-        for path, body in asked.items():
-            tools = [{"type": "function", "name": "f"}]
-            body = {**body, "model": "mock/echo", "max_tokens": 9, "tools": tools}
-            reply = await ask(server.port, "POST", path, body)
-            assert dialect_text(path, reply.json()) == "sunny"
+    for path, body in asked.items():
+        tools = [{"type": "function", "name": "f"}]
+        body = {**body, "model": "mock/echo", "max_tokens": 9, "tools": tools}
+        reply = await ask(server.port, "POST", path, body)
+        assert dialect_text(path, reply.json()) == "sunny"
 
 
 CLAUDE_CODE_TURN = {  # as Claude Code 2.1 sends it, but for what its texts say
@@ -9842,42 +9849,39 @@ async def test_an_echo_passes_over_a_system_message_behind_what_was_said(tmp_pat
 
 
 @flow
-async def test_mock_embeddings_are_equal_for_equal_texts(tmp_path):
-    async with serving(tmp_path) as server:
-        body = {"model": "mock/echo", "input": ["a", "b", "a"]}
-        data = (await ask(server.port, "POST", "/v1/embeddings", body)).json()["data"]
-        one, two, three = (item["embedding"] for item in data)
-        assert one == three != two and len(one) == 8
-        body["encoding_format"] = "base64"
-        data = (await ask(server.port, "POST", "/v1/embeddings", body)).json()["data"]
-        packed = struct.unpack("<8f", base64.b64decode(data[0]["embedding"]))
-        assert packed == pytest.approx(one, abs=1e-6)
+async def test_mock_embeddings_are_equal_for_equal_texts(server):
+    body = {"model": "mock/echo", "input": ["a", "b", "a"]}
+    data = (await ask(server.port, "POST", "/v1/embeddings", body)).json()["data"]
+    one, two, three = (item["embedding"] for item in data)
+    assert one == three != two and len(one) == 8
+    body["encoding_format"] = "base64"
+    data = (await ask(server.port, "POST", "/v1/embeddings", body)).json()["data"]
+    packed = struct.unpack("<8f", base64.b64decode(data[0]["embedding"]))
+    assert packed == pytest.approx(one, abs=1e-6)
 
 
 @flow
-async def test_mock_embeddings_wait_refuse_and_break_off_as_in_a_chat(tmp_path):
+async def test_mock_embeddings_wait_refuse_and_break_off_as_in_a_chat(server):
     async def asked(model):
         body = {"model": model, "input": "a"}
         return await ask(server.port, "POST", "/v1/embeddings", body)
 
-    async with serving(tmp_path) as server:
-        began = time.monotonic()
-        assert (await asked("mock/slow?seconds=0.1")).status == 200
-        assert time.monotonic() - began >= 0.1
-        times = [(await asked("mock/429?times=1")).status for _ in range(2)]
-        assert times == [429, 200]
-        for model, status in (
-            ("mock/429", 429), ("mock/500", 500), ("mock/cut", 500),
-            ("mock/garbage", 500), ("mock/echo?x=1", 400), ("mock/slow?seconds=x", 400),
-        ):  # fmt: skip
-            assert (await asked(model)).status == status
+    began = time.monotonic()
+    assert (await asked("mock/slow?seconds=0.1")).status == 200
+    assert time.monotonic() - began >= 0.1
+    times = [(await asked("mock/429?times=1")).status for _ in range(2)]
+    assert times == [429, 200]
+    for model, status in (
+        ("mock/429", 429), ("mock/500", 500), ("mock/cut", 500),
+        ("mock/garbage", 500), ("mock/echo?x=1", 400), ("mock/slow?seconds=x", 400),
+    ):  # fmt: skip
+        assert (await asked(model)).status == status
 
 
 @flow
-async def test_a_mock_that_says_nothing_says_an_empty_text(tmp_path):
-    async with serving(tmp_path) as server:
-        body = chat_body(model="mock/text?text=")
-        assert chat_text(await ask(server.port, "POST", CHAT_URL, body)) == ""
+async def test_a_mock_that_says_nothing_says_an_empty_text(server):
+    body = chat_body(model="mock/text?text=")
+    assert chat_text(await ask(server.port, "POST", CHAT_URL, body)) == ""
 
 
 # --- Slow and stalled clients
@@ -10861,29 +10865,27 @@ async def test_status_tells_of_the_ask_api_and_not_of_other_routes(tmp_path):
 
 
 @flow
-async def test_status_is_one_snapshot_a_second_and_known_by_its_etag(tmp_path):
-    async with serving(tmp_path) as server:
-        first = await ask(server.port, "GET", "/admin/status")
-        await chat(server, model="mock/echo")
-        second = await ask(server.port, "GET", "/admin/status")
-        assert second.content == first.content
-        async with Client(server.port) as client:
-            for etag in (first.headers["etag"], f'"x", W/{first.headers["etag"]}'):
-                known = [("If-None-Match", etag)]
-                reply = await client.request("GET", "/admin/status", headers=known)
-                assert (reply.status, reply.content) == (304, b"")
+async def test_status_is_one_snapshot_a_second_and_known_by_its_etag(server):
+    first = await ask(server.port, "GET", "/admin/status")
+    await chat(server, model="mock/echo")
+    second = await ask(server.port, "GET", "/admin/status")
+    assert second.content == first.content
+    async with Client(server.port) as client:
+        for etag in (first.headers["etag"], f'"x", W/{first.headers["etag"]}'):
+            known = [("If-None-Match", etag)]
+            reply = await client.request("GET", "/admin/status", headers=known)
+            assert (reply.status, reply.content) == (304, b"")
 
 
 @flow
-async def test_status_and_cancelling_are_for_the_administrator(tmp_path):
-    async with serving(tmp_path) as server:
-        token = await add_user(server)
-        for key, status in ((token, 403), ("wrong", 401), (None, 401)):
-            reply = await ask(server.port, "GET", "/admin/status", key=key)
-            assert reply.status == status
-            body = {"request_id": "x"}
-            path = "/admin/requests/cancel"
-            assert (await ask(server.port, "POST", path, body, key)).status == status
+async def test_status_and_cancelling_are_for_the_administrator(server):
+    token = await add_user(server)
+    for key, status in ((token, 403), ("wrong", 401), (None, 401)):
+        reply = await ask(server.port, "GET", "/admin/status", key=key)
+        assert reply.status == status
+        body = {"request_id": "x"}
+        path = "/admin/requests/cancel"
+        assert (await ask(server.port, "POST", path, body, key)).status == status
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -11148,32 +11150,28 @@ class Tab:
 
 
 @flow(timeout=60)
-async def test_page_signs_in_and_out_and_says_when_a_key_is_wrong(tmp_path, browser):
-    async with serving(tmp_path) as server:
-        async with Tab(browser, server.url) as tab:
-            await tab.sign_in("wrong")
-            await tab.sees("Invalid")
-            await tab.sign_in()
-            await tab.sees("nothing is connected")
-            assert await tab.js("sessionStorage.getItem('key')") == KEY
-            await tab.click("#leave")
-            await tab.sees("Signed out.")
-            assert await tab.js("sessionStorage.getItem('key')") is None
-            assert tab.complaints == []
+async def test_page_signs_in_and_out_and_says_when_a_key_is_wrong(server, browser):
+    async with Tab(browser, server.url) as tab:
+        await tab.sign_in("wrong")
+        await tab.sees("Invalid")
+        await tab.sign_in()
+        await tab.sees("nothing is connected")
+        assert await tab.js("sessionStorage.getItem('key')") == KEY
+        await tab.click("#leave")
+        await tab.sees("Signed out.")
+        assert await tab.js("sessionStorage.getItem('key')") is None
+        assert tab.complaints == []
 
 
 @flow(timeout=60)
-async def test_page_shows_a_user_with_a_token_no_more_than_may_be_seen(
-    tmp_path, browser
-):
-    async with serving(tmp_path) as server:
-        token = await add_user(server)
-        async with Tab(browser, server.url) as tab:
-            await tab.sign_in(token)
-            await tab.sees("Try it")
-            text = await tab.js("document.body.innerText")
-            assert "Overview" not in text and "Users" not in text
-            assert tab.complaints == []
+async def test_page_shows_a_user_with_a_token_no_more_than_may_be_seen(server, browser):
+    token = await add_user(server)
+    async with Tab(browser, server.url) as tab:
+        await tab.sign_in(token)
+        await tab.sees("Try it")
+        text = await tab.js("document.body.innerText")
+        assert "Overview" not in text and "Users" not in text
+        assert tab.complaints == []
 
 
 @flow(timeout=60)
@@ -11195,46 +11193,44 @@ async def test_page_shows_a_controller_that_fails_and_cools(tmp_path, browser):
 
 
 @flow(timeout=60)
-async def test_page_cancels_a_running_request(tmp_path, browser):
-    async with serving(tmp_path) as server, Client(server.port) as client:
-        async with Tab(browser, server.url) as tab:
-            await tab.sign_in()
-            body = chat_body(model="mock/slow?seconds=60")
-            client.send(request_bytes("POST", CHAT_URL, body))
-            await tab.sees("running, ")
-            await tab.click("#calls .cancel:not([hidden])")
-            await tab.sees("503 cancelled")
-            assert (await client.read_reply()).status == 503
-            assert tab.complaints == []
+async def test_page_cancels_a_running_request(server, client, browser):
+    async with Tab(browser, server.url) as tab:
+        await tab.sign_in()
+        body = chat_body(model="mock/slow?seconds=60")
+        client.send(request_bytes("POST", CHAT_URL, body))
+        await tab.sees("running, ")
+        await tab.click("#calls .cancel:not([hidden])")
+        await tab.sees("503 cancelled")
+        assert (await client.read_reply()).status == 503
+        assert tab.complaints == []
 
 
 @flow(timeout=60)
-async def test_page_adds_a_user_whose_token_works_and_deletes_it(tmp_path, browser):
-    async with serving(tmp_path) as server:
-        url = f"http://elsewhere.test:{server.port}/#users"
-        async with Tab(browser, url) as tab:
-            assert await tab.js("isSecureContext") is False
-            await tab.sign_in()
-            await tab.click("#add_user")
-            await tab.fill("#account [name=name]", "ada")
-            await tab.fill("#account [name=limit]", "4 requests/day")
-            await tab.click("#account .main")
-            await tab.sees("A token for ada")
-            token = await tab.js("document.querySelector('#result pre').textContent")
-            reply = await chat(server, key=token, model="mock/echo")
-            assert reply.status == 200
-            await tab.click("#result button")
-            await tab.sees("0 of 4 requests/day")
-            await tab.click('a[href="#usage"]')
-            await tab.sees("mock/echo")
-            await tab.click('a[href="#users"]')
-            await tab.sees("1 of 4 requests/day")
-            await tab.js("window.confirm = () => true")
-            await tab.click("#people .delete")
-            await tab.until("!document.querySelector('#people tbody')")
-            reply = await ask(server.port, "GET", "/v1/models", key=token)
-            assert reply.status == 401
-            assert tab.complaints == []
+async def test_page_adds_a_user_whose_token_works_and_deletes_it(server, browser):
+    url = f"http://elsewhere.test:{server.port}/#users"
+    async with Tab(browser, url) as tab:
+        assert await tab.js("isSecureContext") is False
+        await tab.sign_in()
+        await tab.click("#add_user")
+        await tab.fill("#account [name=name]", "ada")
+        await tab.fill("#account [name=limit]", "4 requests/day")
+        await tab.click("#account .main")
+        await tab.sees("A token for ada")
+        token = await tab.js("document.querySelector('#result pre').textContent")
+        reply = await chat(server, key=token, model="mock/echo")
+        assert reply.status == 200
+        await tab.click("#result button")
+        await tab.sees("0 of 4 requests/day")
+        await tab.click('a[href="#usage"]')
+        await tab.sees("mock/echo")
+        await tab.click('a[href="#users"]')
+        await tab.sees("1 of 4 requests/day")
+        await tab.js("window.confirm = () => true")
+        await tab.click("#people .delete")
+        await tab.until("!document.querySelector('#people tbody')")
+        reply = await ask(server.port, "GET", "/v1/models", key=token)
+        assert reply.status == 401
+        assert tab.complaints == []
 
 
 @flow(timeout=60)
@@ -11293,14 +11289,13 @@ async def test_page_says_how_a_machine_joins_and_when_it_has(tmp_path, browser):
 
 
 @flow(timeout=60)
-async def test_page_says_when_the_server_is_silent(tmp_path, browser):
-    async with serving(tmp_path) as server:
-        async with Tab(browser, server.url) as tab:
-            await tab.sign_in()
-            await tab.sees("nothing is connected")
-            await server.shutdown()
-            await tab.until("document.body.className === 'stale'")
-            await tab.sees("no answer for ")
+async def test_page_says_when_the_server_is_silent(server, browser):
+    async with Tab(browser, server.url) as tab:
+        await tab.sign_in()
+        await tab.sees("nothing is connected")
+        await server.shutdown()
+        await tab.until("document.body.className === 'stale'")
+        await tab.sees("no answer for ")
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -11327,7 +11322,7 @@ async def test_page_takes_any_name_as_text_and_stays_as_wide_as_it_is(
 
 
 @flow(timeout=60)
-async def test_page_works_below_a_proxys_path(tmp_path, browser):
+async def test_page_works_below_a_proxys_path(server, browser):
     """As behind nginx with `location /llm/ { proxy_pass http://server/; }`."""
 
     async def forward(reader, writer):
@@ -11343,16 +11338,15 @@ async def test_page_works_below_a_proxys_path(tmp_path, browser):
         writer.close()
         back.close()
 
-    async with serving(tmp_path) as server:
-        proxy = await asyncio.start_server(forward, "127.0.0.1", 0)
-        port = proxy.sockets[0].getsockname()[1]
-        async with Tab(browser, f"http://127.0.0.1:{port}/llm/") as tab:
-            await tab.sign_in()
-            await tab.sees("nothing is connected")
-            await tab.js("location.hash = '#try'")
-            await tab.until(f"curl.textContent.includes(':{port}/llm/v1/chat')")
-            assert tab.complaints == []
-        proxy.close()
+    proxy = await asyncio.start_server(forward, "127.0.0.1", 0)
+    port = proxy.sockets[0].getsockname()[1]
+    async with Tab(browser, f"http://127.0.0.1:{port}/llm/") as tab:
+        await tab.sign_in()
+        await tab.sees("nothing is connected")
+        await tab.js("location.hash = '#try'")
+        await tab.until(f"curl.textContent.includes(':{port}/llm/v1/chat')")
+        assert tab.complaints == []
+    proxy.close()
 
 
 # --- Limits, and what was used
@@ -11945,63 +11939,59 @@ async def test_a_user_has_only_its_own_models(tmp_path):
 
 @flow
 async def test_a_token_ends_with_its_time_and_a_rotated_one_with_its(
-    tmp_path, monkeypatch
+    server, monkeypatch
 ):
     clock = [1_800_000_000.0]
-    async with serving(tmp_path) as server:
-        users = server.users
-        monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
-        ending = await users.add(expires="2027-01-15T08:01:00Z")  # in a minute
-        old = await users.add(name="ada")
-        new = await users.update(old.user_id, {"rotate": 60})
-        tokens = (ending.token, old.token, new.token)
-        assert [await models_status(server, t) for t in tokens] == [200, 200, 200]
-        clock[0] += 61
-        assert [await models_status(server, t) for t in tokens] == [401, 401, 200]
-        reply = await ask(server.port, "GET", "/v1/models", key=ending.token)
-        assert "expired at 2027-01-15" in chat_error(reply)["message"]
+    users = server.users
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    ending = await users.add(expires="2027-01-15T08:01:00Z")  # in a minute
+    old = await users.add(name="ada")
+    new = await users.update(old.user_id, {"rotate": 60})
+    tokens = (ending.token, old.token, new.token)
+    assert [await models_status(server, t) for t in tokens] == [200, 200, 200]
+    clock[0] += 61
+    assert [await models_status(server, t) for t in tokens] == [401, 401, 200]
+    reply = await ask(server.port, "GET", "/v1/models", key=ending.token)
+    assert "expired at 2027-01-15" in chat_error(reply)["message"]
 
 
 @flow
-async def test_an_agent_goes_when_its_token_ends(tmp_path, monkeypatch):
-    async with serving(tmp_path) as server:
-        user = await server.users.add(role="agent", expires="2099-01-01")
-        path = f"/k/{user.token}/client/register"
-        async with Agent(server.port, path) as agent:
-            await until(lambda: server.agents)
-            monkeypatch.setattr(apiserver, "unix_time", lambda: 4.2e9)
-            event = await agent.event()
-            assert event[0] == Opcode.CLOSE and not server.agents
+async def test_an_agent_goes_when_its_token_ends(server, monkeypatch):
+    user = await server.users.add(role="agent", expires="2099-01-01")
+    path = f"/k/{user.token}/client/register"
+    async with Agent(server.port, path) as agent:
+        await until(lambda: server.agents)
+        monkeypatch.setattr(apiserver, "unix_time", lambda: 4.2e9)
+        event = await agent.event()
+        assert event[0] == Opcode.CLOSE and not server.agents
 
 
 async def models_status(server, token):
     return (await ask(server.port, "GET", "/v1/models", key=token)).status
 
 
-@flow
-async def test_only_digests_of_tokens_are_kept_if_that_is_wanted(tmp_path):
-    async with serving(tmp_path, store="sha256") as server:
-        reply = await ask(server.port, "POST", "/admin/users/add", {"admin_key": KEY})
-        token = reply.json()["token"]
-        digest = apiserver.token_digest(token).hex()
-        text = (tmp_path / "users.json").read_text()
-        assert digest in text and token not in text
-        assert await models_status(server, token) == 200
-        listed = (await ask(server.port, "GET", "/admin/users")).content.decode()
-        assert digest[:8] in listed and digest[:9] not in listed
+@flow(store="sha256")
+async def test_only_digests_of_tokens_are_kept_if_that_is_wanted(tmp_path, server):
+    reply = await ask(server.port, "POST", "/admin/users/add", {"admin_key": KEY})
+    token = reply.json()["token"]
+    digest = apiserver.token_digest(token).hex()
+    text = (tmp_path / "users.json").read_text()
+    assert digest in text and token not in text
+    assert await models_status(server, token) == 200
+    listed = (await ask(server.port, "GET", "/admin/users")).content.decode()
+    assert digest[:8] in listed and digest[:9] not in listed
 
 
 @flow
-async def test_a_name_means_one_user(tmp_path):
-    async with serving(tmp_path) as server:
-        users = server.users
-        ada = await users.add(name="ada")
-        for name in ("ada", "admin"):
-            with pytest.raises(APIError, match="is taken"):
-                await users.add(name=name)
-        await users.update(ada.user_id, {"name": "ada", "limit": "1 tokens/day"})
-        with pytest.raises(APIError, match="nonsense: unknown field"):
-            await users.update(ada.user_id, {"nonsense": 1})
+async def test_a_name_means_one_user(server):
+    users = server.users
+    ada = await users.add(name="ada")
+    for name in ("ada", "admin"):
+        with pytest.raises(APIError, match="is taken"):
+            await users.add(name=name)
+    await users.update(ada.user_id, {"name": "ada", "limit": "1 tokens/day"})
+    with pytest.raises(APIError, match="nonsense: unknown field"):
+        await users.update(ada.user_id, {"nonsense": 1})
 
 
 @flow
@@ -12049,18 +12039,17 @@ async def test_a_hostile_name_is_one_plain_cell_and_no_label(tmp_path, model, to
 
 
 @flow
-async def test_a_stream_left_early_is_counted_as_far_as_it_came(tmp_path):
-    async with serving(tmp_path) as server:
-        token = (await server.users.add()).token
-        body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02")
-        async with Client(server.port) as client:
-            body = {**body, "stream": True}
-            client.send(request_bytes("POST", "/v1/chat/completions", body, token))
-            await client.read_head()
-            await client.read_chunk()
-        await until(lambda: not server.requests_in_flight)
-        total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
-        assert total["requests"] == 1 and total["input"] and 0 < total["output"] < 8
+async def test_a_stream_left_early_is_counted_as_far_as_it_came(server):
+    token = (await server.users.add()).token
+    body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02")
+    async with Client(server.port) as client:
+        body = {**body, "stream": True}
+        client.send(request_bytes("POST", "/v1/chat/completions", body, token))
+        await client.read_head()
+        await client.read_chunk()
+    await until(lambda: not server.requests_in_flight)
+    total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
+    assert total["requests"] == 1 and total["input"] and 0 < total["output"] < 8
 
 
 @flow
@@ -12219,25 +12208,24 @@ async def handler_add_user(port, **fields):
 
 
 @flow
-async def test_requests_on_one_connection_are_answered_in_order(tmp_path):
-    async with serving(tmp_path) as server, Client(server.port) as client:
-        client.send(
-            request_bytes("GET", "/health")
-            + request_bytes("GET", "/status", headers=[("x-request-id", "b")])
-            + request_bytes("POST", "/api/ask", {"content": "x"}, key="")
-            + request_bytes("HEAD", "/health")
-            + request_bytes("GET", "/health")
-        )
-        assert (await client.read_reply()).content == b"OK"
-        second = await client.read_reply()
-        assert second.json() == {"status": "ok"}
-        assert second.headers["x-request-id"] == "b"
-        third = await client.read_reply()
-        assert third.status == 401
-        assert third.json() == {"error": "API key not provided"}
-        head = await client.read_reply("HEAD")
-        assert head.status == 200 and head.headers["content-length"] == "2"
-        assert (await client.read_reply()).content == b"OK"
+async def test_requests_on_one_connection_are_answered_in_order(client):
+    client.send(
+        request_bytes("GET", "/health")
+        + request_bytes("GET", "/status", headers=[("x-request-id", "b")])
+        + request_bytes("POST", "/api/ask", {"content": "x"}, key="")
+        + request_bytes("HEAD", "/health")
+        + request_bytes("GET", "/health")
+    )
+    assert (await client.read_reply()).content == b"OK"
+    second = await client.read_reply()
+    assert second.json() == {"status": "ok"}
+    assert second.headers["x-request-id"] == "b"
+    third = await client.read_reply()
+    assert third.status == 401
+    assert third.json() == {"error": "API key not provided"}
+    head = await client.read_reply("HEAD")
+    assert head.status == 200 and head.headers["content-length"] == "2"
+    assert (await client.read_reply()).content == b"OK"
 
 
 @pytest.mark.parametrize(
@@ -12250,37 +12238,33 @@ async def test_requests_on_one_connection_are_answered_in_order(tmp_path):
     ],
 )
 @flow
-async def test_connection_is_kept_or_closed_as_the_client_wants(tmp_path, line, kept):
-    async with serving(tmp_path) as server, Client(server.port) as client:
+async def test_connection_is_kept_or_closed_as_the_client_wants(client, line, kept):
+    client.send(f"GET /health {line}\r\n\r\n".encode())
+    reply = await client.read_reply()
+    said = reply.headers.get("connection", "")
+    assert said == ("close" if not kept else "" if "1.1" in line else said)
+    if kept:
         client.send(f"GET /health {line}\r\n\r\n".encode())
-        reply = await client.read_reply()
-        said = reply.headers.get("connection", "")
-        assert said == ("close" if not kept else "" if "1.1" in line else said)
-        if kept:
-            client.send(f"GET /health {line}\r\n\r\n".encode())
-            assert (await client.read_reply()).content == b"OK"
-        else:
-            assert await client.reader.read() == b""
+        assert (await client.read_reply()).content == b"OK"
+    else:
+        assert await client.reader.read() == b""
 
 
 @flow
-async def test_public_routes(tmp_path):
-    async with serving(tmp_path) as server:
-        health = await ask(server.port, "GET", "/health", key="")
-        assert health.content == b"OK" and "text/plain" in str(health.headers)
-        status = await ask(server.port, "GET", "/status", key="wrong")
-        assert status.json() == {"status": "ok"}
-        about = await ask(server.port, "GET", "/", key="")
-        assert b"http://localhost/v1" in about.content
-        assert b"/client/register" in about.content
-        source = await ask(server.port, "GET", "/agent.py", key="")
-        assert source.content == MODULE.read_bytes()
-        absolute = f"http://localhost:{server.port}/status"
-        request = f"GET {absolute} HTTP/1.1\r\nHost: localhost:{server.port}"
-        answer = await raw(
-            server.port, f"{request}\r\nConnection: close\r\n\r\n".encode()
-        )
-        assert answer.endswith(b'{"status": "ok"}')
+async def test_public_routes(server):
+    health = await ask(server.port, "GET", "/health", key="")
+    assert health.content == b"OK" and "text/plain" in str(health.headers)
+    status = await ask(server.port, "GET", "/status", key="wrong")
+    assert status.json() == {"status": "ok"}
+    about = await ask(server.port, "GET", "/", key="")
+    assert b"http://localhost/v1" in about.content
+    assert b"/client/register" in about.content
+    source = await ask(server.port, "GET", "/agent.py", key="")
+    assert source.content == MODULE.read_bytes()
+    absolute = f"http://localhost:{server.port}/status"
+    request = f"GET {absolute} HTTP/1.1\r\nHost: localhost:{server.port}"
+    answer = await raw(server.port, f"{request}\r\nConnection: close\r\n\r\n".encode())
+    assert answer.endswith(b'{"status": "ok"}')
 
 
 @pytest.mark.parametrize(
@@ -12305,85 +12289,77 @@ async def test_public_routes(tmp_path):
 )
 @flow
 async def test_unknown_path_and_method_in_the_shape_of_the_family(
-    tmp_path, method, path, status, allow
+    server, method, path, status, allow
 ):
-    async with serving(tmp_path) as server:
-        reply = await ask(server.port, method, path)
-        assert reply.status == status
-        assert reply.headers.get("allow") == allow
-        error = reply.json()["error"]
-        if path.startswith(("/v1", "/chat")):
-            assert list(error) == ["message", "type", "param", "code"]
-        else:
-            assert isinstance(error, str)
+    reply = await ask(server.port, method, path)
+    assert reply.status == status
+    assert reply.headers.get("allow") == allow
+    error = reply.json()["error"]
+    if path.startswith(("/v1", "/chat")):
+        assert list(error) == ["message", "type", "param", "code"]
+    else:
+        assert isinstance(error, str)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/ask", "/nothing"])
 @flow
-async def test_preflight_is_answered_before_authentication(tmp_path, path):
+async def test_preflight_is_answered_before_authentication(server, path):
     wanted = [("Access-Control-Request-Headers", "authorization, x-odd")]
-    async with serving(tmp_path) as server:
-        origin = [("Origin", "https://example.org"), *wanted]
-        reply = await ask(server.port, "OPTIONS", path, key="", headers=origin)
-        assert reply.status == 204 and "content-length" not in reply.headers
-        assert reply.headers["access-control-allow-origin"] == "*"
-        allowed = reply.headers["access-control-allow-headers"]
-        assert allowed == "authorization, x-odd"
-        assert "access-control-allow-credentials" not in reply.headers
+    origin = [("Origin", "https://example.org"), *wanted]
+    reply = await ask(server.port, "OPTIONS", path, key="", headers=origin)
+    assert reply.status == 204 and "content-length" not in reply.headers
+    assert reply.headers["access-control-allow-origin"] == "*"
+    allowed = reply.headers["access-control-allow-headers"]
+    assert allowed == "authorization, x-odd"
+    assert "access-control-allow-credentials" not in reply.headers
 
 
 @flow
-async def test_other_pages_may_not_read_administration(tmp_path):
-    async with serving(tmp_path) as server:
-        for path in ("/admin/users", "/admin/controllers", "/api/connections"):
-            for method in ("OPTIONS", "GET"):
-                reply = await ask(server.port, method, path)
-                assert reply.status in (200, 204)
-                names = [n for n in reply.headers if n.startswith("access-control")]
-                assert names == []
-        reply = await ask(server.port, "POST", "/v1/chat/completions", key="")
-        assert reply.status == 401
-        assert reply.headers["access-control-allow-origin"] == "*"
+async def test_other_pages_may_not_read_administration(server):
+    for path in ("/admin/users", "/admin/controllers", "/api/connections"):
+        for method in ("OPTIONS", "GET"):
+            reply = await ask(server.port, method, path)
+            assert reply.status in (200, 204)
+            names = [n for n in reply.headers if n.startswith("access-control")]
+            assert names == []
+    reply = await ask(server.port, "POST", "/v1/chat/completions", key="")
+    assert reply.status == 401
+    assert reply.headers["access-control-allow-origin"] == "*"
 
 
-@flow
-async def test_content_is_asked_for_only_after_key_and_length(tmp_path, constant):
+@flow(limits=Limits(ask_content_size=100))
+async def test_content_is_asked_for_only_after_key_and_length(server, constant):
     """F74: Expect: 100-continue."""
-
     expect = [("Expect", "100-continue")]
-    limits = Limits(ask_content_size=100)
     constant(LINGER_TIMEOUT=0.05)
-    async with serving(tmp_path, limits=limits) as server:
 
-        async def first_line(key, length, expect=expect):
-            headers = [*expect, ("Content-Length", str(length))]
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", "/api/ask", None, key, headers))
-                return await client.read_head()
+    async def first_line(key, length, expect=expect):
+        headers = [*expect, ("Content-Length", str(length))]
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", "/api/ask", None, key, headers))
+            return await client.read_head()
 
-        assert (await first_line(KEY, 100))[0] == 100
-        status, headers = await first_line("wrong", 100)
-        assert (status, headers["connection"]) == (401, "close")
-        assert (await first_line(KEY, 101))[0] == 413
-        assert (await first_line(KEY, 10, [("Expect", "tea")]))[0] == 417
+    assert (await first_line(KEY, 100))[0] == 100
+    status, headers = await first_line("wrong", 100)
+    assert (status, headers["connection"]) == (401, "close")
+    assert (await first_line(KEY, 101))[0] == 413
+    assert (await first_line(KEY, 10, [("Expect", "tea")]))[0] == 417
 
 
 @flow
-async def test_refusal_says_whether_the_connection_goes_on(tmp_path, constant):
+async def test_refusal_says_whether_the_connection_goes_on(server, constant):
     """Content that was not read yet, and is not there, costs the connection."""
-
     constant(LINGER_TIMEOUT=0.05)
-    async with serving(tmp_path) as server:
-        async with Client(server.port) as client:
-            reply = await client.request("POST", "/nothing", b"x" * 100)
-            assert "connection" not in reply.headers
-            assert (await client.request("GET", "/health")).status == 200
-        headers = [("Content-Length", "100")]
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", "/nothing", headers=headers))
-            reply = await client.read_reply()
-            assert reply.status == 404 and reply.headers["connection"] == "close"
-            assert await client.reader.read() == b""
+    async with Client(server.port) as client:
+        reply = await client.request("POST", "/nothing", b"x" * 100)
+        assert "connection" not in reply.headers
+        assert (await client.request("GET", "/health")).status == 200
+    headers = [("Content-Length", "100")]
+    async with Client(server.port) as client:
+        client.send(request_bytes("POST", "/nothing", headers=headers))
+        reply = await client.read_reply()
+        assert reply.status == 404 and reply.headers["connection"] == "close"
+        assert await client.reader.read() == b""
 
 
 @flow
@@ -12403,45 +12379,39 @@ async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_p
     assert "127.0.0.1 sent is no request: https was sent to an http port" in log.text
 
 
-@flow
-async def test_head_that_does_not_come_is_answered_408(tmp_path, constant):
+@flow(limits=Limits(head_timeout=0.2))
+async def test_head_that_does_not_come_is_answered_408(server, constant):
     """L5, F17: a byte now and then does not extend the deadline."""
-
-    limits = Limits(head_timeout=0.2)
     constant(LINGER_TIMEOUT=0.05)
-    async with serving(tmp_path, limits=limits) as server:
-        began = time.monotonic()
-        assert await raw(server.port, b"") == b""  # silent: nothing to answer
-        async with Client(server.port) as client:
-            client.send(request_bytes("GET", "/health"))
-            await client.read_reply()
+    began = time.monotonic()
+    assert await raw(server.port, b"") == b""  # silent: nothing to answer
+    async with Client(server.port) as client:
+        client.send(request_bytes("GET", "/health"))
+        await client.read_reply()
 
-            async def trickle():
-                for byte in b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 1000:
-                    client.send(bytes([byte]))
-                    await asyncio.sleep(0.02)
+        async def trickle():
+            for byte in b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 1000:
+                client.send(bytes([byte]))
+                await asyncio.sleep(0.02)
 
-            async with handler_task(trickle()):
-                reply = await client.read_reply()
-        assert reply.status == 408 and reply.headers["connection"] == "close"
-        assert reply.headers["x-request-id"]
-        assert 0.35 < time.monotonic() - began < 3
+        async with handler_task(trickle()):
+            reply = await client.read_reply()
+    assert reply.status == 408 and reply.headers["connection"] == "close"
+    assert reply.headers["x-request-id"]
+    assert 0.35 < time.monotonic() - began < 3
 
 
-@flow
-async def test_idle_connection_is_closed_without_a_word(tmp_path):
+@flow(limits=Limits(keep_alive_timeout=0.1, keep_alive_requests=3))
+async def test_idle_connection_is_closed_without_a_word(server):
     """L13: and the last of so many requests says that it is the last."""
-
-    limits = Limits(keep_alive_timeout=0.1, keep_alive_requests=3)
-    async with serving(tmp_path, limits=limits) as server:
-        async with Client(server.port) as client:
-            await client.request("GET", "/health")
-            assert await client.reader.read() == b""
-        async with Client(server.port) as client:
-            for last in (False, False, True):
-                reply = await client.request("GET", "/health")
-                assert ("connection" in reply.headers) is last
-            assert await client.reader.read() == b""
+    async with Client(server.port) as client:
+        await client.request("GET", "/health")
+        assert await client.reader.read() == b""
+    async with Client(server.port) as client:
+        for last in (False, False, True):
+            reply = await client.request("GET", "/health")
+            assert ("connection" in reply.headers) is last
+        assert await client.reader.read() == b""
 
 
 @pytest.mark.parametrize("chunked_body", [False, True])
@@ -12472,64 +12442,53 @@ async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body, con
                 assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
-@flow
-async def test_all_contents_together_have_a_limit(tmp_path, constant):
+@flow(limits=Limits(total_content_size=1000))
+async def test_all_contents_together_have_a_limit(server, constant):
     """L8."""
-
-    limits = Limits(total_content_size=1000)
     constant(LINGER_TIMEOUT=0.05)
-    async with serving(tmp_path, limits=limits) as server:
-        async with Client(server.port) as other:
-            headers = [("Content-Length", "900")]
-            head = request_bytes("POST", "/api/ask", headers=headers)
-            other.send(head + b"x" * 899)  # and the last one never
-            await until(lambda: server.content_size == 899)
-            small = await ask(server.port, "POST", "/api/ask", b"x" * 101)
-            assert small.status == 400
-            large = await ask(server.port, "POST", "/api/ask", b"x" * 102)
-            assert large.status == 503 and large.headers["retry-after"] == "1"
-        await until(lambda: server.content_size == 0)
+    async with Client(server.port) as other:
+        headers = [("Content-Length", "900")]
+        head = request_bytes("POST", "/api/ask", headers=headers)
+        other.send(head + b"x" * 899)  # and the last one never
+        await until(lambda: server.content_size == 899)
+        small = await ask(server.port, "POST", "/api/ask", b"x" * 101)
+        assert small.status == 400
+        large = await ask(server.port, "POST", "/api/ask", b"x" * 102)
+        assert large.status == 503 and large.headers["retry-after"] == "1"
+    await until(lambda: server.content_size == 0)
 
 
 @pytest.mark.parametrize("chunked_body", [False, True])
-@flow
-async def test_slow_content_is_answered_408(tmp_path, chunked_body, constant):
+@flow(limits=Limits(content_read_timeout=0.3, content_rate=10_000))
+async def test_slow_content_is_answered_408(server, chunked_body, constant):
     """L9, F18: too slow on average, and silence."""
-
-    limits = Limits(
-        content_read_timeout=0.3,
-        content_rate=10_000,
-    )
     constant(LINGER_TIMEOUT=0.05, CONTENT_RATE_AFTER=0.2)
     length = ("Transfer-Encoding", "chunked") if chunked_body else None
     length = length or ("Content-Length", "100000")
-    async with serving(tmp_path, limits=limits) as server:
-        for trickles in (False, True):
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", "/api/ask", headers=[length]))
+    for trickles in (False, True):
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", "/api/ask", headers=[length]))
 
-                async def trickle(client=client):
-                    while True:
-                        client.send(chunked(b"x") if chunked_body else b"x")
-                        await asyncio.sleep(0.05)
+            async def trickle(client=client):
+                while True:
+                    client.send(chunked(b"x") if chunked_body else b"x")
+                    await asyncio.sleep(0.05)
 
-                async with handler_task(trickle() if trickles else asyncio.sleep(0)):
-                    reply = await asyncio.wait_for(client.read_reply(), 5)
-                assert reply.status == 408
-                assert reply.headers["connection"] == "close"
+            async with handler_task(trickle() if trickles else asyncio.sleep(0)):
+                reply = await asyncio.wait_for(client.read_reply(), 5)
+            assert reply.status == 408
+            assert reply.headers["connection"] == "close"
 
 
 @flow
-async def test_refusal_can_be_read_while_the_client_still_sends(tmp_path):
+async def test_refusal_can_be_read_while_the_client_still_sends(client):
     """L16: no RST overtakes the answer."""
-
-    async with serving(tmp_path) as server, Client(server.port) as client:
-        body = b"x" * 250_000
-        client.send(request_bytes("POST", "/admin/users/add", body))
-        await asyncio.sleep(0.1)
-        reply = await client.read_reply()
-        assert reply.status == 413
-        assert await client.reader.read() == b""
+    body = b"x" * 250_000
+    client.send(request_bytes("POST", "/admin/users/add", body))
+    await asyncio.sleep(0.1)
+    reply = await client.read_reply()
+    assert reply.status == 413
+    assert await client.reader.read() == b""
 
 
 SMUGGLED = "GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -12562,16 +12521,14 @@ SMUGGLED = "GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
     ],
 )
 @flow
-async def test_smuggled_request_is_never_read(tmp_path, head, constant):
+async def test_smuggled_request_is_never_read(server, head, constant):
     """F60: one answer, then the end."""
-
     constant(LINGER_TIMEOUT=0.05)
-    async with serving(tmp_path) as server:
-        data = f"{head}\r\n\r\n0\r\n\r\n{SMUGGLED}".encode()
-        answers = handler_split(await raw(server.port, data))
-        assert len(answers) == 1
-        assert answers[0][0] in (400, 501, 505)
-        assert isinstance(json.loads(answers[0][1])["error"], str)
+    data = f"{head}\r\n\r\n0\r\n\r\n{SMUGGLED}".encode()
+    answers = handler_split(await raw(server.port, data))
+    assert len(answers) == 1
+    assert answers[0][0] in (400, 501, 505)
+    assert isinstance(json.loads(answers[0][1])["error"], str)
 
 
 @pytest.mark.parametrize(
@@ -12579,14 +12536,13 @@ async def test_smuggled_request_is_never_read(tmp_path, head, constant):
     ["5\r\nhello\n0\r\n\r\n", "0x5\r\nhello\r\n0\r\n\r\n", "-1\r\n\r\n", "5;a\nb\r\n"],
 )
 @flow
-async def test_nothing_is_read_behind_a_broken_chunk(tmp_path, content, constant):
+async def test_nothing_is_read_behind_a_broken_chunk(server, content, constant):
     constant(LINGER_TIMEOUT=0.05)
-    async with serving(tmp_path) as server:
-        coding = [("Transfer-Encoding", "chunked")]
-        head = request_bytes("POST", "/api/ask", b"", headers=coding)
-        data = head + content.encode() + SMUGGLED.encode()
-        answers = handler_split(await raw(server.port, data))
-        assert [status for status, _ in answers] == [400]
+    coding = [("Transfer-Encoding", "chunked")]
+    head = request_bytes("POST", "/api/ask", b"", headers=coding)
+    data = head + content.encode() + SMUGGLED.encode()
+    answers = handler_split(await raw(server.port, data))
+    assert [status for status, _ in answers] == [400]
 
 
 JSON_BODIES = [
@@ -12622,57 +12578,47 @@ JSON_BODIES = [
     ],
 )
 @flow
-async def test_odd_json_is_refused_and_never_an_internal_error(tmp_path, path):
+async def test_odd_json_is_refused_and_never_an_internal_error(client, path):
     """F62."""
-
-    async with serving(tmp_path) as server, Client(server.port) as client:
-        for body in JSON_BODIES:
-            body = body[:60_000]  # of the 64 KiB that /admin takes
-            reply = await client.request("POST", path, body)
-            assert reply.status == 400, (body[:80], reply.content)
-            assert reply.json()["error"]
+    for body in JSON_BODIES:
+        body = body[:60_000]  # of the 64 KiB that /admin takes
+        reply = await client.request("POST", path, body)
+        assert reply.status == 400, (body[:80], reply.content)
+        assert reply.json()["error"]
 
 
 @pytest.mark.parametrize(
     "content", ["\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]']
 )
 @flow
-async def test_odd_text_is_served(tmp_path, content):
+async def test_odd_text_is_served(server, content):
     """F62: lone surrogates, a megabyte, control characters."""
-
     chat = {**CHAT, "model": "mock/echo"}
     chat["messages"] = [{"role": "user", "content": content}]
-    async with serving(tmp_path) as server:
-        reply = await ask(server.port, "POST", CHAT_URL, chat)
-        message = reply.json()["choices"][0]["message"]
-        assert message["content"] == content
-        reply = await ask(server.port, "POST", CHAT_URL, {**chat, "stream": True})
-        events = reply.events()
-        deltas = [json.loads(event)["choices"][0] for event in events[:-1]]
-        said = "".join(choice["delta"].get("content", "") for choice in deltas)
-        assert said == content and events[-1] == "[DONE]"
+    reply = await ask(server.port, "POST", CHAT_URL, chat)
+    message = reply.json()["choices"][0]["message"]
+    assert message["content"] == content
+    reply = await ask(server.port, "POST", CHAT_URL, {**chat, "stream": True})
+    events = reply.events()
+    deltas = [json.loads(event)["choices"][0] for event in events[:-1]]
+    said = "".join(choice["delta"].get("content", "") for choice in deltas)
+    assert said == content and events[-1] == "[DONE]"
 
 
 @flow
-async def test_non_ascii_key_is_a_wrong_key(tmp_path):
+async def test_non_ascii_key_is_a_wrong_key(server):
     """F63."""
-
-    async with serving(tmp_path) as server:
-        for value in (
-            b"Bearer \xff\xfe",
-            "Schl\u00fcssel".encode(),
-            b"Bearer \x80",
-        ):
-            request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-            data = request + b"Authorization: " + value + b"\r\n\r\n"
-            [(status, content)] = handler_split(await raw(server.port, data))
-            assert status == 401
-            assert json.loads(content)["error"]["message"] == "Invalid API key"
-        for key in ("\u00fc", "\ud800", "\u0661"):
-            body = {"admin_key": key}
-            reply = await ask(server.port, "POST", "/admin/users/add", body)
-            assert reply.status == 401
-            assert reply.json() == {"error": "Invalid admin key"}
+    for value in (b"Bearer \xff\xfe", "Schl\u00fcssel".encode(), b"Bearer \x80"):
+        request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        data = request + b"Authorization: " + value + b"\r\n\r\n"
+        [(status, content)] = handler_split(await raw(server.port, data))
+        assert status == 401
+        assert json.loads(content)["error"]["message"] == "Invalid API key"
+    for key in ("\u00fc", "\ud800", "\u0661"):
+        body = {"admin_key": key}
+        reply = await ask(server.port, "POST", "/admin/users/add", body)
+        assert reply.status == 401
+        assert reply.json() == {"error": "Invalid admin key"}
 
 
 @flow
@@ -12703,55 +12649,49 @@ async def test_bug_in_a_route_is_told_by_its_request_id_alone(
 
 
 @flow
-async def test_upgrade_to_what_is_not_spoken_is_ignored(tmp_path):
+async def test_upgrade_to_what_is_not_spoken_is_ignored(server, upstream):
     """F74: h2c."""
-
     upgrade = [
         ("Connection", "Upgrade, HTTP2-Settings"),
         ("Upgrade", "h2c"),
         ("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA"),
     ]
-    async with handler_chat(tmp_path) as (server, upstream):
-        reply = await ask(server.port, "GET", "/status", headers=upgrade)
-        assert reply.status == 200
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=upgrade)
-        assert reply.status == 200
-        [asked] = handler_posts(upstream)
-        assert "http2-settings" not in asked.headers
-        assert "upgrade" not in asked.headers
+    reply = await ask(server.port, "GET", "/status", headers=upgrade)
+    assert reply.status == 200
+    reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=upgrade)
+    assert reply.status == 200
+    [asked] = handler_posts(upstream)
+    assert "http2-settings" not in asked.headers
+    assert "upgrade" not in asked.headers
 
 
 @flow
-async def test_handshake_with_content_is_refused(tmp_path):
+async def test_handshake_with_content_is_refused(server):
     """F75."""
-
-    async with serving(tmp_path) as server:
-        for length in (("Content-Length", "5"), ("Transfer-Encoding", "chunked")):
-            with pytest.raises(ConnectionError, match="400"):
-                await Agent(server.port, headers=[length]).connect()
-        reply = await ask(server.port, "GET", "/client/register")
-        assert reply.status == 400
-        upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
-        upgrade += [("Sec-WebSocket-Version", "8"), ("Sec-WebSocket-Key", "x")]
-        reply = await ask(server.port, "GET", "/client/register", headers=upgrade)
-        assert reply.status == 426
-        assert reply.headers["sec-websocket-version"] == "13"
+    for length in (("Content-Length", "5"), ("Transfer-Encoding", "chunked")):
+        with pytest.raises(ConnectionError, match="400"):
+            await Agent(server.port, headers=[length]).connect()
+    reply = await ask(server.port, "GET", "/client/register")
+    assert reply.status == 400
+    upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+    upgrade += [("Sec-WebSocket-Version", "8"), ("Sec-WebSocket-Key", "x")]
+    reply = await ask(server.port, "GET", "/client/register", headers=upgrade)
+    assert reply.status == 426
+    assert reply.headers["sec-websocket-version"] == "13"
 
 
 @flow
-async def test_bytes_behind_a_handshake_are_its_first_frame(tmp_path):
+async def test_bytes_behind_a_handshake_are_its_first_frame(server, client):
     """F75."""
-
-    async with serving(tmp_path) as server, Client(server.port) as client:
-        hello = json.dumps({"id": "early-bird", "message": "Connection id"})
-        frame = apiserver.WebSocketProtocol(CLIENT).send(hello)
-        headers = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
-        headers += [("Sec-WebSocket-Version", "13")]
-        headers += [("Sec-WebSocket-Key", apiserver.handshake_key())]
-        request = request_bytes("GET", "/client/register", headers=headers)
-        client.send(request + frame)
-        assert (await client.read_head())[0] == 101
-        await until(lambda: "early-bird" in server.agents)
+    hello = json.dumps({"id": "early-bird", "message": "Connection id"})
+    frame = apiserver.WebSocketProtocol(CLIENT).send(hello)
+    headers = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+    headers += [("Sec-WebSocket-Version", "13")]
+    headers += [("Sec-WebSocket-Key", apiserver.handshake_key())]
+    request = request_bytes("GET", "/client/register", headers=headers)
+    client.send(request + frame)
+    assert (await client.read_head())[0] == 101
+    await until(lambda: "early-bird" in server.agents)
 
 
 @pytest.mark.parametrize(
@@ -12767,44 +12707,39 @@ async def test_bytes_behind_a_handshake_are_its_first_frame(tmp_path):
     ],
 )
 @flow
-async def test_request_id_is_the_clients_own_if_it_can_be(tmp_path, own, kept):
-    async with serving(tmp_path) as server:
-        seen = set()
-        for path in ("/health", "/nothing", "/v1/models"):
-            line = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-            data = f"{line}x-request-id: {own}\r\n\r\n".encode("latin-1")
-            answer = await raw(server.port, data)
-            seen.add(re.search(rb"x-request-id: ([^\r]+)", answer)[1].decode())
-        if kept:
-            assert seen == {own}
-        else:
-            assert own not in seen and len(seen) == 3
+async def test_request_id_is_the_clients_own_if_it_can_be(server, own, kept):
+    seen = set()
+    for path in ("/health", "/nothing", "/v1/models"):
+        line = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        data = f"{line}x-request-id: {own}\r\n\r\n".encode("latin-1")
+        answer = await raw(server.port, data)
+        seen.add(re.search(rb"x-request-id: ([^\r]+)", answer)[1].decode())
+    if kept:
+        assert seen == {own}
+    else:
+        assert own not in seen and len(seen) == 3
 
 
 @flow
-async def test_broken_request_gets_a_request_id_too(tmp_path, constant):
+async def test_broken_request_gets_a_request_id_too(server, constant):
     constant(LINGER_TIMEOUT=0.05)
-    async with serving(tmp_path) as server:
-        assert b"x-request-id: " in await raw(server.port, b"nonsense\r\n\r\n")
+    assert b"x-request-id: " in await raw(server.port, b"nonsense\r\n\r\n")
 
 
 @flow
-async def test_path_climbs_nowhere(tmp_path):
+async def test_path_climbs_nowhere(server, upstream):
     """The upstream's key is for paths under its base URL."""
-
-    async with handler_chat(tmp_path) as (server, upstream):
-        for path in ("/v1/../x", "/v1/a/..", "/v1/%2e%2e/x", "/v1/.%2E", "/v1/./x"):
-            reply = await ask(server.port, "POST", path, {"model": "m"})
-            assert reply.status == 404, path
-        assert handler_posts(upstream) == []
+    for path in ("/v1/../x", "/v1/a/..", "/v1/%2e%2e/x", "/v1/.%2E", "/v1/./x"):
+        reply = await ask(server.port, "POST", path, {"model": "m"})
+        assert reply.status == 404, path
+    assert handler_posts(upstream) == []
 
 
 @flow
-async def test_too_many_query_fields_are_no_internal_error(tmp_path):
-    async with serving(tmp_path) as server:
-        for path in ("/admin/users?", "/admin/controllers?"):
-            reply = await ask(server.port, "GET", path + "a&" * 500, key="")
-            assert reply.status in (400, 401)
+async def test_too_many_query_fields_are_no_internal_error(server):
+    for path in ("/admin/users?", "/admin/controllers?"):
+        reply = await ask(server.port, "GET", path + "a&" * 500, key="")
+        assert reply.status in (400, 401)
 
 
 @flow
@@ -12854,19 +12789,18 @@ async def test_reset_between_refusal_and_close_leaves_no_trace(
     ],
 )
 @flow
-async def test_credential_travels_in_several_forms(tmp_path, fields, answer):
+async def test_credential_travels_in_several_forms(server, fields, answer):
     body = {"content": "hi", "model": "mock/echo"}
-    async with serving(tmp_path) as server:
-        user = await handler_add_user(server.port)
-        for token in (KEY, user["token"]):
-            own = [(name, value.replace("KEY", token)) for name, value in fields]
-            reply = await ask(server.port, "POST", "/api/ask", body, "", own)
-            if answer == 200:
-                assert reply.status == 200, reply.content
-            else:
-                assert reply.status == 401 and "www-authenticate" in reply.headers
-                assert reply.json() == {"error": answer}
-                assert token.encode() not in reply.content
+    user = await handler_add_user(server.port)
+    for token in (KEY, user["token"]):
+        own = [(name, value.replace("KEY", token)) for name, value in fields]
+        reply = await ask(server.port, "POST", "/api/ask", body, "", own)
+        if answer == 200:
+            assert reply.status == 200, reply.content
+        else:
+            assert reply.status == 401 and "www-authenticate" in reply.headers
+            assert reply.json() == {"error": answer}
+            assert token.encode() not in reply.content
 
 
 @flow
@@ -12891,67 +12825,62 @@ async def test_credential_in_the_path(tmp_path):
 
 
 @flow
-async def test_each_role_may_do_what_it_may(tmp_path):
-    async with serving(tmp_path) as server:
-        user = (await handler_add_user(server.port))["token"]
-        agent = (await handler_add_user(server.port, role="agent"))["token"]
-        table = [
-            ("POST", "/api/ask", {"content": "x", "model": "mock/echo"}, 200, 403),
-            ("GET", "/v1/models", None, 200, 403),
-            ("POST", CHAT_URL, {**CHAT, "model": "mock/echo"}, 200, 403),
-            ("POST", "/v1/embeddings", {"model": "x"}, 404, 403),
-            ("GET", "/api/connections", None, 403, 403),
-            ("GET", "/admin/users", None, 403, 403),
-            ("POST", "/admin/users/add", {}, 403, 403),
-            ("POST", "/admin/users/delete", {"user_id": "x"}, 403, 403),
-            ("GET", "/admin/controllers", None, 403, 403),
-            ("POST", "/admin/controllers/enable", {"name": "mock"}, 403, 403),
-            ("POST", "/admin/controllers/disable", {"name": "mock"}, 403, 403),
-            ("GET", "/client/register", None, 403, 400),
-        ]
-        for method, path, body, as_user, as_agent in table:
-            reply = await ask(server.port, method, path, body, user)
-            assert (path, reply.status) == (path, as_user)
-            reply = await ask(server.port, method, path, body, agent)
-            assert (path, reply.status) == (path, as_agent)
+async def test_each_role_may_do_what_it_may(server):
+    user = (await handler_add_user(server.port))["token"]
+    agent = (await handler_add_user(server.port, role="agent"))["token"]
+    table = [
+        ("POST", "/api/ask", {"content": "x", "model": "mock/echo"}, 200, 403),
+        ("GET", "/v1/models", None, 200, 403),
+        ("POST", CHAT_URL, {**CHAT, "model": "mock/echo"}, 200, 403),
+        ("POST", "/v1/embeddings", {"model": "x"}, 404, 403),
+        ("GET", "/api/connections", None, 403, 403),
+        ("GET", "/admin/users", None, 403, 403),
+        ("POST", "/admin/users/add", {}, 403, 403),
+        ("POST", "/admin/users/delete", {"user_id": "x"}, 403, 403),
+        ("GET", "/admin/controllers", None, 403, 403),
+        ("POST", "/admin/controllers/enable", {"name": "mock"}, 403, 403),
+        ("POST", "/admin/controllers/disable", {"name": "mock"}, 403, 403),
+        ("GET", "/client/register", None, 403, 400),
+    ]
+    for method, path, body, as_user, as_agent in table:
+        reply = await ask(server.port, method, path, body, user)
+        assert (path, reply.status) == (path, as_user)
+        reply = await ask(server.port, method, path, body, agent)
+        assert (path, reply.status) == (path, as_agent)
 
 
 @flow
-async def test_admin_key_in_body_query_or_header(tmp_path):
-    async with serving(tmp_path) as server:
-        port = server.port
-        right, wrong = {"admin_key": KEY}, {"admin_key": "wrong"}
-        add, users = "/admin/users/add", "/admin/users"
-        assert (await ask(port, "POST", add, right, "")).status == 200
-        assert (await ask(port, "POST", add, None, KEY)).status == 200
-        assert (
-            await ask(port, "GET", f"{users}?admin_key={KEY}", key="")
-        ).status == 200
-        for reply in (
-            await ask(port, "POST", add, wrong, ""),
-            await ask(port, "POST", add, wrong, KEY),
-            await ask(port, "GET", f"{users}?admin_key=wrong", key=""),
-        ):
-            assert reply.status == 401
-            assert reply.json() == {"error": "Invalid admin key"}
-            assert KEY.encode() not in reply.content
-        for reply in (
-            await ask(port, "POST", add, {}, ""),
-            await ask(port, "GET", users, key=""),
-            await ask(port, "GET", f"{users}?admin_key=", key=""),
-        ):
-            assert reply.status == 401
-            assert reply.json() == {"error": "Admin key not provided"}
+async def test_admin_key_in_body_query_or_header(server):
+    port = server.port
+    right, wrong = {"admin_key": KEY}, {"admin_key": "wrong"}
+    add, users = "/admin/users/add", "/admin/users"
+    assert (await ask(port, "POST", add, right, "")).status == 200
+    assert (await ask(port, "POST", add, None, KEY)).status == 200
+    assert (await ask(port, "GET", f"{users}?admin_key={KEY}", key="")).status == 200
+    for reply in (
+        await ask(port, "POST", add, wrong, ""),
+        await ask(port, "POST", add, wrong, KEY),
+        await ask(port, "GET", f"{users}?admin_key=wrong", key=""),
+    ):
+        assert reply.status == 401
+        assert reply.json() == {"error": "Invalid admin key"}
+        assert KEY.encode() not in reply.content
+    for reply in (
+        await ask(port, "POST", add, {}, ""),
+        await ask(port, "GET", users, key=""),
+        await ask(port, "GET", f"{users}?admin_key=", key=""),
+    ):
+        assert reply.status == 401
+        assert reply.json() == {"error": "Admin key not provided"}
 
 
 @flow
-async def test_no_number_of_wrong_keys_locks_anybody_out(tmp_path):
+async def test_no_number_of_wrong_keys_locks_anybody_out(client):
     """Behind a proxy all come from one address: a count of wrong keys hits others."""
-    async with serving(tmp_path) as server, Client(server.port) as client:
-        for number in range(30):
-            key = f"wrong{number}"
-            assert (await client.request("GET", "/v1/models", key=key)).status == 401
-        assert (await client.request("GET", "/v1/models")).status == 200
+    for number in range(30):
+        key = f"wrong{number}"
+        assert (await client.request("GET", "/v1/models", key=key)).status == 401
+    assert (await client.request("GET", "/v1/models")).status == 200
 
 
 NOT_LOCAL = [
@@ -13027,14 +12956,13 @@ async def test_only_this_machines_user_needs_no_key(tmp_path, field):
     ids=": ".join,
 )
 @flow
-async def test_this_machines_user_needs_no_key(tmp_path, field):
-    async with serving(tmp_path) as server:
-        for path, status in (("/client/register", 101), ("/api/connections", 200)):
-            handshake = handler_handshake(path, field)
-            assert await handler_status(server.port, handshake) == status
-            wrong = ("x-api-key", "wrong")  # what is sent is judged
-            handshake = handler_handshake(path, field, wrong)
-            assert await handler_status(server.port, handshake) == 401
+async def test_this_machines_user_needs_no_key(server, field):
+    for path, status in (("/client/register", 101), ("/api/connections", 200)):
+        handshake = handler_handshake(path, field)
+        assert await handler_status(server.port, handshake) == status
+        wrong = ("x-api-key", "wrong")  # what is sent is judged
+        handshake = handler_handshake(path, field, wrong)
+        assert await handler_status(server.port, handshake) == 401
 
 
 def test_loopback_in_every_spelling():
@@ -13058,7 +12986,7 @@ def handler_other_address():
 
 
 @flow
-async def test_peer_at_another_address_is_not_this_machine(tmp_path):
+async def test_peer_at_another_address_is_not_this_machine(server):
     """The peer's address decides, whatever the request says."""
     address = handler_other_address()
 
@@ -13070,13 +12998,12 @@ async def test_peer_at_another_address_is_not_this_machine(tmp_path):
         writer.transport.abort()
         return int(head.split()[1])
 
-    async with serving(tmp_path) as server:
-        for path, refused in (("/client/register", 403), ("/api/connections", 401)):
-            handshake = handler_handshake(path)
-            assert await status(server.port, handshake) == refused
-            assert await handler_status(server.port, handshake) in (101, 200)
-        handshake = handler_handshake(f"/k/{KEY}/client/register")
-        assert await status(server.port, handshake) == 101
+    for path, refused in (("/client/register", 403), ("/api/connections", 401)):
+        handshake = handler_handshake(path)
+        assert await status(server.port, handshake) == refused
+        assert await handler_status(server.port, handshake) in (101, 200)
+    handshake = handler_handshake(f"/k/{KEY}/client/register")
+    assert await status(server.port, handshake) == 101
 
 
 @pytest.mark.parametrize(
@@ -13125,41 +13052,32 @@ async def handler_ask(port, content="Hello", key=KEY, **fields):
 
 
 @flow
-async def test_ask_is_answered_by_an_agent(tmp_path):
-    async with serving(tmp_path) as server, Agent(server.port) as agent:
-        await handler_agents(server, 1)
-        asking = asyncio.ensure_future(
-            handler_ask(
-                server.port, conversation_id="<optional>", parent_id="<optional>"
-            )
-        )
-        id, data = await agent.request()
-        assert list(data) == [
-            "message_id",
-            "conversation_id",
-            "parent_id",
-            "content",
-        ]
-        assert data["content"] == "Hello" and data["conversation_id"] == ""
-        assert UUID_FORM.fullmatch(data["message_id"])
-        assert UUID_FORM.fullmatch(data["parent_id"])
-        await agent.reply(id, "Hi", "conv", "resp")
-        reply = await asking
-        assert reply.status == 200
-        assert list(reply.json().items()) == [
-            ("id", ""),
-            ("response_id", "resp"),
-            ("conversation_id", "conv"),
-            ("content", "Hi"),
-            ("error", ""),
-        ]
-        asking = asyncio.ensure_future(
-            handler_ask(server.port, conversation_id="conv", parent_id="resp")
-        )
-        id, data = await agent.request()
-        assert (data["conversation_id"], data["parent_id"]) == ("conv", "resp")
-        await agent.reply(id, "Ho", "conv", "resp2")
-        assert (await asking).json()["content"] == "Ho"
+async def test_ask_is_answered_by_an_agent(server, agent):
+    asking = asyncio.ensure_future(
+        handler_ask(server.port, conversation_id="<optional>", parent_id="<optional>")
+    )
+    id, data = await agent.request()
+    assert list(data) == ["message_id", "conversation_id", "parent_id", "content"]
+    assert data["content"] == "Hello" and data["conversation_id"] == ""
+    assert UUID_FORM.fullmatch(data["message_id"])
+    assert UUID_FORM.fullmatch(data["parent_id"])
+    await agent.reply(id, "Hi", "conv", "resp")
+    reply = await asking
+    assert reply.status == 200
+    assert list(reply.json().items()) == [
+        ("id", ""),
+        ("response_id", "resp"),
+        ("conversation_id", "conv"),
+        ("content", "Hi"),
+        ("error", ""),
+    ]
+    asking = asyncio.ensure_future(
+        handler_ask(server.port, conversation_id="conv", parent_id="resp")
+    )
+    id, data = await agent.request()
+    assert (data["conversation_id"], data["parent_id"]) == ("conv", "resp")
+    await agent.reply(id, "Ho", "conv", "resp2")
+    assert (await asking).json()["content"] == "Ho"
 
 
 @pytest.mark.parametrize(
@@ -13188,87 +13106,73 @@ async def test_ask_is_answered_by_an_agent(tmp_path):
     ],
 )
 @flow
-async def test_ask_says_what_is_wrong(tmp_path, body, status, text):
-    async with serving(tmp_path) as server:
-        began = time.monotonic()
-        reply = await ask(server.port, "POST", "/api/ask", body)
-        assert reply.status == status and time.monotonic() - began < 2
-        assert list(reply.json()) == ["error"] and text in reply.json()["error"]
+async def test_ask_says_what_is_wrong(server, body, status, text):
+    began = time.monotonic()
+    reply = await ask(server.port, "POST", "/api/ask", body)
+    assert reply.status == status and time.monotonic() - began < 2
+    assert list(reply.json()) == ["error"] and text in reply.json()["error"]
 
 
 @flow
-async def test_ask_without_an_agent_harms_nobody(tmp_path):
+async def test_ask_without_an_agent_harms_nobody(server):
     """F01."""
+    assert (await handler_ask(server.port)).status == 503
+    async with Agent(server.port) as agent, handler_task(agent.echo()):
+        await handler_agents(server, 1)
+        reply = await handler_ask(server.port)
+        assert reply.json()["content"] == "echo:Hello"
 
-    async with serving(tmp_path) as server:
-        assert (await handler_ask(server.port)).status == 503
+
+@flow
+async def test_ask_waits_a_moment_for_an_agent_that_has_just_left(server):
+    async with Agent(server.port):
+        await handler_agents(server, 1)
+    await handler_agents(server, 0)
+    async with handler_task(handler_ask(server.port)) as asking:
+        await until(lambda: server.pool.waiting)
         async with Agent(server.port) as agent, handler_task(agent.echo()):
-            await handler_agents(server, 1)
-            reply = await handler_ask(server.port)
-            assert reply.json()["content"] == "echo:Hello"
+            assert (await asking).json()["content"] == "echo:Hello"
 
 
-@flow
-async def test_ask_waits_a_moment_for_an_agent_that_has_just_left(tmp_path):
-    async with serving(tmp_path) as server:
-        async with Agent(server.port):
-            await handler_agents(server, 1)
-        await handler_agents(server, 0)
-        async with handler_task(handler_ask(server.port)) as asking:
-            await until(lambda: server.pool.waiting)
-            async with Agent(server.port) as agent, handler_task(agent.echo()):
-                assert (await asking).json()["content"] == "echo:Hello"
-
-
-@flow
-async def test_conversation_here_can_branch(tmp_path):
+@flow(behave=http_reply(completion()))
+async def test_conversation_here_can_branch(server, upstream):
     """Upstreams keep none: the messages on the way to parent_id are sent along."""
 
-    async with handler_chat(tmp_path, http_reply(completion())) as (
-        server,
-        upstream,
-    ):
+    async def say(content, conversation_id="", parent_id=""):
+        ids = {"conversation_id": conversation_id, "parent_id": parent_id}
+        reply = await handler_ask(server.port, content, **ids, model="m")
+        assert reply.status == 200, reply.content
+        sent = handler_posts(upstream)[-1]
+        assert sent.line.startswith("POST /v1/chat/completions ")
+        assert sent.json()["model"] == "m"
+        words = [m["content"] for m in sent.json()["messages"]]
+        return (reply.json()["conversation_id"], reply.json()["response_id"], words)
 
-        async def say(content, conversation_id="", parent_id=""):
-            ids = {"conversation_id": conversation_id, "parent_id": parent_id}
-            reply = await handler_ask(server.port, content, **ids, model="m")
-            assert reply.status == 200, reply.content
-            sent = handler_posts(upstream)[-1]
-            assert sent.line.startswith("POST /v1/chat/completions ")
-            assert sent.json()["model"] == "m"
-            words = [m["content"] for m in sent.json()["messages"]]
-            return (
-                reply.json()["conversation_id"],
-                reply.json()["response_id"],
-                words,
-            )
-
-        talk, first, sent = await say("one")
-        assert UUID_FORM.fullmatch(talk) and UUID_FORM.fullmatch(first)
-        assert sent == ["one"]
-        same, second, sent = await say("two", talk, first)
-        assert same == talk and sent == ["one", "Hi there", "two"]
-        _, _, sent = await say("branch", talk, first)
-        assert sent == ["one", "Hi there", "branch"]
-        _, _, sent = await say("three", talk, second)
-        assert sent == ["one", "Hi there", "two", "Hi there", "three"]
-        ids = {"conversation_id": talk, "parent_id": str(uuid.uuid4())}
-        reply = await handler_ask(server.port, **ids)
-        assert reply.status == 404
+    talk, first, sent = await say("one")
+    assert UUID_FORM.fullmatch(talk) and UUID_FORM.fullmatch(first)
+    assert sent == ["one"]
+    same, second, sent = await say("two", talk, first)
+    assert same == talk and sent == ["one", "Hi there", "two"]
+    _, _, sent = await say("branch", talk, first)
+    assert sent == ["one", "Hi there", "branch"]
+    _, _, sent = await say("three", talk, second)
+    assert sent == ["one", "Hi there", "two", "Hi there", "three"]
+    ids = {"conversation_id": talk, "parent_id": str(uuid.uuid4())}
+    reply = await handler_ask(server.port, **ids)
+    assert reply.status == 404
 
 
 @flow
-async def test_conversation_belongs_to_who_began_it(tmp_path):
-    async with serving(tmp_path) as server:
-        other = (await handler_add_user(server.port))["token"]
-        reply = await handler_ask(server.port, model="mock/echo")
-        ids = {key: reply.json()[key] for key in ("conversation_id", "response_id")}
-        ids["parent_id"] = ids.pop("response_id")
-        reply = await handler_ask(server.port, key=other, model="mock/echo", **ids)
-        assert reply.status == 404
-        assert reply.json() == {"error": "Conversation doesn't exist"}
-        reply = await handler_ask(server.port, model="mock/echo", **ids)
-        assert reply.status == 200
+async def test_conversation_belongs_to_who_began_it(server):
+    other = (await handler_add_user(server.port))["token"]
+    reply = await handler_ask(server.port, model="mock/echo")
+    ids = {key: reply.json()[key] for key in ("conversation_id", "response_id")}
+    ids["parent_id"] = ids.pop("response_id")
+    reply = await handler_ask(server.port, key=other, model="mock/echo", **ids)
+    assert reply.status == 404
+    assert reply.json() == {"error": "Conversation doesn't exist"}
+    reply = await handler_ask(server.port, model="mock/echo", **ids)
+    assert reply.status == 200
 
 
 @pytest.mark.parametrize("limit", [{"conversations": 2}, {"conversations_size": 500}])
@@ -13307,80 +13211,75 @@ def test_kept_size_of_conversations_is_right_whatever_happens():
 
 
 @flow
-async def test_conversation_stays_with_its_agent(tmp_path, monkeypatch):
+async def test_conversation_stays_with_its_agent(server, monkeypatch):
     """F08, F10: pinned; gone is gone; back with its id is the same agent."""
     monkeypatch.setattr(apiserver, "AGENT_RETURN_TIMEOUT", 0.05)
-
-    async with serving(tmp_path) as server:
-        ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
-        async with Agent(server.port) as first, handler_task(first.echo()):
-            await handler_agents(server, 1)
-            assert (await handler_ask(server.port)).status == 200
-            async with Agent(server.port) as second, handler_task(second.echo()):
-                await handler_agents(server, 2)
-                for _ in range(4):
-                    asked = first.protocol
-                    reply = await handler_ask(server.port, **ids)
-                    assert reply.status == 200 and asked
-        async with Agent(server.port) as third, handler_task(third.echo()):
-            await until(lambda: list(server.agents) == [third.id])
-            reply = await handler_ask(server.port, **ids)
-            assert reply.status == 500
-            assert reply.json() == {"error": "Connection no longer exists"}
-            again = Agent(server.port, id=first.id)
-            async with again, handler_task(again.echo()):
-                await handler_agents(server, 2)
-                assert (await handler_ask(server.port, **ids)).status == 200
-
-
-@flow
-async def test_two_agents_may_hand_out_the_same_conversation_id(tmp_path):
-    async with serving(tmp_path) as server:
-        other = (await handler_add_user(server.port))["token"]
-        async with Agent(server.port) as first, Agent(server.port) as second:
+    ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
+    async with Agent(server.port) as first, handler_task(first.echo()):
+        await handler_agents(server, 1)
+        assert (await handler_ask(server.port)).status == 200
+        async with Agent(server.port) as second, handler_task(second.echo()):
             await handler_agents(server, 2)
-            asked = []
-
-            async def answer(agent, name):
-                while True:
-                    id, _ = await agent.request()
-                    asked.append(name)
-                    await agent.reply(id, name)
-
-            async with (
-                handler_task(answer(first, "first")),
-                handler_task(answer(second, "second")),
-            ):
-                mine = (await handler_ask(server.port)).json()["content"]
-                theirs = (await handler_ask(server.port, key=other)).json()["content"]
-                assert {mine, theirs} == {"first", "second"}
-                ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
-                for key, name in ((KEY, mine), (other, theirs)) * 2:
-                    reply = await handler_ask(server.port, key=key, **ids)
-                    assert reply.json()["content"] == name
+            for _ in range(4):
+                asked = first.protocol
+                reply = await handler_ask(server.port, **ids)
+                assert reply.status == 200 and asked
+    async with Agent(server.port) as third, handler_task(third.echo()):
+        await until(lambda: list(server.agents) == [third.id])
+        reply = await handler_ask(server.port, **ids)
+        assert reply.status == 500
+        assert reply.json() == {"error": "Connection no longer exists"}
+        again = Agent(server.port, id=first.id)
+        async with again, handler_task(again.echo()):
+            await handler_agents(server, 2)
+            assert (await handler_ask(server.port, **ids)).status == 200
 
 
 @flow
-async def test_conversation_kept_here_may_go_on_at_a_browser_agent(tmp_path):
-    """It knows no such id: it is given the text, and the ids stay ours."""
+async def test_two_agents_may_hand_out_the_same_conversation_id(server):
+    other = (await handler_add_user(server.port))["token"]
+    async with Agent(server.port) as first, Agent(server.port) as second:
+        await handler_agents(server, 2)
+        asked = []
 
-    async with serving(tmp_path) as server:
-        reply = (await handler_ask(server.port, "one", model="mock/echo")).json()
-        talk = reply["conversation_id"]
-        async with Agent(server.port) as agent:
-            await handler_agents(server, 1)
-            ids = {"conversation_id": talk, "parent_id": reply["response_id"]}
-            async with handler_task(handler_ask(server.port, "two", **ids)) as asking:
-                id, data = await agent.request()
-                assert data["conversation_id"] == ""
-                assert data["content"] == "User: one\n\nAssistant: one\n\nUser: two"
-                await agent.reply(id, "deux", "theirs", "their-answer")
-                answer = (await asking).json()
-            assert answer["content"] == "deux"
-            assert answer["conversation_id"] == talk
-        ids["parent_id"] = answer["response_id"]
-        reply = await handler_ask(server.port, "three", model="mock/echo", **ids)
-        assert reply.status == 200 and reply.json()["content"] == "three"
+        async def answer(agent, name):
+            while True:
+                id, _ = await agent.request()
+                asked.append(name)
+                await agent.reply(id, name)
+
+        async with (
+            handler_task(answer(first, "first")),
+            handler_task(answer(second, "second")),
+        ):
+            mine = (await handler_ask(server.port)).json()["content"]
+            theirs = (await handler_ask(server.port, key=other)).json()["content"]
+            assert {mine, theirs} == {"first", "second"}
+            ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
+            for key, name in ((KEY, mine), (other, theirs)) * 2:
+                reply = await handler_ask(server.port, key=key, **ids)
+                assert reply.json()["content"] == name
+
+
+@flow
+async def test_conversation_kept_here_may_go_on_at_a_browser_agent(server):
+    """It knows no such id: it is given the text, and the ids stay ours."""
+    reply = (await handler_ask(server.port, "one", model="mock/echo")).json()
+    talk = reply["conversation_id"]
+    async with Agent(server.port) as agent:
+        await handler_agents(server, 1)
+        ids = {"conversation_id": talk, "parent_id": reply["response_id"]}
+        async with handler_task(handler_ask(server.port, "two", **ids)) as asking:
+            id, data = await agent.request()
+            assert data["conversation_id"] == ""
+            assert data["content"] == "User: one\n\nAssistant: one\n\nUser: two"
+            await agent.reply(id, "deux", "theirs", "their-answer")
+            answer = (await asking).json()
+        assert answer["content"] == "deux"
+        assert answer["conversation_id"] == talk
+    ids["parent_id"] = answer["response_id"]
+    reply = await handler_ask(server.port, "three", model="mock/echo", **ids)
+    assert reply.status == 200 and reply.json()["content"] == "three"
 
 
 @flow
@@ -13396,10 +13295,7 @@ async def test_answer_with_a_response_id_of_its_own_is_still_an_upstreams(tmp_pa
 @flow
 async def test_model_of_an_ask_is_the_first_of_who_answers(tmp_path):
     models = {"alias": "real"}
-    async with handler_chat(tmp_path, http_reply(completion())) as (
-        server,
-        upstream,
-    ):
+    async with handler_chat(tmp_path, http_reply(completion())) as (server, upstream):
         assert (await handler_ask(server.port)).status == 200
         assert handler_posts(upstream)[-1].json()["model"] == "m"  # it lists
     controller = {"models": models}
@@ -13429,49 +13325,43 @@ def handler_either(models):
 
 
 @flow
-async def test_agent_that_dies_is_replaced(tmp_path):
+async def test_agent_that_dies_is_replaced(server):
     """F02."""
+    async with Agent(server.port) as first, Agent(server.port) as second:
+        await handler_agents(server, 2)
+        asked = []
 
-    async with serving(tmp_path) as server:
-        async with Agent(server.port) as first, Agent(server.port) as second:
-            await handler_agents(server, 2)
-            asked = []
+        async def behave(agent):
+            id, _ = await agent.request()
+            asked.append(agent)
+            if len(asked) == 1:
+                agent.writer.transport.abort()
+            else:
+                await agent.reply(id, "alive")
 
-            async def behave(agent):
-                id, _ = await agent.request()
-                asked.append(agent)
-                if len(asked) == 1:
-                    agent.writer.transport.abort()
-                else:
-                    await agent.reply(id, "alive")
-
-            async with handler_task(behave(first)), handler_task(behave(second)):
-                reply = await handler_ask(server.port)
-                assert reply.json()["content"] == "alive" and len(asked) == 2
-
-
-@flow
-async def test_silent_agent_is_replaced_and_its_late_answer_dropped(tmp_path):
-    """F04, F05, F06: late, unknown and doubled answers disturb nobody."""
-
-    async with serving(tmp_path, limits=Limits(ask_timeout=0.2)) as server:
-        async with Agent(server.port) as agent:
-            await handler_agents(server, 1)
+        async with handler_task(behave(first)), handler_task(behave(second)):
             reply = await handler_ask(server.port)
-            assert reply.status == 504 and list(reply.json()) == ["error"]
-            late, _ = await agent.request()
-            async with handler_task(handler_ask(server.port, "two")) as asking:
-                id, data = await agent.request()
-                assert data["content"] == "two"
-                await agent.reply(late, "late")
-                await agent.reply("unknown", "unknown")
-                await agent.reply(id, "right")
-                await agent.reply(id, "again")
-                assert (await asking).json()["content"] == "right"
-            async with handler_task(handler_ask(server.port, "three")) as asking:
-                id, _ = await agent.request()
-                await agent.reply(id, "third")
-                assert (await asking).json()["content"] == "third"
+            assert reply.json()["content"] == "alive" and len(asked) == 2
+
+
+@flow(limits=Limits(ask_timeout=0.2))
+async def test_silent_agent_is_replaced_and_its_late_answer_dropped(server, agent):
+    """F04, F05, F06: late, unknown and doubled answers disturb nobody."""
+    reply = await handler_ask(server.port)
+    assert reply.status == 504 and list(reply.json()) == ["error"]
+    late, _ = await agent.request()
+    async with handler_task(handler_ask(server.port, "two")) as asking:
+        id, data = await agent.request()
+        assert data["content"] == "two"
+        await agent.reply(late, "late")
+        await agent.reply("unknown", "unknown")
+        await agent.reply(id, "right")
+        await agent.reply(id, "again")
+        assert (await asking).json()["content"] == "right"
+    async with handler_task(handler_ask(server.port, "three")) as asking:
+        id, _ = await agent.request()
+        await agent.reply(id, "third")
+        assert (await asking).json()["content"] == "third"
 
 
 @pytest.mark.parametrize(
@@ -13492,43 +13382,38 @@ async def test_silent_agent_is_replaced_and_its_late_answer_dropped(tmp_path):
     ],
 )
 @flow
-async def test_failed_answer_fails_one_request(tmp_path, message, data, more):
+async def test_failed_answer_fails_one_request(server, agent, message, data, more):
     """F07: the agent stays, and is asked again."""
-
-    async with serving(tmp_path) as server, Agent(server.port) as agent:
-        await handler_agents(server, 1)
-        for _ in range(4):
-            async with handler_task(handler_ask(server.port)) as asking:
-                id, _ = await agent.request()
-                await agent.send(id, message, data, **more)
-                reply = await asking
-            assert reply.status == 500
-            error = reply.json()["error"]
-            assert error and len(error) < 4200
-            if data == "It broke":
-                assert "It broke" in error
+    for _ in range(4):
         async with handler_task(handler_ask(server.port)) as asking:
             id, _ = await agent.request()
-            await agent.reply(id, "well again")
-            assert (await asking).json()["content"] == "well again"
+            await agent.send(id, message, data, **more)
+            reply = await asking
+        assert reply.status == 500
+        error = reply.json()["error"]
+        assert error and len(error) < 4200
+        if data == "It broke":
+            assert "It broke" in error
+    async with handler_task(handler_ask(server.port)) as asking:
+        id, _ = await agent.request()
+        await agent.reply(id, "well again")
+        assert (await asking).json()["content"] == "well again"
 
 
 @flow
-async def test_failed_agent_is_replaced_by_another(tmp_path):
+async def test_failed_agent_is_replaced_by_another(server):
     """F07."""
+    async with Agent(server.port) as first, Agent(server.port) as second:
+        await handler_agents(server, 2)
 
-    async with serving(tmp_path) as server:
-        async with Agent(server.port) as first, Agent(server.port) as second:
-            await handler_agents(server, 2)
+        async def fail(agent):
+            while True:
+                id, _ = await agent.request()
+                await agent.send(id, "error", "no", error={})
 
-            async def fail(agent):
-                while True:
-                    id, _ = await agent.request()
-                    await agent.send(id, "error", "no", error={})
-
-            async with handler_task(fail(first)), handler_task(second.echo()):
-                for _ in range(4):
-                    assert (await handler_ask(server.port)).status == 200
+        async with handler_task(fail(first)), handler_task(second.echo()):
+            for _ in range(4):
+                assert (await handler_ask(server.port)).status == 200
 
 
 @flow
@@ -13568,17 +13453,16 @@ async def test_malformed_messages_harm_nobody(tmp_path):
     "claimed", ["", "a b", "x" * 129, "a;b", "a=b", "\u00fc", 5, {}]
 )
 @flow
-async def test_id_that_cannot_be_a_cookie_is_not_taken(tmp_path, claimed):
-    async with serving(tmp_path) as server, Agent(server.port) as agent:
-        async with Agent(server.port) as other:
-            pass
-        assert UUID_FORM.fullmatch(agent.id) and agent.id != other.id
-        odd = Agent(server.port)
-        await odd.connect()
-        first = await odd.receive()
-        await odd.send(claimed, "Connection id")
-        await until(lambda: first["id"] in server.agents or claimed == 5)
-        odd.writer.transport.abort()
+async def test_id_that_cannot_be_a_cookie_is_not_taken(server, agent, claimed):
+    async with Agent(server.port) as other:
+        pass
+    assert UUID_FORM.fullmatch(agent.id) and agent.id != other.id
+    odd = Agent(server.port)
+    await odd.connect()
+    first = await odd.receive()
+    await odd.send(claimed, "Connection id")
+    await until(lambda: first["id"] in server.agents or claimed == 5)
+    odd.writer.transport.abort()
 
 
 @flow
@@ -13616,39 +13500,32 @@ async def test_stranger_does_not_get_a_live_agents_id(tmp_path):
 
 
 @flow
-async def test_one_agent_is_asked_one_thing_at_a_time(tmp_path):
+async def test_one_agent_is_asked_one_thing_at_a_time(server, agent):
     """F11."""
-
-    async with serving(tmp_path) as server, Agent(server.port) as agent:
-        await handler_agents(server, 1)
-        asks = [handler_ask(server.port, text) for text in ("one", "two")]
-        asks = [asyncio.ensure_future(each) for each in asks]
-        id, data = await agent.request()
-        await until(lambda: server.pool.waiting == 1)
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(agent.request(), 0.05)
-        await agent.reply(id, data["content"])
-        id, data = await agent.request()
-        await agent.reply(id, data["content"])
-        replies = [(await each).json()["content"] for each in asks]
-        assert replies == ["one", "two"]
+    asks = [handler_ask(server.port, text) for text in ("one", "two")]
+    asks = [asyncio.ensure_future(each) for each in asks]
+    id, data = await agent.request()
+    await until(lambda: server.pool.waiting == 1)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(agent.request(), 0.05)
+    await agent.reply(id, data["content"])
+    id, data = await agent.request()
+    await agent.reply(id, data["content"])
+    replies = [(await each).json()["content"] for each in asks]
+    assert replies == ["one", "two"]
 
 
 @flow
-async def test_an_answer_that_comes_as_its_client_leaves_frees_the_agent(tmp_path):
-    async with (
-        serving(tmp_path) as server,
-        Agent(server.port) as agent,
-        Client(server.port) as client,
-    ):
-        await handler_agents(server, 1)
-        client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
-        id, _ = await agent.request()
-        # Both are there before the server sees either.
-        await agent.reply(id, "eins")
-        client.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
-        await until(lambda: server.requests_in_flight == 0, 1)
-        assert server.agents[agent.id].in_flight == 0
+async def test_an_answer_that_comes_as_its_client_leaves_frees_the_agent(
+    server, client, agent
+):
+    client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
+    id, _ = await agent.request()
+    # Both are there before the server sees either.
+    await agent.reply(id, "eins")
+    client.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+    await until(lambda: server.requests_in_flight == 0, 1)
+    assert server.agents[agent.id].in_flight == 0
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -13657,10 +13534,7 @@ async def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, an
     """Or until its deadline has come."""
 
     limits = Limits(ask_timeout=10 if answers else 0.5)
-    async with (
-        serving(tmp_path, limits=limits) as server,
-        Agent(server.port) as agent,
-    ):
+    async with serving(tmp_path, limits=limits) as server, Agent(server.port) as agent:
         await handler_agents(server, 1)
         async with Client(server.port) as client:
             client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
@@ -13679,119 +13553,105 @@ async def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, an
             assert (await asking).json()["content"] == "zwei"
 
 
-@flow
-async def test_idle_agent_is_pinged_in_its_own_words_and_dropped_when_dead(tmp_path):
-    limits = Limits(ping_interval=0.1, pong_timeout=0.3)
-    async with serving(tmp_path, limits=limits) as server:
-        async with Agent(server.port) as agent:
-            for _ in range(3):
-                message = await asyncio.wait_for(agent.receive(), 5)
-                assert message["message"] == "ping" and message["id"]
-                await agent.send(message["id"], "pong")
-            assert agent.id in server.agents
-            # From here on it says nothing, not even to websocket pings.
-            began = time.monotonic()
-            await handler_agents(server, 0)
-            assert time.monotonic() - began < 4
+@flow(limits=Limits(ping_interval=0.1, pong_timeout=0.3))
+async def test_idle_agent_is_pinged_in_its_own_words_and_dropped_when_dead(
+    server, agent
+):
+    for _ in range(3):
+        message = await asyncio.wait_for(agent.receive(), 5)
+        assert message["message"] == "ping" and message["id"]
+        await agent.send(message["id"], "pong")
+    assert agent.id in server.agents
+    # From here on it says nothing, not even to websocket pings.
+    began = time.monotonic()
+    await handler_agents(server, 0)
+    assert time.monotonic() - began < 4
+
+
+@flow(limits=Limits(ping_interval=0.05, pong_timeout=0.05, ask_timeout=10))
+async def test_busy_agent_is_not_dropped_for_its_silence(server, agent):
+    async with handler_task(handler_ask(server.port)) as asking:
+        id, _ = await agent.request()
+        await asyncio.sleep(0.5)  # many intervals, and no pong
+        await agent.reply(id, "slow but sure")
+        assert (await asking).json()["content"] == "slow but sure"
 
 
 @flow
-async def test_busy_agent_is_not_dropped_for_its_silence(tmp_path):
-    limits = Limits(ping_interval=0.05, pong_timeout=0.05, ask_timeout=10)
-    async with (
-        serving(tmp_path, limits=limits) as server,
-        Agent(server.port) as agent,
-    ):
-        await handler_agents(server, 1)
-        async with handler_task(handler_ask(server.port)) as asking:
-            id, _ = await agent.request()
-            await asyncio.sleep(0.5)  # many intervals, and no pong
-            await agent.reply(id, "slow but sure")
-            assert (await asking).json()["content"] == "slow but sure"
-
-
-@flow
-async def test_agent_that_does_not_say_its_id_is_sent_away(tmp_path, constant):
+async def test_agent_that_does_not_say_its_id_is_sent_away(server, constant):
     """L28."""
-
     constant(FIRST_MESSAGE_TIMEOUT=0.1)
-    async with serving(tmp_path) as server:
-        agent = Agent(server.port)
-        await agent.connect()
-        assert (await agent.receive())["message"] == "Connection id"
-        event = await asyncio.wait_for(agent.event(), 5)
-        assert event[0] is CLOSE and event[1][0] == 1008
-        agent.writer.transport.abort()
-        assert server.agents == {}
+    agent = Agent(server.port)
+    await agent.connect()
+    assert (await agent.receive())["message"] == "Connection id"
+    event = await asyncio.wait_for(agent.event(), 5)
+    assert event[0] is CLOSE and event[1][0] == 1008
+    agent.writer.transport.abort()
+    assert server.agents == {}
 
 
-@flow
-async def test_agents_are_counted(tmp_path):
+@flow(limits=Limits(agents=1))
+async def test_agents_are_counted(server):
     """L24."""
-
-    async with serving(tmp_path, limits=Limits(agents=1)) as server:
-        async with Agent(server.port):
-            await handler_agents(server, 1)
-            with pytest.raises(ConnectionError, match="503"):
-                await Agent(server.port).connect()
-        await handler_agents(server, 0)
-        async with Agent(server.port):
-            await handler_agents(server, 1)
+    async with Agent(server.port):
+        await handler_agents(server, 1)
+        with pytest.raises(ConnectionError, match="503"):
+            await Agent(server.port).connect()
+    await handler_agents(server, 0)
+    async with Agent(server.port):
+        await handler_agents(server, 1)
 
 
 @flow
-async def test_connections_are_listed_as_the_original_did(tmp_path):
-    async with serving(tmp_path) as server:
-        reply = await ask(server.port, "GET", "/api/connections", key="")
-        assert reply.json() == {"connections": []}
-        async with Agent(server.port) as agent, handler_task(agent.echo()):
-            await handler_agents(server, 1)
-            reply = await ask(server.port, "GET", "/api/connections")
-            [row] = reply.json()["connections"]
-            names = ["Ws", "Id", "Heartbeat", "LastMessageTime"]
-            assert list(row)[:4] == names
-            assert row["Ws"] == {} and row["Id"] == agent.id
-            assert row["LastMessageTime"] == "0001-01-01T00:00:00Z"
-            form = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-            assert form.fullmatch(row["Heartbeat"])
-            await handler_ask(server.port)
-            reply = await ask(server.port, "GET", "/api/connections")
-            assert form.fullmatch(reply.json()["connections"][0]["LastMessageTime"])
+async def test_connections_are_listed_as_the_original_did(server):
+    reply = await ask(server.port, "GET", "/api/connections", key="")
+    assert reply.json() == {"connections": []}
+    async with Agent(server.port) as agent, handler_task(agent.echo()):
+        await handler_agents(server, 1)
+        reply = await ask(server.port, "GET", "/api/connections")
+        [row] = reply.json()["connections"]
+        names = ["Ws", "Id", "Heartbeat", "LastMessageTime"]
+        assert list(row)[:4] == names
+        assert row["Ws"] == {} and row["Id"] == agent.id
+        assert row["LastMessageTime"] == "0001-01-01T00:00:00Z"
+        form = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+        assert form.fullmatch(row["Heartbeat"])
+        await handler_ask(server.port)
+        reply = await ask(server.port, "GET", "/api/connections")
+        assert form.fullmatch(reply.json()["connections"][0]["LastMessageTime"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @flow
-async def test_browser_agent_answers_chat_completions(tmp_path, stream):
+async def test_browser_agent_answers_chat_completions(server, agent, stream):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
     ]
     chat = {"model": "gpt-x", "messages": messages, "stream": stream}
-    async with serving(tmp_path) as server, Agent(server.port) as agent:
-        await handler_agents(server, 1)
-        async with handler_task(ask(server.port, "POST", CHAT_URL, chat)) as asking:
-            id, data = await agent.request()
-            assert data["content"] == "System: Be brief.\n\nUser: Hello"
-            await agent.reply(id, "Hi")
-            reply = await asking
-        assert reply.status == 200
-        if stream:
-            *events, done = reply.events()
-            chunks = [json.loads(event) for event in events]
-            assert done == "[DONE]"
-            assert all(c["object"] == "chat.completion.chunk" for c in chunks)
-            said = [c["choices"][0]["delta"].get("content") or "" for c in chunks]
-            assert "".join(said) == "Hi" and "usage" not in chunks[-1]
-            assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-        else:
-            body = reply.json()
-            names = ["id", "object", "created", "model", "choices", "usage"]
-            assert list(body) == names and body["model"] == "gpt-x"
-            assert body["id"].startswith("chatcmpl-")
-            [choice] = body["choices"]
-            message = {"role": "assistant", "content": "Hi", "refusal": None}
-            assert choice["message"] == message
-            assert body["usage"]["completion_tokens"] == 1
+    async with handler_task(ask(server.port, "POST", CHAT_URL, chat)) as asking:
+        id, data = await agent.request()
+        assert data["content"] == "System: Be brief.\n\nUser: Hello"
+        await agent.reply(id, "Hi")
+        reply = await asking
+    assert reply.status == 200
+    if stream:
+        *events, done = reply.events()
+        chunks = [json.loads(event) for event in events]
+        assert done == "[DONE]"
+        assert all(c["object"] == "chat.completion.chunk" for c in chunks)
+        said = [c["choices"][0]["delta"].get("content") or "" for c in chunks]
+        assert "".join(said) == "Hi" and "usage" not in chunks[-1]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    else:
+        body = reply.json()
+        names = ["id", "object", "created", "model", "choices", "usage"]
+        assert list(body) == names and body["model"] == "gpt-x"
+        assert body["id"].startswith("chatcmpl-")
+        [choice] = body["choices"]
+        message = {"role": "assistant", "content": "Hi", "refusal": None}
+        assert choice["message"] == message
+        assert body["usage"]["completion_tokens"] == 1
 
 
 @flow
@@ -13905,17 +13765,18 @@ async def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
         (b"", None),
     ],
 )
-@flow
-async def test_invalid_chat_request_is_400_and_names_the_field(tmp_path, change, param):
-    async with handler_chat(tmp_path, http_reply({})) as (server, upstream):
-        body = change if isinstance(change, bytes) else {**CHAT, **change}
-        reply = await ask(server.port, "POST", CHAT_URL, body)
-        assert reply.status == 400
-        error = reply.json()["error"]
-        assert list(error) == ["message", "type", "param", "code"]
-        assert error["param"] == param
-        assert error["type"] == "invalid_request_error"
-        assert handler_posts(upstream) == []
+@flow(behave=http_reply({}))
+async def test_invalid_chat_request_is_400_and_names_the_field(
+    server, upstream, change, param
+):
+    body = change if isinstance(change, bytes) else {**CHAT, **change}
+    reply = await ask(server.port, "POST", CHAT_URL, body)
+    assert reply.status == 400
+    error = reply.json()["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert handler_posts(upstream) == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -13969,12 +13830,7 @@ async def test_dead_and_unreadable_upstreams_are_500(tmp_path):
         async with handler_chat(tmp_path, behave) as (server, _):
             reply = await ask(server.port, "POST", CHAT_URL, CHAT)
             assert reply.status == 500, answer
-            assert list(reply.json()["error"]) == [
-                "message",
-                "type",
-                "param",
-                "code",
-            ]
+            assert list(reply.json()["error"]) == ["message", "type", "param", "code"]
 
 
 @flow
@@ -13991,17 +13847,13 @@ async def test_models_nobody_has_are_404(tmp_path):
         assert "connect an agent" in reply.json()["error"]["message"]
 
 
-@flow
-async def test_mocks_are_asked_by_name_and_nobody_else_is(tmp_path):
-    async with handler_chat(tmp_path, http_reply(completion())) as (
-        server,
-        upstream,
-    ):
-        echo = {**CHAT, "model": "mock/echo"}
-        for _ in range(4):
-            reply = await ask(server.port, "POST", CHAT_URL, echo)
-            assert reply.json()["choices"][0]["message"]["content"] == "Hello"
-        assert handler_posts(upstream) == []
+@flow(behave=http_reply(completion()))
+async def test_mocks_are_asked_by_name_and_nobody_else_is(server, upstream):
+    echo = {**CHAT, "model": "mock/echo"}
+    for _ in range(4):
+        reply = await ask(server.port, "POST", CHAT_URL, echo)
+        assert reply.json()["choices"][0]["message"]["content"] == "Hello"
+    assert handler_posts(upstream) == []
 
 
 @flow
@@ -14028,10 +13880,7 @@ async def test_other_paths_go_to_who_has_the_model(tmp_path):
     one = handler_answers(http_reply({"object": "one"}))
     two = handler_answers(http_reply({"object": "two"}))
     async with Upstream(one) as first, Upstream(two) as second:
-        controllers = [
-            first.controller(models=["a"]),
-            second.controller(models=["b"]),
-        ]
+        controllers = [first.controller(models=["a"]), second.controller(models=["b"])]
         async with serving(tmp_path, *controllers) as server:
             body = b'{"model": "b", "input" :"x"}'
             path = "/v1/embeddings?odd=1"
@@ -14291,38 +14140,33 @@ async def test_other_dialects_are_relayed_as_they_are_and_cut_where_they_break(
             assert await client.read_chunk() is None
 
 
-@flow
-async def test_stream_for_http_1_0_ends_with_its_connection(tmp_path):
-    behave = handler_stream(chunk("Hi", "stop"), DONE)
-    async with handler_chat(tmp_path, behave) as (server, _):
-        request = request_bytes("POST", CHAT_URL, STREAM).decode()
-        request = request.replace("HTTP/1.1", "HTTP/1.0")
-        head, _, content = (await raw(server.port, request.encode())).partition(
-            b"\r\n\r\n"
-        )
-        assert b"Transfer-Encoding" not in head
-        assert content == chunk("Hi", "stop") + DONE
+@flow(behave=handler_stream(chunk("Hi", "stop"), DONE))
+async def test_stream_for_http_1_0_ends_with_its_connection(server):
+    request = request_bytes("POST", CHAT_URL, STREAM).decode()
+    request = request.replace("HTTP/1.1", "HTTP/1.0")
+    head, _, content = (await raw(server.port, request.encode())).partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding" not in head
+    assert content == chunk("Hi", "stop") + DONE
 
 
 # --- Clients as they are
 
 
 @flow
-async def test_a_path_under_v1_has_one_form(tmp_path):
-    async with handler_chat(tmp_path) as (server, upstream):
-        for path in (
-            "/v1//chat/completions",
-            "/v1/chat/completions/",
-            "//v1/chat/completions",
-            "/v1/v1/chat/completions",
-            "/v1/v1//chat//completions//",
-            "/chat/completions/",
-        ):
-            reply = await ask(server.port, "POST", path, CHAT)
-            assert reply.status == 200, path
-            assert handler_posts(upstream)[-1].line == f"POST {CHAT_URL} HTTP/1.1"
-        for path in ("/v1/models/", "//v1/models", "/v1/v1/models"):
-            assert (await ask(server.port, "GET", path)).status == 200
+async def test_a_path_under_v1_has_one_form(server, upstream):
+    for path in (
+        "/v1//chat/completions",
+        "/v1/chat/completions/",
+        "//v1/chat/completions",
+        "/v1/v1/chat/completions",
+        "/v1/v1//chat//completions//",
+        "/chat/completions/",
+    ):
+        reply = await ask(server.port, "POST", path, CHAT)
+        assert reply.status == 200, path
+        assert handler_posts(upstream)[-1].line == f"POST {CHAT_URL} HTTP/1.1"
+    for path in ("/v1/models/", "//v1/models", "/v1/v1/models"):
+        assert (await ask(server.port, "GET", path)).status == 200
 
 
 @pytest.mark.parametrize(
@@ -14332,31 +14176,29 @@ async def test_a_path_under_v1_has_one_form(tmp_path):
     + ["/v1//../admin/users", "/v1/v1/../../admin/users", "//health"],
 )
 @flow
-async def test_no_other_path_has_a_second_form(tmp_path, path):
+async def test_no_other_path_has_a_second_form(server, upstream, path):
     """A proxy in front that guards /admin/ must not be passed."""
-    async with handler_chat(tmp_path) as (server, upstream):
-        for method in ("GET", "POST"):
-            body = CHAT if method == "POST" else None
-            assert (await ask(server.port, method, path, body)).status == 404
-        assert handler_posts(upstream) == []
+    for method in ("GET", "POST"):
+        body = CHAT if method == "POST" else None
+        assert (await ask(server.port, method, path, body)).status == 404
+    assert handler_posts(upstream) == []
 
 
 @flow
-async def test_what_nobody_speaks_is_said_at_once(tmp_path):
+async def test_what_nobody_speaks_is_said_at_once(server):
     websocket = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
-    async with serving(tmp_path) as server:
-        for method in ("GET", "PUT", "PATCH", "DELETE"):
-            assert (await ask(server.port, method, "/v1/nope")).status == 404
-        reply = await ask(server.port, "GET", CHAT_URL)
-        assert reply.status == 405 and "POST" in reply.headers["allow"]
-        reply = await ask(server.port, "GET", "/v1/responses", headers=websocket)
-        assert reply.status == 426 and reply.headers["upgrade"] == "websocket"
-        assert reply.headers["connection"] == "Upgrade"
-        last = [*websocket, ("Connection", "close")]
-        reply = await ask(server.port, "GET", "/v1/responses", headers=last)
-        assert reply.headers["connection"] == "Upgrade, close"
-        reply = await ask(server.port, "GET", "/v1/realtime", headers=websocket)
-        assert reply.status == 501
+    for method in ("GET", "PUT", "PATCH", "DELETE"):
+        assert (await ask(server.port, method, "/v1/nope")).status == 404
+    reply = await ask(server.port, "GET", CHAT_URL)
+    assert reply.status == 405 and "POST" in reply.headers["allow"]
+    reply = await ask(server.port, "GET", "/v1/responses", headers=websocket)
+    assert reply.status == 426 and reply.headers["upgrade"] == "websocket"
+    assert reply.headers["connection"] == "Upgrade"
+    last = [*websocket, ("Connection", "close")]
+    reply = await ask(server.port, "GET", "/v1/responses", headers=last)
+    assert reply.headers["connection"] == "Upgrade, close"
+    reply = await ask(server.port, "GET", "/v1/realtime", headers=websocket)
+    assert reply.status == 501
 
 
 @pytest.mark.parametrize(
@@ -14375,34 +14217,32 @@ async def test_what_nobody_speaks_is_said_at_once(tmp_path):
 )
 @flow
 async def test_of_several_credentials_the_one_that_fits_is_taken(
-    tmp_path, fields, good
+    server, upstream, fields, good
 ):
     """And none of them travels to an upstream."""
-    async with handler_chat(tmp_path) as (server, upstream):
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT, None, fields)
-        assert reply.status == (200 if good else 401)
-        assert len(handler_posts(upstream)) == int(good)
-        for request in handler_posts(upstream):
-            assert request.headers.pop("authorization") == "Bearer UPSTREAMSECRET"
-            values = " ".join(request.headers.values())
-            assert not any(value in values for _, value in fields)
+    reply = await ask(server.port, "POST", CHAT_URL, CHAT, None, fields)
+    assert reply.status == (200 if good else 401)
+    assert len(handler_posts(upstream)) == int(good)
+    for request in handler_posts(upstream):
+        assert request.headers.pop("authorization") == "Bearer UPSTREAMSECRET"
+        values = " ".join(request.headers.values())
+        assert not any(value in values for _, value in fields)
 
 
 @pytest.mark.parametrize("coding", ["gzip", "GZIP", "x-gzip", "deflate", "identity"])
 @flow
-async def test_a_compressed_request_is_read(tmp_path, coding):
+async def test_a_compressed_request_is_read(server, upstream, coding):
     content = json.dumps(CHAT).encode()
     encode = {"deflate": zlib.compress, "identity": bytes}.get(coding, gzip.compress)
     coded = [("Content-Encoding", coding)]
-    async with handler_chat(tmp_path) as (server, upstream):
-        sent = encode(content)
-        reply = await ask(server.port, "POST", CHAT_URL, sent, headers=coded)
-        assert reply.status == 200
-        [asked] = handler_posts(upstream)
-        assert asked.content == content and "content-encoding" not in asked.headers
-        sent = encode(b'{"content": "Hi", "model": "mock/echo"}')
-        reply = await ask(server.port, "POST", "/api/ask", sent, headers=coded)
-        assert reply.json()["content"] == "Hi"
+    sent = encode(content)
+    reply = await ask(server.port, "POST", CHAT_URL, sent, headers=coded)
+    assert reply.status == 200
+    [asked] = handler_posts(upstream)
+    assert asked.content == content and "content-encoding" not in asked.headers
+    sent = encode(b'{"content": "Hi", "model": "mock/echo"}')
+    reply = await ask(server.port, "POST", "/api/ask", sent, headers=coded)
+    assert reply.json()["content"] == "Hi"
 
 
 @pytest.mark.parametrize(
@@ -14416,18 +14256,15 @@ async def test_a_compressed_request_is_read(tmp_path, coding):
         ("gzip", gzip.compress(b"{" + b" " * 30_000_000, 9), 413),
     ],
 )
-@flow
-async def test_what_cannot_be_decompressed_is_refused(
-    tmp_path, coding, content, status
-):
+@flow(limits=Limits(content_size=1_000_000))
+async def test_what_cannot_be_decompressed_is_refused(server, coding, content, status):
     coded = [("Content-Encoding", coding)]
-    async with serving(tmp_path, limits=Limits(content_size=1_000_000)) as server:
-        reply = await ask(server.port, "POST", CHAT_URL, content, headers=coded)
-        assert reply.status == status
-        if status == 415:
-            assert "gzip" in reply.headers["accept-encoding"]
-            assert coding in reply.json()["error"]["message"]
-        assert server.content_size == 0
+    reply = await ask(server.port, "POST", CHAT_URL, content, headers=coded)
+    assert reply.status == status
+    if status == 415:
+        assert "gzip" in reply.headers["accept-encoding"]
+        assert coding in reply.json()["error"]["message"]
+    assert server.content_size == 0
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
@@ -14588,17 +14425,15 @@ async def test_a_silence_in_a_stream_of_audio_gets_no_comment(tmp_path):
 # --- What one user can do to all
 
 
-@flow
-async def test_json_of_many_small_values_is_held_as_large_as_it_gets(tmp_path):
+@flow(limits=Limits(total_content_size=50_000_000))
+async def test_json_of_many_small_values_is_held_as_large_as_it_gets(server):
     """A few bodies under every limit would take gigabytes."""
-    limits = Limits(total_content_size=50_000_000)
     head = b'{"model": "mock/echo", "messages": [{"content": "Hi"}], "z": ['
-    async with serving(tmp_path, limits=limits) as server:
-        for count, status in ((1000, 200), (100_000, 200), (300_000, 413)):
-            body = head + b"{}," * count + b"{}]}"
-            reply = await ask(server.port, "POST", CHAT_URL, body)
-            assert reply.status == status, reply.content
-            assert server.content_size == 0
+    for count, status in ((1000, 200), (100_000, 200), (300_000, 413)):
+        body = head + b"{}," * count + b"{}]}"
+        reply = await ask(server.port, "POST", CHAT_URL, body)
+        assert reply.status == status, reply.content
+        assert server.content_size == 0
 
 
 @pytest.mark.parametrize("listen, expected", [("0.0.0.0", 401), ("127.0.0.1", 101)])
@@ -14676,86 +14511,69 @@ async def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
         assert "failed" not in log.text and "cooling" not in log.text
 
 
-@flow
-async def test_client_that_leaves_the_queue_spends_no_slot(tmp_path):
+@flow(behave=handler_hang, controller={"max_concurrency": 1})
+async def test_client_that_leaves_the_queue_spends_no_slot(server, upstream):
     """F72."""
-
-    controller = {"max_concurrency": 1}
-    async with handler_chat(tmp_path, handler_hang, controller) as (
-        server,
-        upstream,
-    ):
-        async with Client(server.port) as first, Client(server.port) as second:
-            first.send(request_bytes("POST", CHAT_URL, CHAT))
-            await until(lambda: handler_posts(upstream))
-            second.send(request_bytes("POST", CHAT_URL, STREAM))
-            await until(lambda: server.pool.waiting == 1)
-            second.writer.transport.abort()
-            await until(lambda: server.pool.waiting == 0, 1)
-            first.writer.transport.abort()
-            await until(lambda: upstream.ended, 1.5)
-            assert len(handler_posts(upstream)) == 1
-            await until(lambda: server.requests_in_flight == 0, 1)
+    async with Client(server.port) as first, Client(server.port) as second:
+        first.send(request_bytes("POST", CHAT_URL, CHAT))
+        await until(lambda: handler_posts(upstream))
+        second.send(request_bytes("POST", CHAT_URL, STREAM))
+        await until(lambda: server.pool.waiting == 1)
+        second.writer.transport.abort()
+        await until(lambda: server.pool.waiting == 0, 1)
+        first.writer.transport.abort()
+        await until(lambda: upstream.ended, 1.5)
+        assert len(handler_posts(upstream)) == 1
+        await until(lambda: server.requests_in_flight == 0, 1)
 
 
 # --- Administration
 
 
 @flow
-async def test_users_come_and_go(tmp_path):
-    async with serving(tmp_path) as server:
-        reply = await ask(server.port, "GET", f"/admin/users?admin_key={KEY}", key="")
-        assert reply.json() == {"users": []}
-        user = await handler_add_user(server.port)
-        assert list(user) == ["user_id", "token"]
-        assert all(UUID_FORM.fullmatch(value) for value in user.values())
-        named = await handler_add_user(server.port, name="Ada", role="agent")
-        reply = await ask(server.port, "GET", "/admin/users")
-        assert reply.json()["users"] == [
-            user,
-            {**named, "name": "Ada", "role": "agent"},
-        ]
-        token = user["token"]
-        assert (await ask(server.port, "GET", "/v1/models", key=token)).status == 200
-        body = {"admin_key": KEY, "user_id": user["user_id"]}
-        reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
-        assert reply.json() == {"message": "User deleted"}
-        assert (await ask(server.port, "GET", "/v1/models", key=token)).status == 401
-        reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
-        assert reply.status == 404 and reply.json() == {"error": "User not found"}
+async def test_users_come_and_go(server):
+    reply = await ask(server.port, "GET", f"/admin/users?admin_key={KEY}", key="")
+    assert reply.json() == {"users": []}
+    user = await handler_add_user(server.port)
+    assert list(user) == ["user_id", "token"]
+    assert all(UUID_FORM.fullmatch(value) for value in user.values())
+    named = await handler_add_user(server.port, name="Ada", role="agent")
+    reply = await ask(server.port, "GET", "/admin/users")
+    assert reply.json()["users"] == [user, {**named, "name": "Ada", "role": "agent"}]
+    token = user["token"]
+    assert (await ask(server.port, "GET", "/v1/models", key=token)).status == 200
+    body = {"admin_key": KEY, "user_id": user["user_id"]}
+    reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
+    assert reply.json() == {"message": "User deleted"}
+    assert (await ask(server.port, "GET", "/v1/models", key=token)).status == 401
+    reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
+    assert reply.status == 404 and reply.json() == {"error": "User not found"}
 
 
-@flow
-async def test_controllers_are_shown_disabled_and_enabled(tmp_path):
-    async with handler_chat(tmp_path, http_reply(completion())) as (
-        server,
-        upstream,
-    ):
-        name = f"up-{upstream.port}"
+@flow(behave=http_reply(completion()))
+async def test_controllers_are_shown_disabled_and_enabled(server, upstream):
+    name = f"up-{upstream.port}"
 
-        async def line():
-            reply = await ask(server.port, "GET", "/admin/controllers")
-            assert b"UPSTREAMSECRET" not in reply.content
-            lines = {each["name"]: each for each in reply.json()["controllers"]}
-            return lines[name]
+    async def line():
+        reply = await ask(server.port, "GET", "/admin/controllers")
+        assert b"UPSTREAMSECRET" not in reply.content
+        lines = {each["name"]: each for each in reply.json()["controllers"]}
+        return lines[name]
 
-        fields = "name type weight models state reason until in_flight requests"
-        assert list(await line()) == [*fields.split(), "failures", "tokens"]
-        for what, state, status in (
-            ("disable", "disabled", 503),
-            ("enable", "ready", 200),
-        ):
-            path = f"/admin/controllers/{what}"
-            body = {"admin_key": KEY, "name": name}
-            reply = await ask(server.port, "POST", path, body, "")
-            assert reply.status == 200
-            assert (await line())["state"] == state
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-            assert reply.status == status
-            body["name"] = "nobody"
-            assert (await ask(server.port, "POST", path, body)).status == 404
-        told = await line()
-        assert (told["requests"], told["failures"], told["tokens"]) == (1, 0, 7)
+    fields = "name type weight models state reason until in_flight requests"
+    assert list(await line()) == [*fields.split(), "failures", "tokens"]
+    for what, state, status in (("disable", "disabled", 503), ("enable", "ready", 200)):
+        path = f"/admin/controllers/{what}"
+        body = {"admin_key": KEY, "name": name}
+        reply = await ask(server.port, "POST", path, body, "")
+        assert reply.status == 200
+        assert (await line())["state"] == state
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        assert reply.status == status
+        body["name"] = "nobody"
+        assert (await ask(server.port, "POST", path, body)).status == 404
+    told = await line()
+    assert (told["requests"], told["failures"], told["tokens"]) == (1, 0, 7)
 
 
 @pytest.mark.parametrize(
@@ -14786,20 +14604,14 @@ async def test_one_users_requests_have_a_limit(tmp_path, limit):
         assert reply.status == (200 if limit == "user_requests_in_flight" else 429)
 
 
-@flow
-async def test_requests_in_flight_have_a_limit(tmp_path):
+@flow(behave=handler_hang, limits=Limits(requests_in_flight=1))
+async def test_requests_in_flight_have_a_limit(server, upstream):
     """L19."""
-
-    limits = Limits(requests_in_flight=1)
-    async with handler_chat(tmp_path, handler_hang, limits=limits) as (
-        server,
-        upstream,
-    ):
-        async with Client(server.port) as one:
-            one.send(request_bytes("POST", CHAT_URL, CHAT))
-            await until(lambda: handler_posts(upstream))
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-            assert reply.status == 503 and reply.headers["retry-after"] == "1"
+    async with Client(server.port) as one:
+        one.send(request_bytes("POST", CHAT_URL, CHAT))
+        await until(lambda: handler_posts(upstream))
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        assert reply.status == 503 and reply.headers["retry-after"] == "1"
 
 
 # -----------------------------------------------------------------------------
@@ -15261,10 +15073,7 @@ def test_what_cannot_be_is_one_line_and_a_status(tmp_path, arguments, status, pa
 @flow
 async def test_openai_api_key_in_the_environment_is_a_controller(tmp_path):
     async with Upstream() as upstream:
-        env = {
-            "OPENAI_API_KEY": "sk-UPSTREAMSECRET",
-            "OPENAI_BASE_URL": upstream.url,
-        }
+        env = {"OPENAI_API_KEY": "sk-UPSTREAMSECRET", "OPENAI_BASE_URL": upstream.url}
         with program_in(tmp_path, env=env) as program:
             reply = await echo(program.port, model="m")
             assert reply.json()["choices"][0]["message"]["content"] == "Hi there"
@@ -15514,12 +15323,7 @@ async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
 
         def entry(name, upstream):
             config = {"api_key": "k", "base_url": upstream.url}
-            return {
-                "type": "openai",
-                "name": name,
-                "models": [name],
-                "config": config,
-            }
+            return {"type": "openai", "name": name, "models": [name], "config": config}
 
         write_config(tmp_path, controllers=[entry("old", old), entry("kept", kept)])
         with program_in(tmp_path) as program:
@@ -16054,37 +15858,33 @@ async def test_stream_options_that_an_agents_upstream_refuses_are_left_out(tmp_p
 
 
 @flow
-async def test_a_slow_client_of_an_agent_holds_up_no_other(tmp_path):
+async def test_a_slow_client_of_an_agent_holds_up_no_other(server):
     piece = "x" * 60_000
 
     async def flood(request):
         for _ in range(300 if request["messages"][0]["content"] == "much" else 2):
             yield piece
 
-    async with serving(tmp_path) as server:
-        async with agent_of(server, FunctionController(flood, models=["m"])):
-            async with Client(server.port) as slow:
-                much = {
-                    **STREAMED,
-                    "messages": [{"role": "user", "content": "much"}],
-                }
-                slow.send(request_bytes("POST", CHAT_API, much))
-                await slow.read_head()
-                slow.writer.transport.pause_reading()
-                began = time.monotonic()
-                asks = (ask(server.port, "POST", CHAT_API, STREAMED) for _ in range(20))
-                for reply in await asyncio.gather(*asks):
-                    assert reply.status == 200 and reply.events()[-1] == "[DONE]"
-                assert time.monotonic() - began < 5
-                # 18 MB are more than the 8 MiB that wait for one call, and than
-                # what sockets hold: it is told, and its call is cut.
-                (controller,) = server.agents.values()
-                await until(lambda: not controller._calls)
-                slow.writer.transport.resume_reading()
-                text = (await slow.reader.read()).decode()
-                assert "client_too_slow" in text and "[DONE]" not in text
-                reply = await ask(server.port, "POST", CHAT_API, STREAMED)
-                assert reply.status == 200
+    async with agent_of(server, FunctionController(flood, models=["m"])):
+        async with Client(server.port) as slow:
+            much = {**STREAMED, "messages": [{"role": "user", "content": "much"}]}
+            slow.send(request_bytes("POST", CHAT_API, much))
+            await slow.read_head()
+            slow.writer.transport.pause_reading()
+            began = time.monotonic()
+            asks = (ask(server.port, "POST", CHAT_API, STREAMED) for _ in range(20))
+            for reply in await asyncio.gather(*asks):
+                assert reply.status == 200 and reply.events()[-1] == "[DONE]"
+            assert time.monotonic() - began < 5
+            # 18 MB are more than the 8 MiB that wait for one call, and than
+            # what sockets hold: it is told, and its call is cut.
+            (controller,) = server.agents.values()
+            await until(lambda: not controller._calls)
+            slow.writer.transport.resume_reading()
+            text = (await slow.reader.read()).decode()
+            assert "client_too_slow" in text and "[DONE]" not in text
+            reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+            assert reply.status == 200
 
 
 @flow
@@ -16130,25 +15930,24 @@ async def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
 
 
 @flow
-async def test_what_an_agent_drops_before_the_first_byte_another_answers(tmp_path):
-    async with serving(tmp_path) as server:
-        asked = []
+async def test_what_an_agent_drops_before_the_first_byte_another_answers(server):
+    asked = []
 
-        async def die(request):
-            asked.append("first")
-            link_of(first).websocket.connection.reset()
-            await asyncio.sleep(20)
+    async def die(request):
+        asked.append("first")
+        link_of(first).websocket.connection.reset()
+        await asyncio.sleep(20)
 
-        async def answer(request):
-            asked.append("second")
-            return "from the second"
+    async def answer(request):
+        asked.append("second")
+        return "from the second"
 
-        async with agent_of(server, FunctionController(die, models=["m"])) as first:
-            async with agent_of(server, FunctionController(answer, models=["m"])):
-                while "first" not in asked:
-                    reply = await ask(server.port, "POST", CHAT_API, CHAT)
-                    assert reply.status == 200 and b"from the sec" in reply.content
-                assert asked[-2:] == ["first", "second"]
+    async with agent_of(server, FunctionController(die, models=["m"])) as first:
+        async with agent_of(server, FunctionController(answer, models=["m"])):
+            while "first" not in asked:
+                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                assert reply.status == 200 and b"from the sec" in reply.content
+            assert asked[-2:] == ["first", "second"]
 
 
 @flow
@@ -16174,33 +15973,29 @@ async def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
 
 @pytest.mark.parametrize("key, words", [("wrong", "(401)"), ("user", "(403)")])
 @flow
-async def test_a_refused_key_is_told_once_and_tried_again(
-    tmp_path, constant, key, words
-):
+async def test_a_refused_key_is_told_once_and_tried_again(server, constant, key, words):
     constant(REDIAL_MAX=0.02)
-    async with serving(tmp_path) as server:
-        user = await server.users.add()
-        controller = FunctionController(lambda request: "Hi", models=["m"])
-        token = user.token if key == "user" else key
-        options = {"key": token}
-        log = AgentLog()
-        server.access = log.write
-        async with agent_of(server.port, controller, **options) as agent:
-            await until(lambda: len(log) > 2)
-            assert len(agent.log) == 1 and words in agent.log[0]
-            assert "--key" in agent.log[0] and token not in agent.log[0]
+    user = await server.users.add()
+    controller = FunctionController(lambda request: "Hi", models=["m"])
+    token = user.token if key == "user" else key
+    options = {"key": token}
+    log = AgentLog()
+    server.access = log.write
+    async with agent_of(server.port, controller, **options) as agent:
+        await until(lambda: len(log) > 2)
+        assert len(agent.log) == 1 and words in agent.log[0]
+        assert "--key" in agent.log[0] and token not in agent.log[0]
 
 
-@flow
-async def test_an_agents_token_registers_and_does_nothing_else(tmp_path):
-    async with serving(tmp_path, agents_auth="key") as server:
-        user = await server.users.add(role="agent")
-        controller = FunctionController(lambda request: "Hi", models=["m"])
-        async with agent_of(server, controller, key=user.token):
-            reply = await ask(server.port, "POST", CHAT_API, CHAT, key=user.token)
-            assert reply.status == 403
-            reply = await ask(server.port, "POST", CHAT_API, CHAT)
-            assert reply.status == 200
+@flow(agents_auth="key")
+async def test_an_agents_token_registers_and_does_nothing_else(server):
+    user = await server.users.add(role="agent")
+    controller = FunctionController(lambda request: "Hi", models=["m"])
+    async with agent_of(server, controller, key=user.token):
+        reply = await ask(server.port, "POST", CHAT_API, CHAT, key=user.token)
+        assert reply.status == 403
+        reply = await ask(server.port, "POST", CHAT_API, CHAT)
+        assert reply.status == 200
 
 
 def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path, monkeypatch):
@@ -16237,20 +16032,18 @@ def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path, monke
 
 
 @flow
-async def test_a_second_request_to_shut_down_ends_an_agent_at_once(tmp_path):
-    async with serving(tmp_path) as server:
+async def test_a_second_request_to_shut_down_ends_an_agent_at_once(server):
+    async def wait(request):
+        await asyncio.sleep(20)
 
-        async def wait(request):
-            await asyncio.sleep(20)
-
-        async with agent_of(server, FunctionController(wait, models=["m"])) as agent:
-            asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
-            await until(lambda: link_of(agent).calls)
-            agent.request_shutdown()
-            agent.request_shutdown()
-            await asyncio.wait_for(agent.task, 5)
-            reply = await asking
-            assert reply.status == 500 and b"agent_lost" in reply.content
+    async with agent_of(server, FunctionController(wait, models=["m"])) as agent:
+        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+        await until(lambda: link_of(agent).calls)
+        agent.request_shutdown()
+        agent.request_shutdown()
+        await asyncio.wait_for(agent.task, 5)
+        reply = await asking
+        assert reply.status == 500 and b"agent_lost" in reply.content
 
 
 @flow
@@ -16359,11 +16152,7 @@ async def test_a_malicious_server_reaches_nothing_but_the_api():
             for number, path in enumerate(PATH_ATTACKS):
                 head, _ = await server.request(f"c{number}", path)
                 assert head["status"] == 400, path
-            fields = {
-                "Host": "evil",
-                "authorization": "Bearer evil",
-                "x-a": "b\r\nc",
-            }
+            fields = {"Host": "evil", "authorization": "Bearer evil", "x-a": "b\r\nc"}
             fields.update({"cookie": "c", "x-ok": "1", "x-n": 1, "a b": "c"})
             assert upstream.requests == []
             head, content = await server.request("last", CHAT_API, headers=fields)
@@ -16498,14 +16287,12 @@ def agent_command(script, **options):
     ids=["text", "json", "much", "complaints"],
 )
 @flow
-async def test_a_program_answers(tmp_path, monkeypatch, script, whole, expected):
+async def test_a_program_answers(server, monkeypatch, script, whole, expected):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
-
-    async with serving(tmp_path) as server:
-        async with agent_of(server, agent_command(script, whole=whole)):
-            reply = await ask(server.port, "POST", CHAT_API, CHAT)
-            message = reply.json()["choices"][0]["message"]
-            assert message["content"] == expected
+    async with agent_of(server, agent_command(script, whole=whole)):
+        reply = await ask(server.port, "POST", CHAT_API, CHAT)
+        message = reply.json()["choices"][0]["message"]
+        assert message["content"] == expected
 
 
 @flow
@@ -16513,10 +16300,7 @@ async def test_a_program_that_fails_tells_why(tmp_path, caplog):
     script = "import sys; print('Hi', flush=True); sys.exit('no model here')"
 
     command = agent_command(script)
-    async with (
-        serving(tmp_path) as server,
-        agent_of(server, command),
-    ):
+    async with serving(tmp_path) as server, agent_of(server, command):
         reply = await ask(server.port, "POST", CHAT_API, CHAT)
         assert reply.status == 500
         assert reply.json()["error"]["message"].endswith("ended with status 1")
@@ -16558,32 +16342,30 @@ async def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_
 
 @flow
 async def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped(
-    tmp_path,
+    server,
 ):
     head = json.dumps({"status": 200, "content_type": "text/event-stream"})
     events = (chunk("Hi") + chunk(None, "stop") + DONE).decode()
-
-    async with serving(tmp_path) as server:
-        async with Agent(server.port, hello=agent_hello()) as agent:
-            assert (await agent.receive())["data"] == '{"version": 2}'
-            asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, STREAMED))
-            id, data = await agent_call(agent)
-            assert data["method"] == "POST" and data["path"] == CHAT_API
-            await agent.send("unknown", "ApiData", "nobody's")
-            await agent.send(id, "ApiResponse", head)
-            await agent.send(id, "ApiResponse", head)
-            await agent.send(id, "ApiData", events)
-            assert (await asking).content == events.encode()
-            await agent.send(id, "ApiEnd")
-            await agent.send(id, "ApiEnd")
-            asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
-            message = await agent.receive()
-            assert message["message"] == "ApiRequest"  # and no ApiCancel
-            await agent.send(message["id"], "error", "no luck")
-            reply = await asking
-            assert reply.status == 500 and b"fake failed: no luck" in reply.content
-            assert reply.json()["error"]["code"] == "agent_error"
-            assert agent.id in server.agents
+    async with Agent(server.port, hello=agent_hello()) as agent:
+        assert (await agent.receive())["data"] == '{"version": 2}'
+        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, STREAMED))
+        id, data = await agent_call(agent)
+        assert data["method"] == "POST" and data["path"] == CHAT_API
+        await agent.send("unknown", "ApiData", "nobody's")
+        await agent.send(id, "ApiResponse", head)
+        await agent.send(id, "ApiResponse", head)
+        await agent.send(id, "ApiData", events)
+        assert (await asking).content == events.encode()
+        await agent.send(id, "ApiEnd")
+        await agent.send(id, "ApiEnd")
+        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+        message = await agent.receive()
+        assert message["message"] == "ApiRequest"  # and no ApiCancel
+        await agent.send(message["id"], "error", "no luck")
+        reply = await asking
+        assert reply.status == 500 and b"fake failed: no luck" in reply.content
+        assert reply.json()["error"]["code"] == "agent_error"
+        assert agent.id in server.agents
 
 
 @pytest.mark.parametrize(
@@ -16621,32 +16403,27 @@ async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
 
 
 @flow
-async def test_a_content_type_of_an_agents_cannot_break_the_answer(tmp_path):
+async def test_a_content_type_of_an_agents_cannot_break_the_answer(server):
     head = {"status": 200, "content_type": "text/plain\r\nSet-Cookie: x"}
-
-    async with serving(tmp_path) as server:
-        async with Agent(server.port, hello=agent_hello()) as agent:
-            path = "/v1/rerank"
-            asking = asyncio.ensure_future(ask(server.port, "POST", path, CHAT))
-            id, _ = await agent_call(agent)
-            await agent.send(id, "ApiResponse", json.dumps(head))
-            await agent.send(id, "ApiData", "Hi")
-            await agent.send(id, "ApiEnd")
-            reply = await asking
-            assert reply.status == 200 and "set-cookie" not in reply.headers
-            assert reply.headers["content-type"] == "application/octet-stream"
+    async with Agent(server.port, hello=agent_hello()) as agent:
+        path = "/v1/rerank"
+        asking = asyncio.ensure_future(ask(server.port, "POST", path, CHAT))
+        id, _ = await agent_call(agent)
+        await agent.send(id, "ApiResponse", json.dumps(head))
+        await agent.send(id, "ApiData", "Hi")
+        await agent.send(id, "ApiEnd")
+        reply = await asking
+        assert reply.status == 200 and "set-cookie" not in reply.headers
+        assert reply.headers["content-type"] == "application/octet-stream"
 
 
-@flow
-async def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(tmp_path):
-    limits = Limits(agent_message_size=10_000)
-
-    async with serving(tmp_path, limits=limits) as server:
-        async with Agent(server.port, hello=agent_hello()) as agent:
-            await until(lambda: server.agents)
-            body = {**CHAT, "more": "x" * 10_000}
-            reply = await ask(server.port, "POST", CHAT_API, body)
-            assert reply.status == 413 and agent.id in server.agents
+@flow(limits=Limits(agent_message_size=10_000))
+async def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(server):
+    async with Agent(server.port, hello=agent_hello()) as agent:
+        await until(lambda: server.agents)
+        body = {**CHAT, "more": "x" * 10_000}
+        reply = await ask(server.port, "POST", CHAT_API, body)
+        assert reply.status == 413 and agent.id in server.agents
 
 
 @flow
@@ -16747,23 +16524,21 @@ async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
                 assert server.agents[agent.id].failures == 0
 
 
-@flow
-async def test_an_agent_that_is_full_for_too_long_is_a_503(tmp_path):
-    limits = Limits(queue_timeout=0.4)
-    async with serving(tmp_path, limits=limits) as server:
-        async with Agent(server.port, hello=agent_hello()) as agent:
-            asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
-            for _ in range(2):
-                id, _ = await agent_call(agent)
+@flow(limits=Limits(queue_timeout=0.4))
+async def test_an_agent_that_is_full_for_too_long_is_a_503(server):
+    async with Agent(server.port, hello=agent_hello()) as agent:
+        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+        for _ in range(2):
+            id, _ = await agent_call(agent)
+            await agent.send(id, "error", apiserver.AGENT_FULL)
+        while not asking.done():
+            with contextlib.suppress(asyncio.TimeoutError):
+                id, _ = await asyncio.wait_for(agent_call(agent), 0.5)
                 await agent.send(id, "error", apiserver.AGENT_FULL)
-            while not asking.done():
-                with contextlib.suppress(asyncio.TimeoutError):
-                    id, _ = await asyncio.wait_for(agent_call(agent), 0.5)
-                    await agent.send(id, "error", apiserver.AGENT_FULL)
-            reply = await asking
-            assert reply.status == 503 and reply.headers["retry-after"] == "1"
-            (controller,) = server.agents.values()
-            assert controller.failures == 0 and controller.in_flight == 0
+        reply = await asking
+        assert reply.status == 503 and reply.headers["retry-after"] == "1"
+        (controller,) = server.agents.values()
+        assert controller.failures == 0 and controller.in_flight == 0
 
 
 @flow
@@ -16811,40 +16586,38 @@ async def test_every_address_of_a_servers_name_is_dialled(tmp_path, monkeypatch)
 
 @flow
 async def test_an_agent_that_ends_does_not_wait_to_dial_again(
-    tmp_path, constant, monkeypatch
+    server, constant, monkeypatch
 ):
     constant(REDIAL_FIRST=60, REDIAL_SOON=60, REDIAL_MAX=60)
     monkeypatch.setattr(random, "uniform", max)
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     controller = FunctionController(lambda request: "Hi", models=["m"])
-    async with serving(tmp_path) as server:
-        urls = [f"127.0.0.1:{server.port}", f"127.0.0.1:{port}"]
-        async with agent_of_all(urls, controller) as agent:
-            await until(lambda: agent.id in server.agents)
-            await until(lambda: agent.log.has("dialling again"))
-            began = time.monotonic()
-            agent.request_shutdown()
-            await agent.task
-            assert time.monotonic() - began < 0.8
+    urls = [f"127.0.0.1:{server.port}", f"127.0.0.1:{port}"]
+    async with agent_of_all(urls, controller) as agent:
+        await until(lambda: agent.id in server.agents)
+        await until(lambda: agent.log.has("dialling again"))
+        began = time.monotonic()
+        agent.request_shutdown()
+        await agent.task
+        assert time.monotonic() - began < 0.8
 
 
 @flow
-async def test_two_ways_to_one_server_are_one_registration(tmp_path):
+async def test_two_ways_to_one_server_are_one_registration(server):
     controller = FunctionController(lambda request: "Hi", models=["m"])
-    async with serving(tmp_path) as server:
-        urls = [f"127.0.0.1:{server.port}", f"localhost:{server.port}"]
-        async with agent_of_all(urls, controller) as agent:
-            await until(lambda: agent.id in server.agents)
-            await asyncio.sleep(0.3)
-            assert len(server.agents) == 1 and len(agent.links) == 2
-            assert len(agent.log) == 1 and agent.log.has("connected to")
-            (link,) = (link for link in agent.links.values() if link.websocket)
-            first = server.agents[agent.id]
-            link.websocket.connection.reset()  # whichever is free comes at once
-            await until(lambda: server.agents.get(agent.id, first) is not first)
-            await asyncio.sleep(0.3)
-            assert sum(bool(link.websocket) for link in agent.links.values()) == 1
+    urls = [f"127.0.0.1:{server.port}", f"localhost:{server.port}"]
+    async with agent_of_all(urls, controller) as agent:
+        await until(lambda: agent.id in server.agents)
+        await asyncio.sleep(0.3)
+        assert len(server.agents) == 1 and len(agent.links) == 2
+        assert len(agent.log) == 1 and agent.log.has("connected to")
+        (link,) = (link for link in agent.links.values() if link.websocket)
+        first = server.agents[agent.id]
+        link.websocket.connection.reset()  # whichever is free comes at once
+        await until(lambda: server.agents.get(agent.id, first) is not first)
+        await asyncio.sleep(0.3)
+        assert sum(bool(link.websocket) for link in agent.links.values()) == 1
 
 
 @flow
@@ -16950,28 +16723,27 @@ def agent_program(*arguments, cwd):
 
 
 @flow
-async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path):
-    async with serving(tmp_path) as server:
-        program = f"'{sys.executable}' -c 'print(42)'"
-        url = f"ws://localhost:{server.port}/k/{KEY}"
-        process = agent_program(
-            url, "--command", program, "-models", "answer", "-v", cwd=tmp_path
-        )
-        try:
-            await until(lambda: server.agents, 10)
-            body = {**CHAT, "model": "answer"}
-            reply = await ask(server.port, "POST", CHAT_API, body)
-            assert "42" in reply.json()["choices"][0]["message"]["content"]
-            process.send_signal(signal.SIGINT)
-            loop = asyncio.get_running_loop()
-            _, text = await loop.run_in_executor(None, process.communicate)
-            assert process.returncode == 0, text
-            assert "serving answer" in text and "shutting down (SIGINT)" in text
-            assert "answer 200" in text and KEY not in text
-            await until(lambda: not server.agents)
-        finally:
-            process.kill()
-            process.wait()
+async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
+    program = f"'{sys.executable}' -c 'print(42)'"
+    url = f"ws://localhost:{server.port}/k/{KEY}"
+    process = agent_program(
+        url, "--command", program, "-models", "answer", "-v", cwd=tmp_path
+    )
+    try:
+        await until(lambda: server.agents, 10)
+        body = {**CHAT, "model": "answer"}
+        reply = await ask(server.port, "POST", CHAT_API, body)
+        assert "42" in reply.json()["choices"][0]["message"]["content"]
+        process.send_signal(signal.SIGINT)
+        loop = asyncio.get_running_loop()
+        _, text = await loop.run_in_executor(None, process.communicate)
+        assert process.returncode == 0, text
+        assert "serving answer" in text and "shutting down (SIGINT)" in text
+        assert "answer 200" in text and KEY not in text
+        await until(lambda: not server.agents)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(
@@ -17795,10 +17567,7 @@ async def test_a_dead_proxy_is_named_as_what_is_dead(tmp_path, scheme):
         async with serving(tmp_path, controller) as server:
             reply = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
             message = reply.json()["error"]["message"]
-            assert (reply.status, message) == (
-                500,
-                "one: nothing listens at its proxy",
-            )
+            assert (reply.status, message) == (500, "one: nothing listens at its proxy")
             assert (await controller_line(server, "one"))["state"] == "cooling"
         assert upstream.connections == 0
 
@@ -17968,15 +17737,14 @@ async def slow_socket(port, data):
 
 
 @flow
-async def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(tmp_path):
-    async with serving(tmp_path) as server:
-        data = request_bytes("GET", "/agent.py", key="") * 200
-        with await slow_socket(server.port, data):
-            await until(lambda: server._handlers)
-            (connection,) = server._handlers
-            await until(lambda: connection.unsent)
-            await asyncio.sleep(0.2)  # for the others, which must not come
-            assert connection.unsent < 2 * len(apiserver.source_code())
+async def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(server):
+    data = request_bytes("GET", "/agent.py", key="") * 200
+    with await slow_socket(server.port, data):
+        await until(lambda: server._handlers)
+        (connection,) = server._handlers
+        await until(lambda: connection.unsent)
+        await asyncio.sleep(0.2)  # for the others, which must not come
+        assert connection.unsent < 2 * len(apiserver.source_code())
 
 
 @flow
@@ -18025,26 +17793,25 @@ async def test_clients_who_leave_at_done_leave_no_connection_behind(tmp_path):
 
 
 @flow
-async def test_clients_who_leave_at_done_leave_no_call_at_an_agent(tmp_path):
+async def test_clients_who_leave_at_done_leave_no_call_at_an_agent(server):
     hello = json.dumps({"version": 2, "name": "gpu", "models": ["m"]})
     head = json.dumps({"status": 200, "content_type": "text/event-stream"})
     events = (chunk("Hi") + chunk(None, "stop") + DONE).decode()
-    async with serving(tmp_path) as server:
-        async with Agent(server.port, hello=hello) as agent:
-            async with Client(server.port) as client:
-                await until(lambda: server.agents)
-                client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+    async with Agent(server.port, hello=hello) as agent:
+        async with Client(server.port) as client:
+            await until(lambda: server.agents)
+            client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+            message = await agent.receive()
+            while message["message"] != "ApiRequest":
                 message = await agent.receive()
-                while message["message"] != "ApiRequest":
-                    message = await agent.receive()
-                await agent.send(message["id"], "ApiResponse", head)
-                await agent.send(message["id"], "ApiData", events)
-                await client.reader.readuntil(b"[DONE]")
-                linger = struct.pack("ii", 1, 0)
-                sock = client.writer.get_extra_info("socket")
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            controller = server.agents[agent.id]
-            await until(lambda: not controller._calls and not controller.in_flight)
+            await agent.send(message["id"], "ApiResponse", head)
+            await agent.send(message["id"], "ApiData", events)
+            await client.reader.readuntil(b"[DONE]")
+            linger = struct.pack("ii", 1, 0)
+            sock = client.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        controller = server.agents[agent.id]
+        await until(lambda: not controller._calls and not controller.in_flight)
 
 
 @flow
@@ -18094,28 +17861,26 @@ async def test_a_burst_of_failures_doubles_the_pause_only_once(
     [("mock/echo", False), ("mock/echo", True), ("mock/cut?events=5000", True)],
 )
 @flow
-async def test_a_mock_that_says_much_holds_up_nobody(tmp_path, model, stream):
+async def test_a_mock_that_says_much_holds_up_nobody(server, model, stream):
     message = {"role": "user", "content": "a b " * 100_000}
     body = {"model": model, "stream": stream, "messages": [message]}
-    async with serving(tmp_path) as server:
-        long = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, body))
-        await until(lambda: server.requests_in_flight)
-        answered = 0
-        while not long.done():
-            assert (await ask(server.port, "GET", "/health")).status == 200
-            answered += 1
-        assert answered > 3
-        content = (await long).content
-        assert model != "mock/echo" or content.count(b"a b a b") > 1000
+    long = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, body))
+    await until(lambda: server.requests_in_flight)
+    answered = 0
+    while not long.done():
+        assert (await ask(server.port, "GET", "/health")).status == 200
+        answered += 1
+    assert answered > 3
+    content = (await long).content
+    assert model != "mock/echo" or content.count(b"a b a b") > 1000
 
 
 @flow
-async def test_a_name_of_a_mock_has_a_largest_size(tmp_path):
-    async with serving(tmp_path) as server:
-        for size, status in ((2048, 200), (2049, 404)):
-            model = "mock/text?text=".ljust(size, "x")
-            body = {**CHAT, "model": model}
-            assert (await ask(server.port, "POST", CHAT_URL, body)).status == status
+async def test_a_name_of_a_mock_has_a_largest_size(server):
+    for size, status in ((2048, 200), (2049, 404)):
+        model = "mock/text?text=".ljust(size, "x")
+        body = {**CHAT, "model": model}
+        assert (await ask(server.port, "POST", CHAT_URL, body)).status == status
 
 
 def test_a_stream_put_together_takes_linear_time():
@@ -18142,58 +17907,53 @@ def test_a_form_of_a_million_parts_is_not_taken_apart():
 
 
 @flow
-async def test_a_huge_conversation_id_of_an_agent_is_not_kept(tmp_path):
-    async with serving(tmp_path) as server, Agent(server.port) as agent:
-        for size in (200, 201):
-            asking = asyncio.ensure_future(
-                ask(server.port, "POST", "/api/ask", {"content": "Hi"})
-            )
-            id, _ = await agent.request()
-            await agent.reply(id, "Hello", conversation_id="c" * size)
-            assert (await asking).json()["conversation_id"] == "c" * size
-        assert [len(id) for _, id in server.conversations._kept] == [200]
+async def test_a_huge_conversation_id_of_an_agent_is_not_kept(server, agent):
+    for size in (200, 201):
+        asking = asyncio.ensure_future(
+            ask(server.port, "POST", "/api/ask", {"content": "Hi"})
+        )
+        id, _ = await agent.request()
+        await agent.reply(id, "Hello", conversation_id="c" * size)
+        assert (await asking).json()["conversation_id"] == "c" * size
+    assert [len(id) for _, id in server.conversations._kept] == [200]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
 @flow
-async def test_an_agent_whose_token_is_deleted_is_sent_away(tmp_path, by_hand):
-    async with serving(tmp_path) as server:
-        path, body = "/admin/users/add", {"admin_key": KEY, "role": "agent"}
-        user = (await ask(server.port, "POST", path, body)).json()
-        own = Agent(server.port, headers=[("Authorization", user["token"])])
-        admins = Agent(server.port, headers=[("Authorization", KEY)])
-        async with own, admins, Agent(server.port) as local:
-            await until(lambda: len(server.agents) == 3)
-            if by_hand:
-                (tmp_path / "users.json").write_text('{"users": []}')
-            else:
-                body = {"admin_key": KEY, "user_id": user["user_id"]}
-                await ask(server.port, "POST", "/admin/users/delete", body)
-            await until(lambda: len(server.agents) == 2)
-            assert {*server.agents} == {admins.id, local.id}
+async def test_an_agent_whose_token_is_deleted_is_sent_away(tmp_path, server, by_hand):
+    path, body = "/admin/users/add", {"admin_key": KEY, "role": "agent"}
+    user = (await ask(server.port, "POST", path, body)).json()
+    own = Agent(server.port, headers=[("Authorization", user["token"])])
+    admins = Agent(server.port, headers=[("Authorization", KEY)])
+    async with own, admins, Agent(server.port) as local:
+        await until(lambda: len(server.agents) == 3)
+        if by_hand:
+            (tmp_path / "users.json").write_text('{"users": []}')
+        else:
+            body = {"admin_key": KEY, "user_id": user["user_id"]}
+            await ask(server.port, "POST", "/admin/users/delete", body)
+        await until(lambda: len(server.agents) == 2)
+        assert {*server.agents} == {admins.id, local.id}
+        closing = await own.event()
+        while closing[0] is not CLOSE:
             closing = await own.event()
-            while closing[0] is not CLOSE:
-                closing = await own.event()
-            assert closing[1][0] == 1008
+        assert closing[1][0] == 1008
 
 
-@flow
-async def test_content_that_trickles_has_the_requests_deadline(tmp_path):
-    limits = Limits(request_timeout=0.3, content_rate=0)
-    async with serving(tmp_path, limits=limits) as server:
-        async with Client(server.port) as client:
-            head = request_bytes("POST", CHAT_URL, headers=[("Content-Length", 99)])
-            client.send(head)
+@flow(limits=Limits(request_timeout=0.3, content_rate=0))
+async def test_content_that_trickles_has_the_requests_deadline(server, client):
+    head = request_bytes("POST", CHAT_URL, headers=[("Content-Length", 99)])
+    client.send(head)
 
-            async def trickle():
-                while True:
-                    client.send(b" ")
-                    await asyncio.sleep(0.02)
+    async def trickle():
+        while True:
+            client.send(b" ")
+            await asyncio.sleep(0.02)
 
-            task = asyncio.ensure_future(trickle())
-            status, _ = await client.read_head()
-            task.cancel()
-            assert status == 408 and not server.content_size
+    task = asyncio.ensure_future(trickle())
+    status, _ = await client.read_head()
+    task.cancel()
+    assert status == 408 and not server.content_size
 
 
 @flow
@@ -18258,30 +18018,26 @@ async def test_a_403_about_the_model_closes_no_controller(tmp_path):
 
 
 @flow
-async def test_http_1_0_is_a_proxys_and_not_this_machines_user(tmp_path):
+async def test_http_1_0_is_a_proxys_and_not_this_machines_user(server):
     """nginx as it comes adds no header, sets a loopback Host and speaks HTTP/1.0."""
-
-    async with serving(tmp_path) as server:
-        for version, status in ((b"1.1", b"200"), (b"1.0", b"401")):
-            request = b"GET /api/connections HTTP/%b\r\nHost: localhost\r\n"
-            request = request % version + b"Connection: close\r\n\r\n"
-            assert (await raw(server.port, request)).split()[1] == status
+    for version, status in ((b"1.1", b"200"), (b"1.0", b"401")):
+        request = b"GET /api/connections HTTP/%b\r\nHost: localhost\r\n"
+        request = request % version + b"Connection: close\r\n\r\n"
+        assert (await raw(server.port, request)).split()[1] == status
 
 
-@flow
-async def test_content_that_is_only_announced_takes_no_room(tmp_path):
-    limits = Limits(total_content_size=300)
-    async with serving(tmp_path, limits=limits) as server:
-        async with Client(server.port) as idle:
-            head = request_bytes("POST", "/api/ask", b"x" * 290)
-            idle.send(head[:-290])
-            await until(lambda: any(h.exchange for h in server._handlers.values()))
-            body = {"content": "Hello", "model": "mock/echo"}
-            assert (await ask(server.port, "POST", "/api/ask", body)).status == 200
-            idle.send(b"x" * 290)
-            assert (await idle.read_reply()).status == 400  # no JSON
-            body["content"] = "x" * 300
-            assert (await ask(server.port, "POST", "/api/ask", body)).status == 503
+@flow(limits=Limits(total_content_size=300))
+async def test_content_that_is_only_announced_takes_no_room(server):
+    async with Client(server.port) as idle:
+        head = request_bytes("POST", "/api/ask", b"x" * 290)
+        idle.send(head[:-290])
+        await until(lambda: any(h.exchange for h in server._handlers.values()))
+        body = {"content": "Hello", "model": "mock/echo"}
+        assert (await ask(server.port, "POST", "/api/ask", body)).status == 200
+        idle.send(b"x" * 290)
+        assert (await idle.read_reply()).status == 400  # no JSON
+        body["content"] = "x" * 300
+        assert (await ask(server.port, "POST", "/api/ask", body)).status == 503
 
 
 def garbage():
@@ -18346,10 +18102,7 @@ async def test_what_a_request_holds_is_freed_with_it(tmp_path, request_once):
     """It may be 32 MiB, and the garbage collector comes when it comes."""
 
     limits = Limits(
-        first_byte_timeout=0.3,
-        queue_timeout=0.1,
-        ping_interval=0.1,
-        cool_failures=1000,
+        first_byte_timeout=0.3, queue_timeout=0.1, ping_interval=0.1, cool_failures=1000
     )
     gate = PoolGate(models=["gate"], max_concurrency=1)
     async with (
