@@ -412,6 +412,8 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 class Headers(dict[str, str]):
     """Header fields by name in lower case; repeated ones are joined by ", "."""
 
+    relayed: dict[str, str] | None = None  # those that travel on, once that is known
+
     def tokens(self, name: str) -> list[str]:
         """The members of a comma-separated field, in lower case."""
         return [item.strip().lower() for item in self.get(name, "").split(",")]
@@ -9975,9 +9977,12 @@ class Exchange:
 
     async def answer(self, request: APIRequest) -> None:
         """Have the pool answer a request of the client's, and send the answer."""
-        request.headers = end_to_end(
-            self.request.headers, _PRIVATE_REQUEST_FIELDS, _PRIVATE_REQUEST_PREFIXES
-        )
+        headers = self.request.headers
+        if headers.relayed is None:  # equal requests share them
+            headers.relayed = end_to_end(
+                headers, _PRIVATE_REQUEST_FIELDS, _PRIVATE_REQUEST_PREFIXES
+            )
+        request.headers = dict(headers.relayed)
         request.headers.setdefault("content-type", "application/json")
         if request.is_json:  # curl -d says it is a form
             request.headers["content-type"] = "application/json"
