@@ -10963,6 +10963,9 @@ def refuse_upgrade(exchange: Exchange) -> None:
 # -----------------------------------------------------------------------------
 # Request handler: a connection's requests, one after the other
 # -----------------------------------------------------------------------------
+#
+# It reads heads, makes an Exchange of each, and answers whatever a route raises.  It
+# decides whether the connection is kept, and cuts who is too slow to ask.
 
 # What is answered where no head could be read.
 _NO_REQUEST = Request("-", "", "HTTP/1.1", "", "", Headers(), None)
