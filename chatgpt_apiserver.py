@@ -9532,21 +9532,18 @@ class Service:
         """What GET /admin/status answers and its ETag: made at most once a second."""
         made_at, content, etag = self._status
         if now - made_at >= 1:
-            running = [record().as_json() for record in reversed(self.running_requests)]
-            lines = [*map(encode_json, running), *self.journal.encode()]
-            new = encode_json(self._describe(now))[:-1]
-            new += b', "requests": [' + b", ".join(lines) + b"]}"
+            new = self._describe(now)
             if new != content:
                 content, etag = new, f'"{secrets.token_hex(8)}"'
             self._status = (now, content, etag)
         return content, etag
 
-    def _describe(self, now: float) -> dict[str, Any]:
+    def _describe(self, now: float) -> bytes:
         first_bytes = self.journal.first_bytes()
         controllers = [controller.status(now) for controller in self.pool.controllers]
         for line in controllers:
             line["first_byte"] = first_bytes.get(line["name"])
-        return {
+        value = {
             "version": __version__,
             "started": round(self.started, 3),
             "draining": self.draining,
@@ -9556,6 +9553,9 @@ class Service:
             "agent_sha256": source_digest(),
             "controllers": controllers,
         }
+        running = [record().as_json() for record in reversed(self.running_requests)]
+        requests = b", ".join([*map(encode_json, running), *self.journal.encode()])
+        return encode_json(value)[:-1] + b', "requests": [' + requests + b"]}"
 
     def gauges(self) -> Iterator[tuple[str, str, str, float]]:
         """The gauges of GET /metrics, as of now."""
@@ -9668,6 +9668,7 @@ _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
 )
 # The last two speak to a proxy in front of us: send this file instead.
 _PRIVATE_RESPONSE_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
+Fields = Iterable[tuple[str, str]]
 _JSON_FIELDS = (("Content-Type", "application/json"),)
 # RFC 9110 sections 11.6.1, 12.5.3 and 15.5.22; RFC 6455 section 4.4.
 _ERROR_FIELDS = {
@@ -9675,11 +9676,11 @@ _ERROR_FIELDS = {
     415: [("Accept-Encoding", "gzip, deflate")],
     426: [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")],
 }
-_EVENT_FIELDS = (
-    ("Content-Type", "text/event-stream; charset=utf-8"),
-    ("Cache-Control", "no-cache"),
-    ("X-Accel-Buffering", "no"),  # nginx would collect events
-)
+_EVENT_FIELDS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would collect events
+}
 _NO_CORS = ("/admin", "/api/connections")  # no other origin's page may read these
 _TOKEN_IN_PATH = re.compile("/k/[^/]*")
 _ODD_PATHS = ("/v1/v1/", "/chat/")
@@ -9769,12 +9770,7 @@ class Reply:
         self.first_byte_at = self.connection.loop.time()
         return head
 
-    def send(
-        self,
-        status: int,
-        content: bytes,
-        fields: Iterable[tuple[str, str]] = _JSON_FIELDS,
-    ) -> None:
+    def send(self, status: int, content: bytes, fields: Fields = _JSON_FIELDS) -> None:
         """Send a whole answer in one write."""
         head = [*fields]
         has_content = status not in (204, 304)
@@ -9790,7 +9786,7 @@ class Reply:
         self,
         text: str | bytes,
         type: str = "text/plain",
-        fields: Iterable[tuple[str, str]] = (),
+        fields: Fields = (),
         *,
         status: int = 200,
     ) -> None:
@@ -9798,9 +9794,9 @@ class Reply:
         content = text.encode("utf-8", "replace") if isinstance(text, str) else text
         self.send(status, content, [("Content-Type", type), *fields])
 
-    def begin(self, status: int, fields: Iterable[tuple[str, str]]) -> None:
+    def begin(self, status: int, fields: Mapping[str, str]) -> None:
         """Begin a stream; its head goes out with the first block."""
-        head = [*fields]
+        head = [*fields.items()]
         if self.request.version == "HTTP/1.1":
             head.append(("Transfer-Encoding", "chunked"))
         else:
@@ -10050,7 +10046,8 @@ class Exchange:
         while not call.ended:
             block = await call.read()
             if reply.sent is Sent.NOTHING:
-                reply.begin(call.status, self._stream_fields(call))
+                kind = {} if call.is_raw else _EVENT_FIELDS
+                reply.begin(call.status, {**self._relayed_fields(call), **kind})
             reply.write(block, last=call.ended)
             if not connection.writable:
                 await connection.drain()
@@ -10061,15 +10058,6 @@ class Exchange:
         if self.reply.limit is not None:
             prefixes = (*prefixes, "x-ratelimit-")  # it has limits of its own
         return end_to_end(call.headers, _PRIVATE_RESPONSE_FIELDS, prefixes)
-
-    def _stream_fields(self, call: Call) -> Iterable[tuple[str, str]]:
-        """The same for a stream; what is neither JSON nor events keeps its own."""
-        relayed = self._relayed_fields(call)
-        if call.is_raw:
-            return relayed.items()
-        relayed.pop("content-type", None)
-        relayed.pop("cache-control", None)
-        return (*_EVENT_FIELDS, *relayed.items())
 
     def cancel(self, why: APIError) -> None:
         """End the request as if its client had left, and tell the client why."""
@@ -10406,11 +10394,6 @@ async def do_model(exchange: Exchange) -> JSONObject:
     raise APIError(404, f"The model {id!r} does not exist.", code="model_not_found")
 
 
-async def do_usage(exchange: Exchange) -> JSONObject | None:
-    """GET /v1/usage: the sums of whoever asks, and what is left of the limits."""
-    return report_usage(exchange, exchange.user)
-
-
 # --- For clients: one question, one answer
 
 
@@ -10578,24 +10561,20 @@ async def do_connections(exchange: Exchange) -> JSONObject:
 async def do_users(exchange: Exchange) -> None:
     """GET /admin/users; with ?from=0&count=100 a part of them, and the total."""
     users, query = exchange.service.users.users, exchange.query
-    more = b""
+    lines, more = [], b""
     if "count" in query:
         first, count = query.get("from", "0"), query["count"]
         if not (count + first).isdecimal():
             raise APIError(400, "'from' and 'count' must be numbers.")
         more = b', "total": %d' % len(users)
-        users = users[int(first[:9]) :][: int(count[:9])]
-        lines = [encode_json(page_line(exchange.service, user)) for user in users]
+        for user in users[int(first[:9]) :][: int(count[:9])]:  # as the page has them
+            fields = json.loads(user.shown())
+            fields.pop("token", None)
+            fields["limits"] = limits_left(exchange.service, user)
+            lines.append(encode_json(fields))
     else:
         lines = [user.shown() for user in users]
     exchange.reply.send(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
-
-
-def page_line(service: Service, user: User) -> JSONObject:
-    """A user as the page shows it: with what is used of its limits."""
-    fields = json.loads(user.shown())
-    fields.pop("token", None)
-    return {**fields, "limits": limits_left(service, user)}
 
 
 def limits_left(service: Service, user: User) -> list[JSONObject]:
@@ -10684,7 +10663,7 @@ async def do_controllers(exchange: Exchange) -> JSONObject:
     return {"controllers": [c.describe(now) for c in controllers]}
 
 
-async def do_controllers_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
+async def do_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/controllers/enable: it may be asked again at once."""
     service, controller = exchange.service, find_controller(exchange, body)
     controller.switched_off = False
@@ -10694,7 +10673,7 @@ async def do_controllers_enable(exchange: Exchange, body: JSONObject) -> JSONObj
     return {"message": "Controller enabled"}
 
 
-async def do_controllers_disable(exchange: Exchange, body: JSONObject) -> JSONObject:
+async def do_disable(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/controllers/disable: until it is enabled."""
     find_controller(exchange, body).switched_off = True
     return {"message": "Controller disabled"}
@@ -10721,13 +10700,12 @@ async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
     return {"message": "Agent paused" if paused else "Agent resumed"}
 
 
-async def do_admin_usage(exchange: Exchange) -> JSONObject | None:
-    """GET /admin/usage?from=&to=&by=day,user,model: sums, as JSON or CSV."""
-    return report_usage(exchange, None)
+async def do_usage(exchange: Exchange) -> JSONObject | None:
+    """GET /admin/usage?from=&to=&by=day,user,model: sums, as JSON or CSV.
 
-
-def report_usage(exchange: Exchange, user: User | None) -> JSONObject | None:
-    """The usage of a user, or of all."""
+    GET /v1/usage: the sums of whoever asks, and what is left of the limits.
+    """
+    user = None if exchange.path == "/admin/usage" else exchange.user
     query = exchange.query
     by = query.get("by", "day,user,model").split(",")
     days = query.get("from", ""), query.get("to", "9999")
@@ -10840,12 +10818,10 @@ def do_preflight(exchange: Exchange) -> None:
 # --- The table
 
 
-class Reads(enum.Enum):
-    """What a route is called with, beside the exchange."""
-
-    NOTHING = "nothing; content is not read"
-    CONTENT = "content, as bytes"
-    JSON = "the JSON object in content; of no content {}"
+async def read_body(exchange: Exchange, max_size: float) -> JSONObject:
+    """The JSON object in a request's content; without content {}."""
+    content = await exchange.read_content(max_size)
+    return parse_object(content) if content.strip() else {}
 
 
 class Route(NamedTuple):
@@ -10854,14 +10830,14 @@ class Route(NamedTuple):
     method  of HTTP; HEAD goes where GET goes
     who     may ask
     answer  sends an answer, or gives what is sent as JSON
-    reads   what of the request's content
+    reads   the request's content, raw or parsed; None: it has none
     limit   name of the limit on the content's size
     """
 
     method: str
     who: Who
     answer: Callable[..., Coroutine[Any, Any, JSONObject | None]]
-    reads: Reads = Reads.NOTHING
+    reads: Callable[[Exchange, float], Coroutine[Any, Any, Any]] | None = None
     limit: str = "admin_content_size"
 
     @property
@@ -10881,29 +10857,25 @@ ROUTES = {
     "/metrics": Route("GET", Who.MONITOR, do_metrics),
     "/client/register": Route("GET", Who.AGENT, do_register),
     "/api/connections": Route("GET", Who.LOCAL, do_connections),
-    "/api/ask": Route("POST", Who.USER, do_ask, Reads.JSON, "ask_content_size"),
+    "/api/ask": Route("POST", Who.USER, do_ask, read_body, "ask_content_size"),
     "/admin/users": Route("GET", Who.ADMIN, do_users),
-    "/admin/users/add": Route("POST", Who.ADMIN, do_users_add, Reads.JSON),
-    "/admin/users/update": Route("POST", Who.ADMIN, do_users_update, Reads.JSON),
-    "/admin/users/delete": Route("POST", Who.ADMIN, do_users_delete, Reads.JSON),
-    "/admin/usage": Route("GET", Who.ADMIN, do_admin_usage),
+    "/admin/users/add": Route("POST", Who.ADMIN, do_users_add, read_body),
+    "/admin/users/update": Route("POST", Who.ADMIN, do_users_update, read_body),
+    "/admin/users/delete": Route("POST", Who.ADMIN, do_users_delete, read_body),
+    "/admin/usage": Route("GET", Who.ADMIN, do_usage),
     "/admin/status": Route("GET", Who.ADMIN, do_admin_status),
-    "/admin/requests/cancel": Route("POST", Who.ADMIN, do_requests_cancel, Reads.JSON),
+    "/admin/requests/cancel": Route("POST", Who.ADMIN, do_requests_cancel, read_body),
     "/admin/controllers": Route("GET", Who.ADMIN, do_controllers),
-    "/admin/controllers/enable": Route(
-        "POST", Who.ADMIN, do_controllers_enable, Reads.JSON
-    ),
-    "/admin/controllers/disable": Route(
-        "POST", Who.ADMIN, do_controllers_disable, Reads.JSON
-    ),
-    "/admin/agents/pause": Route("POST", Who.ADMIN, do_agents_pause, Reads.JSON),
+    "/admin/controllers/enable": Route("POST", Who.ADMIN, do_enable, read_body),
+    "/admin/controllers/disable": Route("POST", Who.ADMIN, do_disable, read_body),
+    "/admin/agents/pause": Route("POST", Who.ADMIN, do_agents_pause, read_body),
     "/v1/chat/completions": Route(
-        "POST", Who.USER, do_chat_completions, Reads.CONTENT, "content_size"
+        "POST", Who.USER, do_chat_completions, Exchange.read_content, "content_size"
     ),
     "/v1/usage": Route("GET", Who.USER, do_usage),
     "/v1/models": Route("GET", Who.USER, do_models),
     "/v1/models/": Route("GET", Who.USER, do_model),
-    "/v1/": Route("POST", Who.USER, do_api, Reads.CONTENT, "content_size"),
+    "/v1/": Route("POST", Who.USER, do_api, Exchange.read_content, "content_size"),
 }
 
 
@@ -10938,12 +10910,9 @@ async def follow_route(exchange: Exchange) -> None:
     arguments: list[Any] = []
     if route.who is not Who.ADMIN:  # its key may be in the content
         authorize(exchange, route.who, {})
-    if route.reads is not Reads.NOTHING:
+    if route.reads is not None:
         limit = getattr(exchange.service.limits, route.limit)
-        arguments.append(await exchange.read_content(limit))
-    if route.reads is Reads.JSON:
-        content = arguments[0]
-        arguments[0] = parse_object(content) if content.strip() else {}
+        arguments.append(await route.reads(exchange, limit))
     if route.who is Who.ADMIN:
         authorize(exchange, route.who, arguments[0] if arguments else {})
     value = await route.answer(exchange, *arguments)
@@ -11118,15 +11087,10 @@ class RequestHandler:
         finally:
             known = exchange.path in ROUTES or exchange.path in DIALECTS
             exchange.end(exchange.path if known else "other")
-        if reply.content_left:
-            await self._skip_content(exchange)
-
-    async def _skip_content(self, exchange: Exchange) -> None:
-        """Get past content that nobody has read: it was refused before that."""
-        if exchange.reply.content_is_here:
+        if reply.content_left and reply.content_is_here:
             del self.connection.buffer[: exchange.request.content_length]
-        else:
-            exchange.reply.close = True
+        elif reply.content_left:  # nobody has read it: it was refused before that
+            reply.close = True
             await self.connection.linger()
 
 
