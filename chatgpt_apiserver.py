@@ -10892,21 +10892,30 @@ def find_route(path: str) -> Route | None:
     return None if "." in steps or ".." in steps else ROUTES["/v1/"]
 
 
+def check_method(exchange: Exchange, route: Route | None) -> Route:
+    """The route, if it is there for a request's method; APIError 404, 405, 426, 501."""
+    request, path = exchange.request, exchange.path
+    method = "GET" if request.method == "HEAD" else request.method
+    if route is not None and route.method == method:
+        return route
+    if route is not None and route is not ROUTES["/v1/"]:
+        raise APIError(405, f"{request.method} is not for {path}.")
+    if path == "/v1/realtime":
+        raise APIError(501, "The realtime API is not spoken here.")
+    if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
+        # Codex then speaks HTTP at once.
+        raise APIError(426, f"A websocket is not spoken here: POST {path}.")
+    raise APIError(404, f"There is nothing at {request.method} {path}.")
+
+
 async def follow_route(exchange: Exchange) -> None:
     """Apply the policy of a request's route, then have the route answer."""
-    request, path = exchange.request, exchange.path
-    route = find_route(path)
-    exchange.allowed = "GET, HEAD, OPTIONS" if route is None else route.allowed
-    if request.method == "OPTIONS":  # CORS: before anything is asked of it
+    found = find_route(exchange.path)
+    exchange.allowed = "GET, HEAD, OPTIONS" if found is None else found.allowed
+    if exchange.request.method == "OPTIONS":  # CORS: before anything is asked of it
         do_preflight(exchange)
         return
-    method = "GET" if request.method == "HEAD" else request.method
-    fits = route is not None and route.method == method
-    if route is None or (not fits and route is ROUTES["/v1/"]):
-        refuse_upgrade(exchange)
-        raise APIError(404, f"There is nothing at {request.method} {path}.")
-    if not fits:
-        raise APIError(405, f"{request.method} is not for {path}.")
+    route = check_method(exchange, found)
     arguments: list[Any] = []
     if route.who is not Who.ADMIN:  # its key may be in the content
         authorize(exchange, route.who, {})
@@ -10918,15 +10927,6 @@ async def follow_route(exchange: Exchange) -> None:
     value = await route.answer(exchange, *arguments)
     if value is not None:
         exchange.reply.send(200, encode_json(value))
-
-
-def refuse_upgrade(exchange: Exchange) -> None:
-    """Tell a client at once that it has to speak HTTP: Codex then does so."""
-    request, path = exchange.request, exchange.path
-    if path == "/v1/realtime":
-        raise APIError(501, "The realtime API is not spoken here.")
-    if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
-        raise APIError(426, f"A websocket is not spoken here: POST {path}.")
 
 
 # -----------------------------------------------------------------------------
@@ -12969,15 +12969,15 @@ def start_screen(server: Server, config: Config) -> str:
 
 def agent_lines(url: str, away: bool) -> list[str]:
     """The line that makes another machine an agent of this server."""
-    source = source_code()
-    if source is None:
+    digest = source_digest()
+    if digest is None:
         return []
     where = "another machine" if away else "this machine"
     return [
         "",
         f"Add what runs on {where} (Ollama, llama.cpp, vLLM, LM Studio); there:",
         f"  curl -fsS {url}/agent.py | python3 - agent {url} --key <API_KEY>",
-        f"  (SHA-256 of agent.py: {hashlib.sha256(source).hexdigest()})",
+        f"  (SHA-256 of agent.py: {digest})",
     ]
 
 
