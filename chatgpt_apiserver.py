@@ -4125,20 +4125,9 @@ class User:
     old_digest, old_until  the token before, and when it ends
     """
 
-    __slots__ = (
-        "digest",
-        "expires",
-        "fields",
-        "line",
-        "max_concurrency",
-        "models",
-        "name",
-        "old_digest",
-        "old_until",
-        "quotas",
-        "role",
-        "token",
-        "user_id",
+    __slots__ = tuple(
+        "digest expires fields line max_concurrency models name old_digest old_until"
+        " quotas role token user_id".split()
     )
 
     def __init__(self, fields: dict[str, Any]) -> None:
@@ -4185,6 +4174,9 @@ def with_token(user: User, token: str) -> User:
     return told
 
 
+TIME_WORDS = 'a time, as "2027-01-31T12:00:00Z"'
+
+
 @functools.lru_cache(maxsize=1024)  # many users have the same
 def parse_time(value: str | None) -> float:
     """A date or time of RFC 3339 as Unix time; None is infinity.  ValueError.
@@ -4193,19 +4185,18 @@ def parse_time(value: str | None) -> float:
     """
     if value is None:
         return math.inf
-    text = value
-    if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
-        return calendar.timegm(time.strptime(text, "%Y-%m-%d")) + 86400
     match = re.fullmatch(
-        r"([0-9-]{10})[Tt ]([0-9:]{8})(?:\.[0-9]+)?"
-        r"(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))?",
-        text,
+        r"([0-9-]{10})(?:[Tt ]([0-9:]{8})(?:\.[0-9]+)?"
+        r"(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))?)?",
+        value,
     )
     if match is None:
-        raise ValueError('expected a time, as "2027-01-31T12:00:00Z"')
-    at = calendar.timegm(time.strptime(f"{match[1]} {match[2]}", "%Y-%m-%d %H:%M:%S"))
+        raise ValueError(f"expected {TIME_WORDS}")
+    day, clock = match[1], match[2] or "00:00:00"
+    at = calendar.timegm(time.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M:%S"))
     offset = int(match[4] or 0) * 3600 + int(match[5] or 0) * 60
-    return at - offset if match[3] == "+" else at + offset
+    at = at - offset if match[3] == "+" else at + offset
+    return at if match[2] else at + 86400
 
 
 def token_digest(token: str) -> bytes:
@@ -4226,6 +4217,110 @@ def stored_digest(fields: dict[str, Any]) -> bytes:
     return bytes.fromhex(fields["sha256"])
 
 
+class Quota(NamedTuple):
+    """So many requests or tokens in each calendar window, in UTC."""
+
+    amount: int
+    unit: str  # "requests" or "tokens"
+    per: str  # "minute", "hour", "day", "week" (from Monday) or "month"
+
+    def __str__(self) -> str:
+        return f"{self.amount} {self.unit}/{self.per}"
+
+
+UNITS = ("requests", "tokens")
+PERIODS = ("minute", "hour", "day", "week", "month")
+_QUOTA = re.compile(
+    rf"\s*0*([1-9][0-9]{{0,14}})\s+({'|'.join(UNITS)})\s*/\s*({'|'.join(PERIODS)})\s*"
+)
+QUOTA_WORDS = 'as "1000 requests/day" (tokens; minute, hour, day, week, month)'
+
+
+@functools.lru_cache(maxsize=1024)  # many users have the same
+def parse_quota(text: str) -> Quota:
+    """The quota that is written as "1000 requests/day"; ValueError."""
+    match = _QUOTA.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected a limit {QUOTA_WORDS}")
+    return Quota(int(match[1]), match[2], match[3])
+
+
+def parse_quotas(value: Any) -> list[Quota]:
+    """The quotas of "limit": a text, an object, or a list of them; ValueError.
+
+    {"requests": n, "tokens": n, "per": "day"} is the object's form.
+    """
+    texts: list[Any] = []
+    for item in value if isinstance(value, list) and value else [value]:
+        if isinstance(item, dict):
+            units = [(unit, n) for unit, n in item.items() if unit != "per"]
+            # What is no whole number has no such repr.
+            texts += [f"{n!r} {unit}/{item.get('per')}" for unit, n in units] or [""]
+        else:
+            texts.append(item)
+    return [parse_quota(text if isinstance(text, str) else "") for text in texts]
+
+
+class Expected(NamedTuple):
+    """What a single value has to be."""
+
+    words: str  # after "expected"
+    test: Callable[[Any], Any]  # of a value of these types; ValueError is no, too
+    types: Any = str  # one or a tuple, as for isinstance
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is so.  To isinstance, true is a number."""
+        if isinstance(value, self.types) and (
+            type(value) is not bool or self.types is bool
+        ):
+            with contextlib.suppress(ValueError):
+                return bool(self.test(value))
+        return False
+
+
+def one_of(*words: str) -> Expected:
+    """A string that is one of these words."""
+    return Expected(" or ".join(map(json.dumps, words)), words.__contains__)
+
+
+def whole_number(least: int) -> Expected:
+    """A whole number, within reason."""
+    words = f"a whole number from {least}"
+    return Expected(words, lambda value: least <= value < 10**12, int)
+
+
+LIMIT = Expected(f"a limit {QUOTA_WORDS}", parse_quotas, (str, dict, list))
+USER_FIELDS = {
+    "user_id": Expected("a string that is not empty", bool),
+    # No header could carry another token; an empty one would let everybody in.
+    "token": Expected(
+        "a string of visible ASCII characters", re.compile("[!-~]+").fullmatch
+    ),
+    "sha256": Expected(
+        "64 hexadecimal digits in lower case", re.compile("[0-9a-f]{64}").fullmatch
+    ),
+    "name": Expected(
+        "at most 200 printable characters",
+        lambda name: len(name) <= 200 and name.isprintable(),
+    ),
+    "role": Expected('"user", "agent" or "monitor"', ROLES.__contains__),
+    "limit": LIMIT,
+    "models": Expected(
+        'a list of names, as ["gpt-4o*"]',
+        lambda models: all(isinstance(model, str) and model for model in models),
+        list,
+    ),
+    "expires": Expected(TIME_WORDS, parse_time),
+    "max_concurrency": whole_number(1),
+    "old": Expected(
+        "a token and when it expires",
+        lambda old: not fields_problem(with_credential(old)),
+        dict,
+    ),
+}
+NEVER_NULL = ("user_id", "token", "sha256", "name", "role")
+
+
 class UserTable:
     """What one version of users.json says."""
 
@@ -4241,6 +4336,10 @@ class UserTable:
         return table
 
     def add(self, user: User) -> None:
+        """Add a user, or put its new version in the place of the old one."""
+        known = self.users.get(user.user_id)
+        if known is not None:
+            self._forget(known)
         self.users[user.user_id] = user
         self.by_digest[user.digest] = user
         if user.old_digest:
@@ -4249,23 +4348,15 @@ class UserTable:
 
     def delete(self, user_id: str) -> User:
         """Take a user out.  Raise APIError(404) if there is none with this id."""
-        user = self.users.pop(user_id, None)
-        if user is None:
+        if user_id not in self.users:
             raise APIError(404, "User not found")
+        self._forget(self.users[user_id])
+        return self.users.pop(user_id)
+
+    def _forget(self, user: User) -> None:
         del self.by_digest[user.digest]
         self.by_digest.pop(user.old_digest, None)
         self.size -= len(user.line) + len(",\n")
-        return user
-
-    def replace(self, old: User, new: User) -> None:
-        """Put a user's new version in its place."""
-        self.by_digest.pop(old.digest)
-        self.by_digest.pop(old.old_digest, None)
-        self.users[old.user_id] = new  # where it was
-        self.by_digest[new.digest] = new
-        if new.old_digest:
-            self.by_digest[new.old_digest] = new
-        self.size += len(new.line) - len(old.line)
 
     def encode(self) -> bytes:
         """The file: one user a line, for editors and for diff."""
@@ -4303,21 +4394,14 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> UserTable:
     return table
 
 
-USER_FIELDS = frozenset(
-    "user_id token sha256 name role limit models expires max_concurrency old".split()
-)
-
-
 def user_problem(fields: Any, table: UserTable) -> str:
     """Why fields cannot be one more user of table, or ""."""
     if not isinstance(fields, dict):
         return ": expected an object"
-    user_id = fields.get("user_id")
-    if not isinstance(user_id, str) or not user_id:
-        return ".user_id: expected a string that is not empty"
-    problem = token_problem(fields) or settings_problem(fields)
+    problem = fields_problem({"user_id": None, **with_credential(fields)})
     if problem:
         return problem
+    user_id = fields["user_id"]
     if user_id in table.users:
         return f".user_id: expected another than {user_id!r}, which is there already"
     other = table.by_digest.get(stored_digest(fields))
@@ -4326,48 +4410,21 @@ def user_problem(fields: Any, table: UserTable) -> str:
     return ""
 
 
-def token_problem(fields: dict[str, Any]) -> str:
-    """Why neither "token" nor "sha256" can be used, or ""."""
-    # No header could carry another token; an empty one would let everybody in.
-    token = fields.get("token")
-    if "sha256" in fields:
-        digest = fields["sha256"]
-        if token is not None:
-            return '.sha256: expected either "token" or "sha256"'
-        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            return ".sha256: expected 64 hexadecimal digits in lower case"
-        return ""
-    if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
-        return ".token: expected a string of visible ASCII characters"
-    return ""
+def with_credential(fields: dict[str, Any]) -> dict[str, Any]:
+    """fields, in which a token must be where no digest is."""
+    return fields if "sha256" in fields else {"token": None, **fields}
 
 
-def settings_problem(fields: dict[str, Any]) -> str:
-    """Why what a person may set of a user cannot be, or ""."""
-    for key in fields.keys() - USER_FIELDS:
-        return f".{key}: unknown field"
-    name = fields.get("name", "")
-    if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
-        return ".name: expected at most 200 printable characters"
-    if fields.get("role", "user") not in ROLES:
-        return '.role: expected "user", "agent" or "monitor"'
-    models = fields.get("models")
-    if models is not None and not (
-        isinstance(models, list) and all(isinstance(m, str) and m for m in models)
-    ):
-        return '.models: expected a list of names, as ["gpt-4o*"]'
-    most = fields.get("max_concurrency")
-    if most is not None and (type(most) is not int or most < 1):
-        return ".max_concurrency: expected a whole number from 1"
-    for key, parse in (("limit", parse_quotas), ("expires", parse_time)):
-        try:
-            if fields.get(key) is not None:
-                parse(fields[key])
-        except (ValueError, TypeError) as error:
-            return f".{key}: {error}"
-    old = fields.get("old")
-    if old is not None and (not isinstance(old, dict) or token_problem(old)):
-        return ".old: expected a token and when it expires"
+def fields_problem(fields: dict[str, Any]) -> str:
+    """Why one of these fields of a user cannot be, or ""."""
+    if "token" in fields and "sha256" in fields:
+        return '.sha256: expected either "token" or "sha256"'
+    for key, value in fields.items():
+        expected = USER_FIELDS.get(key)
+        if expected is None:
+            return f".{key}: unknown field"
+        if not expected.fits(value) and (value is not None or key in NEVER_NULL):
+            return f".{key}: expected {expected.words}"
     return ""
 
 
@@ -4605,20 +4662,10 @@ class UserStore:
         token = str(uuid.uuid4())  # 122 bits from the system's randomness for keys
         settings = {key: value for key, value in settings.items() if value is not None}
         fields = {"user_id": str(uuid.uuid4()), **self._stored(token), **settings}
-        user, limits = self._checked(fields), self.limits
-
-        def apply(table: UserTable) -> User:
-            if len(table.users) >= limits.users:
-                raise APIError(
-                    507, f"There are {limits.users:,} users, the most allowed"
-                )
-            if table.size + len(user.line) > limits.users_file_size:
-                raise APIError(507, f"{self._name} is as large as is allowed")
-            self._check_name(table, user)
-            table.add(user)
-            return user
-
-        return with_token(await self._change(apply), token)
+        user = self._checked(fields)
+        return with_token(
+            await self._change(lambda table: self._put(table, user)), token
+        )
 
     async def update(self, user_id: str, settings: dict[str, Any]) -> User:
         """Change a user's settings; null takes one away.
@@ -4645,10 +4692,7 @@ class UserStore:
                     **self._stored(token),
                     "old": {**old, "expires": until},
                 }
-            user = self._checked(fields)
-            self._check_name(table, user)
-            table.replace(known, user)
-            return user
+            return self._put(table, self._checked(fields))
 
         return with_token(await self._change(apply), token)
 
@@ -4661,21 +4705,29 @@ class UserStore:
     @staticmethod
     def _checked(fields: dict[str, Any]) -> User:
         """The user of fields; APIError(400) that names the one that is wrong."""
-        problem = settings_problem(fields)
+        problem = fields_problem(fields)
         if problem:
             key, _, expected = problem[1:].partition(": ")
             raise APIError(400, f"{key}: {expected}", param=key)
         return User(fields)
 
-    @staticmethod
-    def _check_name(table: UserTable, user: User) -> None:
-        """A name in the log must mean one user; APIError(400)."""
+    def _put(self, table: UserTable, user: User) -> User:
+        """Add a user or change one, if limits and names allow it; APIError: 400, 507."""
+        users, known = table.users, table.users.get(user.user_id)
+        if known is None and len(users) >= self.limits.users:
+            text = f"There are {self.limits.users:,} users, the most allowed"
+            raise APIError(507, text)
+        more = len(user.line) - (0 if known is None else len(known.line) + len(",\n"))
+        if table.size + more > self.limits.users_file_size:
+            raise APIError(507, f"{self._name} is as large as is allowed")
+        # A name in the log must mean one user.
         taken = user.name == "admin" or any(
-            other.name == user.name and other.user_id != user.user_id
-            for other in table.users.values()
+            other.name == user.name and other is not known for other in users.values()
         )
         if user.name and taken:
             raise APIError(400, f"name: {user.name!r} is taken", param="name")
+        table.add(user)
+        return user
 
     async def delete(self, user_id: str) -> None:
         """Delete a user; its token is refused from now on, whatever happens.
@@ -4889,51 +4941,6 @@ class UserStore:
 
 
 # --- Limits, and what was used
-
-
-class Quota(NamedTuple):
-    """So many requests or tokens in each calendar window, in UTC."""
-
-    amount: int
-    unit: str  # "requests" or "tokens"
-    per: str  # "minute", "hour", "day", "week" (from Monday) or "month"
-
-    def __str__(self) -> str:
-        return f"{self.amount} {self.unit}/{self.per}"
-
-
-UNITS = ("requests", "tokens")
-PERIODS = ("minute", "hour", "day", "week", "month")
-_QUOTA = re.compile(r"([0-9]{1,15})\s+(requests|tokens)\s*/\s*(\w+)")
-QUOTA_WORDS = 'as "1000 requests/day" (tokens; minute, hour, day, week, month)'
-
-
-@functools.lru_cache(maxsize=1024)  # many users have the same
-def _quota_of(text: str) -> tuple[Quota, ...]:
-    match = _QUOTA.fullmatch(text.strip())
-    return (Quota(int(match[1]), match[2], match[3]),) if match else ()
-
-
-def parse_quotas(value: Any) -> list[Quota]:
-    """The quotas of "limit": a text, an object, or a list of them; ValueError.
-
-    {"requests": n, "tokens": n, "per": "day"} is the object's form.
-    """
-    if isinstance(value, list) and value and not any(type(v) is list for v in value):
-        return [quota for item in value for quota in parse_quotas(item)]
-    if isinstance(value, str):
-        quotas = [*_quota_of(value)]
-    elif isinstance(value, dict):
-        per = value.get("per")
-        units = [(unit, n) for unit, n in value.items() if unit != "per"]
-        quotas = [Quota(n, unit, str(per)) for unit, n in units]
-    else:
-        quotas = []
-    for amount, unit, per in quotas or [Quota(0, "", "")]:
-        good = type(amount) is int and amount > 0 and per in PERIODS
-        if not good or unit not in UNITS:
-            raise ValueError(f"expected a limit {QUOTA_WORDS}")
-    return quotas
 
 
 def window(per: str, now: float) -> tuple[int, int]:
@@ -12308,25 +12315,6 @@ class Config(SimpleNamespace):
 # --- What may be written
 
 
-class Expected(NamedTuple):
-    """What a single value has to be."""
-
-    words: str  # after "expected"
-    test: Callable[[Any], Any]  # of a value of these types; ValueError is no, too
-    types: Any = str  # one or a tuple, as for isinstance
-
-
-def one_of(*words: str) -> Expected:
-    """A string that is one of these words."""
-    return Expected(" or ".join(map(json.dumps, words)), words.__contains__)
-
-
-def whole_number(least: int) -> Expected:
-    """A whole number, within reason."""
-    words = f"a whole number from {least}"
-    return Expected(words, lambda value: least <= value < 10**12, int)
-
-
 def is_address(value: str) -> bool:
     """Whether value is "", an IP address, [::1] too, or could be a host's name."""
     with contextlib.suppress(ValueError):
@@ -12373,7 +12361,6 @@ PATH = Expected("the path of a file", NAME.test)
 FILE = Expected("the path of a file that can be read", is_readable)
 NUMBER = Expected("a number from 0", lambda value: 0 <= value < 1e12, (int, float))
 ABOVE_0 = Expected("seconds, above 0", lambda value: 0 < value < 1e12, (int, float))
-LIMIT = Expected(f"a limit {QUOTA_WORDS}", parse_quotas, (str, dict, list))
 PORT = Expected(
     "a port from 0 to 65535",
     lambda value: re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535,
