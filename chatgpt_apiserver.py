@@ -9321,7 +9321,7 @@ class Conversation:
         self.used_at = time.monotonic()
         self.size = 0
         self.kept = True  # until it is forgotten
-        self.turns: dict[str, tuple[str, str, str]] = {}  # parent, question, answer
+        self.turns: dict[str, tuple[str, ...]] = {}  # parent's id, question, answer
 
     def messages(self, id: str) -> list[dict[str, str]]:
         """The chat up to an answer; [] where the agent has it.  APIError(404)."""
@@ -9371,21 +9371,17 @@ class Conversations:
             conversation = self._kept[user_id, id] = Conversation(agent_id)
         return conversation
 
-    def add(
-        self,
-        conversation: Conversation,
-        id: str = "",  # of an agent's: it has the texts
-        parent_id: str = "",
-        question: str = "",
-        answer: str = "",
-    ) -> None:
-        """Keep an answer behind its parent; what is beyond the limits is forgotten."""
+    def add(self, conversation: Conversation, id: str = "", *turn: str) -> None:
+        """Keep an answer's turn; what is beyond the limits is forgotten.
+
+        An agent keeps its turns itself: there is one here, without an id or texts.
+        """
         if id not in conversation.turns:
-            size = 200 + len(question) + len(answer)
+            size = 200 + sum(map(len, turn))
             conversation.size += size
             if conversation.kept:  # and not forgotten while it was being answered
                 self._size += size
-        conversation.turns[id] = (parent_id, question, answer)
+        conversation.turns[id] = turn
         limits = self._limits
         while self._kept and (
             len(self._kept) > limits.conversations
@@ -9790,16 +9786,11 @@ class Reply:
         self.connection.write(data)
 
     def send_text(
-        self,
-        text: str | bytes,
-        type: str = "text/plain",
-        fields: Fields = (),
-        *,
-        status: int = 200,
+        self, text: str | bytes, type: str = "text/plain", status: int = 200
     ) -> None:
         """Send a text of a type."""
         content = text.encode("utf-8", "replace") if isinstance(text, str) else text
-        self.send(status, content, [("Content-Type", type), *fields])
+        self.send(status, content, [("Content-Type", type)])
 
     def begin(self, status: int, fields: Mapping[str, str]) -> None:
         """Begin a stream; its head goes out with the first block."""
@@ -10796,8 +10787,8 @@ async def do_about(exchange: Exchange) -> None:
         host = headers.get("x-forwarded-host", host)
     ws = scheme.replace("http", "ws")
     text = _ABOUT.format(version=__version__, scheme=scheme, ws=ws, host=host)
-    fields = [("Vary", "Accept")]
-    exchange.reply.send_text(text, "text/plain; charset=utf-8", fields)
+    fields = [("Content-Type", "text/plain; charset=utf-8"), ("Vary", "Accept")]
+    exchange.reply.send(200, text.encode("utf-8", "replace"), fields)
 
 
 async def do_source(exchange: Exchange) -> None:
