@@ -4977,7 +4977,8 @@ class UsageLimit:
     history  tells what had been used in a window before this was made
 
     What is counted counts in all windows, so until one turns the quota with the
-    least left of its unit stays the same one.
+    least left of its unit stays the same one: a request looks at that one alone, and
+    windows are told later what has come together.
     """
 
     def __init__(self, quotas: list[Quota]) -> None:
@@ -4986,17 +4987,20 @@ class UsageLimit:
         self.reported = False  # to a person, in this window
         self._windows: dict[str, Window] = {}  # by period
         self._since = self._until = 0.0  # between these times no window turns
-        self._tightest: list[tuple[Quota, Window]] = []  # of requests, of tokens
-        self._fields = b""  # of HTTP, with places for what changes
+        self._requests = self._tokens = 0  # counted, and not told to the windows
+        self._most_requests = self._most_tokens = sys.maxsize  # that these may be
+        self._tightest: dict[str, tuple[Quota, Window]] = {}  # that say so, by unit
+        self._fields = b""  # of HTTP, for one second, with places for what is left
+        self._second = 0
 
-    def _look(self) -> float:
-        """Have the windows of this moment, and tell which it is."""
+    def _look(self) -> None:
+        """Have the windows of this moment."""
         now = unix_time()
         if not self._since <= now < self._until:
             self._turn(now)
-        return now
 
     def _turn(self, now: float) -> None:
+        self._tell_windows()
         for per in dict.fromkeys(quota.per for quota in self.quotas):
             known = self._windows.get(per)
             # A clock that is set back goes on with the window that it has come from,
@@ -5012,33 +5016,42 @@ class UsageLimit:
         self._until = min(w.end for w in self._windows.values())
         self._find_tightest()
 
+    def _tell_windows(self) -> None:
+        for turn in self._windows.values():
+            turn.used["requests"] += self._requests
+            turn.used["tokens"] += self._tokens
+        self._most_requests -= self._requests
+        self._most_tokens -= self._tokens
+        self._requests = self._tokens = 0
+
     def _find_tightest(self) -> None:
-        tightest: dict[str, tuple[int, Quota, Window]] = {}
+        left = dict.fromkeys(UNITS, sys.maxsize)
         for quota in self.quotas:
-            unit, turn = quota.unit, self._windows[quota.per]
-            left = quota.amount - turn.used[unit]
-            if unit not in tightest or left < tightest[unit][0]:
-                tightest[unit] = (left, quota, turn)
-        self._tightest = [(quota, turn) for _, quota, turn in tightest.values()]
-        self._fields = "".join(
-            f"x-ratelimit-limit-{unit}: {amount}\r\n"
-            f"x-ratelimit-remaining-{unit}: %d\r\nx-ratelimit-reset-{unit}: %ds\r\n"
-            for (amount, unit, _), _ in self._tightest
-        ).encode()
+            turn = self._windows[quota.per]
+            if quota.amount - turn.used[quota.unit] < left[quota.unit]:
+                left[quota.unit] = quota.amount - turn.used[quota.unit]
+                self._tightest[quota.unit] = (quota, turn)
+        self._most_requests, self._most_tokens = left["requests"], left["tokens"]
+        self._second = 0
 
     def count(self, requests: int = 0, tokens: int = 0, hour: str = "") -> None:
         """Add what was used: now, or by another server in an hour it has told."""
         self._look()
+        if not hour:
+            self._requests += requests
+            self._tokens += tokens
+            return
+        self._tell_windows()
         for turn in self._windows.values():
-            if not hour or turn.first_hour <= hour <= turn.last_hour:
+            if turn.first_hour <= hour <= turn.last_hour:
                 turn.used["requests"] += requests
                 turn.used["tokens"] += tokens
-        if hour:  # it may not have counted in all windows
-            self._find_tightest()
+        self._find_tightest()
 
     def state(self) -> list[tuple[Quota, int, int]]:
         """Each quota, how much of it is used, and the Unix time when it begins anew."""
         self._look()
+        self._tell_windows()
         windows = [(quota, self._windows[quota.per]) for quota in self.quotas]
         return [(quota, turn.used[quota.unit], turn.end) for quota, turn in windows]
 
@@ -5048,23 +5061,31 @@ class UsageLimit:
         running  requests that are admitted and not yet counted
         """
         self._look()
-        for (amount, unit, _), turn in self._tightest:
-            if turn.used[unit] + (running if unit == "requests" else 0) >= amount:
-                break
-        else:  # as nearly always
-            return None
+        if self._requests + running < self._most_requests:
+            if self._tokens < self._most_tokens:
+                return None
         coming = {"requests": running, "tokens": 0}
         return next(s for s in self.state() if s[1] + coming[s[0].unit] >= s[0].amount)
 
-    def fields(self) -> bytes:
+    def fields(self, now: float) -> bytes:
         """OpenAI's x-ratelimit fields: of several quotas the one with least left."""
-        now = int(self._look())
-        values: list[int] = []
-        for (amount, unit, _), turn in self._tightest:
-            # This request has begun, and is counted when it ends.
-            left = amount - turn.used[unit] - (unit == "requests")
-            values += (left if left > 0 else 0, turn.end - now)
-        return self._fields % (*values,)
+        if not self._since <= now < self._until:
+            self._turn(now)
+        if not self._second <= now < self._second + 1:
+            self._second = second = int(now)
+            self._fields = "".join(
+                f"x-ratelimit-limit-{unit}: {quota.amount}\r\n"
+                f"x-ratelimit-remaining-{unit}: %({unit})d\r\n"
+                f"x-ratelimit-reset-{unit}: {turn.end - second}s\r\n"
+                for unit, (quota, turn) in self._tightest.items()
+            ).encode()
+        # This request has begun, and is counted when it ends.
+        requests = self._most_requests - self._requests - 1
+        tokens = self._most_tokens - self._tokens
+        return self._fields % {
+            b"requests": requests if requests > 0 else 0,
+            b"tokens": tokens if tokens > 0 else 0,
+        }
 
     def exceeded(self) -> str:
         """What is used up, as a sentence; "" if nothing is."""
@@ -5121,7 +5142,7 @@ class Ledger:
         """Count one request that has ended."""
         limit = self._limits.get(("user", user))
         if limit is not None:  # first: its history is what we count
-            limit.count(1, usage.total)
+            limit.count(1, usage.input + usage.output)
         if not self._hour.start <= unix_time() < self._hour.end:
             self._begin_hour()
         hour = self._hour.first_hour
@@ -5194,7 +5215,7 @@ class Ledger:
         else:
             days = turn.first_hour[:10], turn.last_hour[:10]
             rows = self._rows(*days, name if kind == "user" else None)
-            found = [counts for key, counts in rows if name in (key[1], key[3])]
+            found = [c for key, c in rows if kind == "user" or key[3] == name]
         return sum(c[0] for c in found), sum(c[2] + c[4] for c in found)
 
     def _rows(
@@ -9757,7 +9778,8 @@ class Reply:
         if self.content_left and not self.content_is_here:
             self.close = True  # what is left of it would be taken for a request
         fields += self.fields
-        fields.append(("Date", http_date(int(unix_time()))))
+        now = unix_time()
+        fields.append(("Date", http_date(int(now))))
         connection = ["Upgrade"] if status == 426 else []  # it has an Upgrade field
         if self.close:
             connection.append("close")
@@ -9765,7 +9787,7 @@ class Reply:
             connection.append("keep-alive")
         if connection:
             fields.append(("Connection", ", ".join(connection)))
-        limit = b"" if self.limit is None else self.limit.fields()
+        limit = b"" if self.limit is None else self.limit.fields(now)
         line = f"HTTP/1.1 {status} {REASONS.get(status, '')}"
         head = encode_head(line, fields, limit)
         self.sent = Sent.HEAD

@@ -6298,6 +6298,7 @@ def test_any_string_may_be_looked_up(tmp_path, token):
         ({}, {"max_concurrency": 0}, "users[0].max_concurrency: expected"),
         ({}, {"sha256": "00"}, "users[0].sha256: expected either"),
         ({}, {"old": {"expires": "x"}}, "users[0].old: expected"),
+        ({}, {"old": {"token": "x", "expires": "soon"}}, "users[0].old: expected"),
     ],
 )
 def test_what_is_not_understood_of_a_file_refuses_it(tmp_path, more, of_user, place):
@@ -6476,10 +6477,32 @@ def test_limits_of_added_users(tmp_path):
     ] * 3
 
 
+def test_a_change_never_makes_a_file_that_is_too_large_to_read(tmp_path):
+    path = tmp_path / "users.json"
+    write_users(path, "a")
+    size = path.stat().st_size
+    for more, status in ((0, 507), (100, 200)):
+        limits = Limits(users_file_size=size + more)
+
+        async def rename(store):
+            await store.update("a", {"name": "b" * 80})
+
+        try:
+            run_store(path, rename, limits=limits)
+        except APIError as error:
+            assert error.status == status == 507
+        assert opened(path, limits=limits).users[0].name == (
+            "b" * 80 if status == 200 else ""
+        )
+
+
 def test_the_size_that_is_kept_is_the_size_that_is_written():
     table = parse_users(b'{"users": [{"user_id": "a", "token": "b"}]}')
     table.add(User({"user_id": "c", "token": "d", "name": "é"}))
     assert table.size == len(table.encode()) + len(",\n")  # the last has no comma
+    table.add(User({"user_id": "c", "token": "e", "name": "longer"}))
+    assert table.size == len(table.encode()) + len(",\n")
+    assert len(table.users) == len(table.by_digest) == 2
     table.delete("a")
     assert table.size == len(table.encode()) + len(",\n")
 
@@ -11534,6 +11557,15 @@ async def test_two_ledgers_on_one_file_count_together(tmp_path):
     assert lines[0]["input"] == 6 and lines[1]["failures"] == 3
 
 
+def test_a_controller_that_is_named_as_a_user_has_its_own_limit():
+    ledger = apiserver.Ledger(None)
+    ledger.record("ada", "m", "c", 0, apiserver.Usage())
+    ledger.record("bob", "m", "ada", 0, apiserver.Usage())
+    limit = apiserver.UsageLimit(apiserver.parse_quotas("9 requests/day"))
+    ledger.watch("controller", "ada", limit)
+    assert limit.state()[0][1] == 1
+
+
 @flow
 async def test_late_lines_of_others_count_in_their_own_hour(tmp_path, monkeypatch):
     clock = [NOON]
@@ -11544,7 +11576,7 @@ async def test_late_lines_of_others_count_in_their_own_hour(tmp_path, monkeypatc
     limits = [one.limit_of("ada", apiserver.parse_quotas(quotas))]
     limits.append(apiserver.UsageLimit(apiserver.parse_quotas(quotas)))
     one.watch("controller", "c", limits[1])
-    assert b"limit-requests: 5\r" in limits[0].fields()
+    assert b"limit-requests: 5\r" in limits[0].fields(clock[0])
     for _ in range(3):
         late.record("ada", "m", "c", 0, apiserver.Usage())
     clock[0] += 3600
@@ -11554,7 +11586,8 @@ async def test_late_lines_of_others_count_in_their_own_hour(tmp_path, monkeypatc
     for limit in limits:
         assert [used for _, used, _ in limit.state()] == [1, 4]
         assert (
-            b"limit-requests: 6\r\nx-ratelimit-remaining-requests: 1" in limit.fields()
+            b"limit-requests: 6\r\nx-ratelimit-remaining-requests: 1"
+            in limit.fields(clock[0])
         )
     for _ in range(2):
         late.record("ada", "m", "c", 0, apiserver.Usage())
