@@ -9473,7 +9473,6 @@ class Service:
             Callable[[], RequestRecord], Callable[[APIError], None]
         ] = {}
         self._running: Counter[str] = Counter()  # requests, by user_id
-        self._ended: list[tuple[RequestRecord, str, User | None]] = []  # see count()
 
     # --- Who may do what
 
@@ -9486,7 +9485,7 @@ class Service:
         return self.users.find(token)
 
     def begin_request(self, user: User, limit: UsageLimit | None) -> None:
-        """Count a user's request until count() has it.  Raise APIError: 429, 503."""
+        """Count a user's request until end_request().  Raise APIError: 429, 503."""
         if self.requests_in_flight >= self.limits.requests_in_flight:
             raise APIError(503, "The server is at its limit.", retry_after=1)
         running = self._running[user.user_id]
@@ -9507,7 +9506,8 @@ class Service:
         self._running[user.user_id] = running + 1
         self.requests_in_flight += 1
 
-    def _end_request(self, user: User) -> None:
+    def end_request(self, user: User) -> None:
+        """Count it no longer."""
         self.requests_in_flight -= 1
         self._running[user.user_id] -= 1
         if not self._running[user.user_id]:
@@ -9532,26 +9532,11 @@ class Service:
         self.content_size += size
 
     def count(self, record: RequestRecord, path: str, user: User | None) -> None:
-        """Record a request that has ended, with all others of this turn of the loop.
-
-        One after the other they take 6 us each, and 12 where each is recorded at its
-        own end: the processor has the code at hand.
+        """Record a request that has ended: journal, metrics, ledger.
 
         path  for /metrics, where it is one of a few
-        user  whose it was, unless it was refused before begin_request(): in flight
-              until it is recorded, so that no limit misses it
+        user  whose it was, unless it was refused before begin_request()
         """
-        if not self._ended:
-            asyncio.get_running_loop().call_soon(self.count_ended)
-        self._ended.append((record, path, user))
-
-    def count_ended(self) -> None:
-        """Record what count() was told of: journal, metrics, ledger."""
-        ended, self._ended = self._ended, []
-        for record, path, user in ended:
-            self._count(record, path, user)
-
-    def _count(self, record: RequestRecord, path: str, user: User | None) -> None:
         self.journal.add(record)
         served = (
             controller.serves(record.model) for controller in self.pool.controllers
@@ -9564,7 +9549,6 @@ class Service:
             model = known if record.failed else record.model
             name, failures = user.user_id or user.name, int(record.failed)
             self.ledger.record(name, model, controller, failures, record.usage)
-            self._end_request(user)
 
     # --- What is shown
 
@@ -10159,6 +10143,7 @@ class Exchange:
         self.reply.stop_heartbeat()
         service.hold(-self._held)
         if call is not None and self.user is not None:
+            service.end_request(self.user)
             del service.running_requests[self.record]
         if self.reply.status != 101:  # a websocket's line came with its 101
             self.log()
@@ -11472,7 +11457,6 @@ class Server(Service):
         for connection in list(self._handlers):
             connection.abort()
         self.pool.close()
-        self.count_ended()
         await self._flush_usage()
         await self.users.aclose()
         await asyncio.sleep(0)  # transports say goodbye in the next turn
