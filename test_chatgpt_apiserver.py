@@ -148,6 +148,11 @@ def flow(test=None, *, timeout=20, **options):
     return run_test
 
 
+def cases(names, *values, **options):
+    """Decorate a test: it runs once for each of these values of its arguments."""
+    return pytest.mark.parametrize(names, values, **options)
+
+
 async def until(condition, timeout=5.0):
     """Wait until condition() is true, and return its value."""
     end = time.monotonic() + timeout
@@ -610,33 +615,23 @@ def test_limits_are_changed_by_name_and_only_in_that_object():
     assert (Limits().head_timeout, Limits().head_size) == (10.0, 32 * 1024)
 
 
-@pytest.mark.parametrize("name", ["head_timeuot", "__init__", "_x", ""])
+@cases("name", "head_timeuot", "__init__", "_x", "")
 def test_limit_of_an_unknown_name_is_refused(name):
     with pytest.raises(TypeError, match="no limit named"):
         Limits(**{name: 1})
 
 
-@pytest.mark.parametrize(
-    "value", [-1, -0.001, math.nan, math.inf, 1e12, True, "5", None, [], b"5"]
-)
+@cases("value", -1, -0.001, math.nan, math.inf, 1e12, True, "5", None, [], b"5")
 def test_limit_that_is_no_usable_number_is_refused(value):
     with pytest.raises(ValueError, match="head_size must be a number"):
         Limits(head_size=value)
 
 
-@pytest.mark.parametrize(
-    "status, type",
-    [
-        (400, "invalid_request_error"),
-        (401, "authentication_error"),
-        (403, "permission_error"),
-        (404, "not_found_error"),
-        (413, "invalid_request_error"),
-        (429, "rate_limit_error"),
-        (500, "server_error"),
-        (504, "server_error"),
-    ],
-)
+@cases("status, type",
+    (400, "invalid_request_error"), (401, "authentication_error"),
+    (403, "permission_error"), (404, "not_found_error"), (413, "invalid_request_error"),
+    (429, "rate_limit_error"), (500, "server_error"), (504, "server_error"),
+)  # fmt: skip
 def test_api_error_has_the_type_of_its_status_unless_told(status, type):
     assert APIError(status, "no").type == type
     assert APIError(status, "no", type="mine").type == "mine"
@@ -773,23 +768,21 @@ def test_heads_that_differ_in_their_length_alone_are_parsed_once():
     assert requests[0].headers == {"host": "a", "x-z": "C", "y": "z"}
 
 
-@pytest.mark.parametrize(
+@cases(
     "fields, status",
-    [
-        ((b"Content-Length: 3", b"Content-Length: 3"), 400),
-        ((b"Content-Length: 3", b"content-length: 3"), 400),
-        ((b"Content-Length: 3", b"CONTENT-LENGTH: 3"), 400),
-        ((b"Content-Length: 3", b"Transfer-Encoding: chunked"), 400),
-        ((b"Transfer-Encoding: gzip", b"Content-Length: 3"), 400),
-        ((b"Content-Length: +3",), 400),
-        ((b"Content-Length: 3 3",), 400),
-        ((b"Content-Length: 0x3",), 400),
-        ((b"Content-Length: \xb2",), 400),
-        ((b"Content-Length: 1234567890123456",), 400),
-        ((b"Content-Length:3",), None),
-        ((b"Content-Length:  3 ",), None),
-        ((b"X: Content-Length: 3",), None),
-    ],
+    ((b"Content-Length: 3", b"Content-Length: 3"), 400),
+    ((b"Content-Length: 3", b"content-length: 3"), 400),
+    ((b"Content-Length: 3", b"CONTENT-LENGTH: 3"), 400),
+    ((b"Content-Length: 3", b"Transfer-Encoding: chunked"), 400),
+    ((b"Transfer-Encoding: gzip", b"Content-Length: 3"), 400),
+    ((b"Content-Length: +3",), 400),
+    ((b"Content-Length: 3 3",), 400),
+    ((b"Content-Length: 0x3",), 400),
+    ((b"Content-Length: \xb2",), 400),
+    ((b"Content-Length: 1234567890123456",), 400),
+    ((b"Content-Length:3",), None),
+    ((b"Content-Length:  3 ",), None),
+    ((b"X: Content-Length: 3",), None),
 )
 def test_a_head_that_was_parsed_before_does_not_excuse_the_next(fields, status):
     for _ in range(2):
@@ -830,7 +823,7 @@ def test_rule_1_lines_end_in_cr_lf():
     assert http_refusal(b"\n\n") == 400
 
 
-@pytest.mark.parametrize("code", [*range(9), *range(10, 32), 127])
+@cases("code", *range(9), *range(10, 32), 127)
 def test_rule_1_no_control_character_is_in_a_field_or_request_line(code):
     byte = bytes([code])
     assert http_refusal(http_head(b"X: a" + byte + b"b") + http_head()) == 400
@@ -845,50 +838,48 @@ def test_rule_1_tab_and_bytes_above_ascii_are_text():
     assert request.headers["x"] == "a\tb \x80\xff\xa0"
 
 
-@pytest.mark.parametrize(
+@cases(
     "fields, expected",
-    [
-        ([], 0),
-        (["content-length: 5"], 5),
-        (["Content-Length:  \t5 "], 5),
-        (["Content-Length: 000000000000005"], 5),
-        (["Content-Length: 999999999999999"], 999999999999999),
-        (["Transfer-Encoding: Chunked"], None),
-        (["Transfer-Encoding:\tchunked "], None),
-        # Rule 2: the length
-        (["Content-Length: 0000000000000005"], 400),
-        (["Content-Length: " + "9" * 5000], 400),
-        (["Content-Length:"], 400),
-        (["Content-Length: +5"], 400),
-        (["Content-Length: -5"], 400),
-        (["Content-Length: 5_0"], 400),
-        (["Content-Length: 0x5"], 400),
-        (["Content-Length: 5.0"], 400),
-        (["Content-Length: 5e1"], 400),
-        (["Content-Length: 5 5"], 400),
-        (["Content-Length: 5,5"], 400),
-        (["Content-Length: 5;"], 400),
-        (["Content-Length: \xb2"], 400),
-        (["Content-Length: ٥"], 400),
-        (["Content-Length: \xa05"], 400),
-        (["Content-Length: 5", "Content-Length: 5"], 400),
-        (["Content-Length: 5", "CONTENT-LENGTH: 6"], 400),
-        # Rule 3: the coding
-        (["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
-        (["Transfer-Encoding: chunked", "Content-Length: 5"], 400),
-        (["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], 400),
-        (["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], 400),
-        (["Transfer-Encoding: chunked, chunked"], 501),
-        (["Transfer-Encoding: gzip, chunked"], 501),
-        (["Transfer-Encoding: chunked, identity"], 501),
-        (["Transfer-Encoding: identity"], 501),
-        (["Transfer-Encoding: xchunked"], 501),
-        (["Transfer-Encoding: chunked;q=1"], 501),
-        (["Transfer-Encoding: \xa0chunked"], 501),
-        (["Transfer-Encoding:"], 501),
-        (["Transfer-Encoding : chunked"], 400),
-        (["Transfer-Encoding: \x0bchunked"], 400),
-    ],
+    ([], 0),
+    (["content-length: 5"], 5),
+    (["Content-Length:  \t5 "], 5),
+    (["Content-Length: 000000000000005"], 5),
+    (["Content-Length: 999999999999999"], 999999999999999),
+    (["Transfer-Encoding: Chunked"], None),
+    (["Transfer-Encoding:\tchunked "], None),
+    # Rule 2: the length
+    (["Content-Length: 0000000000000005"], 400),
+    (["Content-Length: " + "9" * 5000], 400),
+    (["Content-Length:"], 400),
+    (["Content-Length: +5"], 400),
+    (["Content-Length: -5"], 400),
+    (["Content-Length: 5_0"], 400),
+    (["Content-Length: 0x5"], 400),
+    (["Content-Length: 5.0"], 400),
+    (["Content-Length: 5e1"], 400),
+    (["Content-Length: 5 5"], 400),
+    (["Content-Length: 5,5"], 400),
+    (["Content-Length: 5;"], 400),
+    (["Content-Length: \xb2"], 400),
+    (["Content-Length: ٥"], 400),
+    (["Content-Length: \xa05"], 400),
+    (["Content-Length: 5", "Content-Length: 5"], 400),
+    (["Content-Length: 5", "CONTENT-LENGTH: 6"], 400),
+    # Rule 3: the coding
+    (["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
+    (["Transfer-Encoding: chunked", "Content-Length: 5"], 400),
+    (["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], 400),
+    (["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], 400),
+    (["Transfer-Encoding: chunked, chunked"], 501),
+    (["Transfer-Encoding: gzip, chunked"], 501),
+    (["Transfer-Encoding: chunked, identity"], 501),
+    (["Transfer-Encoding: identity"], 501),
+    (["Transfer-Encoding: xchunked"], 501),
+    (["Transfer-Encoding: chunked;q=1"], 501),
+    (["Transfer-Encoding: \xa0chunked"], 501),
+    (["Transfer-Encoding:"], 501),
+    (["Transfer-Encoding : chunked"], 400),
+    (["Transfer-Encoding: \x0bchunked"], 400),
 )
 def test_rules_2_and_3_content_length(fields, expected):
     data = http_head(*(field.encode("latin-1", "replace") for field in fields))
@@ -905,26 +896,11 @@ def test_rule_3_no_transfer_coding_in_http_1_0():
     assert http_refusal(head) == 400
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"X : y",
-        b"X\t: y",
-        b" X: y",
-        b"\tX: y",
-        b": y",
-        b"X",
-        b"X y: z",
-        b'"X": y',
-        b"X(): y",
-        b"X/: y",
-        b"X@: y",
-        b"X[]: y",
-        b"X{}: y",
-        "Ö: y".encode(),
-        "ſ: y".encode(),
-    ],
-)
+@cases("line",
+    b"X : y", b"X\t: y", b" X: y", b"\tX: y", b": y", b"X", b"X y: z", b'"X": y',
+    b"X(): y", b"X/: y", b"X@: y", b"X[]: y", b"X{}: y", "Ö: y".encode(),
+    "ſ: y".encode(),
+)  # fmt: skip
 def test_rule_5_a_header_name_is_a_token_before_its_colon(line):
     assert http_refusal(http_head(line)) == 400
     assert http_refusal(http_head(b"A: b", line, b"C: d")) == 400
@@ -942,7 +918,7 @@ def test_rule_5_no_folded_lines():
     assert http_refusal(b"GET / HTTP/1.1\r\n Host: a\r\n\r\n") == 400
 
 
-@pytest.mark.parametrize("start", [b" ", b"\t", b"\r", b"\x00", b" \r\n"])
+@cases("start", b" ", b"\t", b"\r", b"\x00", b" \r\n")
 def test_rule_5_nothing_leads_the_first_line(start):
     assert http_refusal(start + http_head()) == 400
 
@@ -956,131 +932,59 @@ def test_rule_5_host_exactly_once_in_1_1():
     assert http_refusal(http_head(b"Host: a", line=b"GET / HTTP/1.0")) == 400
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Authorization",
-        "Content-Length",
-        "Content-Type",
-        "Host",
-        "Sec-WebSocket-Key",
-        "Sec-WebSocket-Version",
-        "Transfer-Encoding",
-        "Upgrade",
-    ],
-)
+@cases("name",
+    "Authorization", "Content-Length", "Content-Type", "Host", "Sec-WebSocket-Key",
+    "Sec-WebSocket-Version", "Transfer-Encoding", "Upgrade",
+)  # fmt: skip
 def test_rule_5_a_second_one_of_a_single_field_is_refused(name):
     field = f"{name}: 1".encode()
     assert http_refusal(http_head(field, b"X: y", field.lower(), host=())) == 400
     assert http_answer_refusal(http_answer(field, field)) == 502
 
 
-@pytest.mark.parametrize(
-    "host, good",
-    [
-        ("a", True),
-        ("a.b-c_d:8080", True),
-        ("a:", True),
-        ("127.0.0.1:80", True),
-        ("[::1]:80", True),
-        ("[::ffff:127.0.0.1]", True),
-        ("a%41%C3%a4", True),
-        ("a%4", False),
-        ("a%zz", False),
-        ("%:80", False),
-        ("", False),
-        ("a b", False),
-        ("a, b", False),
-        ("a/b", False),
-        ("a?b", False),
-        ("a@b", False),
-        ("a#b", False),
-        ("a\\b", False),
-        ("a:80:80", False),
-        ("a:8x", False),
-        ("a:+80", False),
-        ("a:123456", False),
-        ("[::1", False),
-        ("[]", False),
-        ("[::1]a", False),
-        ("::1", False),
-        ("\xe4", False),
-        ("a:\xb2", False),
-        ("<script>", False),
-    ],
-)
+@cases("host, good",
+    ("a", True), ("a.b-c_d:8080", True), ("a:", True), ("127.0.0.1:80", True),
+    ("[::1]:80", True), ("[::ffff:127.0.0.1]", True), ("a%41%C3%a4", True),
+    ("a%4", False), ("a%zz", False), ("%:80", False), ("", False), ("a b", False),
+    ("a, b", False), ("a/b", False), ("a?b", False), ("a@b", False), ("a#b", False),
+    ("a\\b", False), ("a:80:80", False), ("a:8x", False), ("a:+80", False),
+    ("a:123456", False), ("[::1", False), ("[]", False), ("[::1]a", False),
+    ("::1", False), ("\xe4", False), ("a:\xb2", False), ("<script>", False),
+)  # fmt: skip
 def test_rule_5_syntax_of_the_host_field(host, good):
     head = http_head(host=[b"Host: " + host.encode("latin-1")])
     assert http_refusal(head) == (None if good else 400)
 
 
-@pytest.mark.parametrize(
-    "line, status",
-    [
-        (b"GET / HTTP/1.1", None),
-        (b"GET / HTTP/1.0", None),
-        (b"get-it! / HTTP/1.1", None),
-        (b"GET / HTTP/1.2", 505),
-        (b"GET / HTTP/0.9", 505),
-        (b"GET / HTTP/2.0", 505),
-        (b"PRI * HTTP/2.0", 505),
-        (b"GET / http/1.1", 400),
-        (b"GET / HTTP/1.1 ", 400),
-        (b"GET / HTTP/1.10", 400),
-        (b"GET / HTTP/11", 400),
-        (b"GET / HTTP/1", 400),
-        (b"GET / HTTP/1.\xb2", 400),
-        (b"GET / XHTTP/1.1", 400),
-        (b"GET /", 400),
-        (b"GET", 400),
-        (b"GET  / HTTP/1.1", 400),
-        (b"GET /  HTTP/1.1", 400),
-        (b"GET\t/\tHTTP/1.1", 400),
-        (b"GET / x HTTP/1.1", 400),
-        (b" GET / HTTP/1.1", 400),
-        (b" / HTTP/1.1", 400),
-        (b"G(T / HTTP/1.1", 400),
-        (b"G:T / HTTP/1.1", 400),
-        (b"G\xc4T / HTTP/1.1", 400),
-        (b"GET /\xc3\xa4 HTTP/1.1", 400),
-        (b"GET /\x7f HTTP/1.1", 400),
-        (b"\x16\x03\x01\x02\x00", 400),
-    ],
-)
+@cases("line, status",
+    (b"GET / HTTP/1.1", None), (b"GET / HTTP/1.0", None), (b"get-it! / HTTP/1.1", None),
+    (b"GET / HTTP/1.2", 505), (b"GET / HTTP/0.9", 505), (b"GET / HTTP/2.0", 505),
+    (b"PRI * HTTP/2.0", 505), (b"GET / http/1.1", 400), (b"GET / HTTP/1.1 ", 400),
+    (b"GET / HTTP/1.10", 400), (b"GET / HTTP/11", 400), (b"GET / HTTP/1", 400),
+    (b"GET / HTTP/1.\xb2", 400), (b"GET / XHTTP/1.1", 400), (b"GET /", 400),
+    (b"GET", 400), (b"GET  / HTTP/1.1", 400), (b"GET /  HTTP/1.1", 400),
+    (b"GET\t/\tHTTP/1.1", 400), (b"GET / x HTTP/1.1", 400), (b" GET / HTTP/1.1", 400),
+    (b" / HTTP/1.1", 400), (b"G(T / HTTP/1.1", 400), (b"G:T / HTTP/1.1", 400),
+    (b"G\xc4T / HTTP/1.1", 400), (b"GET /\xc3\xa4 HTTP/1.1", 400),
+    (b"GET /\x7f HTTP/1.1", 400), (b"\x16\x03\x01\x02\x00", 400),
+)  # fmt: skip
 def test_rule_6_the_request_line(line, status):
     assert http_refusal(http_head(line=line)) == status
 
 
-@pytest.mark.parametrize(
-    "method, target, expected",
-    [
-        ("GET", "/", ("/", "")),
-        ("GET", "/a%2Fb/../c?x=%20&y", ("/a%2Fb/../c", "x=%20&y")),
-        ("GET", "/a?", ("/a", "")),
-        ("GET", "/?http://b/", ("/", "http://b/")),
-        ("GET", "//[", ("//[", "")),
-        ("GET", "//b/c", ("//b/c", "")),
-        ("GET", "/a:b@c[]", ("/a:b@c[]", "")),
-        ("OPTIONS", "*", ("*", "")),
-        ("GET", "http://a:80/b?c", ("/b", "c")),
-        ("GET", "HTTPS://A:80", ("/", "")),
-        ("GET", "http://a:80?c/d", ("/", "c/d")),
-        ("GET", "*", None),
-        ("OPTIONS", "**", None),
-        ("GET", "a", None),
-        ("GET", "?a", None),
-        ("GET", "http:/a:80/", None),
-        ("GET", "http://", None),
-        ("GET", "http://b/", None),
-        ("GET", "http://a/", None),
-        ("GET", "http://x@a:80/", None),
-        ("GET", "http://a:80@b/", None),
-        ("GET", "http://a:80#/", None),
-        ("GET", "http://[", None),
-        ("GET", "ftp://a:80/", None),
-        ("CONNECT", "a:80", None),
-    ],
-)
+@cases("method, target, expected",
+    ("GET", "/", ("/", "")), ("GET", "/a%2Fb/../c?x=%20&y", ("/a%2Fb/../c", "x=%20&y")),
+    ("GET", "/a?", ("/a", "")), ("GET", "/?http://b/", ("/", "http://b/")),
+    ("GET", "//[", ("//[", "")), ("GET", "//b/c", ("//b/c", "")),
+    ("GET", "/a:b@c[]", ("/a:b@c[]", "")), ("OPTIONS", "*", ("*", "")),
+    ("GET", "http://a:80/b?c", ("/b", "c")), ("GET", "HTTPS://A:80", ("/", "")),
+    ("GET", "http://a:80?c/d", ("/", "c/d")), ("GET", "*", None),
+    ("OPTIONS", "**", None), ("GET", "a", None), ("GET", "?a", None),
+    ("GET", "http:/a:80/", None), ("GET", "http://", None), ("GET", "http://b/", None),
+    ("GET", "http://a/", None), ("GET", "http://x@a:80/", None),
+    ("GET", "http://a:80@b/", None), ("GET", "http://a:80#/", None),
+    ("GET", "http://[", None), ("GET", "ftp://a:80/", None), ("CONNECT", "a:80", None),
+)  # fmt: skip
 def test_rule_6_request_targets(method, target, expected):
     line = f"{method} {target} HTTP/1.1".encode()
     head = http_head(line=line, host=[b"Host: a:80"])
@@ -1092,23 +996,13 @@ def test_rule_6_request_targets(method, target, expected):
         assert request.target == target
 
 
-@pytest.mark.parametrize(
-    "version, connection, expected",
-    [
-        ("1.1", None, True),
-        ("1.1", "", True),
-        ("1.1", "keep-alive", True),
-        ("1.1", "close", False),
-        ("1.1", "Upgrade,  CLOSE", False),
-        ("1.1", "closed", True),
-        ("1.1", "keep-alive, close", False),
-        ("1.0", None, False),
-        ("1.0", "", False),
-        ("1.0", "Keep-Alive", True),
-        ("1.0", "x, keep-alive", True),
-        ("1.0", "keep-alive, close", False),
-    ],
-)
+@cases("version, connection, expected",
+    ("1.1", None, True), ("1.1", "", True), ("1.1", "keep-alive", True),
+    ("1.1", "close", False), ("1.1", "Upgrade,  CLOSE", False), ("1.1", "closed", True),
+    ("1.1", "keep-alive, close", False), ("1.0", None, False), ("1.0", "", False),
+    ("1.0", "Keep-Alive", True), ("1.0", "x, keep-alive", True),
+    ("1.0", "keep-alive, close", False),
+)  # fmt: skip
 def test_whether_a_connection_is_kept(version, connection, expected):
     fields = () if connection is None else (f"Connection: {connection}".encode(),)
     line = f"GET / HTTP/{version}".encode()
@@ -1126,7 +1020,7 @@ def test_connection_fields_count_together():
 # --- Limits on heads, as they arrive (rule 7)
 
 
-@pytest.mark.parametrize("size, status", [(63, None), (64, None), (65, 414)])
+@cases("size, status", (63, None), (64, None), (65, 414))
 def test_L1_request_line(size, status):
     line = b"GET /" + b"a" * (size - 14) + b" HTTP/1.1"
     assert len(line) == size
@@ -1141,31 +1035,29 @@ def test_L1_request_line_is_refused_before_its_end():
     assert http_answer_refusal(b"a" * 64 * 1024) == 502
 
 
-@pytest.mark.parametrize(
+@cases(
     "data, status, reason",
-    [
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01\n\n", 400, "https was sent to an http"),
-        (b"\x80\x2e\x01", 400, "malformed"),
-        (b"\x00", 400, "malformed"),
-        (b"{", 400, "malformed"),
-        (b" GET", 400, "malformed"),
-        (b"\r\nGET\t/", 400, "malformed"),
-        (b"GET\r", 400, "malformed"),
-        (b"GET /\r\n", 400, "malformed"),  # HTTP/0.9
-        (b"GET /\n", 400, "CR LF"),
-        (b"GET / HTTP/1.1\nHost: a", 400, "CR LF"),
-        (b"GET  / HTTP/1.1\r\n", 400, "malformed"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", 400, "malformed"),
-        (b"PROXY TCP4 10.0.0.1 10.0.0.2 5 80\r\n", 400, "malformed"),
-        (b"\r\n\r\n\x00\r\nQUIT\n", 400, "malformed"),  # PROXY, version 2
-        (b"PRI * HTTP/2.0\r\n", 505, "only HTTP/1.1"),
-        (b"A" * 64, None, ""),
-        (b"A" * 65, 501, "no method of that length"),
-        (b"A" * 65 + b" / HTTP/1.1\r\n", 501, "no method of that length"),
-        (b"GET /" + b"\x01" * 9, None, ""),  # until the line is whole
-        (b"\r", None, ""),
-        (b"GET / HTTP/1.1\r\nHost", None, ""),
-    ],
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\n\n", 400, "https was sent to an http"),
+    (b"\x80\x2e\x01", 400, "malformed"),
+    (b"\x00", 400, "malformed"),
+    (b"{", 400, "malformed"),
+    (b" GET", 400, "malformed"),
+    (b"\r\nGET\t/", 400, "malformed"),
+    (b"GET\r", 400, "malformed"),
+    (b"GET /\r\n", 400, "malformed"),  # HTTP/0.9
+    (b"GET /\n", 400, "CR LF"),
+    (b"GET / HTTP/1.1\nHost: a", 400, "CR LF"),
+    (b"GET  / HTTP/1.1\r\n", 400, "malformed"),
+    (b"SSH-2.0-OpenSSH_9.6\r\n", 400, "malformed"),
+    (b"PROXY TCP4 10.0.0.1 10.0.0.2 5 80\r\n", 400, "malformed"),
+    (b"\r\n\r\n\x00\r\nQUIT\n", 400, "malformed"),  # PROXY, version 2
+    (b"PRI * HTTP/2.0\r\n", 505, "only HTTP/1.1"),
+    (b"A" * 64, None, ""),
+    (b"A" * 65, 501, "no method of that length"),
+    (b"A" * 65 + b" / HTTP/1.1\r\n", 501, "no method of that length"),
+    (b"GET /" + b"\x01" * 9, None, ""),  # until the line is whole
+    (b"\r", None, ""),
+    (b"GET / HTTP/1.1\r\nHost", None, ""),
 )
 def test_what_cannot_become_a_request_is_refused_at_its_first_bytes(
     data, status, reason
@@ -1179,13 +1071,13 @@ def test_what_cannot_become_a_request_is_refused_at_its_first_bytes(
             apiserver.parse_request_head(bytearray(data))
 
 
-@pytest.mark.parametrize("size, status", [(63, None), (64, None), (65, 431)])
+@cases("size, status", (63, None), (64, None), (65, 431))
 def test_L2_one_header_line(size, status):
     big = http_head(b"X: " + b"a" * (8192 - 64 + size - 3), b"Y: z")
     assert http_refusal(big) == status
 
 
-@pytest.mark.parametrize("more, status", [(-1, None), (0, None), (1, 431)])
+@cases("more, status", (-1, None), (0, None), (1, 431))
 def test_L3_whole_head(more, status):
     rows = [b"X: " + b"a" * 7000] * 4
     head = http_head(*rows, b"Y: ")
@@ -1200,12 +1092,12 @@ def test_L3_whole_head(more, status):
     assert http_refusal(head + b"more", 100) == status
 
 
-@pytest.mark.parametrize("count, status", [(99, None), (100, None), (101, 431)])
+@cases("count, status", (99, None), (100, None), (101, 431))
 def test_L4_header_count(count, status):
     assert http_refusal(http_head(*[b"X: y"] * (count - 1))) == status
 
 
-@pytest.mark.parametrize("more, status", [(-1, None), (0, None), (1, 502)])
+@cases("more, status", (-1, None), (0, None), (1, 502))
 def test_L37_an_upstreams_head(more, status):
     """64 KiB and 200 fields; a status line or field may be as long as all."""
     size = 64 * 1024
@@ -1221,8 +1113,8 @@ def test_L37_an_upstreams_head(more, status):
     assert http_answer_refusal(http_answer(*[b"X: y"] * (200 + more))) == status
 
 
-@pytest.mark.parametrize(
-    "row", [b"X: " + b"a" * 300 + b"\r\n", b"a:\r\n", b"\r\ra", b"\r\n\ra", b":", b"a"]
+@cases(
+    "row", b"X: " + b"a" * 300 + b"\r\n", b"a:\r\n", b"\r\ra", b"\r\n\ra", b":", b"a"
 )
 def test_rule_7_a_head_that_comes_byte_by_byte_costs_linear_time(row):
     """One segment for each byte once took 3 s of a processor for 29 KiB."""
@@ -1233,18 +1125,11 @@ def test_rule_7_a_head_that_comes_byte_by_byte_costs_linear_time(row):
     assert time.process_time() - began < 1.5
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        b"a" * 32000 + b"\r\n",
-        b"a:" * 16000 + b"\n",
-        (b"a: b" + b" " * 300 + b"\r\n") * 90 + b"\x00",
-        b"x" + b":\t \t" * 8000,
-        b"a:\r\n" * 8000 + b"b",
-        b"a: b\r\n" * 5000,
-        b"a:" + b" \t" * 16000 + b"\x00\r\n",
-    ],
-)
+@cases("block",
+    b"a" * 32000 + b"\r\n", b"a:" * 16000 + b"\n",
+    (b"a: b" + b" " * 300 + b"\r\n") * 90 + b"\x00", b"x" + b":\t \t" * 8000,
+    b"a:\r\n" * 8000 + b"b", b"a: b\r\n" * 5000, b"a:" + b" \t" * 16000 + b"\x00\r\n",
+)  # fmt: skip
 def test_fields_are_judged_in_linear_time(block):
     began = time.process_time()
     with contextlib.suppress(ProtocolError):
@@ -1278,31 +1163,16 @@ def test_answer_head_may_come_cut_anywhere():
         assert rest == b"xyz"
 
 
-@pytest.mark.parametrize(
-    "line, good",
-    [
-        (b"HTTP/1.1 200 OK", True),
-        (b"HTTP/1.1 200 ", True),
-        (b"HTTP/1.1 200", True),
-        (b"HTTP/1.1 599 x", True),
-        (b"HTTP/1.1 099 x", False),
-        (b"HTTP/1.1 600 x", False),
-        (b"HTTP/1.1 20 x", False),
-        (b"HTTP/1.1 2000 x", False),
-        (b"HTTP/1.1 200x", False),
-        (b"HTTP/1.1 +20 x", False),
-        (b"HTTP/1.1 2_0 x", False),
-        (b"HTTP/1.1 \xb2\xb20 x", False),
-        (b"HTTP/1.1  200 x", False),
-        (b"HTTP/2 200 x", False),
-        (b"HTTP/1.2 200 x", False),
-        (b"http/1.1 200 OK", False),
-        (b"ICY 200 OK", False),
-        (b"GET / HTTP/1.1", False),
-        (b" HTTP/1.1 200 OK", False),
-        (b"", False),
-    ],
-)
+@cases("line, good",
+    (b"HTTP/1.1 200 OK", True), (b"HTTP/1.1 200 ", True), (b"HTTP/1.1 200", True),
+    (b"HTTP/1.1 599 x", True), (b"HTTP/1.1 099 x", False), (b"HTTP/1.1 600 x", False),
+    (b"HTTP/1.1 20 x", False), (b"HTTP/1.1 2000 x", False), (b"HTTP/1.1 200x", False),
+    (b"HTTP/1.1 +20 x", False), (b"HTTP/1.1 2_0 x", False),
+    (b"HTTP/1.1 \xb2\xb20 x", False), (b"HTTP/1.1  200 x", False),
+    (b"HTTP/2 200 x", False), (b"HTTP/1.2 200 x", False), (b"http/1.1 200 OK", False),
+    (b"ICY 200 OK", False), (b"GET / HTTP/1.1", False), (b" HTTP/1.1 200 OK", False),
+    (b"", False),
+)  # fmt: skip
 def test_status_line(line, good):
     assert http_answer_refusal(http_answer(line=line)) == (None if good else 502)
 
@@ -1312,28 +1182,26 @@ def test_an_answer_of_bare_line_feeds_is_refused():
     assert http_answer_refusal(b"HTTP/1.1 200 OK\r\nA: b\n\r\n\r\n") == 502
 
 
-@pytest.mark.parametrize(
+@cases(
     "method, status, fields, expected",
-    [
-        ("GET", 200, [], apiserver.UNTIL_CLOSE),
-        ("GET", 200, ["Content-Length: 7"], 7),
-        ("GET", 200, ["Transfer-Encoding: CHUNKED"], None),
-        ("POST", 500, ["Content-Length: 0"], 0),
-        ("HEAD", 200, ["Content-Length: 7"], 0),
-        ("HEAD", 200, ["Transfer-Encoding: chunked"], 0),
-        ("HEAD", 200, [], 0),
-        ("GET", 204, ["Content-Length: 7"], 0),
-        ("GET", 304, ["Content-Length: 7"], 0),
-        ("GET", 100, [], 0),
-        ("GET", 101, [], 0),
-        ("GET", 103, ["Transfer-Encoding: chunked"], 0),
-        ("GET", 200, ["Content-Length: -1"], 502),
-        ("GET", 200, ["Content-Length: 1, 1"], 502),
-        ("GET", 200, ["Content-Length: 1" + "0" * 15], 502),
-        ("GET", 200, ["Content-Length: 5", "Transfer-Encoding: chunked"], 502),
-        ("GET", 200, ["Transfer-Encoding: gzip, chunked"], 502),
-        ("GET", 200, ["Transfer-Encoding: identity"], 502),
-    ],
+    ("GET", 200, [], apiserver.UNTIL_CLOSE),
+    ("GET", 200, ["Content-Length: 7"], 7),
+    ("GET", 200, ["Transfer-Encoding: CHUNKED"], None),
+    ("POST", 500, ["Content-Length: 0"], 0),
+    ("HEAD", 200, ["Content-Length: 7"], 0),
+    ("HEAD", 200, ["Transfer-Encoding: chunked"], 0),
+    ("HEAD", 200, [], 0),
+    ("GET", 204, ["Content-Length: 7"], 0),
+    ("GET", 304, ["Content-Length: 7"], 0),
+    ("GET", 100, [], 0),
+    ("GET", 101, [], 0),
+    ("GET", 103, ["Transfer-Encoding: chunked"], 0),
+    ("GET", 200, ["Content-Length: -1"], 502),
+    ("GET", 200, ["Content-Length: 1, 1"], 502),
+    ("GET", 200, ["Content-Length: 1" + "0" * 15], 502),
+    ("GET", 200, ["Content-Length: 5", "Transfer-Encoding: chunked"], 502),
+    ("GET", 200, ["Transfer-Encoding: gzip, chunked"], 502),
+    ("GET", 200, ["Transfer-Encoding: identity"], 502),
 )
 def test_length_of_an_answer(method, status, fields, expected):
     head = http_answer(
@@ -1399,47 +1267,17 @@ def test_a_complete_decoder_takes_nothing_of_the_next_message():
         decoder.end()
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"g\r\n",
-        b"\r\n",
-        b" 1\r\na\r\n",
-        b"1 \r\na\r\n",
-        b"+1\r\na\r\n",
-        b"-1\r\na\r\n",
-        b"0x1\r\na\r\n",
-        b"1_0\r\n",
-        b"1.0\r\n",
-        b"1,1\r\n",
-        b"\xd9\xa1\r\na\r\n",
-        b"1\x00\r\na\r\n",
-        b";a\r\n",
-        b"1;\n\r\na\r\n",
-        b"1;a\rb\r\na\r\n",
-        b"1;a\nb\r\na\r\n",
-        b"1;a\x00\r\na\r\n",
-        b"1;a\x7f\r\na\r\n",
-        b"1\n\r\na\r\n",
-        b"1\r\r\na\r\n",
-        b"1\r\nab",
-        b"1\r\na\n",
-        b"1\r\na\rb",
-        b"1\r\na\r\r\n",
-        b"1\r\na0\r\n\r\n",
-        b"2\r\nab" + b"2\r\nab",
-        b"0\r\nX : y\r\n\r\n",
-        b"0\r\nX\r\n\r\n",
-        b"0\r\n X: y\r\n\r\n",
-        b"0\r\nX: y\r\n folded\r\n\r\n",
-        b"0\r\nX: a\rb\r\n\r\n",
-        b"0\r\nX: a\x00b\r\n\r\n",
-        b"0\r\nX: y\n\r\n\r\n",
-        b"0\r\nX: y\n\n",
-        b"0\r\n\n",
-        b"0\r\nHost: a\r\nHost: b\r\n\r\n",
-    ],
-)
+@cases("data",
+    b"g\r\n", b"\r\n", b" 1\r\na\r\n", b"1 \r\na\r\n", b"+1\r\na\r\n", b"-1\r\na\r\n",
+    b"0x1\r\na\r\n", b"1_0\r\n", b"1.0\r\n", b"1,1\r\n", b"\xd9\xa1\r\na\r\n",
+    b"1\x00\r\na\r\n", b";a\r\n", b"1;\n\r\na\r\n", b"1;a\rb\r\na\r\n",
+    b"1;a\nb\r\na\r\n", b"1;a\x00\r\na\r\n", b"1;a\x7f\r\na\r\n", b"1\n\r\na\r\n",
+    b"1\r\r\na\r\n", b"1\r\nab", b"1\r\na\n", b"1\r\na\rb", b"1\r\na\r\r\n",
+    b"1\r\na0\r\n\r\n", b"2\r\nab" + b"2\r\nab", b"0\r\nX : y\r\n\r\n",
+    b"0\r\nX\r\n\r\n", b"0\r\n X: y\r\n\r\n", b"0\r\nX: y\r\n folded\r\n\r\n",
+    b"0\r\nX: a\rb\r\n\r\n", b"0\r\nX: a\x00b\r\n\r\n", b"0\r\nX: y\n\r\n\r\n",
+    b"0\r\nX: y\n\n", b"0\r\n\n", b"0\r\nHost: a\r\nHost: b\r\n\r\n",
+)  # fmt: skip
 def test_rule_4_chunks_that_are_refused(data):
     assert http_chunk_refusal(data) == 400
 
@@ -1475,8 +1313,8 @@ def test_L11_trailers():
     assert http_chunk_refusal(b"0\r\n" + b"a" * 8192) == 431
 
 
-@pytest.mark.parametrize(
-    "data", [b"1\r\na\r\n" * 15_000, b"0\r\n" + b"a: b\r\n" * 1300, b"1;" + b"x" * 250]
+@cases(
+    "data", b"1\r\na\r\n" * 15_000, b"0\r\n" + b"a: b\r\n" * 1300, b"1;" + b"x" * 250
 )
 def test_chunks_byte_by_byte_cost_linear_time(data):
     began = time.process_time()
@@ -1484,7 +1322,7 @@ def test_chunks_byte_by_byte_cost_linear_time(data):
     assert time.process_time() - began < 1.5
 
 
-@pytest.mark.parametrize("length", range(4))
+@cases("length", *range(4))
 def test_content_of_a_known_length(length):
     for cut in range(5):
         decoder = apiserver.content_decoder(length)
@@ -1507,7 +1345,7 @@ def test_content_until_the_connection_ends():
     assert decoder.complete
 
 
-@pytest.mark.parametrize("length, data", [(3, b"ab"), (None, b"1\r\na\r\n0\r\n")])
+@cases("length, data", (3, b"ab"), (None, b"1\r\na\r\n0\r\n"))
 def test_an_end_before_the_content_is_an_error(length, data):
     decoder = apiserver.content_decoder(length)
     decoder.decode(bytearray(data))
@@ -1550,7 +1388,7 @@ CODINGS = {
 }
 
 
-@pytest.mark.parametrize("name", CODINGS)
+@cases("name", *CODINGS)
 def test_coded_content_is_inflated_however_it_is_cut(name):
     coding = name.split(",")[0]
     for data in (b"", b"x", b'{"a": 1}' * 9, random.Random(1).randbytes(70_000)):
@@ -1567,7 +1405,7 @@ def test_inflated_content_comes_in_small_pieces():
     assert content == data and largest == apiserver.PIECE_SIZE
 
 
-@pytest.mark.parametrize("name", CODINGS)
+@cases("name", *CODINGS)
 def test_damaged_or_cut_coded_content_is_refused(name):
     coding = name.split(",")[0]
     data = b'{"a": 12345}'
@@ -1580,7 +1418,7 @@ def test_damaged_or_cut_coded_content_is_refused(name):
         assert refused.value.status == 400, data
 
 
-@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+@cases("coding", "gzip", "deflate")
 def test_a_bomb_is_refused_before_it_swells(coding):
     for size, status in ((8 * 1024 * 1024, None), (64 * 1024 * 1024, 413)):
         data = CODINGS[coding](bytes(size))
@@ -1595,22 +1433,11 @@ def test_a_bomb_is_refused_before_it_swells(coding):
             tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    "field, coding",
-    [
-        (None, ""),
-        ("", ""),
-        ("identity", ""),
-        ("None", ""),
-        ("GZip", "gzip"),
-        ("x-gzip", "gzip"),
-        ("identity, deflate", "deflate"),
-        ("br", 415),
-        ("zstd", 415),
-        ("gzip, gzip", 415),
-        ("gzip;q=1", 415),
-    ],
-)
+@cases("field, coding",
+    (None, ""), ("", ""), ("identity", ""), ("None", ""), ("GZip", "gzip"),
+    ("x-gzip", "gzip"), ("identity, deflate", "deflate"), ("br", 415), ("zstd", 415),
+    ("gzip, gzip", 415), ("gzip;q=1", 415),
+)  # fmt: skip
 def test_content_coding(field, coding):
     headers = apiserver.Headers({} if field is None else {"content-encoding": field})
     if coding == 415:
@@ -1633,9 +1460,7 @@ def test_encoded_head_is_what_the_parser_reads():
     assert apiserver.encode_head("HTTP/1.1 200 OK", []) == b"HTTP/1.1 200 OK\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    "code", [*range(9), *range(10, 32), 127, 0x100, 0x2028, 0xD800]
-)
+@cases("code", *range(9), *range(10, 32), 127, 0x100, 0x2028, 0xD800)
 def test_rule_9_no_control_character_gets_into_a_head(code):
     bad = "a" + chr(code) + "b"
     for line, fields in (
@@ -1726,8 +1551,8 @@ def http_head_outcome(parse, data, pieces):
     return head.version, head.status, head.headers, head.keep_alive, rest
 
 
-@pytest.mark.parametrize("parse", ["parse_request_head", "parse_response_head"])
-@pytest.mark.parametrize("small", [False, True])
+@cases("parse", "parse_request_head", "parse_response_head")
+@cases("small", False, True)
 def test_any_bytes_are_a_head_or_more_or_an_error_however_cut(parse, small, constant):
     if small:
         constant(REQUEST_LINE_SIZE=80, HEADER_LINE_SIZE=60, RESPONSE_HEAD_SIZE=120)
@@ -1743,7 +1568,7 @@ def test_any_bytes_are_a_head_or_more_or_an_error_however_cut(parse, small, cons
     assert seen == {"error", "more", "head"}
 
 
-@pytest.mark.parametrize("small", [False, True])
+@cases("small", False, True)
 def test_any_bytes_are_chunks_or_an_error_however_cut(small, constant):
     if small:
         constant(CHUNK_LINE_SIZE=20, CHUNK_EXTENSIONS_SIZE=40, TRAILER_SIZE=30)
@@ -1832,7 +1657,7 @@ def test_handshake_key_is_16_fresh_bytes():
 
 
 # 6,144 bytes and more take the other way.
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 125, 6143, 6144, 6145, 6147, 9999])
+@cases("size", 0, 1, 2, 3, 4, 5, 125, 6143, 6144, 6145, 6147, 9999)
 def test_mask_is_xor_with_the_repeated_key_at_every_size(size):
     data = random.Random(size).getrandbits(8 * size + 1).to_bytes(size + 1, "big")[1:]
     for key in (b"\0\0\0\0", b"\xff\0\x80\x01", MASKING_KEY):
@@ -1845,7 +1670,7 @@ def test_mask_is_xor_with_the_repeated_key_at_every_size(size):
 # --- Frame heads.
 
 
-@pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536])
+@cases("size", 0, 125, 126, 65535, 65536)
 @BOTH_SIDES
 def test_head_is_taken_off_the_front_and_nothing_else(side, size):
     key = key_for(side)
@@ -1856,7 +1681,7 @@ def test_head_is_taken_off_the_front_and_nothing_else(side, size):
     assert bytes(buffer) == whole[len(whole) - size :]
 
 
-@pytest.mark.parametrize("size", [5, 126, 65536])
+@cases("size", 5, 126, 65536)
 @BOTH_SIDES
 def test_incomplete_head_is_left_untouched(side, size):
     key = key_for(side)
@@ -1878,40 +1703,38 @@ def test_every_first_byte_is_accepted_or_refused_at_once():
     assert accepted == {0x00, 0x01, 0x02, 0x80, 0x81, 0x82, 0x88, 0x89, 0x8A}
 
 
-@pytest.mark.parametrize(
+@cases(
     "illegal, code",
-    [
-        (frame(Opcode.TEXT, rsv=4), 1002),
-        (frame(Opcode.TEXT, rsv=2), 1002),
-        (frame(Opcode.TEXT, rsv=1), 1002),
-        (frame(0x3), 1002),
-        (frame(0x7), 1002),
-        (frame(0xB), 1002),
-        (frame(0xF), 1002),
-        (frame(Opcode.PING, fin=False), 1002),
-        (frame(Opcode.PONG, fin=False), 1002),
-        (frame(Opcode.CLOSE, fin=False), 1002),
-        (frame(Opcode.PING, b"x" * 126), 1002),
-        (frame(Opcode.PONG, announce=65536), 1002),
-        (frame(Opcode.CLOSE, announce=5, width=2), 1002),
-        (frame(Opcode.TEXT, key=None), 1002),
-        (frame(Opcode.TEXT, announce=0, width=2), 1002),
-        (frame(Opcode.TEXT, announce=125, width=2), 1002),
-        (frame(Opcode.TEXT, announce=125, width=8), 1002),
-        (frame(Opcode.TEXT, announce=65535, width=8), 1002),
-        (frame(Opcode.TEXT, announce=1 << 63), 1002),
-        (frame(Opcode.TEXT, announce=(1 << 64) - 1), 1002),
-        (frame(Opcode.TEXT, announce=(1 << 63) - 1), 1009),
-        (frame(Opcode.CONTINUATION), 1002),
-        (frame(Opcode.CONTINUATION, fin=False), 1002),
-        (frame(Opcode.TEXT, fin=False) + frame(Opcode.TEXT), 1002),
-        (frame(Opcode.BINARY, fin=False) + frame(Opcode.TEXT, fin=False), 1002),
-        (frame(Opcode.CLOSE, b"\x03"), 1002),
-        (frame(Opcode.CLOSE, b"\x03\xe8\xff"), 1007),
-        (frame(Opcode.CLOSE, b"\x03\xe8\xc3"), 1007),
-        (frame(Opcode.TEXT, b"\xff"), 1007),
-        (frame(Opcode.TEXT, b"\xc3"), 1007),
-    ],
+    (frame(Opcode.TEXT, rsv=4), 1002),
+    (frame(Opcode.TEXT, rsv=2), 1002),
+    (frame(Opcode.TEXT, rsv=1), 1002),
+    (frame(0x3), 1002),
+    (frame(0x7), 1002),
+    (frame(0xB), 1002),
+    (frame(0xF), 1002),
+    (frame(Opcode.PING, fin=False), 1002),
+    (frame(Opcode.PONG, fin=False), 1002),
+    (frame(Opcode.CLOSE, fin=False), 1002),
+    (frame(Opcode.PING, b"x" * 126), 1002),
+    (frame(Opcode.PONG, announce=65536), 1002),
+    (frame(Opcode.CLOSE, announce=5, width=2), 1002),
+    (frame(Opcode.TEXT, key=None), 1002),
+    (frame(Opcode.TEXT, announce=0, width=2), 1002),
+    (frame(Opcode.TEXT, announce=125, width=2), 1002),
+    (frame(Opcode.TEXT, announce=125, width=8), 1002),
+    (frame(Opcode.TEXT, announce=65535, width=8), 1002),
+    (frame(Opcode.TEXT, announce=1 << 63), 1002),
+    (frame(Opcode.TEXT, announce=(1 << 64) - 1), 1002),
+    (frame(Opcode.TEXT, announce=(1 << 63) - 1), 1009),
+    (frame(Opcode.CONTINUATION), 1002),
+    (frame(Opcode.CONTINUATION, fin=False), 1002),
+    (frame(Opcode.TEXT, fin=False) + frame(Opcode.TEXT), 1002),
+    (frame(Opcode.BINARY, fin=False) + frame(Opcode.TEXT, fin=False), 1002),
+    (frame(Opcode.CLOSE, b"\x03"), 1002),
+    (frame(Opcode.CLOSE, b"\x03\xe8\xff"), 1007),
+    (frame(Opcode.CLOSE, b"\x03\xe8\xc3"), 1007),
+    (frame(Opcode.TEXT, b"\xff"), 1007),
+    (frame(Opcode.TEXT, b"\xc3"), 1007),
 )
 def test_illegal_frame_is_refused(illegal, code):
     good = frame(Opcode.TEXT, b"good")
@@ -1925,15 +1748,13 @@ def test_server_must_not_mask():
     assert close_code(frame(Opcode.TEXT, key=MASKING_KEY), CLIENT) == 1002
 
 
-@pytest.mark.parametrize(
+@cases(
     "head, side",
-    [
-        ("8105", SERVER),  # not masked
-        ("8185", CLIENT),  # masked
-        ("89fe", SERVER),  # a ping of more than 125 bytes
-        ("81fe0001", SERVER),  # 1, in two bytes
-        ("82ff0000000000010000", SERVER),  # 65,536, too large
-    ],
+    ("8105", SERVER),  # not masked
+    ("8185", CLIENT),  # masked
+    ("89fe", SERVER),  # a ping of more than 125 bytes
+    ("81fe0001", SERVER),  # 1, in two bytes
+    ("82ff0000000000010000", SERVER),  # 65,536, too large
 )
 def test_bad_head_is_refused_before_the_rest_of_it_has_arrived(head, side):
     with pytest.raises(WebSocketError):
@@ -1943,16 +1764,14 @@ def test_bad_head_is_refused_before_the_rest_of_it_has_arrived(head, side):
 # --- Receiving: the examples of RFC 6455 section 5.7.
 
 
-@pytest.mark.parametrize(
+@cases(
     "wire, side, expected",
-    [
-        ("810548656c6c6f", CLIENT, [(TEXT, "Hello")]),
-        ("818537fa213d7f9f4d5158", SERVER, [(TEXT, "Hello")]),
-        ("010348656c80026c6f", CLIENT, [(TEXT, "Hello")]),
-        ("890548656c6c6f", CLIENT, [(PING, b"Hello")]),
-        ("8a8537fa213d7f9f4d5158", SERVER, [(PONG, b"Hello")]),
-        ("827e0100" + "ab" * 256, CLIENT, [(BINARY, b"\xab" * 256)]),
-    ],
+    ("810548656c6c6f", CLIENT, [(TEXT, "Hello")]),
+    ("818537fa213d7f9f4d5158", SERVER, [(TEXT, "Hello")]),
+    ("010348656c80026c6f", CLIENT, [(TEXT, "Hello")]),
+    ("890548656c6c6f", CLIENT, [(PING, b"Hello")]),
+    ("8a8537fa213d7f9f4d5158", SERVER, [(PONG, b"Hello")]),
+    ("827e0100" + "ab" * 256, CLIENT, [(BINARY, b"\xab" * 256)]),
 )
 def test_examples_of_the_rfc_may_arrive_cut_anywhere(wire, side, expected):
     data = bytes.fromhex(wire)
@@ -2059,7 +1878,7 @@ def test_message_cut_off_by_a_close_is_dropped():
     assert receive_all(data) == ([(CLOSE, (1000, ""))], None)
 
 
-@pytest.mark.parametrize("frames, code", [(6, None), (7, None), (8, 1008)])
+@cases("frames, code", (6, None), (7, None), (8, 1008))
 def test_message_has_at_most_max_fragments(frames, code, constant):
     constant(MESSAGE_FRAGMENTS=7)
     pieces = [frame(Opcode.TEXT, fin=False)]
@@ -2074,8 +1893,8 @@ def test_message_has_at_most_max_fragments(frames, code, constant):
 # --- Sizes.
 
 
-@pytest.mark.parametrize("limit", [10, 125, 126, 65535, 65536])
-@pytest.mark.parametrize("over, code", [(-1, None), (0, None), (1, 1009)])
+@cases("limit", 10, 125, 126, 65535, 65536)
+@cases("over, code", (-1, None), (0, None), (1, 1009))
 def test_message_may_have_max_size_and_not_one_byte_more(limit, over, code):
     payload = b"x" * (limit + over)
     events, error = receive_all(frame(Opcode.BINARY, payload), max_size=limit)
@@ -2083,7 +1902,7 @@ def test_message_may_have_max_size_and_not_one_byte_more(limit, over, code):
     assert events == ([] if code else [(BINARY, payload)])
 
 
-@pytest.mark.parametrize("over, code", [(-1, None), (0, None), (1, 1009)])
+@cases("over, code", (-1, None), (0, None), (1, 1009))
 def test_fragments_count_together(over, code):
     data = frame(Opcode.BINARY, b"x" * 60, fin=False)
     data += frame(Opcode.CONTINUATION, b"x" * 30, fin=False)
@@ -2123,25 +1942,23 @@ def test_limits_are_those_of_the_module_unless_given(side):
 # --- UTF-8.
 
 
-@pytest.mark.parametrize(
+@cases(
     "good, bad",
-    [
-        (b"", b"\x80"),  # a continuation byte alone
-        (b"", b"\xc0"),  # overlong, at the first byte
-        (b"", b"\xc1"),
-        (b"", b"\xf5"),  # beyond U+10FFFF
-        (b"", b"\xff"),
-        (b"\xc3", b"("),
-        (b"\xe0", b"\x9f"),  # overlong, at the second byte
-        (b"\xed", b"\xa0"),  # a surrogate, likewise
-        (b"\xed", b"\xbf"),
-        (b"\xe2\x82", b"("),
-        (b"\xf0", b"\x8f"),  # overlong
-        (b"\xf4", b"\x90"),  # beyond U+10FFFF, Autobahn 6.4
-        (b"\xf0\x9f", b"("),
-        (b"\xf0\x9f\x98", b"\xf0"),
-        ("κόσμε".encode(), b"\xf5"),
-    ],
+    (b"", b"\x80"),  # a continuation byte alone
+    (b"", b"\xc0"),  # overlong, at the first byte
+    (b"", b"\xc1"),
+    (b"", b"\xf5"),  # beyond U+10FFFF
+    (b"", b"\xff"),
+    (b"\xc3", b"("),
+    (b"\xe0", b"\x9f"),  # overlong, at the second byte
+    (b"\xed", b"\xa0"),  # a surrogate, likewise
+    (b"\xed", b"\xbf"),
+    (b"\xe2\x82", b"("),
+    (b"\xf0", b"\x8f"),  # overlong
+    (b"\xf4", b"\x90"),  # beyond U+10FFFF, Autobahn 6.4
+    (b"\xf0\x9f", b"("),
+    (b"\xf0\x9f\x98", b"\xf0"),
+    ("κόσμε".encode(), b"\xf5"),
 )
 def test_bad_byte_of_text_is_refused_at_once(good, bad):
     text = good + bad + b"never read"
@@ -2226,7 +2043,7 @@ def test_nothing_counts_after_an_error_and_nothing_before_it_is_lost():
     assert not protocol.close_received
 
 
-@pytest.mark.parametrize("end", [frame(Opcode.CLOSE), frame(0x3)])
+@cases("end", frame(Opcode.CLOSE), frame(0x3))
 def test_nothing_is_kept_after_the_end(end):
     protocol = WebSocketProtocol(SERVER)
     protocol.receive(end)
@@ -2239,7 +2056,7 @@ def test_nothing_is_kept_after_the_end(end):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("bad", [frame(0x3), frame(Opcode.TEXT, b"\xff")])
+@cases("bad", frame(0x3), frame(Opcode.TEXT, b"\xff"))
 def test_protocol_with_an_error_is_freed_without_the_garbage_collector(bad):
     protocol = WebSocketProtocol(SERVER)
     protocol.receive(bad)
@@ -2262,14 +2079,14 @@ def test_error_says_nothing_of_the_payload():
 # --- Sending.
 
 
-@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 100_000])
+@cases("size", 0, 1, 125, 126, 65535, 65536, 100_000)
 def test_server_sends_unmasked_frames_with_the_shortest_length(size):
     payload = b"x" * size
     wire = encode_frame(Opcode.BINARY, payload, SERVER)
     assert wire == frame(Opcode.BINARY, payload, key=None)
 
 
-@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 100_000])
+@cases("size", 0, 1, 125, 126, 65535, 65536, 100_000)
 def test_client_sends_frames_masked_with_fresh_keys(size):
     payload = b"x" * size
     keys = set()
@@ -2281,7 +2098,7 @@ def test_client_sends_frames_masked_with_fresh_keys(size):
     assert len(keys) > 4
 
 
-@pytest.mark.parametrize("sender, receiver", [(SERVER, CLIENT), (CLIENT, SERVER)])
+@cases("sender, receiver", (SERVER, CLIENT), (CLIENT, SERVER))
 def test_what_one_side_sends_the_other_receives(sender, receiver):
     protocol = WebSocketProtocol(sender)
     wire = protocol.send("Grüße") + protocol.send(b"\xff" * 70_000) + protocol.send("")
@@ -2334,12 +2151,12 @@ def test_messages_are_sent_until_we_answer_the_peers_close():
     assert protocol.send("last") == frame(Opcode.TEXT, b"last", key=None)
 
 
-@pytest.mark.parametrize("code", [1005, 1006, 1015])
+@cases("code", 1005, 1006, 1015)
 def test_codes_for_programs_become_an_empty_close(code):
     assert WebSocketProtocol(SERVER).close(code, "why") == bytes.fromhex("8800")
 
 
-@pytest.mark.parametrize("code", [0, 999, 1004, 1016, 2999, 5000, 70_000, -1])
+@cases("code", 0, 999, 1004, 1016, 2999, 5000, 70_000, -1)
 def test_close_with_an_illegal_code_is_our_own_mistake(code):
     protocol = WebSocketProtocol(SERVER)
     with pytest.raises(ValueError):
@@ -2347,14 +2164,14 @@ def test_close_with_an_illegal_code_is_our_own_mistake(code):
     assert not protocol.close_sent
 
 
-@pytest.mark.parametrize("data", [b"", b"\x03\xe8", b"\x0f\xa0why"])
+@cases("data", b"", b"\x03\xe8", b"\x0f\xa0why")
 def test_close_can_be_answered_with_its_own_code(data):
     protocol = WebSocketProtocol(SERVER)
     (event,) = protocol.receive(frame(Opcode.CLOSE, data))
     assert protocol.close(event[1][0]) == frame(Opcode.CLOSE, data[:2], key=None)
 
 
-@pytest.mark.parametrize("length", [122, 123, 124, 200])
+@cases("length", 122, 123, 124, 200)
 def test_reason_is_cut_to_123_bytes_between_characters(length):
     for reason in (
         "x" * length,
@@ -2425,7 +2242,7 @@ def test_any_bytes_cut_anywhere_give_the_same_events_or_error(side, constant):
 # --- Time and memory.
 
 
-@pytest.mark.parametrize("opcode", [Opcode.TEXT, Opcode.BINARY])
+@cases("opcode", Opcode.TEXT, Opcode.BINARY)
 @BOTH_SIDES
 def test_time_is_linear_in_small_pieces(side, opcode):
     """2 MiB in 131,072 pieces: half a second, or minutes if each moves the rest."""
@@ -2488,40 +2305,16 @@ def api_refusal(parse, *args):
 # --- JSON as it is read
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b" ",
-        b"{",
-        b"{}{}",
-        b'{"a": 1,}',
-        b"{'a': 1}",
-        b'{"a": NaN}',
-        b'{"a": Infinity}',
-        b'{"a": -Infinity}',
-        b'{"a": 1e999}',
-        b'{"a": -1e999}',
-        b'{"a": 01}',
-        b'{"a": "\n"}',
-        b'{"a": "\xff"}',
-        b'{"a": "\xed\xa0\x80"}',
-        b"\xef\xbb\xbf{}",
-        '{"a": 1}'.encode("utf-16"),
-        b"\x00",
-        b'{"a": ' + b"1" * 401 + b"}",
-        b'{"a": -' + b"1" * 5000 + b"}",
-        b'{"a": ' + b"1" * 1_000_000 + b"}",
-        b"[" * 200_000,
-        b"[" * 200_000 + b"]" * 200_000,
-        b'{"a":' * 200_000,
-        b'"a"',
-        b"[]",
-        b"null",
-        b"1",
-    ],
+@cases("content",
+    b"", b" ", b"{", b"{}{}", b'{"a": 1,}', b"{'a': 1}", b'{"a": NaN}',
+    b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": -1e999}',
+    b'{"a": 01}', b'{"a": "\n"}', b'{"a": "\xff"}', b'{"a": "\xed\xa0\x80"}',
+    b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"\x00",
+    b'{"a": ' + b"1" * 401 + b"}", b'{"a": -' + b"1" * 5000 + b"}",
+    b'{"a": ' + b"1" * 1_000_000 + b"}", b"[" * 200_000,
+    b"[" * 200_000 + b"]" * 200_000, b'{"a":' * 200_000, b'"a"', b"[]", b"null", b"1",
     ids=lambda content: repr(content[:12]),
-)
+)  # fmt: skip
 def test_content_that_is_no_json_object_is_refused(content):
     began = time.process_time()
     error = api_refusal(apiserver.parse_object, content)
@@ -2529,18 +2322,16 @@ def test_content_that_is_no_json_object_is_refused(content):
     assert time.process_time() - began < 1
 
 
-@pytest.mark.parametrize(
+@cases(
     "content, value",
-    [
-        (b' \r\n\t{"a": 0} \n', {"a": 0}),
-        (b'{"a": 1, "a": 2}', {"a": 2}),
-        (b'{"a": "\\ud800"}', {"a": "\ud800"}),
-        (b'{"a": "\\u0000"}', {"a": "\0"}),
-        (b'{"": []}', {"": []}),
-        (b'{"a": ' + b"1" * 400 + b"}", {"a": int("1" * 400)}),
-        (b'{"a": 1.5e-999}', {"a": 0.0}),
-        (b'{"a": "' + b"x" * 1_000_000 + b'"}', {"a": "x" * 1_000_000}),
-    ],
+    (b' \r\n\t{"a": 0} \n', {"a": 0}),
+    (b'{"a": 1, "a": 2}', {"a": 2}),
+    (b'{"a": "\\ud800"}', {"a": "\ud800"}),
+    (b'{"a": "\\u0000"}', {"a": "\0"}),
+    (b'{"": []}', {"": []}),
+    (b'{"a": ' + b"1" * 400 + b"}", {"a": int("1" * 400)}),
+    (b'{"a": 1.5e-999}', {"a": 0.0}),
+    (b'{"a": "' + b"x" * 1_000_000 + b'"}', {"a": "x" * 1_000_000}),
     ids=lambda value: repr(value)[:12],
 )
 def test_odd_json_that_is_an_object(content, value):
@@ -2570,64 +2361,41 @@ def test_half_a_surrogate_pair_survives():
 JSON_TYPE, EVENTS_TYPE = "application/json", "text/event-stream"
 
 
-@pytest.mark.parametrize(
-    "content, kind",
-    [
-        (b"{", JSON_TYPE),
-        (b"[1]", JSON_TYPE),
-        (b"data: x", EVENTS_TYPE),
-        (b"event: x", EVENTS_TYPE),
-        (b"id: 1", EVENTS_TYPE),
-        (b"retry: 9", EVENTS_TYPE),
-        (b": comment", EVENTS_TYPE),
-        (b"", None),
-        (b"dat", None),
-        (b"retry", None),
-        (b"data; x", ""),
-        (b"<html>", ""),
-        (b'"text"', ""),
-        (b"ID3", ""),
-        (b"\x00", ""),
-    ],
-)
-@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n" * 500, b" \r\n\t"])
+@cases("content, kind",
+    (b"{", JSON_TYPE), (b"[1]", JSON_TYPE), (b"data: x", EVENTS_TYPE),
+    (b"event: x", EVENTS_TYPE), (b"id: 1", EVENTS_TYPE), (b"retry: 9", EVENTS_TYPE),
+    (b": comment", EVENTS_TYPE), (b"", None), (b"dat", None), (b"retry", None),
+    (b"data; x", ""), (b"<html>", ""), (b'"text"', ""), (b"ID3", ""), (b"\x00", ""),
+)  # fmt: skip
+@cases("before", b"", b"\xef\xbb\xbf", b"\n" * 500, b" \r\n\t")
 def test_a_body_is_what_it_begins_with(before, content, kind):
     start = apiserver.body_start(before + content)
     assert start == content
     assert apiserver.body_type(start) == kind
 
 
-@pytest.mark.parametrize(
-    "label, kind",
-    [
-        ("text/event-stream", EVENTS_TYPE),
-        ("Text/Event-Stream; charset=UTF-8", EVENTS_TYPE),
-        ("application/json", JSON_TYPE),
-        ("APPLICATION/JSON ;charset=utf-8", JSON_TYPE),
-        ("application/problem+json", JSON_TYPE),
-        ("text/plain", "text/plain"),
-        ("audio/mpeg", "audio/mpeg"),
-        ("application/jsonl", "application/jsonl"),
-        ("", ""),
-    ],
-)
+@cases("label, kind",
+    ("text/event-stream", EVENTS_TYPE),
+    ("Text/Event-Stream; charset=UTF-8", EVENTS_TYPE), ("application/json", JSON_TYPE),
+    ("APPLICATION/JSON ;charset=utf-8", JSON_TYPE),
+    ("application/problem+json", JSON_TYPE), ("text/plain", "text/plain"),
+    ("audio/mpeg", "audio/mpeg"), ("application/jsonl", "application/jsonl"), ("", ""),
+)  # fmt: skip
 def test_a_label_ignores_case_and_parameters(label, kind):
     assert apiserver.labelled_type(label) == kind
 
 
-@pytest.mark.parametrize("delimited", [True, False])
-@pytest.mark.parametrize(
+@cases("delimited", True, False)
+@cases(
     "content, good",
-    [
-        (b"{}", (True, True)),
-        (b'[{"a": 1}]\r\n \n', (True, True)),
-        (b"", (False, False)),
-        (b"  \n", (False, False)),
-        (b'{"choices": [', (False, False)),
-        (b'{"text": "half of', (False, False)),
-        (b'{"a": "b"} <!-- proxy -->', (False, False)),
-        (b'{"choices": [{"a": 1}', (True, False)),  # no peer that says how long does so
-    ],
+    (b"{}", (True, True)),
+    (b'[{"a": 1}]\r\n \n', (True, True)),
+    (b"", (False, False)),
+    (b"  \n", (False, False)),
+    (b'{"choices": [', (False, False)),
+    (b'{"text": "half of', (False, False)),
+    (b'{"a": "b"} <!-- proxy -->', (False, False)),
+    (b'{"choices": [{"a": 1}', (True, False)),  # no peer that says how long does so
 )
 def test_half_an_answer_is_none(content, good, delimited):
     dialect = apiserver.dialect_of(CHAT_URL)
@@ -2642,40 +2410,33 @@ def test_half_an_answer_is_none(content, good, delimited):
 # --- Errors in others' words
 
 
-@pytest.mark.parametrize(
+@cases(
     "value, message, words",
-    [
-        ({"error": {"message": "No", "code": "X_y", "type": "t"}}, "No", {"x_y", "t"}),
-        ({"type": "error", "error": {"type": "t", "message": "No"}}, "No", {"t"}),
-        ({"error": "No"}, "No", set()),
-        ({"error": "No", "code": "c", "status": 500}, "No", {"c"}),
-        ({"error": ["No", "no"]}, "No; no", set()),
-        ({"error": {"message": {"a": 1}}}, '{"a":1}', set()),
-        ({"error": {"code": 429, "status": "BUSY"}}, "", {"busy"}),
-        ({"error": 5}, "5", set()),
-        ({"detail": "No"}, "No", set()),
-        ({"detail": {"message": "No", "code": "c"}}, "No", {"c"}),
-        ({"detail": {"error": {"message": "No", "code": "c"}}}, "No", {"c"}),
-        (
-            {
-                "detail": [
-                    {"loc": ["body", "n"], "msg": "No", "type": "t"},
-                    {"msg": "b"},
-                ]
-            },
-            "body.n: No; b",
-            {"t"},
-        ),
-        ({"errors": [{"message": "No"}]}, "No", set()),
-        ({"object": "error", "message": "No", "type": "T", "code": 4}, "No", {"t"}),
-        ({"message": "No", "code": "c"}, "No", {"c"}),
-        ([{"error": {"message": "No", "status": "S"}}], "No", {"s"}),
-        (
-            {"error": {"message": "No", "details": [5, {"x": 1}, {"reason": "DEAD"}]}},
-            "No",
-            {"dead"},
-        ),
-    ],
+    ({"error": {"message": "No", "code": "X_y", "type": "t"}}, "No", {"x_y", "t"}),
+    ({"type": "error", "error": {"type": "t", "message": "No"}}, "No", {"t"}),
+    ({"error": "No"}, "No", set()),
+    ({"error": "No", "code": "c", "status": 500}, "No", {"c"}),
+    ({"error": ["No", "no"]}, "No; no", set()),
+    ({"error": {"message": {"a": 1}}}, '{"a":1}', set()),
+    ({"error": {"code": 429, "status": "BUSY"}}, "", {"busy"}),
+    ({"error": 5}, "5", set()),
+    ({"detail": "No"}, "No", set()),
+    ({"detail": {"message": "No", "code": "c"}}, "No", {"c"}),
+    ({"detail": {"error": {"message": "No", "code": "c"}}}, "No", {"c"}),
+    (
+        {"detail": [{"loc": ["body", "n"], "msg": "No", "type": "t"}, {"msg": "b"}]},
+        "body.n: No; b",
+        {"t"},
+    ),
+    ({"errors": [{"message": "No"}]}, "No", set()),
+    ({"object": "error", "message": "No", "type": "T", "code": 4}, "No", {"t"}),
+    ({"message": "No", "code": "c"}, "No", {"c"}),
+    ([{"error": {"message": "No", "status": "S"}}], "No", {"s"}),
+    (
+        {"error": {"message": "No", "details": [5, {"x": 1}, {"reason": "DEAD"}]}},
+        "No",
+        {"dead"},
+    ),
     ids=repr,
 )
 def test_an_error_is_found_in_every_shape(value, message, words):
@@ -2683,9 +2444,9 @@ def test_an_error_is_found_in_every_shape(value, message, words):
     assert (error.message, error.words) == (message, words)
 
 
-@pytest.mark.parametrize(
+@cases(
     "value",
-    [None, 5, "error", [], [5], {}, {"error": None}, {"error": {}}, {"detail": ""}]
+    *[None, 5, "error", [], [5], {}, {"error": None}, {"error": {}}, {"detail": ""}]
     + [{"choices": [], "message": "x"}, {"data": [{"error": 1}]}, completion()],
     ids=lambda value: repr(value)[:30],
 )
@@ -2693,17 +2454,15 @@ def test_what_is_no_error_is_none(value):
     assert apiserver.find_error(value) is None
 
 
-@pytest.mark.parametrize(
+@cases(
     "code, type, shown",
-    [
-        ("context_length_exceeded", "t", "context_length_exceeded"),
-        (None, "server_error", "server_error"),
-        ("the user's words", "server_error", "server_error"),
-        ("MY PASSWORD IS", "s3cret!", ""),
-        ("hello_Alice", None, ""),
-        ("a\nb", "\u0430", ""),
-        ("", "", ""),
-    ],
+    ("context_length_exceeded", "t", "context_length_exceeded"),
+    (None, "server_error", "server_error"),
+    ("the user's words", "server_error", "server_error"),
+    ("MY PASSWORD IS", "s3cret!", ""),
+    ("hello_Alice", None, ""),
+    ("a\nb", "\u0430", ""),
+    ("", "", ""),
 )
 def test_of_an_error_only_a_plain_word_may_be_kept(code, type, shown):
     error = apiserver.ErrorObject("the words of the one who asked", type, code)
@@ -2713,25 +2472,16 @@ def test_of_an_error_only_a_plain_word_may_be_kept(code, type, shown):
 # --- Models
 
 
-@pytest.mark.parametrize(
-    "value, names",
-    [
-        ({"object": "list", "data": [{"id": "a"}, {"id": "b"}]}, ["a", "b"]),
-        ({"models": [{"name": "llama3:8b", "model": "x"}]}, ["llama3:8b"]),
-        ({"models": [{"name": "models/gemini-pro"}]}, ["gemini-pro"]),
-        ({"models": ["a"]}, ["a"]),
-        ([{"id": "a", "name": "A"}, "b"], ["a", "b"]),
-        ({"data": [{"id": "a"}, {"no": 1}, None, 3, {"id": 5}, ""]}, ["a"]),
-        ({"data": [{"id": "a"}], "models": [{"name": "b"}]}, ["a"]),
-        ({"data": []}, []),
-        ({"data": None}, None),
-        ({"data": {"id": "a"}}, None),
-        ({"error": {"message": "No"}}, None),
-        ({}, None),
-        ("a", None),
-    ],
-    ids=repr,
-)
+@cases("value, names",
+    ({"object": "list", "data": [{"id": "a"}, {"id": "b"}]}, ["a", "b"]),
+    ({"models": [{"name": "llama3:8b", "model": "x"}]}, ["llama3:8b"]),
+    ({"models": [{"name": "models/gemini-pro"}]}, ["gemini-pro"]),
+    ({"models": ["a"]}, ["a"]), ([{"id": "a", "name": "A"}, "b"], ["a", "b"]),
+    ({"data": [{"id": "a"}, {"no": 1}, None, 3, {"id": 5}, ""]}, ["a"]),
+    ({"data": [{"id": "a"}], "models": [{"name": "b"}]}, ["a"]), ({"data": []}, []),
+    ({"data": None}, None), ({"data": {"id": "a"}}, None),
+    ({"error": {"message": "No"}}, None), ({}, None), ("a", None), ids=repr,
+)  # fmt: skip
 def test_a_list_of_models_is_read_in_every_shape(value, names):
     for before in (b"", b"\xef\xbb\xbf\n "):
         assert apiserver.model_names(before + json.dumps(value).encode()) == names
@@ -2766,20 +2516,16 @@ FORM = "multipart/form-data; boundary=B"
 FORM_FILE = ('Content-Disposition: form-data; name="file"; filename="model"', "ID3")
 
 
-@pytest.mark.parametrize(
+@cases(
     "head",
-    [
-        'Content-Disposition: form-data; name="model"',
-        "Content-Disposition: form-data; name=model",
-        'content-disposition:form-data;name="model"',
-        'CONTENT-DISPOSITION: FORM-DATA; NAME = "model"',
-        'Content-Type: text/plain\r\nContent-Disposition: form-data; name="model"',
-        'Content-Disposition: form-data; x="a; name=\\"no\\""; name="model"',
-    ],
+    'Content-Disposition: form-data; name="model"',
+    "Content-Disposition: form-data; name=model",
+    'content-disposition:form-data;name="model"',
+    'CONTENT-DISPOSITION: FORM-DATA; NAME = "model"',
+    'Content-Type: text/plain\r\nContent-Disposition: form-data; name="model"',
+    'Content-Disposition: form-data; x="a; name=\\"no\\""; name="model"',
 )
-@pytest.mark.parametrize(
-    "content_type", [FORM, 'Multipart/Form-Data; charset=utf-8; BOUNDARY="B"']
-)
+@cases("content_type", FORM, 'Multipart/Form-Data; charset=utf-8; BOUNDARY="B"')
 def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type):
     for parts in ([FORM_FILE, (head, "alias")], [(head, "alias"), FORM_FILE]):
         content = form(*parts)
@@ -2789,19 +2535,17 @@ def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type
         assert request.encode("real/one") == content.replace(b"alias", b"real/one")
 
 
-@pytest.mark.parametrize(
+@cases(
     "content",
-    [
-        form(FORM_FILE),
-        form(('Content-Disposition: form-data; name="model2"', "x")),
-        form(('Content-Disposition: form-data; filename="name=model"', "x")),
-        form(("X: form-data; name=model", "x")),
-        form(('Content-Disposition: form-data; name="model"', "x" * 1024)),
-        form(('Content-Disposition: form-data; name="model"', "x"), boundary="C"),
-        form(('Content-Disposition: form-data; name="model"', "x"))[:-8],
-        b"--B",
-        b"",
-    ],
+    form(FORM_FILE),
+    form(('Content-Disposition: form-data; name="model2"', "x")),
+    form(('Content-Disposition: form-data; filename="name=model"', "x")),
+    form(("X: form-data; name=model", "x")),
+    form(('Content-Disposition: form-data; name="model"', "x" * 1024)),
+    form(('Content-Disposition: form-data; name="model"', "x"), boundary="C"),
+    form(('Content-Disposition: form-data; name="model"', "x"))[:-8],
+    b"--B",
+    b"",
     ids=lambda content: repr(content[:50]),
 )
 def test_what_is_no_field_named_model_names_none(content):
@@ -2813,23 +2557,21 @@ def test_what_is_no_field_named_model_names_none(content):
 # --- Chat requests
 
 
-@pytest.mark.parametrize(
+@cases(
     "body, param",
-    [
-        ({"messages": []}, "model"),
-        ({"model": "", "messages": []}, "model"),
-        ({"model": None, "messages": []}, "model"),
-        ({"model": 5, "messages": []}, "model"),
-        ({"model": ["m"], "messages": []}, "model"),
-        ({"model": "m"}, "messages"),
-        ({"model": "m", "messages": None}, "messages"),
-        ({"model": "m", "messages": "Hello"}, "messages"),
-        ({"model": "m", "messages": {}}, "messages"),
-        ({"model": "m", "messages": [], "stream": "true"}, "stream"),
-        ({"model": "m", "messages": [], "stream": 1}, "stream"),
-        ({"model": "m", "messages": [], "stream": []}, "stream"),
-        ({"Model": 5, "Messages": []}, "model"),
-    ],
+    ({"messages": []}, "model"),
+    ({"model": "", "messages": []}, "model"),
+    ({"model": None, "messages": []}, "model"),
+    ({"model": 5, "messages": []}, "model"),
+    ({"model": ["m"], "messages": []}, "model"),
+    ({"model": "m"}, "messages"),
+    ({"model": "m", "messages": None}, "messages"),
+    ({"model": "m", "messages": "Hello"}, "messages"),
+    ({"model": "m", "messages": {}}, "messages"),
+    ({"model": "m", "messages": [], "stream": "true"}, "stream"),
+    ({"model": "m", "messages": [], "stream": 1}, "stream"),
+    ({"model": "m", "messages": [], "stream": []}, "stream"),
+    ({"Model": 5, "Messages": []}, "model"),
 )
 def test_chat_request_with_a_wrong_field_is_refused_by_its_name(body, param):
     error = api_refusal(apiserver.parse_chat_request, json.dumps(body).encode())
@@ -2851,18 +2593,11 @@ def test_chat_request_is_understood_and_sent_on_as_it_came():
     assert not request.counts_usage
 
 
-@pytest.mark.parametrize(
-    "options, wants",
-    [
-        ({"include_usage": True}, True),
-        ({"include_usage": False}, False),
-        ({"include_usage": 1}, False),
-        ({}, False),
-        (None, False),
-        ([], False),
-        ("x", False),
-    ],
-)
+@cases("options, wants",
+    ({"include_usage": True}, True), ({"include_usage": False}, False),
+    ({"include_usage": 1}, False), ({}, False), (None, False), ([], False),
+    ("x", False),
+)  # fmt: skip
 def test_whether_the_client_wants_the_usage(options, wants):
     body = {"model": "m", "messages": [], "stream": True, "stream_options": options}
     request = APIRequest("/v1/chat/completions", body=body)
@@ -2901,7 +2636,7 @@ def test_capitalised_keys_only_inside_messages():
     ]
 
 
-@pytest.mark.parametrize("other", ["Model", "MODEL", "mODEl"])
+@cases("other", "Model", "MODEL", "mODEl")
 def test_a_model_that_is_there_in_two_spellings_is_refused(other):
     """One reader would take the first, and another the last."""
     for names in (("model", other), (other, "model")):
@@ -2918,13 +2653,11 @@ def test_tools_are_not_touched_by_capital_keys():
     assert (sent["tools"], sent["metadata"]) == (tools, {"Key": 1})
 
 
-@pytest.mark.parametrize(
+@cases(
     "content",
-    [
-        b'{"model":"m","messages":[],"stream":true}',
-        b' \n\t{ "model": "m", "messages": [ ], "stream": true, "x": 1.10 }\n ',
-        b'{"stream":true,"model":"m","messages":[{"role":"user","content":"{}"}]}',
-    ],
+    b'{"model":"m","messages":[],"stream":true}',
+    b' \n\t{ "model": "m", "messages": [ ], "stream": true, "x": 1.10 }\n ',
+    b'{"stream":true,"model":"m","messages":[{"role":"user","content":"{}"}]}',
 )
 def test_usage_is_asked_for_behind_the_clients_own_bytes(content):
     request = apiserver.parse_chat_request(content)
@@ -2936,7 +2669,7 @@ def test_usage_is_asked_for_behind_the_clients_own_bytes(content):
     assert request.content == content
 
 
-@pytest.mark.parametrize("key", ["stream\\u005foptions", "Stream_Options", "stream"])
+@cases("key", "stream\\u005foptions", "Stream_Options", "stream")
 def test_no_spelling_of_a_field_takes_the_counting_of_usage_away(key):
     """The last of two equal keys counts, and for Go case does not."""
     content = b'{"model": "m", "messages": [], "stream": true, "%b": true}'
@@ -2946,9 +2679,8 @@ def test_no_spelling_of_a_field_takes_the_counting_of_usage_away(key):
     assert last == ("stream_options", [("include_usage", True)])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [None, "x", {}, {"include_usage": False}, {"include_usage": None, "b": 1}],
+@cases(
+    "options", None, "x", {}, {"include_usage": False}, {"include_usage": None, "b": 1}
 )
 def test_usage_is_asked_for_beside_other_stream_options(options):
     body = {"model": "m", "messages": [], "stream": True, "stream_options": options}
@@ -2994,41 +2726,39 @@ def test_nesting_is_refused_with_400_wherever_the_stack_ends():
 # --- Messages as text
 
 
-@pytest.mark.parametrize(
+@cases(
     "messages, text",
-    [
-        ([], ""),
-        ([{"role": "user", "content": "Hi"}], "Hi"),
-        ([{"role": "system", "content": "S"}], "S"),
-        ([{"content": "a"}, {"role": "tool", "content": "b"}], "User: a\n\nTool: b"),
-        ([{"role": "user", "content": "Hi"}, 5, None, "x"], "Hi"),
-        ([{"role": "user", "content": None}], ""),
-        ([{"role": "user"}], ""),
-        ([{"role": 7, "content": 7}, {}], "7: \n\nUser: "),
-        (
-            [
-                {"role": "system", "content": "Be brief"},
-                {"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": None},
-            ],
-            "System: Be brief\n\nUser: Hi\n\nAssistant: ",
-        ),
-        (
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "text", "text": "a"},
-                        {"type": "image_url", "image_url": {}},
-                        {"type": "text", "text": 5},
-                        "x",
-                        {"type": "text", "text": "b"},
-                    ],
-                }
-            ],
-            "a\nb",
-        ),
-    ],
+    ([], ""),
+    ([{"role": "user", "content": "Hi"}], "Hi"),
+    ([{"role": "system", "content": "S"}], "S"),
+    ([{"content": "a"}, {"role": "tool", "content": "b"}], "User: a\n\nTool: b"),
+    ([{"role": "user", "content": "Hi"}, 5, None, "x"], "Hi"),
+    ([{"role": "user", "content": None}], ""),
+    ([{"role": "user"}], ""),
+    ([{"role": 7, "content": 7}, {}], "7: \n\nUser: "),
+    (
+        [
+            {"role": "system", "content": "Be brief"},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": None},
+        ],
+        "System: Be brief\n\nUser: Hi\n\nAssistant: ",
+    ),
+    (
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "a"},
+                    {"type": "image_url", "image_url": {}},
+                    {"type": "text", "text": 5},
+                    "x",
+                    {"type": "text", "text": "b"},
+                ],
+            }
+        ],
+        "a\nb",
+    ),
 )
 def test_a_chat_as_one_text(messages, text):
     assert apiserver.messages_text(messages) == text
@@ -3107,7 +2837,7 @@ API_COMPLETIONS = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(API_COMPLETIONS)))
+@cases("number", *range(len(API_COMPLETIONS)))
 def test_a_completion_as_events_and_together_again_is_the_same(number):
     whole = json.loads(json.dumps(API_COMPLETIONS[number]))
     builder = apiserver.CompletionBuilder()
@@ -3171,22 +2901,17 @@ def test_streamed_pieces_are_put_together():
     assert second["message"]["content"] == "x"
 
 
-@pytest.mark.parametrize(
+@cases(
     "pieces, calls",
-    [
-        ([("1", "f", '{"a"'), (None, None, ":1}")], [("1", "f", '{"a":1}')]),
-        (
-            [("1", "f", "{"), (None, None, "}"), ("2", "g", "["), (None, None, "]")],
-            [("1", "f", "{}"), ("2", "g", "[]")],
-        ),
-        ([("1", "f", "{"), ("1", None, "}")], [("1", "f", "{}")]),
-        ([("1", "f", "{"), ("2", "g", ""), ("1", None, "}")], None),
-        (
-            [(None, "f", "{}"), (None, "g", "{}")],
-            [(None, "f", "{}"), (None, "g", "{}")],
-        ),
-        ([("", "f", "{}")], [("", "f", "{}")]),
-    ],
+    ([("1", "f", '{"a"'), (None, None, ":1}")], [("1", "f", '{"a":1}')]),
+    (
+        [("1", "f", "{"), (None, None, "}"), ("2", "g", "["), (None, None, "]")],
+        [("1", "f", "{}"), ("2", "g", "[]")],
+    ),
+    ([("1", "f", "{"), ("1", None, "}")], [("1", "f", "{}")]),
+    ([("1", "f", "{"), ("2", "g", ""), ("1", None, "}")], None),
+    ([(None, "f", "{}"), (None, "g", "{}")], [(None, "f", "{}"), (None, "g", "{}")]),
+    ([("", "f", "{}")], [("", "f", "{}")]),
 )
 def test_pieces_of_tool_calls_without_an_index_belong_to_the_last(pieces, calls):
     builder = apiserver.CompletionBuilder()
@@ -3224,39 +2949,37 @@ def test_error_object_has_all_four_fields():
     assert error["upstream_status"] == 503
 
 
-@pytest.mark.parametrize(
+@cases(
     "content, usage",
-    [
-        (b"", ()),
-        (b'{"usage": {"prompt_tokens": "3"}}', ()),
-        (b'{"prompt_tokens": 3}', ()),
-        (json.dumps(completion()).encode(), (3, 0, 4)),
-        (
-            b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}',
-            (5, 0, 6),
-        ),
-        (json.dumps({"text": '"usage": {"total_tokens": 9}'}).encode(), ()),
-        (b'{"usage":{"total_tokens":1},"x":{"usage":{"total_tokens":2}}}', (2,)),
-        (b'{"usage":{"total_tokens":2,"more":{"total_tokens":3}}}', (2,)),
-        (b'{"usage":{"total_tokens":' + b"9" * 4000 + b"}}", ()),
-        (b'{"usage": null}', ()),
-        (b'{"usage":{"prompt_tokens":-1,"completion_tokens":"2"}}', ()),
-        (
-            b'{"usage":{"prompt_tokens":9,"completion_tokens":1,'
-            b'"prompt_tokens_details":{"cached_tokens":8}}}',
-            (9, 8, 1),
-        ),
-        (
-            b'{"usage":{"input_tokens":9,"output_tokens":1,'
-            b'"input_tokens_details":{"cached_tokens":8}}}',
-            (9, 8, 1),
-        ),
-        (
-            b'{"usage":{"input_tokens":1,"output_tokens":4,'
-            b'"cache_read_input_tokens":10,"cache_creation_input_tokens":5}}',
-            (16, 10, 4),
-        ),
-    ],
+    (b"", ()),
+    (b'{"usage": {"prompt_tokens": "3"}}', ()),
+    (b'{"prompt_tokens": 3}', ()),
+    (json.dumps(completion()).encode(), (3, 0, 4)),
+    (
+        b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}',
+        (5, 0, 6),
+    ),
+    (json.dumps({"text": '"usage": {"total_tokens": 9}'}).encode(), ()),
+    (b'{"usage":{"total_tokens":1},"x":{"usage":{"total_tokens":2}}}', (2,)),
+    (b'{"usage":{"total_tokens":2,"more":{"total_tokens":3}}}', (2,)),
+    (b'{"usage":{"total_tokens":' + b"9" * 4000 + b"}}", ()),
+    (b'{"usage": null}', ()),
+    (b'{"usage":{"prompt_tokens":-1,"completion_tokens":"2"}}', ()),
+    (
+        b'{"usage":{"prompt_tokens":9,"completion_tokens":1,'
+        b'"prompt_tokens_details":{"cached_tokens":8}}}',
+        (9, 8, 1),
+    ),
+    (
+        b'{"usage":{"input_tokens":9,"output_tokens":1,'
+        b'"input_tokens_details":{"cached_tokens":8}}}',
+        (9, 8, 1),
+    ),
+    (
+        b'{"usage":{"input_tokens":1,"output_tokens":4,'
+        b'"cache_read_input_tokens":10,"cache_creation_input_tokens":5}}',
+        (16, 10, 4),
+    ),
 )
 def test_usage_is_found_in_an_answers_bytes(content, usage):
     assert apiserver.find_usage(content) == apiserver.Usage(*usage)
@@ -3305,7 +3028,7 @@ API_ODD_EVENTS = [
 ]
 
 
-@pytest.mark.parametrize("data, expected", API_ODD_EVENTS)
+@cases("data, expected", *API_ODD_EVENTS)
 def test_F39_events_are_the_same_however_written_and_cut(data, expected):
     for stream, out in api_every_cut(apiserver.EventStream, data):
         assert [event for event in api_stream(out) if event is not None] == expected
@@ -3338,17 +3061,15 @@ def test_comments_are_no_beginning():
 API_LINES = [b'{"a": 1}', b'{"b": "\\n"}', b"[DONE]"]
 
 
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-@pytest.mark.parametrize(
+@cases("end", b"\n", b"\r\n")
+@cases(
     "lines, expected",
-    [
-        ([b"data: " + data for data in API_LINES], API_LINES),
-        ([b": hi", *(b"data: " + data for data in API_LINES)], API_LINES),
-        (
-            [b"event: a", b"data: " + API_LINES[0], b"event: b", b"data: [DONE]"],
-            [API_LINES[0], b"[DONE]"],
-        ),
-    ],
+    ([b"data: " + data for data in API_LINES], API_LINES),
+    ([b": hi", *(b"data: " + data for data in API_LINES)], API_LINES),
+    (
+        [b"event: a", b"data: " + API_LINES[0], b"event: b", b"data: [DONE]"],
+        [API_LINES[0], b"[DONE]"],
+    ),
 )
 def test_events_that_end_in_one_newline_are_events_however_cut(lines, expected, end):
     """Outside the standard, and sent by some: one-api and others cut at lines."""
@@ -3367,7 +3088,7 @@ def test_one_event_of_many_lines_stays_one():
         assert json.loads(api_events(out)[0]) == {"a": [1, 2]}
 
 
-@pytest.mark.parametrize("size, good", [(99, True), (100, True), (101, False)])
+@cases("size, good", (99, True), (100, True), (101, False))
 def test_L38_one_event(size, good):
     data = b"data: a\n\n" + b"data: " + b"b" * (size - 6)
     for pieces in ((), [1] * len(data), [9, 90]):
@@ -3382,9 +3103,9 @@ def test_L38_one_event(size, good):
     assert apiserver.SSEDecoder(100).receive(b"data: a\n\n" * 100 + b"d")
 
 
-@pytest.mark.parametrize(
+@cases(
     "row, size",
-    [(b"x", 10), (b"\n", 100), (b"\r", 100), (b"\r\n", 100), (b"a\r\n", 100)]
+    *[(b"x", 10), (b"\n", 100), (b"\r", 100), (b"\r\n", 100), (b"a\r\n", 100)]
     + [(b"data: \n\n", 100), (b"\nx", 100), (b"\rx", 100)],
 )
 def test_events_in_small_pieces_cost_linear_time(row, size):
@@ -3466,19 +3187,12 @@ def test_F26_done_is_added_behind_a_finish_reason():
     assert api_feed(apiserver.CompletionStream(), spaced) == spaced + DONE
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b": comment\n\n",
-        chunk("Hi"),
-        chunk("Hi") + chunk(" there"),
-        chunk('"finish_reason": "stop"'),
-        chunk("Hi") + b'data: {"usage": {"total_tokens": 1}, "choices": []}\n\n',
-        b"data: nonsense\n\n",
-    ],
-    ids=repr,
-)
+@cases("data",
+    b"", b": comment\n\n", chunk("Hi"), chunk("Hi") + chunk(" there"),
+    chunk('"finish_reason": "stop"'),
+    chunk("Hi") + b'data: {"usage": {"total_tokens": 1}, "choices": []}\n\n',
+    b"data: nonsense\n\n", ids=repr,
+)  # fmt: skip
 def test_F26_a_stream_without_a_finish_reason_has_failed(data):
     assert api_ends_early(data)
 
@@ -3498,15 +3212,13 @@ def test_F26_half_an_event_at_the_end_is_no_event():
     assert api_events(out) == api_events(first + last + DONE)
 
 
-@pytest.mark.parametrize(
+@cases(
     "error, expected",
-    [
-        ({"message": "No", "code": "x"}, ("No", "x")),
-        ("Overloaded", ("Overloaded", None)),
-        (5, ("5", None)),
-    ],
+    ({"message": "No", "code": "x"}, ("No", "x")),
+    ("Overloaded", ("Overloaded", None)),
+    (5, ("5", None)),
 )
-@pytest.mark.parametrize("before", [b"", chunk("Hi")], ids=["first", "later"])
+@cases("before", b"", chunk("Hi"), ids=["first", "later"])
 def test_F40_an_error_event_ends_the_stream(before, error, expected):
     event = b"event: error\ndata: " + json.dumps({"error": error}).encode() + b"\n\n"
     data = before + event + chunk("late", "stop") + DONE
@@ -3542,23 +3254,15 @@ def test_usage_beside_a_choice_is_relayed():
     assert stream.usage == apiserver.Usage(7)
 
 
-@pytest.mark.parametrize(
-    "event",
-    [
-        b'data: {"choices": null, "usage": null}\n\n',
-        b'data: {"choices": null, "error": null}\n\n',
-        b'data: {"usage" "error"\n\n',
-        b'data: ["usage", "error"]\n\n',
-        b'data: "error"\n\n',
-        b'data: "usage" \xff\xfe "error"\n\n',
-        b'data: {"error": ' + b"[" * 5000 + b"\n\n",
-        b'data: {"usage": ' + b"1" * 5000 + b"}\n\n",
-        b'data: {"usage": [], "error": ""}\n\n',
-        b"data: \n\n",
-        b'event: "error"\n\n',
-    ],
+@cases("event",
+    b'data: {"choices": null, "usage": null}\n\n',
+    b'data: {"choices": null, "error": null}\n\n', b'data: {"usage" "error"\n\n',
+    b'data: ["usage", "error"]\n\n', b'data: "error"\n\n',
+    b'data: "usage" \xff\xfe "error"\n\n', b'data: {"error": ' + b"[" * 5000 + b"\n\n",
+    b'data: {"usage": ' + b"1" * 5000 + b"}\n\n",
+    b'data: {"usage": [], "error": ""}\n\n', b"data: \n\n", b'event: "error"\n\n',
     ids=lambda event: repr(event[:30]),
-)
+)  # fmt: skip
 def test_F39_odd_events_are_relayed_as_they_came(event):
     data = chunk("Hi") + event + chunk(None, "stop") + DONE
     for pieces in ((), [1] * len(data), [len(data) // 2]):
@@ -3567,7 +3271,7 @@ def test_F39_odd_events_are_relayed_as_they_came(event):
         assert stream.error is None and stream.usage == apiserver.Usage()
 
 
-@pytest.mark.parametrize("end", [b"\r\n", b"\r"])
+@cases("end", b"\r\n", b"\r")
 def test_F39_other_line_ends_change_nothing(end):
     usage = chunk(choices=[], usage={"total_tokens": 7})
     plain = chunk("Hi") + chunk(None, "stop") + usage + DONE + chunk("late")
@@ -3577,15 +3281,13 @@ def test_F39_other_line_ends_change_nothing(end):
         assert stream.usage == apiserver.Usage(7)
 
 
-@pytest.mark.parametrize(
+@cases(
     "last, whole",
-    [
-        ('"finish_reason": "stop"', True),
-        ('"finish_reason":"tool_calls"', True),
-        ('"finish_reason": ""', False),
-        ('"finish_reason": null', False),
-        ('"text": "\\"finish_reason\\": \\"stop\\""', False),
-    ],
+    ('"finish_reason": "stop"', True),
+    ('"finish_reason":"tool_calls"', True),
+    ('"finish_reason": ""', False),
+    ('"finish_reason": null', False),
+    ('"text": "\\"finish_reason\\": \\"stop\\""', False),
 )
 def test_only_a_reason_that_says_something_finishes_a_choice(last, whole):
     data = b'data: {"choices": [{%b}]}\n\n' % last.encode()
@@ -3644,7 +3346,7 @@ TYPED_STREAMS = [
 ]
 
 
-@pytest.mark.parametrize("make, events, last, usage", TYPED_STREAMS)
+@cases("make, events, last, usage", *TYPED_STREAMS)
 def test_a_typed_stream_is_relayed_counted_and_whole_with_its_last_event(
     make, events, last, usage
 ):
@@ -3660,7 +3362,7 @@ def test_a_typed_stream_is_relayed_counted_and_whole_with_its_last_event(
         api_feed(make(), b"".join(events) + last[:-9])
 
 
-@pytest.mark.parametrize("make, events, last, usage", TYPED_STREAMS[:2])
+@cases("make, events, last, usage", *TYPED_STREAMS[:2])
 def test_an_error_event_ends_a_typed_stream(make, events, last, usage):
     for error in ({"error": {"message": "No", "type": "t"}}, {"message": "No"}):
         data = events[0] + typed("error", **error) + last
@@ -3685,7 +3387,7 @@ def test_words_in_a_typed_stream_end_nothing():
 LATE_ERROR = APIError(400, "too\nlong", type="t", param="p", code="c")
 
 
-@pytest.mark.parametrize("path", [CHAT_URL, "/v1/completions"])
+@cases("path", CHAT_URL, "/v1/completions")
 def test_a_late_error_of_completions_is_an_event_without_a_name(path):
     event = apiserver.dialect_of(path).late_error(LATE_ERROR, None)
     assert event.startswith(b'data: {"error": {') and event.count(b"\n") == 2
@@ -3726,9 +3428,9 @@ def test_other_paths_have_no_event_for_a_late_error():
         assert apiserver.dialect_of(path).late_error(LATE_ERROR, None) == b""
 
 
-@pytest.mark.parametrize(
+@cases(
     "status, kind",
-    [(400, "invalid_request_error"), (401, "authentication_error")]
+    *[(400, "invalid_request_error"), (401, "authentication_error")]
     + [(402, "billing_error"), (403, "permission_error"), (404, "not_found_error")]
     + [(405, "invalid_request_error"), (413, "request_too_large")]
     + [(429, "rate_limit_error"), (500, "api_error"), (502, "api_error")]
@@ -4025,7 +3727,7 @@ async def test_deadline_can_be_moved_both_ways():
             await connection.receive()
 
 
-@pytest.mark.parametrize("size, reading", [(999, True), (1000, True), (1001, False)])
+@cases("size, reading", (999, True), (1000, True), (1001, False))
 @flow
 async def test_reading_pauses_once_more_than_pipelined_size_waits(
     size, reading, constant
@@ -4064,12 +3766,10 @@ async def test_read_returns_none_when_the_peer_ends_too_early():
         assert connection.buffer == b"GET / HT" and not connection.lost
 
 
-@pytest.mark.parametrize(
+@cases(
     "end, error",
-    [
-        (lambda writer: writer.write_eof(), ProtocolError),
-        (connection_cut, ConnectionResetError),
-    ],
+    (lambda writer: writer.write_eof(), ProtocolError),
+    (connection_cut, ConnectionResetError),
 )
 @flow
 async def test_content_cut_short_is_an_error(end, error):
@@ -4082,7 +3782,7 @@ async def test_content_cut_short_is_an_error(end, error):
             await connection.read_content(decoder, 5)
 
 
-@pytest.mark.parametrize("timeout, deadline", [(0.05, 60), (60, 0.05)])
+@cases("timeout, deadline", (0.05, 60), (60, 0.05))
 @flow
 async def test_content_has_a_silence_and_a_deadline(timeout, deadline):
     async with connection_pair() as (connection, _, _writer):
@@ -4112,7 +3812,6 @@ async def test_a_client_that_reads_nothing_is_reset():
 @flow
 async def test_a_client_that_reads_is_not_cut_for_another_writer():
     """The buffer may grow while the client takes from it."""
-
     async with connection_pair(write_timeout=0.8) as (connection, reader, _):
         connection.write(bytes(20 * 1024 * 1024))
         draining = asyncio.ensure_future(connection.drain())
@@ -4211,7 +3910,6 @@ async def test_a_tls_connection_may_be_closed_twice_and_is_gone_in_time(
 @flow
 async def test_an_answer_can_be_read_while_the_request_is_still_sent():
     """RFC 9112 section 9.6: without the lingering an RST may destroy it."""
-
     async with connection_pair() as (connection, reader, writer):
         writer.write(bytes(10_000))
         await connection.receive()
@@ -4228,9 +3926,7 @@ async def test_an_answer_can_be_read_while_the_request_is_still_sent():
         await lingering
 
 
-@pytest.mark.parametrize(
-    "limits", [{"LINGER_TIMEOUT": 0.1}, {"LINGER_TIMEOUT": 60, "LINGER_SIZE": 50_000}]
-)
+@cases("limits", {"LINGER_TIMEOUT": 0.1}, {"LINGER_TIMEOUT": 60, "LINGER_SIZE": 50_000})
 @flow
 async def test_lingering_ends_after_a_time_and_after_a_size(limits, constant):
     constant(**limits)
@@ -4248,8 +3944,8 @@ async def test_lingering_ends_after_a_time_and_after_a_size(limits, constant):
             trickle.cancel()
 
 
-@pytest.mark.parametrize("eof_is_hangup", [True, False])
-@pytest.mark.parametrize("end", ["fin", "rst"])
+@cases("eof_is_hangup", True, False)
+@cases("end", "fin", "rst")
 @flow
 async def test_hang_up_is_told_once_while_nobody_reads(eof_is_hangup, end):
     async with connection_pair() as (connection, _, writer):
@@ -4389,13 +4085,11 @@ async def test_a_connection_made_for_a_caller_who_just_left_is_closed():
         assert upstream.requests == []
 
 
-@pytest.mark.parametrize(
+@cases(
     "answer",
-    [
-        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\n\r\nok",  # ends with the connection
-    ],
+    b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\n\r\nok",  # ends with the connection
 )
 @flow
 async def test_a_connection_that_will_close_is_not_kept(answer):
@@ -4432,7 +4126,7 @@ def coded_reply(coding, data, framing="length"):
     return f"{head}\r\n".encode() + data
 
 
-@pytest.mark.parametrize("begun", [b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 2"])
+@cases("begun", b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 2")
 @flow
 async def test_a_request_whose_answer_had_begun_is_not_replayed(begun):
     """Not even after an interim answer: it may have been carried out."""
@@ -4450,8 +4144,8 @@ async def test_a_request_whose_answer_had_begun_is_not_replayed(begun):
         assert len(upstream.requests) == 2
 
 
-@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
-@pytest.mark.parametrize("coding", ["gzip", "deflate", "none", "", "Identity"])
+@cases("framing", "length", "chunked", "close")
+@cases("coding", "gzip", "deflate", "none", "", "Identity")
 @flow
 async def test_an_answer_in_a_coding_is_read_although_none_was_asked_for(
     coding, framing
@@ -4500,15 +4194,13 @@ async def test_others_run_while_an_answer_is_inflated():
         assert turns > 20
 
 
-@pytest.mark.parametrize(
+@cases(
     "reply",
-    [
-        coded_reply("br", b"x"),
-        coded_reply("gzip", b"{}"),
-        coded_reply("gzip", gzip.compress(b"{}")[:-1]),
-        coded_reply("gzip", gzip.compress(b"{}") + b"garbage", "chunked"),
-        coded_reply("gzip", gzip.compress(b"{}")[:-5], "close"),
-    ],
+    coded_reply("br", b"x"),
+    coded_reply("gzip", b"{}"),
+    coded_reply("gzip", gzip.compress(b"{}")[:-1]),
+    coded_reply("gzip", gzip.compress(b"{}") + b"garbage", "chunked"),
+    coded_reply("gzip", gzip.compress(b"{}")[:-5], "close"),
 )
 @flow
 async def test_an_answer_in_a_coding_that_cannot_be_undone_is_broken(reply):
@@ -4538,10 +4230,10 @@ async def test_a_coded_stream_is_read_as_it_comes():
         client.close()
 
 
-@pytest.mark.parametrize("end", [connection_close, connection_cut])
+@cases("end", connection_close, connection_cut)
 @flow
 async def test_a_request_is_replayed_when_its_kept_connection_has_died(end):
-    """F23: on a reused connection, without a byte, once."""
+    """On a reused connection, without a byte, once."""
 
     async def behave(request, writer):
         if len(upstream.requests) == 2:
@@ -4557,9 +4249,7 @@ async def test_a_request_is_replayed_when_its_kept_connection_has_died(end):
         await until(lambda: upstream.ended == 2)
 
 
-@pytest.mark.parametrize(
-    "data, requests", [(b"", 3), (b"H", 2), (b"HTTP/1.1 200 OK\r\n", 2)]
-)
+@cases("data, requests", (b"", 3), (b"H", 2), (b"HTTP/1.1 200 OK\r\n", 2))
 @flow
 async def test_a_request_is_replayed_only_once_and_not_after_a_byte(data, requests):
     async def behave(request, writer):
@@ -4575,31 +4265,26 @@ async def test_a_request_is_replayed_only_once_and_not_after_a_byte(data, reques
         assert len(upstream.requests) == requests
 
 
-@pytest.mark.parametrize("end", [connection_close, connection_cut])
+@cases("end", connection_close, connection_cut)
 @flow
 async def test_a_fresh_connection_that_dies_is_a_failure(end):
-    """F24: nothing is replayed."""
-
+    """Nothing is replayed."""
     async with Upstream(behaves(b"", end)) as upstream:
         with pytest.raises(ConnectionResetError):
             await get(HTTPClient(upstream.url))
         assert len(upstream.requests) == 1
 
 
-@pytest.mark.parametrize("end", [connection_close, connection_cut])
-@pytest.mark.parametrize(
+@cases("end", connection_close, connection_cut)
+@cases(
     "data",
-    [
-        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
-        STREAM_HEAD + chunked(b"half"),
-        STREAM_HEAD + b"9\r\nhalf",
-        STREAM_HEAD + chunked(b"half") + b"0\r\n",
-    ],
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+    STREAM_HEAD + chunked(b"half"),
+    STREAM_HEAD + b"9\r\nhalf",
+    STREAM_HEAD + chunked(b"half") + b"0\r\n",
 )
 @flow
 async def test_an_answer_cut_short_is_never_complete(data, end):
-    """F25."""
-
     async with Upstream(behaves(data, end)) as upstream:
         answer = None
         with pytest.raises((ProtocolError, ConnectionResetError)):
@@ -4609,34 +4294,30 @@ async def test_an_answer_cut_short_is_never_complete(data, end):
             pytest.fail("it passed as complete")
 
 
-@pytest.mark.parametrize(
+@cases(
     "data",
-    [
-        STREAM_HEAD + b"x\r\nok\r\n0\r\n\r\n",
-        STREAM_HEAD + b"-2\r\nok\r\n0\r\n\r\n",
-        STREAM_HEAD + b"0x2\r\nok\r\n0\r\n\r\n",
-        STREAM_HEAD + b"2\r\nokXX0\r\n\r\n",
-        STREAM_HEAD + b"2\nok\r\n0\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nContent-Length: two\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok",
-        STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\n") + b"ok",
-        STREAM_HEAD.replace(b"chunked", b"gzip, chunked") + b"2\r\nok\r\n0\r\n\r\n",
-        b"HTTP/1.1 OK\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
-        b"HTTP/1.1 200 OK\r\nX Y: 1\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n",
-        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
-        b"\x15\x03\x01\x00\x02\x02\x16\r\n\r\n",
-    ],
+    STREAM_HEAD + b"x\r\nok\r\n0\r\n\r\n",
+    STREAM_HEAD + b"-2\r\nok\r\n0\r\n\r\n",
+    STREAM_HEAD + b"0x2\r\nok\r\n0\r\n\r\n",
+    STREAM_HEAD + b"2\r\nokXX0\r\n\r\n",
+    STREAM_HEAD + b"2\nok\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: two\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+    STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\n") + b"ok",
+    STREAM_HEAD.replace(b"chunked", b"gzip, chunked") + b"2\r\nok\r\n0\r\n\r\n",
+    b"HTTP/1.1 OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
+    b"HTTP/1.1 200 OK\r\nX Y: 1\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n",
+    b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+    b"\x15\x03\x01\x00\x02\x02\x16\r\n\r\n",
 )
 @flow
 async def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data):
-    """F27."""
-
     async with Upstream(data) as upstream:
         client = HTTPClient(upstream.url)
         for number in (1, 2):
@@ -4650,21 +4331,18 @@ async def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data
             await until(lambda number=number: upstream.ended == number)
 
 
-@pytest.mark.parametrize(
+@cases(
     "start, more",
-    [
-        (b"HTTP/1.1 200 OK\r\n", b"X: " + b"y" * 100 + b"\r\n"),
-        (b"HTTP/1.1 200 OK\r\nX: ", b"y" * 1000),
-        (b"HTTP/1.1 200 ", b"O" * 1000),
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n", b""),
-    ],
+    (b"HTTP/1.1 200 OK\r\n", b"X: " + b"y" * 100 + b"\r\n"),
+    (b"HTTP/1.1 200 OK\r\nX: ", b"y" * 1000),
+    (b"HTTP/1.1 200 ", b"O" * 1000),
+    (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n", b""),
     ids=["fields", "field", "status-line", "interim", "201-fields"],
 )
 @flow
 async def test_an_endless_head_is_cut_off(start, more):
-    """F28: nothing is read for ever, and nothing kept."""
-
+    """Nothing is read for ever, and nothing kept."""
     sent = 0
 
     async def behave(request, writer):
@@ -4683,10 +4361,9 @@ async def test_an_endless_head_is_cut_off(start, more):
         assert sent < 16 * 1024 * 1024
 
 
-@pytest.mark.parametrize("count, works", [(0, True), (16, True), (17, False)])
+@cases("count, works", (0, True), (16, True), (17, False))
 @flow
 async def test_interim_answers_are_skipped_up_to_a_limit(count, works):
-    """F29."""
     interim = [
         b"HTTP/1.1 %d X\r\nA: b\r\n\r\n" % (100, 102, 103)[i % 3] for i in range(count)
     ]
@@ -4700,11 +4377,10 @@ async def test_interim_answers_are_skipped_up_to_a_limit(count, works):
                 await get(client)
 
 
-@pytest.mark.parametrize("size, works", [(999, True), (1000, True), (1001, False)])
-@pytest.mark.parametrize("framing", ["length", "chunked", "chunks", "close"])
+@cases("size, works", (999, True), (1000, True), (1001, False))
+@cases("framing", "length", "chunked", "chunks", "close")
 @flow
 async def test_an_answer_has_a_largest_size(size, works, framing):
-    """F30."""
     body = b"x" * size
     data, end = STREAM_HEAD, None
     if framing == "length":
@@ -4726,18 +4402,16 @@ async def test_an_answer_has_a_largest_size(size, works, framing):
             await answer.aclose()
 
 
-@pytest.mark.parametrize(
+@cases(
     "start, more",
-    [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999999\r\n\r\n", b""),
-        (STREAM_HEAD, chunked(b"x" * 10_000)),
-        (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 10_000),
-    ],
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999999\r\n\r\n", b""),
+    (STREAM_HEAD, chunked(b"x" * 10_000)),
+    (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 10_000),
     ids=["declared", "chunked", "until-close"],
 )
 @flow
 async def test_a_huge_answer_is_not_collected(start, more):
-    """F30: judged by what is declared, or once it is over the limit."""
+    """Judged by what is declared, or once it is over the limit."""
 
     async def behave(request, writer):
         writer.write(start)
@@ -4755,10 +4429,10 @@ async def test_a_huge_answer_is_not_collected(start, more):
         await until(lambda: upstream.ended == 1)
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["same-packet", "later"])
+@cases("later", False, True, ids=["same-packet", "later"])
 @flow
 async def test_bytes_behind_an_answer_never_reach_the_next_request(later):
-    """F31, response splitting: they go away with their connection."""
+    """Response splitting: they go away with their connection."""
     poison = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nPOISON"
 
     async def behave(request, writer):
@@ -4783,11 +4457,10 @@ async def test_bytes_behind_an_answer_never_reach_the_next_request(later):
         await until(lambda: upstream.ended == 20)
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@cases("status", 301, 302, 303, 307, 308)
 @flow
 async def test_a_redirect_is_not_followed(status):
-    """F33: the key would go where a server sends it."""
-
+    """The key would go where a server sends it."""
     async with Upstream(OK) as elsewhere:
         head = f"HTTP/1.1 {status} X\r\nLocation: {elsewhere.url}\r\n"
         answer = (head + "Content-Length: 2\r\n\r\nno").encode()
@@ -4875,9 +4548,9 @@ def early(answer, end=connection_cut, delay=0.0):
 REFUSAL = http_reply({"error": {"message": "too large for me"}}, 413)
 
 
-@pytest.mark.parametrize("size", [100, 200_000, 12_000_000])
-@pytest.mark.parametrize("end", [connection_close, connection_cut, idle])
-@pytest.mark.parametrize("delay", [0, 0.1])
+@cases("size", 100, 200_000, 12_000_000)
+@cases("end", connection_close, connection_cut, idle)
+@cases("delay", 0, 0.1)
 @flow
 async def test_an_answer_that_comes_before_the_request_is_sent_is_read(
     size, end, delay
@@ -4920,7 +4593,7 @@ async def test_what_a_reset_cuts_off_an_early_error_does_not_hide_its_status():
         assert answer.status == 413 and b"too large" in await answer.read_all(1000)
 
 
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 413 Payload Too La"])
+@cases("answer", b"", b"HTTP/1.1 413 Payload Too La")
 @flow
 async def test_half_a_head_is_no_early_answer(answer):
     async with connection_streams(early(answer)) as port:
@@ -4965,21 +4638,17 @@ def idles(data):
     return behaves(data, idle)
 
 
-@pytest.mark.parametrize(
+@cases(
     "data, limits, options",
-    [
-        (b"", {"first_byte_timeout": 0.1}, {}),
-        (b"", {}, {"first_byte_timeout": 0.1}),
-        (b"HTTP/1.1 200 OK\r\nContent-Le", {"first_byte_timeout": 0.1}, {}),
-        (OK[:-1], {"silence_timeout": 0.1}, {}),
-        (STREAM_HEAD + chunked(b"one"), {"silence_timeout": 0.1}, {}),
-    ],
+    (b"", {"first_byte_timeout": 0.1}, {}),
+    (b"", {}, {"first_byte_timeout": 0.1}),
+    (b"HTTP/1.1 200 OK\r\nContent-Le", {"first_byte_timeout": 0.1}, {}),
+    (OK[:-1], {"silence_timeout": 0.1}, {}),
+    (STREAM_HEAD + chunked(b"one"), {"silence_timeout": 0.1}, {}),
     ids=["hang", "hang-option", "hang-headers", "hang-body", "hang-stream"],
 )
 @flow
 async def test_a_silent_upstream_is_given_up(data, limits, options):
-    """F21, F22, L34, L35."""
-
     async with Upstream(idles(data)) as upstream:
         client = HTTPClient(upstream.url, limits=Limits(**limits))
         answer = None
@@ -4992,13 +4661,11 @@ async def test_a_silent_upstream_is_given_up(data, limits, options):
         await until(lambda: upstream.ended == 1)
 
 
-@pytest.mark.parametrize(
+@cases(
     "data, limits, deadline",
-    [
-        (b"HTTP/1.1 200 OK\r\n", {"first_byte_timeout": 0.15}, 60),
-        (b"HTTP/1.1 200 OK\r\n", {}, 0.15),
-        (OK, {}, 0.15),
-    ],
+    (b"HTTP/1.1 200 OK\r\n", {"first_byte_timeout": 0.15}, 60),
+    (b"HTTP/1.1 200 OK\r\n", {}, 0.15),
+    (OK, {}, 0.15),
     ids=["head", "head-deadline", "content-deadline"],
 )
 @flow
@@ -5086,8 +4753,6 @@ def refusing_port():
 
 @flow
 async def test_a_refused_connection_is_told_at_once():
-    """F19."""
-
     began = time.monotonic()
     with pytest.raises(ConnectionRefusedError):
         await get(HTTPClient(f"http://127.0.0.1:{refusing_port()}"))
@@ -5097,8 +4762,6 @@ async def test_a_refused_connection_is_told_at_once():
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse")
 @flow
 async def test_a_black_hole_is_given_up_after_connect_timeout():
-    """F20, L33."""
-
     with black_hole() as port:
         client = HTTPClient(
             f"http://127.0.0.1:{port}", limits=Limits(connect_timeout=0.2)
@@ -5111,8 +4774,7 @@ async def test_a_black_hole_is_given_up_after_connect_timeout():
 
 @flow
 async def test_the_next_address_is_tried_when_the_first_is_dead():
-    """F68: refused, and unanswered for a moment (RFC 8305)."""
-
+    """Refused, and unanswered for a moment (RFC 8305)."""
     async with Upstream(OK) as upstream, contextlib.AsyncExitStack() as stack:
         dead = ["127.0.0.2"]
         if sys.platform == "linux":
@@ -5136,17 +4798,13 @@ def not_found(host, port):
     raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
-@pytest.mark.parametrize(
+@cases(
     "resolve, words",
-    [
-        (not_found, "name.example could not be resolved: .*not known"),
-        (lambda host, port: [], "name.example has no address"),
-    ],
+    (not_found, "name.example could not be resolved: .*not known"),
+    (lambda host, port: [], "name.example has no address"),
 )
 @flow
 async def test_a_name_without_an_address_is_told(resolve, words):
-    """F68."""
-
     client = HTTPClient("http://name.example", resolve=resolve)
     for _ in range(2):
         with pytest.raises(OSError, match=words):
@@ -5155,8 +4813,7 @@ async def test_a_name_without_an_address_is_told(resolve, words):
 
 @flow
 async def test_a_hanging_resolver_is_asked_once_and_given_up():
-    """F68, L45: everyone waits for the same answer, and it may still come."""
-
+    """Everyone waits for the same answer, and it may still come."""
     answered = threading.Event()
     asked = []
 
@@ -5182,7 +4839,7 @@ async def test_a_hanging_resolver_is_asked_once_and_given_up():
 
 
 def test_a_hanging_resolver_does_not_keep_the_process_alive():
-    """Section 1.2: a thread of the default executor would be joined at exit."""
+    """A thread of the default executor would be joined at exit."""
     program = (
         "import asyncio, threading, chatgpt_apiserver as a\n"
         "async def main():\n"
@@ -5206,24 +4863,18 @@ def test_a_hanging_resolver_does_not_keep_the_process_alive():
     assert (done.returncode, done.stdout, done.stderr) == (0, "given up\n", "")
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "x", "http://", "http:///v1", ""])
+@cases("url", "ftp://x", "x", "http://", "http:///v1", "")
 def test_an_url_that_leads_nowhere_is_refused(url):
     with pytest.raises(ValueError, match="is not an http or https URL"):
         HTTPClient(url)
 
 
-@pytest.mark.parametrize(
-    "url, authority, path",
-    [
-        ("http://host", "host", ""),
-        ("http://host:80/v1/", "host", "/v1"),
-        ("https://host:443/a/b", "host", "/a/b"),
-        ("https://host:80", "host:80", ""),
-        ("ws://host:8080/k/x", "host:8080", "/k/x"),
-        ("wss://host", "host", ""),
-        ("http://[::1]:8080", "[::1]:8080", ""),
-    ],
-)
+@cases("url, authority, path",
+    ("http://host", "host", ""), ("http://host:80/v1/", "host", "/v1"),
+    ("https://host:443/a/b", "host", "/a/b"), ("https://host:80", "host:80", ""),
+    ("ws://host:8080/k/x", "host:8080", "/k/x"), ("wss://host", "host", ""),
+    ("http://[::1]:8080", "[::1]:8080", ""),
+)  # fmt: skip
 def test_an_address_is_read_off_an_url(url, authority, path):
     address = apiserver.Address.of(url)
     assert (address.authority, address.path) == (authority, path)
@@ -5233,24 +4884,21 @@ def test_an_address_is_read_off_an_url(url, authority, path):
 # --- TLS
 
 
-@pytest.mark.parametrize(
+@cases(
     "certificate, options, works",
-    [
-        (TEST_CERT, {"ca_file": True}, True),
-        (TEST_CERT, {}, False),  # the system does not know this authority
-        (TEST_CERT_EXPIRED, {"ca_file": True}, False),
-        (TEST_CERT_WRONG_NAME, {"ca_file": True}, False),
-        (TEST_CERT, {"verify": False}, True),
-        (TEST_CERT_EXPIRED, {"verify": False}, True),
-        (TEST_CERT_WRONG_NAME, {"verify": False}, True),
-    ],
+    (TEST_CERT, {"ca_file": True}, True),
+    (TEST_CERT, {}, False),  # the system does not know this authority
+    (TEST_CERT_EXPIRED, {"ca_file": True}, False),
+    (TEST_CERT_WRONG_NAME, {"ca_file": True}, False),
+    (TEST_CERT, {"verify": False}, True),
+    (TEST_CERT_EXPIRED, {"verify": False}, True),
+    (TEST_CERT_WRONG_NAME, {"verify": False}, True),
     ids=["ca", "unknown-ca", "expired", "wrong-name", "any", "any-2", "any-3"],
 )
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@cases("host", "127.0.0.1", "localhost")
 @flow
 async def test_certificates_are_checked(tmp_path, certificate, options, works, host):
-    """F67: an unverified connection is never used."""
-
+    """An unverified connection is never used."""
     context = tls_server_context(tmp_path, certificate)
     if options.get("ca_file"):
         options["ca_file"] = str(tmp_path / "ca.pem")
@@ -5280,9 +4928,7 @@ async def test_tls_streams_are_relayed_and_cut_ones_seen(tmp_path):
             await get(client)
 
 
-@pytest.mark.parametrize(
-    "behave", [None, b"HTTP/1.1 400 No TLS\r\n\r\n"], ids=["hang", "plain"]
-)
+@cases("behave", None, b"HTTP/1.1 400 No TLS\r\n\r\n", ids=["hang", "plain"])
 @flow
 async def test_a_handshake_that_hangs_or_is_none_fails(behave):
     async def serve(reader, writer):
@@ -5303,7 +4949,6 @@ async def test_a_handshake_that_hangs_or_is_none_fails(behave):
 @flow
 async def test_plain_bytes_before_the_handshake_are_not_taken_for_encrypted_ones():
     """Somebody on the way could answer in the upstream's place."""
-
     context = apiserver.client_tls_context(None, 0, True)
     async with connection_pair() as (connection, _, writer):
         writer.write(OK)
@@ -5416,26 +5061,22 @@ async def test_http_goes_through_the_proxys_tunnel_too():
         assert "proxy-authorization" not in request.headers
 
 
-@pytest.mark.parametrize(
+@cases(
     "answer, end",
-    [
-        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", None),
-        (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", None),
-        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\n\r\n", None),
-        (b"garbage\r\n\r\n", None),
-        (b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", None),  # spoke too early
-        (b"HTTP/1.1 200 OK\r\n\r\n", connection_close),  # in the TLS handshake
-        (b"HTTP/1.1 200 OK\r\n\r\n", connection_cut),
-        (None, None),  # hangs
-        (None, connection_close),
-        (None, connection_cut),
-        (b"HTTP/1.1 200", connection_close),
-    ],
+    (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", None),
+    (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", None),
+    (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\n\r\n", None),
+    (b"garbage\r\n\r\n", None),
+    (b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", None),  # spoke too early
+    (b"HTTP/1.1 200 OK\r\n\r\n", connection_close),  # in the TLS handshake
+    (b"HTTP/1.1 200 OK\r\n\r\n", connection_cut),
+    (None, None),  # hangs
+    (None, connection_close),
+    (None, connection_cut),
+    (b"HTTP/1.1 200", connection_close),
 )
 @flow
 async def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
-    """F67."""
-
     proxy = Proxy(answer, end)
     tls = tls_server_context(tmp_path)
     async with Upstream(OK, tls=tls) as upstream, proxy.serving() as port:
@@ -5462,7 +5103,7 @@ async def test_a_proxy_that_is_not_there_is_never_left_out():
         assert upstream.connections == 0
 
 
-@pytest.mark.parametrize("certificate", [TEST_CERT_EXPIRED, TEST_CERT_WRONG_NAME])
+@cases("certificate", TEST_CERT_EXPIRED, TEST_CERT_WRONG_NAME)
 @flow
 async def test_certificates_are_checked_behind_a_proxy_too(tmp_path, certificate):
     tls = tls_server_context(tmp_path, certificate)
@@ -5527,7 +5168,7 @@ async def websocket_echo(connection, websockets=None):
         await websocket.send(message)
 
 
-@pytest.mark.parametrize("tls", [False, True])
+@cases("tls", False, True)
 @flow
 async def test_websocket_carries_messages_both_ways(tmp_path, tls):
     context = tls_server_context(tmp_path) if tls else None
@@ -5573,15 +5214,13 @@ async def test_the_server_can_close_a_websocket_too():
         await until(lambda: websocket.connection.lost)
 
 
-@pytest.mark.parametrize(
+@cases(
     "url, target",
-    [
-        ("ws://127.0.0.1:{}", "/"),
-        ("ws://127.0.0.1:{}/", "/"),
-        ("http://127.0.0.1:{}/k/token/client/register", "/k/token/client/register"),
-        ("ws://127.0.0.1:{}/a/?b=c&d=/e", "/a/?b=c&d=/e"),
-        ("ws://127.0.0.1:{}?x", "/?x"),
-    ],
+    ("ws://127.0.0.1:{}", "/"),
+    ("ws://127.0.0.1:{}/", "/"),
+    ("http://127.0.0.1:{}/k/token/client/register", "/k/token/client/register"),
+    ("ws://127.0.0.1:{}/a/?b=c&d=/e", "/a/?b=c&d=/e"),
+    ("ws://127.0.0.1:{}?x", "/?x"),
 )
 @flow
 async def test_a_websocket_handshake_goes_where_the_url_says(url, target):
@@ -5624,22 +5263,20 @@ async def handshake_server(answer, end=None):
         yield f"ws://127.0.0.1:{port}"
 
 
-@pytest.mark.parametrize(
+@cases(
     "answer, status",
-    [
-        (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", 401),
-        (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", 403),
-        (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", 503),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200),
-        (b"HTTP/1.1 302 Found\r\nLocation: ws://elsewhere\r\n\r\n", 302),
-        (ACCEPTED.replace(b"%b", b"dGhlIHNhbXBsZSBub25jZQ=="), 502),
-        (ACCEPTED.replace(b"Sec-WebSocket-Accept: %b\r\n", b""), 502),
-        (ACCEPTED.replace(b"Upgrade: WebSocket\r\n", b""), 502),
-        (ACCEPTED.replace(b"Connection: keep-alive, upgrade\r\n", b""), 502),
-        (ACCEPTED[:-2] + b"Sec-WebSocket-Extensions: x\r\n\r\n", 502),
-        (ACCEPTED[:-2] + b"Sec-WebSocket-Protocol: x\r\n\r\n", 502),
-        (b"garbage\r\n\r\n", 502),
-    ],
+    (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", 401),
+    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", 403),
+    (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", 503),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200),
+    (b"HTTP/1.1 302 Found\r\nLocation: ws://elsewhere\r\n\r\n", 302),
+    (ACCEPTED.replace(b"%b", b"dGhlIHNhbXBsZSBub25jZQ=="), 502),
+    (ACCEPTED.replace(b"Sec-WebSocket-Accept: %b\r\n", b""), 502),
+    (ACCEPTED.replace(b"Upgrade: WebSocket\r\n", b""), 502),
+    (ACCEPTED.replace(b"Connection: keep-alive, upgrade\r\n", b""), 502),
+    (ACCEPTED[:-2] + b"Sec-WebSocket-Extensions: x\r\n\r\n", 502),
+    (ACCEPTED[:-2] + b"Sec-WebSocket-Protocol: x\r\n\r\n", 502),
+    (b"garbage\r\n\r\n", 502),
 )
 @flow
 async def test_a_refused_handshake_tells_its_status(answer, status):
@@ -5651,14 +5288,12 @@ async def test_a_refused_handshake_tells_its_status(answer, status):
             assert f"the websocket was refused: {status} " in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@cases(
     "answer, end, error",
-    [
-        (b"", connection_close, ConnectionResetError),
-        (b"HTTP/1.1 101 Sw", connection_cut, ConnectionResetError),
-        (b"", None, asyncio.TimeoutError),
-        (b"HTTP/1.1 101 Sw", None, asyncio.TimeoutError),
-    ],
+    (b"", connection_close, ConnectionResetError),
+    (b"HTTP/1.1 101 Sw", connection_cut, ConnectionResetError),
+    (b"", None, asyncio.TimeoutError),
+    (b"HTTP/1.1 101 Sw", None, asyncio.TimeoutError),
 )
 @flow
 async def test_a_handshake_without_an_answer_is_given_up(answer, end, error):
@@ -5688,7 +5323,7 @@ async def test_a_websocket_needs_a_certificate_that_holds(tmp_path):
 
 @flow
 async def test_frames_behind_the_servers_handshake_are_read():
-    """F75, as client: in the same packet."""
+    """In the same packet."""
     frames = apiserver.encode_frame(TEXT, b"one", SERVER)
 
     async with handshake_server(ACCEPTED + frames) as url:
@@ -5699,8 +5334,7 @@ async def test_frames_behind_the_servers_handshake_are_read():
 
 @flow
 async def test_frames_behind_the_clients_handshake_are_read():
-    """F75, as server: in the same packet."""
-
+    """In the same packet."""
     async with connection_server(websocket_echo) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         peer = FramePeer(SERVER, reader, writer)
@@ -5721,7 +5355,6 @@ async def test_frames_behind_the_clients_handshake_are_read():
 @flow
 async def test_an_end_behind_the_handshake_leaves_nothing_open():
     """It came while the connection still was one that may stay half open."""
-
     async with connection_pair() as (connection, _, writer):
         writer.write_eof()
         await until(lambda: connection.eof)
@@ -5731,21 +5364,19 @@ async def test_an_end_behind_the_handshake_leaves_nothing_open():
         await until(lambda: connection.lost)
 
 
-@pytest.mark.parametrize(
+@cases(
     "change, status",
-    [
-        ((b"GET", b"POST"), 400),
-        ((b"HTTP/1.1", b"HTTP/1.0"), 400),
-        ((b"Upgrade: websocket", b"Upgrade: h2c"), 400),
-        ((b"Connection: upgrade", b"Connection: close"), 400),
-        ((b"Host: a", b"Host: a\r\nContent-Length: 1"), 400),
-        ((b"Host: a", b"Host: a\r\nTransfer-Encoding: chunked"), 400),
-        ((b"-Version: 13", b"-Version: 8"), 426),
-        ((b"Sec-WebSocket-Version: 13\r\n", b""), 426),
-        ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZQ="), 400),
-        ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZR=="), 400),  # bits left over
-        ((b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b""), 400),
-    ],
+    ((b"GET", b"POST"), 400),
+    ((b"HTTP/1.1", b"HTTP/1.0"), 400),
+    ((b"Upgrade: websocket", b"Upgrade: h2c"), 400),
+    ((b"Connection: upgrade", b"Connection: close"), 400),
+    ((b"Host: a", b"Host: a\r\nContent-Length: 1"), 400),
+    ((b"Host: a", b"Host: a\r\nTransfer-Encoding: chunked"), 400),
+    ((b"-Version: 13", b"-Version: 8"), 426),
+    ((b"Sec-WebSocket-Version: 13\r\n", b""), 426),
+    ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZQ="), 400),
+    ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZR=="), 400),  # bits left over
+    ((b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b""), 400),
 )
 @flow
 async def test_a_request_that_is_no_handshake_is_refused(change, status):
@@ -5783,11 +5414,9 @@ async def test_pings_are_answered(side):
 
 
 @BOTH_ROLES
-@pytest.mark.parametrize("sign", [PONG, TEXT, PING])
+@cases("sign", PONG, TEXT, PING)
 @flow
 async def test_a_silence_is_ended_by_a_ping_and_any_byte_answers_it(side, sign):
-    """L29, scaled."""
-
     limits = {"ping_interval": 0.03, "pong_timeout": 5}
     async with websocket_pair(side, **limits) as (websocket, peer):
         serving = asyncio.ensure_future(until_closed(websocket))
@@ -5809,8 +5438,7 @@ async def until_closed(websocket):
 @BOTH_ROLES
 @flow
 async def test_a_peer_that_answers_no_ping_is_cut(side):
-    """L29, scaled: a ping, a last silence, 1011."""
-
+    """A ping, a last silence, 1011."""
     limits = {"ping_interval": 0.05, "pong_timeout": 0.1}
     async with websocket_pair(side, **limits) as (websocket, peer):
         began = time.monotonic()
@@ -5848,11 +5476,10 @@ async def test_a_heartbeat_of_ones_own_replaces_the_ping():
 
 
 @BOTH_ROLES
-@pytest.mark.parametrize("opcode", [PING, PONG])
+@cases("opcode", PING, PONG)
 @flow
 async def test_a_flood_of_control_frames_is_ended(side, opcode, constant):
-    """L27: so many at once, then 1008; what comes behind is not served."""
-
+    """So many at once, then 1008; what comes behind is not served."""
     constant(CONTROL_FRAME_BURST=5, CONTROL_FRAME_RATE=0)
     async with websocket_pair(side) as (websocket, peer):
         serving = asyncio.ensure_future(until_closed(websocket))
@@ -5887,7 +5514,6 @@ async def test_control_frames_are_allowed_again_with_time(constant):
 @flow
 async def test_a_peer_that_does_not_read_gets_one_pong_later(constant):
     """And the late one is not counted a second time."""
-
     constant(CONTROL_FRAME_BURST=4, CONTROL_FRAME_RATE=0)
     async with websocket_pair() as (websocket, peer):
         serving = asyncio.ensure_future(until_closed(websocket))
@@ -5922,28 +5548,25 @@ def raw_frame(side, first, payload=b"", length=None):
 
 
 @BOTH_ROLES
-@pytest.mark.parametrize(
+@cases(
     "frames, code",
-    [
-        ([(0x91,)], 1002),  # a reserved bit
-        ([(0x83,)], 1002),  # an unknown opcode
-        ([(0x09, b"x")], 1002),  # a ping in fragments
-        ([(0x80, b"x")], 1002),  # continues nothing
-        ([(0x01, b"x"), (0x81, b"y")], 1002),  # a message within a message
-        ([(0x88, b"x")], 1002),  # half a close code
-        ([(0x88, b"\x03\xed")], 1002),  # 1005
-        ([(0x88, b"\x03\xe8\xff")], 1007),
-        ([(0x81, b"\xff")], 1007),
-        ([(0x01, b"\xff")], 1007),  # at once, not at the end of the message
-        ([(0x82, b"", 101)], 1009),  # by its announced length
-        ([(0x02, b"x" * 60), (0x80, b"", 41)], 1009),  # the sum of the fragments
-        ([(0x02, b""), *[(0x00, b"")] * 4], 1008),  # too many fragments
-    ],
+    ([(0x91,)], 1002),  # a reserved bit
+    ([(0x83,)], 1002),  # an unknown opcode
+    ([(0x09, b"x")], 1002),  # a ping in fragments
+    ([(0x80, b"x")], 1002),  # continues nothing
+    ([(0x01, b"x"), (0x81, b"y")], 1002),  # a message within a message
+    ([(0x88, b"x")], 1002),  # half a close code
+    ([(0x88, b"\x03\xed")], 1002),  # 1005
+    ([(0x88, b"\x03\xe8\xff")], 1007),
+    ([(0x81, b"\xff")], 1007),
+    ([(0x01, b"\xff")], 1007),  # at once, not at the end of the message
+    ([(0x82, b"", 101)], 1009),  # by its announced length
+    ([(0x02, b"x" * 60), (0x80, b"", 41)], 1009),  # the sum of the fragments
+    ([(0x02, b""), *[(0x00, b"")] * 4], 1008),  # too many fragments
 )
 @flow
 async def test_a_breach_is_answered_by_a_close_frame(side, frames, code, constant):
-    """L25, L26, and what came before it is still served, in its order."""
-
+    """And what came before it is still served, in its order."""
     constant(MESSAGE_FRAGMENTS=4)
     async with websocket_pair(side, max_size=100) as (websocket, peer):
 
@@ -5966,7 +5589,7 @@ async def test_a_breach_is_answered_by_a_close_frame(side, frames, code, constan
         await until(lambda: websocket.connection.lost)
 
 
-@pytest.mark.parametrize("side, masked", [(SERVER, False), (CLIENT, True)])
+@cases("side, masked", (SERVER, False), (CLIENT, True))
 @flow
 async def test_the_wrong_masking_is_refused(side, masked):
     async with websocket_pair(side) as (websocket, peer):
@@ -5978,7 +5601,7 @@ async def test_the_wrong_masking_is_refused(side, masked):
         assert await serving == []
 
 
-@pytest.mark.parametrize("size, works", [(99, True), (100, True), (101, False)])
+@cases("size, works", (99, True), (100, True), (101, False))
 @BOTH_ROLES
 @flow
 async def test_a_message_has_a_largest_size(side, size, works):
@@ -5993,7 +5616,7 @@ async def test_a_message_has_a_largest_size(side, size, works):
             assert await serving is None
 
 
-@pytest.mark.parametrize("count, works", [(3, True), (4, True), (5, False)])
+@cases("count, works", (3, True), (4, True), (5, False))
 @flow
 async def test_a_message_has_a_largest_number_of_fragments(count, works, constant):
     constant(MESSAGE_FRAGMENTS=4)
@@ -6014,13 +5637,11 @@ async def test_a_message_has_a_largest_number_of_fragments(count, works, constan
 
 
 @BOTH_ROLES
-@pytest.mark.parametrize(
+@cases(
     "payload, code, reason, answer",
-    [
-        (b"", 1005, "", (CLOSE, (1005, ""))),
-        (b"\x03\xe8", 1000, "", (CLOSE, (1000, ""))),
-        (b"\x0f\xa0bye", 4000, "bye", (CLOSE, (4000, ""))),
-    ],
+    (b"", 1005, "", (CLOSE, (1005, ""))),
+    (b"\x03\xe8", 1000, "", (CLOSE, (1000, ""))),
+    (b"\x0f\xa0bye", 4000, "bye", (CLOSE, (4000, ""))),
 )
 @flow
 async def test_the_peers_close_is_answered(
@@ -6041,8 +5662,7 @@ async def test_the_peers_close_is_answered(
 @BOTH_ROLES
 @flow
 async def test_a_close_that_is_not_answered_ends_in_an_abort(side, constant):
-    """L30, scaled; messages that still come are dropped."""
-
+    """Messages that still come are dropped."""
     constant(CLOSE_TIMEOUT=0.1)
     async with websocket_pair(side) as (websocket, peer):
         began = time.monotonic()
@@ -6058,7 +5678,6 @@ async def test_a_close_that_is_not_answered_ends_in_an_abort(side, constant):
 @flow
 async def test_a_server_that_closes_without_ending_is_left(constant):
     """The last receive()'s deadline is not the closing's."""
-
     constant(CLOSE_TIMEOUT=0.2)
     async with websocket_pair(CLIENT, ping_interval=0.05) as (websocket, peer):
         peer.send(CLOSE)
@@ -6086,8 +5705,7 @@ async def test_a_peer_that_vanishes_is_1006(side):
 
 @flow
 async def test_a_peer_that_does_not_read_is_dropped(constant):
-    """L31; and whoever reads learns the reason."""
-
+    """And whoever reads learns the reason."""
     constant(UNREAD_SIZE=8 * 1024 * 1024)
     async with websocket_pair() as (websocket, _):
         serving = asyncio.ensure_future(until_closed(websocket))
@@ -6239,9 +5857,9 @@ def test_a_deleted_token_is_refused(tmp_path):
     assert tokens_in(path) == {}
 
 
-@pytest.mark.parametrize(
+@cases(
     "arguments",
-    [
+    *[
         {"role": "admin"},
         {"role": []},
         {"name": 5},
@@ -6276,7 +5894,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("token", ODD, ids=lambda token: ascii(token[:9]))
+@cases("token", *ODD, ids=lambda token: ascii(token[:9]))
 def test_any_string_may_be_looked_up(tmp_path, token):
     path = tmp_path / "users.json"
     path.write_bytes(ONE_USER)
@@ -6285,21 +5903,19 @@ def test_any_string_may_be_looked_up(tmp_path, token):
     assert len({apiserver.token_digest(other) for other in ODD}) == len(ODD)
 
 
-@pytest.mark.parametrize(
+@cases(
     "more, of_user, place",
-    [
-        ({"version": 3}, {}, "'version'"),
-        ({}, {"note": 1}, "users[0].note: unknown field"),
-        ({}, {"limit": "10 requests"}, "users[0].limit: expected a limit as"),
-        ({}, {"limit": []}, "users[0].limit: expected"),
-        ({}, {"models": "gpt"}, "users[0].models: expected a list"),
-        ({}, {"expires": "soon"}, "users[0].expires: expected a time"),
-        ({}, {"expires": "2027-13-01"}, "users[0].expires: "),
-        ({}, {"max_concurrency": 0}, "users[0].max_concurrency: expected"),
-        ({}, {"sha256": "00"}, "users[0].sha256: expected either"),
-        ({}, {"old": {"expires": "x"}}, "users[0].old: expected"),
-        ({}, {"old": {"token": "x", "expires": "soon"}}, "users[0].old: expected"),
-    ],
+    ({"version": 3}, {}, "'version'"),
+    ({}, {"note": 1}, "users[0].note: unknown field"),
+    ({}, {"limit": "10 requests"}, "users[0].limit: expected a limit as"),
+    ({}, {"limit": []}, "users[0].limit: expected"),
+    ({}, {"models": "gpt"}, "users[0].models: expected a list"),
+    ({}, {"expires": "soon"}, "users[0].expires: expected a time"),
+    ({}, {"expires": "2027-13-01"}, "users[0].expires: "),
+    ({}, {"max_concurrency": 0}, "users[0].max_concurrency: expected"),
+    ({}, {"sha256": "00"}, "users[0].sha256: expected either"),
+    ({}, {"old": {"expires": "x"}}, "users[0].old: expected"),
+    ({}, {"old": {"token": "x", "expires": "soon"}}, "users[0].old: expected"),
 )
 def test_what_is_not_understood_of_a_file_refuses_it(tmp_path, more, of_user, place):
     """A limit that is misspelt must not be no limit."""
@@ -6314,7 +5930,6 @@ def test_what_is_not_understood_of_a_file_refuses_it(tmp_path, more, of_user, pl
 
 
 def test_every_truncation_is_refused(tmp_path):
-    """F44."""
     path = tmp_path / "users.json"
     for length in range(len(ONE_USER) - 1):  # the last byte is only a line's end
         path.write_bytes(ONE_USER[:length])
@@ -6326,7 +5941,7 @@ def test_every_truncation_is_refused(tmp_path):
 
 
 def test_every_flipped_bit_is_refused_or_a_whole_table(tmp_path):
-    """F44.  Which texts are right nobody can know; nothing else may come out."""
+    """Which texts are right nobody can know; nothing else may come out."""
     path = tmp_path / "users.json"
     for position in range(len(ONE_USER)):
         for bit in range(8):
@@ -6345,51 +5960,49 @@ def user_json(**fields):
     return json.dumps({"user_id": "u", "token": "sesame", **fields})
 
 
-@pytest.mark.parametrize(
+@cases(
     "content, problem",
-    [
-        ("", "empty"),
-        ("\0" * 100, "line 1, column 1"),
-        ("\ufeff", "line 1, column 1"),
-        ("[]", 'expected {"users": [...]}'),
-        ("null", 'expected {"users": [...]}'),
-        ("{}", 'expected {"users": [...]}'),
-        ('{"users": {}}', 'expected {"users": [...]}'),
-        ('{"users": [\n\n  5]}', "users[0]: expected an object"),
-        ('{"users": [\n  {"user_id": "a",\n  token}]}', "line 3, column 3"),
-        ('{"users": [{"token": "sesame"}]}', "users[0].user_id"),
-        (
-            '{"users": [' + user_json() + "," + user_json(user_id=7) + "]}",
-            "users[1].user_id",
-        ),
-        ('{"users": [' + user_json(user_id="") + "]}", "users[0].user_id"),
-        ('{"users": [' + user_json(token=None) + "]}", "users[0].token"),
-        ('{"users": [' + user_json(token="") + "]}", "users[0].token"),
-        ('{"users": [' + user_json(token="ses ame") + "]}", "users[0].token"),
-        ('{"users": [' + user_json(token="é") + "]}", "users[0].token"),
-        ('{"users": [' + user_json(name=None) + "]}", "users[0].name"),
-        ('{"users": [' + user_json(role="admin") + "]}", "users[0].role"),
-        ('{"users": [' + user_json(role=[]) + "]}", "users[0].role"),
-        (
-            '{"users": [' + user_json() + "," + user_json(token="x") + "]}",
-            "users[1].user_id",
-        ),
-        (
-            '{"users": [' + user_json() + "," + user_json(user_id="v") + "]}",
-            "users[1].token",
-        ),
-        (
-            '{"users": [{"user_id": "u", "token": "a", "token": "b"}]}',
-            "'token' of user 'u'",
-        ),
-        ('{"users": [], "users": []}', "'users' only once"),
-        ('{"users": [' + user_json(note=float("nan")) + "]}", "instead of NaN"),
-        ('{"users": [], "note": -Infinity}', "instead of -Infinity"),
-        ('{"users": [], "note": 1e999}', "instead of 1e999"),
-        ('{"users": [], "note": ' + "[" * 200_000, "nesting"),
-        ('{"users": []} {}', "line 1, column 15"),
-        ("{'users': []}", "line 1, column 2"),
-    ],
+    ("", "empty"),
+    ("\0" * 100, "line 1, column 1"),
+    ("\ufeff", "line 1, column 1"),
+    ("[]", 'expected {"users": [...]}'),
+    ("null", 'expected {"users": [...]}'),
+    ("{}", 'expected {"users": [...]}'),
+    ('{"users": {}}', 'expected {"users": [...]}'),
+    ('{"users": [\n\n  5]}', "users[0]: expected an object"),
+    ('{"users": [\n  {"user_id": "a",\n  token}]}', "line 3, column 3"),
+    ('{"users": [{"token": "sesame"}]}', "users[0].user_id"),
+    (
+        '{"users": [' + user_json() + "," + user_json(user_id=7) + "]}",
+        "users[1].user_id",
+    ),
+    ('{"users": [' + user_json(user_id="") + "]}", "users[0].user_id"),
+    ('{"users": [' + user_json(token=None) + "]}", "users[0].token"),
+    ('{"users": [' + user_json(token="") + "]}", "users[0].token"),
+    ('{"users": [' + user_json(token="ses ame") + "]}", "users[0].token"),
+    ('{"users": [' + user_json(token="é") + "]}", "users[0].token"),
+    ('{"users": [' + user_json(name=None) + "]}", "users[0].name"),
+    ('{"users": [' + user_json(role="admin") + "]}", "users[0].role"),
+    ('{"users": [' + user_json(role=[]) + "]}", "users[0].role"),
+    (
+        '{"users": [' + user_json() + "," + user_json(token="x") + "]}",
+        "users[1].user_id",
+    ),
+    (
+        '{"users": [' + user_json() + "," + user_json(user_id="v") + "]}",
+        "users[1].token",
+    ),
+    (
+        '{"users": [{"user_id": "u", "token": "a", "token": "b"}]}',
+        "'token' of user 'u'",
+    ),
+    ('{"users": [], "users": []}', "'users' only once"),
+    ('{"users": [' + user_json(note=float("nan")) + "]}", "instead of NaN"),
+    ('{"users": [], "note": -Infinity}', "instead of -Infinity"),
+    ('{"users": [], "note": 1e999}', "instead of 1e999"),
+    ('{"users": [], "note": ' + "[" * 200_000, "nesting"),
+    ('{"users": []} {}', "line 1, column 15"),
+    ("{'users': []}", "line 1, column 2"),
     ids=lambda value: ascii(value[:40]),
 )
 def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path, content, problem):
@@ -6437,7 +6050,7 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
 
 
 def test_limits_of_a_file_that_is_read(tmp_path):
-    """L43, at the limit and one past it."""
+    """At the limit and one past it."""
     path = tmp_path / "users.json"
     write_users(path, "a", "b")
     size = path.stat().st_size
@@ -6452,7 +6065,7 @@ def test_limits_of_a_file_that_is_read(tmp_path):
 
 
 def test_limits_of_added_users(tmp_path):
-    """L43, at the limit and one past it; what cannot be added spoils nothing."""
+    """At the limit and one past it; what cannot be added spoils nothing."""
     path = tmp_path / "users.json"
 
     async def many(store):
@@ -6625,7 +6238,6 @@ asyncio.run(main())
 
 
 def test_kill_at_any_moment_loses_nothing_that_was_answered(tmp_path):
-    """F41."""
     path = tmp_path / "users.json"
     dice = random.Random(41)
     present, gone = {}, set()
@@ -6713,7 +6325,6 @@ def after_power_cut(calls, content, name):
 def test_a_power_cut_between_any_two_calls_loses_nothing_that_was_answered(
     tmp_path, monkeypatch
 ):
-    """F42."""
     path = tmp_path / "users.json"
     write_users(path, "a", "b", "c")
     before = path.read_bytes()
@@ -6764,11 +6375,10 @@ class Fault:
         return call
 
 
-@pytest.mark.parametrize("there", [True, False])
+@cases("there", True, False)
 def test_whatever_call_fails_nothing_has_changed_and_the_next_works(
     tmp_path, monkeypatch, there
 ):
-    """F43."""
     path = tmp_path / "users.json"
     fault = Fault(monkeypatch)
     hits = set()
@@ -6854,7 +6464,6 @@ asyncio.run(main())
 
 
 def test_a_full_disk_is_reported_and_survived(tmp_path):
-    """F43."""
     path = tmp_path / "users.json"
     write_users(path, "a")
     output = in_child(FULL, path).communicate()[0].decode().splitlines()
@@ -6866,7 +6475,6 @@ def test_a_full_disk_is_reported_and_survived(tmp_path):
 
 
 def test_stale_temporary_files_are_removed_at_the_start_and_no_others(tmp_path):
-    """F48."""
     path = tmp_path / "users.json"
     write_users(path, "a")
     stale = [f"users.json.{pid}.0123456789abcdef.tmp" for pid in (1, 4194304)]
@@ -6880,7 +6488,7 @@ def test_stale_temporary_files_are_removed_at_the_start_and_no_others(tmp_path):
 
 
 def test_a_start_does_not_disturb_another_servers_write(tmp_path, monkeypatch):
-    """F48: the temporary file of a write under way is not stale."""
+    """The temporary file of a write under way is not stale."""
     path = tmp_path / "users.json"
     replace = os.replace
     starts = []
@@ -6904,7 +6512,6 @@ def test_a_start_does_not_disturb_another_servers_write(tmp_path, monkeypatch):
 
 
 def test_a_good_edit_is_adopted_and_reported_once(tmp_path):
-    """F45."""
     path = tmp_path / "users.json"
     write_users(path, "a", "b")
     lines = []
@@ -6929,7 +6536,6 @@ def test_a_good_edit_is_adopted_and_reported_once(tmp_path):
 
 
 def test_a_bad_edit_keeps_the_old_users_and_is_never_overwritten(tmp_path):
-    """F45."""
     path = tmp_path / "users.json"
     write_users(path, "a")
     lines = []
@@ -6958,7 +6564,6 @@ def test_a_bad_edit_keeps_the_old_users_and_is_never_overwritten(tmp_path):
 def test_a_removed_file_is_no_users_but_a_removed_folder_is_a_mistake(
     tmp_path, monkeypatch
 ):
-    """F45."""
     folder = tmp_path / "folder"
     folder.mkdir()
     path = folder / "users.json"
@@ -7049,7 +6654,6 @@ asyncio.run(main())
 
 
 def test_two_servers_on_one_file_lose_nothing(tmp_path):
-    """F46."""
     path = tmp_path / "users.json"
     children = [in_child(SHARE, path, seed) for seed in range(2)]
 
@@ -7092,7 +6696,6 @@ def test_a_lock_that_is_never_given_back_is_an_error_and_not_a_hang(tmp_path):
 
 
 def test_of_a_symlink_the_target_is_replaced_and_the_link_stays(tmp_path):
-    """F47."""
     folder = tmp_path / "volume"
     folder.mkdir()
     target, link = folder / "data.json", tmp_path / "users.json"
@@ -7110,7 +6713,6 @@ def test_of_a_symlink_the_target_is_replaced_and_the_link_stays(tmp_path):
 def test_a_file_that_is_mounted_by_itself_is_reported_with_the_cure(
     tmp_path, monkeypatch
 ):
-    """F47."""
     path = tmp_path / "users.json"
     write_users(path, "a")
     lines = []
@@ -7142,7 +6744,7 @@ def test_a_temporary_name_that_was_laid_out_is_not_written_through(
 
 
 def test_a_hundred_thousand_users(tmp_path):
-    """F49; measured on 2 cores: load 0.6 s, add 0.05 s, find 0.5 us."""
+    """Measured on 2 cores: load 0.6 s, add 0.05 s, find 0.5 us."""
     path = tmp_path / "users.json"
     table = UserTable()
     for n in range(99_950):
@@ -7385,13 +6987,11 @@ async def test_a_conversation_goes_on_where_it_was(tmp_path):
 
 
 @flow
-@pytest.mark.parametrize(
+@cases(
     "body, headers",
-    [
-        ({}, [("X-Session-Id", "s")]),
-        ({}, [("x-claude-code-session-id", "s")]),
-        ({"prompt_cache_key": "s"}, []),
-    ],
+    ({}, [("X-Session-Id", "s")]),
+    ({}, [("x-claude-code-session-id", "s")]),
+    ({"prompt_cache_key": "s"}, []),
 )
 async def test_a_session_stays_at_one_controller_and_is_its_users_own(
     tmp_path, body, headers
@@ -7415,35 +7015,33 @@ async def test_a_session_stays_at_one_controller_and_is_its_users_own(
         assert len(set(await homes(KEY))) == 5
 
 
-@pytest.mark.parametrize(
+@cases(
     "path, first, second",
-    [
-        (
-            "/v1/messages",
-            {"system": "S", "messages": [{"role": "user", "content": "Q"}]},
-            {
-                "system": [{"type": "text", "text": "S", "cache_control": {}}],
-                "messages": [
-                    {"role": "user", "content": [{"type": "text", "text": "Q"}]},
-                    {"role": "assistant", "content": "A"},
-                    {"role": "user", "content": "Q2"},
-                ],
-            },
-        ),
-        (
-            "/v1/responses",
-            {"instructions": "S", "input": "Q"},
-            {
-                "instructions": "S",
-                "input": [
-                    {"role": "user", "content": [{"type": "input_text", "text": "Q"}]},
-                    {"role": "assistant", "content": "A"},
-                ],
-            },
-        ),
-    ],
+    (
+        "/v1/messages",
+        {"system": "S", "messages": [{"role": "user", "content": "Q"}]},
+        {
+            "system": [{"type": "text", "text": "S", "cache_control": {}}],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                {"role": "assistant", "content": "A"},
+                {"role": "user", "content": "Q2"},
+            ],
+        },
+    ),
+    (
+        "/v1/responses",
+        {"instructions": "S", "input": "Q"},
+        {
+            "instructions": "S",
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "Q"}]},
+                {"role": "assistant", "content": "A"},
+            ],
+        },
+    ),
 )
-@pytest.mark.parametrize("size", [0, apiserver.APIRequest.KEPT_SIZE])
+@cases("size", 0, apiserver.APIRequest.KEPT_SIZE)
 def test_a_conversations_turns_are_known_by_how_it_began(path, first, second, size):
     def turn(body, **more):
         content = json.dumps({"model": "m", "x": "x" * size, **body, **more}).encode()
@@ -7455,14 +7053,12 @@ def test_a_conversations_turns_are_known_by_how_it_began(path, first, second, si
     assert turn(first).start != turn({**first, "input": "Other", "system": ""}).start
 
 
-@pytest.mark.parametrize(
+@cases(
     "body",
-    [
-        {"messages": 5, "system": {}, "prompt_cache_key": [], "input": None},
-        {"messages": [None, 5, {"role": ["user"]}, {"role": "user", "content": {}}]},
-        {"input": [[]], "previous_response_id": {"a": 1}, "instructions": 7},
-        {},
-    ],
+    {"messages": 5, "system": {}, "prompt_cache_key": [], "input": None},
+    {"messages": [None, 5, {"role": ["user"]}, {"role": "user", "content": {}}]},
+    {"input": [[]], "previous_response_id": {"a": 1}, "instructions": 7},
+    {},
 )
 def test_a_turn_is_found_in_anything(body):
     turn = apiserver.find_turn(body)
@@ -7502,7 +7098,7 @@ async def test_a_crowd_of_one_session_is_spread():
 
 
 @flow
-@pytest.mark.parametrize("stream", [False, True])
+@cases("stream", False, True)
 async def test_a_response_is_continued_where_it_was_made(tmp_path, stream):
     def behave(name):
         made = {"id": f"resp_{name}", "object": "response", "output": []}
@@ -7529,7 +7125,7 @@ async def test_a_response_is_continued_where_it_was_made(tmp_path, stream):
 
 
 @flow
-@pytest.mark.parametrize("known", [True, False])
+@cases("known", True, False)
 async def test_a_response_that_is_not_here_is_looked_for_elsewhere(tmp_path, known):
     said = {"param": "previous_response_id", "code": "previous_response_not_found"}
     made = {"id": "resp_1", "object": "response", "output": []}
@@ -7581,13 +7177,11 @@ def refusal(status, message="No.", **fields):
 
 
 @flow
-@pytest.mark.parametrize(
+@cases(
     "status, said",
-    [
-        (404, {"message": "The model 'real' does not exist"}),
-        (400, {"message": "Model real not found", "param": "model"}),
-        (503, {"message": "No channel", "code": "model_not_found"}),
-    ],
+    (404, {"message": "The model 'real' does not exist"}),
+    (400, {"message": "Model real not found", "param": "model"}),
+    (503, {"message": "No channel", "code": "model_not_found"}),
 )
 async def test_a_model_unknown_at_one_controller_is_asked_of_the_next(
     tmp_path, status, said
@@ -7700,8 +7294,7 @@ async def test_who_waits_too_long_is_told_to_come_again(tmp_path):
 
 @flow
 async def test_one_user_who_floods_does_not_keep_another_waiting(tmp_path):
-    """F73: the other's request waits at most one service time."""
-
+    """The other's request waits at most one service time."""
     gate = PoolGate(max_concurrency=1)
     limits = Limits(queue_size=8)
     async with serving(tmp_path, gate.controller, limits=limits) as server:
@@ -7725,8 +7318,6 @@ async def test_one_user_who_floods_does_not_keep_another_waiting(tmp_path):
 
 @flow
 async def test_a_client_that_leaves_the_queue_costs_no_slot(tmp_path):
-    """F72."""
-
     gate = PoolGate(max_concurrency=1)
     async with serving(tmp_path, gate.controller) as server:
         first = asyncio.ensure_future(chat(server, "first"))
@@ -7781,11 +7372,10 @@ async def test_who_waits_for_one_model_does_not_keep_another_waiting():
     assert not pool.waiting and not pool._kinds
 
 
-@pytest.mark.parametrize("why", ["cooling", "limit", "both", "enabled"])
+@cases("why", "cooling", "limit", "both", "enabled")
 @flow
 async def test_who_waits_is_woken_when_a_controller_opens_again(why, monkeypatch):
     """Also who came when it had been closed for a while, and while others are busy."""
-
     loop = asyncio.get_running_loop()
     shift = 60 - time.time() % 60 - 0.6  # the minute ends in so many seconds
     monkeypatch.setattr(apiserver, "unix_time", lambda: time.time() + shift)
@@ -7962,10 +7552,10 @@ BAD_UPSTREAMS = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_UPSTREAMS)
+@cases("name", *BAD_UPSTREAMS)
 @flow
 async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
-    """F21 to F27, F32 to F35, F40: unseen by the client while another can answer."""
+    """Unseen by the client while another can answer."""
     behave, alone = BAD_UPSTREAMS[name]
     limits = Limits(first_byte_timeout=0.15, silence_timeout=0.15)
     log = PoolLog()
@@ -7990,7 +7580,7 @@ async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
     assert "UPSTREAMSECRET" not in log.text and " second x2 " in log.text
 
 
-@pytest.mark.parametrize("name", ["hang", "drop", "rate-limit", "sse-error-first"])
+@cases("name", "hang", "drop", "rate-limit", "sse-error-first")
 @flow
 async def test_a_stream_too_is_taken_over_before_its_first_event(tmp_path, name):
     limits = Limits(first_byte_timeout=0.15)
@@ -8023,7 +7613,6 @@ async def test_three_controllers_are_asked_each_once_and_no_more(tmp_path):
 
 
 def test_refused_connections_fail_over_at_once_and_cool(tmp_path):
-    """F19."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
 
@@ -8049,7 +7638,7 @@ def test_refused_connections_fail_over_at_once_and_cool(tmp_path):
 
 @flow
 async def test_a_kept_connection_that_was_closed_is_no_failure(tmp_path):
-    """F23: one replay on a fresh connection."""
+    """One replay on a fresh connection."""
 
     async def behave(request, writer):
         if len(chats(upstream)) != 2:
@@ -8066,11 +7655,10 @@ async def test_a_kept_connection_that_was_closed_is_no_failure(tmp_path):
             assert controller.failures == 0 and controller.requests == 2
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 415, 422])
+@cases("status", 400, 404, 413, 415, 422)
 @flow
 async def test_errors_about_the_request_go_through_unchanged(tmp_path, status):
-    """F36: no fail-over, no cooling."""
-
+    """No fail-over, no cooling."""
     content = b'{ "error":{"message":"too long","code":"context_length_exceeded"}}'
     async with Upstream(http_reply(content, status)) as upstream:
         first = upstream.controller(weight=100)
@@ -8091,13 +7679,12 @@ BROKEN_ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("ending", BROKEN_ENDINGS)
+@cases("ending", *BROKEN_ENDINGS)
 @flow
 async def test_a_break_after_the_first_event_is_told_and_not_taken_over(
     tmp_path, ending
 ):
-    """F26, F40: an error frame, no [DONE], never a second answer behind the first."""
-
+    """An error frame, no [DONE], never a second answer behind the first."""
     arrived = asyncio.Event()
 
     async def behave(request, writer):
@@ -8133,29 +7720,20 @@ async def test_a_stream_with_its_finish_reason_is_complete_without_done(tmp_path
 # --- Cooling, disabling and coming back
 
 
-@pytest.mark.parametrize(
-    "headers, seconds",
-    [
-        ([("Retry-After", "20")], 20),
-        ([("Retry-After", "2.5")], 2.5),
-        ([("retry-after-ms", "7000")], 7),
-        ([("retry-after-ms", "7000"), ("Retry-After", "99")], 7),
-        ([("Retry-After", "date+40")], 40),
-        ([("Retry-After", "date-40")], 10),
-        ([("Retry-After", "0")], 1),
-        ([("Retry-After", "100000000000")], 300),
-        ([("Retry-After", "1e400")], 10),
-        ([("Retry-After", "nan")], 10),
-        ([("Retry-After", "soon")], 10),
-        ([("Retry-After", "-5")], 10),
-        ([("Retry-After", "")], 10),
-        ([("Retry-After", "Xxx, 99 Foo 2099 99:99:99 GMT")], 10),
-        ([], 10),
-    ],
-)
+@cases("headers, seconds",
+    ([("Retry-After", "20")], 20), ([("Retry-After", "2.5")], 2.5),
+    ([("retry-after-ms", "7000")], 7),
+    ([("retry-after-ms", "7000"), ("Retry-After", "99")], 7),
+    ([("Retry-After", "date+40")], 40), ([("Retry-After", "date-40")], 10),
+    ([("Retry-After", "0")], 1), ([("Retry-After", "100000000000")], 300),
+    ([("Retry-After", "1e400")], 10), ([("Retry-After", "nan")], 10),
+    ([("Retry-After", "soon")], 10), ([("Retry-After", "-5")], 10),
+    ([("Retry-After", "")], 10),
+    ([("Retry-After", "Xxx, 99 Foo 2099 99:99:99 GMT")], 10), ([], 10),
+)  # fmt: skip
 @flow
 async def test_retry_after_decides_how_long_a_429_cools(tmp_path, headers, seconds):
-    """F34: clamped to 1..300 s; 10 s where nothing usable is said."""
+    """Clamped to 1..300 s; 10 s where nothing usable is said."""
 
     def dated(value):
         if not value.startswith("date"):
@@ -8223,8 +7801,6 @@ async def test_a_success_between_begins_the_count_anew(tmp_path):
 
 @flow
 async def test_a_controller_that_comes_back_is_tried_by_one_and_then_by_all(tmp_path):
-    """F38."""
-
     well, trying, alone = False, [], []
 
     async def behave(request, writer):
@@ -8280,7 +7856,6 @@ async def test_an_answer_begun_before_the_429_does_not_end_the_cooling(tmp_path)
 @flow
 async def test_a_long_stream_from_before_does_not_keep_a_controller_closed(tmp_path):
     """Who cooled for a second is asked again, whatever else it still works on."""
-
     end = asyncio.Event()
     statuses = [429, 200]
 
@@ -8348,16 +7923,16 @@ async def test_controllers_of_one_account_cool_together(tmp_path):
             assert chats(good) == []
 
 
-@pytest.mark.parametrize(
+@cases(
     "headers, retry_after",
-    [([("Retry-After", "7")], "7"), ([], "10"), ([("Retry-After", "120")], None)],
+    ([("Retry-After", "7")], "7"),
+    ([], "10"),
+    ([("Retry-After", "120")], None),
 )
 @flow
 async def test_all_cooling_is_told_at_once_with_the_soonest(
     tmp_path, headers, retry_after
 ):
-    """F37."""
-
     late = error_reply(429, headers=[("Retry-After", "200")])
     async with (
         Upstream(error_reply(429, headers=headers)) as one,
@@ -8383,26 +7958,24 @@ async def test_all_cooling_is_told_at_once_with_the_soonest(
                 assert [(await chat(server)).status for _ in range(2)] == statuses
 
 
-@pytest.mark.parametrize("status", [400, 401, 402, 403, 429, 500])
-@pytest.mark.parametrize(
+@cases("status", 400, 401, 402, 403, 429, 500)
+@cases(
     "error, reason",
-    [
-        ({"error": {"code": "insufficient_quota"}}, "insufficient_quota"),
-        ({"error": {"type": "billing_hard_limit_reached"}}, "its key was refused"),
-        ({"error": {"code": "invalid_api_key"}}, "its key was refused"),
-        ({"detail": {"code": "account_deactivated"}}, "its key was refused"),
-        ({"object": "error", "code": "billing_not_active"}, "its key was refused"),
-        (
-            [{"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}]}}],
-            "its key was refused",
-        ),
-    ],
+    ({"error": {"code": "insufficient_quota"}}, "insufficient_quota"),
+    ({"error": {"type": "billing_hard_limit_reached"}}, "its key was refused"),
+    ({"error": {"code": "invalid_api_key"}}, "its key was refused"),
+    ({"detail": {"code": "account_deactivated"}}, "its key was refused"),
+    ({"object": "error", "code": "billing_not_active"}, "its key was refused"),
+    (
+        [{"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}]}}],
+        "its key was refused",
+    ),
 )
 @flow
 async def test_a_code_of_the_key_or_the_account_disables_at_once(
     tmp_path, status, error, reason
 ):
-    """F35: whatever the status; what the upstream said of it is kept nowhere."""
+    """Whatever the status; what the upstream said of it is kept nowhere."""
     log = PoolLog()
     async with Upstream(http_reply(error, status)) as upstream:
         async with serving(tmp_path, upstream.controller(), log=log) as server:
@@ -8484,8 +8057,8 @@ QUOTING_ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("shape", QUOTING_ANSWERS)
+@cases("stream", False, True)
+@cases("shape", *QUOTING_ANSWERS)
 @flow
 async def test_nobody_reads_what_another_user_asked(tmp_path, shape, stream):
     """Not in a 503, not in what the administrator sees, not in the log."""
@@ -8517,17 +8090,15 @@ def test_a_failure_has_two_texts_and_only_its_own_words_are_kept():
     assert QUOTE not in health.reason
 
 
-@pytest.mark.parametrize(
-    ("model", "says", "unknown"),
-    [
-        ("m", "The model `m` does not exist", True),
-        ("m", 'model "m" not found, try pulling it first', True),
-        ("llama3", "model 'llama3:latest' not found", True),
-        ("gemini-x", "models/gemini-x is not found for API version v1", True),
-        ("m", "The model does not exist in my memory", False),
-        ("gpt-4", "The model gpt-4.1 does not exist", False),
-        ("gpt-4", "The model gpt-4-turbo does not exist", False),
-    ],
+@cases(
+    "model, says, unknown",
+    ("m", "The model `m` does not exist", True),
+    ("m", 'model "m" not found, try pulling it first', True),
+    ("llama3", "model 'llama3:latest' not found", True),
+    ("gemini-x", "models/gemini-x is not found for API version v1", True),
+    ("m", "The model does not exist in my memory", False),
+    ("gpt-4", "The model gpt-4.1 does not exist", False),
+    ("gpt-4", "The model gpt-4-turbo does not exist", False),
 )
 def test_an_unknown_model_is_named_as_a_word_of_its_own(model, says, unknown):
     error = apiserver.ErrorObject(says)
@@ -8567,8 +8138,8 @@ ANSWERS_TO_ONE = {
 }
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("answer", ANSWERS_TO_ONE)
+@cases("count", 1, 3)
+@cases("answer", *ANSWERS_TO_ONE)
 @flow
 async def test_one_request_closes_nothing(tmp_path, answer, count):
     """However often it is sent, to however many, streamed or not."""
@@ -8582,7 +8153,7 @@ async def test_one_request_closes_nothing(tmp_path, answer, count):
         assert not any(c.health.closed_by for c in controllers)
 
 
-@pytest.mark.parametrize("status", [400, 402, 403, 404, 409, 413, 415, 422, 451])
+@cases("status", 400, 402, 403, 404, 409, 413, 415, 422, 451)
 @flow
 async def test_a_refusal_is_the_clients_when_all_refuse(tmp_path, status):
     content = {"error": {"message": "about the prompt", "code": None}}
@@ -8651,7 +8222,7 @@ def pool_probes(upstream):
     return [r for r in upstream.requests if r.line.startswith("GET /v1/models ")]
 
 
-@pytest.mark.parametrize("status", [401, 402, 403])
+@cases("status", 401, 402, 403)
 @flow
 async def test_a_key_is_disabled_only_when_a_plain_request_is_refused_too(
     tmp_path, status
@@ -8746,7 +8317,7 @@ async def test_the_last_one_is_tried_by_one_request_at_a_time(tmp_path):
 GOOD_REPLY = http_reply(completion())
 
 
-@pytest.mark.parametrize("cool_first", [0.01, 60])
+@cases("cool_first", 0.01, 60)
 @flow
 async def test_a_long_request_that_tries_a_controller_keeps_nobody_out(
     tmp_path, constant, cool_first
@@ -8772,13 +8343,11 @@ async def test_a_long_request_that_tries_a_controller_keeps_nobody_out(
         asking.cancel()
 
 
-@pytest.mark.parametrize(
+@cases(
     "answer, status, left",
-    [
-        (error_reply(429, headers=[("Retry-After", "20")]), 503, 20),
-        (error_reply(400, code="invalid_api_key"), 503, None),
-        (error_reply(429, code="insufficient_quota"), 503, None),
-    ],
+    (error_reply(429, headers=[("Retry-After", "20")]), 503, 20),
+    (error_reply(400, code="invalid_api_key"), 503, None),
+    (error_reply(429, code="insufficient_quota"), 503, None),
 )
 @flow
 async def test_the_last_one_is_not_asked_before_its_time_nor_with_a_dead_key(
@@ -8830,10 +8399,10 @@ def with_models(*names, code="model_not_found", status=404, says="does not exist
 ANY = {"models": None}
 
 
-@pytest.mark.parametrize("status", [400, 403, 404])
-@pytest.mark.parametrize(
+@cases("status", 400, 403, 404)
+@cases(
     "code, says",
-    [("model_not_found", "x"), ("unknown_model", ""), (None, "does not exist")]
+    *[("model_not_found", "x"), ("unknown_model", ""), (None, "does not exist")]
     + [(None, "not found, try pulling it first"), (400, "is not supported")],
 )
 @flow
@@ -8877,7 +8446,7 @@ async def test_an_unknown_model_is_one_controllers_models_and_paths(tmp_path, co
         assert len(chats(ups[0])) == 4
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@cases("count", 1, 2)
 @flow
 async def test_who_is_left_is_asked_for_a_model_although_all_have_said_no(
     tmp_path, count
@@ -8912,7 +8481,7 @@ async def test_models_that_nobody_has_fill_no_memory():
     assert len(pool._unknown) == 1000
 
 
-@pytest.mark.parametrize("how", ["names", "lists", "latest"])
+@cases("how", "names", "lists", "latest")
 @flow
 async def test_who_has_a_model_is_asked_before_who_takes_any(tmp_path, how):
     """Also when it fails: what is meant for the next room goes to no API."""
@@ -8975,18 +8544,16 @@ async def test_an_unreadable_list_of_models_is_a_line_in_the_log_once(tmp_path):
 # --- What we add, and what upstreams encode
 
 
-@pytest.mark.parametrize("status", [400, 422])
-@pytest.mark.parametrize(
+@cases("status", 400, 422)
+@cases(
     "said, again",
-    [
-        ({"error": {"message": "unknown field"}}, True),
-        ({"detail": [{"loc": ["body", "stream_options"], "msg": "extra"}]}, True),
-        ({"error": {"param": "include_usage", "message": "no"}}, True),
-        (b"<html>bad request</html>", True),
-        ({"error": {"message": "must alternate", "param": "messages"}}, False),
-        ({"error": {"message": "too long", "code": "context_length_exceeded"}}, False),
-        ({"detail": [{"loc": ["body", "messages"], "msg": "empty"}]}, False),
-    ],
+    ({"error": {"message": "unknown field"}}, True),
+    ({"detail": [{"loc": ["body", "stream_options"], "msg": "extra"}]}, True),
+    ({"error": {"param": "include_usage", "message": "no"}}, True),
+    (b"<html>bad request</html>", True),
+    ({"error": {"message": "must alternate", "param": "messages"}}, False),
+    ({"error": {"message": "too long", "code": "context_length_exceeded"}}, False),
+    ({"detail": [{"loc": ["body", "messages"], "msg": "empty"}]}, False),
 )
 @flow
 async def test_stream_options_are_taken_back_where_they_may_be_meant(
@@ -9028,9 +8595,9 @@ def raw_deflate(data):
     return deflate.compress(data) + deflate.flush()
 
 
-@pytest.mark.parametrize(
+@cases(
     "coding, encode",
-    [("gzip", gzip.compress), ("X-GZip", gzip.compress), ("deflate", zlib.compress)]
+    *[("gzip", gzip.compress), ("X-GZip", gzip.compress), ("deflate", zlib.compress)]
     + [("deflate", raw_deflate), ("", bytes), ("identity", bytes), ("none", bytes)],
 )
 @flow
@@ -9086,7 +8653,7 @@ BROKEN_CODINGS = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN_CODINGS)
+@cases("name", *BROKEN_CODINGS)
 @flow
 async def test_a_broken_coding_is_a_broken_answer(tmp_path, name):
     coding, content = BROKEN_CODINGS[name]
@@ -9103,8 +8670,8 @@ ODD_BEGINNINGS = [b"", b"\n\r\n", b"\xef\xbb\xbf", b": hi\n\n" * 9, b"retry: 10\
 ODD_LABELS = ["text/plain", "application/json", "TEXT/EVENT-STREAM", "x"]
 
 
-@pytest.mark.parametrize("label", ODD_LABELS)
-@pytest.mark.parametrize("before", ODD_BEGINNINGS)
+@cases("label", *ODD_LABELS)
+@cases("before", *ODD_BEGINNINGS)
 @flow
 async def test_events_are_events_whatever_they_are_called(tmp_path, before, label):
     content = before + chunk("Hi", "stop") + DONE
@@ -9118,7 +8685,7 @@ async def test_events_are_events_whatever_they_are_called(tmp_path, before, labe
         assert chat_text(await chat(server)) == "Hi"
 
 
-@pytest.mark.parametrize("label", ["text/event-stream", "text/html", "x"])
+@cases("label", "text/event-stream", "text/html", "x")
 @flow
 async def test_json_is_json_whatever_it_is_called(tmp_path, label):
     content = b"\xef\xbb\xbf" + b"\n" * 5000 + json.dumps(completion()).encode()
@@ -9142,16 +8709,14 @@ def closes_after(data):
     return behave
 
 
-@pytest.mark.parametrize(
+@cases(
     "path, content, more",
-    [
-        (CHAT_URL, b'{"choices": [{"message": {"content": "half', {}),
-        ("/v1/completions", b'{"choices": [{"text": "half"}', {"prompt": "x"}),
-        ("/v1/embeddings", b'{"data": [{"embedding": [1, 2', {"input": "x"}),
-        ("/v1/messages", b'{"content": [{"text": "half"}]', {"max_tokens": 1}),
-        ("/v1/responses", b'{"output": [{}]', {"input": "x"}),
-        ("/v1/rerank", b'{"results": [{}]', {"query": "x"}),
-    ],
+    (CHAT_URL, b'{"choices": [{"message": {"content": "half', {}),
+    ("/v1/completions", b'{"choices": [{"text": "half"}', {"prompt": "x"}),
+    ("/v1/embeddings", b'{"data": [{"embedding": [1, 2', {"input": "x"}),
+    ("/v1/messages", b'{"content": [{"text": "half"}]', {"max_tokens": 1}),
+    ("/v1/responses", b'{"output": [{}]', {"input": "x"}),
+    ("/v1/rerank", b'{"results": [{}]', {"query": "x"}),
 )
 @flow
 async def test_half_an_answer_is_taken_over_by_another(tmp_path, path, content, more):
@@ -9186,7 +8751,7 @@ BEGUN_STREAMS = {
 }
 
 
-@pytest.mark.parametrize("path", BEGUN_STREAMS)
+@cases("path", *BEGUN_STREAMS)
 @flow
 async def test_a_stream_that_breaks_off_says_so_in_its_dialect(tmp_path, path):
     """And never ends as one that is whole does."""
@@ -9322,7 +8887,6 @@ async def test_enabling_wakes_who_waits(tmp_path):
 @flow
 async def test_an_agent_cannot_take_a_controllers_name_from_it(tmp_path):
     """An agent's name is a label: /admin/controllers means the configured one."""
-
     hello = json.dumps({"version": 2, "name": "up", "models": []})
     async with serving(tmp_path) as server, Agent(server.port, hello=hello):
         await until(lambda: server.agents)
@@ -9377,7 +8941,7 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@cases("function", *FUNCTIONS)
 @flow
 async def test_every_kind_of_function_answers_streamed_and_whole(tmp_path, function):
     server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
@@ -9416,7 +8980,7 @@ async def test_a_function_may_call_tools(tmp_path):
         assert choice["finish_reason"] == "tool_calls"
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@cases("stream", False, True)
 @flow
 async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
     async def refuses(request):
@@ -9437,18 +9001,11 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
             assert (await controller_line(server, "first"))["state"] == "ready"
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("at /home/secret"),
-        FileNotFoundError(2, "No such file", "/home/secret"),
-        ConnectionRefusedError("10.0.0.7 secret"),
-        asyncio.TimeoutError("secret"),
-        StopIteration("secret"),
-        KeyError("secret"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
+@cases("error",
+    ValueError("at /home/secret"), FileNotFoundError(2, "No such file", "/home/secret"),
+    ConnectionRefusedError("10.0.0.7 secret"), asyncio.TimeoutError("secret"),
+    StopIteration("secret"), KeyError("secret"), ids=lambda error: type(error).__name__,
+)  # fmt: skip
 def test_of_other_errors_the_client_learns_nothing(tmp_path, caplog, error):
     async def check():
         def plain(request):
@@ -9475,7 +9032,7 @@ def test_of_other_errors_the_client_learns_nothing(tmp_path, caplog, error):
     assert "secret" in caplog.text
 
 
-@pytest.mark.parametrize("result", [None, 5, b"bytes", {"content": object()}])
+@cases("result", None, 5, b"bytes", {"content": object()})
 @flow
 async def test_a_function_that_returns_nonsense_fails_alone(tmp_path, result):
     async def answer(request):
@@ -9546,8 +9103,6 @@ def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
 
 @flow
 async def test_a_function_that_hangs_is_given_up_at_the_requests_deadline(tmp_path):
-    """L36 holds for functions too."""
-
     async def hangs(request):
         await asyncio.sleep(60)
 
@@ -9602,8 +9157,8 @@ def dialect_text(path, answer):
     return answer["content"][0]["text"]
 
 
-@pytest.mark.parametrize("model", ["mock/echo", "shout"])
-@pytest.mark.parametrize("path", DIALECT_REQUESTS)
+@cases("model", "mock/echo", "shout")
+@cases("path", *DIALECT_REQUESTS)
 @flow
 async def test_a_text_becomes_an_answer_in_each_dialect(server, path, model):
     @server.model("shout")
@@ -9631,7 +9186,7 @@ async def test_a_text_becomes_an_answer_in_each_dialect(server, path, model):
     assert text == expected
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@cases("stream", False, True)
 @flow
 async def test_a_mock_calls_tools_in_each_dialect(server, stream):
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -9802,9 +9357,10 @@ CODEX_TURN = {  # as Codex 0.171 sends it
 
 
 @flow
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [("/v1/messages?beta=true", CLAUDE_CODE_TURN), ("/v1/responses", CODEX_TURN)],
+@cases(
+    "path, body",
+    ("/v1/messages?beta=true", CLAUDE_CODE_TURN),
+    ("/v1/responses", CODEX_TURN),
     ids=["claude-code", "codex"],
 )
 async def test_a_function_sees_a_coding_agents_turn_as_a_chat(tmp_path, path, body):
@@ -9920,8 +9476,7 @@ async def upstream_endless(request, writer):
 
 @flow(timeout=40)
 async def test_slow_readers_hold_the_upstream_back_and_nobody_else(tmp_path):
-    """F15: what waits in the server is bounded, however fast the upstream is."""
-
+    """What waits in the server is bounded, however fast the upstream is."""
     async with Upstream(upstream_endless) as upstream:
         controller = upstream.controller(models=["m"])
         f = pool_function("f", models=["f"])
@@ -9944,8 +9499,7 @@ async def test_slow_readers_hold_the_upstream_back_and_nobody_else(tmp_path):
 
 @flow(timeout=40)
 async def test_a_client_that_stops_reading_is_reset(tmp_path):
-    """F16: with an RST, for what was not sent shall not stay in the kernel."""
-
+    """With an RST, for what was not sent shall not stay in the kernel."""
     limits = Limits(write_timeout=0.3)
     async with Upstream(upstream_endless) as upstream:
         controller = upstream.controller(models=["m"], limits=limits)
@@ -9968,8 +9522,7 @@ async def test_a_client_that_stops_reading_is_reset(tmp_path):
 
 @flow
 async def test_a_log_that_nobody_reads_drops_lines_and_counts_them():
-    """F69, in one process: writing never waits."""
-
+    """Writing never waits."""
     reading, writing = os.pipe()
     try:
         log = apiserver.Log(writing)
@@ -10014,14 +9567,14 @@ def test_a_very_long_line_of_the_log_is_written_whole():
 
 
 def test_only_one_function_asks_what_time_it_is():
-    """F55: no timeout and no cooling can depend on a clock that jumps."""
+    """No timeout and no cooling can depend on a clock that jumps."""
     source = MODULE.read_text()
     asked = re.findall(r"(?:time|datetime)\.(?:time|time_ns|now|today)\(.*", source)
     assert len(asked) == 1 and asked[0] in inspect.getsource(apiserver.unix_time)
     assert not re.search(r"(?:import|from) (?:datetime|time import)", source)
 
 
-@pytest.mark.parametrize("jump", [86400, -86400, -2_000_000_000])
+@cases("jump", 86400, -86400, -2_000_000_000)
 @flow
 async def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch, jump):
     now, offset = time.time, [0]
@@ -10063,8 +9616,7 @@ def open_files():
 
 @flow(timeout=60)
 async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
-    """F66, short: tasks, files and memory are as before."""
-
+    """Tasks, files and memory are as before."""
     stream = STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop") + DONE)
 
     async def behave(request, writer):
@@ -10170,8 +9722,8 @@ async def pieces_of(port, body, path=CHAT_URL, headers=()):
             chunks.append(chunk)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", DIALECT_ANSWERS)
+@cases("stream", False, True)
+@cases("path", *DIALECT_ANSWERS)
 @flow
 async def test_a_tape_replays_each_dialect_as_it_was_recorded(tmp_path, path, stream):
     """After a restart, with nobody else to ask: bytes, pieces and usage are the same."""
@@ -10458,7 +10010,7 @@ async def test_what_is_no_recording_is_passed_over_and_told(tmp_path):
         assert reply.status == 200
 
 
-@pytest.mark.parametrize("content", [b'{"users": []}\n', b'{"tape": 2}\n'])
+@cases("content", b'{"users": []}\n', b'{"tape": 2}\n')
 def test_a_file_that_is_no_tape_stops_the_start_and_stays_as_it_is(tmp_path, content):
     tape = tmp_path / "chat.jsonl"
     tape.write_bytes(content)
