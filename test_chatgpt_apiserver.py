@@ -43,7 +43,6 @@ import time
 import tracemalloc
 import urllib.request
 import uuid
-import weakref
 import zlib
 from pathlib import Path
 
@@ -106,40 +105,37 @@ def flow(test=None, *, timeout=20, **options):
 
     It may name as parameters what it needs, and finds it started: a `server` with
     these options, an `upstream` behind it (or give `behave`, and `controller` for
-    its options), a `client` and a registered `agent` of the server.
+    its options), a `client` and a registered `agent` of the server, its `log`.
     """
     if test is None:
         return functools.partial(flow, timeout=timeout, **options)
     signature = inspect.signature(test)
-    parts = signature.parameters.keys() & {"server", "upstream", "client", "agent"}
+    parts = signature.parameters.keys() & {*"server upstream client agent log".split()}
 
     async def run_with_parts(tmp_path, arguments):
+        made = {"log": Log()}
+        started = {**options, **(made if "log" in parts else {})}
         async with contextlib.AsyncExitStack() as stack:
+            enter = stack.enter_async_context
             if "upstream" in parts or "behave" in options:
-                work = handler_chat(tmp_path, **options)
-                server, upstream = await stack.enter_async_context(work)
+                pair = await enter(relaying(tmp_path, **started))
+                made["server"], made["upstream"] = pair
             else:
-                work = serving(tmp_path, **options)
-                server, upstream = await stack.enter_async_context(work), None
-            made = {"server": server, "upstream": upstream}
+                made["server"] = await enter(serving(tmp_path, **started))
+            server = made["server"]
             if "client" in parts:
-                client = Client(server.port)
-                made["client"] = await stack.enter_async_context(client)
+                made["client"] = await enter(Client(server.port))
             if "agent" in parts:
-                agent = Agent(server.port)
-                made["agent"] = await stack.enter_async_context(agent)
+                made["agent"] = await enter(Agent(server.port))
                 await until(lambda: server.agents)
             await test(**arguments, **{name: made[name] for name in parts})
 
     @functools.wraps(test)
     def run_test(**arguments):
-        if parts:
-            tmp_path = arguments["tmp_path"]
-            if "tmp_path" not in signature.parameters:
-                del arguments["tmp_path"]
-            run(run_with_parts(tmp_path, arguments), timeout)
-        else:
-            run(test(**arguments), timeout)
+        if not parts:
+            return run(test(**arguments), timeout)
+        wanted = {k: v for k, v in arguments.items() if k in signature.parameters}
+        return run(run_with_parts(arguments["tmp_path"], wanted), timeout)
 
     names = dict.fromkeys([*signature.parameters, *["tmp_path"] * bool(parts)])
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -184,6 +180,21 @@ def constant(monkeypatch):
             monkeypatch.setattr(apiserver, name, value)
 
     return change
+
+
+class Log(apiserver.Log):
+    """A log whose lines a test can read."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def write(self, line):
+        self.lines.append(line)
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
 
 
 class Reply:
@@ -418,6 +429,42 @@ class UpstreamRequest:
         return json.loads(self.content)
 
 
+def answers_posts(reply):
+    """An upstream's behaviour: it has the model "m", and answers POST with this."""
+
+    async def behave(request, writer):
+        models = http_reply({"data": [{"id": "m"}]})
+        writer.write(models if request.line.startswith("GET") else reply)
+
+    return behave
+
+
+@contextlib.asynccontextmanager
+async def relaying(tmp_path, behave=None, controller=None, **options):
+    """A started server in front of an upstream: (server, upstream).
+
+    behave is the upstream's, controller has the options of what asks it.
+    """
+    if isinstance(behave, bytes):
+        behave = answers_posts(behave)
+    async with Upstream(behave) as upstream:
+        made = upstream.controller(**(controller or {}))
+        async with serving(tmp_path, made, **options) as server:
+            await until(lambda: made.listed or made.models or upstream.requests)
+            yield server, upstream
+
+
+@contextlib.asynccontextmanager
+async def beside(work):
+    """A task that is ended with the block."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 class Agent:
     """A fake agent that speaks version 1 by hand: `async with Agent(port) as agent`."""
 
@@ -591,16 +638,11 @@ def command(*arguments, cwd, env=None, timeout=15):
 
 
 @flow
-async def test_the_harness_reaches_the_server(tmp_path):
-    async with (
-        Upstream() as upstream,
-        serving(tmp_path, upstream.controller()) as server,
-        Agent(server.port) as agent,
-    ):
-        reply = await ask(server.port, "POST", "/v1/chat/completions", CHAT)
-        assert reply.status == 200 and reply.headers["content-type"]
-        await until(lambda: server.agents)
-        assert agent.id in server.agents
+async def test_the_harness_reaches_the_server(server, upstream, agent):
+    reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+    assert reply.status == 200 and reply.headers["content-type"]
+    await until(lambda: server.agents)
+    assert agent.id in server.agents
 
 
 # -----------------------------------------------------------------------------
@@ -6547,21 +6589,6 @@ def test_a_hundred_thousand_users(tmp_path):
 # -----------------------------------------------------------------------------
 
 
-class PoolLog(apiserver.Log):
-    """A log whose lines a test can read."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def write(self, line):
-        self.lines.append(line)
-
-    @property
-    def text(self):
-        return "\n".join(self.lines)
-
-
 def pool_function(text, **options):
     """A controller named text that answers text to everything."""
 
@@ -6606,7 +6633,7 @@ def chat_body(content="Hello", model="m", **more):
 async def chat(server, content="Hello", key=KEY, **more):
     """One chat request on a connection of its own, and its answer."""
     body = chat_body(content, **more)
-    return await ask(server.port, "POST", "/v1/chat/completions", body, key)
+    return await ask(server.port, "POST", CHAT_URL, body, key)
 
 
 def chat_text(reply):
@@ -7080,7 +7107,7 @@ async def test_a_client_that_leaves_the_queue_costs_no_slot(tmp_path):
         await until(lambda: gate.asked)
         async with Client(server.port) as client:
             body = chat_body("leaver")
-            client.send(request_bytes("POST", "/v1/chat/completions", body))
+            client.send(request_bytes("POST", CHAT_URL, body))
             await until(lambda: server.pool.waiting == 1)
         await until(lambda: server.pool.waiting == 0)
         gate.let()
@@ -7299,7 +7326,7 @@ async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
     """Unseen by the client while another can answer."""
     behave, alone = BAD_UPSTREAMS[name]
     limits = Limits(first_byte_timeout=0.15, silence_timeout=0.15)
-    log = PoolLog()
+    log = Log()
 
     async with Upstream(behave) as bad, Upstream(http_reply(completion())) as good:
         first = bad.controller(name="first", weight=100, limits=limits)
@@ -7442,7 +7469,7 @@ async def test_a_break_after_the_first_event_is_told_and_not_taken_over(
         async with serving(tmp_path, first, pool_function("other")) as server:
             async with Client(server.port) as client:
                 body = chat_body(stream=True)
-                client.send(request_bytes("POST", "/v1/chat/completions", body))
+                client.send(request_bytes("POST", CHAT_URL, body))
                 assert (await client.read_head())[0] == 200
                 assert b"Hal" in await client.read_chunk()
                 arrived.set()
@@ -7451,12 +7478,10 @@ async def test_a_break_after_the_first_event_is_told_and_not_taken_over(
             assert first.failures == 1 and first.in_flight == 0
 
 
-@flow
-async def test_a_stream_with_its_finish_reason_is_complete_without_done(tmp_path):
-    behave = STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop")) + b"0\r\n\r\n"
-    async with handler_chat(tmp_path, behave) as (server, upstream):
-        reply = await chat(server, stream=True)
-        assert reply.events()[-1] == "[DONE]"
+@flow(behave=STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop")) + b"0\r\n\r\n")
+async def test_a_stream_with_its_finish_reason_is_complete_without_done(server):
+    reply = await chat(server, stream=True)
+    assert reply.events()[-1] == "[DONE]"
 
 
 # --- Cooling, disabling and coming back
@@ -7542,7 +7567,7 @@ async def test_a_controller_that_comes_back_is_tried_by_one_and_then_by_all(tmp_
         writer.write(http_reply(completion()))
 
     limits = Limits(cool_first=0.3)
-    log = PoolLog()
+    log = Log()
     async with pool_of(
         tmp_path, behave, options=[{"limits": limits}], limits=limits, log=log
     ) as (server, (upstream,), (controller,)):
@@ -7700,9 +7725,9 @@ async def test_all_cooling_is_told_at_once_with_the_soonest(
 async def test_a_code_of_the_key_or_the_account_disables_at_once(
     tmp_path, status, error, reason
 ):
-    """Whatever the status; what the upstream said of it is kept nowhere."""
-    log = PoolLog()
-    async with handler_chat(tmp_path, http_reply(error, status), log=log) as (
+    """F35: whatever the status; what the upstream said of it is kept nowhere."""
+    log = Log()
+    async with relaying(tmp_path, http_reply(error, status), log=log) as (
         server,
         upstream,
     ):
@@ -7789,7 +7814,7 @@ QUOTING_ANSWERS = {
 @flow
 async def test_nobody_reads_what_another_user_asked(tmp_path, shape, stream):
     """Not in a 503, not in what the administrator sees, not in the log."""
-    log = PoolLog()
+    log = Log()
     behave = by_words({QUOTE: QUOTING_ANSWERS[shape]})
     async with pool_of(tmp_path, behave, log=log) as (server, _, _):
         alice, bob = await add_user(server), await add_user(server)
@@ -8247,7 +8272,7 @@ async def test_an_agents_model_is_asked_of_nobody_else_while_it_is_away(
 
 @flow
 async def test_an_unreadable_list_of_models_is_a_line_in_the_log_once(tmp_path):
-    log = PoolLog()
+    log = Log()
 
     async def behave(request, writer):
         at_v1 = request.line.startswith("GET /v1/models ")
@@ -8500,12 +8525,9 @@ async def test_speech_that_is_cut_is_cut(tmp_path):
 
 @flow
 async def test_no_key_and_no_second_line_of_an_upstream_reaches_the_log(tmp_path):
-    log = PoolLog()
+    log = Log()
     text = "UPSTREAMSECRET\n2026-01-01 00:00:00 admin GET / \x1b[2J"
-    async with handler_chat(tmp_path, error_reply(429, text), log=log) as (
-        server,
-        upstream,
-    ):
+    async with relaying(tmp_path, error_reply(429, text), log=log) as (server, _):
         reply = await chat(server)
         assert reply.status == 500
         assert "UPSTREAMSECRET" not in reply.content.decode()
@@ -8783,13 +8805,13 @@ def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
             finally:
                 closed.append("in_a_thread")
 
-        log = PoolLog()
+        log = Log()
         for function in (in_the_loop, in_a_thread):
             controller = FunctionController(function)
             async with serving(tmp_path, controller, log=log) as server:
                 async with Client(server.port) as client:
                     body = chat_body(stream=True)
-                    client.send(request_bytes("POST", "/v1/chat/completions", body))
+                    client.send(request_bytes("POST", CHAT_URL, body))
                     await client.read_head()
                     await client.read_chunk()
                 await until(lambda name=function.__name__: name in closed, 2)
@@ -9116,14 +9138,13 @@ async def test_a_function_is_not_called_to_count_tokens(tmp_path):
 
 
 @flow
-async def test_an_echo_passes_over_a_system_message_behind_what_was_said(tmp_path):
+async def test_an_echo_passes_over_a_system_message_behind_what_was_said(server):
     """Where Claude Code puts one."""
     messages = CLAUDE_CODE_TURN["messages"][:2]
     body = {"model": "mock/echo", "max_tokens": 9, "messages": messages}
-    async with serving(tmp_path) as server:
-        reply = await ask(server.port, "POST", "/v1/messages?beta=true", body)
-        text = dialect_text("/v1/messages", reply.json())
-        assert text == "<system-reminder>\nrun"
+    reply = await ask(server.port, "POST", "/v1/messages?beta=true", body)
+    text = dialect_text("/v1/messages", reply.json())
+    assert text == "<system-reminder>\nrun"
 
 
 @flow
@@ -9185,7 +9206,7 @@ async def test_slow_readers_hold_the_upstream_back_and_nobody_else(tmp_path):
                 for _ in range(5):
                     client = await stack.enter_async_context(Client(server.port))
                     client.writer.transport.pause_reading()
-                    client.send(request_bytes("POST", "/v1/chat/completions", body))
+                    client.send(request_bytes("POST", CHAT_URL, body))
                 connections = server._handlers
                 await until(lambda: len(connections) == 5)
                 await until(lambda: not any(c.writable for c in connections), 15)
@@ -9328,10 +9349,10 @@ async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
     async def use(client, count):
         for number in range(count):
             body = chat_body(model="m", stream=bool(number % 2))
-            reply = await client.request("POST", "/v1/chat/completions", body)
+            reply = await client.request("POST", CHAT_URL, body)
             assert reply.status == 200
 
-    async with handler_chat(tmp_path, behave) as (server, upstream):
+    async with relaying(tmp_path, behave) as (server, _):
         async with Client(server.port) as one, Client(server.port) as two:
             await asyncio.gather(use(one, 200), use(two, 200))
             before = len(asyncio.all_tasks()), open_files(), resident_size()
@@ -9442,9 +9463,9 @@ async def test_a_tape_replays_each_dialect_as_it_was_recorded(tmp_path, path, st
         usage = (await ask(server.port, "GET", "/v1/usage")).json()["total"]
         return reply.status, reply.headers["content-type"], reply.content, chunks, usage
 
-    async with handler_chat(
+    async with relaying(
         tmp_path, behave, {"models": ["m"]}, tape=f"{tape}:record", usage="-"
-    ) as (server, upstream):
+    ) as (server, _):
         first = await answered(server)
     async with serving(tmp_path, tape=tape, usage="-") as server:
         assert await answered(server) == first
@@ -9466,9 +9487,9 @@ async def test_a_tape_keeps_the_time_of_each_piece(tmp_path):
         chunks = await pieces_of(server.port, STREAM)
         return chunks, time.monotonic() - began
 
-    async with handler_chat(
+    async with relaying(
         tmp_path, piecewise(pieces, pause=0.15), {"models": ["m"]}, tape=f"{tape}:auto"
-    ) as (server, upstream):
+    ) as (server, _):
         chunks, _ = await timed(server)
     (line,) = tape_lines(tape)
     times = [seconds for seconds, _ in line["pieces"]]
@@ -9492,9 +9513,10 @@ async def test_a_tape_holds_no_secret_and_no_header(tmp_path):
         writer.write(http_reply(completion(), headers=[("x-secret", "HEADER")]))
 
     tape = tmp_path / "chat.jsonl"
-    async with handler_chat(
-        tmp_path, behave, {"models": ["m"]}, tape=f"{tape}:record"
-    ) as (server, upstream):
+    async with relaying(tmp_path, behave, {"models": ["m"]}, tape=f"{tape}:record") as (
+        server,
+        _,
+    ):
         headers = [("x-session-id", "HEADER"), ("cookie", "HEADER")]
         path = f"{CHAT_URL}?key=HEADER"
         await ask(server.port, "POST", path, CHAT, headers=headers)
@@ -9557,17 +9579,17 @@ async def test_what_fails_is_not_recorded(tmp_path):
 
 @flow
 async def test_an_answer_that_is_too_large_is_not_recorded(tmp_path):
-    log, limits = PoolLog(), Limits(response_size=3000)
+    log, limits = Log(), Limits(response_size=3000)
     tape = tmp_path / "chat.jsonl"
     pieces = [chunk("x" * 100) for _ in range(20)] + [chunk(None, "stop"), DONE]
-    async with handler_chat(
+    async with relaying(
         tmp_path,
         piecewise(pieces),
         {"models": ["m"]},
         tape=f"{tape}:record",
         limits=limits,
         log=log,
-    ) as (server, upstream):
+    ) as (server, _):
         reply = await ask(server.port, "POST", CHAT_URL, STREAM)
         assert reply.events()[-1] == "[DONE]"
         await until(lambda: "too large to be recorded" in log.text)
@@ -9578,9 +9600,9 @@ async def test_an_answer_that_is_too_large_is_not_recorded(tmp_path):
 async def test_a_full_disk_costs_the_recording_and_not_the_answer(
     tmp_path, monkeypatch
 ):
-    log = PoolLog()
+    log = Log()
     tape = tmp_path / "chat.jsonl"
-    async with handler_chat(
+    async with relaying(
         tmp_path, controller={"models": ["m"]}, tape=f"{tape}:auto", log=log
     ) as (server, upstream):
         write = os.write
@@ -9672,12 +9694,12 @@ async def test_auto_asks_once_and_record_asks_each_time(tmp_path):
 @flow
 async def test_what_is_no_recording_is_passed_over_and_told(tmp_path):
     """A line that a crash has torn, one of another version, a conflict's marker."""
-    log = PoolLog()
+    log = Log()
     tape = tmp_path / "chat.jsonl"
     whole, torn = recorded(chat_body("whole")), recorded(chat_body("torn"))
     later = recorded(chat_body("later")).replace(b'"tape": 1', b'"tape": 2')
     tape.write_bytes(whole + later + b"<<<<<<< ours\n" + torn[:-20])
-    async with handler_chat(
+    async with relaying(
         tmp_path, controller={"models": ["m"]}, tape=f"{tape}:auto", log=log
     ) as (server, upstream):
         assert "passed over: line 2, 3, 4" in log.text
@@ -9749,7 +9771,7 @@ async def test_what_another_server_has_just_written_is_not_missed(tmp_path, cons
             append(path, others.pop())
         return append(path, data)
 
-    async with handler_chat(
+    async with relaying(
         tmp_path, controller={"models": ["m"]}, tape=f"{tape}:auto"
     ) as (server, upstream):
         constant(append_to_file=overtaken)
@@ -9850,7 +9872,7 @@ async def test_a_tape_takes_forms_and_binary_answers(tmp_path):
         reply = await ask(server.port, "POST", path, content, headers=headers)
         return reply.status, reply.headers["content-type"], reply.content
 
-    async with handler_chat(
+    async with relaying(
         tmp_path,
         piecewise(speech, "audio/mpeg"),
         {"models": ["m"]},
@@ -9951,7 +9973,7 @@ async def test_what_a_browser_agent_says_to_an_ask_is_not_recorded(tmp_path):
     """It has the conversation: nobody could go on with what is replayed."""
     tape = tmp_path / "chat.jsonl"
     async with serving(tmp_path, tape=f"{tape}:record") as server:
-        async with Agent(server.port) as agent, handler_task(agent.echo()):
+        async with Agent(server.port) as agent, beside(agent.echo()):
             await until(lambda: server.agents)
             reply = await ask(server.port, "POST", "/api/ask", {"content": "Hello"})
             assert reply.json()["content"] == "echo:Hello"
@@ -10065,21 +10087,20 @@ async def test_status_tells_why_requests_failed(tmp_path):
 @flow
 async def test_status_quotes_no_word_of_a_refusal(tmp_path, code, stream):
     error = {"message": "you wrote: a secret", "type": "a secret", "code": code}
-    async with Upstream(http_reply({"error": error}, 400)) as upstream:
-        async with serving(tmp_path, upstream.controller()) as server:
-            headers = [("x-request-id", "mine")]
-            for path, body in (
-                (CHAT_URL, {**CHAT, "stream": stream}),
-                ("/api/ask", {"content": "x", "model": "m"}),
-            ):
-                reply = await ask(server.port, "POST", path, body, headers=headers)
-                assert reply.status == 400 and b"a secret" in reply.content
-                told, requests = await status_of(server)
-                assert "a secret" not in json.dumps(told)
-                refused = requests["mine"]
-                assert (refused["status"], refused["failed"]) == (400, True)
-                if path == CHAT_URL:
-                    assert refused["code"] == (code if "_" in code else "")
+    async with relaying(tmp_path, http_reply({"error": error}, 400)) as (server, _):
+        headers = [("x-request-id", "mine")]
+        for path, body in (
+            (CHAT_URL, {**CHAT, "stream": stream}),
+            ("/api/ask", {"content": "x", "model": "m"}),
+        ):
+            reply = await ask(server.port, "POST", path, body, headers=headers)
+            assert reply.status == 400 and b"a secret" in reply.content
+            told, requests = await status_of(server)
+            assert "a secret" not in json.dumps(told)
+            refused = requests["mine"]
+            assert (refused["status"], refused["failed"]) == (400, True)
+            if path == CHAT_URL:
+                assert refused["code"] == (code if "_" in code else "")
 
 
 @flow
@@ -10092,22 +10113,21 @@ async def test_status_tells_of_streams_that_broke_off_and_of_clients_that_left(
             writer.transport.abort()
         await asyncio.sleep(60)
 
-    async with Upstream(behave) as upstream:
-        async with serving(tmp_path, upstream.controller()) as server:
-            headers = [("x-request-id", "broken")]
-            body = {**CHAT, "stream": True, "user": "break"}
-            await ask(server.port, "POST", CHAT_URL, body, headers=headers)
-            async with Client(server.port) as client:
-                body = {**CHAT, "stream": True}
-                headers = [("x-request-id", "left")]
-                client.send(request_bytes("POST", CHAT_URL, body, headers=headers))
-                await client.read_head()
-            await until(lambda: not server.running_requests)
-            _, requests = await status_of(server)
-            broken, left = requests["broken"], requests["left"]
-            assert (broken["status"], broken["failed"]) == (200, True)
-            assert broken["error"] and broken["code"] == "upstream_error"
-            assert (left["status"], left["failed"]) == (499, False)
+    async with relaying(tmp_path, behave) as (server, _):
+        headers = [("x-request-id", "broken")]
+        body = {**CHAT, "stream": True, "user": "break"}
+        await ask(server.port, "POST", CHAT_URL, body, headers=headers)
+        async with Client(server.port) as client:
+            body = STREAM
+            headers = [("x-request-id", "left")]
+            client.send(request_bytes("POST", CHAT_URL, body, headers=headers))
+            await client.read_head()
+        await until(lambda: not server.running_requests)
+        _, requests = await status_of(server)
+        broken, left = requests["broken"], requests["left"]
+        assert (broken["status"], broken["failed"]) == (200, True)
+        assert broken["error"] and broken["code"] == "upstream_error"
+        assert (left["status"], left["failed"]) == (499, False)
 
 
 @flow
@@ -10153,32 +10173,31 @@ async def test_a_cancelled_request_is_told_so_and_its_upstream_left(tmp_path, st
             writer.write(STREAM_HEAD + chunked(chunk("Hel")))
         await asyncio.sleep(60)
 
-    async with Upstream(begin) as upstream:
-        async with serving(tmp_path, upstream.controller()) as server:
-            async with Client(server.port) as client:
-                headers = [("x-request-id", "mine")]
-                body = {**CHAT, "stream": stream}
-                client.send(request_bytes("POST", CHAT_URL, body, headers=headers))
-                await until(lambda: chats(upstream))
-                if stream:
-                    await client.read_head()
-                    assert b"Hel" in await client.read_chunk()
-                _, requests = await status_of(server)
-                assert requests["mine"]["status"] is None
-                assert requests["mine"]["attempts"][0]["reason"] == ""
-                path, body = "/admin/requests/cancel", {"request_id": "mine"}
-                reply = await ask(server.port, "POST", path, body)
-                assert reply.json() == {"message": "Request cancelled"}
-                if stream:
-                    assert b'"code": "cancelled"' in await client.read_chunk()
-                else:
-                    reply = await client.read_reply()
-                    assert reply.status == 503
-                    assert reply.headers["x-should-retry"] == "false"
-                await until(lambda: upstream.ended)
-                _, requests = await status_of(server)
-                assert requests["mine"]["code"] == "cancelled"
-                assert (await ask(server.port, "POST", path, body)).status == 404
+    async with relaying(tmp_path, begin) as (server, upstream):
+        async with Client(server.port) as client:
+            headers = [("x-request-id", "mine")]
+            body = {**CHAT, "stream": stream}
+            client.send(request_bytes("POST", CHAT_URL, body, headers=headers))
+            await until(lambda: chats(upstream))
+            if stream:
+                await client.read_head()
+                assert b"Hel" in await client.read_chunk()
+            _, requests = await status_of(server)
+            assert requests["mine"]["status"] is None
+            assert requests["mine"]["attempts"][0]["reason"] == ""
+            path, body = "/admin/requests/cancel", {"request_id": "mine"}
+            reply = await ask(server.port, "POST", path, body)
+            assert reply.json() == {"message": "Request cancelled"}
+            if stream:
+                assert b'"code": "cancelled"' in await client.read_chunk()
+            else:
+                reply = await client.read_reply()
+                assert reply.status == 503
+                assert reply.headers["x-should-retry"] == "false"
+            await until(lambda: upstream.ended)
+            _, requests = await status_of(server)
+            assert requests["mine"]["code"] == "cancelled"
+            assert (await ask(server.port, "POST", path, body)).status == 404
 
 
 @flow
@@ -10434,19 +10453,20 @@ async def test_page_shows_a_user_with_a_token_no_more_than_may_be_seen(server, b
 @flow(timeout=60)
 async def test_page_shows_a_controller_that_fails_and_cools(tmp_path, browser):
     headers = [("Retry-After", "20")]
-    async with Upstream(http_reply({}, 429, headers=headers)) as upstream:
-        async with serving(tmp_path, upstream.controller(name="up")) as server:
-            async with Tab(browser, server.url) as tab:
-                await tab.sign_in()
-                await tab.sees("working")
-                assert (await chat(server)).status == 500
-                await tab.sees("0 of 1 controllers can be asked")
-                await tab.sees("cooling, back in 1")
-                await tab.click("#calls .story")
-                await tab.sees("asked up, in vain: ")
-                await tab.click("#controllers .turn")  # Enable
-                await tab.sees("working")
-                assert tab.complaints == []
+    async with relaying(
+        tmp_path, http_reply({}, 429, headers=headers), {"name": "up"}
+    ) as (server, _):
+        async with Tab(browser, server.url) as tab:
+            await tab.sign_in()
+            await tab.sees("working")
+            assert (await chat(server)).status == 500
+            await tab.sees("0 of 1 controllers can be asked")
+            await tab.sees("cooling, back in 1")
+            await tab.click("#calls .story")
+            await tab.sees("asked up, in vain: ")
+            await tab.click("#controllers .turn")  # Enable
+            await tab.sees("working")
+            assert tab.complaints == []
 
 
 @flow(timeout=60)
@@ -10498,25 +10518,24 @@ async def test_page_streams_a_chat_and_stops_it(tmp_path, browser):
             writer.write(chunked(chunk("word ")))
             await asyncio.sleep(0.02)
 
-    async with Upstream(talk) as upstream:
-        async with serving(tmp_path, upstream.controller()) as server:
-            async with Tab(browser, f"{server.url}/#try") as tab:
-                await tab.sign_in()
-                await tab.sees("System text")
-                await tab.fill("[name=model]", "m")
-                await tab.fill("#ask textarea", "<script>Hello</script>")
-                await tab.js("document.querySelector('#ask textarea').focus()")
-                key = {"key": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-                await tab.do("Input.dispatchKeyEvent", type="keyDown", **key)
-                await tab.sees("word word word")
-                await tab.sees("a second")
-                await tab.click("#ask button")
-                await tab.sees("stopped; first token after")
-                await until(lambda: upstream.ended)
-                await tab.sees("<script>Hello</script>")
-                body = chats(upstream)[0].json()
-                assert body["messages"][0]["content"] == "<script>Hello</script>"
-                assert tab.complaints == []
+    async with relaying(tmp_path, talk) as (server, upstream):
+        async with Tab(browser, f"{server.url}/#try") as tab:
+            await tab.sign_in()
+            await tab.sees("System text")
+            await tab.fill("[name=model]", "m")
+            await tab.fill("#ask textarea", "<script>Hello</script>")
+            await tab.js("document.querySelector('#ask textarea').focus()")
+            key = {"key": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+            await tab.do("Input.dispatchKeyEvent", type="keyDown", **key)
+            await tab.sees("word word word")
+            await tab.sees("a second")
+            await tab.click("#ask button")
+            await tab.sees("stopped; first token after")
+            await until(lambda: upstream.ended)
+            await tab.sees("<script>Hello</script>")
+            body = chats(upstream)[0].json()
+            assert body["messages"][0]["content"] == "<script>Hello</script>"
+            assert tab.complaints == []
 
 
 @flow(timeout=60)
@@ -11006,7 +11025,7 @@ async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    log = PoolLog()
+    log = Log()
     constant(USAGE_FLUSH_INTERVAL=0.01)
     async with serving(tmp_path, log=log) as server:
         token = (await server.users.add(limit="9 requests/day")).token
@@ -11156,10 +11175,7 @@ async def test_an_upstream_without_usage_is_counted_by_all_its_choices(
             for index, text in enumerate(texts)
         ]
         answer = http_reply(completion(choices=choices, usage=None))
-    async with (
-        Upstream(answer) as upstream,
-        serving(tmp_path, upstream.controller()) as server,
-    ):
+    async with relaying(tmp_path, answer) as (server, _):
         token = (await server.users.add(limit="99 tokens/day")).token
         reply = await chat(server, key=token, n=2, stream=stream)
         assert reply.status == 200
@@ -11311,7 +11327,7 @@ async def test_a_stream_left_early_is_counted_as_far_as_it_came(server):
     body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02")
     async with Client(server.port) as client:
         body = {**body, "stream": True}
-        client.send(request_bytes("POST", "/v1/chat/completions", body, token))
+        client.send(request_bytes("POST", CHAT_URL, body, token))
         await client.read_head()
         await client.read_chunk()
     await until(lambda: not server.requests_in_flight)
@@ -11347,17 +11363,15 @@ async def test_metrics_are_for_monitors_and_their_labels_bounded(tmp_path):
 
 
 @flow
-async def test_ready_means_that_something_could_be_asked(tmp_path):
-    log = PoolLog()
-    async with serving(tmp_path, log=log) as server:
-        assert (await ask(server.port, "GET", "/livez", key="")).status == 200
-        assert (await ask(server.port, "GET", "/readyz", key="")).status == 503
-        server.add(pool_function("f"))
-        assert (await ask(server.port, "GET", "/readyz", key="")).status == 200
-        server.draining = True
-        reply = await ask(server.port, "GET", "/readyz", key="")
-        assert reply.status == 503 and reply.content == b"shutting down\n"
-        assert "livez" not in log.text and "readyz" not in log.text
+async def test_ready_means_that_something_could_be_asked(server, log):
+    assert (await ask(server.port, "GET", "/livez", key="")).status == 200
+    assert (await ask(server.port, "GET", "/readyz", key="")).status == 503
+    server.add(pool_function("f"))
+    assert (await ask(server.port, "GET", "/readyz", key="")).status == 200
+    server.draining = True
+    reply = await ask(server.port, "GET", "/readyz", key="")
+    assert reply.status == 503 and reply.content == b"shutting down\n"
+    assert "livez" not in log.text and "readyz" not in log.text
 
 
 # -----------------------------------------------------------------------------
@@ -11365,27 +11379,6 @@ async def test_ready_means_that_something_could_be_asked(tmp_path):
 # -----------------------------------------------------------------------------
 
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-class HandlerLog:
-    """Takes the lines that a server would log."""
-
-    def __init__(self):
-        self.lines = []
-
-    def write(self, line):
-        self.lines.append(line)
-
-    report = write
-
-    @property
-    def text(self):
-        return "\n".join(self.lines)
-
-
-def handler_posts(upstream):
-    """What was asked of an upstream, without the server's own GET /models."""
-    return [r for r in upstream.requests if r.line.startswith("POST")]
 
 
 def handler_split(data):
@@ -11420,16 +11413,6 @@ def handler_stream(*events, end=True):
     return behave
 
 
-def handler_answers(reply):
-    """An upstream that has the model "m" and answers POST with these bytes."""
-
-    async def behave(request, writer):
-        models = http_reply({"data": [{"id": "m"}]})
-        writer.write(models if request.line.startswith("GET") else reply)
-
-    return behave
-
-
 async def handler_hang(request, writer):
     """An upstream that names its models and then never answers."""
     if request.line.startswith("GET"):
@@ -11438,31 +11421,8 @@ async def handler_hang(request, writer):
         await asyncio.sleep(60)
 
 
-@contextlib.asynccontextmanager
-async def handler_chat(tmp_path, behave=None, controller=None, **options):
-    """An upstream, and a server in front of it."""
-    if isinstance(behave, bytes):
-        behave = handler_answers(behave)
-    async with Upstream(behave) as upstream:
-        made = upstream.controller(**(controller or {}))
-        async with serving(tmp_path, made, **options) as server:
-            await until(lambda: made.listed or made.models or upstream.requests)
-            yield server, upstream
-
-
 async def handler_agents(server, count):
     await until(lambda: len(server.agents) == count)
-
-
-@contextlib.asynccontextmanager
-async def handler_task(work):
-    """A task that is ended with the block."""
-    task = asyncio.ensure_future(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 async def handler_add_user(port, **fields):
@@ -11589,7 +11549,7 @@ async def test_other_pages_may_not_read_administration(server):
             assert reply.status in (200, 204)
             names = [n for n in reply.headers if n.startswith("access-control")]
             assert names == []
-    reply = await ask(server.port, "POST", "/v1/chat/completions", key="")
+    reply = await ask(server.port, "POST", CHAT_URL, key="")
     assert reply.status == 401
     assert reply.headers["access-control-allow-origin"] == "*"
 
@@ -11631,7 +11591,7 @@ async def test_refusal_says_whether_the_connection_goes_on(server, constant):
 
 @flow
 async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_path):
-    log = PoolLog()
+    log = Log()
     async with serving(tmp_path, log=log) as server:
         hello = b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"
         answer = await raw(server.port, hello, timeout=2)
@@ -11661,7 +11621,7 @@ async def test_head_that_does_not_come_is_answered_408(server, constant):
                 client.send(bytes([byte]))
                 await asyncio.sleep(0.02)
 
-        async with handler_task(trickle()):
+        async with beside(trickle()):
             reply = await client.read_reply()
     assert reply.status == 408 and reply.headers["connection"] == "close"
     assert reply.headers["x-request-id"]
@@ -11741,7 +11701,7 @@ async def test_slow_content_is_answered_408(server, chunked_body, constant):
                     client.send(chunked(b"x") if chunked_body else b"x")
                     await asyncio.sleep(0.05)
 
-            async with handler_task(trickle() if trickles else asyncio.sleep(0)):
+            async with beside(trickle() if trickles else asyncio.sleep(0)):
                 reply = await asyncio.wait_for(client.read_reply(), 5)
             assert reply.status == 408
             assert reply.headers["connection"] == "close"
@@ -11897,7 +11857,7 @@ async def test_bug_in_a_route_is_told_by_its_request_id_alone(
     async def broken(exchange):
         raise ValueError("SECRET of the handler")
 
-    log = HandlerLog()
+    log = Log()
     route = apiserver.ROUTES["/status"]._replace(answer=broken)
     monkeypatch.setitem(apiserver.ROUTES, "/status", route)
     # As the program does it; caplog sees what an embedding program would.
@@ -11927,7 +11887,7 @@ async def test_upgrade_to_what_is_not_spoken_is_ignored(server, upstream):
     assert reply.status == 200
     reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=upgrade)
     assert reply.status == 200
-    [asked] = handler_posts(upstream)
+    [asked] = chats(upstream)
     assert "http2-settings" not in asked.headers
     assert "upgrade" not in asked.headers
 
@@ -11999,7 +11959,7 @@ async def test_path_climbs_nowhere(server, upstream):
     for path in ("/v1/../x", "/v1/a/..", "/v1/%2e%2e/x", "/v1/.%2E", "/v1/./x"):
         reply = await ask(server.port, "POST", path, {"model": "m"})
         assert reply.status == 404, path
-    assert handler_posts(upstream) == []
+    assert chats(upstream) == []
 
 
 @flow
@@ -12013,7 +11973,7 @@ async def test_too_many_query_fields_are_no_internal_error(server):
 async def test_reset_between_refusal_and_close_leaves_no_trace(
     tmp_path, monkeypatch, caplog
 ):
-    log = HandlerLog()
+    log = Log()
     async with serving(tmp_path, log=log) as server:
         sock = socket.create_connection(("127.0.0.1", server.port))
 
@@ -12072,7 +12032,7 @@ async def test_credential_travels_in_several_forms(server, fields, answer):
 
 @flow
 async def test_credential_in_the_path(tmp_path):
-    log = HandlerLog()
+    log = Log()
     async with serving(tmp_path, log=log) as server:
         agent = await handler_add_user(server.port, role="agent")
         far = [("X-Forwarded-For", "192.0.2.1")]
@@ -12188,24 +12148,21 @@ async def handler_status(port, request, host="127.0.0.1"):
 
 @pytest.mark.parametrize("field", NOT_LOCAL, ids=": ".join)
 @flow
-async def test_only_this_machines_user_needs_no_key(tmp_path, field):
+async def test_only_this_machines_user_needs_no_key(server, log, field):
     """F61."""
-
-    log = HandlerLog()
-    async with serving(tmp_path, log=log) as server:
-        port = server.port
-        handshake = handler_handshake("/client/register", field)
-        assert await handler_status(port, handshake) == 403
-        assert "/k/<token>" in log.text
-        key = ("Authorization", f"Bearer {KEY}")
-        handshake = handler_handshake("/client/register", field, key)
-        assert await handler_status(port, handshake) == 101
-        handshake = handler_handshake(f"/k/{KEY}/client/register", field)
-        assert await handler_status(port, handshake) == 101
-        listing = handler_handshake("/api/connections", field)
-        assert await handler_status(port, listing) in (401, 403)
-        listing = handler_handshake("/api/connections", field, key)
-        assert await handler_status(port, listing) == 200
+    port = server.port
+    handshake = handler_handshake("/client/register", field)
+    assert await handler_status(port, handshake) == 403
+    assert "/k/<token>" in log.text
+    key = ("Authorization", f"Bearer {KEY}")
+    handshake = handler_handshake("/client/register", field, key)
+    assert await handler_status(port, handshake) == 101
+    handshake = handler_handshake(f"/k/{KEY}/client/register", field)
+    assert await handler_status(port, handshake) == 101
+    listing = handler_handshake("/api/connections", field)
+    assert await handler_status(port, listing) in (401, 403)
+    listing = handler_handshake("/api/connections", field, key)
+    assert await handler_status(port, listing) == 200
 
 
 @pytest.mark.parametrize(
@@ -12293,8 +12250,8 @@ async def test_who_may_register_without_a_key(tmp_path, auth, near, far, listing
 
 @flow
 async def test_no_secret_reaches_the_log(tmp_path):
-    log = HandlerLog()
-    async with handler_chat(tmp_path, log=log, verbose=True) as (server, _):
+    log = Log()
+    async with relaying(tmp_path, log=log, verbose=True) as (server, _):
         user = await handler_add_user(server.port, name="Ada")
         token = user["token"]
         chat = {**CHAT, "messages": [{"role": "user", "content": "PROMPT"}]}
@@ -12384,7 +12341,7 @@ async def test_ask_says_what_is_wrong(server, body, status, text):
 async def test_ask_without_an_agent_harms_nobody(server):
     """F01."""
     assert (await handler_ask(server.port)).status == 503
-    async with Agent(server.port) as agent, handler_task(agent.echo()):
+    async with Agent(server.port) as agent, beside(agent.echo()):
         await handler_agents(server, 1)
         reply = await handler_ask(server.port)
         assert reply.json()["content"] == "echo:Hello"
@@ -12395,9 +12352,9 @@ async def test_ask_waits_a_moment_for_an_agent_that_has_just_left(server):
     async with Agent(server.port):
         await handler_agents(server, 1)
     await handler_agents(server, 0)
-    async with handler_task(handler_ask(server.port)) as asking:
+    async with beside(handler_ask(server.port)) as asking:
         await until(lambda: server.pool.waiting)
-        async with Agent(server.port) as agent, handler_task(agent.echo()):
+        async with Agent(server.port) as agent, beside(agent.echo()):
             assert (await asking).json()["content"] == "echo:Hello"
 
 
@@ -12409,7 +12366,7 @@ async def test_conversation_here_can_branch(server, upstream):
         ids = {"conversation_id": conversation_id, "parent_id": parent_id}
         reply = await handler_ask(server.port, content, **ids, model="m")
         assert reply.status == 200, reply.content
-        sent = handler_posts(upstream)[-1]
+        sent = chats(upstream)[-1]
         assert sent.line.startswith("POST /v1/chat/completions ")
         assert sent.json()["model"] == "m"
         words = [m["content"] for m in sent.json()["messages"]]
@@ -12482,22 +12439,22 @@ async def test_conversation_stays_with_its_agent(server, monkeypatch):
     """F08, F10: pinned; gone is gone; back with its id is the same agent."""
     monkeypatch.setattr(apiserver, "AGENT_RETURN_TIMEOUT", 0.05)
     ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
-    async with Agent(server.port) as first, handler_task(first.echo()):
+    async with Agent(server.port) as first, beside(first.echo()):
         await handler_agents(server, 1)
         assert (await handler_ask(server.port)).status == 200
-        async with Agent(server.port) as second, handler_task(second.echo()):
+        async with Agent(server.port) as second, beside(second.echo()):
             await handler_agents(server, 2)
             for _ in range(4):
                 asked = first.protocol
                 reply = await handler_ask(server.port, **ids)
                 assert reply.status == 200 and asked
-    async with Agent(server.port) as third, handler_task(third.echo()):
+    async with Agent(server.port) as third, beside(third.echo()):
         await until(lambda: list(server.agents) == [third.id])
         reply = await handler_ask(server.port, **ids)
         assert reply.status == 500
         assert reply.json() == {"error": "Connection no longer exists"}
         again = Agent(server.port, id=first.id)
-        async with again, handler_task(again.echo()):
+        async with again, beside(again.echo()):
             await handler_agents(server, 2)
             assert (await handler_ask(server.port, **ids)).status == 200
 
@@ -12515,10 +12472,7 @@ async def test_two_agents_may_hand_out_the_same_conversation_id(server):
                 asked.append(name)
                 await agent.reply(id, name)
 
-        async with (
-            handler_task(answer(first, "first")),
-            handler_task(answer(second, "second")),
-        ):
+        async with beside(answer(first, "first")), beside(answer(second, "second")):
             mine = (await handler_ask(server.port)).json()["content"]
             theirs = (await handler_ask(server.port, key=other)).json()["content"]
             assert {mine, theirs} == {"first", "second"}
@@ -12536,7 +12490,7 @@ async def test_conversation_kept_here_may_go_on_at_a_browser_agent(server):
     async with Agent(server.port) as agent:
         await handler_agents(server, 1)
         ids = {"conversation_id": talk, "parent_id": reply["response_id"]}
-        async with handler_task(handler_ask(server.port, "two", **ids)) as asking:
+        async with beside(handler_ask(server.port, "two", **ids)) as asking:
             id, data = await agent.request()
             assert data["conversation_id"] == ""
             assert data["content"] == "User: one\n\nAssistant: one\n\nUser: two"
@@ -12552,7 +12506,7 @@ async def test_conversation_kept_here_may_go_on_at_a_browser_agent(server):
 @flow
 async def test_answer_with_a_response_id_of_its_own_is_still_an_upstreams(tmp_path):
     odd = completion(response_id="x", error=None)
-    async with handler_chat(tmp_path, http_reply(odd)) as (server, _):
+    async with relaying(tmp_path, http_reply(odd)) as (server, _):
         reply = await handler_ask(server.port, model="m")
         assert reply.status == 200 and reply.json()["content"] == "Hi there"
         names = ["id", "response_id", "conversation_id", "content", "error"]
@@ -12562,20 +12516,20 @@ async def test_answer_with_a_response_id_of_its_own_is_still_an_upstreams(tmp_pa
 @flow
 async def test_model_of_an_ask_is_the_first_of_who_answers(tmp_path):
     models = {"alias": "real"}
-    async with handler_chat(tmp_path, http_reply(completion())) as (server, upstream):
+    async with relaying(tmp_path, http_reply(completion())) as (server, upstream):
         assert (await handler_ask(server.port)).status == 200
-        assert handler_posts(upstream)[-1].json()["model"] == "m"  # it lists
+        assert chats(upstream)[-1].json()["model"] == "m"  # it lists
     controller = {"models": models}
-    async with handler_chat(tmp_path, http_reply(completion()), controller) as (
+    async with relaying(tmp_path, http_reply(completion()), controller) as (
         server,
         upstream,
     ):
         assert (await handler_ask(server.port)).status == 200
-        assert handler_posts(upstream)[-1].json()["model"] == "real"
+        assert chats(upstream)[-1].json()["model"] == "real"
         reply = await handler_ask(server.port, model="other")
         assert reply.status == 404 and "other" in reply.json()["error"]
     none = http_reply({"data": []})
-    async with handler_chat(tmp_path, handler_either(none)) as (server, upstream):
+    async with relaying(tmp_path, handler_either(none)) as (server, upstream):
         reply = await handler_ask(server.port)
         assert reply.status == 400 and "model" in reply.json()["error"]
 
@@ -12606,7 +12560,7 @@ async def test_agent_that_dies_is_replaced(server):
             else:
                 await agent.reply(id, "alive")
 
-        async with handler_task(behave(first)), handler_task(behave(second)):
+        async with beside(behave(first)), beside(behave(second)):
             reply = await handler_ask(server.port)
             assert reply.json()["content"] == "alive" and len(asked) == 2
 
@@ -12617,7 +12571,7 @@ async def test_silent_agent_is_replaced_and_its_late_answer_dropped(server, agen
     reply = await handler_ask(server.port)
     assert reply.status == 504 and list(reply.json()) == ["error"]
     late, _ = await agent.request()
-    async with handler_task(handler_ask(server.port, "two")) as asking:
+    async with beside(handler_ask(server.port, "two")) as asking:
         id, data = await agent.request()
         assert data["content"] == "two"
         await agent.reply(late, "late")
@@ -12625,7 +12579,7 @@ async def test_silent_agent_is_replaced_and_its_late_answer_dropped(server, agen
         await agent.reply(id, "right")
         await agent.reply(id, "again")
         assert (await asking).json()["content"] == "right"
-    async with handler_task(handler_ask(server.port, "three")) as asking:
+    async with beside(handler_ask(server.port, "three")) as asking:
         id, _ = await agent.request()
         await agent.reply(id, "third")
         assert (await asking).json()["content"] == "third"
@@ -12652,7 +12606,7 @@ async def test_silent_agent_is_replaced_and_its_late_answer_dropped(server, agen
 async def test_failed_answer_fails_one_request(server, agent, message, data, more):
     """F07: the agent stays, and is asked again."""
     for _ in range(4):
-        async with handler_task(handler_ask(server.port)) as asking:
+        async with beside(handler_ask(server.port)) as asking:
             id, _ = await agent.request()
             await agent.send(id, message, data, **more)
             reply = await asking
@@ -12661,7 +12615,7 @@ async def test_failed_answer_fails_one_request(server, agent, message, data, mor
         assert error and len(error) < 4200
         if data == "It broke":
             assert "It broke" in error
-    async with handler_task(handler_ask(server.port)) as asking:
+    async with beside(handler_ask(server.port)) as asking:
         id, _ = await agent.request()
         await agent.reply(id, "well again")
         assert (await asking).json()["content"] == "well again"
@@ -12678,42 +12632,39 @@ async def test_failed_agent_is_replaced_by_another(server):
                 id, _ = await agent.request()
                 await agent.send(id, "error", "no", error={})
 
-        async with handler_task(fail(first)), handler_task(second.echo()):
+        async with beside(fail(first)), beside(second.echo()):
             for _ in range(4):
                 assert (await handler_ask(server.port)).status == 200
 
 
 @flow
-async def test_malformed_messages_harm_nobody(tmp_path):
-    log = HandlerLog()
-    async with serving(tmp_path, log=log) as server, Agent(server.port) as agent:
-        await handler_agents(server, 1)
-        messages = [
-            "no JSON",
-            "[]",
-            "5",
-            "null",
-            "",
-            "[" * 100_000,
-            '{"message": "ChatGptResponse"}',
-            '{"id": {}, "message": "ChatGptResponse", "data": {}}',
-            '{"id": [], "message": [], "data": []}',
-            '{"id": null, "message": {}, "data": null}',
-            '{"id": 5, "message": "Models", "data": "[5]"}',
-            '{"id": 5, "message": "error", "data": ' + "1" * 5000 + "}",
-            '{"id": "x", "message": "Connection id", "data": "again"}',
-            '{"id": "\\ud800", "message": "ChatGptResponse", "data": "\\ud800"}',
-            b"\xff\xfe binary",
-            b'{"id": "x", "message": "ping"}',
-        ]
-        async with handler_task(handler_ask(server.port)) as asking:
-            id, _ = await agent.request()
-            for message in messages:
-                agent.writer.write(agent.protocol.send(message))
-            await agent.reply(id, "still here")
-            assert (await asking).json()["content"] == "still here"
-        assert list(server.agents) == [agent.id]
-        assert "failed" not in log.text
+async def test_malformed_messages_harm_nobody(server, agent, log):
+    messages = [
+        "no JSON",
+        "[]",
+        "5",
+        "null",
+        "",
+        "[" * 100_000,
+        '{"message": "ChatGptResponse"}',
+        '{"id": {}, "message": "ChatGptResponse", "data": {}}',
+        '{"id": [], "message": [], "data": []}',
+        '{"id": null, "message": {}, "data": null}',
+        '{"id": 5, "message": "Models", "data": "[5]"}',
+        '{"id": 5, "message": "error", "data": ' + "1" * 5000 + "}",
+        '{"id": "x", "message": "Connection id", "data": "again"}',
+        '{"id": "\\ud800", "message": "ChatGptResponse", "data": "\\ud800"}',
+        b"\xff\xfe binary",
+        b'{"id": "x", "message": "ping"}',
+    ]
+    async with beside(handler_ask(server.port)) as asking:
+        id, _ = await agent.request()
+        for message in messages:
+            agent.writer.write(agent.protocol.send(message))
+        await agent.reply(id, "still here")
+        assert (await asking).json()["content"] == "still here"
+    assert list(server.agents) == [agent.id]
+    assert "failed" not in log.text
 
 
 @pytest.mark.parametrize(
@@ -12738,7 +12689,7 @@ async def test_agent_that_comes_back_takes_over(tmp_path):
 
     async with serving(tmp_path) as server, Agent(server.port) as old:
         await handler_agents(server, 1)
-        async with Agent(server.port, id=old.id) as new, handler_task(new.echo()):
+        async with Agent(server.port, id=old.id) as new, beside(new.echo()):
             while (event := await old.event())[0] is not CLOSE:
                 pass
             assert event[1][0] == 4000
@@ -12759,7 +12710,7 @@ async def test_stranger_does_not_get_a_live_agents_id(tmp_path):
         await handler_agents(server, 1)
         token = (await handler_add_user(server.port, role="agent"))["token"]
         path = f"/k/{token}/client/register"
-        async with Agent(server.port, path, id=old.id), handler_task(old.echo()):
+        async with Agent(server.port, path, id=old.id), beside(old.echo()):
             await handler_agents(server, 2)
             assert server.agents[old.id].credential == "this machine"
             stranger = [id for id in server.agents if id != old.id]
@@ -12799,7 +12750,6 @@ async def test_an_answer_that_comes_as_its_client_leaves_frees_the_agent(
 @flow
 async def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, answers):
     """Or until its deadline has come."""
-
     limits = Limits(ask_timeout=10 if answers else 0.5)
     async with serving(tmp_path, limits=limits) as server, Agent(server.port) as agent:
         await handler_agents(server, 1)
@@ -12810,7 +12760,7 @@ async def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, an
         reply = await ask(server.port, "GET", "/admin/controllers")
         [line] = [c for c in reply.json()["controllers"] if c["type"] == "agent"]
         assert line["state"] == "busy"
-        async with handler_task(handler_ask(server.port, "two")) as asking:
+        async with beside(handler_ask(server.port, "two")) as asking:
             await until(lambda: server.pool.waiting == 1)
             if answers:
                 await agent.reply(id, "too late")
@@ -12837,7 +12787,7 @@ async def test_idle_agent_is_pinged_in_its_own_words_and_dropped_when_dead(
 
 @flow(limits=Limits(ping_interval=0.05, pong_timeout=0.05, ask_timeout=10))
 async def test_busy_agent_is_not_dropped_for_its_silence(server, agent):
-    async with handler_task(handler_ask(server.port)) as asking:
+    async with beside(handler_ask(server.port)) as asking:
         id, _ = await agent.request()
         await asyncio.sleep(0.5)  # many intervals, and no pong
         await agent.reply(id, "slow but sure")
@@ -12873,7 +12823,7 @@ async def test_agents_are_counted(server):
 async def test_connections_are_listed_as_the_original_did(server):
     reply = await ask(server.port, "GET", "/api/connections", key="")
     assert reply.json() == {"connections": []}
-    async with Agent(server.port) as agent, handler_task(agent.echo()):
+    async with Agent(server.port) as agent, beside(agent.echo()):
         await handler_agents(server, 1)
         reply = await ask(server.port, "GET", "/api/connections")
         [row] = reply.json()["connections"]
@@ -12896,7 +12846,7 @@ async def test_browser_agent_answers_chat_completions(server, agent, stream):
         {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
     ]
     chat = {"model": "gpt-x", "messages": messages, "stream": stream}
-    async with handler_task(ask(server.port, "POST", CHAT_URL, chat)) as asking:
+    async with beside(ask(server.port, "POST", CHAT_URL, chat)) as asking:
         id, data = await agent.request()
         assert data["content"] == "System: Be brief.\n\nUser: Hello"
         await agent.reply(id, "Hi")
@@ -12923,7 +12873,7 @@ async def test_browser_agent_answers_chat_completions(server, agent, stream):
 
 @flow
 async def test_paths_that_a_browser_agent_cannot_answer_go_to_who_can(tmp_path):
-    async with handler_chat(tmp_path, http_reply({"data": []})) as (server, _):
+    async with relaying(tmp_path, http_reply({"data": []})) as (server, _):
         async with Agent(server.port):
             await handler_agents(server, 1)
             for _ in range(4):
@@ -12946,11 +12896,11 @@ async def test_unknown_fields_arrive_byte_for_byte(tmp_path):
         b'"\\u00e9\xc3\xa9"}], "next_year": {"b":1.0e5,"a":[ ]},"top_p":1.00 }'
     )
     sent_back = http_reply(completion(odd={"x": [1.50]}))
-    async with handler_chat(tmp_path, sent_back) as (server, upstream):
+    async with relaying(tmp_path, sent_back) as (server, upstream):
         for path in (CHAT_URL, "/chat/completions"):
             form = [("Content-Type", "application/x-www-form-urlencoded")]  # curl -d
             reply = await ask(server.port, "POST", path, body, headers=form)
-            asked = handler_posts(upstream)[-1]
+            asked = chats(upstream)[-1]
             assert asked.content == body
             assert asked.headers["content-type"] == "application/json"
             assert asked.line == "POST /v1/chat/completions HTTP/1.1"
@@ -12959,7 +12909,7 @@ async def test_unknown_fields_arrive_byte_for_byte(tmp_path):
         await ask(server.port, "POST", CHAT_URL, {**old, "temperature": 0})
         messages = [{"role": "user", "content": "x"}]
         expected = {"model": "m", "messages": messages, "temperature": 0}
-        assert handler_posts(upstream)[-1].json() == expected
+        assert chats(upstream)[-1].json() == expected
 
 
 @flow
@@ -12995,14 +12945,14 @@ async def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
     answer = [*back, *((name, "PRIVATE") for name in hidden)]
     answer.append(("Connection", "keep-alive, x-hop"))
     reply = http_reply(completion(), headers=answer)
-    async with handler_chat(tmp_path, reply) as (server, upstream):
+    async with relaying(tmp_path, reply) as (server, upstream):
         headers = [*on.items(), *private.items()]
         request = request_bytes("POST", CHAT_URL, CHAT, headers=headers)
         async with Client(server.port) as client:
             client.send(request.decode().encode("latin-1"))
             reply = await client.read_reply()
         assert reply.status == 200, reply.content
-        [asked] = handler_posts(upstream)
+        [asked] = chats(upstream)
         assert asked.headers["authorization"] == "Bearer UPSTREAMSECRET"
         assert asked.headers["host"] == f"127.0.0.1:{upstream.port}"
         assert asked.headers["accept-encoding"] == "identity"
@@ -13043,7 +12993,7 @@ async def test_invalid_chat_request_is_400_and_names_the_field(
     assert list(error) == ["message", "type", "param", "code"]
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
-    assert handler_posts(upstream) == []
+    assert chats(upstream) == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -13054,7 +13004,7 @@ async def test_error_about_the_request_goes_through_unchanged(tmp_path, status, 
 
     content = b'{ "error": {"message": "no", "odd": 1.0} }'
     answer = http_reply(content, status)
-    async with handler_chat(tmp_path, answer) as (server, upstream):
+    async with relaying(tmp_path, answer) as (server, upstream):
         for _ in range(4):  # no cooling down
             body = {**CHAT, "stream": stream}
             reply = await ask(server.port, "POST", CHAT_URL, body)
@@ -13071,7 +13021,7 @@ async def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
     headers = [("Retry-After", "7")]
     answer = http_reply({"error": error}, status, headers=headers)
     how = "pass" if passes else "map"
-    async with handler_chat(tmp_path, answer, upstream_errors=how) as (server, _):
+    async with relaying(tmp_path, answer, upstream_errors=how) as (server, _):
         reply = await ask(server.port, "POST", CHAT_URL, CHAT)
         if status == 403:  # perhaps about what was asked: it goes through
             assert reply.status == 403
@@ -13094,7 +13044,7 @@ async def test_dead_and_unreadable_upstreams_are_500(tmp_path):
             writer.write(answer)
             writer.close()
 
-        async with handler_chat(tmp_path, behave) as (server, _):
+        async with relaying(tmp_path, behave) as (server, _):
             reply = await ask(server.port, "POST", CHAT_URL, CHAT)
             assert reply.status == 500, answer
             assert list(reply.json()["error"]) == ["message", "type", "param", "code"]
@@ -13103,7 +13053,7 @@ async def test_dead_and_unreadable_upstreams_are_500(tmp_path):
 @flow
 async def test_models_nobody_has_are_404(tmp_path):
     controller = {"models": ["only"]}
-    async with handler_chat(tmp_path, http_reply({}), controller) as (server, _):
+    async with relaying(tmp_path, http_reply({}), controller) as (server, _):
         for path in (CHAT_URL, "/v1/embeddings"):
             reply = await ask(server.port, "POST", path, CHAT)
             assert reply.status == 404
@@ -13120,13 +13070,13 @@ async def test_mocks_are_asked_by_name_and_nobody_else_is(server, upstream):
     for _ in range(4):
         reply = await ask(server.port, "POST", CHAT_URL, echo)
         assert reply.json()["choices"][0]["message"]["content"] == "Hello"
-    assert handler_posts(upstream) == []
+    assert chats(upstream) == []
 
 
 @flow
 async def test_models_are_listed(tmp_path):
     listed = http_reply({"data": [{"id": "org/m 1"}, {"id": "b"}]})
-    async with handler_chat(tmp_path, handler_either(listed)) as (server, _):
+    async with relaying(tmp_path, handler_either(listed)) as (server, _):
         await until(lambda: server.pool.controllers[-1].listed)
         reply = await ask(server.port, "GET", "/v1/models")
         assert reply.json()["object"] == "list"
@@ -13144,8 +13094,8 @@ async def test_models_are_listed(tmp_path):
 
 @flow
 async def test_other_paths_go_to_who_has_the_model(tmp_path):
-    one = handler_answers(http_reply({"object": "one"}))
-    two = handler_answers(http_reply({"object": "two"}))
+    one = answers_posts(http_reply({"object": "one"}))
+    two = answers_posts(http_reply({"object": "two"}))
     async with Upstream(one) as first, Upstream(two) as second:
         controllers = [first.controller(models=["a"]), second.controller(models=["b"])]
         async with serving(tmp_path, *controllers) as server:
@@ -13153,7 +13103,7 @@ async def test_other_paths_go_to_who_has_the_model(tmp_path):
             path = "/v1/embeddings?odd=1"
             reply = await ask(server.port, "POST", path, body)
             assert reply.json() == {"object": "two"}
-            [asked] = handler_posts(second)
+            [asked] = chats(second)
             assert asked.content == body
             assert asked.line == f"POST {path} HTTP/1.1"
             form = b'--xyz\r\nContent-Disposition: form-data; name="file"'
@@ -13164,7 +13114,7 @@ async def test_other_paths_go_to_who_has_the_model(tmp_path):
             path = "/v1/audio/transcriptions"
             reply = await ask(server.port, "POST", path, form, headers=[kind])
             assert reply.json() == {"object": "one"}
-            [asked] = handler_posts(first)
+            [asked] = chats(first)
             assert asked.content == form
             assert asked.headers["content-type"] == kind[1]
             form = form.replace(b'"model"', b'"other"')
@@ -13181,7 +13131,7 @@ async def test_stream_is_relayed_as_it_comes(tmp_path):
     go_on = asyncio.Event()
     first, second = chunk("Hel"), chunk("lo", "stop")
     behave = handler_stream(first, go_on, second, DONE)
-    async with handler_chat(tmp_path, behave) as (server, upstream):
+    async with relaying(tmp_path, behave) as (server, upstream):
         async with Client(server.port) as client:
             for _ in range(2):
                 client.send(request_bytes("POST", CHAT_URL, STREAM))
@@ -13208,13 +13158,13 @@ async def test_usage_is_counted_and_shown_only_to_who_asked(tmp_path, wanted):
     usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     last = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
     behave = handler_stream(chunk("Hi"), chunk(None, "stop"), last, DONE)
-    async with handler_chat(tmp_path, behave) as (server, upstream):
+    async with relaying(tmp_path, behave) as (server, upstream):
         options = {"stream_options": {"include_usage": True}}
         body = {**STREAM, **(options if wanted else {})}
         reply = await ask(server.port, "POST", CHAT_URL, body)
         assert (b"total_tokens" in reply.content) is wanted
         assert reply.content.endswith(DONE)
-        asked = handler_posts(upstream)[-1].json()
+        asked = chats(upstream)[-1].json()
         assert asked == {**STREAM, **options}
         reply = await ask(server.port, "GET", "/admin/controllers")
         assert reply.json()["controllers"][-1]["tokens"] == 7
@@ -13228,17 +13178,17 @@ async def test_upstream_that_knows_no_stream_options_is_asked_without(tmp_path):
         else:
             await handler_stream(chunk("Hi", "stop"), DONE)(request, writer)
 
-    async with handler_chat(tmp_path, behave) as (server, upstream):
+    async with relaying(tmp_path, behave) as (server, upstream):
         for count in (2, 3):  # once more, and then it is known
             reply = await ask(server.port, "POST", CHAT_URL, STREAM)
             assert reply.status == 200
-            assert len(handler_posts(upstream)) == count
-        assert handler_posts(upstream)[-1].json() == STREAM
+            assert len(chats(upstream)) == count
+        assert chats(upstream)[-1].json() == STREAM
 
 
 @flow
 async def test_json_answer_becomes_a_stream_and_a_stream_an_answer(tmp_path):
-    async with handler_chat(tmp_path, http_reply(completion())) as (server, _):
+    async with relaying(tmp_path, http_reply(completion())) as (server, _):
         reply = await ask(server.port, "POST", CHAT_URL, STREAM)
         assert "text/event-stream" in reply.headers["content-type"]
         *events, done = reply.events()
@@ -13247,7 +13197,7 @@ async def test_json_answer_becomes_a_stream_and_a_stream_an_answer(tmp_path):
         assert said == "Hi there" and done == "[DONE]"
         assert choices[-1]["finish_reason"] == "stop"
     behave = handler_stream(chunk("Hi "), chunk("there", "stop"), DONE)
-    async with handler_chat(tmp_path, behave) as (server, _):
+    async with relaying(tmp_path, behave) as (server, _):
         reply = await ask(server.port, "POST", CHAT_URL, CHAT)
         assert reply.headers["content-type"] == "application/json"
         [choice] = reply.json()["choices"]
@@ -13262,7 +13212,7 @@ async def test_waiting_client_gets_comments(tmp_path):
     go_on = asyncio.Event()
     behave = handler_stream(go_on, chunk("Hi", "stop"), DONE)
     limits = Limits(heartbeat_interval=0.1)
-    async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+    async with relaying(tmp_path, behave, limits=limits) as (server, _):
         async with Client(server.port) as client:
             client.send(request_bytes("POST", CHAT_URL, STREAM))
             assert (await client.read_head())[0] == 200
@@ -13282,7 +13232,7 @@ async def test_no_comment_follows_the_end_of_a_stream(tmp_path):
         await asyncio.sleep(60)  # its last chunk is waited for, a moment
 
     limits = Limits(heartbeat_interval=0.05)
-    async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+    async with relaying(tmp_path, behave, limits=limits) as (server, _):
         async with Client(server.port) as client:
             for _ in range(2):  # on one connection
                 client.send(request_bytes("POST", CHAT_URL, STREAM))
@@ -13296,7 +13246,7 @@ async def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
     """While another controller is asked, the failed one's status is nobody's."""
 
     go_on = asyncio.Event()
-    failing = handler_answers(
+    failing = answers_posts(
         http_reply({"error": {"message": "no"}}, 500, headers=[("X-Failed", "yes")])
     )
     slow = handler_stream(go_on, chunk("Hi", "stop"), DONE)
@@ -13307,7 +13257,7 @@ async def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
             async with Client(server.port) as client:
                 client.send(request_bytes("POST", CHAT_URL, STREAM))
                 status, headers = await client.read_head()
-                assert len(handler_posts(first)) == 1
+                assert len(chats(first)) == 1
                 assert status == 200 and "x-failed" not in headers
                 go_on.set()
                 reply = b""
@@ -13327,7 +13277,7 @@ async def test_refusal_after_a_comment_is_the_streams_last_event(tmp_path):
         writer.write(http_reply(content, 400))
 
     limits = Limits(heartbeat_interval=0.05)
-    async with handler_chat(tmp_path, behave, limits=limits) as (server, _):
+    async with relaying(tmp_path, behave, limits=limits) as (server, _):
         async with Client(server.port) as client:
             body = {**STREAM, "stream_options": {"include_usage": True}}
             client.send(request_bytes("POST", CHAT_URL, body))
@@ -13387,7 +13337,7 @@ async def test_other_dialects_are_relayed_as_they_are_and_cut_where_they_break(
     begun = b'event: response.created\ndata: {"type": "response.created"}\n\n'
     body = {"model": "m", "input": "x", "stream": True}
     behave = handler_stream(begun, events)
-    async with handler_chat(tmp_path, behave) as (server, _):
+    async with relaying(tmp_path, behave) as (server, _):
         reply = await ask(server.port, "POST", "/v1/responses", body)
         assert reply.content == begun + events and reply.whole
     go_on = asyncio.Event()
@@ -13397,7 +13347,7 @@ async def test_other_dialects_are_relayed_as_they_are_and_cut_where_they_break(
         await inner(request, writer)
         writer.close()
 
-    async with handler_chat(tmp_path, broken) as (server, _):
+    async with relaying(tmp_path, broken) as (server, _):
         async with Client(server.port) as client:
             client.send(request_bytes("POST", "/v1/responses", body))
             await client.read_head()
@@ -13431,7 +13381,7 @@ async def test_a_path_under_v1_has_one_form(server, upstream):
     ):
         reply = await ask(server.port, "POST", path, CHAT)
         assert reply.status == 200, path
-        assert handler_posts(upstream)[-1].line == f"POST {CHAT_URL} HTTP/1.1"
+        assert chats(upstream)[-1].line == f"POST {CHAT_URL} HTTP/1.1"
     for path in ("/v1/models/", "//v1/models", "/v1/v1/models"):
         assert (await ask(server.port, "GET", path)).status == 200
 
@@ -13448,7 +13398,7 @@ async def test_no_other_path_has_a_second_form(server, upstream, path):
     for method in ("GET", "POST"):
         body = CHAT if method == "POST" else None
         assert (await ask(server.port, method, path, body)).status == 404
-    assert handler_posts(upstream) == []
+    assert chats(upstream) == []
 
 
 @flow
@@ -13489,8 +13439,8 @@ async def test_of_several_credentials_the_one_that_fits_is_taken(
     """And none of them travels to an upstream."""
     reply = await ask(server.port, "POST", CHAT_URL, CHAT, None, fields)
     assert reply.status == (200 if good else 401)
-    assert len(handler_posts(upstream)) == int(good)
-    for request in handler_posts(upstream):
+    assert len(chats(upstream)) == int(good)
+    for request in chats(upstream):
         assert request.headers.pop("authorization") == "Bearer UPSTREAMSECRET"
         values = " ".join(request.headers.values())
         assert not any(value in values for _, value in fields)
@@ -13505,7 +13455,7 @@ async def test_a_compressed_request_is_read(server, upstream, coding):
     sent = encode(content)
     reply = await ask(server.port, "POST", CHAT_URL, sent, headers=coded)
     assert reply.status == 200
-    [asked] = handler_posts(upstream)
+    [asked] = chats(upstream)
     assert asked.content == content and "content-encoding" not in asked.headers
     sent = encode(b'{"content": "Hi", "model": "mock/echo"}')
     reply = await ask(server.port, "POST", "/api/ask", sent, headers=coded)
@@ -13752,15 +13702,15 @@ async def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
             await writer.drain()
         await asyncio.sleep(60)
 
-    log = HandlerLog()
-    async with handler_chat(tmp_path, behave, log=log) as (server, upstream):
+    log = Log()
+    async with relaying(tmp_path, behave, log=log) as (server, upstream):
         async with Client(server.port) as client:
             body = CHAT if phase == "whole" else STREAM
             client.send(request_bytes("POST", CHAT_URL, body))
             if phase in ("in mid-stream", "in a flood"):
                 await client.read_head()
                 await client.read_chunk()
-            await until(lambda: handler_posts(upstream))
+            await until(lambda: chats(upstream))
             await until(lambda: server.requests_in_flight == 1)
             ended = upstream.ended
             if leaves == "half-close":
@@ -13783,14 +13733,14 @@ async def test_client_that_leaves_the_queue_spends_no_slot(server, upstream):
     """F72."""
     async with Client(server.port) as first, Client(server.port) as second:
         first.send(request_bytes("POST", CHAT_URL, CHAT))
-        await until(lambda: handler_posts(upstream))
+        await until(lambda: chats(upstream))
         second.send(request_bytes("POST", CHAT_URL, STREAM))
         await until(lambda: server.pool.waiting == 1)
         second.writer.transport.abort()
         await until(lambda: server.pool.waiting == 0, 1)
         first.writer.transport.abort()
         await until(lambda: upstream.ended, 1.5)
-        assert len(handler_posts(upstream)) == 1
+        assert len(chats(upstream)) == 1
         await until(lambda: server.requests_in_flight == 0, 1)
 
 
@@ -13851,15 +13801,12 @@ async def test_one_users_requests_have_a_limit(tmp_path, limit):
     """L20."""
 
     limits = Limits(**{limit: 2})
-    async with handler_chat(tmp_path, handler_hang, limits=limits) as (
-        server,
-        upstream,
-    ):
+    async with relaying(tmp_path, handler_hang, limits=limits) as (server, upstream):
         other = (await handler_add_user(server.port))["token"]
         async with Client(server.port) as one, Client(server.port) as two:
             for client in (one, two):
                 client.send(request_bytes("POST", CHAT_URL, CHAT))
-            await until(lambda: len(handler_posts(upstream)) == 2)
+            await until(lambda: len(chats(upstream)) == 2)
             reply = await ask(server.port, "POST", CHAT_URL, CHAT)
             assert reply.status == 429
             assert reply.json()["error"]["type"] == "rate_limit_error"
@@ -13876,7 +13823,7 @@ async def test_requests_in_flight_have_a_limit(server, upstream):
     """L19."""
     async with Client(server.port) as one:
         one.send(request_bytes("POST", CHAT_URL, CHAT))
-        await until(lambda: handler_posts(upstream))
+        await until(lambda: chats(upstream))
         reply = await ask(server.port, "POST", CHAT_URL, CHAT)
         assert reply.status == 503 and reply.headers["retry-after"] == "1"
 
@@ -13894,7 +13841,7 @@ def echo_body(content="Hello", model="mock/echo", **more):
 
 async def echo(port, content="Hello", key=KEY, **more):
     body = echo_body(content, **more)
-    return await ask(port, "POST", "/v1/chat/completions", body, key)
+    return await ask(port, "POST", CHAT_URL, body, key)
 
 
 def is_refused(port, host="127.0.0.1"):
@@ -14157,7 +14104,7 @@ async def test_an_idle_connection_gives_way_and_no_more_are_taken(tmp_path):
             busy = [await connect() for _ in range(3)]
             for client in busy:
                 body = echo_body(model="f")
-                client.send(request_bytes("POST", "/v1/chat/completions", body))
+                client.send(request_bytes("POST", CHAT_URL, body))
             await until(lambda: controller.in_flight == 3)
             surplus = await asyncio.gather(*(connect() for _ in range(20)))
             ends = [c.reader.read() for c in (*surplus, idle)]
@@ -14517,7 +14464,7 @@ def test_a_running_stream_may_finish_and_nothing_new_begins(tmp_path):
         port = program.port
         async with Client(port) as client:
             body = echo_body("Hello you", model="mock/slow?seconds=0.8", stream=True)
-            client.send(request_bytes("POST", "/v1/chat/completions", body))
+            client.send(request_bytes("POST", CHAT_URL, body))
             await until(lambda: not is_refused(port))
             await echo(port)  # the server has read what came before
             program.signal(signal.SIGTERM)
@@ -14540,7 +14487,7 @@ def test_what_does_not_finish_is_cut_at_the_end_or_by_a_second_signal(tmp_path, 
         port = program.port
         async with Client(port) as client:
             body = echo_body(model="mock/slow?seconds=60", stream=True)
-            client.send(request_bytes("POST", "/v1/chat/completions", body))
+            client.send(request_bytes("POST", CHAT_URL, body))
             await echo(port)
             began = time.monotonic()
             program.signal(signal.SIGTERM)
@@ -14889,7 +14836,7 @@ async def until_reply(port, part):
 # Agent
 # -----------------------------------------------------------------------------
 
-STREAMED = {**CHAT, "stream": True}
+STREAMED = STREAM
 CHAT_API = "/v1/chat/completions"
 
 
@@ -15972,7 +15919,7 @@ def test_a_signal_pauses_an_agent_and_resumes_it(tmp_path):
             for status, line in [(200, "is no more paused"), (503, "is paused")]:
                 agent.signal(signal.SIGUSR1)
                 server.wait_for(line)
-                reply = fetch(server.port, "POST", "/v1/chat/completions", CHAT)
+                reply = fetch(server.port, "POST", CHAT_URL, CHAT)
                 assert reply.status == status
 
 
@@ -16104,7 +16051,7 @@ def test_an_agent_that_sleeps_is_found_and_comes_back(tmp_path):
             agent.signal(signal.SIGCONT)
             agent.wait_for("dialling again")
             run(until(lambda: server.stderr.count(" joined from ") == 2, 10))
-            reply = fetch(server.port, "POST", "/v1/chat/completions", CHAT)
+            reply = fetch(server.port, "POST", CHAT_URL, CHAT)
             assert reply.json()["choices"][0]["message"]["content"] == "1\n"
 
 
@@ -16740,8 +16687,6 @@ def test_mutated_documents_are_a_config_or_one_line(load, tmp_path):
 # What people read: the log, the README
 # -----------------------------------------------------------------------------
 
-TRIAL_CHAT = "/v1/chat/completions"
-
 
 def readme():
     return MODULE.with_name("README.md").read_text(encoding="utf-8")
@@ -16751,15 +16696,15 @@ def readme():
 async def test_a_reason_does_not_repeat_the_controllers_name(tmp_path):
     """In the log, in the answer of those that come next, in the administrator's list."""
 
-    log = PoolLog()
+    log = Log()
     error = {"error": {"message": "slow down"}}
-    async with (
-        Upstream(http_reply(error, 429)) as upstream,
-        serving(tmp_path, upstream.controller(name="one"), log=log) as server,
+    async with relaying(tmp_path, http_reply(error, 429), {"name": "one"}, log=log) as (
+        server,
+        _,
     ):
-        first = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
+        first = await ask(server.port, "POST", CHAT_URL, CHAT)
         assert first.json()["error"]["message"] == "one: slow down"
-        second = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
+        second = await ask(server.port, "POST", CHAT_URL, CHAT)
         assert second.json()["error"]["message"].endswith(" one: status 429")
         assert "one: one:" not in second.json()["error"]["message"]
         assert (await controller_line(server, "one"))["reason"] == "status 429"
@@ -16787,15 +16732,13 @@ async def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path):
         (cuts, " broke off: one: the connection ended"),
         (says_so, " broke off: one: status 500"),
     ):
-        log = PoolLog()
+        log = Log()
         begun.clear()
         async with (
-            Upstream(behave) as upstream,
-            serving(tmp_path, upstream.controller(name="one"), log=log) as server,
+            relaying(tmp_path, behave, {"name": "one"}, log=log) as (server, _),
             Client(server.port) as client,
         ):
-            body = {**CHAT, "stream": True}
-            client.send(request_bytes("POST", TRIAL_CHAT, body))
+            client.send(request_bytes("POST", CHAT_URL, STREAM))
             status, _ = await client.read_head()
             await client.read_chunk()
             begun.set()
@@ -16806,16 +16749,13 @@ async def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path):
 @pytest.mark.parametrize("limit", [{"requests": 1}, {"tokens": 5}], ids=["r", "t"])
 @flow
 async def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
-    log = PoolLog()
+    log = Log()
     limit["per"] = "day"
-    async with (
-        Upstream() as upstream,
-        serving(
-            tmp_path, upstream.controller(name="one", limit=limit), log=log
-        ) as server,
-    ):
+    async with relaying(
+        tmp_path, controller={"name": "one", "limit": limit}, log=log
+    ) as (server, _):
         statuses = [
-            (await ask(server.port, "POST", TRIAL_CHAT, CHAT)).status for _ in range(3)
+            (await ask(server.port, "POST", CHAT_URL, CHAT)).status for _ in range(3)
         ]
         assert statuses == [200, 503, 503]
     (unit,) = set(limit) - {"per"}
@@ -16832,7 +16772,7 @@ async def test_a_dead_proxy_is_named_as_what_is_dead(tmp_path, scheme):
         url = upstream.url.replace("http", scheme, 1)
         controller = OpenAIController("k", name="one", base_url=url, proxy=proxy)
         async with serving(tmp_path, controller) as server:
-            reply = await ask(server.port, "POST", TRIAL_CHAT, CHAT)
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
             message = reply.json()["error"]["message"]
             assert (reply.status, message) == (500, "one: nothing listens at its proxy")
             assert (await controller_line(server, "one"))["state"] == "cooling"
@@ -16932,16 +16872,12 @@ async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(tmp_path):
             await writer.drain()
 
     limits = apiserver.Limits(write_timeout=0.6)
-    async with (
-        Upstream(endless) as upstream,
-        serving(tmp_path, upstream.controller(), limits=limits) as server,
-    ):
+    async with relaying(tmp_path, endless, limits=limits) as (server, _):
         loop = asyncio.get_running_loop()
         with socket.create_connection(("127.0.0.1", server.port)) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
             sock.setblocking(False)
-            body = {**CHAT, "stream": True}
-            await loop.sock_sendall(sock, request_bytes("POST", TRIAL_CHAT, body))
+            await loop.sock_sendall(sock, request_bytes("POST", CHAT_URL, STREAM))
             end = loop.time() + 2.4
             while loop.time() < end:
                 taken = 0
@@ -16962,18 +16898,14 @@ async def test_a_client_that_is_cut_for_not_reading_has_a_line_of_its_own(tmp_pa
             writer.write(chunked(chunk("x" * 4000)) * 8)
             await writer.drain()
 
-    log = PoolLog()
+    log = Log()
     limits = apiserver.Limits(write_timeout=0.2)
-    async with (
-        Upstream(endless) as upstream,
-        serving(
-            tmp_path, upstream.controller(models=["m"]), limits=limits, log=log
-        ) as server,
-    ):
+    async with relaying(
+        tmp_path, endless, {"models": ["m"]}, limits=limits, log=log
+    ) as (server, upstream):
         async with Client(server.port) as client:
             client.writer.transport.pause_reading()
-            body = {**CHAT, "stream": True}
-            client.send(request_bytes("POST", TRIAL_CHAT, body))
+            client.send(request_bytes("POST", CHAT_URL, STREAM))
             line = "a client that took no byte for 0.2 s is cut"
             await until(lambda: log.text.count(line) == 1)
             await until(lambda: "POST /v1/chat/completions 200" in log.text)
@@ -16983,8 +16915,6 @@ async def test_a_client_that_is_cut_for_not_reading_has_a_line_of_its_own(tmp_pa
 # -----------------------------------------------------------------------------
 # What a hostile or hasty client must not be able to do
 # -----------------------------------------------------------------------------
-
-STREAM_CHAT = {**CHAT, "stream": True}
 
 
 def open_controller(server):
@@ -17014,26 +16944,21 @@ async def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(server):
         assert connection.unsent < 2 * len(apiserver.source_code())
 
 
-@flow
-async def test_a_slow_client_gets_the_whole_answer_before_the_end(tmp_path, constant):
-    content = http_reply(completion("x" * 12_000_000))
+@flow(behave=http_reply(completion("x" * 12_000_000)))
+async def test_a_slow_client_gets_the_whole_answer_before_the_end(server, constant):
     constant(LINGER_TIMEOUT=0.05)
-    async with (
-        Upstream(content) as upstream,
-        serving(tmp_path, upstream.controller()) as server,
-    ):
-        close = [("Connection", "close")]
-        data = request_bytes("POST", CHAT_URL, CHAT, headers=close)
-        loop, size = asyncio.get_running_loop(), 0
-        with await slow_socket(server.port, data) as sock:
-            await until(lambda: server.pool.controllers[-1].tokens)
-            await asyncio.sleep(0.3)  # longer than LINGER_TIMEOUT
-            while True:
-                piece = await loop.sock_recv(sock, 1 << 20)
-                if not piece:
-                    break
-                size += len(piece)
-        assert size > 12_000_000
+    close = [("Connection", "close")]
+    data = request_bytes("POST", CHAT_URL, CHAT, headers=close)
+    loop, size = asyncio.get_running_loop(), 0
+    with await slow_socket(server.port, data) as sock:
+        await until(lambda: server.pool.controllers[-1].tokens)
+        await asyncio.sleep(0.3)  # longer than LINGER_TIMEOUT
+        while True:
+            piece = await loop.sock_recv(sock, 1 << 20)
+            if not piece:
+                break
+            size += len(piece)
+    assert size > 12_000_000
 
 
 @flow
@@ -17043,13 +16968,10 @@ async def test_clients_who_leave_at_done_leave_no_connection_behind(tmp_path):
         writer.write(STREAM_HEAD + chunked(data))
         await asyncio.sleep(30)  # its last chunk never comes
 
-    async with (
-        Upstream(behave) as upstream,
-        serving(tmp_path, upstream.controller(models=["m"])) as server,
-    ):
+    async with relaying(tmp_path, behave, {"models": ["m"]}) as (server, upstream):
         for reset in (False, True):
             async with Client(server.port) as client:
-                client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+                client.send(request_bytes("POST", CHAT_URL, STREAM))
                 await client.reader.readuntil(b"[DONE]")
                 if reset:
                     linger = struct.pack("ii", 1, 0)
@@ -17067,7 +16989,7 @@ async def test_clients_who_leave_at_done_leave_no_call_at_an_agent(server):
     async with Agent(server.port, hello=hello) as agent:
         async with Client(server.port) as client:
             await until(lambda: server.agents)
-            client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+            client.send(request_bytes("POST", CHAT_URL, STREAM))
             message = await agent.receive()
             while message["message"] != "ApiRequest":
                 message = await agent.receive()
@@ -17089,12 +17011,9 @@ async def test_a_hang_up_while_asked_again_without_usage_closes_both(tmp_path):
             writer.write(refusal.replace(b" X\r\n", b" X\r\nConnection: close\r\n"))
         await asyncio.sleep(30)
 
-    async with (
-        Upstream(behave) as upstream,
-        serving(tmp_path, upstream.controller(models=["m"])) as server,
-    ):
+    async with relaying(tmp_path, behave, {"models": ["m"]}) as (server, upstream):
         async with Client(server.port) as client:
-            client.send(request_bytes("POST", CHAT_URL, STREAM_CHAT))
+            client.send(request_bytes("POST", CHAT_URL, STREAM))
             await until(lambda: len(upstream.requests) == 2)
         await until(lambda: upstream.ended == upstream.connections == 2)
 
@@ -17113,10 +17032,7 @@ async def test_a_burst_of_failures_doubles_the_pause_only_once(
         error = {"message": "no", "code": "invalid_api_key" if status == 401 else None}
         writer.write(http_reply({"error": error}, status))
 
-    async with (
-        Upstream(behave) as upstream,
-        serving(tmp_path, upstream.controller(models=["m"])) as server,
-    ):
+    async with relaying(tmp_path, behave, {"models": ["m"]}) as (server, upstream):
         await asyncio.gather(*(chat(server, f"{n}") for n in range(8)))
         until_then = open_controller(server).health.until
         left = until_then - asyncio.get_running_loop().time()
@@ -17227,10 +17143,7 @@ async def test_content_that_trickles_has_the_requests_deadline(server, client):
 async def test_an_upstream_cannot_speak_to_the_proxy_in_front(tmp_path):
     fields = [("X-Accel-Redirect", "/secret"), ("X-Sendfile", "/etc/passwd")]
     answer = http_reply(completion(), headers=[*fields, ("X-Other", "kept")])
-    async with (
-        Upstream(answer) as upstream,
-        serving(tmp_path, upstream.controller()) as server,
-    ):
+    async with relaying(tmp_path, answer) as (server, _):
         reply = await ask(server.port, "POST", CHAT_URL, CHAT)
         assert reply.headers["x-other"] == "kept"
         assert "x-accel-redirect" not in reply.headers
@@ -17240,14 +17153,10 @@ async def test_an_upstream_cannot_speak_to_the_proxy_in_front(tmp_path):
 @pytest.mark.parametrize(
     "path", ["/v1/..;/x", "/v1/..\\x", "/v1/..%5cx", "/v1/%252e%252e/x", "/v1/a/..;b"]
 )
-@flow
-async def test_path_climbs_nowhere_even_for_a_lenient_upstream(tmp_path, path):
-    async with (
-        Upstream() as upstream,
-        serving(tmp_path, upstream.controller(models=["m"])) as server,
-    ):
-        reply = await ask(server.port, "POST", path, CHAT)
-        assert reply.status == 404 and not upstream.requests
+@flow(controller={"models": ["m"]})
+async def test_path_climbs_nowhere_even_for_a_lenient_upstream(server, upstream, path):
+    reply = await ask(server.port, "POST", path, CHAT)
+    assert reply.status == 404 and not upstream.requests
 
 
 def test_a_controller_cannot_be_named_as_the_mocks_are(tmp_path):
@@ -17260,28 +17169,23 @@ def test_a_controller_cannot_be_named_as_the_mocks_are(tmp_path):
 
 
 @flow
-async def test_fields_that_name_an_account_do_not_travel(tmp_path):
-    async with Upstream() as upstream:
-        async with serving(tmp_path, upstream.controller()) as server:
-            fields = [("OpenAI-Organization", "org-1"), ("OpenAI-Project", "p")]
-            fields.append(("OpenAI-Beta", "yes"))
-            path = "/v1/chat/completions"
-            reply = await ask(server.port, "POST", path, CHAT, headers=fields)
-            assert reply.status == 200
-            sent = upstream.requests[-1].headers
-            assert sent["openai-beta"] == "yes"
-            assert not {"openai-organization", "openai-project"} & sent.keys()
+async def test_fields_that_name_an_account_do_not_travel(server, upstream):
+    fields = [("OpenAI-Organization", "org-1"), ("OpenAI-Project", "p")]
+    fields.append(("OpenAI-Beta", "yes"))
+    reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=fields)
+    assert reply.status == 200
+    sent = upstream.requests[-1].headers
+    assert sent["openai-beta"] == "yes"
+    assert not {"openai-organization", "openai-project"} & sent.keys()
 
 
 @flow
 async def test_a_403_about_the_model_closes_no_controller(tmp_path):
     error = {"message": "no access", "type": "x", "code": "model_not_found"}
-    async with Upstream(http_reply({"error": error}, 403)) as upstream:
-        async with serving(tmp_path, upstream.controller()) as server:
-            for _ in range(2):
-                path = "/v1/chat/completions"
-                reply = await ask(server.port, "POST", path, CHAT)
-                assert reply.status == 403 and reply.json()["error"] == error
+    async with relaying(tmp_path, http_reply({"error": error}, 403)) as (server, _):
+        for _ in range(2):
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            assert reply.status == 403 and reply.json()["error"] == error
 
 
 @flow
@@ -17332,7 +17236,7 @@ async def client_breaks_http(server):
 async def client_leaves(server, model):
     async with Client(server.port) as client:
         body = chat_body(model=model)
-        client.send(request_bytes("POST", "/v1/chat/completions", body))
+        client.send(request_bytes("POST", CHAT_URL, body))
         await until(lambda: server.requests_in_flight > (model == "gate"))
         # Not in mid-dial: from Python 3.14 an asyncio.wait that is cancelled is a
         # cycle of its own.
@@ -17384,7 +17288,7 @@ async def test_what_a_request_holds_is_freed_with_it(tmp_path, request_once):
             gate.controller,
             limits=limits,
         ) as server,
-        handler_task(chat(server, model="gate")),
+        beside(chat(server, model="gate")),
     ):
         await until(lambda: gate.asked)
         server.silent = silent
@@ -17406,10 +17310,9 @@ async def test_what_a_request_holds_is_freed_with_it(tmp_path, request_once):
 @flow
 async def test_the_log_does_not_repeat_what_an_upstream_says(tmp_path, caplog):
     error = {"message": "too long: PROMPT", "type": "x", "code": "overloaded"}
-    async with Upstream(http_reply({"error": error}, 500)) as upstream:
-        async with serving(tmp_path, upstream.controller()) as server:
-            reply = await ask(server.port, "POST", "/v1/chat/completions", CHAT)
-            assert "PROMPT" in reply.json()["error"]["message"]
+    async with relaying(tmp_path, http_reply({"error": error}, 500)) as (server, _):
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        assert "PROMPT" in reply.json()["error"]["message"]
     assert "status 500 overloaded" in caplog.text and "PROMPT" not in caplog.text
 
 
