@@ -29,6 +29,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -45,6 +46,7 @@ import urllib.request
 import uuid
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -549,13 +551,21 @@ class Program:
     """The server as a subprocess: `with Program("0", KEY) as program`.
 
     The port is read off the start screen; stderr collects all it says.
+
+    program  what is run with the arguments, in place of the server
     """
 
     def __init__(
-        self, *arguments, cwd=None, env=None, python=sys.executable, **options
+        self,
+        *arguments,
+        cwd=None,
+        env=None,
+        program=(),
+        python=sys.executable,
+        **options,
     ):
         self.process = subprocess.Popen(
-            [python, str(MODULE), *arguments],
+            [*(program or (python, str(MODULE))), *arguments],
             cwd=cwd,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             stdout=subprocess.DEVNULL,
@@ -16796,11 +16806,259 @@ async def test_a_transport_need_not_inherit_from_asyncios():
     assert transport.limits == (64 * 1024, 16 * 1024)
 
 
+class Block(NamedTuple):
+    """A block of README.md, with the number of its first line."""
+
+    line: int
+    language: str
+    text: str
+
+
+def readme_blocks():
+    text = readme()
+    found = re.finditer(r"^```(\w+)\n(.*?\n)```$", text, re.M | re.S)
+    return [Block(text[: m.start()].count("\n") + 2, m[1], m[2]) for m in found]
+
+
+def readme_block(start):
+    """The block of README.md that begins so."""
+    (text,) = [block.text for block in readme_blocks() if block.text.startswith(start)]
+    return text
+
+
+# What the test below does not run, and why.
+README_NOT_RUN = {
+    "python3 -m venv": "this is how these tests are run",
+    "ANTHROPIC_BASE_URL": "Claude Code is no part of Python; 2.1.197 was run by hand",
+    "CODEX_API_KEY": "nor is Codex; 0.171.0 was run by hand",
+    "curl http://localhost:8080/api/ask": "wants an original agent: see test_ask_*",
+    '{"id": "", "response_id"': "its answer",
+    "from chatgpt_apiserver import Server": "it has a test of its own",
+    "import pytest, chatgpt_apiserver": "it has a test of its own",
+    "@pytest.fixture\ndef base_url():": "it has a test of its own",
+    "OPENAI_API_KEY=sk-... python3 chatgpt_apiserver.py 8080 my-secret-key --tape": (
+        "it has a test of its own"
+    ),
+    "# /etc/systemd": "a test has systemd read it",
+    "# docker-compose.yml": "a test has no Docker",
+    "# A user's token": "a test has nginx read it",
+    "usage:": "compared by a test of its own",
+}
+
+
+class Pasted(Program):
+    """A line of shell that goes on running, with all that it has started."""
+
+    def __init__(self, command, **options):
+        options["start_new_session"] = True
+        super().__init__(command, program=("sh", "-c"), **options)
+
+    def __exit__(self, *exc_info):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        super().__exit__()
+
+
+class Newcomer:
+    """Somebody who pastes README.md's blocks into a shell, in one folder.
+
+    An address that is an example becomes ours; servers and agents go on running, a
+    server until the next one is started.
+    """
+
+    OPENAI = """
+import json, types, urllib.request
+
+class OpenAI:  # as much of it as README.md uses
+    def __init__(self, base_url, api_key):
+        self.models, self.url, self.key = self, base_url, api_key
+
+    def list(self):
+        headers = {"Authorization": "Bearer " + self.key}
+        request = urllib.request.Request(self.url + "/models", headers=headers)
+        with urllib.request.urlopen(request) as answer:
+            return types.SimpleNamespace(**json.load(answer))
+"""
+
+    def __init__(self, folder, upstream):
+        self.folder, self.upstream = folder, upstream
+        self.server, self._running = None, []
+        self.url = self.said = self.token = self.user_id = ""
+        (folder / ".curlrc").write_text("silent\nshow-error\nmax-time = 10\n")
+        (folder / "openai.py").write_text(self.OPENAI)
+        (folder / MODULE.name).symlink_to(MODULE)
+        tls_server_context(folder)
+        (folder / "cert.pem").write_text(TEST_CERT)
+        (folder / "key.pem").write_text(TEST_KEY)
+        python = folder / "python3"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        self.env = {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "CURL_HOME": str(folder),
+            "CURL_CA_BUNDLE": str(folder / "ca.pem"),
+            "SSL_CERT_FILE": str(folder / "ca.pem"),
+            "PYTHONUNBUFFERED": "1",
+            "OPENAI_BASE_URL": upstream,
+            "FIRST_KEY": "sk-first",
+            "SECOND_KEY": "sk-second",
+            "https_proxy": "http://127.0.0.1:9",  # nobody asks OpenAI itself
+            "no_proxy": "localhost",
+        }
+
+    def ours(self, text):
+        """A text of README.md with what stands here in place of its examples."""
+        for pattern, value in {
+            r"https?://(localhost|my-server):8080": self.url,
+            r"my-server:8080": self.url.rpartition("/")[2],
+            r"http://localhost:(11434|9000)/v1": self.upstream,
+            rf"({MODULE.name}) 8080 ": r"\1 0 ",
+            r"--key TOKEN$": f"--key TOKEN --upstream {self.upstream}",
+            r"^curl (?!-f)": "curl --fail-with-body ",
+            r"TOKEN": self.token,
+            r"as gpu-box": f"as {socket.gethostname()}",
+            r'"user_id": "..."': f'"user_id": "{self.user_id}"',
+        }.items():
+            text = re.sub(pattern, value, text)
+        return text
+
+    def paste(self, block):
+        """Do with a block what its language says."""
+        getattr(self, block.language)(block.text)
+
+    def sh(self, text):
+        command = ""
+        for line in text.splitlines():
+            command += line + "\n"
+            try:
+                shlex.split(command.replace("\\\n", " \\"))
+            except ValueError:
+                continue  # it goes on
+            self._command(self.ours(command.rstrip()))
+            command = ""
+        assert not command, command
+
+    def _command(self, command):
+        if " agent " in command:
+            self.said = self._start(command).wait_for(".*connected to .*")[0]
+        elif MODULE.name in command:
+            if self.server:
+                self._running.remove(self.server)
+                self.server.__exit__()
+            self.server = self._start(command)
+            found = self.server.wait_for(r"listens on (https?)://\S+:(\d+)")
+            self.url = f"{found[1]}://localhost:{found[2]}"
+        else:
+            self.said = self._run(["sh", "-c", command])
+            answer = apiserver.read_json(self.said.encode())
+            if "/admin/users/add" in command:
+                self.token, self.user_id = answer["token"], answer["user_id"]
+
+    def _start(self, command):
+        self._running.append(Pasted(command, cwd=self.folder, env=self.env))
+        return self._running[-1]
+
+    def close(self):
+        for program in self._running:
+            program.__exit__()
+
+    def _run(self, command):
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**os.environ, **self.env},
+            capture_output=True,
+            text=True,
+            timeout=15,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), f"{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def text(self, text):
+        """It is what the last command has said; dots stand for anything."""
+        pattern = ".*".join(map(re.escape, self.ours(text).strip().split("...")))
+        assert re.search(pattern, self.said), (text, self.said)
+
+    def python(self, text):
+        assert self._run([sys.executable, "-c", self.ours(text)])
+
+    def json(self, text):
+        """A configuration, or a line of usage.jsonl."""
+        fields = json.loads(text)
+        if "controllers" not in fields:
+            self.sh(readme_blocks()[1].text)  # the first request, once more
+            run(until((self.folder / "usage.jsonl").exists, 10))
+            line = (self.folder / "usage.jsonl").read_text().splitlines()[0]
+            shape = {key: type(value) for key, value in fields.items()}
+            assert {k: type(v) for k, v in json.loads(line).items()} == shape
+            return
+        (self.folder / "chatgpt-apiserver.json").write_text(self.ours(text))
+        self._command(self.ours(readme_blocks()[0].text.strip()))
+        for controller in fields["controllers"]:
+            self.server.wait_for(rf"\b{controller['name']}\b")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl")
+@flow(timeout=60)
+async def test_the_readmes_blocks_do_what_it_says(tmp_path):
+    """In its order, in one folder; a mistake in any of them is told with its line."""
+    blocks = readme_blocks()
+    starts = {
+        start: [b for b in blocks if b.text.startswith(start)]
+        for start in README_NOT_RUN
+    }
+    assert {start for start, found in starts.items() if len(found) != 1} == set()
+    models = {"data": [{"id": "llama3.1"}, {"id": "qwen3"}]}
+
+    async def serve(request, writer):
+        listed = request.line.startswith("GET")
+        writer.write(http_reply(models if listed else completion()))
+
+    async with Upstream(serve) as upstream:
+        newcomer = Newcomer(tmp_path, upstream.url.replace("127.0.0.1", "localhost"))
+        try:
+            for block in blocks:
+                if not block.text.startswith(tuple(README_NOT_RUN)):
+                    try:
+                        await asyncio.to_thread(newcomer.paste, block)
+                    except Exception as error:
+                        raise AssertionError(f"README.md:{block.line}") from error
+        finally:
+            newcomer.close()
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="there is no nginx")
+def test_nginx_reads_the_readmes_lines(tmp_path):
+    tls_server_context(tmp_path)
+    (tmp_path / "cert.pem").write_text(TEST_CERT + TEST_KEY)
+    lines = readme_block("# A user's token").replace(
+        "listen 443 ssl;",
+        f"listen unix:{tmp_path}/socket ssl; ssl_certificate {tmp_path}/cert.pem;"
+        f" ssl_certificate_key {tmp_path}/cert.pem;",
+    )
+    file = tmp_path / "nginx.conf"
+    start = f"pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}}\n"
+    file.write_text(f"{start}http {{\n{lines}}}\n")
+    command = ["nginx", "-t", "-c", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "warn" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd")
+def test_systemd_reads_the_readmes_unit(tmp_path):
+    unit = readme_block("# /etc/systemd")
+    file = tmp_path / unit.split("(")[0].strip().rpartition("/")[2]
+    file.write_text(unit.replace("/usr/bin/python3", sys.executable))
+    command = ["systemd-analyze", "verify", "--man=no", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert file.name not in done.stderr, done.stderr
+
+
 def test_the_readmes_script_runs_as_printed(tmp_path):
     """It gets a body for its `with`, and nothing else."""
-    section = readme().split("## In your own script")[1]
-    block = re.search(r"\n\n((?:    .*\n|\n)+)", section)[1]
-    script = textwrap.dedent(block).rstrip() + textwrap.indent(
+    script = readme_block("from chatgpt_apiserver import Server").rstrip()
+    script += textwrap.indent(
         """
         import json
         from urllib.request import Request, urlopen
@@ -16852,7 +17110,7 @@ def test_the_readme_has_the_help_text_as_it_is(tmp_path):
         timeout=30,
         check=True,
     )
-    assert textwrap.indent(done.stdout, "    ") in readme()
+    assert readme_block("usage:") == done.stdout
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="no such option")
@@ -17316,14 +17574,6 @@ async def test_the_log_does_not_repeat_what_an_upstream_says(tmp_path, caplog):
     assert "status 500 overloaded" in caplog.text and "PROMPT" not in caplog.text
 
 
-def readme_block(start):
-    """The first block of README.md that begins so, without its indent."""
-    block = re.search(
-        rf"^ {{4}}{start}(?:.*\n {{4}}|.*\n\n {{4}})*.*\n", readme(), re.M
-    )
-    return textwrap.dedent(block[0])
-
-
 def run_pytest(folder, code):
     """Run a test file in a folder; what pytest says."""
     (folder / "test_it.py").write_text(code)
@@ -17343,7 +17593,8 @@ def run_pytest(folder, code):
 @flow
 async def test_a_readme_tape_is_recorded_once_and_replayed(tmp_path):
     """The command and the fixture in README.md, as they stand there but for the port."""
-    command = readme_block(r"OPENAI_API_KEY=.*--tape").split()
+    start = f"OPENAI_API_KEY=sk-... python3 {MODULE.name} 8080 my-secret-key --tape"
+    command = readme_block(start).split()
     assert command[:4] == ["OPENAI_API_KEY=sk-...", "python3", MODULE.name, "8080"]
     key, arguments = command[0].partition("=")[2], ["0", *command[4:]]
     async with Upstream(piecewise([chunk("Hi"), chunk(None, "stop"), DONE])) as up:
@@ -17354,7 +17605,7 @@ async def test_a_readme_tape_is_recorded_once_and_replayed(tmp_path):
             assert reply.status == 200
             await until((tmp_path / "chat.jsonl").read_bytes)  # then it may be killed
     code = "import pytest, chatgpt_apiserver\n" + readme_block(
-        "@pytest.fixture\n.*base_url\\(\\)"
+        "@pytest.fixture\ndef base_url():"
     )
     code += f"""
 import json, urllib.request
