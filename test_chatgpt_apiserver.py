@@ -16841,6 +16841,7 @@ README_NOT_RUN = {
     ),
     "# /etc/systemd": "a test has systemd read it",
     "# docker-compose.yml": "a test has no Docker",
+    "# kubernetes.yaml": "a test has no Kubernetes",
     "# A user's token": "a test has nginx read it",
     "usage:": "compared by a test of its own",
 }
