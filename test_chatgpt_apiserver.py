@@ -9239,8 +9239,7 @@ async def test_a_client_that_stops_reading_is_reset(tmp_path):
     ) as (server, (upstream,), (controller,)):
         async with Client(server.port) as client:
             client.writer.transport.pause_reading()
-            body = chat_body(stream=True)
-            client.send(request_bytes("POST", "/v1/chat/completions", body))
+            client.send(request_bytes("POST", CHAT_URL, STREAM))
             await until(lambda: controller.in_flight == 1)
             await until(lambda: controller.in_flight == 0, 10)
             client.writer.transport.resume_reading()
@@ -9380,6 +9379,12 @@ async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
 # --- The tape
 
 
+def taping(tmp_path, behave=None, mode="auto", **options):
+    """An upstream that has m, and a server that records it in chat.jsonl."""
+    tape = f"{tmp_path}/chat.jsonl:{mode}"
+    return relaying(tmp_path, behave, {"models": ["m"]}, tape=tape, **options)
+
+
 def tape_lines(path):
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
@@ -9473,9 +9478,7 @@ async def test_a_tape_replays_each_dialect_as_it_was_recorded(tmp_path, path, st
         usage = (await ask(server.port, "GET", "/v1/usage")).json()["total"]
         return reply.status, reply.headers["content-type"], reply.content, chunks, usage
 
-    async with relaying(
-        tmp_path, behave, {"models": ["m"]}, tape=f"{tape}:record", usage="-"
-    ) as (server, _):
+    async with taping(tmp_path, behave, "record", usage="-") as (server, _):
         first = await answered(server)
     async with serving(tmp_path, tape=tape, usage="-") as server:
         assert await answered(server) == first
@@ -9497,9 +9500,7 @@ async def test_a_tape_keeps_the_time_of_each_piece(tmp_path):
         chunks = await pieces_of(server.port, STREAM)
         return chunks, time.monotonic() - began
 
-    async with relaying(
-        tmp_path, piecewise(pieces, pause=0.15), {"models": ["m"]}, tape=f"{tape}:auto"
-    ) as (server, _):
+    async with taping(tmp_path, piecewise(pieces, pause=0.15)) as (server, _):
         chunks, _ = await timed(server)
     (line,) = tape_lines(tape)
     times = [seconds for seconds, _ in line["pieces"]]
@@ -9546,7 +9547,7 @@ async def test_a_tape_holds_no_secret_and_no_header(tmp_path):
         assert secret.lower().encode() not in written
     assert stat.S_IMODE(tape.stat().st_mode) == 0o600
     async with serving(tmp_path, tape=tape) as server:
-        again = await ask(server.port, "POST", CHAT_URL, chat_body("wrong"))
+        again = await chat(server, "wrong")
         assert (again.status, again.content) == (400, wrong.content)
 
 
@@ -9578,7 +9579,7 @@ async def test_what_fails_is_not_recorded(tmp_path):
         for kind in ("401", "429", "500", "half", "cut", "error", "no-finish"):
             controller.health.reset()
             stream = not kind.isdigit() and kind != "half"
-            await ask(server.port, "POST", CHAT_URL, chat_body(kind, stream=stream))
+            await chat(server, kind, stream=stream)
         async with Client(server.port) as client:
             body = chat_body("held", stream=True)
             client.send(request_bytes("POST", CHAT_URL, body))
@@ -9592,15 +9593,14 @@ async def test_an_answer_that_is_too_large_is_not_recorded(tmp_path):
     log, limits = Log(), Limits(response_size=3000)
     tape = tmp_path / "chat.jsonl"
     pieces = [chunk("x" * 100) for _ in range(20)] + [chunk(None, "stop"), DONE]
-    async with relaying(
+    async with taping(
         tmp_path,
         piecewise(pieces),
-        {"models": ["m"]},
-        tape=f"{tape}:record",
+        "record",
         limits=limits,
         log=log,
     ) as (server, _):
-        reply = await ask(server.port, "POST", CHAT_URL, STREAM)
+        reply = await chat(server, stream=True)
         assert reply.events()[-1] == "[DONE]"
         await until(lambda: "too large to be recorded" in log.text)
     assert tape.read_bytes() == b""
@@ -9612,9 +9612,7 @@ async def test_a_full_disk_costs_the_recording_and_not_the_answer(
 ):
     log = Log()
     tape = tmp_path / "chat.jsonl"
-    async with relaying(
-        tmp_path, controller={"models": ["m"]}, tape=f"{tape}:auto", log=log
-    ) as (server, upstream):
+    async with taping(tmp_path, log=log) as (server, upstream):
         write = os.write
 
         def full(fd, data):
@@ -9623,12 +9621,12 @@ async def test_a_full_disk_costs_the_recording_and_not_the_answer(
             )
 
         monkeypatch.setattr(os, "write", full)
-        assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 200
+        assert (await chat(server)).status == 200
         await until(lambda: "not recorded: [Errno 28]" in log.text)
         monkeypatch.setattr(os, "write", write)
         assert tape.read_bytes() == b""
         for _ in range(2):
-            assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 200
+            assert (await chat(server)).status == 200
         assert len(upstream.requests) == 2 and len(tape_lines(tape)) == 1
 
 
@@ -9662,7 +9660,7 @@ async def test_a_miss_names_the_nearest_recording_and_what_differs(tmp_path):
         assert error["type"] == "not_found_error"
         assert error["message"] == "chat.jsonl has no recording of /v1/messages."
         # Mocks are not asked, either.
-        reply = await ask(server.port, "POST", CHAT_URL, chat_body(model="mock/echo"))
+        reply = await chat(server, model="mock/echo")
         assert reply.status == 404
 
 
@@ -9676,7 +9674,7 @@ async def test_auto_asks_once_and_record_asks_each_time(tmp_path):
     tape = tmp_path / "chat.jsonl"
 
     async def said(server, text="Hello"):
-        reply = await ask(server.port, "POST", CHAT_URL, chat_body(text))
+        reply = await chat(server, text)
         return reply.json()["choices"][0]["message"]["content"]
 
     async with Upstream(behave) as upstream:
@@ -9709,19 +9707,17 @@ async def test_what_is_no_recording_is_passed_over_and_told(tmp_path):
     whole, torn = recorded(chat_body("whole")), recorded(chat_body("torn"))
     later = recorded(chat_body("later")).replace(b'"tape": 1', b'"tape": 2')
     tape.write_bytes(whole + later + b"<<<<<<< ours\n" + torn[:-20])
-    async with relaying(
-        tmp_path, controller={"models": ["m"]}, tape=f"{tape}:auto", log=log
-    ) as (server, upstream):
+    async with taping(tmp_path, log=log) as (server, upstream):
         assert "passed over: line 2, 3, 4" in log.text
         for text in ("whole", "later", "torn", "torn"):
-            reply = await ask(server.port, "POST", CHAT_URL, chat_body(text))
+            reply = await chat(server, text)
             assert reply.status == 200
         assert len(upstream.requests) == 2
     assert tape.read_bytes().startswith(whole + later + b"<<<<<<< ours\n")
     lines = tape.read_bytes().split(b"\n")
     assert lines[3] == torn[:-20] and len(lines) == 7  # the next one has its own line
     async with serving(tmp_path, tape=str(tape)) as server:
-        reply = await ask(server.port, "POST", CHAT_URL, chat_body("torn"))
+        reply = await chat(server, "torn")
         assert reply.status == 200
 
 
@@ -9753,7 +9749,7 @@ async def test_two_servers_may_write_one_tape(tmp_path):
         ) as two,
     ):
         asked = [
-            ask(server.port, "POST", CHAT_URL, chat_body(f"{number} " + "x" * 5000))
+            chat(server, f"{number} " + "x" * 5000)
             for number in range(20)
             for server in (one, two)
         ]
@@ -9781,12 +9777,10 @@ async def test_what_another_server_has_just_written_is_not_missed(tmp_path, cons
             append(path, others.pop())
         return append(path, data)
 
-    async with relaying(
-        tmp_path, controller={"models": ["m"]}, tape=f"{tape}:auto"
-    ) as (server, upstream):
+    async with taping(tmp_path) as (server, upstream):
         constant(append_to_file=overtaken)
         for text in ("ours", "theirs", "ours"):
-            reply = await ask(server.port, "POST", CHAT_URL, chat_body(text))
+            reply = await chat(server, text)
             assert chat_text(reply) == ("theirs" if text == "theirs" else "Hi there")
         assert len(upstream.requests) == 1
 
@@ -9799,7 +9793,7 @@ async def test_an_edited_tape_is_seen_and_its_content_wins(tmp_path):
     async with serving(tmp_path, tape=str(tape)) as server:
 
         async def asked(text):
-            return await ask(server.port, "POST", CHAT_URL, chat_body(text))
+            return await chat(server, text)
 
         assert b"one" in (await asked("old")).content
         edited = tape.read_bytes().replace(b'"old"', b'"new"')
@@ -9882,11 +9876,9 @@ async def test_a_tape_takes_forms_and_binary_answers(tmp_path):
         reply = await ask(server.port, "POST", path, content, headers=headers)
         return reply.status, reply.headers["content-type"], reply.content
 
-    async with relaying(
+    async with taping(
         tmp_path,
         piecewise(speech, "audio/mpeg"),
-        {"models": ["m"]},
-        tape=f"{tape}:auto",
     ) as (server, upstream):
         first = await answers(server, b"one")
         assert first == (200, "audio/mpeg", b"".join(speech))
@@ -9987,7 +9979,7 @@ async def test_what_a_browser_agent_says_to_an_ask_is_not_recorded(tmp_path):
             await until(lambda: server.agents)
             reply = await ask(server.port, "POST", "/api/ask", {"content": "Hello"})
             assert reply.json()["content"] == "echo:Hello"
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            reply = await chat(server)
             assert "echo:" in reply.json()["choices"][0]["message"]["content"]
     assert [line["content"] for line in tape_lines(tape)] == [CHAT]
 
