@@ -7953,6 +7953,7 @@ def test_a_failure_is_evidence_once_a_minute_for_each_user_and_content():
     assert not fail("alice", 0, 0)
     health.succeed()
     assert not fail("alice", 1, 1)
+    assert fail("alice", 0, 1)  # counted anew
 
 
 def test_who_makes_many_requests_fail_costs_no_time_and_no_memory():
@@ -9768,7 +9769,6 @@ async def test_two_servers_may_write_one_tape(tmp_path):
 @flow
 async def test_what_another_server_has_just_written_is_not_missed(tmp_path, constant):
     """Between a look at the file and our own line."""
-    tape = tmp_path / "chat.jsonl"
     append = apiserver.append_to_file
     others = [recorded(chat_body("theirs"), "theirs")]
 
