@@ -16835,6 +16835,7 @@ README_NOT_RUN = {
     "# docker-compose.yml": "a test has no Docker",
     "# kubernetes.yaml": "a test has no Kubernetes",
     "# A user's token": "a test has nginx read it",
+    "global": "a test has HAProxy read it",
     "usage:": "compared by a test of its own",
 }
 
@@ -17038,14 +17039,28 @@ def test_nginx_reads_the_readmes_lines(tmp_path):
     assert done.returncode == 0 and "warn" not in done.stderr, done.stderr
 
 
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="there is no HAProxy")
+def test_haproxy_reads_the_readmes_lines(tmp_path):
+    said = subprocess.run(["haproxy", "-v"], capture_output=True, text=True, check=True)
+    if re.search(r"version (?:1|2\.[0-5])\.", said.stdout):
+        pytest.skip("HAProxy is older than 2.6")
+    tls_server_context(tmp_path)
+    (tmp_path / "cert.pem").write_text(TEST_CERT + TEST_KEY)
+    lines = readme_block("global").replace("/etc/haproxy", str(tmp_path))
+    (tmp_path / "haproxy.cfg").write_text(lines)
+    command = ["haproxy", "-c", "-f", str(tmp_path / "haproxy.cfg")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "WARN" not in done.stderr, done.stderr
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd")
 def test_systemd_reads_the_readmes_unit(tmp_path):
     unit = readme_block("# /etc/systemd")
-    file = tmp_path / unit.split("(")[0].strip().rpartition("/")[2]
+    file = tmp_path / re.search("[^/]*service", unit)[0]
     file.write_text(unit.replace("/usr/bin/python3", sys.executable))
     command = ["systemd-analyze", "verify", "--man=no", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert file.name not in done.stderr, done.stderr
+    assert "chatgpt-apiserver" not in done.stderr, done.stderr
 
 
 def test_the_readmes_script_runs_as_printed(tmp_path):
