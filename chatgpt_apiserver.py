@@ -3910,7 +3910,8 @@ class WebSocket:
             connection.set_deadline(connection.loop.time() + limits.head_timeout)
             answer = await connection.read(parse_response_head)
             if answer is None:
-                raise ConnectionResetError("it closed the connection unanswered")
+                hint = "" if parts.scheme in ("https", "wss") else "; is it https?"
+                raise ConnectionResetError(f"it closed the connection unanswered{hint}")
             cls._check_handshake(answer, key)
         except BaseException:
             connection.abort()
@@ -11149,6 +11150,8 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
             if sockets and port == 0:  # free for one family only: once more
                 return open_sockets(listen, 0)
             reason = f"{error.strerror or error}: {address} port {same_port}"
+            if in_use:
+                reason += "; choose another one, or end what listens there"
             raise OSError(error.errno, reason) from None
     return sockets
 

@@ -14254,6 +14254,16 @@ def test_a_dash_takes_the_key_from_the_environment(tmp_path):
         assert run(echo(program.port, key="-")).status == 401
 
 
+@pytest.mark.parametrize("scheme, hint", [("http", "https"), ("https", "http")])
+@flow
+async def test_an_agent_with_the_wrong_scheme_says_so(tmp_path, scheme, hint):
+    tls = Upstream(tls=tls_server_context(tmp_path))
+    async with tls if scheme == "http" else serving(tmp_path) as other:
+        url = f"{scheme}://127.0.0.1:{other.port}"
+        with Program("agent", url, "--key", KEY, "--command", "cat") as agent:
+            await asyncio.to_thread(agent.wait_for, rf"is it {hint}\?")
+
+
 @pytest.mark.parametrize(
     "arguments, status, part",
     [
@@ -14262,7 +14272,7 @@ def test_a_dash_takes_the_key_from_the_environment(tmp_path):
         (["0", "<API_KEY>"], 2, "key"),
         (["70000", KEY], 2, "port"),
         (["nonsense", KEY], 2, "port"),
-        (["TAKEN", KEY], 1, "in use"),
+        (["TAKEN", KEY], 1, "; choose another one"),
         (["0", KEY, "--listen", "192.0.2.1"], 1, ""),
         (["0", KEY, "--users", "broken.json"], 2, "broken.json"),
         (["0", KEY, "--config_file", "missing.json"], 2, "missing.json"),
@@ -16848,8 +16858,10 @@ class Pasted(Program):
         super().__init__(command, program=("sh", "-c"), **options)
 
     def __exit__(self, *exc_info):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            self._thread.join(5)  # until none of them can say anything
         super().__exit__()
 
 
@@ -16981,8 +16993,8 @@ class OpenAI:  # as much of it as README.md uses
         """A configuration, or a line of usage.jsonl."""
         fields = json.loads(text)
         if "controllers" not in fields:
-            self.sh(readme_blocks()[1].text)  # the first request, once more
-            run(until((self.folder / "usage.jsonl").exists, 10))
+            start, question = (block.text for block in readme_blocks()[:2])
+            self.sh(question + start)  # the first server's end writes what was used
             line = (self.folder / "usage.jsonl").read_text().splitlines()[0]
             shape = {key: type(value) for key, value in fields.items()}
             assert {k: type(v) for k, v in json.loads(line).items()} == shape
