@@ -5904,7 +5904,7 @@ class OpenAIController(Controller):
                 # Ollama's "llama3.1" is its "llama3.1:latest".
                 short = (name.removesuffix(":latest") for name in names)
                 self._listed_names = frozenset([*names, *short])
-            elif status == 404 and (await self._get("/v1/models"))[0] == 200:
+            elif status == 404 and (await self._get("/v1/models"))[0] in (200, 401):
                 problem = f"its base_url lacks /v1: {self.base_url}/v1 has models"
             elif status in (401, 403):
                 problem = f"its key is refused (status {status})"
@@ -10283,8 +10283,8 @@ def authorize(exchange: Exchange, who: Who, body: JSONObject) -> None:
             refusal = _FOR_AGENTS if who is Who.AGENT else _FOR_THE_ADMINISTRATOR
             raise APIError(403, _ROLES_ONLY.get(user.role, refusal))
         if unix_time() >= user.expires:
-            when = rfc3339(user.expires)
-            raise APIError(401, f"This token expired at {when}.", code="expired")
+            text = f"This token expired at {rfc3339(user.expires)}; ask for another."
+            raise APIError(401, text, code="expired")
 
 
 def credentials(exchange: Exchange) -> list[str]:
@@ -11025,7 +11025,10 @@ class RequestHandler:
         try:
             await connection.start_tls(service.tls)
         except (OSError, asyncio.TimeoutError) as error:
-            service.debug(f"TLS handshake with {peer} failed: {error}")
+            if getattr(error, "reason", "") == "HTTP_REQUEST":
+                service.report(f"what {peer} sent is no TLS: http to an https port")
+            else:
+                service.debug(f"TLS handshake with {peer} failed: {error}")
             return False
         connection.set_deadline(connection.loop.time() + service.limits.head_timeout)
         return True

@@ -8287,7 +8287,7 @@ async def test_an_unreadable_list_of_models_is_a_line_in_the_log_once(tmp_path):
 
     async def behave(request, writer):
         at_v1 = request.line.startswith("GET /v1/models ")
-        writer.write(http_reply({"data": []}) if at_v1 else http_reply(b"no", 404))
+        writer.write(http_reply(b"a key?", 401) if at_v1 else http_reply(b"no", 404))
 
     async with Upstream(behave) as upstream, Upstream(http_reply(b"<html>")) as odd:
         lacks = OpenAIController(
@@ -11589,6 +11589,18 @@ async def test_refusal_says_whether_the_connection_goes_on(server, constant):
         reply = await client.read_reply()
         assert reply.status == 404 and reply.headers["connection"] == "close"
         assert await client.reader.read() == b""
+
+
+@flow
+async def test_http_to_an_https_port_is_a_line_in_the_log(tmp_path):
+    tls_server_context(tmp_path)
+    (tmp_path / "cert.pem").write_text(TEST_CERT + TEST_KEY)
+    log = Log()
+    async with serving(
+        tmp_path, tls_cert=str(tmp_path / "cert.pem"), log=log
+    ) as server:
+        await raw(server.port, request_bytes("GET", "/health"))
+        await until(lambda: "is no TLS: http to an https port" in log.text)
 
 
 @flow
