@@ -199,6 +199,16 @@ class Log(apiserver.Log):
         return "\n".join(self.lines)
 
 
+@pytest.fixture
+def certificate(tmp_path):
+    """A server's options for TLS in tmp_path, and the context of who trusts it."""
+    files = {"tls_cert": TEST_CERT, "tls_key": TEST_KEY, "ca": TEST_CA}
+    for name, text in files.items():
+        files[name] = str(tmp_path / f"{name}.pem")
+        Path(files[name]).write_text(text)
+    return files, ssl.create_default_context(cafile=files.pop("ca"))
+
+
 class Reply:
     """An answer as it came: status, headers (a dict, lower case), content.
 
@@ -251,6 +261,13 @@ class Client:
             assert not error.partial
             return None
         return (await self.reader.readexactly(size + 2))[:-2]
+
+    async def read_rest(self):
+        """All chunks up to the end of the answer, without the heartbeat's comments."""
+        rest = b""
+        while piece := await self.read_chunk():
+            rest += piece
+        return rest.replace(b": keep-alive\n\n", b"")
 
     async def read_reply(self, method="GET"):
         """The next answer."""
@@ -431,11 +448,11 @@ class UpstreamRequest:
         return json.loads(self.content)
 
 
-def answers_posts(reply):
-    """An upstream's behaviour: it has the model "m", and answers POST with this."""
+def answers_posts(reply, names=("m",)):
+    """An upstream's behaviour: it has these models, and answers POST with this."""
 
     async def behave(request, writer):
-        models = http_reply({"data": [{"id": "m"}]})
+        models = http_reply({"data": [{"id": name} for name in names]})
         writer.write(models if request.line.startswith("GET") else reply)
 
     return behave
@@ -7735,7 +7752,7 @@ async def test_all_cooling_is_told_at_once_with_the_soonest(
 async def test_a_code_of_the_key_or_the_account_disables_at_once(
     tmp_path, status, error, reason
 ):
-    """F35: whatever the status; what the upstream said of it is kept nowhere."""
+    """Whatever the status; what the upstream said of it is kept nowhere."""
     log = Log()
     async with relaying(tmp_path, http_reply(error, status), log=log) as (
         server,
@@ -10084,8 +10101,8 @@ async def test_status_tells_why_requests_failed(tmp_path):
         assert (requests["a"]["status"], requests["a"]["user"]) == (401, "")
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("code", ["context_length_exceeded", "you wrote: a secret"])
+@cases("stream", False, True)
+@cases("code", "context_length_exceeded", "you wrote: a secret")
 @flow
 async def test_status_quotes_no_word_of_a_refusal(tmp_path, code, stream):
     error = {"message": "you wrote: a secret", "type": "a secret", "code": code}
@@ -10167,7 +10184,7 @@ async def test_status_and_cancelling_are_for_the_administrator(server):
         assert (await ask(server.port, "POST", path, body, key)).status == status
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@cases("stream", False, True)
 @flow
 async def test_a_cancelled_request_is_told_so_and_its_upstream_left(tmp_path, stream):
     async def begin(request, writer):
@@ -10576,7 +10593,7 @@ async def test_page_says_when_the_server_is_silent(server, browser):
         await tab.sees("no answer for ")
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@cases("width", 1280, 390)
 @flow(timeout=60)
 async def test_page_takes_any_name_as_text_and_stays_as_wide_as_it_is(
     tmp_path, browser, width
@@ -10630,52 +10647,43 @@ async def test_page_works_below_a_proxys_path(server, browser):
 # --- Limits, and what was used
 
 
-@pytest.mark.parametrize(
+@cases(
     "written, quotas",
-    [
-        ("1000 requests/day", [(1000, "requests", "day")]),
-        (" 5 tokens / month ", [(5, "tokens", "month")]),
-        ({"tokens": 9, "per": "week"}, [(9, "tokens", "week")]),
-        (
-            {"requests": 1, "tokens": 2, "per": "hour"},
-            [(1, "requests", "hour"), (2, "tokens", "hour")],
-        ),
-        (
-            ["1 requests/minute", {"tokens": 2, "per": "day"}],
-            [(1, "requests", "minute"), (2, "tokens", "day")],
-        ),
-    ],
+    ("1000 requests/day", [(1000, "requests", "day")]),
+    (" 5 tokens / month ", [(5, "tokens", "month")]),
+    ({"tokens": 9, "per": "week"}, [(9, "tokens", "week")]),
+    (
+        {"requests": 1, "tokens": 2, "per": "hour"},
+        [(1, "requests", "hour"), (2, "tokens", "hour")],
+    ),
+    (
+        ["1 requests/minute", {"tokens": 2, "per": "day"}],
+        [(1, "requests", "minute"), (2, "tokens", "day")],
+    ),
 )
 def test_a_limit_may_be_written_in_several_forms(written, quotas):
     assert apiserver.parse_quotas(written) == [apiserver.Quota(*q) for q in quotas]
 
 
-@pytest.mark.parametrize(
-    "written",
-    [
-        "", "10 request/day", "x requests/day", "-1 requests/day", "0 tokens/day",
+@cases("written", "", "10 request/day", "x requests/day", "-1 requests/day", "0 tokens/day",
         "0.5 requests/day", "10 requests", "10 requests/year", "10 apples/day",
         {}, {"requests": 5}, {"per": "day"}, {"requests": "5", "per": "day"},
         {"requests": True, "per": "day"}, {"requests": 5, "per": "day", "x": 1},
-        {"requests": 0, "per": "day"}, [], [[]], [["1 requests/day"]], 5, True, None,
-    ],
-)  # fmt: skip
+        {"requests": 0, "per": "day"}, [], [[]], [["1 requests/day"]], 5, True, None)  # fmt: skip
 def test_a_limit_that_is_misspelt_is_refused(written):
     with pytest.raises(ValueError, match="expected a limit"):
         apiserver.parse_quotas(written)
 
 
-@pytest.mark.parametrize(
+@cases(
     "per, now, start, end",
-    [
-        ("minute", "2026-12-31 23:59:59", "2026-12-31 23:59:00", "2027-01-01 00:00:00"),
-        ("hour", "2026-11-27 09:59:59", "2026-11-27 09:00:00", "2026-11-27 10:00:00"),
-        ("day", "2026-02-28 12:00:00", "2026-02-28 00:00:00", "2026-03-01 00:00:00"),
-        ("week", "2026-11-29 23:59:59", "2026-11-23 00:00:00", "2026-11-30 00:00:00"),
-        ("week", "2026-11-30 00:00:00", "2026-11-30 00:00:00", "2026-12-07 00:00:00"),
-        ("month", "2026-12-31 23:00:00", "2026-12-01 00:00:00", "2027-01-01 00:00:00"),
-        ("month", "2028-02-29 00:00:00", "2028-02-01 00:00:00", "2028-03-01 00:00:00"),
-    ],
+    ("minute", "2026-12-31 23:59:59", "2026-12-31 23:59:00", "2027-01-01 00:00:00"),
+    ("hour", "2026-11-27 09:59:59", "2026-11-27 09:00:00", "2026-11-27 10:00:00"),
+    ("day", "2026-02-28 12:00:00", "2026-02-28 00:00:00", "2026-03-01 00:00:00"),
+    ("week", "2026-11-29 23:59:59", "2026-11-23 00:00:00", "2026-11-30 00:00:00"),
+    ("week", "2026-11-30 00:00:00", "2026-11-30 00:00:00", "2026-12-07 00:00:00"),
+    ("month", "2026-12-31 23:00:00", "2026-12-01 00:00:00", "2027-01-01 00:00:00"),
+    ("month", "2028-02-29 00:00:00", "2028-02-01 00:00:00", "2028-03-01 00:00:00"),
 )
 def test_windows_are_those_of_the_calendar_in_utc(per, now, start, end):
     now, start, end = (
@@ -10685,9 +10693,7 @@ def test_windows_are_those_of_the_calendar_in_utc(per, now, start, end):
     assert apiserver.window(per, now + 0.9) == (start, end)
 
 
-@pytest.mark.parametrize(
-    "per, used", [("minute", 0), ("hour", 3), ("day", 3), ("week", 3), ("month", 3)]
-)
+@cases("per, used", ("minute", 0), ("hour", 3), ("day", 3), ("week", 3), ("month", 3))
 def test_a_new_limit_counts_what_was_used_in_its_window_alone(monkeypatch, per, used):
     """What is kept is kept by the hour: of a minute's nothing is taken over."""
     ledger = apiserver.Ledger(None)
@@ -10734,7 +10740,7 @@ def test_a_clock_that_is_set_back_gives_nothing_back(monkeypatch):
 NOON = calendar.timegm((2026, 11, 27, 12, 0, 0))
 
 
-@pytest.mark.parametrize("per", ["hour", "day", "week", "month"])
+@cases("per", "hour", "day", "week", "month")
 def test_a_clock_that_was_set_years_ahead_uses_nothing_up(monkeypatch, per):
     clock = [NOON]
     monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
@@ -10754,7 +10760,7 @@ def test_a_clock_that_was_set_years_ahead_uses_nothing_up(monkeypatch, per):
     assert ledger_requests(ledger) == 4
 
 
-@pytest.mark.parametrize("name", [None, "usage.jsonl"])
+@cases("name", None, "usage.jsonl")
 def test_hours_of_days_that_are_over_take_no_memory(tmp_path, monkeypatch, name):
     """Neither with a file that nobody wants written."""
     clock = [NOON]
@@ -10897,7 +10903,7 @@ def test_a_lost_instance_moves_its_own_credentials_alone():
         assert max(taken.values()) < len(moved) / 4
 
 
-@pytest.mark.parametrize("shared, users", [(False, 10_000), (True, 1000)])
+@cases("shared, users", (False, 10_000), (True, 1000))
 @flow
 async def test_what_a_limit_is_exceeded_by_when_an_instance_is_lost(
     tmp_path, monkeypatch, shared, users
@@ -11157,7 +11163,7 @@ async def test_a_user_who_is_deleted_while_asking_is_counted_and_gone(tmp_path):
         assert [(row["user"], row["requests"]) for row in usage] == [(user.user_id, 1)]
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@cases("stream", False, True)
 @flow
 async def test_an_upstream_without_usage_is_counted_by_all_its_choices(
     tmp_path, stream
@@ -11187,7 +11193,7 @@ async def test_an_upstream_without_usage_is_counted_by_all_its_choices(
         assert usage["limits"][0]["used"] == total["input"] + total["output"]
 
 
-@pytest.mark.parametrize("limit", ["10 requests", "ten tokens/day", [], {"per": "day"}])
+@cases("limit", "10 requests", "ten tokens/day", [], {"per": "day"})
 @flow
 async def test_a_misspelt_limit_is_refused_by_name_and_changes_nothing(tmp_path, limit):
     async with serving(tmp_path) as server:
@@ -11298,18 +11304,10 @@ async def test_usage_is_told_as_json_and_as_csv_without_formulas(tmp_path):
         assert (await ask(s.port, "GET", path, key=user.token)).status == 403
 
 
-@pytest.mark.parametrize(
-    "model, told",
-    [
-        ("=1+1", "'=1+1"),
-        ("@SUM(A1)", "'@SUM(A1)"),
-        ("+1", "'+1"),
-        ("-1", "'-1"),
-        ("\t=1", "'\t=1"),
-        ('a"b,c\nd', 'a"b,c\nd'),
-        ("m\u202e\ud83d", "m\u202e?"),
-    ],
-)
+@cases("model, told",
+    ("=1+1", "'=1+1"), ("@SUM(A1)", "'@SUM(A1)"), ("+1", "'+1"), ("-1", "'-1"),
+    ("\t=1", "'\t=1"), ('a"b,c\nd', 'a"b,c\nd'), ("m\u202e\ud83d", "m\u202e?"),
+)  # fmt: skip
 @flow
 async def test_a_hostile_name_is_one_plain_cell_and_no_label(tmp_path, model, told):
     function = pool_function("any", models=None)
@@ -11457,14 +11455,12 @@ async def test_requests_on_one_connection_are_answered_in_order(client):
     assert (await client.read_reply()).content == b"OK"
 
 
-@pytest.mark.parametrize(
+@cases(
     "line, kept",
-    [
-        ("HTTP/1.1\r\nHost: x", True),
-        ("HTTP/1.1\r\nHost: x\r\nConnection: close", False),
-        ("HTTP/1.0", False),
-        ("HTTP/1.0\r\nConnection: keep-alive", True),
-    ],
+    ("HTTP/1.1\r\nHost: x", True),
+    ("HTTP/1.1\r\nHost: x\r\nConnection: close", False),
+    ("HTTP/1.0", False),
+    ("HTTP/1.0\r\nConnection: keep-alive", True),
 )
 @flow
 async def test_connection_is_kept_or_closed_as_the_client_wants(client, line, kept):
@@ -11496,26 +11492,15 @@ async def test_public_routes(server):
     assert answer.endswith(b'{"status": "ok"}')
 
 
-@pytest.mark.parametrize(
-    "method, path, status, allow",
-    [
-        ("GET", "/nothing", 404, None),
-        ("POST", "/", 405, "GET, HEAD, OPTIONS"),
-        ("DELETE", "/health", 405, "GET, HEAD, OPTIONS"),
-        ("GET", "/api/ask", 405, "POST, OPTIONS"),
-        ("PUT", "/admin/users/add", 405, "POST, OPTIONS"),
-        ("GET", "/v1/chat/completions", 405, "POST, OPTIONS"),
-        ("GET", "/chat/completions", 405, "POST, OPTIONS"),
-        ("POST", "/v1/models", 405, "GET, HEAD, OPTIONS"),
-        ("POST", "/v1/models/x", 405, "GET, HEAD, OPTIONS"),
-        ("GET", "/v1/embeddings", 404, None),
-        ("DELETE", "/v1/files/x", 404, None),
-        ("GET", "/v1/responses", 404, None),
-        ("GET", "/v1/", 404, None),
-        ("GET", "/v2/x", 404, None),
-        ("GET", "/v1", 404, None),
-    ],
-)
+@cases("method, path, status, allow",
+    ("GET", "/nothing", 404, None), ("POST", "/", 405, "GET, HEAD, OPTIONS"),
+    ("PUT", "/admin/users/add", 405, "POST, OPTIONS"),
+    ("GET", "/v1/chat/completions", 405, "POST, OPTIONS"),
+    ("GET", "/chat/completions", 405, "POST, OPTIONS"),
+    ("POST", "/v1/models/x", 405, "GET, HEAD, OPTIONS"),
+    ("GET", "/v1/responses", 404, None), ("DELETE", "/v1/files/x", 404, None),
+    ("GET", "/v1", 404, None),
+)  # fmt: skip
 @flow
 async def test_unknown_path_and_method_in_the_shape_of_the_family(
     server, method, path, status, allow
@@ -11530,7 +11515,7 @@ async def test_unknown_path_and_method_in_the_shape_of_the_family(
         assert isinstance(error, str)
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/ask", "/nothing"])
+@cases("path", "/v1/chat/completions", "/api/ask", "/nothing")
 @flow
 async def test_preflight_is_answered_before_authentication(server, path):
     wanted = [("Access-Control-Request-Headers", "authorization, x-odd")]
@@ -11558,7 +11543,7 @@ async def test_other_pages_may_not_read_administration(server):
 
 @flow(limits=Limits(ask_content_size=100))
 async def test_content_is_asked_for_only_after_key_and_length(server, constant):
-    """F74: Expect: 100-continue."""
+    """Expect: 100-continue."""
     expect = [("Expect", "100-continue")]
     constant(LINGER_TIMEOUT=0.05)
 
@@ -11611,18 +11596,16 @@ async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_p
         answer = await raw(server.port, hello, timeout=2)
         assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
         assert b"https was sent to an http port" in answer
-        assert (await raw(server.port, b"GET /\r\n", timeout=2)).startswith(
-            b"HTTP/1.1 400"
-        )
-        assert (await raw(server.port, b"A" * 10_000, timeout=2)).startswith(
-            b"HTTP/1.1 501"
-        )
+        assert b"\r\nx-request-id: " in answer
+        for data, status in ((b"GET /\r\n", b"400"), (b"A" * 10_000, b"501")):
+            answer = await raw(server.port, data, timeout=2)
+            assert answer.startswith(b"HTTP/1.1 " + status)
     assert "127.0.0.1 sent is no request: https was sent to an http port" in log.text
 
 
 @flow(limits=Limits(head_timeout=0.2))
 async def test_head_that_does_not_come_is_answered_408(server, constant):
-    """L5, F17: a byte now and then does not extend the deadline."""
+    """A byte now and then does not extend the deadline."""
     constant(LINGER_TIMEOUT=0.05)
     began = time.monotonic()
     assert await raw(server.port, b"") == b""  # silent: nothing to answer
@@ -11644,7 +11627,7 @@ async def test_head_that_does_not_come_is_answered_408(server, constant):
 
 @flow(limits=Limits(keep_alive_timeout=0.1, keep_alive_requests=3))
 async def test_idle_connection_is_closed_without_a_word(server):
-    """L13: and the last of so many requests says that it is the last."""
+    """And the last of so many requests says that it is the last."""
     async with Client(server.port) as client:
         await client.request("GET", "/health")
         assert await client.reader.read() == b""
@@ -11655,19 +11638,17 @@ async def test_idle_connection_is_closed_without_a_word(server):
         assert await client.reader.read() == b""
 
 
-@pytest.mark.parametrize("chunked_body", [False, True])
-@pytest.mark.parametrize(
+@cases("chunked_body", False, True)
+@cases(
     "path, limit",
-    [
-        ("/v1/chat/completions", "content_size"),
-        ("/v1/embeddings", "content_size"),
-        ("/api/ask", "ask_content_size"),
-        ("/admin/users/add", "admin_content_size"),
-    ],
+    ("/v1/chat/completions", "content_size"),
+    ("/v1/embeddings", "content_size"),
+    ("/api/ask", "ask_content_size"),
+    ("/admin/users/add", "admin_content_size"),
 )
 @flow
 async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body, constant):
-    """L6, L7: at the limit it is read, one byte more is 413."""
+    """At the limit it is read, one byte more is 413."""
 
     limits = Limits(**{limit: 1000})
     constant(LINGER_TIMEOUT=0.05)
@@ -11685,7 +11666,6 @@ async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body, con
 
 @flow(limits=Limits(total_content_size=1000))
 async def test_all_contents_together_have_a_limit(server, constant):
-    """L8."""
     constant(LINGER_TIMEOUT=0.05)
     async with Client(server.port) as other:
         headers = [("Content-Length", "900")]
@@ -11699,31 +11679,40 @@ async def test_all_contents_together_have_a_limit(server, constant):
     await until(lambda: server.content_size == 0)
 
 
-@pytest.mark.parametrize("chunked_body", [False, True])
-@flow(limits=Limits(content_read_timeout=0.3, content_rate=10_000))
-async def test_slow_content_is_answered_408(server, chunked_body, constant):
-    """L9, F18: too slow on average, and silence."""
+@cases(
+    "trickles, limits",
+    (False, {"content_read_timeout": 0.3}),
+    (True, {"content_rate": 10_000}),
+    (True, {"content_rate": 0, "request_timeout": 0.3}),
+    ids=["silence", "too slow", "too late"],
+)
+@cases("chunked_body", False, True)
+@flow
+async def test_slow_content_is_answered_408(
+    tmp_path, chunked_body, trickles, limits, constant
+):
     constant(LINGER_TIMEOUT=0.05, CONTENT_RATE_AFTER=0.2)
     length = ("Transfer-Encoding", "chunked") if chunked_body else None
     length = length or ("Content-Length", "100000")
-    for trickles in (False, True):
+    async with serving(tmp_path, limits=Limits(**limits)) as server:
         async with Client(server.port) as client:
             client.send(request_bytes("POST", "/api/ask", headers=[length]))
 
-            async def trickle(client=client):
-                while True:
+            async def trickle():
+                while trickles:
                     client.send(chunked(b"x") if chunked_body else b"x")
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(0.02)
 
-            async with beside(trickle() if trickles else asyncio.sleep(0)):
+            async with beside(trickle()):
                 reply = await asyncio.wait_for(client.read_reply(), 5)
             assert reply.status == 408
             assert reply.headers["connection"] == "close"
+            assert not server.content_size
 
 
 @flow
 async def test_refusal_can_be_read_while_the_client_still_sends(client):
-    """L16: no RST overtakes the answer."""
+    """No RST overtakes the answer."""
     body = b"x" * 250_000
     client.send(request_bytes("POST", "/admin/users/add", body))
     await asyncio.sleep(0.1)
@@ -11735,35 +11724,19 @@ async def test_refusal_can_be_read_while_the_client_still_sends(client):
 SMUGGLED = "GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-@pytest.mark.parametrize(
+@cases(
     "head",
-    [
-        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 5",
-        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5, 5",
-        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +5",
-        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0x5",
-        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1",
-        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
-        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity",
-        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked",
-        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding : chunked",
-        "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding:\x0bchunked",
-        "POST / HTTP/1.0\r\nTransfer-Encoding: chunked",
-        "GET / HTTP/1.1\r\nHost: x\r\nX: a\r\n b",
-        "GET / HTTP/1.1\r\nHost: x\r\nX: a\nY: b",
-        "GET / HTTP/1.1\r\nHost: x\r\nHost: x",
-        "GET / HTTP/1.1\r\nHost: x/y",
-        "GET / HTTP/1.1",
-        "GET  / HTTP/1.1\r\nHost: x",
-        "GET / HTTP/2.0\r\nHost: x",
-        "GET http://other/ HTTP/1.1\r\nHost: x",
-        "GET x HTTP/1.1\r\nHost: x",
-        " GET / HTTP/1.1\r\nHost: x",
-    ],
+    "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 5",
+    "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
+    "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity",
+    "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding : chunked",
+    "POST / HTTP/1.0\r\nTransfer-Encoding: chunked",
+    "GET / HTTP/1.1\r\nHost: x\r\nX: a\r\n b",
+    "GET / HTTP/2.0\r\nHost: x",
 )
 @flow
 async def test_smuggled_request_is_never_read(server, head, constant):
-    """F60: one answer, then the end."""
+    """One answer, then the end."""
     constant(LINGER_TIMEOUT=0.05)
     data = f"{head}\r\n\r\n0\r\n\r\n{SMUGGLED}".encode()
     answers = handler_split(await raw(server.port, data))
@@ -11772,9 +11745,12 @@ async def test_smuggled_request_is_never_read(server, head, constant):
     assert isinstance(json.loads(answers[0][1])["error"], str)
 
 
-@pytest.mark.parametrize(
+@cases(
     "content",
-    ["5\r\nhello\n0\r\n\r\n", "0x5\r\nhello\r\n0\r\n\r\n", "-1\r\n\r\n", "5;a\nb\r\n"],
+    "5\r\nhello\n0\r\n\r\n",
+    "0x5\r\nhello\r\n0\r\n\r\n",
+    "-1\r\n\r\n",
+    "5;a\nb\r\n",
 )
 @flow
 async def test_nothing_is_read_behind_a_broken_chunk(server, content, constant):
@@ -11788,39 +11764,26 @@ async def test_nothing_is_read_behind_a_broken_chunk(server, content, constant):
 
 JSON_BODIES = [
     b"[" * 200_000,
-    b'{"model": ' + b"[" * 200_000,
     b'{"model": ' + b"1" * 5000 + b"}",
-    b'{"model": "m", "messages": [], "n": ' + b"1" * 5000 + b"}",
     b'{"model": NaN, "content": NaN, "admin_key": NaN}',
     b'{"model": "\xff"}',
     b"\xef\xbb\xbf{}",
     b"[]",
-    b"null",
-    b'"text"',
     b"{",
     b'{"model": {}, "messages": {}, "content": {}, "admin_key": {}, "name": {}}',
     b'{"model": [], "messages": [], "content": [], "user_id": [], "role": []}',
-    b'{"model": "m", "messages": [], "stream": "yes", "content": 5, "role": {}}',
     b'{"model": 5, "messages": null, "content": "", "user_id": 5, "name": 5}',
     b'{"model": "m", "model": 5, "content": "x", "content": 5, "role": "x"}',
     b'{"content": "x", "parent_id": {}, "conversation_id": [], "role": null}',
-    b'{"content": "x", "model": {}, "user_id": {}, "role": "x", "input": "x"}',
 ]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/chat/completions",
-        "/v1/embeddings",
-        "/api/ask",
-        "/admin/users/add",
-        "/admin/users/delete",
-    ],
-)
+@cases("path",
+    "/v1/chat/completions", "/v1/embeddings", "/api/ask", "/admin/users/add",
+    "/admin/users/delete",
+)  # fmt: skip
 @flow
 async def test_odd_json_is_refused_and_never_an_internal_error(client, path):
-    """F62."""
     for body in JSON_BODIES:
         body = body[:60_000]  # of the 64 KiB that /admin takes
         reply = await client.request("POST", path, body)
@@ -11828,12 +11791,12 @@ async def test_odd_json_is_refused_and_never_an_internal_error(client, path):
         assert reply.json()["error"]
 
 
-@pytest.mark.parametrize(
-    "content", ["\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]']
+@cases(
+    "content", "\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]'
 )
 @flow
 async def test_odd_text_is_served(server, content):
-    """F62: lone surrogates, a megabyte, control characters."""
+    """Lone surrogates, a megabyte, control characters."""
     chat = {**CHAT, "model": "mock/echo"}
     chat["messages"] = [{"role": "user", "content": content}]
     reply = await ask(server.port, "POST", CHAT_URL, chat)
@@ -11848,7 +11811,6 @@ async def test_odd_text_is_served(server, content):
 
 @flow
 async def test_non_ascii_key_is_a_wrong_key(server):
-    """F63."""
     for value in (b"Bearer \xff\xfe", "Schl\u00fcssel".encode(), b"Bearer \x80"):
         request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         data = request + b"Authorization: " + value + b"\r\n\r\n"
@@ -11866,8 +11828,6 @@ async def test_non_ascii_key_is_a_wrong_key(server):
 async def test_bug_in_a_route_is_told_by_its_request_id_alone(
     tmp_path, monkeypatch, caplog
 ):
-    """F64."""
-
     async def broken(exchange):
         raise ValueError("SECRET of the handler")
 
@@ -11891,7 +11851,7 @@ async def test_bug_in_a_route_is_told_by_its_request_id_alone(
 
 @flow
 async def test_upgrade_to_what_is_not_spoken_is_ignored(server, upstream):
-    """F74: h2c."""
+    """H2c."""
     upgrade = [
         ("Connection", "Upgrade, HTTP2-Settings"),
         ("Upgrade", "h2c"),
@@ -11908,7 +11868,6 @@ async def test_upgrade_to_what_is_not_spoken_is_ignored(server, upstream):
 
 @flow
 async def test_handshake_with_content_is_refused(server):
-    """F75."""
     for length in (("Content-Length", "5"), ("Transfer-Encoding", "chunked")):
         with pytest.raises(ConnectionError, match="400"):
             await Agent(server.port, headers=[length]).connect()
@@ -11923,7 +11882,6 @@ async def test_handshake_with_content_is_refused(server):
 
 @flow
 async def test_bytes_behind_a_handshake_are_its_first_frame(server, client):
-    """F75."""
     hello = json.dumps({"id": "early-bird", "message": "Connection id"})
     frame = apiserver.WebSocketProtocol(CLIENT).send(hello)
     headers = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
@@ -11935,18 +11893,10 @@ async def test_bytes_behind_a_handshake_are_its_first_frame(server, client):
     await until(lambda: "early-bird" in server.agents)
 
 
-@pytest.mark.parametrize(
-    "own, kept",
-    [
-        ("abc-123", True),
-        ("x" * 128, True),
-        ("two words", True),
-        ("x" * 129, False),
-        ("tab\tbed", False),
-        ("\u00fc", False),
-        ("", False),
-    ],
-)
+@cases("own, kept",
+    ("abc-123", True), ("x" * 128, True), ("two words", True), ("x" * 129, False),
+    ("tab\tbed", False), ("\u00fc", False), ("", False),
+)  # fmt: skip
 @flow
 async def test_request_id_is_the_clients_own_if_it_can_be(server, own, kept):
     seen = set()
@@ -11961,18 +11911,21 @@ async def test_request_id_is_the_clients_own_if_it_can_be(server, own, kept):
         assert own not in seen and len(seen) == 3
 
 
-@flow
-async def test_broken_request_gets_a_request_id_too(server, constant):
-    constant(LINGER_TIMEOUT=0.05)
-    assert b"x-request-id: " in await raw(server.port, b"nonsense\r\n\r\n")
+CLIMBING_PATHS = "/v1/../x /v1/a/.. /v1/%2e%2e/x /v1/.%2E /v1/./x /v1/..;/x /v1/..\\x"
+CLIMBING_PATHS += " /v1/..%5cx /v1/%252e%252e/x /v1/a/..;b /v1/../admin/users"
+CLIMBING_PATHS += " /v1//../admin/users /v1/v1/../../admin/users"
+SECOND_FORMS = "/admin//users /admin/users/ //admin/users /health/ //health /api//ask"
+SECOND_FORMS += " /client//register"
 
 
 @flow
 async def test_path_climbs_nowhere(server, upstream):
-    """The upstream's key is for paths under its base URL."""
-    for path in ("/v1/../x", "/v1/a/..", "/v1/%2e%2e/x", "/v1/.%2E", "/v1/./x"):
-        reply = await ask(server.port, "POST", path, {"model": "m"})
-        assert reply.status == 404, path
+    """The upstream's key is for what is under its base URL, however lenient it is,
+    and a proxy in front that guards /admin/ must not be passed."""
+    for path in (CLIMBING_PATHS + " " + SECOND_FORMS).split():
+        for method, body in (("GET", None), ("POST", CHAT)):
+            reply = await ask(server.port, method, path, body)
+            assert reply.status == 404, path
     assert chats(upstream) == []
 
 
@@ -11988,17 +11941,12 @@ async def test_reset_between_refusal_and_close_leaves_no_trace(
     tmp_path, monkeypatch, caplog
 ):
     log = Log()
-    async with serving(tmp_path, log=log) as server:
-        sock = socket.create_connection(("127.0.0.1", server.port))
-
-        def reset(self):
-            option = struct.pack("ii", 1, 0)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
-            sock.close()
-
-        monkeypatch.setattr(apiserver.Exchange, "log", reset)
+    async with serving(tmp_path, log=log) as server, Client(server.port) as client:
+        monkeypatch.setattr(
+            apiserver.Exchange, "log", lambda exchange: connection_cut(client.writer)
+        )
+        client.send(b"nonsense\r\n\r\n")
         await until(lambda: server._handlers)
-        sock.sendall(b"nonsense\r\n\r\n")
         await until(lambda: not server._handlers)
     assert "failed" not in log.text and caplog.records == []
 
@@ -12006,34 +11954,27 @@ async def test_reset_between_refusal_and_close_leaves_no_trace(
 # --- Trust
 
 
-@pytest.mark.parametrize(
+@cases(
     "fields, answer",
-    [
-        ([("Authorization", "KEY")], 200),
-        ([("Authorization", "Bearer KEY")], 200),
-        ([("authorization", "bearer   KEY")], 200),
-        ([("x-api-key", "KEY")], 200),
-        ([("Authorization", "KEY2")], "Invalid API key"),
-        ([("Authorization", "Basic KEY")], "Invalid API key"),
-        ([("Authorization", "Bearer KE")], "Invalid API key"),
-        ([("x-api-key", "key")], "Invalid API key"),
-        ([("api-key", "KEY")], 200),
-        ([("x-goog-api-key", "KEY")], 200),
-        ([("Authorization", "Bearer oauth"), ("x-api-key", "KEY")], 200),
-        ([("Authorization", "Basic eDp5"), ("x-goog-api-key", "KEY")], 200),
-        ([("Authorization", "Bearer KEY"), ("x-api-key", "other")], 200),
-        ([("Authorization", "wrong"), ("x-api-key", "other")], "Invalid API key"),
-        ([], "API key not provided"),
-        ([("Authorization", "")], "API key not provided"),
-        ([("x-api-key", "")], "API key not provided"),
-        ([("Cookie", "KEY")], "API key not provided"),
-    ],
+    ([("Authorization", "KEY")], 200),
+    ([("authorization", "bearer   KEY")], 200),
+    ([("x-api-key", "KEY")], 200),
+    ([("api-key", "KEY")], 200),
+    ([("x-goog-api-key", "KEY")], 200),
+    ([("Authorization", "Bearer oauth"), ("x-api-key", "KEY")], 200),
+    ([("Authorization", "Basic eDp5"), ("x-goog-api-key", "KEY")], 200),
+    ([("Authorization", "Bearer KEY"), ("x-api-key", "other")], 200),
+    ([("x-api-key", "wrong"), ("api-key", "KEY")], 200),
+    ([("Authorization", "wrong"), ("x-api-key", "other")], "Invalid API key"),
+    ([("Authorization", "Basic KEY")], "Invalid API key"),
+    ([("Authorization", "Bearer KE")], "Invalid API key"),
+    ([("Authorization", "")], "API key not provided"),
+    ([("Cookie", "KEY")], "API key not provided"),
 )
 @flow
 async def test_credential_travels_in_several_forms(server, fields, answer):
     body = {"content": "hi", "model": "mock/echo"}
-    user = await handler_add_user(server.port)
-    for token in (KEY, user["token"]):
+    for token in (KEY, await add_user(server)):
         own = [(name, value.replace("KEY", token)) for name, value in fields]
         reply = await ask(server.port, "POST", "/api/ask", body, "", own)
         if answer == 200:
@@ -12092,27 +12033,24 @@ async def test_each_role_may_do_what_it_may(server):
 
 @flow
 async def test_admin_key_in_body_query_or_header(server):
-    port = server.port
-    right, wrong = {"admin_key": KEY}, {"admin_key": "wrong"}
-    add, users = "/admin/users/add", "/admin/users"
-    assert (await ask(port, "POST", add, right, "")).status == 200
-    assert (await ask(port, "POST", add, None, KEY)).status == 200
-    assert (await ask(port, "GET", f"{users}?admin_key={KEY}", key="")).status == 200
-    for reply in (
-        await ask(port, "POST", add, wrong, ""),
-        await ask(port, "POST", add, wrong, KEY),
-        await ask(port, "GET", f"{users}?admin_key=wrong", key=""),
+    add, users = ("POST", "/admin/users/add"), ("GET", "/admin/users")
+    for (method, path), query, admin_key, key, said in (
+        (add, "", KEY, "", None),
+        (add, "", None, KEY, None),
+        (users, f"?admin_key={KEY}", None, "", None),
+        (add, "", "wrong", "", "Invalid admin key"),
+        (add, "", "wrong", KEY, "Invalid admin key"),
+        (users, "?admin_key=wrong", None, "", "Invalid admin key"),
+        (add, "", None, "", "Admin key not provided"),
+        (users, "?admin_key=", None, "", "Admin key not provided"),
     ):
-        assert reply.status == 401
-        assert reply.json() == {"error": "Invalid admin key"}
-        assert KEY.encode() not in reply.content
-    for reply in (
-        await ask(port, "POST", add, {}, ""),
-        await ask(port, "GET", users, key=""),
-        await ask(port, "GET", f"{users}?admin_key=", key=""),
-    ):
-        assert reply.status == 401
-        assert reply.json() == {"error": "Admin key not provided"}
+        body = {} if admin_key is None else {"admin_key": admin_key}
+        body = body if method == "POST" else None
+        reply = await ask(server.port, method, path + query, body, key)
+        assert reply.status == (401 if said else 200)
+        if said:
+            assert reply.json() == {"error": said}
+            assert KEY.encode() not in reply.content
 
 
 @flow
@@ -12129,8 +12067,6 @@ NOT_LOCAL = [
     ("Origin", "null"),
     ("Origin", "http://localhost:8080"),
     ("Origin", "https://chatgpt.com.evil.example"),
-    ("Origin", "http://chatgpt.com"),
-    ("Host", "rebound.example"),
     ("Host", "rebound.example:8080"),
     ("Host", "localhost.evil.example"),
     ("Host", "192.0.2.2"),
@@ -12138,7 +12074,6 @@ NOT_LOCAL = [
     ("Forwarded", "for=192.0.2.1"),
     ("X-Forwarded-For", "127.0.0.1"),
     ("X-Real-IP", "127.0.0.1"),
-    ("Via", "1.1 proxy"),
     ("via", ""),
 ]
 
@@ -12160,10 +12095,9 @@ async def handler_status(port, request, host="127.0.0.1"):
         return (await client.read_head())[0]
 
 
-@pytest.mark.parametrize("field", NOT_LOCAL, ids=": ".join)
+@cases("field", *NOT_LOCAL, ids=": ".join)
 @flow
 async def test_only_this_machines_user_needs_no_key(server, log, field):
-    """F61."""
     port = server.port
     handshake = handler_handshake("/client/register", field)
     assert await handler_status(port, handshake) == 403
@@ -12179,20 +12113,12 @@ async def test_only_this_machines_user_needs_no_key(server, log, field):
     assert await handler_status(port, listing) == 200
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        ("Origin", "https://chat.openai.com"),
-        ("Origin", "https://chatgpt.com"),
-        ("Origin", "moz-extension://2f0d9cd2"),
-        ("Origin", "chrome-extension://abcdef"),
-        ("Host", "127.0.0.1:8080"),
-        ("Host", "[::1]:8080"),
-        ("Host", "LOCALHOST:8080"),
-        ("Host", "127.9.9.9"),
-    ],
-    ids=": ".join,
-)
+@cases("field",
+    ("Origin", "https://chat.openai.com"), ("Origin", "https://chatgpt.com"),
+    ("Origin", "moz-extension://2f0d9cd2"), ("Origin", "chrome-extension://abcdef"),
+    ("Host", "127.0.0.1:8080"), ("Host", "[::1]:8080"), ("Host", "LOCALHOST:8080"),
+    ("Host", "127.9.9.9"), ids=": ".join,
+)  # fmt: skip
 @flow
 async def test_this_machines_user_needs_no_key(server, field):
     for path, status in (("/client/register", 101), ("/api/connections", 200)):
@@ -12244,9 +12170,11 @@ async def test_peer_at_another_address_is_not_this_machine(server):
     assert await status(server.port, handshake) == 101
 
 
-@pytest.mark.parametrize(
+@cases(
     "auth, near, far, listing",
-    [("local", 101, 403, 200), ("key", 401, 401, 401), ("open", 101, 101, 200)],
+    ("local", 101, 403, 200),
+    ("key", 401, 401, 401),
+    ("open", 101, 101, 200),
 )
 @flow
 async def test_who_may_register_without_a_key(tmp_path, auth, near, far, listing):
@@ -12318,30 +12246,20 @@ async def test_ask_is_answered_by_an_agent(server, agent):
     assert (await asking).json()["content"] == "Ho"
 
 
-@pytest.mark.parametrize(
+@cases(
     "body, status, text",
-    [
-        (b"{", 400, "JSON"),
-        ({}, 400, "content"),
-        ({"content": ""}, 400, "content"),
-        ({"content": ["x"]}, 400, "content"),
-        ({"content": "x", "conversation_id": "c"}, 400, "together"),
-        ({"content": "x", "parent_id": "p"}, 400, "together"),
-        ({"content": "x", "conversation_id": 5, "parent_id": "p"}, 400, "conversation"),
-        ({"content": "x", "model": 5}, 400, "model"),
-        (
-            {"content": "x", "conversation_id": "c", "parent_id": "p"},
-            404,
-            "Conversation doesn't exist",
-        ),
-        ({"content": "x"}, 503, "No available clients"),
-        ({"content": "x", "model": "<optional>"}, 503, "No available clients"),
-        ({"content": "x", "conversation_id": "", "parent_id": ""}, 503, "No available"),
-        ({"content": "x", "conversation_id": None, "parent_id": None}, 503, "No ava"),
-        ({"content": "x", "model": "mock/500"}, 500, "fails"),
-        ({"content": "x", "model": "mock/429"}, 429, "busy"),
-        ({"content": "x", "model": "mock/slow?seconds=nan"}, 400, "number"),
-    ],
+    (b"{", 400, "JSON"),
+    ({"content": ""}, 400, "content"),
+    ({"content": ["x"]}, 400, "content"),
+    ({"content": "x", "conversation_id": "c"}, 400, "together"),
+    ({"content": "x", "parent_id": "p"}, 400, "together"),
+    ({"content": "x", "conversation_id": 5, "parent_id": "p"}, 400, "conversation"),
+    ({"content": "x", "model": 5}, 400, "model"),
+    ({"content": "x", "conversation_id": "c", "parent_id": "p"}, 404, "exist"),
+    ({"content": "x", "model": "<optional>"}, 503, "No available clients"),
+    ({"content": "x", "conversation_id": None, "parent_id": ""}, 503, "No ava"),
+    ({"content": "x", "model": "mock/500"}, 500, "fails"),
+    ({"content": "x", "model": "mock/429"}, 429, "busy"),
 )
 @flow
 async def test_ask_says_what_is_wrong(server, body, status, text):
@@ -12349,16 +12267,6 @@ async def test_ask_says_what_is_wrong(server, body, status, text):
     reply = await ask(server.port, "POST", "/api/ask", body)
     assert reply.status == status and time.monotonic() - began < 2
     assert list(reply.json()) == ["error"] and text in reply.json()["error"]
-
-
-@flow
-async def test_ask_without_an_agent_harms_nobody(server):
-    """F01."""
-    assert (await handler_ask(server.port)).status == 503
-    async with Agent(server.port) as agent, beside(agent.echo()):
-        await handler_agents(server, 1)
-        reply = await handler_ask(server.port)
-        assert reply.json()["content"] == "echo:Hello"
 
 
 @flow
@@ -12372,32 +12280,36 @@ async def test_ask_waits_a_moment_for_an_agent_that_has_just_left(server):
             assert (await asking).json()["content"] == "echo:Hello"
 
 
-@flow(behave=http_reply(completion()))
-async def test_conversation_here_can_branch(server, upstream):
+@flow
+async def test_conversation_here_can_branch(tmp_path):
     """Upstreams keep none: the messages on the way to parent_id are sent along."""
+    odd = completion(response_id="x", error=None)  # and is still an upstream's
+    async with relaying(tmp_path, http_reply(odd)) as (server, upstream):
 
-    async def say(content, conversation_id="", parent_id=""):
-        ids = {"conversation_id": conversation_id, "parent_id": parent_id}
-        reply = await handler_ask(server.port, content, **ids, model="m")
-        assert reply.status == 200, reply.content
-        sent = chats(upstream)[-1]
-        assert sent.line.startswith("POST /v1/chat/completions ")
-        assert sent.json()["model"] == "m"
-        words = [m["content"] for m in sent.json()["messages"]]
-        return (reply.json()["conversation_id"], reply.json()["response_id"], words)
+        async def say(content, conversation_id="", parent_id=""):
+            ids = {"conversation_id": conversation_id, "parent_id": parent_id}
+            reply = await handler_ask(server.port, content, **ids, model="m")
+            assert reply.status == 200, reply.content
+            answer = reply.json()
+            names = ["id", "response_id", "conversation_id", "content", "error"]
+            assert list(answer) == names and answer["content"] == "Hi there"
+            sent = chats(upstream)[-1]
+            assert sent.line.startswith("POST /v1/chat/completions ")
+            assert sent.json()["model"] == "m"
+            words = [m["content"] for m in sent.json()["messages"]]
+            return answer["conversation_id"], answer["response_id"], words
 
-    talk, first, sent = await say("one")
-    assert UUID_FORM.fullmatch(talk) and UUID_FORM.fullmatch(first)
-    assert sent == ["one"]
-    same, second, sent = await say("two", talk, first)
-    assert same == talk and sent == ["one", "Hi there", "two"]
-    _, _, sent = await say("branch", talk, first)
-    assert sent == ["one", "Hi there", "branch"]
-    _, _, sent = await say("three", talk, second)
-    assert sent == ["one", "Hi there", "two", "Hi there", "three"]
-    ids = {"conversation_id": talk, "parent_id": str(uuid.uuid4())}
-    reply = await handler_ask(server.port, **ids)
-    assert reply.status == 404
+        talk, first, sent = await say("one")
+        assert UUID_FORM.fullmatch(talk) and UUID_FORM.fullmatch(first)
+        assert sent == ["one"]
+        same, second, sent = await say("two", talk, first)
+        assert same == talk and sent == ["one", "Hi there", "two"]
+        _, _, sent = await say("branch", talk, first)
+        assert sent == ["one", "Hi there", "branch"]
+        _, _, sent = await say("three", talk, second)
+        assert sent == ["one", "Hi there", "two", "Hi there", "three"]
+        ids = {"conversation_id": talk, "parent_id": str(uuid.uuid4())}
+        assert (await handler_ask(server.port, **ids)).status == 404
 
 
 @flow
@@ -12413,10 +12325,10 @@ async def test_conversation_belongs_to_who_began_it(server):
     assert reply.status == 200
 
 
-@pytest.mark.parametrize("limit", [{"conversations": 2}, {"conversations_size": 500}])
+@cases("limit", {"conversations": 2}, {"conversations_size": 500})
 @flow
 async def test_conversations_are_bounded(tmp_path, limit):
-    """L42: the least recently used go first."""
+    """The least recently used go first."""
 
     async with serving(tmp_path, limits=Limits(**limit)) as server:
 
@@ -12450,7 +12362,7 @@ def test_kept_size_of_conversations_is_right_whatever_happens():
 
 @flow
 async def test_conversation_stays_with_its_agent(server, monkeypatch):
-    """F08, F10: pinned; gone is gone; back with its id is the same agent."""
+    """Pinned; gone is gone; back with its id is the same agent."""
     monkeypatch.setattr(apiserver, "AGENT_RETURN_TIMEOUT", 0.05)
     ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
     async with Agent(server.port) as first, beside(first.echo()):
@@ -12518,70 +12430,57 @@ async def test_conversation_kept_here_may_go_on_at_a_browser_agent(server):
 
 
 @flow
-async def test_answer_with_a_response_id_of_its_own_is_still_an_upstreams(tmp_path):
-    odd = completion(response_id="x", error=None)
-    async with relaying(tmp_path, http_reply(odd)) as (server, _):
-        reply = await handler_ask(server.port, model="m")
-        assert reply.status == 200 and reply.json()["content"] == "Hi there"
-        names = ["id", "response_id", "conversation_id", "content", "error"]
-        assert list(reply.json()) == names
-
-
-@flow
 async def test_model_of_an_ask_is_the_first_of_who_answers(tmp_path):
-    models = {"alias": "real"}
-    async with relaying(tmp_path, http_reply(completion())) as (server, upstream):
-        assert (await handler_ask(server.port)).status == 200
-        assert chats(upstream)[-1].json()["model"] == "m"  # it lists
-    controller = {"models": models}
-    async with relaying(tmp_path, http_reply(completion()), controller) as (
-        server,
-        upstream,
+    answer = http_reply(completion())
+    listed = ("text-embedding-3-large", "whisper-1", "qwen3", "llama")
+    for models, listed, model in (
+        (None, listed, "qwen3"),
+        ({"alias": "real"}, (), "real"),
+        (None, (), None),
     ):
-        assert (await handler_ask(server.port)).status == 200
-        assert chats(upstream)[-1].json()["model"] == "real"
-        reply = await handler_ask(server.port, model="other")
-        assert reply.status == 404 and "other" in reply.json()["error"]
-    none = http_reply({"data": []})
-    async with relaying(tmp_path, handler_either(none)) as (server, upstream):
-        reply = await handler_ask(server.port)
-        assert reply.status == 400 and "model" in reply.json()["error"]
-
-
-def handler_either(models):
-    async def behave(request, writer):
-        answer = http_reply(completion())
-        writer.write(models if request.line.startswith("GET") else answer)
-
-    return behave
+        behave = answers_posts(answer, listed)
+        made = relaying(tmp_path, behave, {"models": models})
+        async with made as (server, upstream):
+            reply = await handler_ask(server.port)
+            if model is None:
+                assert reply.status == 400 and "model" in reply.json()["error"]
+                continue
+            assert chats(upstream)[-1].json()["model"] == model
+            if models:
+                reply = await handler_ask(server.port, model="other")
+                assert reply.status == 404 and "other" in reply.json()["error"]
 
 
 # --- Agents
 
 
+@cases("dies", False, True)
 @flow
-async def test_agent_that_dies_is_replaced(server):
-    """F02."""
-    async with Agent(server.port) as first, Agent(server.port) as second:
-        await handler_agents(server, 2)
-        asked = []
+async def test_agent_that_fails_or_dies_is_replaced(tmp_path, dies):
+    async with serving(tmp_path) as server, Agent(server.port) as first:
+        async with Agent(server.port) as second:
+            await handler_agents(server, 2)
+            asked = []
 
-        async def behave(agent):
-            id, _ = await agent.request()
-            asked.append(agent)
-            if len(asked) == 1:
-                agent.writer.transport.abort()
-            else:
-                await agent.reply(id, "alive")
+            async def behave(agent):
+                while True:
+                    id, _ = await agent.request()
+                    asked.append(agent)
+                    if len(asked) > 1:
+                        await agent.reply(id, "alive")
+                    elif dies:
+                        agent.writer.transport.abort()
+                    else:
+                        await agent.send(id, "error", "no", error={})
 
-        async with beside(behave(first)), beside(behave(second)):
-            reply = await handler_ask(server.port)
-            assert reply.json()["content"] == "alive" and len(asked) == 2
+            async with beside(behave(first)), beside(behave(second)):
+                reply = await handler_ask(server.port)
+                assert reply.json()["content"] == "alive" and len(asked) == 2
 
 
 @flow(limits=Limits(ask_timeout=0.2))
 async def test_silent_agent_is_replaced_and_its_late_answer_dropped(server, agent):
-    """F04, F05, F06: late, unknown and doubled answers disturb nobody."""
+    """Late, unknown and doubled answers disturb nobody."""
     reply = await handler_ask(server.port)
     assert reply.status == 504 and list(reply.json()) == ["error"]
     late, _ = await agent.request()
@@ -12599,26 +12498,15 @@ async def test_silent_agent_is_replaced_and_its_late_answer_dropped(server, agen
         assert (await asking).json()["content"] == "third"
 
 
-@pytest.mark.parametrize(
-    "message, data, more",
-    [
-        ("error", "It broke", {"error": {}}),
-        ("error", None, {}),
-        ("error", {"a": 1}, {"error": {}}),
-        ("ChatGptResponse", "no JSON", {}),
-        ("ChatGptResponse", "[]", {}),
-        ("ChatGptResponse", "{}", {}),
-        ("ChatGptResponse", '{"content": 5}', {}),
-        ("ChatGptResponse", None, {}),
-        ("ChatGptResponse", ["x"], {}),
-        ("ApiEnd", "", {}),
-        ("ApiResponse", "{}", {}),
-        ("error", "x" * 100_000, {}),
-    ],
-)
+@cases("message, data, more",
+    ("error", "It broke", {"error": {}}), ("error", {"a": 1}, {"error": {}}),
+    ("ChatGptResponse", "no JSON", {}), ("ChatGptResponse", "[]", {}),
+    ("ChatGptResponse", '{"content": 5}', {}), ("ChatGptResponse", None, {}),
+    ("ApiEnd", "", {}), ("ApiResponse", "{}", {}), ("error", "x" * 100_000, {}),
+)  # fmt: skip
 @flow
 async def test_failed_answer_fails_one_request(server, agent, message, data, more):
-    """F07: the agent stays, and is asked again."""
+    """The agent stays, and is asked again."""
     for _ in range(4):
         async with beside(handler_ask(server.port)) as asking:
             id, _ = await agent.request()
@@ -12633,22 +12521,6 @@ async def test_failed_answer_fails_one_request(server, agent, message, data, mor
         id, _ = await agent.request()
         await agent.reply(id, "well again")
         assert (await asking).json()["content"] == "well again"
-
-
-@flow
-async def test_failed_agent_is_replaced_by_another(server):
-    """F07."""
-    async with Agent(server.port) as first, Agent(server.port) as second:
-        await handler_agents(server, 2)
-
-        async def fail(agent):
-            while True:
-                id, _ = await agent.request()
-                await agent.send(id, "error", "no", error={})
-
-        async with beside(fail(first)), beside(second.echo()):
-            for _ in range(4):
-                assert (await handler_ask(server.port)).status == 200
 
 
 @flow
@@ -12681,9 +12553,7 @@ async def test_malformed_messages_harm_nobody(server, agent, log):
     assert "failed" not in log.text
 
 
-@pytest.mark.parametrize(
-    "claimed", ["", "a b", "x" * 129, "a;b", "a=b", "\u00fc", 5, {}]
-)
+@cases("claimed", "", "a b", "x" * 129, "a;b", "a=b", "\u00fc", 5, {})
 @flow
 async def test_id_that_cannot_be_a_cookie_is_not_taken(server, agent, claimed):
     async with Agent(server.port) as other:
@@ -12699,8 +12569,6 @@ async def test_id_that_cannot_be_a_cookie_is_not_taken(server, agent, claimed):
 
 @flow
 async def test_agent_that_comes_back_takes_over(tmp_path):
-    """F08."""
-
     async with serving(tmp_path) as server, Agent(server.port) as old:
         await handler_agents(server, 1)
         async with Agent(server.port, id=old.id) as new, beside(new.echo()):
@@ -12718,8 +12586,6 @@ async def test_agent_that_comes_back_takes_over(tmp_path):
 
 @flow
 async def test_stranger_does_not_get_a_live_agents_id(tmp_path):
-    """F09."""
-
     async with serving(tmp_path) as server, Agent(server.port) as old:
         await handler_agents(server, 1)
         token = (await handler_add_user(server.port, role="agent"))["token"]
@@ -12733,7 +12599,6 @@ async def test_stranger_does_not_get_a_live_agents_id(tmp_path):
 
 @flow
 async def test_one_agent_is_asked_one_thing_at_a_time(server, agent):
-    """F11."""
     asks = [handler_ask(server.port, text) for text in ("one", "two")]
     asks = [asyncio.ensure_future(each) for each in asks]
     id, data = await agent.request()
@@ -12760,7 +12625,7 @@ async def test_an_answer_that_comes_as_its_client_leaves_frees_the_agent(
     assert server.agents[agent.id].in_flight == 0
 
 
-@pytest.mark.parametrize("answers", [True, False])
+@cases("answers", True, False)
 @flow
 async def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, answers):
     """Or until its deadline has come."""
@@ -12810,7 +12675,6 @@ async def test_busy_agent_is_not_dropped_for_its_silence(server, agent):
 
 @flow
 async def test_agent_that_does_not_say_its_id_is_sent_away(server, constant):
-    """L28."""
     constant(FIRST_MESSAGE_TIMEOUT=0.1)
     agent = Agent(server.port)
     await agent.connect()
@@ -12823,7 +12687,6 @@ async def test_agent_that_does_not_say_its_id_is_sent_away(server, constant):
 
 @flow(limits=Limits(agents=1))
 async def test_agents_are_counted(server):
-    """L24."""
     async with Agent(server.port):
         await handler_agents(server, 1)
         with pytest.raises(ConnectionError, match="503"):
@@ -12852,7 +12715,7 @@ async def test_connections_are_listed_as_the_original_did(server):
         assert form.fullmatch(reply.json()["connections"][0]["LastMessageTime"])
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@cases("stream", False, True)
 @flow
 async def test_browser_agent_answers_chat_completions(server, agent, stream):
     messages = [
@@ -12946,6 +12809,10 @@ async def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
         "X-Real-IP": "PRIVATE",
         "Via": "PRIVATE",
         "x-api-key": "PRIVATE",
+        "api-key": "PRIVATE",
+        "x-goog-api-key": "PRIVATE",
+        "OpenAI-Organization": "PRIVATE",
+        "OpenAI-Project": "PRIVATE",
         "TE": "trailers, PRIVATE",
         "Keep-Alive": "PRIVATE",
         "Proxy-Authorization": "PRIVATE",
@@ -12956,6 +12823,7 @@ async def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
     back = [("x-ratelimit-remaining", "7"), ("openai-processing-ms", "12")]
     hidden = ["Set-Cookie", "Server", "OpenAI-Organization", "Keep-Alive"]
     hidden += ["X-Request-Id", "Access-Control-Max-Age", "X-Hop"]
+    hidden += ["X-Accel-Redirect", "X-Sendfile"]  # would speak to a proxy in front
     answer = [*back, *((name, "PRIVATE") for name in hidden)]
     answer.append(("Connection", "keep-alive, x-hop"))
     reply = http_reply(completion(), headers=answer)
@@ -12980,55 +12848,39 @@ async def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
         assert reply.headers["x-request-id"] == "mine"
 
 
-@pytest.mark.parametrize(
+@cases(
     "change, param",
-    [
-        ({"model": None}, "model"),
-        ({"model": ""}, "model"),
-        ({"model": 5}, "model"),
-        ({"messages": None}, "messages"),
-        ({"messages": "Hello"}, "messages"),
-        ({"messages": {}}, "messages"),
-        ({"stream": "true"}, "stream"),
-        ({"stream": 1}, "stream"),
-        (b"not JSON", None),
-        (b"[]", None),
-        (b"", None),
-    ],
+    ({"model": None}, "model"),
+    ({"messages": "Hello"}, "messages"),
+    ({"stream": "true"}, "stream"),
+    (b"", None),
 )
-@flow(behave=http_reply({}))
+@flow
 async def test_invalid_chat_request_is_400_and_names_the_field(
     server, upstream, change, param
 ):
     body = change if isinstance(change, bytes) else {**CHAT, **change}
     reply = await ask(server.port, "POST", CHAT_URL, body)
-    assert reply.status == 400
-    error = reply.json()["error"]
-    assert list(error) == ["message", "type", "param", "code"]
-    assert error["param"] == param
-    assert error["type"] == "invalid_request_error"
+    assert reply.status == 400 and chat_error(reply)["param"] == param
+    assert chat_error(reply)["type"] == "invalid_request_error"
     assert chats(upstream) == []
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("status", [400, 404, 413, 415, 422])
+@cases("stream", False, True)
 @flow
-async def test_error_about_the_request_goes_through_unchanged(tmp_path, status, stream):
-    """F36."""
-
+async def test_error_about_the_request_goes_through_unchanged(tmp_path, stream):
+    """Whichever way it was asked."""
     content = b'{ "error": {"message": "no", "odd": 1.0} }'
-    answer = http_reply(content, status)
-    async with relaying(tmp_path, answer) as (server, upstream):
+    async with relaying(tmp_path, http_reply(content, 422)) as (server, _):
         for _ in range(4):  # no cooling down
-            body = {**CHAT, "stream": stream}
-            reply = await ask(server.port, "POST", CHAT_URL, body)
-            assert (reply.status, reply.content) == (status, content)
+            reply = await chat(server, stream=stream)
+            assert (reply.status, reply.content) == (422, content)
             reply = await handler_ask(server.port, model="m")
-            assert (reply.status, reply.json()) == (status, {"error": "no"})
+            assert (reply.status, reply.json()) == (422, {"error": "no"})
 
 
-@pytest.mark.parametrize("passes", [False, True])
-@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+@cases("passes", False, True)
+@cases("status", 401, 403, 429, 500, 503)
 @flow
 async def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
     error = {"message": "UPSTREAMSECRET says no", "type": "odd", "code": "why"}
@@ -13053,88 +12905,62 @@ async def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
 @flow
 async def test_dead_and_unreadable_upstreams_are_500(tmp_path):
     for answer in (b"", b"nonsense\r\n\r\n", http_reply(b"<html>"), STREAM_HEAD):
-
-        async def behave(request, writer, answer=answer):
-            writer.write(answer)
-            writer.close()
-
-        async with relaying(tmp_path, behave) as (server, _):
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-            assert reply.status == 500, answer
-            assert list(reply.json()["error"]) == ["message", "type", "param", "code"]
+        async with relaying(tmp_path, closes_after(answer)) as (server, _):
+            reply = await chat(server)
+            assert reply.status == 500 and chat_error(reply), answer
 
 
 @flow
 async def test_models_nobody_has_are_404(tmp_path):
     controller = {"models": ["only"]}
-    async with relaying(tmp_path, http_reply({}), controller) as (server, _):
+    async with relaying(tmp_path, None, controller) as (server, _):
         for path in (CHAT_URL, "/v1/embeddings"):
             reply = await ask(server.port, "POST", path, CHAT)
             assert reply.status == 404
-            assert reply.json()["error"]["code"] == "model_not_found"
+            assert chat_error(reply)["code"] == "model_not_found"
     async with serving(tmp_path) as server:
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        reply = await chat(server)
         assert reply.status == 404
-        assert "connect an agent" in reply.json()["error"]["message"]
+        assert "connect an agent" in chat_error(reply)["message"]
 
 
-@flow(behave=http_reply(completion()))
-async def test_mocks_are_asked_by_name_and_nobody_else_is(server, upstream):
-    echo = {**CHAT, "model": "mock/echo"}
-    for _ in range(4):
-        reply = await ask(server.port, "POST", CHAT_URL, echo)
-        assert reply.json()["choices"][0]["message"]["content"] == "Hello"
-    assert chats(upstream) == []
-
-
-@flow
-async def test_models_are_listed(tmp_path):
-    listed = http_reply({"data": [{"id": "org/m 1"}, {"id": "b"}]})
-    async with relaying(tmp_path, handler_either(listed)) as (server, _):
-        await until(lambda: server.pool.controllers[-1].listed)
-        reply = await ask(server.port, "GET", "/v1/models")
-        assert reply.json()["object"] == "list"
-        models = {model["id"]: model for model in reply.json()["data"]}
-        assert {"org/m 1", "b", "mock/echo"} <= set(models)
-        fields = {"id", "object", "created", "owned_by"}
-        assert set(models["b"]) == fields
-        for path in ("org/m%201", "org%2Fm%201", "%6frg/m%201"):
-            reply = await ask(server.port, "GET", f"/v1/models/{path}")
-            assert reply.status == 200 and reply.json() == models["org/m 1"]
-        reply = await ask(server.port, "GET", "/v1/models/none")
-        assert reply.status == 404
-        assert reply.json()["error"]["code"] == "model_not_found"
+@flow(behave=answers_posts(b"", ["org/m 1", "b"]))
+async def test_models_are_listed(server):
+    await until(lambda: server.pool.controllers[-1].listed)
+    reply = await ask(server.port, "GET", "/v1/models")
+    assert reply.json()["object"] == "list"
+    models = {model["id"]: model for model in reply.json()["data"]}
+    assert {"org/m 1", "b", "mock/echo"} <= set(models)
+    assert set(models["b"]) == {"id", "object", "created", "owned_by"}
+    for path in ("org/m%201", "org%2Fm%201", "%6frg/m%201"):
+        reply = await ask(server.port, "GET", f"/v1/models/{path}")
+        assert reply.status == 200 and reply.json() == models["org/m 1"]
+    reply = await ask(server.port, "GET", "/v1/models/none")
+    assert reply.status == 404 and chat_error(reply)["code"] == "model_not_found"
 
 
 @flow
 async def test_other_paths_go_to_who_has_the_model(tmp_path):
-    one = answers_posts(http_reply({"object": "one"}))
-    two = answers_posts(http_reply({"object": "two"}))
-    async with Upstream(one) as first, Upstream(two) as second:
-        controllers = [first.controller(models=["a"]), second.controller(models=["b"])]
-        async with serving(tmp_path, *controllers) as server:
-            body = b'{"model": "b", "input" :"x"}'
-            path = "/v1/embeddings?odd=1"
-            reply = await ask(server.port, "POST", path, body)
-            assert reply.json() == {"object": "two"}
-            [asked] = chats(second)
-            assert asked.content == body
-            assert asked.line == f"POST {path} HTTP/1.1"
-            form = b'--xyz\r\nContent-Disposition: form-data; name="file"'
-            form += b'; filename="a.wav"\r\n\r\n\x00\xff--\r\n--xyz\r\n'
-            form += b'Content-Disposition: form-data; name="model"\r\n\r\n'
-            form += b"a\r\n--xyz--\r\n"
-            kind = ("Content-Type", "multipart/form-data; boundary=xyz")
-            path = "/v1/audio/transcriptions"
-            reply = await ask(server.port, "POST", path, form, headers=[kind])
-            assert reply.json() == {"object": "one"}
-            [asked] = chats(first)
-            assert asked.content == form
-            assert asked.headers["content-type"] == kind[1]
-            form = form.replace(b'"model"', b'"other"')
-            reply = await ask(server.port, "POST", path, form, headers=[kind])
-            assert reply.status == 400
-            assert reply.json()["error"]["param"] == "model"
+    replies = [http_reply({"object": name}) for name in ("one", "two")]
+    options = [{"models": ["a"]}, {"models": ["b"]}]
+    async with pool_of(tmp_path, *replies, options=options) as (server, ups, _):
+        body = b'{"model": "b", "input" :"x"}'
+        path = "/v1/embeddings?odd=1"
+        reply = await ask(server.port, "POST", path, body)
+        assert reply.json() == {"object": "two"}
+        [asked] = chats(ups[1])
+        assert asked.content == body and asked.line == f"POST {path} HTTP/1.1"
+        head = 'Content-Disposition: form-data; name="model"'
+        content = form(FORM_FILE, (head, "a"))
+        kind = ("Content-Type", FORM)
+        path = "/v1/audio/transcriptions"
+        reply = await ask(server.port, "POST", path, content, headers=[kind])
+        assert reply.json() == {"object": "one"}
+        [asked] = chats(ups[0])
+        assert asked.content == content and asked.headers["content-type"] == FORM
+        content = content.replace(b'name="model"', b'name="other"')
+        reply = await ask(server.port, "POST", path, content, headers=[kind])
+        assert reply.status == 400 and chat_error(reply)["param"] == "model"
 
 
 # --- Streams
@@ -13166,7 +12992,7 @@ async def test_stream_is_relayed_as_it_comes(tmp_path):
         assert upstream.connections <= 2
 
 
-@pytest.mark.parametrize("wanted", [False, True])
+@cases("wanted", False, True)
 @flow
 async def test_usage_is_counted_and_shown_only_to_who_asked(tmp_path, wanted):
     usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
@@ -13182,22 +13008,6 @@ async def test_usage_is_counted_and_shown_only_to_who_asked(tmp_path, wanted):
         assert asked == {**STREAM, **options}
         reply = await ask(server.port, "GET", "/admin/controllers")
         assert reply.json()["controllers"][-1]["tokens"] == 7
-
-
-@flow
-async def test_upstream_that_knows_no_stream_options_is_asked_without(tmp_path):
-    async def behave(request, writer):
-        if b"stream_options" in request.content:
-            writer.write(http_reply({"error": {"message": "unknown"}}, 400))
-        else:
-            await handler_stream(chunk("Hi", "stop"), DONE)(request, writer)
-
-    async with relaying(tmp_path, behave) as (server, upstream):
-        for count in (2, 3):  # once more, and then it is known
-            reply = await ask(server.port, "POST", CHAT_URL, STREAM)
-            assert reply.status == 200
-            assert len(chats(upstream)) == count
-        assert chats(upstream)[-1].json() == STREAM
 
 
 @flow
@@ -13258,57 +13068,25 @@ async def test_no_comment_follows_the_end_of_a_stream(tmp_path):
 @flow
 async def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
     """While another controller is asked, the failed one's status is nobody's."""
-
     go_on = asyncio.Event()
-    failing = answers_posts(
-        http_reply({"error": {"message": "no"}}, 500, headers=[("X-Failed", "yes")])
-    )
+    failing = error_reply(500, headers=[("X-Failed", "yes")])
     slow = handler_stream(go_on, chunk("Hi", "stop"), DONE)
+    options = [{"weight": 9}, {}]
     limits = Limits(heartbeat_interval=0.1)
-    async with Upstream(failing) as first, Upstream(slow) as second:
-        controllers = [first.controller(weight=9), second.controller()]
-        async with serving(tmp_path, *controllers, limits=limits) as server:
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", CHAT_URL, STREAM))
-                status, headers = await client.read_head()
-                assert len(chats(first)) == 1
-                assert status == 200 and "x-failed" not in headers
-                go_on.set()
-                reply = b""
-                while piece := await client.read_chunk():
-                    reply += piece
-                assert reply.endswith(DONE)
+    made = pool_of(tmp_path, failing, slow, options=options, limits=limits)
+    async with made as (server, (first, _), _), Client(server.port) as client:
+        client.send(request_bytes("POST", CHAT_URL, STREAM))
+        status, headers = await client.read_head()
+        assert len(chats(first)) == 1
+        assert status == 200 and "x-failed" not in headers
+        go_on.set()
+        assert (await client.read_rest()).endswith(DONE)
 
 
-@flow
-async def test_refusal_after_a_comment_is_the_streams_last_event(tmp_path):
-    go_on = asyncio.Event()
-    content = b'{"error":\n{"message": "no", "type": "t", "param": null, "code": "c"}}'
-
-    async def behave(request, writer):
-        if request.line.startswith("POST"):
-            await go_on.wait()
-        writer.write(http_reply(content, 400))
-
-    limits = Limits(heartbeat_interval=0.05)
-    async with relaying(tmp_path, behave, limits=limits) as (server, _):
-        async with Client(server.port) as client:
-            body = {**STREAM, "stream_options": {"include_usage": True}}
-            client.send(request_bytes("POST", CHAT_URL, body))
-            assert (await client.read_head())[0] == 200
-            await client.read_chunk()
-            go_on.set()
-            rest = b""
-            while piece := await client.read_chunk():
-                rest += piece
-            [event] = Reply(200, {}, rest.replace(b": keep-alive\n\n", b"")).events()
-            assert json.loads(event) == json.loads(content)
-
-
-@pytest.mark.parametrize("how", ["cut", "end", "error", "silent", "huge", "reset"])
+@cases("how", "cut", "end", "error", "silent", "huge", "reset")
 @flow
 async def test_failure_in_mid_stream_is_one_error_frame(tmp_path, how):
-    """F22, F25, F26, F30, F40: no [DONE], no invented finish_reason."""
+    """No [DONE], no invented finish_reason."""
 
     go_on = asyncio.Event()
     error = b'data: {"error": {"message": "overloaded", "code": "x"}}\n\n'
@@ -13344,31 +13122,13 @@ async def test_failure_in_mid_stream_is_one_error_frame(tmp_path, how):
 
 
 @flow
-async def test_other_dialects_are_relayed_as_they_are_and_cut_where_they_break(
-    tmp_path,
-):
-    events = b'event: response.completed\ndata: {"type": "response.completed"}\n\n'
-    begun = b'event: response.created\ndata: {"type": "response.created"}\n\n'
+async def test_a_typed_stream_is_relayed_as_it_is(tmp_path):
+    events = b'event: response.created\ndata: {"type": "response.created"}\n\n'
+    events += b'event: response.completed\ndata: {"type": "response.completed"}\n\n'
     body = {"model": "m", "input": "x", "stream": True}
-    behave = handler_stream(begun, events)
-    async with relaying(tmp_path, behave) as (server, _):
+    async with relaying(tmp_path, handler_stream(events)) as (server, _):
         reply = await ask(server.port, "POST", "/v1/responses", body)
-        assert reply.content == begun + events and reply.whole
-    go_on = asyncio.Event()
-    inner = handler_stream(begun, go_on, end=False)
-
-    async def broken(request, writer):
-        await inner(request, writer)
-        writer.close()
-
-    async with relaying(tmp_path, broken) as (server, _):
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", "/v1/responses", body))
-            await client.read_head()
-            assert await client.read_chunk() == begun
-            go_on.set()
-            assert (await client.read_chunk()).startswith(b"event: error\ndata: {")
-            assert await client.read_chunk() is None
+        assert reply.content == events and reply.whole
 
 
 @flow(behave=handler_stream(chunk("Hi", "stop"), DONE))
@@ -13400,28 +13160,9 @@ async def test_a_path_under_v1_has_one_form(server, upstream):
         assert (await ask(server.port, "GET", path)).status == 200
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/admin//users", "/admin/users/", "//admin/users", "/health/", "/api//ask"]
-    + ["/client//register", "/v1/../admin/users", "/v1/%2e%2e/admin/users"]
-    + ["/v1//../admin/users", "/v1/v1/../../admin/users", "//health"],
-)
-@flow
-async def test_no_other_path_has_a_second_form(server, upstream, path):
-    """A proxy in front that guards /admin/ must not be passed."""
-    for method in ("GET", "POST"):
-        body = CHAT if method == "POST" else None
-        assert (await ask(server.port, method, path, body)).status == 404
-    assert chats(upstream) == []
-
-
 @flow
 async def test_what_nobody_speaks_is_said_at_once(server):
     websocket = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
-    for method in ("GET", "PUT", "PATCH", "DELETE"):
-        assert (await ask(server.port, method, "/v1/nope")).status == 404
-    reply = await ask(server.port, "GET", CHAT_URL)
-    assert reply.status == 405 and "POST" in reply.headers["allow"]
     reply = await ask(server.port, "GET", "/v1/responses", headers=websocket)
     assert reply.status == 426 and reply.headers["upgrade"] == "websocket"
     assert reply.headers["connection"] == "Upgrade"
@@ -13432,35 +13173,7 @@ async def test_what_nobody_speaks_is_said_at_once(server):
     assert reply.status == 501
 
 
-@pytest.mark.parametrize(
-    "fields, good",
-    [
-        ([("api-key", KEY)], True),
-        ([("X-Goog-Api-Key", KEY)], True),
-        ([("Authorization", "Bearer sk-ant-oat01-session"), ("x-api-key", KEY)], True),
-        ([("Authorization", "Basic eDp5"), ("api-key", KEY)], True),
-        ([("Authorization", f"bearer {KEY}"), ("x-api-key", "wrong")], True),
-        ([("x-api-key", "wrong"), ("x-goog-api-key", KEY)], True),
-        ([("x-api-key", "wrong"), ("api-key", "no")], False),
-        ([("Authorization", f"Basic {KEY}")], False),
-        ([], False),
-    ],
-)
-@flow
-async def test_of_several_credentials_the_one_that_fits_is_taken(
-    server, upstream, fields, good
-):
-    """And none of them travels to an upstream."""
-    reply = await ask(server.port, "POST", CHAT_URL, CHAT, None, fields)
-    assert reply.status == (200 if good else 401)
-    assert len(chats(upstream)) == int(good)
-    for request in chats(upstream):
-        assert request.headers.pop("authorization") == "Bearer UPSTREAMSECRET"
-        values = " ".join(request.headers.values())
-        assert not any(value in values for _, value in fields)
-
-
-@pytest.mark.parametrize("coding", ["gzip", "GZIP", "x-gzip", "deflate", "identity"])
+@cases("coding", "gzip", "GZIP", "x-gzip", "deflate", "identity")
 @flow
 async def test_a_compressed_request_is_read(server, upstream, coding):
     content = json.dumps(CHAT).encode()
@@ -13476,17 +13189,12 @@ async def test_a_compressed_request_is_read(server, upstream, coding):
     assert reply.json()["content"] == "Hi"
 
 
-@pytest.mark.parametrize(
-    "coding, content, status",
-    [
-        ("zstd", b"x", 415),
-        ("br", b"x", 415),
-        ("gzip, gzip", b"x", 415),
-        ("gzip", b"garbage", 400),
-        ("gzip", gzip.compress(json.dumps(CHAT).encode())[:-9], 400),
-        ("gzip", gzip.compress(b"{" + b" " * 30_000_000, 9), 413),
-    ],
-)
+@cases("coding, content, status",
+    ("zstd", b"x", 415), ("br", b"x", 415), ("gzip, gzip", b"x", 415),
+    ("gzip", b"garbage", 400),
+    ("gzip", gzip.compress(json.dumps(CHAT).encode())[:-9], 400),
+    ("gzip", gzip.compress(b"{" + b" " * 30_000_000, 9), 413),
+)  # fmt: skip
 @flow(limits=Limits(content_size=1_000_000))
 async def test_what_cannot_be_decompressed_is_refused(server, coding, content, status):
     coded = [("Content-Encoding", coding)]
@@ -13498,17 +13206,15 @@ async def test_what_cannot_be_decompressed_is_refused(server, coding, content, s
     assert server.content_size == 0
 
 
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
-@pytest.mark.parametrize(
+@cases("path", "/v1/messages", "/v1/messages/count_tokens")
+@cases(
     "body, key, status, kind",
-    [
-        ({"model": "none", "messages": []}, KEY, 404, "not_found_error"),
-        (b"{", KEY, 400, "invalid_request_error"),
-        ({"model": 5}, KEY, 400, "invalid_request_error"),
-        ({"model": "m"}, "wrong", 401, "authentication_error"),
-        ({"model": "down"}, KEY, 503, "overloaded_error"),
-        ({"model": "bad"}, KEY, 500, "api_error"),
-    ],
+    ({"model": "none", "messages": []}, KEY, 404, "not_found_error"),
+    (b"{", KEY, 400, "invalid_request_error"),
+    ({"model": 5}, KEY, 400, "invalid_request_error"),
+    ({"model": "m"}, "wrong", 401, "authentication_error"),
+    ({"model": "down"}, KEY, 503, "overloaded_error"),
+    ({"model": "bad"}, KEY, 500, "api_error"),
 )
 @flow
 async def test_errors_of_messages_are_anthropics_from_every_cause(
@@ -13552,19 +13258,7 @@ async def test_a_model_may_be_left_out_where_one_alone_could_be_meant(tmp_path):
             assert (await ask(server.port, "POST", path, {})).status == status
 
 
-@flow
-async def test_an_ask_goes_to_a_model_that_answers_questions(tmp_path):
-    names = ("text-embedding-3-large", "whisper-1", "qwen3")
-    async with pool_of(tmp_path, with_models(*names), options=[ANY]) as (
-        server,
-        ups,
-        _,
-    ):
-        assert (await handler_ask(server.port)).status == 200
-        assert chats(ups[0])[-1].json()["model"] == "qwen3"
-
-
-@pytest.mark.parametrize("kind", ["json", "form"])
+@cases("kind", "json", "form")
 @flow
 async def test_who_names_two_models_is_refused(tmp_path, kind):
     """Two readers take two: a user could have one that is not the user's own."""
@@ -13587,15 +13281,13 @@ async def test_who_names_two_models_is_refused(tmp_path, kind):
 # --- Late errors
 
 
-@pytest.mark.parametrize("status", [400, 403, 404, 429, 500])
-@pytest.mark.parametrize(
+@cases("status", 400, 403, 404, 429, 500)
+@cases(
     "path, begins",
-    [
-        (CHAT_URL, b'data: {"error"'),
-        ("/v1/completions", b'data: {"error"'),
-        ("/v1/messages", b'event: error\ndata: {"type": "error", "error": {'),
-        ("/v1/responses", b'event: error\ndata: {"type": "error", "sequence_number"'),
-    ],
+    (CHAT_URL, b'data: {"error"'),
+    ("/v1/completions", b'data: {"error"'),
+    ("/v1/messages", b'event: error\ndata: {"type": "error", "error": {'),
+    ("/v1/responses", b'event: error\ndata: {"type": "error", "sequence_number"'),
 )
 @flow
 async def test_an_error_behind_a_comment_is_told_and_the_stream_never_whole(
@@ -13667,42 +13359,32 @@ async def test_json_of_many_small_values_is_held_as_large_as_it_gets(server):
         assert server.content_size == 0
 
 
-@pytest.mark.parametrize("listen, expected", [("0.0.0.0", 401), ("127.0.0.1", 101)])
+@cases(
+    "listen, tls, expected",
+    ("0.0.0.0", False, 401),
+    ("127.0.0.1", False, 101),
+    ("127.0.0.1", True, 401),
+)
 @flow
 async def test_keyless_agents_are_for_a_server_that_listens_here_alone(
-    tmp_path, listen, expected
+    tmp_path, certificate, listen, tls, expected
 ):
-    async with serving(tmp_path, listen=listen) as server:
-        handshake = handler_handshake("/client/register")
-        assert await handler_status(server.port, handshake) == expected
-        fitting = handler_handshake("/client/register", ("Authorization", KEY))
-        assert await handler_status(server.port, fitting) == 101
-
-
-@flow
-async def test_keyless_agents_are_for_a_server_without_tls(tmp_path):
-    (tmp_path / "cert.pem").write_text(TEST_CERT)
-    (tmp_path / "key.pem").write_text(TEST_KEY)
-    tls = {"tls_cert": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
-    (tmp_path / "ca.pem").write_text(TEST_CA)
-    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
-    async with serving(tmp_path, **tls) as server:
-        async with Client(server.port, tls=context) as client:
-            client.send(handler_handshake("/client/register"))
-            assert (await client.read_head())[0] == 401
+    """And without TLS, which says that others are expected."""
+    files, context = certificate if tls else ({}, None)
+    async with serving(tmp_path, listen=listen, **files) as server:
+        for fields, status in (((), expected), ((("Authorization", KEY),), 101)):
+            async with Client(server.port, tls=context) as client:
+                client.send(handler_handshake("/client/register", *fields))
+                assert (await client.read_head())[0] == status
 
 
 # --- Clients that leave
 
 
-@pytest.mark.parametrize("leaves", ["abort", "half-close", "reset"])
-@pytest.mark.parametrize(
-    "phase", ["before head", "after head", "in mid-stream", "in a flood", "whole"]
-)
+@cases("leaves", "abort", "half-close", "reset")
+@cases("phase", "before head", "after head", "in mid-stream", "in a flood", "whole")
 @flow
 async def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
-    """F13, F14."""
-
     async def behave(request, writer):
         if request.line.startswith("GET"):
             writer.write(http_reply({"data": [{"id": "m"}]}))
@@ -13742,22 +13424,6 @@ async def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
         assert "failed" not in log.text and "cooling" not in log.text
 
 
-@flow(behave=handler_hang, controller={"max_concurrency": 1})
-async def test_client_that_leaves_the_queue_spends_no_slot(server, upstream):
-    """F72."""
-    async with Client(server.port) as first, Client(server.port) as second:
-        first.send(request_bytes("POST", CHAT_URL, CHAT))
-        await until(lambda: chats(upstream))
-        second.send(request_bytes("POST", CHAT_URL, STREAM))
-        await until(lambda: server.pool.waiting == 1)
-        second.writer.transport.abort()
-        await until(lambda: server.pool.waiting == 0, 1)
-        first.writer.transport.abort()
-        await until(lambda: upstream.ended, 1.5)
-        assert len(chats(upstream)) == 1
-        await until(lambda: server.requests_in_flight == 0, 1)
-
-
 # --- Administration
 
 
@@ -13781,39 +13447,19 @@ async def test_users_come_and_go(server):
     assert reply.status == 404 and reply.json() == {"error": "User not found"}
 
 
-@flow(behave=http_reply(completion()))
-async def test_controllers_are_shown_disabled_and_enabled(server, upstream):
-    name = f"up-{upstream.port}"
-
-    async def line():
-        reply = await ask(server.port, "GET", "/admin/controllers")
-        assert b"UPSTREAMSECRET" not in reply.content
-        lines = {each["name"]: each for each in reply.json()["controllers"]}
-        return lines[name]
-
-    fields = "name type weight models state reason until in_flight requests"
-    assert list(await line()) == [*fields.split(), "failures", "tokens"]
-    for what, state, status in (("disable", "disabled", 503), ("enable", "ready", 200)):
-        path = f"/admin/controllers/{what}"
-        body = {"admin_key": KEY, "name": name}
-        reply = await ask(server.port, "POST", path, body, "")
-        assert reply.status == 200
-        assert (await line())["state"] == state
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-        assert reply.status == status
-        body["name"] = "nobody"
-        assert (await ask(server.port, "POST", path, body)).status == 404
-    told = await line()
-    assert (told["requests"], told["failures"], told["tokens"]) == (1, 0, 7)
+@flow
+async def test_controllers_are_shown_with_what_they_have_done(tmp_path):
+    async with pool_of(tmp_path, http_reply(completion())) as (server, _, _):
+        assert (await chat(server)).status == 200
+        told = await controller_line(server, "up0")
+        fields = "name type weight models state reason until in_flight requests"
+        assert list(told) == [*fields.split(), "failures", "tokens"]
+        assert (told["requests"], told["failures"], told["tokens"]) == (1, 0, 7)
 
 
-@pytest.mark.parametrize(
-    "limit", ["user_requests_in_flight", "user_requests_per_minute"]
-)
+@cases("limit", "user_requests_in_flight", "user_requests_per_minute")
 @flow
 async def test_one_users_requests_have_a_limit(tmp_path, limit):
-    """L20."""
-
     limits = Limits(**{limit: 2})
     async with relaying(tmp_path, handler_hang, limits=limits) as (server, upstream):
         other = (await handler_add_user(server.port))["token"]
@@ -13834,7 +13480,6 @@ async def test_one_users_requests_have_a_limit(tmp_path, limit):
 
 @flow(behave=handler_hang, limits=Limits(requests_in_flight=1))
 async def test_requests_in_flight_have_a_limit(server, upstream):
-    """L19."""
     async with Client(server.port) as one:
         one.send(request_bytes("POST", CHAT_URL, CHAT))
         await until(lambda: chats(upstream))
@@ -13970,7 +13615,7 @@ async def test_two_servers_in_one_loop_know_nothing_of_each_other(tmp_path):
         assert (await echo(one.port)).status == 200 and is_refused(two.port)
 
 
-@pytest.mark.parametrize("key", ["", None])
+@cases("key", "", None)
 def test_a_server_without_a_key_is_no_server(key):
     with pytest.raises((ValueError, TypeError)):
         Server(key)
@@ -14097,7 +13742,7 @@ async def test_https_and_wss_with_a_certificate(tmp_path):
 
 @flow
 async def test_an_idle_connection_gives_way_and_no_more_are_taken(tmp_path):
-    """L17: also when many come in the same turn of the loop."""
+    """Also when many come in the same turn of the loop."""
 
     gate = asyncio.Event()
 
@@ -14135,7 +13780,7 @@ async def test_an_idle_connection_gives_way_and_no_more_are_taken(tmp_path):
 
 
 def test_connections_that_reset_at_once_leave_nothing(tmp_path):
-    """F58: no file stays open, and the log does not tell each."""
+    """No file stays open, and the log does not tell each."""
 
     def storm(port):
         for _ in range(400):
@@ -14166,8 +13811,6 @@ def test_connections_that_reset_at_once_leave_nothing(tmp_path):
 
 @needs_posix
 def test_few_files_are_enough_and_the_surplus_is_told(tmp_path):
-    """F57."""
-
     def few_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
@@ -14203,7 +13846,7 @@ def test_few_files_are_enough_and_the_surplus_is_told(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_idle_connections_cost_little(tmp_path):
-    """F56, with some hundreds: at most 8 KiB each, and /health is answered."""
+    """With some hundreds: at most 8 KiB each, and /health is answered."""
 
     def size(pid):
         text = Path(f"/proc/{pid}/status").read_text()
@@ -14266,7 +13909,7 @@ def test_a_dash_takes_the_key_from_the_environment(tmp_path):
         assert run(echo(program.port, key="-")).status == 401
 
 
-@pytest.mark.parametrize("scheme, hint", [("http", "https"), ("https", "http")])
+@cases("scheme, hint", ("http", "https"), ("https", "http"))
 @flow
 async def test_an_agent_with_the_wrong_scheme_says_so(tmp_path, scheme, hint):
     tls = Upstream(tls=tls_server_context(tmp_path))
@@ -14276,23 +13919,17 @@ async def test_an_agent_with_the_wrong_scheme_says_so(tmp_path, scheme, hint):
             await asyncio.to_thread(agent.wait_for, rf"is it {hint}\?")
 
 
-@pytest.mark.parametrize(
-    "arguments, status, part",
-    [
-        (["0"], 2, "API"),
-        (["0", ""], 2, "key"),
-        (["0", "<API_KEY>"], 2, "key"),
-        (["70000", KEY], 2, "port"),
-        (["nonsense", KEY], 2, "port"),
-        (["TAKEN", KEY], 1, "; choose another one"),
-        (["0", KEY, "--listen", "192.0.2.1"], 1, ""),
-        (["0", KEY, "--users", "broken.json"], 2, "broken.json"),
-        (["0", KEY, "--config_file", "missing.json"], 2, "missing.json"),
-        (["0", KEY, "--tls-cert", "broken.json", "--tls-key", "broken.json"], None, ""),
-    ],
-)
+@cases("arguments, status, part",
+    (["0"], 2, "API"), (["0", ""], 2, "key"), (["0", "<API_KEY>"], 2, "key"),
+    (["70000", KEY], 2, "port"), (["nonsense", KEY], 2, "port"),
+    (["TAKEN", KEY], 1, "; choose another one"),
+    (["0", KEY, "--listen", "192.0.2.1"], 1, ""),
+    (["0", KEY, "--users", "broken.json"], 2, "broken.json"),
+    (["0", KEY, "--config_file", "missing.json"], 2, "missing.json"),
+    (["0", KEY, "--tls-cert", "broken.json", "--tls-key", "broken.json"], None, ""),
+)  # fmt: skip
 def test_what_cannot_be_is_one_line_and_a_status(tmp_path, arguments, status, part):
-    """F50 to F52: 2 for a mistake, 1 where the system says no; never a traceback."""
+    """2 for a mistake, 1 where the system says no; never a traceback."""
     (tmp_path / "broken.json").write_text('{"users": [')
     with socket.create_server(("127.0.0.1", 0)) as sock:
         taken = str(sock.getsockname()[1])
@@ -14385,7 +14022,6 @@ def test_verbose_tells_more_and_still_no_secret(tmp_path):
 
 @needs_posix
 def test_a_log_that_nobody_reads_holds_up_no_request(tmp_path):
-    """F69."""
     reading, writing = os.pipe()
     process = subprocess.Popen(
         [sys.executable, str(MODULE), "0", KEY],
@@ -14415,9 +14051,9 @@ def test_a_log_that_nobody_reads_holds_up_no_request(tmp_path):
 
 
 @needs_posix
-@pytest.mark.parametrize("closed", ["the pipe", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+@cases("closed", "the pipe", "2>&-", "<&- 2>&-", "<&- >&- 2>&-")
 def test_nobody_to_talk_to_is_no_reason_to_stop(tmp_path, closed):
-    """F54: stdin closed, stderr a closed pipe or none: nothing lands elsewhere."""
+    """Stdin closed, stderr a closed pipe or none: nothing lands elsewhere."""
     port = free_port()
     command = f"exec {sys.executable} {MODULE} {port} {KEY}"
     reading, writing = os.pipe()
@@ -14457,9 +14093,9 @@ def free_port():
 
 
 @needs_posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@cases("number", signal.SIGTERM, signal.SIGINT)
 def test_an_idle_program_ends_at_once_and_says_goodbye(tmp_path, number):
-    """F53: idle keep-alives are closed, agents get close 1001."""
+    """Idle keep-alives are closed, agents get close 1001."""
 
     async def check(program):
         port = program.port
@@ -14505,7 +14141,7 @@ def test_a_running_stream_may_finish_and_nothing_new_begins(tmp_path):
 
 
 @needs_posix
-@pytest.mark.parametrize("twice", [False, True])
+@cases("twice", False, True)
 def test_what_does_not_finish_is_cut_at_the_end_or_by_a_second_signal(tmp_path, twice):
     async def check(program):
         port = program.port
@@ -15209,7 +14845,7 @@ async def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
         assert "1001" in closed[0] and "dialling again" in closed[0]
 
 
-@pytest.mark.parametrize("key, words", [("wrong", "(401)"), ("user", "(403)")])
+@cases("key, words", ("wrong", "(401)"), ("user", "(403)"))
 @flow
 async def test_a_refused_key_is_told_once_and_tried_again(server, constant, key, words):
     constant(REDIAL_MAX=0.02)
@@ -15321,26 +14957,18 @@ def test_an_agent_finds_the_programs_on_this_machine(monkeypatch):
     assert len(agent.pool.controllers) == 4
 
 
-@pytest.mark.parametrize(
-    "url, expected",
-    [
-        ("http://h:8080", "http://h:8080/client/register"),
-        ("https://h/", "https://h/client/register"),
-        ("ws://h:1", "http://h:1/client/register"),
-        ("wss://h/a/b/", "https://h/a/b/client/register"),
-        ("h:8080", "http://h:8080/client/register"),
-        ("[::1]:8080", "http://[::1]:8080/client/register"),
-        ("http://h/k/T", "http://h/k/T/client/register"),
-        ("ws://h/client/register", "http://h/client/register"),
-        ("", None),
-        ("ftp://h", None),
-        ("http://", None),
-        ("http://h:x", None),
-        ("http://u:p@h", None),
-        ("http://h/\r\nX: y", None),
-        ("http://h/?q", None),
-    ],
-)
+@cases("url, expected",
+    ("http://h:8080", "http://h:8080/client/register"),
+    ("https://h/", "https://h/client/register"),
+    ("ws://h:1", "http://h:1/client/register"),
+    ("wss://h/a/b/", "https://h/a/b/client/register"),
+    ("h:8080", "http://h:8080/client/register"),
+    ("[::1]:8080", "http://[::1]:8080/client/register"),
+    ("http://h/k/T", "http://h/k/T/client/register"),
+    ("ws://h/client/register", "http://h/client/register"), ("", None),
+    ("ftp://h", None), ("http://", None), ("http://h:x", None), ("http://u:p@h", None),
+    ("http://h/\r\nX: y", None), ("http://h/?q", None),
+)  # fmt: skip
 def test_where_an_agent_dials_in(url, expected):
     if expected is None:
         with pytest.raises(ValueError, match="expected the URL of a server"):
@@ -15402,23 +15030,15 @@ async def test_a_malicious_server_reaches_nothing_but_the_api():
             assert {"cookie", "x-a", "x-n"}.isdisjoint(request.headers)
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "",
-        "[]",
-        "{}",
-        "7",
-        "[" * 10_000,
-        '{"message": 1}',
-        '{"id": [], "message": "ApiRequest", "data": {}}',
-        '{"id": "\\ud800", "message": "ping"}',
-        '{"id": "a", "message": "ApiCancel", "data": ""}',
-        '{"id": "a", "message": "ApiRequest", "data": "[["}',
-        '{"id": "a", "message": "ChatGptRequest", "data": "7"}',
-        '{"id": "a", "message": "nonsense"}',
-    ],
-)
+@cases("message",
+    "", "[]", "{}", "7", "[" * 10_000, '{"message": 1}',
+    '{"id": [], "message": "ApiRequest", "data": {}}',
+    '{"id": "\\ud800", "message": "ping"}',
+    '{"id": "a", "message": "ApiCancel", "data": ""}',
+    '{"id": "a", "message": "ApiRequest", "data": "[["}',
+    '{"id": "a", "message": "ChatGptRequest", "data": "7"}',
+    '{"id": "a", "message": "nonsense"}',
+)  # fmt: skip
 @flow
 async def test_nonsense_from_a_server_does_not_end_an_agent(message):
     async with AgentServer() as server:
@@ -15496,9 +15116,7 @@ async def test_a_server_that_falls_silent_is_left_and_dialled_again():
             assert agent.log.has("1011 no answer to a ping")
 
 
-@pytest.mark.parametrize(
-    "status, words", [(404, "is a path missing"), (301, "redirects"), (503, "503")]
-)
+@cases("status, words", (404, "is a path missing"), (301, "redirects"), (503, "503"))
 @flow
 async def test_an_agent_says_what_is_wrong_with_a_server(status, words):
     async with AgentServer(status=status) as server:
@@ -15514,14 +15132,12 @@ def agent_command(script, **options):
     return FunctionController(function, name="program", models=["m"])
 
 
-@pytest.mark.parametrize(
+@cases(
     "script, whole, expected",
-    [
-        ("import sys; print(sys.stdin.read()[::-1], end='')", False, "olleH"),
-        ("import json, sys; print(json.load(sys.stdin)['model'])", True, "m\n"),
-        ("print('é' * 99999, end='')", False, "é" * 99999),
-        ("import sys; sys.stderr.write('x' * 999999); print(1)", False, "1\n"),
-    ],
+    ("import sys; print(sys.stdin.read()[::-1], end='')", False, "olleH"),
+    ("import json, sys; print(json.load(sys.stdin)['model'])", True, "m\n"),
+    ("print('é' * 99999, end='')", False, "é" * 99999),
+    ("import sys; sys.stderr.write('x' * 999999); print(1)", False, "1\n"),
     ids=["text", "json", "much", "complaints"],
 )
 @flow
@@ -15606,23 +15222,16 @@ async def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped
         assert agent.id in server.agents
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [("ApiResponse", "nonsense")],
-        [("ApiResponse", '{"status": "200"}')],
-        [("ApiResponse", '{"status": true}')],
-        [("ApiResponse", '{"status": 101}')],
-        [("ApiResponse", '{"status": 99999}')],
-        [("ApiEnd", "")],
-        [("ApiData", "{}")],
-        [("ApiResponse", '{"status": 200}'), ("ApiEnd", "")],
-        [("ApiResponse", '{"status": 200}'), ("ApiData", "<html>"), ("ApiEnd", "")],
-        [("ApiResponse", '{"status": 200, "encoding": "base64"}'), ("ApiData", "é")],
-        [("ApiResponse", '{"status": 200}'), ("error", "it broke")],
-        [("ApiResponse", '{"status": 503, "retry_after": "x\\r\\ny"}'), ("ApiEnd", "")],
-    ],
-)
+@cases("messages",
+    [("ApiResponse", "nonsense")], [("ApiResponse", '{"status": "200"}')],
+    [("ApiResponse", '{"status": true}')], [("ApiResponse", '{"status": 101}')],
+    [("ApiResponse", '{"status": 99999}')], [("ApiEnd", "")], [("ApiData", "{}")],
+    [("ApiResponse", '{"status": 200}'), ("ApiEnd", "")],
+    [("ApiResponse", '{"status": 200}'), ("ApiData", "<html>"), ("ApiEnd", "")],
+    [("ApiResponse", '{"status": 200, "encoding": "base64"}'), ("ApiData", "é")],
+    [("ApiResponse", '{"status": 200}'), ("error", "it broke")],
+    [("ApiResponse", '{"status": 503, "retry_after": "x\\r\\ny"}'), ("ApiEnd", "")],
+)  # fmt: skip
 @flow
 async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
     async with Upstream() as upstream, serving(tmp_path) as server:
@@ -15984,19 +15593,17 @@ async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
         process.wait()
 
 
-@pytest.mark.parametrize(
+@cases(
     "arguments, words",
-    [
-        ([], "expected the URL of a server"),
-        (["h", "--hlep"], "unknown option --hlep"),
-        (["h", "--command", "no-such-program"], "there is no such program"),
-        (["h", "--upstream", "ftp://x"], "upstream: expected"),
-        (["h", "--upstream", "x", "--command", "y"], "only one of"),
-        (["h", "--max-concurrency", "0"], "expected a number"),
-        (["h", "--ca-file", "/nonexistent"], "ca-file: expected"),
-        (["h", "--config_file", "/nonexistent"], "config_file: expected"),
-        (["h", "--key", "a b"], "printable ASCII"),
-    ],
+    ([], "expected the URL of a server"),
+    (["h", "--hlep"], "unknown option --hlep"),
+    (["h", "--command", "no-such-program"], "there is no such program"),
+    (["h", "--upstream", "ftp://x"], "upstream: expected"),
+    (["h", "--upstream", "x", "--command", "y"], "only one of"),
+    (["h", "--max-concurrency", "0"], "expected a number"),
+    (["h", "--ca-file", "/nonexistent"], "ca-file: expected"),
+    (["h", "--config_file", "/nonexistent"], "config_file: expected"),
+    (["h", "--key", "a b"], "printable ASCII"),
 )
 def test_a_mistake_in_an_agents_arguments_is_one_line(arguments, words, capsys):
     assert apiserver.main(["agent", *arguments]) == 2
@@ -16004,14 +15611,12 @@ def test_a_mistake_in_an_agents_arguments_is_one_line(arguments, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
+@cases(
     "upstream, base_url",
-    [
-        ("localhost:11434", "http://localhost:11434/v1"),
-        ("http://h:1/", "http://h:1/v1"),
-        ("https://h/v1", "https://h/v1"),
-        ("https://h/openai/v2/", "https://h/openai/v2"),
-    ],
+    ("localhost:11434", "http://localhost:11434/v1"),
+    ("http://h:1/", "http://h:1/v1"),
+    ("https://h/v1", "https://h/v1"),
+    ("https://h/openai/v2/", "https://h/openai/v2"),
 )
 def test_the_upstream_of_an_agent_is_written_as_people_do(upstream, base_url):
     argv = ["h", "--upstream", upstream, "--upstream-key", "K", "--models", "a, b"]
@@ -16061,7 +15666,7 @@ def test_the_start_screen_has_the_line_to_paste_and_a_digest(tmp_path):
 
 
 def test_an_agent_that_sleeps_is_found_and_comes_back(tmp_path):
-    """F70: a laptop's lid is closed, and opened again."""
+    """A laptop's lid is closed, and opened again."""
     limits = {"ping_interval": 0.3, "pong_timeout": 0.3}
     (tmp_path / "config.json").write_text(json.dumps({"limits": limits}))
     arguments = ("0", KEY, "--config_file", "config.json")
@@ -16140,13 +15745,11 @@ def test_two_arguments_are_enough_and_the_rest_has_defaults(load):
 # --- Arguments
 
 
-@pytest.mark.parametrize("args", [
-    ["8080", "k", "-listen", "0.0.0.0"],  # the seed's docker-compose
+@cases("args", ["8080", "k", "-listen", "0.0.0.0"],  # the seed's docker-compose
     ["8080", "k", "--listen", "0.0.0.0"],
     ["-listen=0.0.0.0", "8080", "k"],
     ["8080", "--listen", "0.0.0.0", "k"],
-    ["--listen=0.0.0.0", "8080", "--", "k"],
-])  # fmt: skip
+    ["--listen=0.0.0.0", "8080", "--", "k"])  # fmt: skip
 def test_options_go_anywhere_with_one_dash_or_two(load, args):
     config = load(args)
     assert (config.port, config.api_key, config.listen) == (8080, "k", "0.0.0.0")
@@ -16163,16 +15766,13 @@ def test_dash_as_key_is_the_environment_variable(load):
     assert "API_KEY" in mistake(load, ["80", "-"])
 
 
-@pytest.mark.parametrize("option", [
-    "-config_file", "--config_file", "--config-file", "-config-file",
-])  # fmt: skip
+@cases("option", "-config_file", "--config_file", "--config-file", "-config-file")  # fmt: skip
 def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, option):
     (tmp_path / "a.json").write_text('{"port": 1}')
     assert load([option, "a.json"], {"API_KEY": "k"}).port == 1
 
 
-@pytest.mark.parametrize("args, expected", [
-    ([], "python chatgpt_apiserver.py 8080 <"),
+@cases("args, expected", ([], "python chatgpt_apiserver.py 8080 <"),
     (["8080"], "no API key"),
     (["8080", ""], "api_key: expected a key"),
     (["8080", "<API_KEY>"], "api_key: expected a key"),
@@ -16202,17 +15802,14 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "k", "--tls-cert", "."], "tls_cert: expected the path of a file"),
     (["8080", "k", "--tls-key", __file__], "tls_key: there is no tls_cert"),
     (["--config_file", "no.json"], "no.json: cannot be read: No such file"),
-    (["--config_file", ""], "config_file: expected the path of a file"),
-])  # fmt: skip
+    (["--config_file", ""], "config_file: expected the path of a file"))  # fmt: skip
 def test_mistaken_arguments_are_one_line(load, args, expected):
     assert expected in mistake(load, args)
 
 
-@pytest.mark.parametrize("listen, expected", [
-    ("", ""), ("0.0.0.0", "0.0.0.0"), ("::", "::"), ("[::1]", "::1"),
+@cases("listen, expected", ("", ""), ("0.0.0.0", "0.0.0.0"), ("::", "::"), ("[::1]", "::1"),
     ("localhost", "localhost"), ("my_host.example-1.com", "my_host.example-1.com"),
-    ("fe80::1%eth0", "fe80::1%eth0"),
-])  # fmt: skip
+    ("fe80::1%eth0", "fe80::1%eth0"))  # fmt: skip
 def test_listen_takes_addresses_and_names(load, listen, expected):
     assert load(["80", "k", "--listen", listen]).listen == expected
 
@@ -16260,8 +15857,7 @@ def test_version_is_printed(capsys):
 # --- Arguments over environment over file over defaults
 
 
-@pytest.mark.parametrize("attribute, args, environ, file, expected", [
-    ("port", [], {}, {}, 8080),
+@cases("attribute, args, environ, file, expected", ("port", [], {}, {}, 8080),
     ("port", [], {}, {"port": 1}, 1),
     ("port", [], {}, {"port": "1"}, 1),  # the seed's
     ("port", [], {"CHATGPT_APISERVER_PORT": "2"}, {"port": 1}, 2),
@@ -16284,8 +15880,7 @@ def test_version_is_printed(capsys):
     ("agents_auth", [], {}, {"agents": {"auth": "open"}}, "open"),
     ("upstream_errors", [], {}, {"upstream_errors": "pass"}, "pass"),
     ("verbose", ["-v"], {}, {}, True),
-    ("verbose", ["-verbose"], {}, {}, True),
-])  # fmt: skip
+    ("verbose", ["-verbose"], {}, {}, True))  # fmt: skip
 def test_arguments_win_over_environment_over_file(
     load, attribute, args, environ, file, expected
 ):
@@ -16293,8 +15888,7 @@ def test_arguments_win_over_environment_over_file(
     assert getattr(load(args, environ, file), attribute) == expected
 
 
-@pytest.mark.parametrize("environ, expected", [
-    ({"CHATGPT_APISERVER_PORT": "SECRET"}, "environment: CHATGPT_APISERVER_PORT: expected"),
+@cases("environ, expected", ({"CHATGPT_APISERVER_PORT": "SECRET"}, "environment: CHATGPT_APISERVER_PORT: expected"),
     ({"CHATGPT_APISERVER_LISTEN": ":80"}, "CHATGPT_APISERVER_LISTEN: expected an address"),
     ({"CHATGPT_APISERVER_POOL_TYPE": "SECRET"}, 'expected "balanced" or "random" or'),
     ({"API_KEY": "<API_KEY>"}, "environment: API_KEY: expected a key"),
@@ -16302,8 +15896,7 @@ def test_arguments_win_over_environment_over_file(
     ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "api"}, "OPENAI_BASE_URL: expected the"),
     ({"OPENAI_API_KEY": "k", "https_proxy": "socks5://u:SECRET@h:1"},
      "environment: https_proxy: expected a proxy as http://host:port"),
-    ({"CONFIG_FILE": "no.json"}, "no.json: cannot be read"),
-])  # fmt: skip
+    ({"CONFIG_FILE": "no.json"}, "no.json: cannot be read"))  # fmt: skip
 def test_mistaken_environment_is_one_line(load, environ, expected):
     assert expected in mistake(load, [], environ)
 
@@ -16320,8 +15913,7 @@ def test_the_file_is_searched_in_order(load, tmp_path):
     assert load([], {"API_KEY": "k"}).path == "chatgpt-apiserver.json"
 
 
-@pytest.mark.parametrize("args, environ, expected", [
-    (["--config_path", "p1"], {"CONFIG_PATH": "p2"}, 1),
+@cases("args, environ, expected", (["--config_path", "p1"], {"CONFIG_PATH": "p2"}, 1),
     (["--config_path", "p1"], {"CONFIG_FILE": "p2/chatgpt-apiserver.json"}, 1),
     (["--config_path", "p1", "--config_file", "p2/chatgpt-apiserver.json"], {}, 2),
     ([], {"CONFIG_PATH": "p2"}, 2),
@@ -16329,8 +15921,7 @@ def test_the_file_is_searched_in_order(load, tmp_path):
     ([], {"CONFIG_FILE": "p2/chatgpt-apiserver.json", "CONFIG_PATH": "p1"}, 2),
     ([], {"CONFIG_FILE": "", "CONFIG_PATH": ""}, 3),
     ([], {"CHATGPT_APISERVER_CONFIG_FILE": "p1/chatgpt-apiserver.json",
-          "CONFIG_FILE": "p2/chatgpt-apiserver.json"}, 1),
-])  # fmt: skip
+          "CONFIG_FILE": "p2/chatgpt-apiserver.json"}, 1))  # fmt: skip
 def test_a_named_file_or_folder_goes_before_the_search(
     load, tmp_path, args, environ, expected
 ):
@@ -16387,8 +15978,7 @@ def test_the_seeds_example_is_read(load, tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("entry, expected", [
-    ({"weight": 0}, {"weight": 0}),
+@cases("entry, expected", ({"weight": 0}, {"weight": 0}),
     ({"name": "gpu"}, {"name": "gpu"}),
     ({"models": ["a", "b"]}, {"models": {"a": "a", "b": "b"}}),
     ({"models": {"a": "real"}}, {"models": {"a": "real"}}),
@@ -16403,8 +15993,7 @@ def test_the_seeds_example_is_read(load, tmp_path):
     ({"config": {"api_key": "k", "proxy": "http://u:p@proxy:3128/"}},
      {"proxy": "http://u:p@proxy:3128"}),
     ({"config": {"api_key": "k", "verify": False, "first_byte_timeout": 5}},
-     {"verify": False, "first_byte_timeout": 5}),
-])  # fmt: skip
+     {"verify": False, "first_byte_timeout": 5}))  # fmt: skip
 def test_a_controller_has_what_was_written_and_nothing_else_changes(
     load, entry, expected
 ):
@@ -16461,7 +16050,7 @@ def openai(**config):
     return controllers({"type": "openai", "config": {"api_key": "SECRET", **config}})
 
 
-@pytest.mark.parametrize("file, expected", [
+@cases("file, expected", 
     # The document
     ("", "line 1 column 1: not JSON"),
     ('{"port": 1,\n "listen" "::"}', "line 2 column 11: not JSON"),
@@ -16546,8 +16135,7 @@ def openai(**config):
     (openai(proxy="http://u:SECRET@h:1/path"), "proxy: expected a proxy"),
     (openai(proxy="http://u:SEC#RET@h:1"), "proxy: expected a proxy"),
     (openai(first_byte_timeout=0), "first_byte_timeout: expected seconds, above 0"),
-    (openai(ca_file="no.pem"), "ca_file: expected the path of a file"),
-])  # fmt: skip
+    (openai(ca_file="no.pem"), "ca_file: expected the path of a file"))  # fmt: skip
 def test_mistaken_file_is_one_line_with_its_place(load, file, expected):
     line = mistake(load, file=file)
     assert line.startswith("chatgpt-apiserver.json: ") and expected in line
@@ -16586,8 +16174,7 @@ def test_openai_api_key_is_a_controller_when_the_file_has_none(load):
     assert same.controllers == plain.controllers
 
 
-@pytest.mark.parametrize("url, environ, expected", [
-    ("https://h/v1", {}, None),
+@cases("url, environ, expected", ("https://h/v1", {}, None),
     ("https://h/v1", {"https_proxy": "http://p:1/"}, "http://p:1"),
     ("https://h/v1", {"HTTPS_PROXY": "http://p:1"}, "http://p:1"),
     ("https://h/v1", {"https_proxy": "http://p:1", "HTTPS_PROXY": "http://q:1"}, "http://p:1"),
@@ -16595,8 +16182,7 @@ def test_openai_api_key_is_a_controller_when_the_file_has_none(load):
     ("https://h/v1", {"https_proxy": "p:1"}, "http://p:1"),
     ("https://h/v1", {"http_proxy": "http://p:1"}, None),
     ("http://h/v1", {"https_proxy": "http://p:1"}, None),
-    ("http://h/v1", {"https_proxy": "socks5://not:used"}, None),
-])  # fmt: skip
+    ("http://h/v1", {"https_proxy": "socks5://not:used"}, None))  # fmt: skip
 def test_https_proxy_holds_for_https_urls(load, url, environ, expected):
     config = load(environ=environ, file=openai(base_url=url))
     assert config.controllers[0]["proxy"] == expected
@@ -16610,14 +16196,10 @@ def test_own_proxy_wins_over_the_environments(load):
     assert config.controllers[0]["proxy"] == "http://own:1"
 
 
-@pytest.mark.parametrize("no_proxy", [
-    "", "*", ".", "h.example.com", "EXAMPLE.com", ".example.com", "ample.com", "other.org",
+@cases("no_proxy", "", "*", ".", "h.example.com", "EXAMPLE.com", ".example.com", "ample.com", "other.org",
     "other.org, example.com", "example.com:8443", "example.com:443", "com", ",", " , ",
-    "[::1]", "::1", "x*", "h.example.com.", "..example.com", "example.com:",
-])  # fmt: skip
-@pytest.mark.parametrize(
-    "host", ["h.example.com", "H.Example.Com:8443", "[::1]:443", "[::1]"]
-)
+    "[::1]", "::1", "x*", "h.example.com.", "..example.com", "example.com:")  # fmt: skip
+@cases("host", "h.example.com", "H.Example.Com:8443", "[::1]:443", "[::1]")
 def test_no_proxy_means_what_it_means_to_urllib(load, monkeypatch, host, no_proxy):
     environ = {"https_proxy": "http://p:1", "NO_PROXY": no_proxy}
     config = load(environ=environ, file=openai(base_url=f"https://{host}/v1"))
@@ -16770,7 +16352,7 @@ async def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path):
         assert log.text.count(reason) == 1
 
 
-@pytest.mark.parametrize("limit", [{"requests": 1}, {"tokens": 5}], ids=["r", "t"])
+@cases("limit", {"requests": 1}, {"tokens": 5}, ids=["r", "t"])
 @flow
 async def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
     log = Log()
@@ -16787,7 +16369,7 @@ async def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
     assert len(re.findall(said, log.text)) == 1
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@cases("scheme", "http", "https")
 @flow
 async def test_a_dead_proxy_is_named_as_what_is_dead(tmp_path, scheme):
     async with Upstream() as gone:
@@ -17308,7 +16890,7 @@ async def test_a_hang_up_while_asked_again_without_usage_closes_both(tmp_path):
         await until(lambda: upstream.ended == upstream.connections == 2)
 
 
-@pytest.mark.parametrize("status, seconds", [(401, 600), (500, 5)])
+@cases("status, seconds", (401, 600), (500, 5))
 @flow
 async def test_a_burst_of_failures_doubles_the_pause_only_once(
     tmp_path, status, seconds
@@ -17329,9 +16911,11 @@ async def test_a_burst_of_failures_doubles_the_pause_only_once(
         assert seconds - 4 < left <= seconds
 
 
-@pytest.mark.parametrize(
+@cases(
     "model, stream",
-    [("mock/echo", False), ("mock/echo", True), ("mock/cut?events=5000", True)],
+    ("mock/echo", False),
+    ("mock/echo", True),
+    ("mock/cut?events=5000", True),
 )
 @flow
 async def test_a_mock_that_says_much_holds_up_nobody(server, model, stream):
@@ -17391,7 +16975,7 @@ async def test_a_huge_conversation_id_of_an_agent_is_not_kept(server, agent):
     assert [len(id) for _, id in server.conversations._kept] == [200]
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
+@cases("by_hand", False, True)
 @flow
 async def test_an_agent_whose_token_is_deleted_is_sent_away(tmp_path, server, by_hand):
     path, body = "/admin/users/add", {"admin_key": KEY, "role": "agent"}
@@ -17413,42 +16997,6 @@ async def test_an_agent_whose_token_is_deleted_is_sent_away(tmp_path, server, by
         assert closing[1][0] == 1008
 
 
-@flow(limits=Limits(request_timeout=0.3, content_rate=0))
-async def test_content_that_trickles_has_the_requests_deadline(server, client):
-    head = request_bytes("POST", CHAT_URL, headers=[("Content-Length", 99)])
-    client.send(head)
-
-    async def trickle():
-        while True:
-            client.send(b" ")
-            await asyncio.sleep(0.02)
-
-    task = asyncio.ensure_future(trickle())
-    status, _ = await client.read_head()
-    task.cancel()
-    assert status == 408 and not server.content_size
-
-
-@flow
-async def test_an_upstream_cannot_speak_to_the_proxy_in_front(tmp_path):
-    fields = [("X-Accel-Redirect", "/secret"), ("X-Sendfile", "/etc/passwd")]
-    answer = http_reply(completion(), headers=[*fields, ("X-Other", "kept")])
-    async with relaying(tmp_path, answer) as (server, _):
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-        assert reply.headers["x-other"] == "kept"
-        assert "x-accel-redirect" not in reply.headers
-        assert "x-sendfile" not in reply.headers
-
-
-@pytest.mark.parametrize(
-    "path", ["/v1/..;/x", "/v1/..\\x", "/v1/..%5cx", "/v1/%252e%252e/x", "/v1/a/..;b"]
-)
-@flow(controller={"models": ["m"]})
-async def test_path_climbs_nowhere_even_for_a_lenient_upstream(server, upstream, path):
-    reply = await ask(server.port, "POST", path, CHAT)
-    assert reply.status == 404 and not upstream.requests
-
-
 def test_a_controller_cannot_be_named_as_the_mocks_are(tmp_path):
     entry = {"type": "openai", "name": "mock", "config": {"api_key": "k"}}
     path = tmp_path / "c.json"
@@ -17456,17 +17004,6 @@ def test_a_controller_cannot_be_named_as_the_mocks_are(tmp_path):
     status, stderr = command("0", KEY, "--config_file", str(path), cwd=tmp_path)
     assert status == 2 and stderr.count("\n") == 1
     assert "controllers[0].name: expected another name" in stderr
-
-
-@flow
-async def test_fields_that_name_an_account_do_not_travel(server, upstream):
-    fields = [("OpenAI-Organization", "org-1"), ("OpenAI-Project", "p")]
-    fields.append(("OpenAI-Beta", "yes"))
-    reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=fields)
-    assert reply.status == 200
-    sent = upstream.requests[-1].headers
-    assert sent["openai-beta"] == "yes"
-    assert not {"openai-organization", "openai-project"} & sent.keys()
 
 
 @flow
@@ -17539,22 +17076,20 @@ async def agent_comes_and_goes(server):
     await handler_agents(server, 0)
 
 
-@pytest.mark.parametrize(
+@cases(
     "request_once",
-    [
-        lambda server: chat(server, model="mock/echo"),
-        lambda server: chat(server, model="mock/echo", stream=True),
-        lambda server: chat(server, model="mock/500"),
-        lambda server: chat(server, model="nobody's"),
-        lambda server: chat(server, model="silent"),
-        lambda server: chat(server, model="drops"),
-        lambda server: chat(server, model="fails"),
-        lambda server: chat(server, model="gate"),
-        lambda server: client_leaves(server, "silent"),
-        lambda server: client_leaves(server, "gate"),
-        client_breaks_http,
-        agent_comes_and_goes,
-    ],
+    lambda server: chat(server, model="mock/echo"),
+    lambda server: chat(server, model="mock/echo", stream=True),
+    lambda server: chat(server, model="mock/500"),
+    lambda server: chat(server, model="nobody's"),
+    lambda server: chat(server, model="silent"),
+    lambda server: chat(server, model="drops"),
+    lambda server: chat(server, model="fails"),
+    lambda server: chat(server, model="gate"),
+    lambda server: client_leaves(server, "silent"),
+    lambda server: client_leaves(server, "gate"),
+    client_breaks_http,
+    agent_comes_and_goes,
     ids="whole stream error nobody silent drops fails queue leaves leaves-queue broken"
     " agent".split(),
 )
@@ -17595,15 +17130,6 @@ async def test_what_a_request_holds_is_freed_with_it(tmp_path, request_once):
         finally:
             gc.enable()
         gate.let()
-
-
-@flow
-async def test_the_log_does_not_repeat_what_an_upstream_says(tmp_path, caplog):
-    error = {"message": "too long: PROMPT", "type": "x", "code": "overloaded"}
-    async with relaying(tmp_path, http_reply({"error": error}, 500)) as (server, _):
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-        assert "PROMPT" in reply.json()["error"]["message"]
-    assert "status 500 overloaded" in caplog.text and "PROMPT" not in caplog.text
 
 
 def run_pytest(folder, code):
