@@ -10552,10 +10552,13 @@ def browser(tmp_path_factory):
 
 
 class Tab:
-    """A page in a browser: `async with Tab(browser, url) as tab`."""
+    """A page in a browser: `async with Tab(browser, url) as tab`.
 
-    def __init__(self, browser, url, width=1280):
-        self.browser, self.url, self.width = browser, url, width
+    It is signed in if there is a key, and must have nothing to complain of.
+    """
+
+    def __init__(self, browser, url, width=1280, key=KEY):
+        self.browser, self.url, self.width, self.key = browser, url, width, key
 
     async def __aenter__(self):
         reply = await ask(self.browser, "PUT", "/json/new?about:blank", key=None)
@@ -10571,11 +10574,14 @@ class Tab:
         await self.do("Emulation.setDeviceMetricsOverride", mobile=False, **size)
         await self.do("Page.navigate", url=self.url)
         await self.until("document.readyState === 'complete' && location.port")
+        if self.key:
+            await self.sign_in(self.key)
         return self
 
     async def __aexit__(self, *exc_info):
         await ask(self.browser, "GET", f"/json/close/{self.id}", key=None)
         self.websocket.connection.abort()
+        assert exc_info[0] or not self.complaints, self.complaints
 
     async def do(self, method, **params):
         self.calls += 1
@@ -10629,7 +10635,7 @@ class Tab:
 
 @flow(timeout=60)
 async def test_page_signs_in_and_out_and_says_when_a_key_is_wrong(server, browser):
-    async with Tab(browser, server.url) as tab:
+    async with Tab(browser, server.url, key=None) as tab:
         await tab.sign_in("wrong")
         await tab.sees("Invalid")
         await tab.sign_in()
@@ -10638,18 +10644,15 @@ async def test_page_signs_in_and_out_and_says_when_a_key_is_wrong(server, browse
         await tab.click("#leave")
         await tab.sees("Signed out.")
         assert await tab.js("sessionStorage.getItem('key')") is None
-        assert tab.complaints == []
 
 
 @flow(timeout=60)
 async def test_page_shows_a_user_with_a_token_no_more_than_may_be_seen(server, browser):
     token = await add_user(server)
-    async with Tab(browser, server.url) as tab:
-        await tab.sign_in(token)
+    async with Tab(browser, server.url, key=token) as tab:
         await tab.sees("Try it")
         text = await tab.js("document.body.innerText")
         assert "Overview" not in text and "Users" not in text
-        assert tab.complaints == []
 
 
 @flow(timeout=60)
@@ -10659,7 +10662,6 @@ async def test_page_shows_a_controller_that_fails_and_cools(tmp_path, browser):
         tmp_path, http_reply({}, 429, headers=headers), {"name": "up"}
     ) as (server, _):
         async with Tab(browser, server.url) as tab:
-            await tab.sign_in()
             await tab.sees("working")
             assert (await chat(server)).status == 500
             await tab.sees("0 of 1 controllers can be asked")
@@ -10668,20 +10670,17 @@ async def test_page_shows_a_controller_that_fails_and_cools(tmp_path, browser):
             await tab.sees("asked up, in vain: ")
             await tab.click("#controllers .turn")  # Enable
             await tab.sees("working")
-            assert tab.complaints == []
 
 
 @flow(timeout=60)
 async def test_page_cancels_a_running_request(server, client, browser):
     async with Tab(browser, server.url) as tab:
-        await tab.sign_in()
         body = chat_body(model="mock/slow?seconds=60")
         client.send(request_bytes("POST", CHAT_URL, body))
         await tab.sees("running, ")
         await tab.click("#calls .cancel:not([hidden])")
         await tab.sees("503 cancelled")
         assert (await client.read_reply()).status == 503
-        assert tab.complaints == []
 
 
 @flow(timeout=60)
@@ -10689,7 +10688,6 @@ async def test_page_adds_a_user_whose_token_works_and_deletes_it(server, browser
     url = f"http://elsewhere.test:{server.port}/#users"
     async with Tab(browser, url) as tab:
         assert await tab.js("isSecureContext") is False
-        await tab.sign_in()
         await tab.click("#add_user")
         await tab.fill("#account [name=name]", "ada")
         await tab.fill("#account [name=limit]", "4 requests/day")
@@ -10709,7 +10707,6 @@ async def test_page_adds_a_user_whose_token_works_and_deletes_it(server, browser
         await tab.until("!document.querySelector('#people tbody')")
         reply = await ask(server.port, "GET", "/v1/models", key=token)
         assert reply.status == 401
-        assert tab.complaints == []
 
 
 @flow(timeout=60)
@@ -10722,7 +10719,6 @@ async def test_page_streams_a_chat_and_stops_it(tmp_path, browser):
 
     async with relaying(tmp_path, talk) as (server, upstream):
         async with Tab(browser, f"{server.url}/#try") as tab:
-            await tab.sign_in()
             await tab.sees("System text")
             await tab.fill("[name=model]", "m")
             await tab.fill("#ask textarea", "<script>Hello</script>")
@@ -10737,7 +10733,6 @@ async def test_page_streams_a_chat_and_stops_it(tmp_path, browser):
             await tab.sees("<script>Hello</script>")
             body = chats(upstream)[0].json()
             assert body["messages"][0]["content"] == "<script>Hello</script>"
-            assert tab.complaints == []
 
 
 @flow(timeout=60)
@@ -10747,7 +10742,6 @@ async def test_page_says_how_a_machine_joins_and_when_it_has(tmp_path, browser):
     models = http_reply({"data": [{"id": "llama"}]})
     async with serving(tmp_path) as server, Upstream(models) as upstream:
         async with Tab(browser, server.url) as tab:
-            await tab.sign_in()
             await tab.click("#add_machine")
             await tab.fill("#account [name=name]", "box")
             await tab.click("#account .main")
@@ -10763,13 +10757,11 @@ async def test_page_says_how_a_machine_joins_and_when_it_has(tmp_path, browser):
             finally:
                 os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
-            assert tab.complaints == []
 
 
 @flow(timeout=60)
 async def test_page_says_when_the_server_is_silent(server, browser):
     async with Tab(browser, server.url) as tab:
-        await tab.sign_in()
         await tab.sees("nothing is connected")
         await server.shutdown()
         await tab.until("document.body.className === 'stale'")
@@ -10789,14 +10781,12 @@ async def test_page_takes_any_name_as_text_and_stays_as_wide_as_it_is(
             body = chat_body(model=model)
             await ask(server.port, "POST", CHAT_URL, body, headers=headers)
         async with Tab(browser, server.url, width) as tab:
-            await tab.sign_in()
             await tab.sees("404 model_not_found")
             await tab.js("document.querySelectorAll('.story').forEach(b => b.click())")
             await tab.sees(name)
             wide = "document.documentElement.scrollWidth"
             assert await tab.js(wide) <= await tab.js("innerWidth")
             assert await tab.js("document.images.length") == 0
-            assert tab.complaints == []
 
 
 @flow(timeout=60)
@@ -10819,15 +10809,23 @@ async def test_page_works_below_a_proxys_path(server, browser):
     proxy = await asyncio.start_server(forward, "127.0.0.1", 0)
     port = proxy.sockets[0].getsockname()[1]
     async with Tab(browser, f"http://127.0.0.1:{port}/llm/") as tab:
-        await tab.sign_in()
         await tab.sees("nothing is connected")
         await tab.js("location.hash = '#try'")
         await tab.until(f"curl.textContent.includes(':{port}/llm/v1/chat')")
-        assert tab.complaints == []
     proxy.close()
 
 
 # --- Limits, and what was used
+
+NOON = calendar.timegm((2026, 11, 27, 12, 0, 0))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A list of one: the time of users' limits and of usage, which begins at NOON."""
+    clock = [NOON]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    return clock
 
 
 @cases(
@@ -10891,10 +10889,8 @@ def test_a_new_limit_counts_what_was_used_in_its_window_alone(monkeypatch, per, 
     assert [state[1] for state in limit.state()] == [used + 1]
 
 
-def test_a_user_who_asks_for_ever_new_models_fills_no_memory(monkeypatch):
+def test_a_user_who_asks_for_ever_new_models_fills_no_memory(clock):
     """A function without models answers to any name."""
-    clock = [1_800_000_000.0]
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
     ledger = apiserver.Ledger(None)
     for number in range(1000):
         ledger.record("u", f"{number}-" * 100, "c", 0, apiserver.Usage(1))
@@ -10909,9 +10905,7 @@ def test_a_user_who_asks_for_ever_new_models_fills_no_memory(monkeypatch):
     assert max(len(model) for _, model in found) == 200
 
 
-def test_a_clock_that_is_set_back_gives_nothing_back(monkeypatch):
-    clock = [1_800_000_000.0]
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+def test_a_clock_that_is_set_back_gives_nothing_back(clock):
     limit = apiserver.UsageLimit(apiserver.parse_quotas("2 requests/hour"))
     limit.count(requests=2)
     clock[0] -= 7200
@@ -10920,13 +10914,8 @@ def test_a_clock_that_is_set_back_gives_nothing_back(monkeypatch):
     assert limit.over() is None
 
 
-NOON = calendar.timegm((2026, 11, 27, 12, 0, 0))
-
-
 @cases("per", "hour", "day", "week", "month")
-def test_a_clock_that_was_set_years_ahead_uses_nothing_up(monkeypatch, per):
-    clock = [NOON]
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+def test_a_clock_that_was_set_years_ahead_uses_nothing_up(clock, per):
     ledger = apiserver.Ledger(None)
     quotas = apiserver.parse_quotas([f"3 requests/{per}", "3 requests/minute"])
     limit = ledger.limit_of("u", quotas)
@@ -10944,10 +10933,8 @@ def test_a_clock_that_was_set_years_ahead_uses_nothing_up(monkeypatch, per):
 
 
 @cases("name", None, "usage.jsonl")
-def test_hours_of_days_that_are_over_take_no_memory(tmp_path, monkeypatch, name):
+def test_hours_of_days_that_are_over_take_no_memory(tmp_path, clock, name):
     """Neither with a file that nobody wants written."""
-    clock = [NOON]
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
     made = apiserver.Ledger(name and str(tmp_path / name))
     tracemalloc.start()
     for _ in range(30 * 24):
@@ -10961,10 +10948,8 @@ def test_hours_of_days_that_are_over_take_no_memory(tmp_path, monkeypatch, name)
     assert size < 60_000
 
 
-def test_days_long_gone_leave_the_memory(monkeypatch, constant):
-    clock = [NOON]
+def test_days_long_gone_leave_the_memory(clock, constant):
     constant(USAGE_LIFETIME=5)
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
     made = apiserver.Ledger(None)
     for _ in range(20):
         made.record("u", "m", "c", 0, apiserver.Usage())
@@ -11011,9 +10996,7 @@ def test_a_controller_that_is_named_as_a_user_has_its_own_limit():
 
 
 @flow
-async def test_late_lines_of_others_count_in_their_own_hour(tmp_path, monkeypatch):
-    clock = [NOON]
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+async def test_late_lines_of_others_count_in_their_own_hour(tmp_path, clock):
     path = tmp_path / "usage.jsonl"
     late, one = ledger(path), ledger(path)
     quotas = ["5 requests/hour", "6 requests/day"]
@@ -11308,10 +11291,9 @@ async def test_requests_under_way_are_counted_against_a_limit(tmp_path):
 
 
 @flow
-async def test_a_window_may_turn_while_requests_run(tmp_path, monkeypatch):
+async def test_a_window_may_turn_while_requests_run(tmp_path, clock):
     """They count where they end, and the window before has no hold on anybody."""
-    clock = [NOON - 1.0]
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    clock[0] -= 1
     gate = PoolGate(models=["gate"])
     async with serving(tmp_path, gate.controller) as server:
         token = (await server.users.add(limit="2 requests/hour")).token
@@ -14774,9 +14756,6 @@ def test_the_start_screen_is_whole_with_many_controllers(tmp_path):
 # Agent
 # -----------------------------------------------------------------------------
 
-STREAMED = STREAM
-CHAT_API = "/v1/chat/completions"
-
 
 @pytest.fixture(autouse=True)
 def agents_do_not_wait(constant):
@@ -14932,81 +14911,101 @@ async def agent_upstream(request, writer):
         writer.write(http_reply(completion()))
 
 
+async def agent_begins(request, writer):
+    """An upstream that begins a stream, and ends nothing."""
+    if request.json().get("stream"):
+        writer.write(STREAM_HEAD + chunked(chunk("Hi ")))
+    await asyncio.sleep(20)
+
+
+def says_hi():
+    return FunctionController(lambda request: "Hi", models=["m"])
+
+
+@contextlib.asynccontextmanager
+async def agent_before(tmp_path, behave, models=("m",), **options):
+    """A server, an agent of it, and the upstream behind that: all three."""
+    async with Upstream(behave) as upstream, serving(tmp_path, **options) as server:
+        made = upstream.controller(models=models and list(models))
+        async with agent_of(server, made) as agent:
+            yield server, agent, upstream
+
+
+@contextlib.contextmanager
+def agent_program(tmp_path, *options, command=f"{sys.executable} -c print(1)"):
+    """Two programs: a server, and an agent of it that runs a command as model "m"."""
+    options += ("--key", KEY, "--command", command, "--models", "m")
+    with program_in(tmp_path) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        with Program("agent", url, *options, cwd=tmp_path) as agent:
+            yield server, agent
+
+
 @flow
 async def test_an_agent_answers_whole_and_streamed(tmp_path):
-    async with Upstream(agent_upstream) as upstream, serving(tmp_path) as server:
-        async with agent_of(server, upstream.controller()) as agent:
-            whole = await ask(server.port, "POST", CHAT_API, CHAT)
-            assert whole.json() == completion()
-            reply = await ask(server.port, "POST", CHAT_API, STREAMED)
-            texts = [json.loads(e)["choices"][0] for e in reply.events()[:-1]]
-            words = [choice["delta"].get("content", "") for choice in texts]
-            assert "".join(words) == "Hi thére" and reply.events()[-1] == "[DONE]"
-            assert agent.log.has("as box, serving m, n")
-            listed = await ask(server.port, "GET", "/v1/models")
-            assert {"m", "n"} < {m["id"] for m in listed.json()["data"]}
-            # One connection to the upstream: no call was cut at its end.
-            assert upstream.connections == 1
+    async with agent_before(tmp_path, agent_upstream, None) as (
+        server,
+        agent,
+        upstream,
+    ):
+        assert (await chat(server)).json() == completion()
+        reply = await chat(server, stream=True)
+        texts = [json.loads(e)["choices"][0] for e in reply.events()[:-1]]
+        words = [choice["delta"].get("content", "") for choice in texts]
+        assert "".join(words) == "Hi thére" and reply.events()[-1] == "[DONE]"
+        assert agent.log.has("as box, serving m, n")
+        listed = await ask(server.port, "GET", "/v1/models")
+        assert {"m", "n"} < {m["id"] for m in listed.json()["data"]}
+        # One connection to the upstream: no call was cut at its end.
+        assert upstream.connections == 1
 
 
 @flow
 async def test_an_agent_carries_any_path_and_any_content(tmp_path):
-    async with Upstream(agent_upstream) as upstream, serving(tmp_path) as server:
-        async with agent_of(server, upstream.controller()):
-            body = {"model": "n", "input": "x", "new_field": 0.0}
-            reply = await ask(server.port, "POST", "/v1/embeddings", body)
-            assert reply.json()["text"] == "日本" * 30000
-            assert upstream.requests[-1].json() == body
-            reply = await ask(server.port, "POST", "/v1/audio/speech", body)
-            assert reply.content == bytes(range(256)) * 300
-            assert reply.headers["content-type"] == "audio/mpeg"
-            form = b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n'
-            form += b"--B\r\n\r\n" + bytes(range(256)) + b"\r\n--B--\r\n"
-            fields = [("Content-Type", "multipart/form-data; boundary=B")]
-            fields.append(("OpenAI-Beta", "v=1"))
-            path = "/v1/audio/transcriptions?x=%20"
-            reply = await ask(server.port, "POST", path, form, headers=fields)
-            assert reply.json() == {"text": str(len(form))}
-            seen = upstream.requests[-1]
-            assert seen.content == form and seen.headers["openai-beta"] == "v=1"
-            assert seen.headers["authorization"] == "Bearer UPSTREAMSECRET"
-            assert seen.line.startswith(f"POST {path} ")
+    async with agent_before(tmp_path, agent_upstream, None) as (server, _, upstream):
+        body = {"model": "n", "input": "x", "new_field": 0.0}
+        reply = await ask(server.port, "POST", "/v1/embeddings", body)
+        assert reply.json()["text"] == "日本" * 30000
+        assert upstream.requests[-1].json() == body
+        reply = await ask(server.port, "POST", "/v1/audio/speech", body)
+        assert reply.content == bytes(range(256)) * 300
+        assert reply.headers["content-type"] == "audio/mpeg"
+        form = b'--B\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n'
+        form += b"--B\r\n\r\n" + bytes(range(256)) + b"\r\n--B--\r\n"
+        fields = [("Content-Type", FORM), ("OpenAI-Beta", "v=1")]
+        path = "/v1/audio/transcriptions?x=%20"
+        reply = await ask(server.port, "POST", path, form, headers=fields)
+        assert reply.json() == {"text": str(len(form))}
+        seen = upstream.requests[-1]
+        assert seen.content == form and seen.headers["openai-beta"] == "v=1"
+        assert seen.headers["authorization"] == "Bearer UPSTREAMSECRET"
+        assert seen.line.startswith(f"POST {path} ")
 
 
+@cases("status", 400, 429)
 @flow
-async def test_an_agents_upstream_refuses_and_the_client_learns_why(tmp_path):
-    async def behave(request, writer):
-        model = request.json()["model"]
-        status = {"bad": 400, "busy": 429}[model]
-        error = {"error": {"message": f"it is {model}", "code": None}}
-        writer.write(http_reply(error, status, headers=[("Retry-After", "7")]))
-
-    async with (
-        Upstream(behave) as upstream,
-        serving(tmp_path, upstream_errors="pass") as server,
-    ):
-        controller = upstream.controller(models=["bad", "busy"])
-        async with agent_of(server, controller):
-            reply = await ask(server.port, "POST", CHAT_API, {**CHAT, "model": "bad"})
-            assert reply.status == 400 and b"it is bad" in reply.content
-            reply = await ask(server.port, "POST", CHAT_API, {**CHAT, "model": "busy"})
-            assert reply.status == 429 and b"it is busy" in reply.content
-            assert reply.headers["retry-after"] == "7"
+async def test_an_agents_upstream_refuses_and_the_client_learns_why(tmp_path, status):
+    answer = refusal(status, "it is bad")
+    answer = answer.replace(b"\r\n", b"\r\nRetry-After: 7\r\n", 1)
+    made = agent_before(tmp_path, answer, upstream_errors="pass")
+    async with made as (server, _, _):
+        reply = await chat(server)
+        assert reply.status == status and b"it is bad" in reply.content
+        assert status == 400 or reply.headers["retry-after"] == "7"
 
 
 @flow
 async def test_stream_options_that_an_agents_upstream_refuses_are_left_out(tmp_path):
     async def behave(request, writer):
         if "stream_options" in request.json():
-            writer.write(http_reply({"error": {"message": "stream_options?"}}, 400))
+            writer.write(refusal(400, "stream_options?"))
         else:
             await agent_upstream(request, writer)
 
-    async with Upstream(behave) as upstream, serving(tmp_path) as server:
-        async with agent_of(server, upstream.controller(models=["m"])):
-            for asked in (3, 4):  # the server and the agent learn it once each
-                reply = await ask(server.port, "POST", CHAT_API, STREAMED)
-                assert reply.status == 200 and len(upstream.requests) == asked
+    async with agent_before(tmp_path, behave) as (server, _, upstream):
+        for asked in (3, 4):  # the server and the agent learn it once each
+            reply = await chat(server, stream=True)
+            assert reply.status == 200 and len(upstream.requests) == asked
 
 
 @flow
@@ -15019,12 +15018,12 @@ async def test_a_slow_client_of_an_agent_holds_up_no_other(server):
 
     async with agent_of(server, FunctionController(flood, models=["m"])):
         async with Client(server.port) as slow:
-            much = {**STREAMED, "messages": [{"role": "user", "content": "much"}]}
-            slow.send(request_bytes("POST", CHAT_API, much))
+            much = {**STREAM, "messages": [{"role": "user", "content": "much"}]}
+            slow.send(request_bytes("POST", CHAT_URL, much))
             await slow.read_head()
             slow.writer.transport.pause_reading()
             began = time.monotonic()
-            asks = (ask(server.port, "POST", CHAT_API, STREAMED) for _ in range(20))
+            asks = (ask(server.port, "POST", CHAT_URL, STREAM) for _ in range(20))
             for reply in await asyncio.gather(*asks):
                 assert reply.status == 200 and reply.events()[-1] == "[DONE]"
             assert time.monotonic() - began < 5
@@ -15035,44 +15034,29 @@ async def test_a_slow_client_of_an_agent_holds_up_no_other(server):
             slow.writer.transport.resume_reading()
             text = (await slow.reader.read()).decode()
             assert "client_too_slow" in text and "[DONE]" not in text
-            reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+            reply = await ask(server.port, "POST", CHAT_URL, STREAM)
             assert reply.status == 200
 
 
 @flow
 async def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_path):
-    async def behave(request, writer):
-        if request.json().get("stream"):
-            writer.write(STREAM_HEAD + chunked(chunk("Hi ")))
-        await asyncio.sleep(20)
-
-    async with Upstream(behave) as upstream, serving(tmp_path) as server:
-        async with agent_of(server, upstream.controller(models=["m"])) as agent:
-            for count, body in ((1, CHAT), (2, STREAMED)):
-                async with Client(server.port) as client:
-                    client.send(request_bytes("POST", CHAT_API, body))
-                    await until(lambda count=count: len(upstream.requests) == count)
-                    if body is STREAMED:
-                        await client.read_head()
-                began = time.monotonic()
-                await until(lambda count=count: upstream.ended == count)
-                assert time.monotonic() - began < 1
-                await until(lambda: not link_of(agent).calls)
-            assert agent.id in server.agents  # and stays
+    async with agent_before(tmp_path, agent_begins) as (server, agent, upstream):
+        for count, body in ((1, CHAT), (2, STREAM)):
+            async with Client(server.port) as client:
+                client.send(request_bytes("POST", CHAT_URL, body))
+                await until(lambda count=count: len(upstream.requests) == count)
+                if body is STREAM:
+                    await client.read_head()
+            await until(lambda count=count: upstream.ended == count, 1)
+            await until(lambda: not link_of(agent).calls)
+        assert agent.id in server.agents  # and stays
 
 
 @flow
 async def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
-    async def behave(request, writer):
-        writer.write(STREAM_HEAD + chunked(chunk("Hi ")))
-        await asyncio.sleep(20)
-
-    async with Upstream(behave) as upstream, serving(tmp_path) as server:
-        async with (
-            agent_of(server, upstream.controller(models=["m"])) as agent,
-            Client(server.port) as client,
-        ):
-            client.send(request_bytes("POST", CHAT_API, STREAMED))
+    async with agent_before(tmp_path, agent_begins) as (server, agent, upstream):
+        async with Client(server.port) as client:
+            client.send(request_bytes("POST", CHAT_URL, STREAM))
             await client.read_head()
             await until(lambda: link_of(agent).calls)
             link_of(agent).websocket.connection.reset()
@@ -15097,90 +15081,75 @@ async def test_what_an_agent_drops_before_the_first_byte_another_answers(server)
     async with agent_of(server, FunctionController(die, models=["m"])) as first:
         async with agent_of(server, FunctionController(answer, models=["m"])):
             while "first" not in asked:
-                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
                 assert reply.status == 200 and b"from the sec" in reply.content
             assert asked[-2:] == ["first", "second"]
 
 
 @flow
 async def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
-    async def hi(request):
-        return "Hi"
-
     async with contextlib.AsyncExitStack() as stack:
         async with serving(tmp_path) as server:
-            agent = await stack.enter_async_context(
-                agent_of(server, FunctionController(hi, models=["m"]))
-            )
+            agent = await stack.enter_async_context(agent_of(server, says_hi()))
             port, id = server.port, agent.id
         assert not agent.task.done()
         again = apiserver.Server(KEY, port=port, users=str(tmp_path / "users.json"))
         async with again:
             await until(lambda: list(again.agents) == [id])
-            reply = await ask(port, "POST", CHAT_API, CHAT)
-            assert reply.status == 200
+            assert (await chat(again)).status == 200
         closed = [line for line in agent.log if "the connection to" in line]
         assert "1001" in closed[0] and "dialling again" in closed[0]
 
 
-@cases("key, words", ("wrong", "(401)"), ("user", "(403)"))
+@cases("role, words", (None, "(401)"), ("user", "(403)"))
 @flow
-async def test_a_refused_key_is_told_once_and_tried_again(server, constant, key, words):
+async def test_a_refused_key_is_told_once_and_tried_again(
+    server, constant, role, words
+):
     constant(REDIAL_MAX=0.02)
-    user = await server.users.add()
-    controller = FunctionController(lambda request: "Hi", models=["m"])
-    token = user.token if key == "user" else key
-    options = {"key": token}
+    key = (await server.users.add(role=role)).token if role else "wrong"
     log = AgentLog()
     server.access = log.write
-    async with agent_of(server.port, controller, **options) as agent:
+    async with agent_of(server.port, says_hi(), key=key) as agent:
         await until(lambda: len(log) > 2)
         assert len(agent.log) == 1 and words in agent.log[0]
-        assert "--key" in agent.log[0] and token not in agent.log[0]
+        assert "--key" in agent.log[0] and key not in agent.log[0]
 
 
 @flow(agents_auth="key")
 async def test_an_agents_token_registers_and_does_nothing_else(server):
     user = await server.users.add(role="agent")
-    controller = FunctionController(lambda request: "Hi", models=["m"])
-    async with agent_of(server, controller, key=user.token):
-        reply = await ask(server.port, "POST", CHAT_API, CHAT, key=user.token)
+    async with agent_of(server, says_hi(), key=user.token):
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT, key=user.token)
         assert reply.status == 403
-        reply = await ask(server.port, "POST", CHAT_API, CHAT)
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
         assert reply.status == 200
 
 
-def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(tmp_path, monkeypatch):
-    monkeypatch.setattr(apiserver, "AGENT_RETURN_TIMEOUT", 0.05)
+@flow
+async def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(
+    server, client, constant
+):
+    constant(AGENT_RETURN_TIMEOUT=0.05)
+    go = asyncio.Event()
 
-    async def check():
-        async with serving(tmp_path) as server:
-            go = asyncio.Event()
+    async def wait(request):
+        yield "Hi "
+        await go.wait()
+        yield "there"
 
-            async def wait(request):
-                yield "Hi "
-                await go.wait()
-                yield "there"
-
-            async with (
-                agent_of(server, FunctionController(wait, models=["m"])) as agent,
-                Client(server.port) as client,
-            ):
-                client.send(request_bytes("POST", CHAT_API, STREAMED))
-                await client.read_head()
-                (controller,) = server.agents.values()
-                agent.request_shutdown()
-                await until(lambda: controller not in server.pool.controllers)
-                refused = await ask(server.port, "POST", CHAT_API, CHAT)
-                assert refused.status == 503 and not agent.task.done()
-                go.set()
-                text = (await client.reader.readuntil(b"0\r\n\r\n")).decode()
-                assert "there" in text and "[DONE]" in text
-                await asyncio.wait_for(agent.task, 5)
-                assert controller.websocket.close_code == 1001
-                assert not server.agents
-
-    run(check())
+    async with agent_of(server, FunctionController(wait, models=["m"])) as agent:
+        client.send(request_bytes("POST", CHAT_URL, STREAM))
+        await client.read_head()
+        (controller,) = server.agents.values()
+        agent.request_shutdown()
+        await until(lambda: controller not in server.pool.controllers)
+        assert (await chat(server)).status == 503 and not agent.task.done()
+        go.set()
+        text = (await client.reader.readuntil(b"0\r\n\r\n")).decode()
+        assert "there" in text and "[DONE]" in text
+        await asyncio.wait_for(agent.task, 5)
+        assert controller.websocket.close_code == 1001 and not server.agents
 
 
 @flow
@@ -15189,7 +15158,7 @@ async def test_a_second_request_to_shut_down_ends_an_agent_at_once(server):
         await asyncio.sleep(20)
 
     async with agent_of(server, FunctionController(wait, models=["m"])) as agent:
-        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, CHAT))
         await until(lambda: link_of(agent).calls)
         agent.request_shutdown()
         agent.request_shutdown()
@@ -15256,36 +15225,13 @@ def test_where_an_agent_dials_in(url, expected):
 
 
 PATH_ATTACKS = [
-    "/api/tags",
-    "/v1",
-    "/v1/",
-    "/v1/../api/tags",
-    "/v1/x/../../api/tags",
-    "/v1/..",
-    "/v1/.",
-    "/v1//evil.example/x",
-    "//evil.example/v1/x",
-    "http://evil.example/v1/x",
-    "/v1/%2e%2e/api/tags",
-    "/v1/..%2fapi",
-    "/v1/%252e%252e/x",
-    "/v1/x%00",
-    "/v1/..;/x",
-    "/v1/x;/../../y",
-    "/v1/\\..\\x",
-    "/v1/x y",
-    "/v1/x\r\nHost: evil",
-    "/v1/x HTTP/1.1\r\n\r\nGET /api/tags",
-    "/v1/x#y",
-    "/v1/x?a\nb",
-    "/v1/ｘ",
-    "/V1/x",
-    "@evil.example/v1/x",
-    "",
-    None,
-    7,
-    {"v1": 1},
-]
+    "/api/tags", "/v1", "/v1/", "/v1/../api/tags", "/v1/x/../../api/tags", "/v1/..",
+    "/v1/.", "/v1//evil.example/x", "//evil.example/v1/x", "http://evil.example/v1/x",
+    "/v1/%2e%2e/api/tags", "/v1/..%2fapi", "/v1/%252e%252e/x", "/v1/x%00", "/v1/..;/x",
+    "/v1/x;/../../y", "/v1/\\..\\x", "/v1/x y", "/v1/x\r\nHost: evil",
+    "/v1/x HTTP/1.1\r\n\r\nGET /api/tags", "/v1/x#y", "/v1/x?a\nb", "/v1/ｘ", "/V1/x",
+    "@evil.example/v1/x", "", None, 7, {"v1": 1},
+]  # fmt: skip
 
 
 @flow
@@ -15299,7 +15245,7 @@ async def test_a_malicious_server_reaches_nothing_but_the_api():
             fields = {"Host": "evil", "authorization": "Bearer evil", "x-a": "b\r\nc"}
             fields.update({"cookie": "c", "x-ok": "1", "x-n": 1, "a b": "c"})
             assert upstream.requests == []
-            head, content = await server.request("last", CHAT_API, headers=fields)
+            head, content = await server.request("last", CHAT_URL, headers=fields)
             assert head["status"] == 200 and json.loads(content) == completion()
             (request,) = upstream.requests
             assert request.headers["authorization"] == "Bearer UPSTREAMSECRET"
@@ -15320,11 +15266,10 @@ async def test_a_malicious_server_reaches_nothing_but_the_api():
 @flow
 async def test_nonsense_from_a_server_does_not_end_an_agent(message):
     async with AgentServer() as server:
-        controller = FunctionController(lambda request: "Hi", models=["m"])
-        async with agent_of(server.port, controller):
+        async with agent_of(server.port, says_hi()):
             await server.heard("Connection id")
             server.writer.write(server.protocol.send(message))
-            head, _ = await server.request("good", CHAT_API)
+            head, _ = await server.request("good", CHAT_URL)
             assert head["status"] == 200 and len(server.heads) == 1
 
 
@@ -15345,7 +15290,7 @@ async def test_an_agent_takes_no_more_calls_than_it_said():
                 "paused": False,
             }
             for number in range(5):
-                data = {"method": "POST", "path": CHAT_API, "body": CHAT}
+                data = {"method": "POST", "path": CHAT_URL, "body": CHAT}
                 server.send(f"c{number}", "ApiRequest", data)
             refusal = await server.heard("error")
             assert refusal["id"] == "c2" and refusal["data"] == apiserver.AGENT_FULL
@@ -15370,7 +15315,7 @@ async def test_a_slow_server_slows_the_upstream():
         async with agent_of(server.port, FunctionController(flood, models=["m"])):
             await server.heard("Connection id")
             server.writer.transport.pause_reading()
-            data = {"method": "POST", "path": CHAT_API, "body": STREAMED}
+            data = {"method": "POST", "path": CHAT_URL, "body": STREAM}
             server.send("c", "ApiRequest", data)
             seen = -1
             while seen != made or not made:  # until it stands still
@@ -15385,8 +15330,7 @@ async def test_a_slow_server_slows_the_upstream():
 async def test_a_server_that_falls_silent_is_left_and_dialled_again():
     limits = Limits(ping_interval=0.05, pong_timeout=0.05)
     async with AgentServer() as server:
-        controller = FunctionController(lambda request: "Hi", models=["m"])
-        async with agent_of(server.port, controller, limits=limits) as agent:
+        async with agent_of(server.port, says_hi(), limits=limits) as agent:
             await server.heard("Connection id")
             server.send("its-id", "Connection id", '{"version": 2}')
             await until(lambda: len(server.heads) > 1)
@@ -15398,8 +15342,7 @@ async def test_a_server_that_falls_silent_is_left_and_dialled_again():
 @flow
 async def test_an_agent_says_what_is_wrong_with_a_server(status, words):
     async with AgentServer(status=status) as server:
-        controller = FunctionController(lambda request: "Hi", models=["m"])
-        async with agent_of(server.port, controller) as agent:
+        async with agent_of(server.port, says_hi()) as agent:
             await until(lambda: len(server.heads) > 2)
             (line,) = agent.log
             assert words in line and "127.0.0.1" in line
@@ -15422,7 +15365,7 @@ def agent_command(script, **options):
 async def test_a_program_answers(server, monkeypatch, script, whole, expected):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
     async with agent_of(server, agent_command(script, whole=whole)):
-        reply = await ask(server.port, "POST", CHAT_API, CHAT)
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
         message = reply.json()["choices"][0]["message"]
         assert message["content"] == expected
 
@@ -15433,10 +15376,10 @@ async def test_a_program_that_fails_tells_why(tmp_path, caplog):
 
     command = agent_command(script)
     async with serving(tmp_path) as server, agent_of(server, command):
-        reply = await ask(server.port, "POST", CHAT_API, CHAT)
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
         assert reply.status == 500
         assert reply.json()["error"]["message"].endswith("ended with status 1")
-        reply = await ask(server.port, "POST", CHAT_API, STREAMED)
+        reply = await ask(server.port, "POST", CHAT_URL, STREAM)
         assert "Hi" in reply.events()[0] and "status 1" in reply.events()[-1]
         # Its words are for whoever runs it, on its own machine.
         assert "no model here" not in str(reply.events())
@@ -15466,7 +15409,7 @@ async def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_
 
     async with serving(tmp_path) as server, agent_of(server, agent_command(script)):
         async with Client(server.port) as client:
-            client.send(request_bytes("POST", CHAT_API, STREAMED))
+            client.send(request_bytes("POST", CHAT_URL, STREAM))
             await client.read_head()
         pid = int((tmp_path / "pid").read_text())
         await until(lambda: gone(pid))
@@ -15480,9 +15423,9 @@ async def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped
     events = (chunk("Hi") + chunk(None, "stop") + DONE).decode()
     async with Agent(server.port, hello=agent_hello()) as agent:
         assert (await agent.receive())["data"] == '{"version": 2}'
-        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, STREAMED))
+        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, STREAM))
         id, data = await agent_call(agent)
-        assert data["method"] == "POST" and data["path"] == CHAT_API
+        assert data["method"] == "POST" and data["path"] == CHAT_URL
         await agent.send("unknown", "ApiData", "nobody's")
         await agent.send(id, "ApiResponse", head)
         await agent.send(id, "ApiResponse", head)
@@ -15490,7 +15433,7 @@ async def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped
         assert (await asking).content == events.encode()
         await agent.send(id, "ApiEnd")
         await agent.send(id, "ApiEnd")
-        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, CHAT))
         message = await agent.receive()
         assert message["message"] == "ApiRequest"  # and no ApiCancel
         await agent.send(message["id"], "error", "no luck")
@@ -15518,7 +15461,7 @@ async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
             await until(lambda: server.agents)
             controller = server.agents[agent.id]
             while not controller.requests:
-                asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+                asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, CHAT))
                 await until(lambda t=asking: controller.requests or t.done())
             id, _ = await agent_call(agent)
             for kind, data in messages:
@@ -15547,7 +15490,7 @@ async def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(server):
     async with Agent(server.port, hello=agent_hello()) as agent:
         await until(lambda: server.agents)
         body = {**CHAT, "more": "x" * 10_000}
-        reply = await ask(server.port, "POST", CHAT_API, body)
+        reply = await ask(server.port, "POST", CHAT_URL, body)
         assert reply.status == 413 and agent.id in server.agents
 
 
@@ -15565,7 +15508,7 @@ async def test_a_hundred_agents_at_once(tmp_path):
         for agent in agents:
             await stack.enter_async_context(agent)
         await until(lambda: len(server.agents) == 100)
-        asks = (ask(server.port, "POST", CHAT_API, CHAT) for _ in range(200))
+        asks = (ask(server.port, "POST", CHAT_URL, CHAT) for _ in range(200))
         replies = await asyncio.gather(*asks)
         assert {reply.status for reply in replies} == {200}
         counts = [agent.requests for agent in server.agents.values()]
@@ -15599,17 +15542,16 @@ def serving_urls(*servers):
 async def test_an_agent_serves_all_its_servers_and_one_that_goes_disturbs_none(
     tmp_path,
 ):
-    controller = FunctionController(lambda request: "Hi", models=["m"])
     async with serving(tmp_path) as one, contextlib.AsyncExitStack() as stack:
         async with serving(tmp_path) as two:
             urls = serving_urls(one, two)
-            agent = await stack.enter_async_context(agent_of_all(urls, controller))
+            agent = await stack.enter_async_context(agent_of_all(urls, says_hi()))
             for server in (one, two):
                 await until(lambda server=server: agent.id in server.agents)
-                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
                 assert reply.status == 200
             before = one.agents[agent.id]
-        reply = await ask(one.port, "POST", CHAT_API, CHAT)
+        reply = await ask(one.port, "POST", CHAT_URL, CHAT)
         assert reply.status == 200 and one.agents[agent.id] is before
         for url in urls:
             assert agent.log.has(f"connected to {url} as box, serving m")
@@ -15636,7 +15578,7 @@ async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
             for server in servers:
                 await until(lambda server=server: agent.id in server.agents)
             asks = [
-                asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+                asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, CHAT))
                 for server in (*servers, *servers)
             ]
             await until(lambda: running == 2)
@@ -15652,7 +15594,7 @@ async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
 @flow(limits=Limits(queue_timeout=0.4))
 async def test_an_agent_that_is_full_for_too_long_is_a_503(server):
     async with Agent(server.port, hello=agent_hello()) as agent:
-        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_API, CHAT))
+        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, CHAT))
         for _ in range(2):
             id, _ = await agent_call(agent)
             await agent.send(id, "error", apiserver.AGENT_FULL)
@@ -15682,13 +15624,12 @@ async def test_every_address_of_a_servers_name_is_dialled(tmp_path, monkeypatch)
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(apiserver, "SERVER_LOOK_UP_INTERVAL", 0.02)
     monkeypatch.setattr(apiserver, "REDIAL_SOON", 0.02)
-    controller = FunctionController(lambda request: "Hi", models=["m"])
     async with contextlib.AsyncExitStack() as stack:
         one = await stack.enter_async_context(serving(tmp_path, listen="127.0.0.2"))
         users = str(tmp_path / "users.json")
         two = apiserver.Server(KEY, port=one.port, listen="127.0.0.3", users=users)
         url = f"http://pool.example:{one.port}"
-        async with two, agent_of_all([url], controller) as agent:
+        async with two, agent_of_all([url], says_hi()) as agent:
             await until(lambda: agent.id in one.agents)
             assert not two.agents
             found.append("127.0.0.3")  # a replica more
@@ -15717,9 +15658,8 @@ async def test_an_agent_that_ends_does_not_wait_to_dial_again(
     monkeypatch.setattr(random, "uniform", max)
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
-    controller = FunctionController(lambda request: "Hi", models=["m"])
     urls = [f"127.0.0.1:{server.port}", f"127.0.0.1:{port}"]
-    async with agent_of_all(urls, controller) as agent:
+    async with agent_of_all(urls, says_hi()) as agent:
         await until(lambda: agent.id in server.agents)
         await until(lambda: agent.log.has("dialling again"))
         began = time.monotonic()
@@ -15730,9 +15670,8 @@ async def test_an_agent_that_ends_does_not_wait_to_dial_again(
 
 @flow
 async def test_two_ways_to_one_server_are_one_registration(server):
-    controller = FunctionController(lambda request: "Hi", models=["m"])
     urls = [f"127.0.0.1:{server.port}", f"localhost:{server.port}"]
-    async with agent_of_all(urls, controller) as agent:
+    async with agent_of_all(urls, says_hi()) as agent:
         await until(lambda: agent.id in server.agents)
         await asyncio.sleep(0.3)
         assert len(server.agents) == 1 and len(agent.links) == 2
@@ -15747,13 +15686,12 @@ async def test_two_ways_to_one_server_are_one_registration(server):
 
 @flow
 async def test_a_paused_agent_stays_and_is_asked_for_nothing(tmp_path):
-    controller = FunctionController(lambda request: "Hi", models=["m"])
     async with two_servers(tmp_path) as servers:
         urls = serving_urls(*servers)
-        async with agent_of_all(urls, controller, paused=True) as agent:
+        async with agent_of_all(urls, says_hi(), paused=True) as agent:
             for server in servers:
                 await until(lambda server=server: agent.id in server.agents)
-                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
                 assert reply.status == 503
                 state = server.agents[agent.id].describe(0.0)
                 assert state["state"] == "paused" and "owner" in state["reason"]
@@ -15762,25 +15700,24 @@ async def test_a_paused_agent_stays_and_is_asked_for_nothing(tmp_path):
             for server in servers:
                 paused = server.agents[agent.id]
                 await until(lambda paused=paused: not paused.paused)
-                reply = await ask(server.port, "POST", CHAT_API, CHAT)
+                reply = await ask(server.port, "POST", CHAT_URL, CHAT)
                 assert reply.status == 200
 
 
 @flow
 async def test_an_administrator_pauses_an_agent_also_when_it_comes_back(tmp_path):
-    controller = FunctionController(lambda request: "Hi", models=["m"])
     path = "/admin/agents/pause"
-    async with serving(tmp_path) as server, agent_of(server, controller) as agent:
+    async with serving(tmp_path) as server, agent_of(server, says_hi()) as agent:
         body = {"id": agent.id}
         assert (await ask(server.port, "POST", path, body)).status == 200
-        assert (await ask(server.port, "POST", CHAT_API, CHAT)).status == 503
+        assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 503
         before = server.agents[agent.id]
         before.websocket.connection.reset()
         await until(lambda: server.agents.get(agent.id) not in (None, before))
-        assert (await ask(server.port, "POST", CHAT_API, CHAT)).status == 503
+        assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 503
         body["paused"] = False
         assert (await ask(server.port, "POST", path, body)).status == 200
-        assert (await ask(server.port, "POST", CHAT_API, CHAT)).status == 200
+        assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 200
         assert agent.log.has("says: pause") and agent.log.has("says: resume")
         for wrong, status in [({"id": "x"}, 404), ({}, 400), ({"id": 7}, 400)]:
             assert (await ask(server.port, "POST", path, wrong)).status == status
@@ -15809,10 +15746,9 @@ async def test_an_endless_list_of_models_does_not_hold_up_an_agent(tmp_path):
 
     limits = Limits(connect_timeout=0.2)
     async with serving(tmp_path) as server, Upstream(behave) as endless:
-        function = FunctionController(lambda request: "Hi", models=["m"])
         upstream = endless.controller(name="endless", limits=limits)
-        async with agent_of(server, upstream, function, limits=limits):
-            reply = await ask(server.port, "POST", CHAT_API, CHAT)
+        async with agent_of(server, upstream, says_hi(), limits=limits):
+            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
             assert reply.status == 200
 
 
@@ -15821,47 +15757,34 @@ async def test_an_endless_list_of_models_does_not_hold_up_an_agent(tmp_path):
 
 @needs_posix
 def test_a_signal_pauses_an_agent_and_resumes_it(tmp_path):
-    with Program("0", KEY, cwd=tmp_path) as server:
-        url = f"http://127.0.0.1:{server.port}"
-        program = ("--command", f"{sys.executable} -c print(1)", "--models", "m")
-        options = ("--key", KEY, "--pause", *program)
-        with Program("agent", url, *options, cwd=tmp_path) as agent:
-            agent.wait_for("; paused")
-            for status, line in [(200, "is no more paused"), (503, "is paused")]:
-                agent.signal(signal.SIGUSR1)
-                server.wait_for(line)
-                reply = fetch(server.port, "POST", CHAT_URL, CHAT)
-                assert reply.status == status
+    with agent_program(tmp_path, "--pause") as (server, agent):
+        agent.wait_for("; paused")
+        for status, line in [(200, "is no more paused"), (503, "is paused")]:
+            agent.signal(signal.SIGUSR1)
+            server.wait_for(line)
+            assert fetch(server.port, "POST", CHAT_URL, CHAT).status == status
 
 
-def agent_program(*arguments, cwd):
-    """The program, piped into python: `curl .../agent.py | python3 - agent ...`."""
+@flow
+async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
+    """As in `curl .../agent.py | python3 - agent ...`."""
+    url = f"ws://localhost:{server.port}/k/{KEY}"
+    command = f"'{sys.executable}' -c 'print(42)'"
     with open(MODULE, "rb") as source:
-        return subprocess.Popen(
-            [sys.executable, "-", "agent", *arguments],
-            cwd=cwd,
+        process = subprocess.Popen(
+            [sys.executable, "-", "agent", url, "--command", command]
+            + ["-models", "answer", "-v"],
+            cwd=tmp_path,
             stdin=source,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-
-
-@flow
-async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
-    program = f"'{sys.executable}' -c 'print(42)'"
-    url = f"ws://localhost:{server.port}/k/{KEY}"
-    process = agent_program(
-        url, "--command", program, "-models", "answer", "-v", cwd=tmp_path
-    )
     try:
         await until(lambda: server.agents, 10)
-        body = {**CHAT, "model": "answer"}
-        reply = await ask(server.port, "POST", CHAT_API, body)
-        assert "42" in reply.json()["choices"][0]["message"]["content"]
+        assert "42" in chat_text(await chat(server, model="answer"))
         process.send_signal(signal.SIGINT)
-        loop = asyncio.get_running_loop()
-        _, text = await loop.run_in_executor(None, process.communicate)
+        _, text = await asyncio.to_thread(process.communicate)
         assert process.returncode == 0, text
         assert "serving answer" in text and "shutting down (SIGINT)" in text
         assert "answer 200" in text and KEY not in text
@@ -15905,15 +15828,9 @@ def test_the_upstream_of_an_agent_is_written_as_people_do(upstream, base_url):
 
 
 def test_an_agent_serves_the_controllers_of_a_configuration(tmp_path):
-    path = tmp_path / "chatgpt-apiserver.json"
-    config = {"api_key": "k", "models": ["m"], "type": "openai"}
-    entry = {
-        "type": "openai",
-        "models": ["m"],
-        "config": {"api_key": config["api_key"]},
-    }
-    path.write_text(json.dumps({"controllers": [entry]}))
-    agent = apiserver.build_agent(["h", "--config_file", str(path)], {}, None)
+    write_config(tmp_path, {"models": ["m"], **OPENAI})
+    path = str(tmp_path / "chatgpt-apiserver.json")
+    agent = apiserver.build_agent(["h", "--config_file", path], {}, None)
     (controller,) = agent.pool.controllers
     assert isinstance(controller, OpenAIController) and list(controller.models) == ["m"]
 
@@ -15933,23 +15850,18 @@ def test_the_help_of_an_agent_is_short_and_names_every_option(capsys):
     assert "agent <URL>" in apiserver.HELP
 
 
+@needs_posix
 def test_an_agent_that_sleeps_is_found_and_comes_back(tmp_path):
     """A laptop's lid is closed, and opened again."""
-    limits = {"ping_interval": 0.3, "pong_timeout": 0.3}
-    (tmp_path / "config.json").write_text(json.dumps({"limits": limits}))
-    arguments = ("0", KEY, "--config_file", "config.json")
-    with Program(*arguments, cwd=tmp_path) as server:
-        url = f"http://127.0.0.1:{server.port}"
-        program = ("--command", f"{sys.executable} -c print(1)", "--models", "m")
-        with Program("agent", url, "--key", KEY, *program, cwd=tmp_path) as agent:
-            agent.wait_for("connected to")
-            agent.signal(signal.SIGSTOP)
-            server.wait_for(r"left \(1011 no answer to a ping\)")
-            agent.signal(signal.SIGCONT)
-            agent.wait_for("dialling again")
-            run(until(lambda: server.stderr.count(" joined from ") == 2, 10))
-            reply = fetch(server.port, "POST", CHAT_URL, CHAT)
-            assert reply.json()["choices"][0]["message"]["content"] == "1\n"
+    write_config(tmp_path, limits={"ping_interval": 0.3, "pong_timeout": 0.3})
+    with agent_program(tmp_path) as (server, agent):
+        agent.wait_for("connected to")
+        agent.signal(signal.SIGSTOP)
+        server.wait_for(r"left \(1011 no answer to a ping\)")
+        agent.signal(signal.SIGCONT)
+        agent.wait_for("dialling again")
+        run(until(lambda: server.stderr.count(" joined from ") == 2, 10))
+        assert chat_text(fetch(server.port, "POST", CHAT_URL, CHAT)) == "1\n"
 
 
 @needs_posix
@@ -15957,16 +15869,12 @@ def test_what_goes_wrong_in_an_agent_is_one_line_of_its_log(tmp_path):
     program = tmp_path / "prog"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    with Program("0", KEY, cwd=tmp_path) as server:
-        options = ("--key", KEY, "--command", str(program))
-        url = f"http://127.0.0.1:{server.port}"
-        with Program("agent", url, *options, cwd=tmp_path) as agent:
-            agent.wait_for("connected to")
-            program.unlink()
-            reply = fetch(server.port, "POST", CHAT_URL, {**CHAT, "model": "prog"})
-            assert reply.status == 500
-            agent.wait_for(r"prog failed.*FileNotFoundError in ")
-            assert "Traceback" not in agent.stderr
+    with agent_program(tmp_path, command=str(program)) as (server, agent):
+        agent.wait_for("connected to")
+        program.unlink()
+        assert fetch(server.port, "POST", CHAT_URL, CHAT).status == 500
+        agent.wait_for(r"prog failed.*FileNotFoundError in ")
+        assert "Traceback" not in agent.stderr
 
 
 # -----------------------------------------------------------------------------
