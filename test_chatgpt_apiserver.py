@@ -9342,11 +9342,15 @@ async def test_a_mock_that_says_nothing_says_an_empty_text(server):
 
 
 @flow
-async def test_a_name_of_a_mock_has_a_largest_size(server):
-    for size, status in ((2048, 200), (2049, 404)):
-        model = "mock/text?text=".ljust(size, "x")
-        body = {**CHAT, "model": model}
-        assert (await ask(server.port, "POST", CHAT_URL, body)).status == status
+async def test_a_name_of_a_mock_is_asked_of_nobody_else(tmp_path):
+    """And has a largest size."""
+    fits = "mock/text?text=".ljust(2048, "x")
+    async with pool_of(tmp_path, None, options=[ANY]) as (server, (upstream,), _):
+        for model, status in (
+            ("mock/echo", 200), ("mock/echo2", 404), (fits, 200), (fits + "x", 404)
+        ):  # fmt: skip
+            assert (await chat(server, model=model)).status == status
+        assert chats(upstream) == []
 
 
 @cases(
