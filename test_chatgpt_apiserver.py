@@ -12670,21 +12670,21 @@ async def test_conversation_kept_here_may_go_on_at_a_browser_agent(server):
 
 @flow
 async def test_model_of_an_ask_is_the_first_of_who_answers(tmp_path):
+    """Also before its list has come."""
     answer = http_reply(completion())
     listed = ("text-embedding-3-large", "whisper-1", "qwen3", "llama")
-    for models, listed, model in (
+    for models, names, model in (
         (None, listed, "qwen3"),
         ({"alias": "real"}, (), "real"),
         (None, (), None),
     ):
-        behave = answers_posts(answer, listed)
-        made = relaying(tmp_path, behave, {"models": models})
-        async with made as (server, upstream):
+        behave, options = answers_posts(answer, names), [{"models": models}]
+        async with pool_of(tmp_path, behave, options=options) as (server, (up,), _):
             reply = await handler_ask(server.port)
             if model is None:
                 assert reply.status == 400 and "model" in reply.json()["error"]
                 continue
-            assert chats(upstream)[-1].json()["model"] == model
+            assert chats(up)[-1].json()["model"] == model
             if models:
                 reply = await handler_ask(server.port, model="other")
                 assert reply.status == 404 and "other" in reply.json()["error"]
