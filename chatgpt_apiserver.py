@@ -52,6 +52,7 @@ had opened.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import bisect
@@ -12318,6 +12319,18 @@ example:
 """
 
 
+# With a value each; HELP and AGENT_HELP say what.
+OPTIONS = [
+    *("listen", "users", "usage", "tls_cert", "tls_key", "tape"),
+    *("config_file", "config_path"),
+]
+AGENT_OPTIONS = [
+    *("key", "upstream", "upstream_key", "command", "config_file"),
+    *("models", "name", "max_concurrency", "ca_file"),
+]
+AGENT_FLAGS = ["json", "pause"]
+
+
 class Config(SimpleNamespace):
     """All of SETTINGS by name, checked, with limits and controllers.
 
@@ -12479,7 +12492,7 @@ class Setting(NamedTuple):
 
 
 # All that can be set, by the name of Server's argument.  To add one is to add a line
-# here, and where it is an option, one to HELP.
+# here, and where it is an option, to OPTIONS and HELP.
 SETTINGS = {
     "port": Setting(PORT, 8080, ("CHATGPT_APISERVER_PORT",), restart=True),
     "listen": Setting(ADDRESS, "", ("CHATGPT_APISERVER_LISTEN",), restart=True),
@@ -12628,54 +12641,48 @@ def shown(key: str) -> str:
 # --- Arguments
 
 
-def read_arguments(argv: list[str], help: str) -> tuple[list[str], dict[str, str]]:
-    """The words of a command line, and its options by name; a flag's value is "".
+class CommandLine(argparse.ArgumentParser):
+    """An argparse with our help, and one line for a mistake."""
 
-    The options are those in help, with a value where its capitals follow.  They go
-    anywhere, with one dash (as in the seeds, and in Go) or two.  Raise
+    def __init__(self, help: str, options: Iterable[str], flags: Iterable[str]) -> None:
+        super().__init__(description=help, allow_abbrev=False)
+        self.add_argument("words", nargs="*")
+        for name in options:
+            spellings = {f"--{name.replace('_', '-')}", f"--{name}"}
+            self.add_argument(*spellings, dest=name)
+        for flag in flags:
+            self.add_argument(f"--{flag}", action="store_true")
+        self.add_argument("-v", "--verbose", action="store_true")
+        version = f"chatgpt_apiserver.py {__version__}"
+        self.add_argument("--version", action="version", version=version)
+
+    def format_help(self) -> str:
+        return self.description or ""
+
+    def error(self, message: str) -> NoReturn:
+        # What argparse quotes was written by the person, and may be a key.
+        raise COMMAND_LINE.mistake("", message.partition(" '")[0])
+
+
+def read_arguments(
+    argv: list[str], help: str, options: Iterable[str], flags: Iterable[str] = ()
+) -> tuple[list[str], dict[str, Any]]:
+    """The words of a command line, and those of its options and flags that are there.
+
+    Options go anywhere, with one dash (as in the seeds, and in Go) or two.  Raise
     ConfigurationError, which repeats no value, and SystemExit for --help.
     """
-    texts = {
-        "help": help.rstrip("\n"),
-        "version": f"chatgpt_apiserver.py {__version__}",
-    }
-    options = re.findall("--([a-z_-]+)(?: (?=([A-Z'])))?", help)
-    takes_value = {name.replace("-", "_"): bool(value) for name, value in options}
-    words: list[str] = []
-    values: dict[str, str] = {}
-    rest = iter(argv)
-    for argument in rest:
-        if argument == "--":
-            words += rest
-            break
-        if not is_option(argument):
-            words.append(argument)
-            continue
-        option, equals, value = argument.partition("=")
-        option = re.sub("^-(?=[a-z]{2})", "--", option)
-        name = {"-v": "verbose", "-h": "help"}.get(option, option.lstrip("-"))
-        name = name.replace("-", "_")
-        if name in texts:
-            print(texts[name])
-            raise SystemExit(0)
-        if name not in takes_value:
-            usual = re.fullmatch("--?[a-z][a-z_-]{0,20}", option)  # and no key
-            raise COMMAND_LINE.mistake(
-                "", f"unknown option {option if usual else 'there'}"
-            )
-        if takes_value[name] and not equals:
-            value = next(rest, "--")
-            if is_option(value):
-                raise COMMAND_LINE.mistake(option, "expected one argument")
-        elif equals and not takes_value[name]:
-            raise COMMAND_LINE.mistake(option, "takes no value")
-        values[name] = value
-    return words, values
-
-
-def is_option(argument: str) -> bool:
-    """Whether an argument is an option: - alone and a negative number are none."""
-    return re.match("-[^0-9]", argument) is not None
+    parser = CommandLine(help, options, flags)
+    end = argv.index("--") if "--" in argv else len(argv)
+    arguments = [re.sub("^-(?=[a-z]{2})", "--", a) for a in argv[:end]] + argv[end:]
+    # argparse's own takes the key in "8080 --users FILE KEY" for one too many.
+    parsed, extra = parser.parse_known_intermixed_args(arguments)
+    for option in (e.partition("=")[0] for e in extra if e.startswith("-")):
+        usual = re.fullmatch("--?[a-z][a-z_-]{0,20}", option)  # and no key
+        parser.error(f"unknown option {option if usual else 'there'}")
+    there = vars(parsed)
+    words = there.pop("words")
+    return words, {k: v for k, v in there.items() if v not in (None, False)}
 
 
 def given(
@@ -12711,7 +12718,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     Raise ConfigurationError if anything is wrong.  Nothing is kept between calls,
     so a reload is another call.
     """
-    words, options = read_arguments(argv, HELP)
+    words, options = read_arguments(argv, HELP, OPTIONS)
     if len(words) > 2:
         raise COMMAND_LINE.mistake("", "expected a port and a key, there is more")
     options.update(zip(("port", "api_key"), words))
@@ -12900,7 +12907,7 @@ def build_agent(
     argv: list[str], environ: Mapping[str, str], log: Log | None = None
 ) -> Agent:
     """The agent that a command line describes; ConfigurationError."""
-    urls, options = read_arguments(argv, AGENT_HELP)
+    urls, options = read_arguments(argv, AGENT_HELP, AGENT_OPTIONS, AGENT_FLAGS)
     most = options.get("max_concurrency", "8")
     if not re.fullmatch("[1-9][0-9]{0,3}", most):
         text = "expected a number from 1 to 9999"
