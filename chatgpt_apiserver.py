@@ -5067,7 +5067,9 @@ class UsageLimit:
             if self._tokens < self._most_tokens:
                 return None
         coming = {"requests": running, "tokens": 0}
-        return next(s for s in self.state() if s[1] + coming[s[0].unit] >= s[0].amount)
+        # None: the window has turned between the two looks.
+        state = self.state()
+        return next((s for s in state if s[1] + coming[s[0].unit] >= s[0].amount), None)
 
     def fields(self, now: float) -> bytes:
         """OpenAI's x-ratelimit fields: of several quotas the one with least left."""

@@ -10909,6 +10909,14 @@ def test_a_user_who_asks_for_ever_new_models_fills_no_memory(clock):
     assert max(len(model) for _, model in found) == 200
 
 
+def test_a_window_that_turns_between_two_looks_is_not_used_up(monkeypatch):
+    times = [1_800_000_000.0, 1_800_000_059.9, 1_800_000_060.1]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: times.pop(0))
+    limit = apiserver.UsageLimit(apiserver.parse_quotas("1 requests/minute"))
+    limit.count(1)
+    assert limit.over() is None and not times
+
+
 def test_a_clock_that_is_set_back_gives_nothing_back(clock):
     limit = apiserver.UsageLimit(apiserver.parse_quotas("2 requests/hour"))
     limit.count(requests=2)
