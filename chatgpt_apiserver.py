@@ -4321,6 +4321,9 @@ USER_FIELDS = {
     ),
 }
 NEVER_NULL = ("user_id", "token", "sha256", "name", "role")
+# What the administrator says of a user.  Ids and tokens are ours: one that is there
+# already would be taken from its user, and the file with both could not be read again.
+SETTABLE = ("name", "role", "limit", "models", "expires", "max_concurrency")
 
 
 class UserTable:
@@ -4653,14 +4656,14 @@ class UserStore:
             self._remove_temporary_files()
             self._table = self._read()
 
-    async def add(self, **settings: Any) -> User:
+    async def add(self, /, **settings: Any) -> User:
         """Add a user with a new id and token; it is on disk when this returns.
 
-        settings are name, role, limit, models, expires, max_concurrency.  What is
-        returned has its token, whatever is kept of it.  Raise APIError: 400 for a
-        setting that cannot be, 507 past a limit, 500 if the file cannot be written;
-        nothing has changed then.
+        settings are those of SETTABLE.  What is returned has its token, whatever is
+        kept of it.  Raise APIError: 400 for a setting that cannot be, 507 past a limit,
+        500 if the file cannot be written; nothing has changed then.
         """
+        self._check_settable(settings)
         token = str(uuid.uuid4())  # 122 bits from the system's randomness for keys
         settings = {key: value for key, value in settings.items() if value is not None}
         fields = {"user_id": str(uuid.uuid4()), **self._stored(token), **settings}
@@ -4678,6 +4681,7 @@ class UserStore:
         seconds = settings.pop("rotate", None)
         if seconds is not None and (type(seconds) is not int or not 0 <= seconds < 1e9):
             raise APIError(400, "rotate must be a number of seconds", param="rotate")
+        self._check_settable(settings)
         token = "" if seconds is None else str(uuid.uuid4())
 
         def apply(table: UserTable) -> User:
@@ -4703,6 +4707,12 @@ class UserStore:
         if self.store == "sha256":
             return {"sha256": token_digest(token).hex()}
         return {"token": token}
+
+    @staticmethod
+    def _check_settable(settings: Iterable[str]) -> None:
+        for key in settings:
+            if key not in SETTABLE:
+                raise APIError(400, f"{key[:100]}: unknown field", param=key[:100])
 
     @staticmethod
     def _checked(fields: dict[str, Any]) -> User:

@@ -11463,6 +11463,22 @@ async def test_a_name_means_one_user(server):
 
 
 @flow
+async def test_ids_and_tokens_are_not_the_administrators_to_give(server):
+    """One that is there would be taken from its user, and the file be unreadable."""
+    ada = await server.users.add(name="ada")
+    before = Path(server.users.path).read_bytes()
+    given = {"user_id": ada.user_id, "token": ada.token, "sha256": "0" * 64}
+    given |= {"old": {"token": "x"}, "self": 1}
+    for key, value in given.items():
+        bodies = {"add": {key: value}, "update": {"user_id": ada.user_id, key: value}}
+        for route, body in bodies.items():
+            if (route, key) != ("update", "user_id"):
+                reply = await ask(server.port, "POST", f"/admin/users/{route}", body)
+                assert reply.status == 400 and key in reply.json()["error"]
+    assert Path(server.users.path).read_bytes() == before
+
+
+@flow
 async def test_usage_is_told_as_json_and_as_csv_without_formulas(tmp_path):
     async with Upstream() as upstream, serving(tmp_path, upstream.controller()) as s:
         await chat(s, model="=cmd()")
