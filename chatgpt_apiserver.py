@@ -12167,7 +12167,9 @@ class Agent:
         told = False
         while True:
             links = {
-                link.address: link for link in self.links.values() if link.url == url
+                link.address: (task, link)
+                for task, link in self.links.items()
+                if link.url == url
             }
             found, pause = list(links), SERVER_LOOK_UP_INTERVAL
             try:  # this machine's name is one server, whichever family it takes
@@ -12180,8 +12182,10 @@ class Agent:
             for address in found[:SERVER_ADDRESSES]:
                 if address not in links:
                     self._add_link(url, address)
-            for address, link in links.items():
+            for address, (task, link) in links.items():
                 link.wanted = address in found
+                if not link.wanted and link.websocket is None:
+                    task.cancel()  # it may wait for another address's end, for days
             await asyncio.sleep(pause)
 
     def _add_link(self, url: str, address: str) -> None:

@@ -15636,10 +15636,10 @@ async def test_an_agent_that_is_full_for_too_long_is_a_503(server):
         assert controller.failures == 0 and controller.in_flight == 0
 
 
-@flow
-async def test_every_address_of_a_servers_name_is_dialled(tmp_path, monkeypatch):
+@pytest.fixture
+def found(monkeypatch):
+    """The addresses of pool.example, which is looked up all the time."""
     found = ["127.0.0.2"]
-
     real = socket.getaddrinfo
 
     def resolve(host, port, *arguments, **options):
@@ -15652,6 +15652,27 @@ async def test_every_address_of_a_servers_name_is_dialled(tmp_path, monkeypatch)
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(apiserver, "SERVER_LOOK_UP_INTERVAL", 0.02)
     monkeypatch.setattr(apiserver, "REDIAL_SOON", 0.02)
+    return found
+
+
+@flow
+async def test_an_address_that_is_gone_is_waited_for_no_longer(tmp_path, found):
+    """Behind a load balancer, one server has ever new ones."""
+    async with serving(tmp_path, listen="0.0.0.0") as server:
+        url = f"http://pool.example:{server.port}"
+        async with agent_of_all([url], says_hi()) as agent:
+            await until(lambda: agent.id in server.agents)
+            first = server.agents[agent.id]
+            for number in range(3, 6):
+                found.append(f"127.0.0.{number}")
+                await until(lambda: len(agent.links) == 2)
+                found.pop()
+                await until(lambda: len(agent.links) == 1)
+            assert first in server.agents.values()
+
+
+@flow
+async def test_every_address_of_a_servers_name_is_dialled(tmp_path, found):
     async with contextlib.AsyncExitStack() as stack:
         one = await stack.enter_async_context(serving(tmp_path, listen="127.0.0.2"))
         users = str(tmp_path / "users.json")
