@@ -4724,7 +4724,7 @@ class UserStore:
         return User(fields)
 
     def _put(self, table: UserTable, user: User) -> User:
-        """Add a user or change one, if limits and names allow it; APIError: 400, 507."""
+        """Add a user or change one, if limits and names allow it; APIError 400, 507."""
         users, known = table.users, table.users.get(user.user_id)
         if known is None and len(users) >= self.limits.users:
             text = f"There are {self.limits.users:,} users, the most allowed"
@@ -5073,9 +5073,9 @@ class UsageLimit:
         running  requests that are admitted and not yet counted
         """
         self._look()
-        if self._requests + running < self._most_requests:
-            if self._tokens < self._most_tokens:
-                return None
+        requests = self._requests + running
+        if requests < self._most_requests and self._tokens < self._most_tokens:
+            return None
         coming = {"requests": running, "tokens": 0}
         # None: the window has turned between the two looks.
         state = self.state()
@@ -8828,7 +8828,8 @@ function sparkline(id, slots) { // ten minutes, in slots of ten seconds
     draw("path", {d: `M0 20L${line}L59 20`}), draw("path", {d: `M${line}`})));
 }
 
-const colours = {ready: "ok", busy: "run", cooling: "warn", paused: "warn", disabled: "bad"};
+const colours = {
+  ready: "ok", busy: "run", cooling: "warn", paused: "warn", disabled: "bad"};
 const isOff = controller => ["cooling", "disabled"].includes(controller.state);
 const verb = controller => isOff(controller) ? "Enable" : "Disable";
 
@@ -9373,7 +9374,7 @@ class Conversation:
 
 
 class Conversations:
-    """The conversations of /api/ask, by user and id; the least recently used are dropped.
+    """The conversations of /api/ask, by user and id; the least recently used go.
 
     A conversation belongs to the user who began it: two agents may hand out the same
     id, and nobody may continue somebody else's.
@@ -9651,7 +9652,7 @@ class Service:
         self.pool.add(agent)
 
     def pause(self, id: str, paused: bool) -> bool:
-        """Pause or resume an agent, also one that will return; False if it is unknown."""
+        """Pause or resume an agent, also one that will return; False for no agent."""
         agent = self.agents.get(id)
         if agent is None and id not in self.paused:
             return False
@@ -10064,7 +10065,7 @@ class Exchange:
         return call
 
     def _check_model(self, request: APIRequest, user: User) -> None:
-        """APIError(404) for a model that a user may not use: as if it were not there."""
+        """APIError(404) for a model that a user may not use, as for one not there."""
         if user.models is None:
             return
         request.may_use = user.may_use
@@ -10722,7 +10723,7 @@ def find_controller(exchange: Exchange, body: JSONObject) -> Controller:
 
 
 async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/agents/pause {"id", "paused"}: it stays connected, and gets no requests.
+    """POST /admin/agents/pause {"id", "paused"}: connected, and asked for nothing.
 
     "paused" is true by default; false ends the pause.
     """
