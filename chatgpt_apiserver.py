@@ -7150,6 +7150,8 @@ PROBE_INTERVAL = 60.0  # seconds between two probes of one controller's key
 AGENT_RETURN_TIMEOUT = 5.0  # seconds
 AGENT_RETURN_WINDOW = 30.0  # seconds
 CONVERSATIONS_KEPT = 10_000  # whose controllers are remembered
+# How often the queue is looked at besides, for what opens by the clock or is added.
+QUEUE_INTERVAL = 0.1  # seconds
 # A conversation leaves its controller where that has so many more requests in
 # flight than another: one user's must not all go to one that others need, too.
 CONVERSATION_LEAD = 16
@@ -7270,18 +7272,15 @@ def rendezvous(key: bytes, controller: Controller) -> float:
 class Waiter:
     """A request in the queue, and the controllers it has been to.
 
-    kind  what decides who can serve it: equal ones can be served by the same
+    outcome  the controller with a slot for it, or why it gets none
+    kind     what decides who can serve it: equal ones can be served by the same
     """
 
-    def __init__(
-        self,
-        request: APIRequest,
-        tried: list[Controller],
-        future: asyncio.Future[Controller | APIError],
-    ) -> None:
+    def __init__(self, request: APIRequest, tried: list[Controller]) -> None:
         self.request = request
         self.tried = tried
-        self.future = future
+        self.outcome: asyncio.Future[Controller | APIError]
+        self.outcome = asyncio.get_running_loop().create_future()
         self.kind = (request.model, request.path, request.agent_id, *tried)
 
 
@@ -7317,8 +7316,7 @@ class Pool:
         self.tape: TapeController | None = None  # one of them
         self._queue: dict[str, deque[Waiter]] = {}  # by user; who is next is first
         self._kinds: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
-        self._loop: asyncio.AbstractEventLoop | None = None  # of who asks
-        self._alarm: asyncio.TimerHandle | None = None  # see _set_alarm()
+        self._timer: asyncio.TimerHandle | None = None  # see _look()
         self._left_at = -math.inf  # when the last agent left
         self._left_models: dict[str, float] = {}  # of agents that have left, and when
         # (controller, model, path, user or "" for all) that is not asked until then.
@@ -7347,9 +7345,6 @@ class Pool:
         controller.report = self.report
         self.controllers.append(controller)
         self._several = sum(not c.by_name_only for c in self.controllers) > 1
-        if self._loop is not None:  # who adds it may be in another thread
-            with contextlib.suppress(RuntimeError):  # that loop has been closed
-                self._loop.call_soon_threadsafe(self.wake)
 
     def remove(self, controller: Controller) -> None:
         """Let a controller go; its requests in flight end by themselves."""
@@ -7518,8 +7513,7 @@ class Pool:
         closed, the queue is full or the wait was too long, 500 when the agent
         of the conversation is gone.
         """
-        self._loop = loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = asyncio.get_running_loop().time()
         controller = self._choose(request, tried, now)
         if controller is not None:
             self._take(controller, request)
@@ -7619,25 +7613,25 @@ class Pool:
         timeout: float,
         error: APIError,
     ) -> Controller:
-        loop = asyncio.get_running_loop()
-        waiter = Waiter(request, tried, loop.create_future())
+        waiter = Waiter(request, tried)
         self._queue.setdefault(request.user, deque()).append(waiter)
         self._kinds[waiter.kind] += 1
         if self.waiting == 1:
-            self._set_alarm()
-        timer = loop.call_later(timeout, self._refuse, waiter, error)
+            self._look()
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(timeout, self._settle, waiter, error)
         try:
-            outcome = await waiter.future
+            outcome = await waiter.outcome
         except asyncio.CancelledError:
-            future = waiter.future
-            if future.done() and not future.cancelled():
-                outcome = future.result()
-                if isinstance(outcome, Controller):  # in the moment its client left
-                    self.release(outcome, request)
+            if waiter.outcome.cancelled():
+                self._settle(waiter, error)
+            else:  # in the moment its client left
+                given = waiter.outcome.result()
+                if isinstance(given, Controller):
+                    self.release(given, request)
             raise
         finally:
             timer.cancel()
-            self._leave_queue(waiter)
         if isinstance(outcome, APIError):
             raise outcome
         return outcome
@@ -7653,66 +7647,49 @@ class Pool:
         longest = max(self._queue.values(), key=len, default=deque())
         if own + 1 >= len(longest):
             raise full
-        self._refuse(longest[-1], full)
+        self._settle(longest[-1], full)
 
-    def _refuse(self, waiter: Waiter, error: APIError) -> None:
-        self._leave_queue(waiter)
-        if not waiter.future.done():
-            waiter.future.set_result(error)
-
-    def _leave_queue(self, waiter: Waiter) -> None:
-        line = self._queue.get(waiter.request.user)
-        if line is not None and waiter in line:
+    def _settle(self, waiter: Waiter, outcome: Controller | APIError) -> None:
+        """Take a request out of the queue, with a slot or an error."""
+        user = waiter.request.user
+        line = self._queue.get(user, deque())
+        if waiter in line:
             line.remove(waiter)
+            self._kinds -= Counter([waiter.kind])
             if not line:
-                del self._queue[waiter.request.user]
-            self._kinds[waiter.kind] -= 1
-            if not self._kinds[waiter.kind]:
-                del self._kinds[waiter.kind]
-            if not self._queue:
-                self._set_alarm()
+                del self._queue[user]
+        if not waiter.outcome.done():
+            waiter.outcome.set_result(outcome)
 
-    def wake(self) -> None:
-        """Some controllers may have become free: serve the queue."""
-        if self._queue:
-            self._serve_queue()
-            self._set_alarm()
-
-    def _serve_queue(self) -> None:
-        """Give free slots to the queue: to one request of each user in turn."""
-        now = asyncio.get_running_loop().time()
-        unservable: set[tuple[Any, ...]] = set()  # kinds
-        served = True
-        while served:
-            users = list(self._queue)
-            served = sum(self._serve(user, unservable, now) for user in users) > 0
-
-    def _set_alarm(self) -> None:
-        """Serve the queue again when the next controller opens."""
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
+    def _look(self) -> None:
+        """Serve the queue, and again soon as long as there is one."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.wake()
         if self._queue:
             loop = asyncio.get_running_loop()
-            closed = [c.closed_for(loop.time()) for c in self.controllers]
-            soonest = min(filter(None, closed), default=math.inf)
-            if soonest < math.inf:
-                self._alarm = loop.call_later(soonest + 0.001, self.wake)
+            self._timer = loop.call_later(QUEUE_INTERVAL, self._look)
 
-    def _serve(self, user: str, unservable: set[tuple[Any, ...]], now: float) -> bool:
+    def wake(self) -> None:
+        """Give free slots to the queue: to one request of each user in turn."""
+        unservable: set[tuple[Any, ...]] = set()  # kinds
+        while any(self._serve(user, unservable) for user in list(self._queue)):
+            pass
+
+    def _serve(self, user: str, unservable: set[tuple[Any, ...]]) -> bool:
         """Give a slot to the first of a user's requests that can have one."""
+        now = asyncio.get_running_loop().time()
         for waiter in self._queue[user]:
             if len(unservable) == len(self._kinds):  # all: a queue may be long
                 break
-            if waiter.future.done() or waiter.kind in unservable:  # done: leaving
+            if waiter.outcome.done() or waiter.kind in unservable:  # done: leaving
                 continue
             controller = self._choose(waiter.request, waiter.tried, now)
             if controller is None:
                 unservable.add(waiter.kind)
                 continue
             self._take(controller, waiter.request)
-            waiter.future.set_result(controller)
-            self._leave_queue(waiter)
+            self._settle(waiter, controller)
             if user in self._queue:  # to the end
                 self._queue[user] = self._queue.pop(user)
             return True
@@ -7722,17 +7699,15 @@ class Pool:
         controller.in_flight += 1
         health = controller.health
         if health.closed_by:
-            loop = asyncio.get_running_loop()
-            health.trial, health.trial_until = request, loop.time() + TRIAL_TIME
-            loop.call_at(health.trial_until + 0.001, self.wake)
+            now = asyncio.get_running_loop().time()
+            health.trial, health.trial_until = request, now + TRIAL_TIME
 
     def release(self, controller: Controller, request: APIRequest) -> None:
         """Give a slot back."""
         controller.in_flight -= 1
         if controller.health.trial is request:
             controller.health.trial = None
-        if self._queue:
-            self._serve_queue()
+        self.wake()
 
     # --- What answers and failures say
 
@@ -7763,7 +7738,6 @@ class Pool:
             state = "disabled" if disabled else "cooling down"
             reason = error.reason.removeprefix(f"{controller.name}: ")
             self.report(f"{controller.name} {state} for {seconds:.0f} s: {reason}")
-        self._set_alarm()
 
     def _remember_unknown(
         self, controller: Controller, error: ControllerError, request: APIRequest
@@ -7814,7 +7788,6 @@ class Pool:
             now = asyncio.get_running_loop().time()
             if health.begin(request, now):
                 self.report(f"{controller.name} is back")
-                self.wake()
 
     def succeeded(
         self, controller: Controller, request: APIRequest, usage: Usage
@@ -7833,7 +7806,6 @@ class Pool:
             limit.reported = True
             seconds = limit.seconds_left()
             self.report(f"{controller.name} rests for {seconds:.0f} s: {reason}")
-            self._set_alarm()
 
     def call(self, request: APIRequest) -> Call:
         """The way of one request: `async with pool.call(request) as call`."""
@@ -9660,7 +9632,6 @@ class Service:
         if agent is not None:
             agent.switched_off = paused
             agent.tell("Pause" if paused else "Resume")
-            self.pool.wake()
         return True
 
     def unregister(self, agent: AgentController) -> None:
@@ -10704,7 +10675,6 @@ async def do_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
     controller.switched_off = False
     service.paused.discard(controller.id)
     controller.health.reset()
-    service.pool.wake()
     return {"message": "Controller enabled"}
 
 

@@ -7263,10 +7263,10 @@ async def test_nothing_is_left_of_a_queue_that_is_empty_again():
     )
     pool.failed(closed, error, pool_request())
     leaver = asyncio.ensure_future(pool_acquire(pool))
-    await until(lambda: pool._alarm)
+    await until(lambda: pool.waiting)
     leaver.cancel()
     await asyncio.wait([leaver])
-    assert not pool.waiting and not pool._kinds and pool._alarm is None
+    assert not pool.waiting and not pool._kinds
 
 
 @flow
