@@ -125,6 +125,7 @@ __all__ = [
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+JSONObject = dict[str, Any]
 logger = logging.getLogger("chatgpt_apiserver")
 
 # -----------------------------------------------------------------------------
@@ -2428,6 +2429,7 @@ class Dialect:
     """
 
     generates = False  # an answer is text that was generated, a token at a time
+    counts = False  # an answer is how many tokens a request has
     asks_usage = False  # a stream's usage has to be asked for, with stream_options
     # What looks at a stream on its way to the client.
     stream: ClassVar[type[EventStream]] = EventStream
@@ -2569,6 +2571,12 @@ class AnthropicDialect(Dialect):
         return encode_json({"type": "error", "error": said})
 
 
+class CountDialect(AnthropicDialect):
+    """/v1/messages/count_tokens."""
+
+    counts = True
+
+
 class MessagesDialect(AnthropicDialect):
     """/v1/messages."""
 
@@ -2581,12 +2589,12 @@ class MessagesDialect(AnthropicDialect):
 CHAT_PATH = "/v1/chat/completions"
 EMBEDDINGS_PATH = "/v1/embeddings"
 MESSAGES_PATH = "/v1/messages"
-COUNT_PATH = "/v1/messages/count_tokens"
 DIALECTS: dict[str, Dialect] = {
     CHAT_PATH: ChatDialect(b'"choices"'),
     "/v1/completions": CompletionsDialect(b'"choices"'),
     "/v1/responses": ResponsesDialect(b'"output"'),
     MESSAGES_PATH: MessagesDialect(b'"content"'),
+    f"{MESSAGES_PATH}/count_tokens": CountDialect(),
     EMBEDDINGS_PATH: Dialect(b'"data"'),
     "/v1/moderations": Dialect(default_model=True),
 }
@@ -3372,18 +3380,23 @@ class Answer:
 
     status     HTTP status
     headers    by name in lower case
+    content    all of it, of an answer that is there at once
     delimited  whether its framing tells where it ends
     """
 
     delimited = True
 
-    def __init__(self, status: int, headers: dict[str, str]) -> None:
+    def __init__(
+        self, status: int, headers: dict[str, str], content: bytes = b""
+    ) -> None:
         self.status = status
         self.headers = headers
+        self._content = content
 
     async def read(self) -> bytes:
         """The next bytes as they come; b"" at the end."""
-        raise NotImplementedError
+        content, self._content = self._content, b""
+        return content
 
     async def read_all(self, max_size: int) -> bytes:
         """The whole content; ProtocolError(502) if it is over max_size bytes."""
@@ -5568,6 +5581,7 @@ class Controller:
     own_code = False  # what it raises was written by the program that embeds us
     final = False  # a refusal is its answer, and says nothing about it
     id = ""  # what conversations that it keeps itself are kept under
+    THREADS = 32  # its own, at most
 
     def __init__(
         self,
@@ -5603,6 +5617,7 @@ class Controller:
         self.report: Callable[[str], None] = lambda line: None  # the pool's
         # (model, path) for which it refused stream_options.
         self._without_options: set[tuple[str | None, str]] = set()
+        self._threads: ThreadPoolExecutor | None = None  # its own, if it needs any
 
     async def answer(self, request: APIRequest) -> Answer:
         """Ask it; return once the answer's head is there.
@@ -5627,7 +5642,7 @@ class Controller:
         finally:
             await answer.aclose()
         if not may_be_about_stream_options(content):
-            return WholeAnswer(content, answer.status, answer.headers)
+            return Answer(answer.status, answer.headers, content)
         again = await self._send(request, await encoded(request, model, False))
         # That alone shows that it was our own addition; and names come from clients.
         if again.status < 300 and len(self._without_options) < 1000:
@@ -5758,8 +5773,18 @@ class Controller:
         """text without this controller's secrets."""
         return text
 
+    def _in_thread(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """Run a function in a thread of the controller's own."""
+        if self._threads is None:
+            most = self.max_concurrency or self.THREADS
+            self._threads = ThreadPoolExecutor(most, f"{self.type}-{self.name}")
+        return asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
     def close(self) -> None:
         """Let go of what it holds: idle connections, threads."""
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=self.THREADS == 1)  # of a file: until it is written
 
 
 async def encoded(request: APIRequest, model: str | None, include_usage: bool) -> bytes:
@@ -5783,18 +5808,10 @@ def models_table(models: Iterable[str] | dict[str, str]) -> dict[str, str]:
     return models if isinstance(models, dict) else {name: name for name in models}
 
 
-class WholeAnswer(Answer):
-    """An answer that is there at once."""
-
-    def __init__(
-        self, content: bytes, status: int = 200, headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(status, headers or {"content-type": "application/json"})
-        self._content = content
-
-    async def read(self) -> bytes:
-        content, self._content = self._content, b""
-        return content
+def json_answer(value: Any) -> Answer:
+    """An answer made here: JSON, or bytes as they are."""
+    content = value if isinstance(value, bytes) else encode_json(value)
+    return Answer(200, {"content-type": JSON_TYPE}, content)
 
 
 # --- Upstreams
@@ -6191,7 +6208,7 @@ class TextAgent(AgentController):
         else:
             model = request.model or ""
             body = chat_completion(model, {"content": content}, usage_object(usage))
-        return WholeAnswer(encode_json(body))
+        return json_answer(body)
 
 
 class APIAgent(AgentController):
@@ -6447,6 +6464,9 @@ class AgentCall(Answer):
 # --- Python functions
 
 
+Pieces = AsyncGenerator[Any, None]
+
+
 class GeneratedAnswer(Answer):
     """A stream of events out of an asynchronous generator."""
 
@@ -6495,21 +6515,20 @@ class FunctionController(Controller):
         own_name = str(getattr(function, "__name__", "function"))
         super().__init__(name or own_name, models=models, **options)
         self._function = function
-        self._threads: ThreadPoolExecutor | None = None
 
     def answers(self, path: str) -> bool:
-        return dialect_of(path).generates or path == COUNT_PATH
+        dialect = dialect_of(path)
+        return dialect.generates or dialect.counts
 
     async def answer(self, request: APIRequest) -> Answer:
         model = request.model or next(iter(self.models or ()), self.name)
         # Its own copy: the same request may go to another controller.
         body = {**request.dialect.chat(request.body), "model": model}
-        question = messages_text(body.get("messages"))
-        sent = estimate_tokens(question)
+        sent = estimate_tokens(messages_text(body.get("messages")))
         # Refused, Claude Code asks for one token of an answer, only to count.
-        if request.path == COUNT_PATH:
+        if request.dialect.counts:
             sent += estimate_tokens(_to_ascii(body["tools"])) if body["tools"] else 0
-            return WholeAnswer(encode_json({"input_tokens": sent}))
+            return json_answer({"input_tokens": sent})
         writer = request.dialect.writer(self.head(model), sent)
         with time_limit(request.deadline, self._late()):
             result = await self._call(body)
@@ -6523,9 +6542,9 @@ class FunctionController(Controller):
         if not isinstance(result, bytes):
             completion = self._completion(writer, result)
             if request.stream:
-                return WholeAnswer(writer.events(completion))
-            result = encode_json(writer.whole(completion))
-        return WholeAnswer(result)
+                return json_answer(writer.events(completion))
+            result = writer.whole(completion)
+        return json_answer(result)
 
     def head(self, model: str) -> dict[str, Any]:
         """The id, created and model of an answer."""
@@ -6536,25 +6555,18 @@ class FunctionController(Controller):
         reason = f"{self.name} was silent for too long"
         return ControllerError(reason, Failure.NONE, status=504)
 
-    async def _call(self, body: dict[str, Any]) -> Any:
+    async def _call(self, body: JSONObject) -> Any:
         function = self._function
-        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(
-            function
-        ):
-            return function(body)  # nothing of it has run yet
-        if inspect.iscoroutinefunction(function):
-            return await function(body)
-        result = await self._in_thread(function, body)
+        kinds = (
+            inspect.isasyncgenfunction,
+            inspect.isgeneratorfunction,
+            inspect.iscoroutinefunction,
+        )
+        if any(is_kind(function) for is_kind in kinds):
+            result = function(body)  # nothing of it has run yet
+        else:
+            result = await self._in_thread(function, body)
         return await result if inspect.isawaitable(result) else result
-
-    def _in_thread(
-        self, function: Callable[..., Any], *args: Any
-    ) -> asyncio.Future[Any]:
-        if self._threads is None:
-            workers = self.max_concurrency or 32
-            self._threads = ThreadPoolExecutor(workers, f"function-{self.name}")
-        loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._threads, function, *args)
 
     @staticmethod
     def _close(pieces: Any) -> None:
@@ -6565,7 +6577,7 @@ class FunctionController(Controller):
 
     def _completion(
         self, writer: ChatWriter, result: Any, deltas: list[Any] | None = None
-    ) -> dict[str, Any]:
+    ) -> JSONObject:
         """A chat.completion out of what the function returned, or of its deltas."""
         if isinstance(result, dict) and "choices" in result:
             return result
@@ -6583,9 +6595,7 @@ class FunctionController(Controller):
         texts += [_to_ascii(d["tool_calls"]) for d in deltas if d.get("tool_calls")]
         return Usage(writer.sent, 0, estimate_tokens("".join(texts)))
 
-    async def _pieces(
-        self, request: APIRequest, result: Any
-    ) -> AsyncGenerator[Any, None]:
+    async def _pieces(self, request: APIRequest, result: Any) -> Pieces:
         """What an iterator gives: deltas, or bytes as they are."""
         try:
             while True:
@@ -6601,9 +6611,7 @@ class FunctionController(Controller):
             elif hasattr(result, "close"):
                 self._in_thread(self._close, result)  # nobody waits for that
 
-    async def _joined(
-        self, pieces: AsyncGenerator[Any, None], writer: ChatWriter
-    ) -> Answer:
+    async def _joined(self, pieces: Pieces, writer: ChatWriter) -> Answer:
         """Pieces as one answer; of bytes whoever reads finds out what they are."""
         builder, deltas, raw = CompletionBuilder(), [], []
         builder.add({"choices": [{}]})
@@ -6615,14 +6623,11 @@ class FunctionController(Controller):
                 deltas.append(piece)
                 builder.add({"choices": [{"delta": piece}]})
         if raw:
-            return WholeAnswer(b"".join(raw))
+            return json_answer(b"".join(raw))
         message = builder.result()["choices"][0]["message"]
-        completion = self._completion(writer, message, deltas)
-        return WholeAnswer(encode_json(writer.whole(completion)))
+        return json_answer(writer.whole(self._completion(writer, message, deltas)))
 
-    async def _events(
-        self, pieces: AsyncGenerator[Any, None], writer: ChatWriter
-    ) -> AsyncGenerator[bytes, None]:
+    async def _events(self, pieces: Pieces, writer: ChatWriter) -> Pieces:
         """The events of a stream out of an iterator's pieces."""
         deltas = []
         try:
@@ -6644,11 +6649,6 @@ class FunctionController(Controller):
             return await pieces.__anext__()
         except StopAsyncIteration:
             return _END
-
-    def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
-            self._threads = None
 
 
 _END = object()  # of a plain iterator: StopIteration cannot leave a thread's future
@@ -6677,10 +6677,15 @@ class MockController(FunctionController):
         "mock/cut": ("cut", "events"),
         "mock/garbage": ("garbage",),
     }
+    # The most that they may be; the others are texts.
+    NUMBERS: ClassVar[dict[str, float]] = {
+        **{"pieces": 1e6, "delay": 600, "seconds": 600, "times": math.inf},
+        **{"events": 1e6, "created": 1e12},
+    }
 
     def __init__(self) -> None:
-        super().__init__(self._call, name="mock", models=list(self.MODELS))
-        self._refused: dict[str, int] = {}  # how often, by name with parameters
+        super().__init__(self._say, name="mock", models=list(self.MODELS))
+        self._refused: Counter[str] = Counter()  # by name with parameters
 
     def serves(self, model: str | None) -> int:
         # Not of any length: names are taken apart here, and some are kept.
@@ -6688,14 +6693,29 @@ class MockController(FunctionController):
             return NOT
         return NAMED if model.partition("?")[0] in self.MODELS else NOT
 
-    async def _call(self, body: dict[str, Any]) -> Any:
-        name, _, query = body["model"].partition("?")
-        parameters = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        method, *known = self.MODELS[name]
-        for parameter in parameters.keys() - {*known, "id", "created"}:
-            message = f"{name} has no parameter {parameter[:40]!r}."
-            raise APIError(400, message, param="model")
-        return getattr(self, method)(body, parameters)
+    async def _say(self, body: JSONObject) -> Pieces:
+        method = self.MODELS[body["model"].partition("?")[0]][0]
+        pieces: Pieces = getattr(self, method)(body, self._parameters(body["model"]))
+        return pieces
+
+    def _parameters(self, model: str) -> JSONObject:
+        """What stands behind "?"; APIError(400) if it cannot be."""
+        name, _, query = model.partition("?")
+        said: JSONObject = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        for key, most in ((key, self.NUMBERS.get(key)) for key in said):
+            mistake = ""
+            if key not in (*self.MODELS[name][1:], "id", "created"):
+                mistake = f"{name} has no parameter {key[:40]!r}."
+            elif most is not None:
+                try:
+                    said[key] = float(said[key])
+                except ValueError:
+                    said[key] = math.nan
+                if not 0 <= said[key] <= most:  # nor is NaN
+                    mistake = f"{key!r} must be a number from 0 to {most:.0f}."
+            if mistake:
+                raise APIError(400, mistake, param="model")
+        return said
 
     def answers(self, path: str) -> bool:
         return super().answers(path) or path == EMBEDDINGS_PATH
@@ -6704,15 +6724,14 @@ class MockController(FunctionController):
         if request.path != EMBEDDINGS_PATH:
             return await super().answer(request)
         with time_limit(request.deadline, self._late()):
-            said = await self._call({"model": request.model})
-            if isinstance(said, bytes):
-                return WholeAnswer(said)
-            async for _ in said:  # it waits, refuses or breaks off as in a chat
-                pass
-        return WholeAnswer(encode_json(self._embeddings(request)))
+            async for piece in await self._say({"model": request.model}):
+                if isinstance(piece, bytes):
+                    return json_answer(piece)
+                # It waits, refuses or breaks off as in a chat.
+        return json_answer(self._embeddings(request))
 
     @staticmethod
-    def _embeddings(request: APIRequest) -> dict[str, Any]:
+    def _embeddings(request: APIRequest) -> JSONObject:
         """A vector of eight numbers for each text: equal ones for equal texts."""
         body = request.body
         asked = body.get("input")
@@ -6731,43 +6750,25 @@ class MockController(FunctionController):
         answer = {"object": "list", "data": data, "model": request.model}
         return {**answer, "usage": usage}
 
-    def head(self, model: str) -> dict[str, Any]:
-        parameters = dict(urllib.parse.parse_qsl(model.partition("?")[2]))
-        head = super().head(model)
-        if "id" in parameters:
-            head["id"] = parameters["id"]
-        if "created" in parameters:
-            head["created"] = int(self._number(parameters, "created", 0, 1e12))
+    def head(self, model: str) -> JSONObject:
+        said, head = self._parameters(model), super().head(model)
+        head["id"] = said.get("id") or head["id"]
+        head["created"] = int(said.get("created", head["created"]))
         return head
 
-    @staticmethod
-    def _number(
-        parameters: dict[str, str], name: str, default: float, maximum: float = 600.0
-    ) -> float:
-        try:
-            number = float(parameters.get(name, default))
-        except ValueError:
-            number = math.nan
-        if not 0 <= number <= maximum:  # nor is NaN
-            message = f"{name!r} must be a number from 0 to {maximum:.0f}."
-            raise APIError(400, message, param="model")
-        return number
-
-    async def echo(
-        self, body: dict[str, Any], parameters: dict[str, str]
-    ) -> AsyncGenerator[Any, None]:
+    async def echo(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Say again what was said last, word by word; given tools, call the first."""
         messages = [*map(as_object, as_list(body.get("messages")))] or [{}]
         # Claude Code puts a system's message behind what was said.
-        said = [m for m in messages if m.get("role") not in ("system", "developer")]
-        last = (said or messages)[-1]
+        own = ("system", "developer")
+        last = ([m for m in messages if m.get("role") not in own] or messages)[-1]
         text = content_text(last.get("content"))
         if body.get("tools") and last.get("role") != "tool":
             function = {"name": "tool", **(body["tools"][0].get("function") or {})}
             properties = (function.get("parameters") or {}).get("properties") or {}
             arguments = encode_json({next(iter(properties), "text"): text}).decode()
             call = {"name": function["name"], "arguments": arguments}
-            id = parameters.get("id") or random_id("call_")
+            id = said.get("id") or random_id("call_")
             yield {
                 "tool_calls": [
                     {"index": 0, "id": id, "type": "function", "function": call}
@@ -6784,59 +6785,47 @@ class MockController(FunctionController):
         if not at or text[at:].strip():
             yield text[at:]
 
-    async def text(
-        self, body: dict[str, Any], parameters: dict[str, str]
-    ) -> AsyncGenerator[Any, None]:
+    async def text(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Say "?text=...", in "pieces=3", with a "delay=0.5" before each."""
-        text = parameters.get("text", "Hello from the mock.")
-        count = max(1, int(self._number(parameters, "pieces", 1, 1e6)))
-        delay = self._number(parameters, "delay", 0)
+        text = said.get("text", "Hello from the mock.")
+        count = max(1, int(said.get("pieces", 1)))
         size = max(1, -(-len(text) // count))
         for at in range(0, len(text) or 1, size):
-            await asyncio.sleep(delay)
+            await asyncio.sleep(said.get("delay", 0))
             yield text[at : at + size]
 
-    async def slow(
-        self, body: dict[str, Any], parameters: dict[str, str]
-    ) -> AsyncGenerator[Any, None]:
+    async def slow(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Echo, but begin only after "?seconds=5"."""
-        await asyncio.sleep(self._number(parameters, "seconds", 5))
-        async for piece in self.echo(body, parameters):
+        await asyncio.sleep(said.get("seconds", 5))
+        async for piece in self.echo(body, said):
             yield piece
 
-    async def too_many(
-        self, body: dict[str, Any], parameters: dict[str, str]
-    ) -> AsyncGenerator[Any, None]:
+    async def too_many(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Refuse with 429: always, or "?times=2" in all and then echo."""
-        refused = self._refused.get(body["model"], 0)
-        if refused < self._number(parameters, "times", math.inf, math.inf):
+        if self._refused[body["model"]] < said.get("times", math.inf):
             if len(self._refused) < 10_000:  # names come from clients
-                self._refused[body["model"]] = refused + 1
+                self._refused[body["model"]] += 1
             raise APIError(429, "This mock is busy.", retry_after=1)
-        async for piece in self.echo(body, parameters):
+        async for piece in self.echo(body, said):
             yield piece
 
-    async def fail(
-        self, body: dict[str, Any], parameters: dict[str, str]
-    ) -> AsyncGenerator[Any, None]:
+    async def fail(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Fail with 500."""
         raise APIError(500, "This mock always fails.")
         yield
 
-    async def cut(
-        self, body: dict[str, Any], parameters: dict[str, str]
-    ) -> AsyncGenerator[Any, None]:
+    async def cut(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Break off after "?events=3" events."""
-        for number in range(int(self._number(parameters, "events", 3, 1e6))):
+        for number in range(int(said.get("events", 3))):
             yield f"{number} "
         raise ControllerError("This mock always breaks off.", Failure.NONE)
 
-    def garbage(self, body: dict[str, Any], parameters: dict[str, str]) -> Any:
+    async def garbage(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Half a JSON object; streamed, as the data of an event."""
         garbage = b'{"id": "chatcmpl-garbage", "choices": [{'
         # With a name: Anthropic's SDK passes over events without one.
         event = sse_event(garbage, "message_start")
-        return iter([event]) if body.get("stream") else garbage
+        yield event if body.get("stream") else garbage
 
 
 # --- The tape: answers recorded once, and replayed
@@ -6886,6 +6875,7 @@ class TapeController(Controller):
 
     type = "tape"
     final = True
+    THREADS = 1
     MODES = ("replay", "record", "auto")
 
     def __init__(
@@ -6908,7 +6898,6 @@ class TapeController(Controller):
         self.limits = limits
         self.alone = mode == "replay"  # nobody else is asked
         self.by_name_only = not self.alone
-        self._thread: ThreadPoolExecutor | None = None
         self._index: dict[bytes, int] = {}  # where the line of each key begins
         self._stamp = ABSENT  # of the file that it is of
         self._ends_line = True  # the last line is whole
@@ -6940,11 +6929,11 @@ class TapeController(Controller):
     async def look_up(self, request: APIRequest) -> None:
         """Find the recording of a request."""
         if self.mode != "record":
-            request.recording = await self._submit(self._find, request)
+            request.recording = await self._in_thread(self._find, request)
 
     async def answer(self, request: APIRequest) -> Answer:
         if request.recording is None:
-            raise await self._submit(self._miss, request)
+            raise await self._in_thread(self._miss, request)
         answer = GeneratedAnswer(self._replay(request.recording))
         answer.status = request.recording.status
         answer.headers = {"content-type": request.recording.content_type}
@@ -6975,7 +6964,7 @@ class TapeController(Controller):
                 text = b"".join(piece for _, piece in pieces).decode("utf-8", "replace")
                 pieces = [(0.0, controller.redact(text).encode())]
             kind = good.headers.get("content-type", "")
-            done = self._submit(self._write, request, good.status, kind, pieces)
+            done = self._in_thread(self._write, request, good.status, kind, pieces)
             done.add_done_callback(self._tell)
 
         return RecordedAnswer(answer, int(self.limits.response_size), write)
@@ -6984,16 +6973,6 @@ class TapeController(Controller):
         error = None if done.cancelled() else done.exception()
         if error is not None:
             self.report(f"{self.name}: an answer was not recorded: {error}")
-
-    def _submit(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, f"tape-{self.name}")
-        return asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()  # what is to be written is written
-            self._thread = None
 
     # --- In the thread
 
@@ -10197,8 +10176,6 @@ class Exchange:
 
 # A websocket in which nobody has said who it is for so many seconds is closed.
 FIRST_MESSAGE_TIMEOUT = 10.0
-
-JSONObject = dict[str, Any]
 
 _KEY_FIELDS = ("x-api-key", "api-key", "x-goog-api-key")  # beside Authorization
 _FORWARDING_FIELDS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
