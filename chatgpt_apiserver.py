@@ -5579,6 +5579,7 @@ class Controller:
     transient = False  # it comes and goes by itself, and others may share its name
     keeps_conversations = False  # those of /api/ask
     own_code = False  # what it raises was written by the program that embeds us
+    lists_models = False  # it can be asked for its own list of models
     final = False  # a refusal is its answer, and says nothing about it
     id = ""  # what conversations that it keeps itself are kept under
     THREADS = 32  # its own, at most
@@ -5601,6 +5602,8 @@ class Controller:
         self.name = name
         self.weight = weight or 1
         self.models = None if models is None else dict(models_table(models))
+        self.listed: dict[str, str] = {}  # its own list of models, once read
+        self.list_problem = ""  # why it could not be read: said once
         self.max_concurrency = max_concurrency
         self.limit = UsageLimit(parse_quotas(limit)) if limit else None
         self.account = account
@@ -5627,8 +5630,9 @@ class Controller:
         """
         model = request.model
         if model is None and request.ask is not None:
-            listed = await self.list_models()
-            model = chat_model(filter(request.may_use, listed))
+            if not self.known_models():
+                await self.refresh_models()
+            model = chat_model(filter(request.may_use, self.known_models()))
             if model is None:
                 raise APIError(400, "Say which 'model' to ask.", param="model")
         model = self.real_name(model)
@@ -5653,9 +5657,9 @@ class Controller:
         """Ask it once, with this content."""
         raise NotImplementedError
 
-    async def probe(self) -> int | None:
-        """Ask for nothing but its key; the status, or None where that cannot be."""
-        return None
+    async def probe(self) -> int:
+        """Ask for nothing but its key; the status, or 0 where that cannot be."""
+        return 0
 
     def answers(self, path: str) -> bool:
         """Whether it knows what to do with requests to a path."""
@@ -5678,31 +5682,28 @@ class Controller:
 
     def known_models(self) -> Iterable[str]:
         """The models it is known to have."""
-        return self.models or ()
+        return self.models or self.listed
 
     @property
     def out_of_turn(self) -> bool:
         """Whether somebody has said that it shall not be asked."""
         return self.switched_off or self.paused
 
-    def available(self, now: float) -> bool:
-        """Whether it may be asked this moment."""
+    @property
+    def has_room(self) -> bool:
+        """Whether nothing but its health can keep it from being asked."""
         most = self.max_concurrency
         if self.out_of_turn or (most is not None and self.in_flight >= most):
             return False
+        return self.limit is None or not self.limit.exceeded()
+
+    def available(self, now: float) -> bool:
+        """Whether it may be asked this moment."""
         health = self.health
         # While it is being tried again, by one request and not by a crowd.
         if health.closed_by and (now < health.until or health.is_tried(now)):
             return False
-        return self.limit is None or not self.limit.exceeded()
-
-    def closed_for(self, now: float) -> float:
-        """Seconds until it may be asked again; 0 if it may now."""
-        if self.out_of_turn:
-            return math.inf
-        if self.limit is not None and self.limit.exceeded():
-            return self.limit.seconds_left()
-        return max(0.0, self.health.until - now) if self.health.closed_by else 0.0
+        return self.has_room
 
     @property
     def last_resort(self) -> bool:
@@ -5711,13 +5712,26 @@ class Controller:
         It is asked where nothing else could answer, as nginx does with a single
         server; not before a 429's time, nor with a key that is dead.
         """
-        most = self.max_concurrency
-        return (
-            self.health.closed_by in (Failure.BROKEN, Failure.REFUSED)
-            and not self.out_of_turn
-            and (most is None or self.in_flight < most)
-            and (self.limit is None or not self.limit.exceeded())
-        )
+        perhaps = self.health.closed_by in (Failure.BROKEN, Failure.REFUSED)
+        return perhaps and self.has_room
+
+    def closed_for(self, now: float) -> float:
+        """Seconds until it may be asked again; 0 if it may now."""
+        return self._closed(now)[0]
+
+    def _closed(self, now: float) -> tuple[float, str, str]:
+        """closed_for(), and the state and the reason that people are told of."""
+        if self.switched_off:
+            return math.inf, "disabled", "disabled by the administrator"
+        if self.paused:
+            return math.inf, "paused", "paused by its owner"
+        if self.limit is not None and self.limit.exceeded():
+            return self.limit.seconds_left(), "cooling", self.limit.exceeded()
+        health = self.health
+        disabled = health.closed_by is Failure.DISABLED
+        state = "disabled" if disabled else "cooling"
+        reason = health.reason.removeprefix(f"{self.name}: ")
+        return max(0.0, health.until - now), state, reason
 
     def count(self, usage: Usage) -> None:
         """Add what an answer took."""
@@ -5727,25 +5741,17 @@ class Controller:
 
     def describe(self, now: float) -> dict[str, Any]:
         """Its line in GET /admin/controllers: never a key."""
-        closed = self.closed_for(now)
-        health, open_state = self.health, "ready" if self.available(now) else "busy"
-        state, reason = "cooling", health.reason
-        if self.switched_off:
-            state, reason = "disabled", "disabled by the administrator"
-        elif self.paused:
-            state, reason = "paused", "paused by its owner"
-        elif self.limit is not None and self.limit.exceeded():
-            reason = self.limit.exceeded()
-        elif health.closed_by is Failure.DISABLED:
-            state = "disabled"
+        closed, state, reason = self._closed(now)
+        if not closed:
+            state, reason = "ready" if self.available(now) else "busy", ""
         until = rfc3339(unix_time() + closed) if 0 < closed < math.inf else None
         return {
             "name": self.name,
             "type": self.type,
             "weight": self.weight,
             "models": None if self.models is None else list(self.models),
-            "state": state if closed else open_state,
-            "reason": reason.removeprefix(f"{self.name}: ") if closed else "",
+            "state": state,
+            "reason": reason,
             "until": until,
             "in_flight": self.in_flight,
             "requests": self.requests,
@@ -5758,12 +5764,8 @@ class Controller:
         more = {"max_concurrency": self.max_concurrency, "tier": self.tier}
         return {**self.describe(now), "id": self.name, **more}
 
-    async def list_models(self) -> Iterable[str]:
-        """The models it can name, once it has been asked."""
-        return self.known_models()
-
     async def refresh_models(self) -> None:
-        """Ask it for its models, if it has a list of them; never raises."""
+        """Read its list of models, if it has one; what fails leaves the old one."""
 
     def location(self, request: APIRequest) -> str:
         """Where it asks for a request, for people."""
@@ -5840,6 +5842,7 @@ class OpenAIController(Controller):
     """
 
     type = "openai"
+    lists_models = True
     LIST_FIELDS: ClassVar[list[tuple[str, str]]] = []
 
     def __init__(
@@ -5861,9 +5864,6 @@ class OpenAIController(Controller):
         self.base_url = normal_base_url(base_url)
         self.first_byte_timeout = first_byte_timeout
         self.limits = limits
-        self.listed: list[str] | None = None  # its own list of models, once read
-        self._listed_names: frozenset[str] = frozenset()
-        self.list_problem = ""  # why it could not be read: said once
         self._api_key = api_key
         self._fields = [("Accept-Encoding", "identity")]
         if api_key and auth == "x-api-key":
@@ -5878,9 +5878,6 @@ class OpenAIController(Controller):
             limits=limits,
             resolve=resolve,
         )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(name={self.name!r}, base_url={self.base_url!r})"
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
         return await self._client.request(
@@ -5898,59 +5895,47 @@ class OpenAIController(Controller):
     # --- Its models
 
     def serves(self, model: str | None) -> int:
-        how = super().serves(model)
-        return NAMED if how == ANY and model in self._listed_names else how
-
-    def known_models(self) -> Iterable[str]:
-        return self.models or self.listed or ()
-
-    async def list_models(self) -> Iterable[str]:
-        if self.models is None and self.listed is None:
-            await self.refresh_models()
-        return self.known_models()
+        how, listed = super().serves(model), self.listed
+        # Ollama's "llama3.1" is its "llama3.1:latest".
+        if how == ANY and listed and {model, f"{model}:latest"} & listed.keys():
+            return NAMED
+        return how
 
     async def _get(self, target: str) -> tuple[int, bytes]:
-        """The status and content of a short GET, within connect_timeout in all.
+        """The status and content of a short GET; no status where there is none.
 
-        Raise OSError, asyncio.TimeoutError or ProtocolError.
+        It has connect_timeout in all.
         """
         end = asyncio.get_running_loop().time() + self.limits.connect_timeout
         fields = [*self._fields, *self.LIST_FIELDS]
-        with time_limit(end, asyncio.TimeoutError()):
-            answer = await self._client.request("GET", target, fields)
-            try:
-                return answer.status, await answer.read_all(PIECE_SIZE * 64)
-            finally:
-                await answer.aclose()
+        try:
+            with time_limit(end, asyncio.TimeoutError()):
+                answer = await self._client.request("GET", target, fields)
+                try:
+                    return answer.status, await answer.read_all(PIECE_SIZE * 64)
+                finally:
+                    await answer.aclose()
+        except (OSError, asyncio.TimeoutError, ProtocolError):
+            return 0, b""
 
     async def refresh_models(self) -> None:
-        """Read the upstream's list of models; what fails leaves the old one."""
-        problem = ""
-        try:
-            status, content = await self._get("/models")
-            names = model_names(content) if status == 200 else None
-            if names is not None:
-                self.listed = names
-                # Ollama's "llama3.1" is its "llama3.1:latest".
-                short = (name.removesuffix(":latest") for name in names)
-                self._listed_names = frozenset([*names, *short])
-            elif status == 404 and (await self._get("/v1/models"))[0] in (200, 401):
-                problem = f"its base_url lacks /v1: {self.base_url}/v1 has models"
-            elif status in (401, 403):
-                problem = f"its key is refused (status {status})"
-            else:
-                problem = f"its list of models cannot be read (status {status})"
-        except (OSError, asyncio.TimeoutError, ProtocolError):
+        status, content = await self._get("/models")
+        names = model_names(content) if status == 200 else None
+        problem = f"its list of models cannot be read (status {status})"
+        if names is not None:
+            self.listed, problem = models_table(names), ""
+        elif not status:
             problem = "its list of models cannot be read: it does not answer"
+        elif status in (401, 403):
+            problem = f"its key is refused (status {status})"
+        elif status == 404 and (await self._get("/v1/models"))[0] in (200, 401):
+            problem = f"its base_url lacks /v1: {self.base_url}/v1 has models"
         if problem and problem != self.list_problem:
             self.report(f"{self.name}: {problem}")
         self.list_problem = problem
 
-    async def probe(self) -> int | None:
-        try:
-            return (await self._get("/models"))[0]
-        except (OSError, asyncio.TimeoutError, ProtocolError):
-            return None
+    async def probe(self) -> int:
+        return (await self._get("/models"))[0]
 
     def redact(self, text: str) -> str:
         # Not only the whole key: some servers repeat its beginning or its end.
@@ -5972,16 +5957,9 @@ class AnthropicController(OpenAIController):
     type = "anthropic"
     LIST_FIELDS: ClassVar = [("anthropic-version", "2023-06-01")]
 
-    def __init__(
-        self,
-        api_key: str,
-        *,
-        name: str = "anthropic",
-        base_url: str = ANTHROPIC_URL,
-        auth: str = "x-api-key",
-        **options: Any,
-    ) -> None:
-        super().__init__(api_key, name=name, base_url=base_url, auth=auth, **options)
+    def __init__(self, api_key: str, **options: Any) -> None:
+        usual = {"name": "anthropic", "base_url": ANTHROPIC_URL, "auth": "x-api-key"}
+        super().__init__(api_key, **{**usual, **options})
 
     def answers(self, path: str) -> bool:
         return path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")
@@ -11969,7 +11947,7 @@ class Agent:
         self._upstreams = [
             controller
             for controller in self.pool.controllers
-            if isinstance(controller, OpenAIController) and controller.models is None
+            if controller.lists_models and controller.models is None
         ]
         for upstream in self._upstreams:  # people are told of all in one line
             upstream.report = self.debug
@@ -12043,10 +12021,9 @@ class Agent:
         while True:
             await asyncio.gather(*(u.refresh_models() for u in self._upstreams))
             for upstream in self._upstreams:
-                listed = upstream.listed or ()
-                upstream.models = {
-                    name: name for name in listed if name in (self._only or listed)
-                }
+                listed = upstream.listed
+                wanted = (name for name in listed if name in (self._only or listed))
+                upstream.models = models_table(wanted)
             tables = [controller.models for controller in self.pool.controllers]
             names = dict.fromkeys(name for table in tables for name in table or ())
             models = None if None in tables else list(names)
