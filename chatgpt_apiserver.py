@@ -7159,24 +7159,21 @@ def judge_refusal(
     and for a request that alone is over the minute's tokens: it is refused with
     the code of a rate limit (OpenAI 429, Groq 413), but others would not be.
     """
-    dead_key = error.words & _DEAD_KEY_CODES
-    if dead_key and not error.passed_on:  # or it is the key of one of its upstreams
-        failure = Failure.DISABLED
-    elif error.message.startswith("Request too large"):
-        failure = Failure.NONE
-    elif status == 429 or "rate_limit_exceeded" in error.words:
-        failure = Failure.RATE_LIMITED
-    elif error.words & _UNKNOWN_MODEL_CODES:  # one-api says so with a 503
-        failure = Failure.UNKNOWN_MODEL
-    elif status in (400, 403, 404) and says_unknown_model(error, model):
-        failure = Failure.UNKNOWN_MODEL
-    elif status in (401, 402, 403) and not error.words & _CONTENT_CODES:
-        failure = Failure.KEY_DOUBTED
-    elif status < 400 or status == 501 or error.words & _ELSEWHERE_CODES:
-        failure = Failure.NONE
-    elif status >= 500 or status in _BROKEN_STATUSES:
-        failure = Failure.BROKEN
-    else:
+    words = error.words
+    unknown = status in (400, 403, 404) and says_unknown_model(error, model)
+    rules = (  # the first that applies decides
+        # A passed-on code speaks of the key of one of its upstreams.
+        (words & _DEAD_KEY_CODES and not error.passed_on, Failure.DISABLED),
+        (error.message.startswith("Request too large"), Failure.NONE),
+        (status == 429 or "rate_limit_exceeded" in words, Failure.RATE_LIMITED),
+        # one-api says so with a 503.
+        (unknown or words & _UNKNOWN_MODEL_CODES, Failure.UNKNOWN_MODEL),
+        (status in (401, 402, 403) and not words & _CONTENT_CODES, Failure.KEY_DOUBTED),
+        (status < 400 or status == 501 or words & _ELSEWHERE_CODES, Failure.NONE),
+        (status >= 500 or status in _BROKEN_STATUSES, Failure.BROKEN),
+    )
+    failure = next((failure for applies, failure in rules if applies), None)
+    if failure is None:
         return None
     reason = f"status {status} {error.summary}".rstrip()
     said = error.message[:4096]
@@ -7274,8 +7271,8 @@ class Pool:
         self._queue: dict[str, deque[Waiter]] = {}  # by user; who is next is first
         self._kinds: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
         self._timer: asyncio.TimerHandle | None = None  # see _look()
-        self._left_at = -math.inf  # when the last agent left
-        self._left_models: dict[str, float] = {}  # of agents that have left, and when
+        # When agents left: by model, and the last one, under None.
+        self._left: dict[str | None, float] = {}
         # (controller, model, path, user or "" for all) that is not asked until then.
         self._unknown: dict[tuple[Controller, str | None, str, str], float] = {}
         self._probes: dict[Controller, tuple[float, asyncio.Task[None]]] = {}
@@ -7308,21 +7305,16 @@ class Pool:
         if controller in self.controllers:
             self.controllers.remove(controller)
             self.tape = None if controller is self.tape else self.tape
-            _, probe = self._probes.pop(controller, (0.0, None))
-            if probe is not None:
-                probe.cancel()
-            of_others = {
-                k: v for k, v in self._unknown.items() if k[0] is not controller
-            }
-            self._unknown = of_others
+            if controller in self._probes:
+                self._probes.pop(controller)[1].cancel()
+            unknown = self._unknown.items()
+            self._unknown = {k: v for k, v in unknown if k[0] is not controller}
             if controller.transient:
-                now = self._left_at = asyncio.get_running_loop().time()
+                now = asyncio.get_running_loop().time()
                 oldest = now - AGENT_RETURN_WINDOW
-                left = {m: at for m, at in self._left_models.items() if at > oldest}
-                self._left_models = {
-                    **left,
-                    **dict.fromkeys(controller.models or (), now),
-                }
+                left = {m: at for m, at in self._left.items() if at > oldest}
+                self._left = {**left, **dict.fromkeys(controller.models or (), now)}
+                self._left[None] = now
 
     def find(self, name: str) -> Controller | None:
         """The controller of a name; of equal names one that stays counts first."""
@@ -7363,7 +7355,7 @@ class Pool:
             if controller.answers(path):
                 ways[controller.serves(model)].append(controller)
         able = ways[NAMED] or ways[ANY]
-        if not ways[NAMED] and self._has_just_left(model, now):
+        if model and not ways[NAMED] and self._has_just_left(model, now):
             return []
         if self._unknown and len(able) > 1:
             able = [c for c in able if not self._is_unknown(c, request, now)] or able
@@ -7501,18 +7493,17 @@ class Pool:
             raise self._all_closed(suitable, now)
         if request.agent_id is not None:
             raise APIError(500, "Connection no longer exists", code="agent_lost")
-        if self._has_just_left(request.model, now):
+        error = self._nobody(request)
+        if request.model and self._has_just_left(request.model, now):
             text = f"The agent that has the model {request.model!r} has just left."
-            gone = APIError(503, text, code="agent_lost", retry_after=5)
-            return AGENT_RETURN_TIMEOUT, gone
-        if now - self._left_at < AGENT_RETURN_WINDOW:
-            return AGENT_RETURN_TIMEOUT, self._nobody(request)
-        raise self._nobody(request)
+            error = APIError(503, text, code="agent_lost", retry_after=5)
+        elif not self._has_just_left(None, now):
+            raise error
+        return AGENT_RETURN_TIMEOUT, error
 
     def _has_just_left(self, model: str | None, now: float) -> bool:
-        """Whether a model was an agent's that may be back in a moment."""
-        left_at = self._left_models.get(model or "", -math.inf)
-        return now - left_at < AGENT_RETURN_WINDOW
+        """Whether a model was an agent's that may be back in a moment; None: any."""
+        return now - self._left.get(model, -math.inf) < AGENT_RETURN_WINDOW
 
     def _nobody(self, request: APIRequest) -> APIError:
         cure = (
@@ -7678,7 +7669,7 @@ class Pool:
         if error.failure is Failure.UNKNOWN_MODEL:
             self._remember_unknown(controller, error, request)
         elif error.failure is Failure.KEY_DOUBTED:
-            self._probe(controller, error, request)
+            self._probe(controller, request)
         else:
             self._close(controller, error, request)
 
@@ -7711,9 +7702,7 @@ class Pool:
             key = (controller, request.model, request.path, user)
             self._unknown[key] = now + UNKNOWN_MODEL_TIME
 
-    def _probe(
-        self, controller: Controller, error: ControllerError, request: APIRequest
-    ) -> None:
+    def _probe(self, controller: Controller, request: APIRequest) -> None:
         """Find out with a plain request of our own whether it is the key.
 
         A 403 may be about what was asked, or about what the key may do: whoever
@@ -7723,20 +7712,15 @@ class Pool:
         now = loop.time()
         last = self._probes.get(controller)
         if last is None or now - last[0] > PROBE_INTERVAL:
-            work = self._ask_for_key(controller, error, request)
+            work = self._ask_for_key(controller, request)
             self._probes[controller] = (now, loop.create_task(work))
 
-    async def _ask_for_key(
-        self, controller: Controller, error: ControllerError, request: APIRequest
-    ) -> None:
+    async def _ask_for_key(self, controller: Controller, request: APIRequest) -> None:
         status = await controller.probe()
         if status in (401, 402, 403) and controller in self.controllers:
             reason = f"{controller.name}: its key was refused (status {status})"
-            self._close(
-                controller,
-                ControllerError(reason, Failure.DISABLED, upstream_status=status),
-                request,
-            )
+            refused = ControllerError(reason, Failure.DISABLED, upstream_status=status)
+            self._close(controller, refused, request)
 
     def began(self, controller: Controller, request: APIRequest) -> None:
         """Take an answer's beginning into account: perhaps it is back."""
@@ -12446,10 +12430,7 @@ SETTINGS = {
     "tls_cert": Setting(FILE, restart=True),
     "tls_key": Setting(FILE, restart=True),
     "pool": Setting(
-        one_of("balanced", "random", "least_busy"),
-        "balanced",
-        ("CHATGPT_APISERVER_POOL_TYPE",),
-        "pool.type",
+        one_of(*Pool.TYPES), "balanced", ("CHATGPT_APISERVER_POOL_TYPE",), "pool.type"
     ),
     "agents_auth": Setting(one_of("local", "key", "open"), None, (), "agents.auth"),
     "upstream_errors": Setting(one_of("map", "pass"), "map"),
