@@ -29,11 +29,11 @@ The file reads downward; each section uses only what stands above it:
     Metrics                  the last requests, and what Prometheus is told
     The page                 what a browser is shown
     The log                  lines that never wait for their reader
-    Service                  what requests share: keys, agents, conversations
+    Conversations            what /api/ask goes on with
     Exchange                 one request and its answer
     Routes                   who may ask for what, and how it is answered
     Request handler          a connection's requests, one after the other
-    Server                   sockets, tasks, start and stop
+    Server                   what requests share; sockets, tasks, start and stop
     Agent                    the side that dials in: the handler's mirror
     Configuration            file, environment, command line; main
 
@@ -9251,11 +9251,11 @@ def _cached_word(text: str) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Service: what all requests share
+# Conversations
 # -----------------------------------------------------------------------------
 #
-# Keys and limits, agents, conversations, and the memory that requests hold.  No
-# sockets here, and no routes.
+# /api/ask takes one question at a time: what was said before is kept here, or at the
+# agent that keeps it itself.
 
 
 class Conversation:
@@ -9342,255 +9342,6 @@ class Conversations:
         conversation = self._kept.pop(key)
         conversation.kept = False
         self._size -= conversation.size
-
-
-@functools.lru_cache(maxsize=1)
-def source_code() -> bytes | None:
-    """This file's bytes, or None if it is no file."""
-    try:
-        with open(__file__, "rb") as file:
-            return file.read()
-    except (NameError, OSError):
-        return None
-
-
-@functools.lru_cache(maxsize=1)
-def source_digest() -> str | None:
-    """The SHA-256 of what GET /agent.py sends."""
-    source = source_code()
-    return None if source is None else hashlib.sha256(source).hexdigest()
-
-
-class Service:
-    """What all requests share: Server, which is one, adds the sockets and starts it."""
-
-    ADMIN_ID = ""  # no user in users.json can have it
-
-    # What Server's arguments say.
-    users: UserStore
-    pool: Pool
-    ledger: Ledger
-    metrics: Metrics
-    default_quotas: list[Quota]  # of users without a limit
-    agents_auth: str
-    upstream_errors: str
-    page: bool
-    access: Callable[[str], None] | None  # takes access lines
-    report: Callable[[str], None]  # takes lines for people
-    debug: Callable[[str], None]  # takes one on each connection, attempt and message
-
-    tls: ssl.SSLContext | None = None  # for https and wss
-    draining = False
-    requests_in_flight = 0
-    content_size = 0  # bytes held for them
-    _status = (-math.inf, b"", "")  # when it was made, content, ETag
-
-    def __init__(self, api_key: str, limits: Limits) -> None:
-        self._key = api_key.encode()
-        self.limits = limits
-        self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
-        self.agents: dict[str, AgentController] = {}  # by id
-        self.paused: set[str] = set()  # ids of agents, by the administrator
-        self.conversations = Conversations(limits)
-        self.journal = Journal()
-        self.id = random_id("server-")  # of this run; agents compare it
-        self.started = unix_time()
-        # Those that controllers answer, in their order: what gives the record of one,
-        # and what cancels it.
-        self.running_requests: dict[
-            Callable[[], RequestRecord], Callable[[APIError], None]
-        ] = {}
-        self._running: Counter[str] = Counter()  # requests, by user_id
-
-    # --- Who may do what
-
-    def authenticate(self, token: str) -> User | None:
-        """The user of a token, None for a wrong one."""
-        # Both ways take the same time for all wrong tokens: one compares in
-        # constant time, the other looks up a digest.
-        if hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._key):
-            return self.admin
-        return self.users.find(token)
-
-    def begin_request(self, user: User, limit: UsageLimit | None) -> None:
-        """Count a user's request until end_request().  Raise APIError: 429, 503."""
-        if self.requests_in_flight >= self.limits.requests_in_flight:
-            raise APIError(503, "The server is at its limit.", retry_after=1)
-        running = self._running[user.user_id]
-        most = user.max_concurrency or self.limits.user_requests_in_flight
-        if most and running >= most:
-            text = f"You have {running} requests running, the most at once."
-            raise APIError(429, text, code="user_limit_exceeded", retry_after=1)
-        over = None if limit is None else limit.over(running)
-        if over is not None:
-            quota, used, end = over
-            raise APIError(
-                429,
-                f"Your limit of {quota} is used up ({used:,} {quota.unit} used);"
-                f" it begins anew at {rfc3339(end)}.",
-                code="user_limit_exceeded",
-                retry_after=max(0.0, end - unix_time()),
-            )
-        self._running[user.user_id] = running + 1
-        self.requests_in_flight += 1
-
-    def end_request(self, user: User) -> None:
-        """Count it no longer."""
-        self.requests_in_flight -= 1
-        self._running[user.user_id] -= 1
-        if not self._running[user.user_id]:
-            del self._running[user.user_id]
-
-    def limit_of(self, user: User) -> UsageLimit | None:
-        """A user's limit, or None."""
-        quotas = self.default_quotas if user.quotas is None else user.quotas
-        if user is self.admin:
-            quotas = []
-        most = int(self.limits.user_requests_per_minute)
-        quotas = [*quotas, Quota(most, "requests", "minute")] if most else quotas
-        name = user.user_id or user.name
-        return self.ledger.limit_of(name, quotas) if quotas else None
-
-    def hold(self, size: int) -> None:
-        """Take memory for a request's content, or give it back.  APIError(503)."""
-        if size > 0 and self.content_size + size > self.limits.total_content_size:
-            raise APIError(
-                503, "Too much content is on its way in; try again.", retry_after=1
-            )
-        self.content_size += size
-
-    def count(self, record: RequestRecord, path: str, user: User | None) -> None:
-        """Record a request that has ended: journal, metrics, ledger.
-
-        path  for /metrics, where it is one of a few
-        user  whose it was, unless it was refused before begin_request()
-        """
-        self.journal.add(record)
-        served = (
-            controller.serves(record.model) for controller in self.pool.controllers
-        )
-        known = record.model if NAMED in served else "other"
-        self.metrics.observe(record, path, known)
-        if user is not None:
-            controller = record.attempts[-1][0] if record.attempts else ""
-            # Names that nobody has would fill the memory, and are nobody's usage.
-            model = known if record.failed else record.model
-            name, failures = user.user_id or user.name, int(record.failed)
-            self.ledger.record(name, model, controller, failures, record.usage)
-
-    # --- What is shown
-
-    def status(self, now: float) -> tuple[bytes, str]:
-        """What GET /admin/status answers and its ETag: made at most once a second."""
-        made_at, content, etag = self._status
-        if now - made_at >= 1:
-            new = self._describe(now)
-            if new != content:
-                content, etag = new, f'"{secrets.token_hex(8)}"'
-            self._status = (now, content, etag)
-        return content, etag
-
-    def _describe(self, now: float) -> bytes:
-        first_bytes = self.journal.first_bytes()
-        controllers = [controller.status(now) for controller in self.pool.controllers]
-        for line in controllers:
-            line["first_byte"] = first_bytes.get(line["name"])
-        value = {
-            "version": __version__,
-            "started": round(self.started, 3),
-            "draining": self.draining,
-            "in_flight": self.requests_in_flight,
-            "waiting": self.pool.waiting,
-            "activity": self.journal.activity(now),
-            "agent_sha256": source_digest(),
-            "controllers": controllers,
-        }
-        running = [record().as_json() for record in reversed(self.running_requests)]
-        requests = b", ".join([*map(encode_json, running), *self.journal.encode()])
-        return encode_json(value)[:-1] + b', "requests": [' + requests + b"]}"
-
-    def gauges(self) -> Iterator[tuple[str, str, str, float]]:
-        """The gauges of GET /metrics, as of now."""
-        prefix, pool = Metrics.PREFIX, self.pool
-        now = asyncio.get_running_loop().time()
-        build = metric_labels(version=__version__)
-        yield f"{prefix}build_info", "The version that runs.", build, 1
-        yield f"{prefix}waiting", "Requests in the queue.", "", pool.waiting
-        yield f"{prefix}agents_connected", "Agents.", "", len(self.agents)
-        for c in pool.controllers:
-            labels = metric_labels(controller=c.name)
-            yield f"{prefix}in_flight", "Requests at a controller.", labels, c.in_flight
-        for c in pool.controllers:
-            state = c.describe(now)["state"]
-            for each in ("ready", "busy", "cooling", "disabled", "paused"):
-                labels = metric_labels(controller=c.name, state=each)
-                help = "1 for the state that it is in."
-                yield f"{prefix}controller_state", help, labels, int(each == state)
-        started = "Unix time of the start."
-        yield "process_start_time_seconds", started, "", self.started
-        yield from process_gauges()
-
-    def cancel(self, request_id: str) -> bool:
-        """End the running requests with an id, the client's or ours; False for none."""
-        running = self.running_requests.items()
-        found = [end for record, end in running if record().request_id == request_id]
-        words = "The server's administrator has cancelled this request."
-        for end in found:
-            end(APIError(503, words, code="cancelled", retry_after=math.inf))
-        return bool(found)
-
-    # --- Agents
-
-    def register(self, agent: AgentController, claimed_id: str) -> None:
-        """Add an agent, under the id that it remembers if that is its own.
-
-        An id is its own if nobody has it, or if whoever has it registered with the same
-        credential: then the newer socket wins, for the older may be dead without
-        anybody having noticed.
-        """
-        current = self.agents.get(claimed_id)
-        usable = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", claimed_id, re.ASCII)
-        if usable and (current is None or current.credential == agent.credential):
-            agent.register_as(claimed_id)
-            if current is not None:
-                self.unregister(current)
-                current.websocket.close(4000, "the agent has registered anew")
-        names = {other.name for other in self.agents.values()}
-        name, number = agent.name, 1
-        while agent.name in names:
-            number += 1  # several of one machine, or of one person
-            agent.name = f"{name}-{number}"
-        agent.switched_off = agent.id in self.paused
-        self.agents[agent.id] = agent
-        self.pool.add(agent)
-
-    def pause(self, id: str, paused: bool) -> bool:
-        """Pause or resume an agent, also one that will return; False for no agent."""
-        agent = self.agents.get(id)
-        if agent is None and id not in self.paused:
-            return False
-        (self.paused.add if paused else self.paused.discard)(id)
-        if agent is not None:
-            agent.switched_off = paused
-            agent.tell("Pause" if paused else "Resume")
-        return True
-
-    def unregister(self, agent: AgentController) -> None:
-        """Remove an agent; its id may be another's by now."""
-        if self.agents.get(agent.id) is agent:
-            del self.agents[agent.id]
-        self.pool.remove(agent)
-
-    def dismiss_agents(self) -> None:
-        """Disconnect agents whose token is no longer valid: they read prompts."""
-        for agent in list(self.agents.values()):
-            if agent.user is None or agent.user is self.admin:
-                continue
-            user = self.users.get(agent.user.user_id)
-            ended = user is not None and unix_time() >= user.expires
-            if user is None or user.role != "agent" or ended:
-                self.unregister(agent)
-                agent.websocket.close(1008, "its key is no longer valid")
 
 
 # -----------------------------------------------------------------------------
@@ -9822,7 +9573,7 @@ class Exchange:
     _held = 0  # bytes, for its content
 
     def __init__(
-        self, service: Service, connection: Connection, request: Request
+        self, service: Server, connection: Connection, request: Request
     ) -> None:
         path, token = request.path, ""
         if path.startswith("/k/"):  # agents that can set nothing but an endpoint
@@ -10522,7 +10273,7 @@ async def do_users(exchange: Exchange) -> None:
     exchange.reply.send(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
 
 
-def limits_left(service: Service, user: User) -> list[JSONObject]:
+def limits_left(service: Server, user: User) -> list[JSONObject]:
     """What a user has used of each limit, and when it is reset."""
     limit = service.limit_of(user)
     return [
@@ -10737,6 +10488,23 @@ async def do_about(exchange: Exchange) -> None:
     exchange.reply.send(200, text.encode("utf-8", "replace"), fields)
 
 
+@functools.lru_cache(maxsize=1)
+def source_code() -> bytes | None:
+    """This file's bytes, or None if it is no file."""
+    try:
+        with open(__file__, "rb") as file:
+            return file.read()
+    except (NameError, OSError):
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def source_digest() -> str | None:
+    """The SHA-256 of what GET /agent.py sends."""
+    source = source_code()
+    return None if source is None else hashlib.sha256(source).hexdigest()
+
+
 async def do_source(exchange: Exchange) -> None:
     """GET /agent.py: the running program itself; it holds no secret."""
     source = source_code()
@@ -10892,7 +10660,7 @@ class RequestHandler:
     task: asyncio.Task[None] | None = None  # in which it runs
     _served = 0
 
-    def __init__(self, service: Service, connection: Connection) -> None:
+    def __init__(self, service: Server, connection: Connection) -> None:
         self.service = service
         self.connection = connection
 
@@ -11045,8 +10813,9 @@ class RequestHandler:
 # Server
 # -----------------------------------------------------------------------------
 #
-# Server opens the sockets and starts one task for each connection.  Everything
-# that it starts, it holds: after shutdown() no task and no socket is left.
+# Server holds what requests share: keys and limits, agents, conversations, memory.
+# It opens the sockets and starts one task for each connection.  Everything that it
+# starts, it holds: after shutdown() no task and no socket is left.
 
 
 def open_sockets(listen: str, port: int) -> list[socket.socket]:
@@ -11114,42 +10883,32 @@ def connection_limit(limits: Limits) -> int:
     return min(4096, max(16, (files - 32) // 2))
 
 
-class Shutdown:
-    """How a server or an agent ends: asked once gently, asked twice at once.
+class Endable:
+    """What runs until it is asked to end: once gently, twice at once."""
 
-    requested, hurried  futures, done once it was asked so; made in the event loop
-    """
+    _asked: asyncio.Future[None] | None = None  # done once it was; made at the start
+    _hurried = False
 
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.requested: asyncio.Future[None] = loop.create_future()
-        self.hurried: asyncio.Future[None] = loop.create_future()
+    def request_shutdown(self) -> None:
+        """Have serve_forever() end: once gently, twice at once.  For signals."""
+        assert self._asked is not None
+        if self._asked.done():
+            self._hurried = True
+        else:
+            self._asked.set_result(None)
 
-    def request(self) -> None:
-        """Ask for it; for signals."""
-        if not self.requested.done():
-            self.requested.set_result(None)
-        elif not self.hurried.done():
-            self.hurried.set_result(None)
-
-    async def wait_for(
+    async def _wait_for(
         self, running: Callable[[], Iterable[asyncio.Task[None]]], seconds: float
     ) -> None:
         """Wait until nothing runs, the time is over, or somebody is in a hurry."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
-        while not self.hurried.done() and loop.time() < end:
-            left = [task for task in running() if not task.done()]
-            if not left:
+        end = time.monotonic() + seconds
+        while not self._hurried and time.monotonic() < end:
+            if all(task.done() for task in running()):
                 break
-            await asyncio.wait(
-                {*left, self.hurried},
-                timeout=end - loop.time(),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.sleep(0.01)
 
 
-class Server(Service):
+class Server(Endable):
     """The whole server.  Nothing happens before it is started.
 
         server = Server(api_key="secret", port=0)
@@ -11182,8 +10941,14 @@ class Server(Service):
     port is taken, and ConfigurationError for a damaged users.json.
     """
 
+    ADMIN_ID = ""  # no user in users.json can have it
+
     url = ""
-    _shutdown: Shutdown | None = None  # how it will end, once it runs
+    tls: ssl.SSLContext | None = None  # for https and wss
+    draining = False
+    requests_in_flight = 0
+    content_size = 0  # bytes held for them
+    _status = (-math.inf, b"", "")  # when it was made, content, ETag
     _max_connections = 0
 
     def __init__(
@@ -11212,13 +10977,17 @@ class Server(Service):
     ) -> None:
         if not api_key:
             raise ValueError("api_key must not be empty")
-        super().__init__(api_key, limits)
+        self._key = api_key.encode()
+        self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
+        self.limits = limits
         self.listen = listen
         self.port = port
         report = logger.warning if log is None else log.report
         self.report = (lambda line: None) if log is None else report
         self.access = None if log is None else log.write
         self.debug = log.report if log is not None and verbose else lambda line: None
+        self.id = random_id("server-")  # of this run; agents compare it
+        self.started = unix_time()
         self.users = UserStore(users, store=store, limits=limits, report=report)
         self.pool = Pool(
             pool, affinity=affinity, limits=limits, report=report, debug=self.debug
@@ -11228,7 +10997,7 @@ class Server(Service):
         self.ledger = Ledger(None if usage == "-" else usage or beside, report)
         self.metrics = Metrics(users=metrics_users)
         self.default_quotas = parse_quotas(default_limit) if default_limit else []
-        self.agents_auth = agents_auth or "key"
+        self.keyless_agents = agents_auth
         self.upstream_errors = upstream_errors
         self.page = page
         if mocks:
@@ -11236,8 +11005,17 @@ class Server(Service):
         if tape:
             arguments = tape_arguments(os.fspath(tape))
             self.pool.add(TapeController(**arguments, limits=limits))
+        self.agents: dict[str, AgentController] = {}  # by id
+        self.paused: set[str] = set()  # ids of agents, by the administrator
+        self.conversations = Conversations(limits)
+        self.journal = Journal()
+        # Those that controllers answer, in their order: what gives the record of one,
+        # and what cancels it.
+        self.running_requests: dict[
+            Callable[[], RequestRecord], Callable[[APIError], None]
+        ] = {}
+        self._running: Counter[str] = Counter()  # requests, by user_id
         self._wanted_port = port
-        self._agents_auth = agents_auth
         self._tls = (tls_cert, tls_key)
         self._handlers: dict[Connection, RequestHandler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -11287,38 +11065,33 @@ class Server(Service):
                 opened.callback(sock.close)
             self.tls = self._tls_context()
             self._max_connections = connection_limit(self.limits)
-            self._shutdown = Shutdown()
+            self._asked, self._hurried = loop.create_future(), False
             self.draining = False
             for sock in sockets:
-                listener = await loop.create_server(
-                    self._new_connection, sock=sock, backlog=1024
+                new = functools.partial(
+                    Connection, self.limits, self._accepted, self._lost
                 )
+                listener = await loop.create_server(new, sock=sock, backlog=1024)
                 listeners.append(listener)
                 opened.callback(listener.close)
             opened.pop_all()
         self._listeners = listeners
-        self.use_agents_auth(self._agents_auth)
         address, self.port = sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, address)
         host = f"[{host}]" if ":" in host and "[" not in host else host
         self.url = f"http{'s' if self.tls else ''}://{host}:{self.port}"
-        self._spawn(self._poll_users())
-        self._spawn(self._write_usage())
-        self._spawn(self._list_models())
+        limits, pool = self.limits, self.pool
+        self._spawn(
+            self._repeat(self._refresh_users, lambda: limits.users_poll_interval)
+        )
+        self._spawn(self._repeat(self._flush_usage, lambda: USAGE_FLUSH_INTERVAL))
+        self._spawn(pool.refresh_models())
+        self._spawn(self._repeat(pool.refresh_models, lambda: 60))
 
     def reload_certificate(self) -> None:
         """Use the certificate as it is on the disk now; OSError if it is no good."""
         if self.tls is not None:
             self.tls = self._tls_context()
-
-    def use_agents_auth(self, auth: str | None) -> None:
-        """Say who may register an agent without a key; None: whatever is safe.
-
-        Where a port is open to others, or TLS ends in it, what looks like this
-        machine's own user may be anybody who comes through a forwarder.
-        """
-        here = is_loopback(self.listen or "localhost") and self.tls is None
-        self.agents_auth = auth or ("local" if here else "key")
 
     def _tls_context(self) -> ssl.SSLContext | None:
         cert, key = self._tls
@@ -11345,21 +11118,14 @@ class Server(Service):
         """Start, if that is not done, serve until request_shutdown(), shut down."""
         if not self._listeners:
             await self.start()
-        assert self._shutdown is not None
+        assert self._asked is not None
         try:
-            await self._shutdown.requested
+            await self._asked
         finally:
             await self.shutdown()
 
-    def request_shutdown(self) -> None:
-        """Have serve_forever() end: once gently, twice at once.  For signals."""
-        assert self._shutdown is not None
-        self._shutdown.request()
-
     async def shutdown(self) -> None:
         """Stop: nothing new, what runs may finish for drain_timeout seconds."""
-        assert self._shutdown is not None
-        wait_for = self._shutdown.wait_for
         self.draining = True
         for listener in self._listeners:
             listener.close()
@@ -11369,13 +11135,14 @@ class Server(Service):
                 handler.connection.abort()
             else:
                 handler.exchange.reply.close = True
+        seconds = self.limits.drain_timeout
         if self.requests_in_flight:
-            count, seconds = self.requests_in_flight, self.limits.drain_timeout
+            count = self.requests_in_flight
             self.report(f"{count} running requests may finish ({seconds:.0f} s)")
-        await wait_for(lambda: self._handler_tasks(False), self.limits.drain_timeout)
+        await self._wait_for(lambda: self._handler_tasks(False), seconds)
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
-        await wait_for(lambda: self._handler_tasks(True), 1.0)
+        await self._wait_for(lambda: self._handler_tasks(True), 1.0)
         for cancel in self.running_requests.values():
             cancel(APIError(503, "The server is shutting down.", retry_after=5))
         for _ in range(3):  # a function may swallow a cancellation, but not us
@@ -11423,6 +11190,206 @@ class Server(Service):
                 loop.call_soon_threadsafe(self.request_shutdown)
             thread.join()
 
+    # --- Who may do what
+
+    def authenticate(self, token: str) -> User | None:
+        """The user of a token, None for a wrong one."""
+        # Both ways take the same time for all wrong tokens: one compares in
+        # constant time, the other looks up a digest.
+        if hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._key):
+            return self.admin
+        return self.users.find(token)
+
+    @property
+    def agents_auth(self) -> str:
+        """Who may register an agent without a key; not said: whatever is safe.
+
+        Where a port is open to others, or TLS ends in it, what looks like this
+        machine's own user may be anybody who comes through a forwarder.
+        """
+        here = is_loopback(self.listen or "localhost") and self.tls is None
+        return self.keyless_agents or ("local" if here else "key")
+
+    def begin_request(self, user: User, limit: UsageLimit | None) -> None:
+        """Count a user's request until end_request().  Raise APIError: 429, 503."""
+        if self.requests_in_flight >= self.limits.requests_in_flight:
+            raise APIError(503, "The server is at its limit.", retry_after=1)
+        running = self._running[user.user_id]
+        most = user.max_concurrency or self.limits.user_requests_in_flight
+        if most and running >= most:
+            text = f"You have {running} requests running, the most at once."
+            raise APIError(429, text, code="user_limit_exceeded", retry_after=1)
+        over = None if limit is None else limit.over(running)
+        if over is not None:
+            quota, used, end = over
+            raise APIError(
+                429,
+                f"Your limit of {quota} is used up ({used:,} {quota.unit} used);"
+                f" it begins anew at {rfc3339(end)}.",
+                code="user_limit_exceeded",
+                retry_after=max(0.0, end - unix_time()),
+            )
+        self._running[user.user_id] = running + 1
+        self.requests_in_flight += 1
+
+    def end_request(self, user: User) -> None:
+        """Count it no longer."""
+        self.requests_in_flight -= 1
+        self._running[user.user_id] -= 1
+        if not self._running[user.user_id]:
+            del self._running[user.user_id]
+
+    def limit_of(self, user: User) -> UsageLimit | None:
+        """A user's limit, or None."""
+        quotas = self.default_quotas if user.quotas is None else user.quotas
+        if user is self.admin:
+            quotas = []
+        most = int(self.limits.user_requests_per_minute)
+        quotas = [*quotas, Quota(most, "requests", "minute")] if most else quotas
+        name = user.user_id or user.name
+        return self.ledger.limit_of(name, quotas) if quotas else None
+
+    def hold(self, size: int) -> None:
+        """Take memory for a request's content, or give it back.  APIError(503)."""
+        if size > 0 and self.content_size + size > self.limits.total_content_size:
+            raise APIError(
+                503, "Too much content is on its way in; try again.", retry_after=1
+            )
+        self.content_size += size
+
+    def count(self, record: RequestRecord, path: str, user: User | None) -> None:
+        """Record a request that has ended: journal, metrics, ledger.
+
+        path  for /metrics, where it is one of a few
+        user  whose it was, unless it was refused before begin_request()
+        """
+        self.journal.add(record)
+        served = (
+            controller.serves(record.model) for controller in self.pool.controllers
+        )
+        known = record.model if NAMED in served else "other"
+        self.metrics.observe(record, path, known)
+        if user is not None:
+            controller = record.attempts[-1][0] if record.attempts else ""
+            # Names that nobody has would fill the memory, and are nobody's usage.
+            model = known if record.failed else record.model
+            name, failures = user.user_id or user.name, int(record.failed)
+            self.ledger.record(name, model, controller, failures, record.usage)
+
+    # --- What is shown
+
+    def status(self, now: float) -> tuple[bytes, str]:
+        """What GET /admin/status answers and its ETag: made at most once a second."""
+        made_at, content, etag = self._status
+        if now - made_at >= 1:
+            new = self._describe(now)
+            if new != content:
+                content, etag = new, f'"{secrets.token_hex(8)}"'
+            self._status = (now, content, etag)
+        return content, etag
+
+    def _describe(self, now: float) -> bytes:
+        first_bytes = self.journal.first_bytes()
+        controllers = [controller.status(now) for controller in self.pool.controllers]
+        for line in controllers:
+            line["first_byte"] = first_bytes.get(line["name"])
+        value = {
+            "version": __version__,
+            "started": round(self.started, 3),
+            "draining": self.draining,
+            "in_flight": self.requests_in_flight,
+            "waiting": self.pool.waiting,
+            "activity": self.journal.activity(now),
+            "agent_sha256": source_digest(),
+            "controllers": controllers,
+        }
+        running = [record().as_json() for record in reversed(self.running_requests)]
+        requests = b", ".join([*map(encode_json, running), *self.journal.encode()])
+        return encode_json(value)[:-1] + b', "requests": [' + requests + b"]}"
+
+    def gauges(self) -> Iterator[tuple[str, str, str, float]]:
+        """The gauges of GET /metrics, as of now."""
+        prefix, pool = Metrics.PREFIX, self.pool
+        now = asyncio.get_running_loop().time()
+        build = metric_labels(version=__version__)
+        yield f"{prefix}build_info", "The version that runs.", build, 1
+        yield f"{prefix}waiting", "Requests in the queue.", "", pool.waiting
+        yield f"{prefix}agents_connected", "Agents.", "", len(self.agents)
+        for c in pool.controllers:
+            labels = metric_labels(controller=c.name)
+            yield f"{prefix}in_flight", "Requests at a controller.", labels, c.in_flight
+        for c in pool.controllers:
+            state = c.describe(now)["state"]
+            for each in ("ready", "busy", "cooling", "disabled", "paused"):
+                labels = metric_labels(controller=c.name, state=each)
+                help = "1 for the state that it is in."
+                yield f"{prefix}controller_state", help, labels, int(each == state)
+        started = "Unix time of the start."
+        yield "process_start_time_seconds", started, "", self.started
+        yield from process_gauges()
+
+    def cancel(self, request_id: str) -> bool:
+        """End the running requests with an id, the client's or ours; False for none."""
+        running = self.running_requests.items()
+        found = [end for record, end in running if record().request_id == request_id]
+        words = "The server's administrator has cancelled this request."
+        for end in found:
+            end(APIError(503, words, code="cancelled", retry_after=math.inf))
+        return bool(found)
+
+    # --- Agents
+
+    def register(self, agent: AgentController, claimed_id: str) -> None:
+        """Add an agent, under the id that it remembers if that is its own.
+
+        An id is its own if nobody has it, or if whoever has it registered with the same
+        credential: then the newer socket wins, for the older may be dead without
+        anybody having noticed.
+        """
+        current = self.agents.get(claimed_id)
+        usable = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", claimed_id, re.ASCII)
+        if usable and (current is None or current.credential == agent.credential):
+            agent.register_as(claimed_id)
+            if current is not None:
+                self.unregister(current)
+                current.websocket.close(4000, "the agent has registered anew")
+        names = {other.name for other in self.agents.values()}
+        name, number = agent.name, 1
+        while agent.name in names:
+            number += 1  # several of one machine, or of one person
+            agent.name = f"{name}-{number}"
+        agent.switched_off = agent.id in self.paused
+        self.agents[agent.id] = agent
+        self.pool.add(agent)
+
+    def pause(self, id: str, paused: bool) -> bool:
+        """Pause or resume an agent, also one that will return; False for no agent."""
+        agent = self.agents.get(id)
+        if agent is None and id not in self.paused:
+            return False
+        (self.paused.add if paused else self.paused.discard)(id)
+        if agent is not None:
+            agent.switched_off = paused
+            agent.tell("Pause" if paused else "Resume")
+        return True
+
+    def unregister(self, agent: AgentController) -> None:
+        """Remove an agent; its id may be another's by now."""
+        if self.agents.get(agent.id) is agent:
+            del self.agents[agent.id]
+        self.pool.remove(agent)
+
+    def dismiss_agents(self) -> None:
+        """Disconnect agents whose token is no longer valid: they read prompts."""
+        for agent in list(self.agents.values()):
+            if agent.user is None or agent.user is self.admin:
+                continue
+            user = self.users.get(agent.user.user_id)
+            ended = user is not None and unix_time() >= user.expires
+            if user is None or user.role != "agent" or ended:
+                self.unregister(agent)
+                agent.websocket.close(1008, "its key is no longer valid")
+
     # --- Tasks
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -11436,17 +11403,20 @@ class Server(Service):
         if not task.cancelled() and task.exception() is not None:
             logger.error("a task failed", exc_info=task.exception())
 
-    async def _poll_users(self) -> None:
-        """Take over what others change in users.json, within a second."""
+    async def _repeat(
+        self,
+        work: Callable[[], Coroutine[Any, Any, None]],
+        seconds: Callable[[], float],
+    ) -> None:
+        """Do something regularly."""
         while True:
-            await asyncio.sleep(self.limits.users_poll_interval)
-            await self.users.refresh()
-            self.dismiss_agents()
+            await asyncio.sleep(seconds())
+            await work()
 
-    async def _write_usage(self) -> None:
-        while True:
-            await asyncio.sleep(USAGE_FLUSH_INTERVAL)
-            await self._flush_usage()
+    async def _refresh_users(self) -> None:
+        """Take over what others have changed in users.json."""
+        await self.users.refresh()
+        self.dismiss_agents()
 
     async def _flush_usage(self) -> None:
         """Write what was used, if anybody has a token or a limit.
@@ -11457,16 +11427,7 @@ class Server(Service):
         if self._usage_is_wanted or limits or self.users.users:
             await self.ledger.flush()
 
-    async def _list_models(self) -> None:
-        """Ask the upstreams for their models, now and each minute."""
-        while True:
-            await self.pool.refresh_models()
-            await asyncio.sleep(60)
-
     # --- Connections
-
-    def _new_connection(self) -> Connection:
-        return Connection(self.limits, self._accepted, self._lost)
 
     def _accepted(self, connection: Connection) -> None:
         handler = RequestHandler(self, connection)
@@ -11870,7 +11831,7 @@ class Link:
             await self.send(id, "ApiData", text)
 
 
-class Agent:
+class Agent(Endable):
     """The dial-in side: makes controllers on this machine part of servers' pools.
 
         agent = Agent("http://my-server:8080", key="...", controllers=[...])
@@ -11936,7 +11897,6 @@ class Agent:
         for upstream in self._upstreams:  # people are told of all in one line
             upstream.report = self.debug
         self._nothing = ""  # why there is nothing to serve, as people were told
-        self._shutdown: Shutdown | None = None  # how it will end, once it runs
 
     def _local(self) -> list[Controller]:
         """What may be running on this machine, but for the servers themselves."""
@@ -11959,38 +11919,33 @@ class Agent:
         """Serve until request_shutdown(), whatever becomes of the servers."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()  # there is something to serve
-        self._shutdown = shutdown = Shutdown()
+        self._asked, self._hurried = loop.create_future(), False
         work = {loop.create_task(self._watch_models(ready))}
         work |= {loop.create_task(self._watch_server(url, ready)) for url in self.urls}
         try:
-            ends = {*work, shutdown.requested}
+            ends = {*work, self._asked}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if not shutdown.requested.done():  # none ends but by a fault of its own
+            if not self.ending:  # none ends but by a fault of its own
                 await asyncio.gather(*work)
-            await self._drain(shutdown)
+            await self._drain()
         finally:
             await end_tasks(work | self.links.keys())
             for controller in self.pool.controllers:
                 controller.close()
 
-    def request_shutdown(self) -> None:
-        """Have serve_forever() end: once gently, twice at once.  For signals."""
-        assert self._shutdown is not None
-        self._shutdown.request()
-
     @property
     def ending(self) -> bool:
         """Whether it has been asked to end."""
-        return self._shutdown is not None and self._shutdown.requested.done()
+        return self._asked is not None and self._asked.done()
 
-    async def _drain(self, shutdown: Shutdown) -> None:
+    async def _drain(self) -> None:
         """Take no new calls; what runs may finish for drain_timeout seconds."""
         self._tell_servers("Drain")
         seconds = self.limits.drain_timeout
         running = self._running()
         if running:
             self.report(f"{len(running)} running calls may finish ({seconds:.0f} s)")
-        await shutdown.wait_for(self._running, seconds)
+        await self._wait_for(self._running, seconds)
         joined = {task for task, link in self.links.items() if link.websocket}
         for link in self.links.values():
             if link.websocket is not None:
@@ -13072,7 +13027,7 @@ class ServerProgram(Program):
         vars(old.limits).update(vars(new.limits))
         new.limits = old.limits
         server = self._server
-        server.use_agents_auth(new.agents_auth)
+        server.keyless_agents = new.agents_auth
         server.upstream_errors = new.upstream_errors
         server.page = new.page
         server.users.store = new.store
