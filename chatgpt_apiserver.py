@@ -529,9 +529,9 @@ def _parse_request_line(line: str) -> tuple[str, str, str]:
         raise ProtocolError(400, "the request line is malformed")
     method, target, version = match.groups()
     if len(method) > METHOD_SIZE:
-        raise ProtocolError(501, "there is no method of that length")
+        raise ProtocolError(501, "the method is too long")
     if version not in ("1.1", "1.0"):
-        raise ProtocolError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        raise ProtocolError(505, "only HTTP/1.1 and HTTP/1.0 are supported")
     return method, target, f"HTTP/{version}"
 
 
@@ -542,7 +542,7 @@ def _first_line(buffer: bytearray) -> str | None:
     head_timeout, and never learn why.
     """
     if buffer.startswith(b"\x16"):  # a TLS handshake record
-        raise ProtocolError(400, "https was sent to an http port")
+        raise ProtocolError(400, "https was sent to an http port; use http://")
     end = buffer.find(b"\n", 0, REQUEST_LINE_SIZE + 2)
     if end >= 0:
         if buffer[end - 1 : end] != b"\r":
@@ -551,7 +551,7 @@ def _first_line(buffer: bytearray) -> str | None:
     method = _METHOD.match(buffer, 0, METHOD_SIZE + 1)
     size = method.end() if method else 0
     if size > METHOD_SIZE:
-        raise ProtocolError(501, "there is no method of that length")
+        raise ProtocolError(501, "the method is too long")
     behind = bytes(buffer[size : size + 1])
     if behind and (behind != b" " or not size) and buffer != b"\r":
         raise ProtocolError(400, "the request line is malformed")
@@ -659,7 +659,7 @@ def split_target(method: str, target: str, headers: Headers) -> tuple[str, str]:
     if scheme.lower() in ("http", "https"):
         authority = re.split("[/?]", rest, maxsplit=1)[0]
         if host is not None and authority.lower() != host.lower():
-            raise ProtocolError(400, "the target's authority is not the Host field's")
+            raise ProtocolError(400, "the target and the Host field name two hosts")
         path, _, query = rest[len(authority) :].partition("?")
         return path or "/", query
     raise ProtocolError(400, "the request target is malformed")
@@ -680,9 +680,9 @@ def content_length(headers: Headers, version: str = "HTTP/1.1") -> int | None:
     length = headers.get("content-length")
     if coding is not None:
         if length is not None or version == "HTTP/1.0":
-            raise ProtocolError(400, "Transfer-Encoding beside Content-Length")
+            raise ProtocolError(400, "Transfer-Encoding together with Content-Length")
         if coding.lower() != "chunked":
-            raise ProtocolError(501, "the only transfer coding here is chunked")
+            raise ProtocolError(501, "the only transfer coding supported is chunked")
         return None
     if length is None:
         return 0
@@ -738,7 +738,7 @@ class ContentDecoder:
         """The connection has ended: ProtocolError(400) if that is too early."""
         self.complete = self.complete or self._left == UNTIL_CLOSE
         if not self.complete:
-            raise ProtocolError(400, "the connection ended before the content")
+            raise ProtocolError(400, "the connection ended too early")
 
 
 @functools.lru_cache(maxsize=256)  # the same few sizes come again and again
@@ -878,7 +878,7 @@ class InflatingDecoder(ContentDecoder):
                 break
         self._given += len(piece)
         if self._given > INFLATED_FREE + INFLATED_RATIO * self._taken:
-            reason = f"the content swells to over {INFLATED_RATIO} times its size"
+            reason = f"the content inflates to over {INFLATED_RATIO} times its size"
             raise ProtocolError(413, reason)
         return piece
 
@@ -886,7 +886,7 @@ class InflatingDecoder(ContentDecoder):
         if self._coding == "gzip":  # may be several, one after the other (RFC 1952)
             return zlib.decompressobj(31)
         if self._stream is not None:
-            raise ProtocolError(400, "the content goes on behind its deflate coding")
+            raise ProtocolError(400, "bytes follow the end of the deflate content")
         # "deflate" means zlib's format, but some send it bare (section 8.4.1.2).
         start = self._coded[:2]
         is_zlib = start[0] & 15 == 8 and int.from_bytes(start, "big") % 31 == 0
@@ -905,7 +905,7 @@ def content_coding(headers: Headers) -> str:
     names = [name for name in headers.tokens("content-encoding") if name not in plain]
     coding = ", ".join(names).replace("x-gzip", "gzip")
     if coding not in ("gzip", "deflate", ""):
-        raise ProtocolError(415, f"the content coding {coding[:40]} is not known here")
+        raise ProtocolError(415, f"the content coding {coding[:40]} is not supported")
     return coding
 
 
@@ -949,11 +949,11 @@ def encode_head(
     try:
         head = "\r\n".join(lines).encode("latin-1")
     except UnicodeEncodeError:
-        raise ProtocolError(500, "a header field holds more than Latin-1") from None
+        raise ProtocolError(500, "a header field is not Latin-1") from None
     # Two behind each line are ours.  0.3 us; a search for others takes 2.
     controls = len(head) - len(head.translate(None, _CONTROLS))
     if controls != 2 * (len(lines) - 1):
-        raise ProtocolError(500, "a header field holds a control character")
+        raise ProtocolError(500, "a header field has a control character")
     return head + ready + b"\r\n"
 
 
@@ -1675,11 +1675,11 @@ def find_form_field(content: bytes, content_type: str, name: str) -> FormField |
         start = content.find(b"\r\n\r\n", at, min(end, at + 8192)) + 4
         if start >= 4 and _part_name(content[at:start]) == name and end - start < 1024:
             if field is not None:
-                raise APIError(400, f"{name!r} is there twice.", param=name)
+                raise APIError(400, f"{name!r} appears twice.", param=name)
             text = content[start:end].decode("utf-8", "replace")
             field = FormField(text, start, end)
         at = end + 2
-    raise APIError(400, f"A form may have {_MAX_PARTS} parts.", param=name)
+    raise APIError(400, f"A form may have at most {_MAX_PARTS} parts.", param=name)
 
 
 def _part_name(head: bytes) -> str | None:
@@ -2008,7 +2008,7 @@ class EventStream:
         """
         block = self.receive(b"" if self.ended else self._decoder.end())
         if self.ENDS and not self.ended:
-            raise ProtocolError(502, "the stream ended before its answer did")
+            raise ProtocolError(502, "the stream ended before the answer was complete")
         self.ended = True
         return block
 
@@ -2063,7 +2063,7 @@ class CompletionStream(EventStream):
         if self._done or self.error:
             return block
         if self._unfinished > 0:
-            raise ProtocolError(502, "the stream ended before its answer did")
+            raise ProtocolError(502, "the stream ended before the answer was complete")
         return block + DONE_EVENT
 
 
@@ -2468,7 +2468,7 @@ class Dialect:
         """
         whole = not self.judged or content.rstrip()[-1:] in (b"}", b"]")
         if not whole or (not delimited and read_json(content) is None):
-            raise ProtocolError(502, "its answer is not whole")
+            raise ProtocolError(502, "its answer is incomplete")
         if content.find(self.answer_key) >= 0:  # "in" takes 0.2 us more
             return None
         return find_error(read_json(content))
@@ -2786,7 +2786,7 @@ class APIRequest:
         model = body.get("model")
         stream = body.get("stream")
         if "model" in body and not _OTHER_SPELLINGS.isdisjoint(body):
-            raise APIError(400, "'model' is there twice.", param="model")
+            raise APIError(400, "'model' appears twice.", param="model")
         if model is not None and not isinstance(model, str):
             raise APIError(400, "'model' must be a string.", param="model")
         if stream is not None and not isinstance(stream, bool):
@@ -3549,7 +3549,7 @@ class HTTPClient:
                 head = await connection.read(parse_response_head)
                 if head is None:
                     if connection.buffer or interim:
-                        raise ConnectionResetError("it ended before its answer's head")
+                        raise ConnectionResetError("its answer's head is incomplete")
                     return None
                 if head.status >= 200:
                     answer = ClientResponse(self, connection, method, head, deadline)
@@ -3870,9 +3870,9 @@ class WebSocket:
             or "upgrade" not in headers.tokens("connection")
             or request.content_length != 0
         ):
-            raise ProtocolError(400, "this address takes websocket handshakes only")
+            raise ProtocolError(400, "this address is for websockets only")
         if headers.get("sec-websocket-version") != "13":
-            raise ProtocolError(426, "only version 13 of websocket is spoken here")
+            raise ProtocolError(426, "only version 13 of websocket is supported")
         if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
             raise ProtocolError(400, "the Sec-WebSocket-Key field is malformed")
         answer = [
@@ -4079,7 +4079,7 @@ class WebSocket:
         UNREAD_SIZE bytes waiting for it is cut.
         """
         if self.connection.unsent > UNREAD_SIZE:
-            self._end(1008, "it does not read")
+            self._end(1008, "it has stopped reading")
             self.connection.reset()
         self.connection.write(self._protocol.send(message))
 
@@ -4189,7 +4189,7 @@ def with_token(user: User, token: str) -> User:
     return told
 
 
-TIME_WORDS = 'a time, as "2027-01-31T12:00:00Z"'
+TIME_WORDS = 'a time such as "2027-01-31T12:00:00Z"'
 
 
 @functools.lru_cache(maxsize=1024)  # many users have the same
@@ -4248,7 +4248,9 @@ PERIODS = ("minute", "hour", "day", "week", "month")
 _QUOTA = re.compile(
     rf"\s*0*([1-9][0-9]{{0,14}})\s+({'|'.join(UNITS)})\s*/\s*({'|'.join(PERIODS)})\s*"
 )
-QUOTA_WORDS = 'as "1000 requests/day" (tokens; minute, hour, day, week, month)'
+QUOTA_WORDS = (
+    'such as "1000 requests/day" (requests or tokens; minute, hour, day, week or month)'
+)
 
 
 @functools.lru_cache(maxsize=1024)  # many users have the same
@@ -4321,7 +4323,7 @@ USER_FIELDS = {
     "role": Expected('"user", "agent" or "monitor"', ROLES.__contains__),
     "limit": LIMIT,
     "models": Expected(
-        'a list of names, as ["gpt-4o*"]',
+        'a list of names such as ["gpt-4o*"]',
         lambda models: all(isinstance(model, str) and model for model in models),
         list,
     ),
@@ -4400,7 +4402,7 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> UserTable:
             raise ConfigurationError(f"users: expected at most {limits.users:,}")
         if document:
             key = next(iter(document))
-            raise ConfigurationError(f'expected only "users", and not {key!r}')
+            raise ConfigurationError(f'expected only "users", not {key!r}')
         table = UserTable()
         for index, fields in enumerate(users):
             problem = user_problem(fields, table)
@@ -4408,7 +4410,7 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> UserTable:
                 raise ConfigurationError(f"users[{index}]{problem}")
             table.add(User(fields))
     except RecursionError:
-        raise ConfigurationError("expected less nesting") from None
+        raise ConfigurationError("the nesting is too deep") from None
     return table
 
 
@@ -4421,10 +4423,10 @@ def user_problem(fields: Any, table: UserTable) -> str:
         return problem
     user_id = fields["user_id"]
     if user_id in table.users:
-        return f".user_id: expected another than {user_id!r}, which is there already"
+        return f".user_id: {user_id!r} appears twice"
     other = table.by_digest.get(stored_digest(fields))
     if other:
-        return f".token: expected another than that of user {other.user_id!r}"
+        return f".token: it is the token of user {other.user_id!r}, too"
     return ""
 
 
@@ -4458,7 +4460,7 @@ def load_json(data: bytes) -> Any:
             keys = [key for key, _ in pairs]
             key = next(key for key in fields if keys.count(key) > 1)
             owner = f" of user {fields['user_id']!r}" if "user_id" in fields else ""
-            raise ConfigurationError(f"expected the key {key!r}{owner} only once")
+            raise ConfigurationError(f"the key {key!r}{owner} appears twice")
         return fields
 
     def finite(text: str) -> float:
@@ -4663,8 +4665,8 @@ class UserStore:
             self._stat()
             if not os.access(os.path.dirname(self._target), os.W_OK | os.X_OK):
                 self._report(
-                    f"{self.path}: its folder cannot be written to: no user"
-                    " can be added or deleted"
+                    f"{self.path}: its folder cannot be written to: users"
+                    " cannot be added, changed or deleted"
                 )
             self._remove_temporary_files()
             self._table = self._read()
@@ -4740,11 +4742,11 @@ class UserStore:
         """Add a user or change one, if limits and names allow it; APIError 400, 507."""
         users, known = table.users, table.users.get(user.user_id)
         if known is None and len(users) >= self.limits.users:
-            text = f"There are {self.limits.users:,} users, the most allowed"
+            text = f"There are {self.limits.users:,} users already, the most allowed"
             raise APIError(507, text)
         more = len(user.line) - (0 if known is None else len(known.line) + len(",\n"))
         if table.size + more > self.limits.users_file_size:
-            raise APIError(507, f"{self._name} is as large as is allowed")
+            raise APIError(507, f"{self._name} has reached its largest size allowed")
         # A name in the log must mean one user.
         taken = user.name == "admin" or any(
             other.name == user.name and other is not known for other in users.values()
@@ -5634,7 +5636,7 @@ class Controller:
                 await self.refresh_models()
             model = chat_model(filter(request.may_use, self.known_models()))
             if model is None:
-                raise APIError(400, "Say which 'model' to ask.", param="model")
+                raise APIError(400, "Say which 'model' to use.", param="model")
         model = self.real_name(model)
         key = (model, request.path)
         include_usage = request.counts_usage and key not in self._without_options
@@ -5925,11 +5927,11 @@ class OpenAIController(Controller):
         if names is not None:
             self.listed, problem = models_table(names), ""
         elif not status:
-            problem = "its list of models cannot be read: it does not answer"
+            problem = "no answer to GET /models"
         elif status in (401, 403):
             problem = f"its key is refused (status {status})"
         elif status == 404 and (await self._get("/v1/models"))[0] in (200, 401):
-            problem = f"its base_url lacks /v1: {self.base_url}/v1 has models"
+            problem = f"its base_url lacks /v1; it should be {self.base_url}/v1"
         if problem and problem != self.list_problem:
             self.report(f"{self.name}: {problem}")
         self.list_problem = problem
@@ -6244,7 +6246,7 @@ class APIAgent(AgentController):
             self.on_drain(self)
         elif kind in ("Pause", "Resume") and self.paused != (kind == "Pause"):
             self.paused = not self.paused
-            how = "paused" if self.paused else "no more paused"
+            how = "paused" if self.paused else "no longer paused"
             self.report(f"agent {self.name} is {how}")
             self.on_free()
 
@@ -6895,7 +6897,7 @@ class TapeController(Controller):
             raise ConfigurationError(f"{self.file}: {error.strerror}") from None
         if self._others:
             lines = ", ".join(map(str, self._others[:10]))
-            self.report(f"{self.file}: no recordings, and passed over: line {lines}")
+            self.report(f"{self.file}: skipped what is not a recording: line {lines}")
 
     def serves(self, model: str | None) -> int:
         return NOT  # see takes()
@@ -7002,7 +7004,7 @@ class TapeController(Controller):
                     others.append(number)
                 at += len(line)
         if others and not index:  # nothing is to be added to a file that is no tape
-            text = f"there is no recording of version {TAPE_VERSION} in it"
+            text = f"it is no tape of version {TAPE_VERSION}"
             raise OSError(errno.EINVAL, text)
         self._index, self._others = index, others
         self._stamp, self._ends_line = stamp, line.endswith(b"\n")
@@ -7043,7 +7045,7 @@ class TapeController(Controller):
             for number, line in enumerate(file, 1):
                 found = Recording.parse(line)
                 if found is None and line.strip():
-                    broken = f" Line {number} is no recording."
+                    broken = f" Line {number} is not a recording."
                 if found is None or found.path != request.path:
                     continue
                 differing = differing_fields(wanted, self._comparable(found.content))
@@ -7054,7 +7056,7 @@ class TapeController(Controller):
         name = os.path.basename(self.file)
         text = f"{name} has no recording of {request.path}."
         if nearest:
-            text = f"{name} has no recording of this: the nearest is {nearest}."
+            text = f"{name} has no recording of this request; the nearest is {nearest}."
         return APIError(404, text + broken, code="no_recording")
 
 
@@ -7285,10 +7287,10 @@ class Pool:
         """Take a controller in; ValueError if its name is taken (agents may share)."""
         taken = self.find(controller.name)
         if not controller.transient and taken is not None and not taken.transient:
-            raise ValueError(f"there is a controller named {controller.name!r}")
+            raise ValueError(f"there is already a controller named {controller.name!r}")
         if isinstance(controller, TapeController):
             if self.tape is not None:
-                raise ValueError("there is a tape")
+                raise ValueError("there is already a tape")
             self.tape = controller
         health = Health(self.limits)
         for other in self.controllers:
@@ -7514,8 +7516,8 @@ class Pool:
                 text = f"No available clients: {cure}."
                 return APIError(503, text, code="no_controllers")
         elif any(c.serves(request.model) for c in self.controllers):
-            what = f"What has the model {request.model!r}"
-            text = f"{what} does not answer {request.path}."
+            what = f"The model {request.model!r} is here, but nothing that has it"
+            text = f"{what} answers {request.path}."
             return APIError(404, text, param="model")
         else:
             return self.unknown_model(request)
@@ -7523,7 +7525,7 @@ class Pool:
 
     @staticmethod
     def unknown_model(
-        request: APIRequest, cure: str = "GET /v1/models lists what does"
+        request: APIRequest, cure: str = "GET /v1/models lists those that do"
     ) -> APIError:
         """The answer to a request for a model that is not here."""
         return APIError(
@@ -7540,8 +7542,8 @@ class Pool:
         busy = all(c.health.upstream_status == 429 for c in controllers)
         return APIError(
             503,
-            f"All controllers for this are cooling down or disabled: {soonest.name}:"
-            f" {soonest.describe(now)['reason']}",
+            f"All controllers for this are cooling down or disabled; first back:"
+            f" {soonest.name}: {soonest.describe(now)['reason']}",
             code="no_controllers_available",
             retry_after=seconds,
             upstream_status=429 if busy else None,
@@ -7746,7 +7748,7 @@ class Pool:
         if reason and not limit.reported:
             limit.reported = True
             seconds = limit.seconds_left()
-            self.report(f"{controller.name} rests for {seconds:.0f} s: {reason}")
+            self.report(f"{controller.name} is not asked for {seconds:.0f} s: {reason}")
 
     def call(self, request: APIRequest) -> Call:
         """The way of one request: `async with pool.call(request) as call`."""
@@ -8035,7 +8037,7 @@ class Call:
             request = self.request
             events = request.dialect.events(parse_object(content))
         except (APIError, KeyError, TypeError, AttributeError):
-            raise ProtocolError(502, "its answer is no chat.completion") from None
+            raise ProtocolError(502, "its answer is not a chat.completion") from None
         if events is not None:
             self.content = None
             self.headers = {"content-type": EVENTS_TYPE}
@@ -8799,7 +8801,7 @@ function tell(cell, r) {
     const first = reason ? next : Math.min(r.first_byte ?? end, end);
     bar(asked, first, reason ? "bad" : "quiet");
     bar(first, next, "run");
-    step(took(asked), `asked ${controller}${reason && `, in vain: ${reason}`}`);
+    step(took(asked), `asked ${controller}${reason && `, which failed: ${reason}`}`);
   });
   if (r.first_byte !== null) step(took(r.first_byte), "first byte");
   if (r.duration !== null) step(took(end), outcome(r)[0] + (r.error && `: ${r.error}`));
@@ -8940,8 +8942,8 @@ async function showUsers() {
 // How much of a limit is used, in words and to scale.
 function limitBar({limit, used, maximum, reset}) {
   const width = Math.min(used / maximum, 1), fill = width < 1 ? "ink" : "bad";
-  const anew = width < 1 ? "" : `, anew in ${age(Date.parse(reset) / 1000 - now())}`;
-  return make("div", {}, make("small", {}, `${short(used)} of ${limit}${anew}`),
+  const until = width < 1 ? "" : `, resets in ${age(Date.parse(reset) / 1000 - now())}`;
+  return make("div", {}, make("small", {}, `${short(used)} of ${limit}${until}`),
     drawing("0 0 1 1", draw("rect", {width, height: 1, fill: `var(--${fill})`})));
 }
 
@@ -9116,7 +9118,7 @@ $("#ask textarea").onkeydown = event => {
   if (!stopping) $("#ask").requestSubmit();
 };
 if (key) enter(key);
-else leave("It stays in this tab, and is forgotten with it.");
+else leave("Your key stays in this tab and is forgotten when it closes.");
 </script>
 """
 
@@ -9640,7 +9642,7 @@ class Exchange:
         if expect is None or self.request.version == "HTTP/1.0":
             return
         if expect.lower() != "100-continue":
-            raise ProtocolError(417, "the only expectation here is 100-continue")
+            raise ProtocolError(417, "the only Expect supported is 100-continue")
         if not self.connection.buffer:
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -9657,7 +9659,7 @@ class Exchange:
             return parser(content)
         size = parsed_size(content)
         if size > self.service.limits.total_content_size:
-            raise APIError(413, "The content has too many values.")
+            raise APIError(413, "The request's JSON has too many values.")
         self._hold(size)
         if len(content) <= APIRequest.KEPT_SIZE:
             return parser(content)
@@ -9905,7 +9907,7 @@ An OpenAI-compatible API in front of upstreams, agents and Python functions.
   Base URL for clients   {scheme}://{host}/v1   (Authorization: Bearer <token>)
   Agents connect to      {ws}://{host}/client/register
   Be an agent            curl -fsS {scheme}://{host}/agent.py \\
-                           | python3 - agent {scheme}://{host} --key <token>
+                           | python3 - agent {scheme}://{host} --key TOKEN
   Ask in one line        POST {scheme}://{host}/api/ask   {{"content": "Hello"}}
 """
 
@@ -9994,7 +9996,7 @@ def admit_keyless(exchange: Exchange, who: Who) -> None:
         raise APIError(401, "API key not provided")
     service.report(
         f"an agent from {peer} was refused: it has no key, and {reason}."
-        " Cure: set its endpoint to host:port/k/<token>"
+        " To let it in, set its endpoint to host:port/k/<token>"
     )
     status = 403 if auth == "local" else 401
     raise APIError(status, f"An agent without a key is refused: {reason}.")
@@ -10011,7 +10013,7 @@ def not_local(request: Request, peer: str) -> str:
         return "it was forwarded by a proxy"
     host = headers.get("host", "")
     if not is_loopback(re.sub(r":[0-9]*$", "", host)):
-        return "its Host is not this machine"  # DNS rebinding
+        return "its Host header names another machine"  # DNS rebinding
     origin = headers.get("origin")
     # Python's websocket-client sends the server's own origin.  Our page has it,
     # too: it runs no script but its own (Content-Security-Policy).
@@ -10159,7 +10161,7 @@ def keep_answer(
         else:
             text = content_text(answer["choices"][0]["message"]["content"])
     except (LookupError, TypeError):
-        raise APIError(500, "The answer is no chat.completion.") from None
+        raise APIError(500, "The answer is not a chat.completion.") from None
     if agent_id and (conversation is None or conversation.agent_id is not None):
         response_id = answer["response_id"]  # the agent keeps it
         conversation_id = answer["conversation_id"]
@@ -10389,7 +10391,7 @@ async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
     """
     id, paused = body.get("id"), body.get("paused", True)
     if not isinstance(id, str) or not isinstance(paused, bool):
-        raise APIError(400, "Expected 'id', an agent's, and 'paused', a boolean.")
+        raise APIError(400, "Expected an agent's 'id', and 'paused', true or false.")
     if not exchange.service.pause(id, paused):
         raise APIError(404, "Agent not found")
     return {"message": "Agent paused" if paused else "Agent resumed"}
@@ -10405,10 +10407,10 @@ async def do_usage(exchange: Exchange) -> JSONObject | None:
     by = query.get("by", "day,user,model").split(",")
     days = query.get("from", ""), query.get("to", "9999")
     if not set(by) <= set(COLUMNS) or len(set(by)) < len(by):
-        raise APIError(400, f"'by' takes some of {', '.join(COLUMNS)}.")
+        raise APIError(400, f"'by' takes one or more of {', '.join(COLUMNS)}.")
     for day in days:
         if day not in ("", "9999") and not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
-            raise APIError(400, "'from' and 'to' are days, as 2026-11-01.")
+            raise APIError(400, "'from' and 'to' are days such as 2026-11-01.")
     own = None if user is None else user.user_id or user.name
     report = exchange.service.ledger.report(by, *days, own)
     accept = exchange.request.headers.get("accept", "")
@@ -10457,7 +10459,7 @@ async def do_health(exchange: Exchange) -> None:
 async def do_ready(exchange: Exchange) -> None:
     """GET /readyz: whether requests should be sent here; cooling is no reason."""
     service = exchange.service
-    reason = "no controller could be asked\n"
+    reason = "no controller is available\n"
     if any(not (c.by_name_only or c.out_of_turn) for c in service.pool.controllers):
         reason = ""
     if service.draining:
@@ -10509,7 +10511,7 @@ async def do_source(exchange: Exchange) -> None:
     """GET /agent.py: the running program itself; it holds no secret."""
     source = source_code()
     if source is None:
-        raise APIError(404, "The source is not at hand: it was piped in.")
+        raise APIError(404, "The source is not available: it was piped into Python.")
     exchange.reply.send_text(source, "text/x-python")
 
 
@@ -10611,12 +10613,12 @@ def check_method(exchange: Exchange, route: Route | None) -> Route:
     if route is not None and route.method == method:
         return route
     if route is not None and route is not ROUTES["/v1/"]:
-        raise APIError(405, f"{request.method} is not for {path}.")
+        raise APIError(405, f"{request.method} is not allowed for {path}.")
     if path == "/v1/realtime":
-        raise APIError(501, "The realtime API is not spoken here.")
+        raise APIError(501, "The realtime API is not supported.")
     if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
         # Codex then speaks HTTP at once.
-        raise APIError(426, f"A websocket is not spoken here: POST {path}.")
+        raise APIError(426, f"Websockets are not supported here; use POST {path}.")
     raise APIError(404, f"There is nothing at {request.method} {path}.")
 
 
@@ -10717,7 +10719,7 @@ class RequestHandler:
             await connection.start_tls(service.tls)
         except (OSError, asyncio.TimeoutError) as error:
             if getattr(error, "reason", "") == "HTTP_REQUEST":
-                service.report(f"what {peer} sent is no TLS: http to an https port")
+                service.report(f"{peer} sent http to an https port; use https://")
             else:
                 service.debug(f"TLS handshake with {peer} failed: {error}")
             return False
@@ -10764,7 +10766,7 @@ class RequestHandler:
         exchange = self.turn_away(APIError(error.status, f"Bad request: {error}."))
         exchange.log()
         peer = self.connection.peer or "a client"
-        self.service.report(f"what {peer} sent is no request: {error}")
+        self.service.report(f"{peer} sent something else than a request: {error}")
         await self.connection.linger()
 
     def turn_away(self, error: APIError) -> Exchange:
@@ -10791,7 +10793,7 @@ class RequestHandler:
             exchange.outcome = "client left"
             if self.connection.stalled:
                 seconds = self.service.limits.write_timeout
-                line = f"a client that took no byte for {seconds:g} s is cut"
+                line = f"a client that read nothing for {seconds:g} s is disconnected"
                 self.service.report(line)
             raise
         except Exception:
@@ -10825,9 +10827,13 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
     both families.  Raise OSError.
     """
     if listen:
-        found = socket.getaddrinfo(
-            listen, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        try:
+            found = socket.getaddrinfo(
+                listen, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as error:
+            reason = f"listen: {listen}: {error.strerror or error}"
+            raise OSError(error.errno, reason) from None
         addresses = list(dict.fromkeys((item[0], str(item[4][0])) for item in found))
     else:
         addresses = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
@@ -10844,10 +10850,10 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
                 sock.close()
             if sockets and port == 0:  # free for one family only: once more
                 return open_sockets(listen, 0)
-            reason = f"{error.strerror or error}: {address} port {same_port}"
+            reason = f"{address} port {same_port}: {error.strerror or error}"
             if in_use:
-                reason += "; choose another one, or end what listens there"
-            raise OSError(error.errno, reason) from None
+                reason += "; choose another port, or stop what listens there"
+            raise OSError(reason) from None
     return sockets
 
 
@@ -11102,7 +11108,7 @@ class Server(Endable):
             # A key under a password is refused: nobody is there to be asked for it.
             context.load_cert_chain(cert, key, password="")
         except ssl.SSLError:
-            raise OSError(f"{cert}: not a certificate with its key") from None
+            raise OSError(f"{cert}: not a PEM certificate with its key") from None
         except OSError as error:
             raise OSError(f"{cert}, {key}: {error.strerror}") from None
         return context
@@ -11138,7 +11144,7 @@ class Server(Endable):
         seconds = self.limits.drain_timeout
         if self.requests_in_flight:
             count = self.requests_in_flight
-            self.report(f"{count} running requests may finish ({seconds:.0f} s)")
+            self.report(f"waiting {seconds:.0f} s at most for requests: {count}")
         await self._wait_for(lambda: self._handler_tasks(False), seconds)
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
@@ -11213,11 +11219,11 @@ class Server(Endable):
     def begin_request(self, user: User, limit: UsageLimit | None) -> None:
         """Count a user's request until end_request().  Raise APIError: 429, 503."""
         if self.requests_in_flight >= self.limits.requests_in_flight:
-            raise APIError(503, "The server is at its limit.", retry_after=1)
+            raise APIError(503, "The server is too busy; try again.", retry_after=1)
         running = self._running[user.user_id]
         most = user.max_concurrency or self.limits.user_requests_in_flight
         if most and running >= most:
-            text = f"You have {running} requests running, the most at once."
+            text = f"You have {running} requests running, the most allowed at once."
             raise APIError(429, text, code="user_limit_exceeded", retry_after=1)
         over = None if limit is None else limit.over(running)
         if over is not None:
@@ -11225,7 +11231,7 @@ class Server(Endable):
             raise APIError(
                 429,
                 f"Your limit of {quota} is used up ({used:,} {quota.unit} used);"
-                f" it begins anew at {rfc3339(end)}.",
+                f" it resets at {rfc3339(end)}.",
                 code="user_limit_exceeded",
                 retry_after=max(0.0, end - unix_time()),
             )
@@ -11253,7 +11259,7 @@ class Server(Endable):
         """Take memory for a request's content, or give it back.  APIError(503)."""
         if size > 0 and self.content_size + size > self.limits.total_content_size:
             raise APIError(
-                503, "Too much content is on its way in; try again.", retry_after=1
+                503, "Too much content is arriving at once; try again.", retry_after=1
             )
         self.content_size += size
 
@@ -11352,7 +11358,7 @@ class Server(Endable):
             agent.register_as(claimed_id)
             if current is not None:
                 self.unregister(current)
-                current.websocket.close(4000, "the agent has registered anew")
+                current.websocket.close(4000, "the agent has registered again")
         names = {other.name for other in self.agents.values()}
         name, number = agent.name, 1
         while agent.name in names:
@@ -11493,7 +11499,7 @@ REDIAL_SOON_TIME = 60.0
 _CURES = {
     401: "it does not know this key; give it an agent's token with --key",
     403: "this key may not register an agent; it takes an agent's token with --key",
-    404: "no chatgpt_apiserver answers at this address; is a path missing?",
+    404: "there is no chatgpt_apiserver at this address; is a path missing?",
     **dict.fromkeys((301, 302, 307, 308), "it redirects; is it https?"),
 }
 
@@ -11510,7 +11516,7 @@ def register_url(url: str) -> str:
         if not re.fullmatch("[!-~]+", whole) or set(whole) & set("?#@"):
             raise ValueError
     except ValueError:
-        text = "expected the URL of a server, as http://my-server:8080"
+        text = "expected the URL of a server, such as http://my-server:8080"
         raise ValueError(text) from None
     path = path.removesuffix("/client/register")
     return f"{scheme}://{address.authority}{path}/client/register"
@@ -11782,7 +11788,7 @@ class Link:
         said = parse_envelope(data)
         body, target = said.get("body"), str(said.get("path"))
         if said.get("method") != "POST" or not _API_TARGET.fullmatch(target):
-            raise APIError(400, "An agent answers only POST of plain paths under /v1/.")
+            raise APIError(400, "An agent takes only POST, to plain paths under /v1/.")
         path, _, query = target.partition("?")
         headers = {
             name: value
@@ -11944,7 +11950,7 @@ class Agent(Endable):
         seconds = self.limits.drain_timeout
         running = self._running()
         if running:
-            self.report(f"{len(running)} running calls may finish ({seconds:.0f} s)")
+            self.report(f"waiting {seconds:.0f} s at most for calls: {len(running)}")
         await self._wait_for(self._running, seconds)
         joined = {task for task, link in self.links.items() if link.websocket}
         for link in self.links.values():
@@ -11992,7 +11998,7 @@ class Agent(Endable):
         )
         if tried != self._nothing:
             self._nothing = tried
-            self.warn(f"nothing to serve yet, waiting: {tried}")
+            self.warn(f"nothing to serve yet, and looking again: {tried}")
 
     # --- Calls and pauses
 
@@ -12133,14 +12139,25 @@ async def _kill(process: asyncio.subprocess.Process) -> None:
 
 HELP = """\
 usage: chatgpt_apiserver.py <port> <API_KEY> [options]
-       chatgpt_apiserver.py agent <URL> [options]   (agent -h: what it does)
+       chatgpt_apiserver.py agent <URL> [options]   (see agent --help)
 
-An OpenAI-compatible API, with keys for its users, in front of other such APIs
-(OpenAI's, Ollama's), agents that dial in, and Python functions.
+An OpenAI-compatible API, with keys and limits for its users, in front of other
+APIs (OpenAI's, Ollama's, ...), agents that dial in, and Python functions.
+
+try it, and ask the model mock/echo:
+  python3 chatgpt_apiserver.py 8080 my-key
+put OpenAI behind it, or the API at OPENAI_BASE_URL:
+  OPENAI_API_KEY=sk-... python3 chatgpt_apiserver.py 8080 my-key
+open it to the network, encrypted:
+  python3 chatgpt_apiserver.py 8080 my-key --listen :: --tls-cert cert.pem
+give a colleague a key:
+  curl localhost:8080/admin/users/add -d '{"admin_key":"my-key","name":"ada"}'
+add the models of another machine, there:
+  python3 chatgpt_apiserver.py agent https://my-server:8080 --key TOKEN
 
   <port>              where clients connect (default: 8080; 0: any free one)
-  <API_KEY>           the administrator's key, your choice; - takes it from the
-                      environment variable API_KEY, out of the process list
+  <API_KEY>           the administrator's key, your choice; - reads it from the
+                      environment variable API_KEY, so that ps does not show it
 
 options, with one dash or two:
   --listen ADDR       0.0.0.0 or :: opens it to the network (default: this
@@ -12152,19 +12169,14 @@ options, with one dash or two:
   --config_file FILE  the configuration (default: none is needed)
   --config_path DIR   folder of chatgpt-apiserver.json (default: the first with
                       one of . .config config /etc/chatgpt-apiserver)
-  --tape FILE[:MODE]  record what is answered, and replay it; MODE is replay
-                      (default), record or auto
+  --tape FILE[:MODE]  record answers, or replay them; MODE is replay (default),
+                      record or auto
   -v, --verbose       log connections, attempts, agents' messages (default: off)
-  --version           print the version
-  -h, --help          print this
+  --version, --help   print the version, or this
 
 environment: CHATGPT_APISERVER_PORT, _LISTEN, _API_KEY, _POOL_TYPE, _CONFIG_FILE
 and _CONFIG_PATH; OPENAI_API_KEY and OPENAI_BASE_URL (an upstream, when the file
 has none); https_proxy, no_proxy
-
-examples:
-  python chatgpt_apiserver.py 8080 my-secret-key
-  OPENAI_API_KEY=sk-... python chatgpt_apiserver.py 8080 my-key -listen ::
 """
 
 AGENT_HELP = """\
@@ -12174,28 +12186,29 @@ Makes what runs on this machine (Ollama, llama.cpp, vLLM, LM Studio, any other
 OpenAI-compatible server, or a program) part of a chatgpt_apiserver elsewhere.
 It dials out: no port is opened here.
 
+serve what is found on the usual ports:
+  python3 chatgpt_apiserver.py agent https://my-server:8080 --key TOKEN
+
   <URL>               a server: http, https, ws, wss or host:port; every address
                       that its name has is dialled
 
 options, with one dash or two:
   --key TOKEN         an agent's token or the server's API key (default: the
-                      environment variable API_KEY, out of the process list)
+                      environment variable API_KEY, which ps does not show)
   --upstream URL      what to serve (default: what answers on the ports 11434,
                       8080, 8000 and 1234 of this machine)
   --upstream-key KEY  its key (default: none)
-  --command 'PROG A'  serve a program: the last message is its input, its output
-                      the answer; --json gives it the whole request
+  --command 'PROG A'  serve a program: it reads the last message and prints the
+                      answer; --json gives it the whole request
   --config_file FILE  serve the controllers of this configuration file
   --models A,B        the models (default: all that is found; the program)
   --name NAME         a label for people (default: this machine's name)
   --max-concurrency N calls at once, of all servers together (default: 8)
-  --pause             be asked for nothing; the signal USR1 changes that
+  --pause             start paused: connected, but asked for nothing; the signal
+                      USR1 pauses and resumes
   --ca-file FILE      certificates to trust (default: the system's)
   -v, --verbose       log each call (default: off)
   --version, --help   print the version, or this
-
-example:
-  python chatgpt_apiserver.py agent https://my-server:8080 --key TOKEN
 """
 
 
@@ -12278,9 +12291,9 @@ PORT = Expected(
     lambda value: re.fullmatch("[0-9]{1,5}", str(value)) and int(value) <= 65535,
     (int, str),
 )
-ADDRESS = Expected("an address without port, as 0.0.0.0 or ::", is_address)
+ADDRESS = Expected("an address without a port, such as 0.0.0.0 or ::", is_address)
 KEY = Expected(
-    "a key of your own, of printable ASCII without spaces (<API_KEY> is none)", is_key
+    "a key of your own, printable ASCII without spaces, not <API_KEY> itself", is_key
 )
 TRUE_OR_FALSE = Expected("true or false", lambda value: True, bool)
 # Limits that the file could set once, and constants now: no server is run with others.
@@ -12308,11 +12321,11 @@ def limit_shape(name: str, default: float) -> Expected:
 # that looks at what is written and tells its shape.
 CONFIG_KEYS = {
     "api_key": Expected(
-        'a key of printable ASCII without spaces, "" for a server that wants none',
+        'a key of printable ASCII without spaces or line breaks, or "" for none',
         lambda value: value == "" or is_key(value),
     ),
     "base_url": Expected("the http or https URL of an API", is_url),
-    "proxy": Expected("a proxy as http://host:port", is_proxy),
+    "proxy": Expected("a proxy such as http://host:port", is_proxy),
     "ca_file": FILE,
     "verify": TRUE_OR_FALSE,
     "first_byte_timeout": ABOVE_0,
@@ -12477,7 +12490,7 @@ class Source(NamedTuple):
     ) -> Iterator[tuple[str, Any]]:
         for key, value in items.items():
             if key is None:  # see distinct
-                raise self.mistake(f"{place}.{shown(value)}", "this key comes twice")
+                raise self.mistake(f"{place}.{shown(value)}", "this key appears twice")
             if key not in shape:
                 nested = [n for n, inner in shape.items() if key in as_object(inner)]
                 hint = f'; it belongs in "{nested[0]}"' if nested else ""
@@ -12556,7 +12569,7 @@ def read_arguments(
     parsed, extra = parser.parse_known_intermixed_args(arguments)
     for option in (e.partition("=")[0] for e in extra if e.startswith("-")):
         usual = re.fullmatch("--?[a-z][a-z_-]{0,20}", option)  # and no key
-        parser.error(f"unknown option {option if usual else 'there'}")
+        parser.error(f"unknown option {option if usual else 'there'}; see --help")
     there = vars(parsed)
     words = there.pop("words")
     return words, {k: v for k, v in there.items() if v not in (None, False)}
@@ -12597,7 +12610,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     """
     words, options = read_arguments(argv, HELP, OPTIONS)
     if len(words) > 2:
-        raise COMMAND_LINE.mistake("", "expected a port and a key, there is more")
+        raise COMMAND_LINE.mistake("", "expected no more than a port and a key")
     options.update(zip(("port", "api_key"), words))
     path = find_file(options, environ)
     file = Source(path or "", os.path.dirname(path or ""), environ)
@@ -12612,7 +12625,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     limits = content.get("limits", {})
     retired = sorted(RETIRED_LIMITS & limits.keys())
     if retired:
-        config.notes.append(f"no longer settings, and not used: {', '.join(retired)}")
+        config.notes.append(f"no longer settings, and ignored: {', '.join(retired)}")
     config.limits = Limits(**{k: limits[k] for k in limits if k not in retired})
     entries = content.get("controllers", [])
     if config.tape:
@@ -12626,7 +12639,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
         config.notes.append(note)
     config.controllers = read_controllers(file, entries, environ)
     if config.tls_key and not config.tls_cert:
-        raise ConfigurationError("tls_key: there is no tls_cert that it belongs to")
+        raise ConfigurationError("tls_key: expected a tls_cert beside it")
     if not config.api_key:
         raise ConfigurationError(
             "there is no API key: python chatgpt_apiserver.py 8080 <a key of your own>,"
@@ -12641,7 +12654,7 @@ def find_file(options: dict[str, str], environ: Mapping[str, str]) -> str | None
     path: str | None = given("config_file", options, environ)
     folder = given("config_path", options, environ)
     if folder and not os.path.isdir(folder):
-        raise ConfigurationError("config_path: expected a folder that is there")
+        raise ConfigurationError("config_path: expected a folder that exists")
     if path and ("config_file" in options or "config_path" not in options):
         return path
     folders = [folder or ".", ".", ".config", "config", "/etc/chatgpt-apiserver"]
@@ -12670,7 +12683,7 @@ def read_controllers(
             if "file" not in entry:
                 raise file.mistake(f"{place}.file", f"expected {PATH.words}")
             if any(other["type"] == "tape" for other in result.values()):
-                raise file.mistake(place, "there may be one tape, and there is one")
+                raise file.mistake(place, "expected only one tape")
             result[name] = entry
         else:
             config = read_upstream(file, entry, place)
@@ -12747,7 +12760,7 @@ def agent_controllers(
 ) -> list[Controller] | None:
     """What an agent serves; None for what there is on this machine."""
     if len({"upstream", "command", "config_file"} & options.keys()) > 1:
-        text = "only one of --upstream, --command and --config_file goes"
+        text = "expected only one of --upstream, --command and --config_file"
         raise COMMAND_LINE.mistake("", text)
     if "command" in options:
         import shlex
@@ -12755,7 +12768,7 @@ def agent_controllers(
 
         arguments = shlex.split(options["command"])
         if not arguments or shutil.which(arguments[0]) is None:
-            raise COMMAND_LINE.mistake("command", "there is no such program")
+            raise COMMAND_LINE.mistake("command", "there is no such program in PATH")
         name = os.path.basename(arguments[0])
         function = command_model(arguments, "json" in options)
         return [FunctionController(function, name=name, models=names or [name])]
@@ -12866,8 +12879,9 @@ def agent_lines(url: str, away: bool) -> list[str]:
     return [
         "",
         f"Add what runs on {where} (Ollama, llama.cpp, vLLM, LM Studio); there:",
-        f"  curl -fsS {url}/agent.py | python3 - agent {url} --key <API_KEY>",
-        f"  (SHA-256 of agent.py: {digest})",
+        f"  curl -fsS {url}/agent.py | python3 - agent {url} --key TOKEN",
+        "  (TOKEN: an agent's token, or the API key;",
+        f"  SHA-256 of agent.py: {digest})",
     ]
 
 
@@ -12953,7 +12967,7 @@ class Program:
         if self._stopping:
             self._log.report(f"ending at once ({name})")
         else:
-            self._log.report(f"shutting down ({name}); once more ends it at once")
+            self._log.report(f"shutting down ({name}); a second signal ends it at once")
         self._stopping = True
         self._runs.request_shutdown()
 
@@ -13072,7 +13086,8 @@ def main(argv: list[str] | None = None) -> int:
         raise_file_limit()
         asyncio.run(program.run())
     except (ConfigurationError, OSError) as error:
-        print(f"chatgpt_apiserver: {error}", file=sys.stderr)
+        words = re.sub(r"^\[Errno -?[0-9]+\] ", "", str(error))
+        print(f"chatgpt_apiserver: {words}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except KeyboardInterrupt:
         pass
