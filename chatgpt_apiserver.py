@@ -1932,13 +1932,13 @@ class EventStream:
     hide_usage  an event of usage is counted and left out: nobody asked for it
     choices     how many choices have to finish
 
-    Events of responses and messages tell their type; a class for each says what has
-    to be understood of them.
+    A class for each dialect says what has to be understood of its events.
     """
 
     WORDS: ClassVar[tuple[str, ...]] = ()  # an event without any is not looked at
     ENDS: ClassVar[tuple[str, ...]] = ()  # types of events of which one ends it
     WHOLE = ""  # the field with the answer so far, in the first event and some others
+    LAST = b""  # added where all is there but this
 
     def __init__(
         self,
@@ -1953,8 +1953,7 @@ class EventStream:
         self.events = 0  # how many there have been, roughly
         self.whole: dict[str, Any] = {}  # its answer as it began, where events tell
         self._hide_usage = hide_usage
-        self._unfinished = choices  # that have had no finish_reason yet
-        self._done = False  # [DONE] has been seen
+        self._unfinished = choices if self.WORDS else 0  # that have not ended yet
         self._decoder = SSEDecoder(max_size)
 
     def receive(self, data: bytes) -> bytes:
@@ -1981,36 +1980,43 @@ class EventStream:
         for raw, data in split_events(block):
             if data is None or self._relays(data):
                 kept.append(raw)
-            if self._done or self.error is not None:
-                self.ended = True
+            if self.ended:
                 break
         return b"".join(kept)
 
     def _relays(self, data: bytes) -> bool:
         """Take an event into account; whether it is relayed."""
-        event = as_object(read_json(data))
+        event = as_object(read_json(data))  # what is no JSON is not ours to judge
         whole = as_object(event.get(self.WHOLE))
         kind = event.get("type")
-        if kind == "error":
+        if event.get("error") or "error" in (kind, event.get("object")):
             self.error = find_error(event if event.get("error") else {"error": event})
+            self.ended = True
             return False
         self.whole = self.whole or whole
-        self.ended = self.ended or kind in self.ENDS
+        self.ended = kind in self.ENDS
         # The last event's counts are cumulative, but may leave out the input's.
         new = read_usage(whole.get("usage") or event.get("usage"))
         self.usage = Usage(*(now or seen for now, seen in zip(new, self.usage)))
-        return True
+        hidden = self._hide_usage and isinstance(event.get("usage"), dict)
+        return not hidden or bool(event.get("choices"))
 
     def end(self) -> bytes:
         """The upstream has ended its answer: the last bytes to relay.
 
         Raise ProtocolError(502) if the answer is not whole.
         """
-        block = self.receive(b"" if self.ended else self._decoder.end())
-        if self.ENDS and not self.ended:
-            raise ProtocolError(502, "the stream ended before the answer was complete")
+        rest = b"" if self.ended else self._decoder.end()
+        data = event_data(rest) or b""
+        # Half an event is no event, and its finish_reason none.
+        whole = data.strip() == b"[DONE]" or read_json(data) is not None
+        block = self.receive(rest) if whole or not self.WORDS else b""
+        last = b"" if self.ended else self.LAST
+        whole = self.ended or self._unfinished <= 0
         self.ended = True
-        return block
+        if not whole:
+            raise ProtocolError(502, "the stream ended before the answer was complete")
+        return block + last
 
 
 _NO_USAGE = '"usage":null'  # in each event of those who send it with the last
@@ -2022,6 +2028,9 @@ class CompletionStream(EventStream):
 
     Nothing is relayed behind [DONE] or an error.
     """
+
+    WORDS = ('"error"', '"usage"', "[DONE]")
+    LAST = DONE_EVENT
 
     def _is_plain(self, block: bytes, text: str) -> bool:
         # Both ways to write it: the regular expression takes 20 times as long.
@@ -2035,36 +2044,14 @@ class CompletionStream(EventStream):
             return False
         if "[DONE]" in text:  # unless it is quoted, or not the last
             at_end = (b"\n\n" + block).endswith(b"\n\n" + DONE_EVENT)
-            self.ended = self._done = at_end and text.count("[DONE]") == 1
-            return self._done
+            self.ended = at_end and text.count("[DONE]") == 1
+            return self.ended
         return True
 
     def _relays(self, data: bytes) -> bool:
-        if data.strip() == b"[DONE]":
-            self._done = True
-        if b'"error"' not in data and b'"usage"' not in data:
-            return True
-        chunk = as_object(read_json(data))  # what is no JSON is not ours to judge
-        if chunk.get("error") or chunk.get("object") == "error":
-            self.error = find_error(chunk)
-            return False
-        if isinstance(chunk.get("usage"), dict):
-            self.usage = read_usage(chunk["usage"])
-            return bool(chunk.get("choices")) or not self._hide_usage
-        return True
-
-    def end(self) -> bytes:
-        rest = b"" if self.ended else self._decoder.end()
-        data = event_data(rest) or b""
-        # Half an event is no event, and its finish_reason none.
-        whole = data.strip() == b"[DONE]" or read_json(data) is not None
-        block = self.receive(rest) if whole else b""
-        self.ended = True
-        if self._done or self.error:
-            return block
-        if self._unfinished > 0:
-            raise ProtocolError(502, "the stream ended before the answer was complete")
-        return block + DONE_EVENT
+        self.ended = data.strip() == b"[DONE]"
+        looks = b'"error"' in data or b'"usage"' in data
+        return not looks or super()._relays(data)
 
 
 class ResponsesStream(EventStream):
@@ -2451,7 +2438,7 @@ class Dialect:
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
         """What looks at the stream that answers a request."""
-        hide_usage = request.stream and not request.wants_usage
+        hide_usage = self.asks_usage and request.stream and not request.wants_usage
         return self.stream(hide_usage, request.choices, max_size)
 
     def events(self, answer: dict[str, Any]) -> bytes | None:
