@@ -1719,13 +1719,14 @@ def messages_text(messages: Any) -> str:
     return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in texts)
 
 
-def chat_choice(
-    message: dict[str, Any], finish_reason: str | None = None, index: int = 0
+def choice_of(
+    key: str, said: Any, reason: Any = None, index: int = 0, logprobs: Any = None
 ) -> dict[str, Any]:
-    """One choice of a chat.completion."""
-    whole = {"role": "assistant", "content": None, "refusal": None, **message}
-    choice = {"index": index, "message": whole, "logprobs": None}
-    return {**choice, "finish_reason": finish_reason}
+    """One choice of an answer; key is "message", "delta" of a chunk, or "text"."""
+    if key == "message":
+        said = {"role": "assistant", "content": None, "refusal": None, **said}
+    choice = {"index": index, key: said, "logprobs": logprobs}
+    return {**choice, "finish_reason": reason}
 
 
 def chat_completion(
@@ -1738,7 +1739,7 @@ def chat_completion(
         "object": "chat.completion",
         "created": int(unix_time()),
         "model": model,
-        "choices": [chat_choice(message, reason)],
+        "choices": [choice_of("message", message, reason)],
         "usage": usage,
     }
 
@@ -1761,7 +1762,8 @@ class CompletionBuilder:
         self._usage = chunk.get("usage") or self._usage
         for choice in chunk.get("choices") or []:
             index = choice.get("index", 0)
-            whole = self._choices.setdefault(index, chat_choice({}, None, index))
+            empty = choice_of("message", {}, None, index)
+            whole = self._choices.setdefault(index, empty)
             self._add_delta(index, whole["message"], choice.get("delta") or {})
             for key, tokens in (choice.get("logprobs") or {}).items():
                 kept = whole["logprobs"] = whole["logprobs"] or {}
@@ -2098,11 +2100,8 @@ class ChatWriter:
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return sse_event(encode_json(self._chunk(choices, **more)))
 
-    def _choice(
-        self, delta: Any, reason: Any = None, index: int = 0, logprobs: Any = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs}
-        return {**choice, "finish_reason": reason}
+    def _choice(self, delta: dict[str, Any], *place: Any) -> dict[str, Any]:
+        return choice_of("delta", delta, *place)
 
     def delta(self, delta: dict[str, Any]) -> bytes:
         """The events of a piece: {"content": text}, or {"tool_calls": [...]}."""
@@ -2142,11 +2141,8 @@ class CompletionsWriter(ChatWriter):
     ID = "cmpl-"
     OBJECT = "text_completion"
 
-    def _choice(
-        self, delta: Any, reason: Any = None, index: int = 0, logprobs: Any = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "text": content_text(delta.get("content"))}
-        return {**choice, "logprobs": None, "finish_reason": reason}
+    def _choice(self, delta: dict[str, Any], *place: Any) -> dict[str, Any]:
+        return choice_of("text", content_text(delta.get("content")), *place[:2])
 
     def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
         choices = [
@@ -2156,46 +2152,111 @@ class CompletionsWriter(ChatWriter):
         return self._chunk(choices, usage=completion.get("usage"))
 
 
+Forms = dict[str, list[tuple[str, list[str]]]]
+
+
+def read_forms(text: str, prefix: str = "", more: str = "") -> Forms:
+    """What is told, by when: names of events, and what they say behind their type.
+
+    $name is a value, or else what the line of that name has.  Behind "=" is what is
+    kept of what has ended.  All names have a prefix, and all events have more.
+    """
+    forms: Forms = defaultdict(list)
+    lines = text.replace("\n    ", " ")
+    for when, name, form in re.findall(r"(\w+) (=|[\w.]+)(.*)", lines):
+        if name != "=":
+            name = prefix + name
+            form = f'{{"type": "{name}"{more}{form}}}'
+        forms[when].append((name, re.split(r"\$(\w+)", form)))
+    return forms
+
+
 class MessagesWriter(ChatWriter):
     """The same for messages: items (texts, tool calls), told as they begin and end."""
 
     ID = "msg_"
     STOPS: ClassVar = {"tool_calls": "tool_use", "length": "max_tokens"}
+    FORMS: ClassVar = read_forms("""
+answer = {"id": $id, "type": "message", "role": "assistant", "model": $model,
+    "content": $items, "stop_reason": $reason, "stop_sequence": null, "usage": $counts}
+counts = {"input_tokens": $input, "output_tokens": $output}
+begin message_start, "message": $answer
+text content_block_start, "index": $index,
+    "content_block": {"type": "text", "text": ""}
+piece content_block_delta, "index": $index,
+    "delta": {"type": "text_delta", "text": $text}
+text_end content_block_stop, "index": $index
+text_end = {"type": "text", "text": $text}
+call content_block_start, "index": $index,
+    "content_block": {"type": "tool_use", "id": $item, "input": {}, "name": $name}
+call content_block_delta, "index": $index,
+    "delta": {"type": "input_json_delta", "partial_json": $text}
+call content_block_stop, "index": $index
+call = {"type": "tool_use", "id": $item, "input": $given, "name": $name}
+end message_delta, "delta": {"stop_reason": $reason, "stop_sequence": null},
+    "usage": $counts
+end message_stop
+end = $answer
+""")
 
     def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
         super().__init__(like, sent)
-        self._items: list[dict[str, Any]] = []  # that are whole
-        self._texts: list[str] = []  # pieces of the item that has begun
-        self._answer: dict[str, Any] = {}  # once it has ended
+        self._kept: list[dict[str, Any]] = []  # items that are whole, then the answer
+        self._pieces: list[str] = []  # of the text that has begun
         self._events: list[bytes] = []  # not yet returned
-        self._begin()
+        self._numbers = itertools.count()
+        status = {"status": "in_progress", "reason": None, "usage": None}
+        self._tell("begin", input=sent, output=0, **status)
 
-    def _take_events(self) -> bytes:
-        events, self._events = self._events, []
-        return b"".join(events)
+    def _fill(self, form: list[str], values: dict[str, Any]) -> str:
+        parts = form[:]  # every second one is a name
+        for at, name in enumerate(form[1::2]):
+            if name in values:
+                parts[2 * at + 1] = _to_text(values[name])
+            else:
+                parts[2 * at + 1] = self._fill(self.FORMS[name][0][1], values)
+        return "".join(parts)
+
+    def _tell(self, when: str, **values: Any) -> None:
+        """Make the events of this moment, and keep what has ended with it."""
+        index = len(self._kept)
+        place = {"index": index, "item": f"msg_{index}", "items": self._kept}
+        values = {**self.like, **place, **values}
+        for name, form in self.FORMS[when]:
+            if name == "=":
+                self._kept.append(json.loads(self._fill(form, values)))
+            else:
+                values["number"] = next(self._numbers)
+                text = self._fill(form, values)
+                data = text.encode("utf-8", "backslashreplace")  # as encode_json()
+                self._events.append(sse_event(data, name))
 
     def delta(self, delta: dict[str, Any]) -> bytes:
         text = content_text(delta.get("content"))
         if text:
-            if not self._texts:
-                self._begin_text()
-            self._text(text)
-            self._texts.append(text)
+            if not self._pieces:
+                self._tell("text", text="")
+            self._tell("piece", text=text)
+            self._pieces.append(text)
         for call in as_list(delta.get("tool_calls")):
             self._close_text()
-            function = call["function"]
-            self._call(call.get("id"), function["name"], function["arguments"])
-        return self._take_events()
+            name, text = call["function"]["name"], call["function"]["arguments"]
+            given = as_object(read_json(text))
+            self._tell("call", item=call.get("id"), name=name, text=text, given=given)
+        events, self._events = self._events, []
+        return b"".join(events)
 
     def _close_text(self) -> None:
-        text, self._texts = "".join(self._texts), []
+        text, self._pieces = "".join(self._pieces), []
         if text:
-            self._end_text(text)
+            self._tell("text_end", text=text)
 
     def end(self, finish_reason: str, usage: Usage) -> bytes:
         self._close_text()
-        self._end(finish_reason, usage)
-        return self._take_events()
+        reason = self.STOPS.get(finish_reason, "end_turn")
+        counts = {**usage._asdict(), "total": usage.total}
+        self._tell("end", status="completed", reason=reason, **counts)
+        return self.delta({})
 
     def events(self, completion: dict[str, Any]) -> bytes:
         choice = completion["choices"][0]
@@ -2205,139 +2266,52 @@ class MessagesWriter(ChatWriter):
 
     def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
         self.events(completion)
-        return self._answer
-
-    # --- The events themselves: responses have others
-
-    def _tell(self, kind: str, **fields: Any) -> None:
-        self._events.append(sse_event(encode_json({"type": kind, **fields}), kind))
-
-    def _block(self, part: str, **fields: Any) -> None:
-        self._tell(f"content_block_{part}", index=len(self._items), **fields)
-
-    def _message(self, stop_reason: str | None, usage: Usage) -> dict[str, Any]:
-        return {
-            "id": self.like["id"],
-            "type": "message",
-            "role": "assistant",
-            "model": self.like["model"],
-            "content": self._items,
-            "stop_reason": stop_reason,
-            "stop_sequence": None,
-            "usage": {"input_tokens": usage.input, "output_tokens": usage.output},
-        }
-
-    def _begin(self) -> None:
-        self._tell("message_start", message=self._message(None, Usage(self.sent)))
-
-    def _begin_text(self) -> None:
-        self._block("start", content_block={"type": "text", "text": ""})
-
-    def _text(self, text: str) -> None:
-        self._block("delta", delta={"type": "text_delta", "text": text})
-
-    def _end_text(self, text: str) -> None:
-        self._block("stop")
-        self._items.append({"type": "text", "text": text})
-
-    def _call(self, id: Any, name: str, arguments: str) -> None:
-        block = {"type": "tool_use", "id": id, "input": {}, "name": name}
-        self._block("start", content_block=block)
-        delta = {"type": "input_json_delta", "partial_json": arguments}
-        self._block("delta", delta=delta)
-        self._block("stop")
-        self._items.append({**block, "input": as_object(read_json(arguments))})
-
-    def _end(self, finish_reason: str, usage: Usage) -> None:
-        stop_reason = self.STOPS.get(finish_reason, "end_turn")
-        self._answer = self._message(stop_reason, usage)
-        delta = {"stop_reason": stop_reason, "stop_sequence": None}
-        self._tell("message_delta", delta=delta, usage=self._answer["usage"])
-        self._tell("message_stop")
+        return self._kept[-1]
 
 
 class ResponsesWriter(MessagesWriter):
     """The same for responses, whose events are numbered."""
 
     ID = "resp_"
-
-    def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
-        self._numbers = itertools.count()
-        super().__init__(like, sent)
-
-    def _tell(self, kind: str, **fields: Any) -> None:
-        number = next(self._numbers)
-        super()._tell(f"response.{kind}", sequence_number=number, **fields)
-
-    def _response(self, status: str, usage: Usage | None) -> dict[str, Any]:
-        counts = usage and {
-            "input_tokens": usage.input,
-            "input_tokens_details": {"cached_tokens": usage.cached_input},
-            "output_tokens": usage.output,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage.total,
-        }
-        return {
-            "id": self.like["id"],
-            "object": "response",
-            "created_at": self.like["created"],
-            "model": self.like["model"],
-            "status": status,
-            **dict.fromkeys(("error", "incomplete_details", "instructions")),
-            **dict.fromkeys(("temperature", "top_p")),
-            "metadata": {},
-            "output": self._items,
-            "parallel_tool_calls": True,
-            "tool_choice": "auto",
-            "tools": [],
-            "usage": counts,
-        }
-
-    def _begin(self) -> None:
-        response = self._response("in_progress", None)
-        self._tell("created", response=response)
-        self._tell("in_progress", response=response)
-
-    def _item(self, part: str, item: dict[str, Any]) -> None:
-        self._tell(f"output_item.{part}", output_index=len(self._items), item=item)
-        if part == "done":
-            self._items.append(item)
-
-    def _text_item(self, status: str, *content: dict[str, Any]) -> dict[str, Any]:
-        item = {"type": "message", "id": f"msg_{len(self._items)}", "role": "assistant"}
-        return {**item, "status": status, "content": [*content]}
-
-    def _part(self, kind: str, **fields: Any) -> None:
-        index = len(self._items)
-        place = {"item_id": f"msg_{index}", "output_index": index, "content_index": 0}
-        self._tell(kind, **fields, **place)
-
-    def _begin_text(self) -> None:
-        self._item("added", self._text_item("in_progress"))
-        part = {"type": "output_text", "text": "", "annotations": []}
-        self._part("content_part.added", part=part)
-
-    def _text(self, text: str) -> None:
-        self._part("output_text.delta", delta=text, logprobs=[])
-
-    def _end_text(self, text: str) -> None:
-        part = {"type": "output_text", "text": text, "annotations": []}
-        self._part("output_text.done", text=text, logprobs=[])
-        self._part("content_part.done", part=part)
-        self._item("done", self._text_item("completed", part))
-
-    def _call(self, id: Any, name: str, arguments: str) -> None:
-        item = {"type": "function_call", "id": id, "call_id": id, "name": name}
-        self._item("added", {**item, "status": "in_progress", "arguments": ""})
-        place = {"item_id": id, "output_index": len(self._items)}
-        kind = "function_call_arguments"
-        self._tell(f"{kind}.delta", delta=arguments, **place)
-        self._tell(f"{kind}.done", arguments=arguments, name=name, **place)
-        self._item("done", {**item, "status": "completed", "arguments": arguments})
-
-    def _end(self, finish_reason: str, usage: Usage) -> None:
-        self._answer = self._response("completed", usage)
-        self._tell("completed", response=self._answer)
+    FORMS: ClassVar = read_forms(
+        """
+answer = {"id": $id, "object": "response", "created_at": $created, "model": $model,
+    "status": $status, "error": null, "incomplete_details": null,
+    "instructions": null, "temperature": null, "top_p": null, "metadata": {},
+    "output": $items, "parallel_tool_calls": true, "tool_choice": "auto", "tools": [],
+    "usage": $usage}
+usage = {"input_tokens": $input, "output_tokens": $output, "total_tokens": $total,
+    "input_tokens_details": {"cached_tokens": $cached_input},
+    "output_tokens_details": {"reasoning_tokens": 0}}
+message = {"type": "message", "id": $item, "role": "assistant", "status": "completed",
+    "content": [$part]}
+part = {"type": "output_text", "text": $text, "annotations": []}
+function = {"type": "function_call", "id": $item, "call_id": $item, "name": $name,
+    "status": "completed", "arguments": $text}
+place = "item_id": $item, "output_index": $index
+begin created, "response": $answer
+begin in_progress, "response": $answer
+text output_item.added, "output_index": $index, "item": {"type": "message",
+    "id": $item, "role": "assistant", "status": "in_progress", "content": []}
+text content_part.added, "part": $part, $place, "content_index": 0
+piece output_text.delta, "delta": $text, "logprobs": [], $place, "content_index": 0
+text_end output_text.done, "text": $text, "logprobs": [], $place, "content_index": 0
+text_end content_part.done, "part": $part, $place, "content_index": 0
+text_end output_item.done, "output_index": $index, "item": $message
+text_end = $message
+call output_item.added, "output_index": $index, "item": {"type": "function_call",
+    "id": $item, "call_id": $item, "name": $name, "status": "in_progress",
+    "arguments": ""}
+call function_call_arguments.delta, "delta": $text, $place
+call function_call_arguments.done, "arguments": $text, "name": $name, $place
+call output_item.done, "output_index": $index, "item": $function
+call = $function
+end completed, "response": $answer
+end = $answer
+""",
+        prefix="response.",
+        more=', "sequence_number": $number',
+    )
 
 
 # A tool's call and its result: in messages parts of a message, in responses items
