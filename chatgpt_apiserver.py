@@ -396,6 +396,7 @@ _HOST = re.compile(
     r"(?::[0-9]{0,5})?",
     re.ASCII,
 )
+_ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)", re.ASCII | re.IGNORECASE)
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 # Fields of which a second one, even an equal one, makes a message ambiguous.
@@ -650,19 +651,17 @@ def split_target(method: str, target: str, headers: Headers) -> tuple[str, str]:
     host = headers.get("host")
     if host is not None and not _HOST.fullmatch(host):
         raise ProtocolError(400, "the Host field is malformed")
-    if target.startswith("/"):
-        path, _, query = target.partition("?")
-        return path, query
     if target == "*" and method == "OPTIONS":
         return "*", ""
-    scheme, _, rest = target.partition("://")
-    if scheme.lower() in ("http", "https"):
-        authority = re.split("[/?]", rest, maxsplit=1)[0]
-        if host is not None and authority.lower() != host.lower():
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is not None:
+        if host is not None and absolute[1].lower() != host.lower():
             raise ProtocolError(400, "the target and the Host field name two hosts")
-        path, _, query = rest[len(authority) :].partition("?")
-        return path or "/", query
-    raise ProtocolError(400, "the request target is malformed")
+        target = absolute[2]
+    elif not target.startswith("/"):
+        raise ProtocolError(400, "the request target is malformed")
+    path, _, query = target.partition("?")
+    return path or "/", query
 
 
 def content_length(headers: Headers, version: str = "HTTP/1.1") -> int | None:
@@ -778,33 +777,25 @@ class ChunkedDecoder(ContentDecoder):
                     if self._extensions > CHUNK_EXTENSIONS_SIZE:
                         raise ProtocolError(400, "too many chunk extensions")
                 at = end + 2
-                size = _chunk_size(line)
-                if not size:
+                self._left = _chunk_size(line) + 2
+                if self._left == 2:
                     self._trailers = True
                     break
-                self._left = size + 2
             end = at + self._left
-            if end > len(data):
-                at += self._take_part(data[at:], pieces)
-                break
-            if data[end - 2 : end] != b"\r\n":
+            content, tail = data[at : end - 2], data[end - 2 : end]
+            if not b"\r\n".startswith(tail):
                 raise ProtocolError(400, "a chunk does not end in CR LF")
-            pieces.append(data[at : end - 2])
+            pieces.append(content)
+            at += len(content)
+            self._left -= len(content)
+            if tail != b"\r\n":  # it waits to be whole
+                break
             at = end
             self._left = 0
         del buffer[:at]
         if self._trailers and not self.complete:
             self._take_trailers(buffer)
         return b"".join(pieces)
-
-    def _take_part(self, data: bytes, pieces: list[bytes]) -> int:
-        """Take what is there of a chunk's data; its CR LF waits to be whole."""
-        size = min(len(data), self._left - 2)
-        if len(data) > size and data[size] != 0x0D:
-            raise ProtocolError(400, "a chunk does not end in CR LF")
-        pieces.append(data[:size])
-        self._left -= size
-        return size
 
     def _take_trailers(self, buffer: bytearray) -> None:
         if buffer.startswith(b"\r\n"):
@@ -964,18 +955,12 @@ def encode_chunk(data: bytes) -> bytes:
 
 LAST_CHUNK = b"0\r\n\r\n"
 
-_DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
-_MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
-
 
 @functools.lru_cache(maxsize=2)
 def http_date(timestamp: int) -> str:
     """A Unix time as a Date field (RFC 9110 section 5.6.7), in any locale."""
-    now = time.gmtime(timestamp)
-    return (
-        f"{_DAYS[now.tm_wday]}, {now.tm_mday:02} {_MONTHS[now.tm_mon - 1]}"
-        f" {now.tm_year} {now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT"
-    )
+    day, month, date, clock, year = time.asctime(time.gmtime(timestamp)).split()
+    return f"{day}, {date:0>2} {month} {year} {clock} GMT"
 
 
 # -----------------------------------------------------------------------------
@@ -1348,19 +1333,15 @@ def _parse_int(digits: str) -> int:
     return int(digits)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _parse_float(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):  # JSON has no way to say it again
-        raise ValueError("a number is too large")
+    number = float(digits)  # or NaN, Infinity
+    if not math.isfinite(number):  # JSON has no way to say it again
+        raise ValueError("a number is not finite")
     return number
 
 
 _JSON_DECODER = json.JSONDecoder(
-    parse_int=_parse_int, parse_float=_parse_float, parse_constant=_refuse_constant
+    parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float
 )
 
 
@@ -1643,21 +1624,16 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 # --- Multipart forms
 
 
-class FormField(NamedTuple):
-    """A text field of a form, and where in the content its value stands."""
-
-    value: str
-    start: int
-    end: int
-
-
 _BOUNDARY = re.compile(r';\s*boundary\s*=\s*(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.I)
-_PARAMETER = re.compile(r';\s*([a-z*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s";]*))', re.I)
+_DISPOSITION = re.compile(rb"\r\ncontent-disposition[ \t]*:([^\r\n]*)", re.I)
+_PARAMETER = re.compile(
+    rb';\s*([a-z*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s";]*))', re.I
+)
 _MAX_PARTS = 100
 
 
-def find_form_field(content: bytes, content_type: str, name: str) -> FormField | None:
-    """A text field of multipart/form-data by its name (RFC 7578 section 4.2).
+def find_form_field(content: bytes, content_type: str, name: str) -> slice | None:
+    """Where a text field of multipart/form-data stands (RFC 7578 section 4.2).
 
     Raise APIError(400) if there are two, or too many parts to know: one reader
     takes the first of them and another the last.
@@ -1673,24 +1649,17 @@ def find_form_field(content: bytes, content_type: str, name: str) -> FormField |
         if at < 0 or end < 0:
             return field
         start = content.find(b"\r\n\r\n", at, min(end, at + 8192)) + 4
-        if start >= 4 and _part_name(content[at:start]) == name and end - start < 1024:
+        head = _DISPOSITION.search(content, at, max(at, start))
+        parameters = _PARAMETER.findall(head[1]) if head else ()
+        names = [
+            quoted or bare for key, quoted, bare in parameters if key.lower() == b"name"
+        ]
+        if names[:1] == [name.encode()] and end - start < 1024:
             if field is not None:
                 raise APIError(400, f"{name!r} appears twice.", param=name)
-            text = content[start:end].decode("utf-8", "replace")
-            field = FormField(text, start, end)
+            field = slice(start, end)
         at = end + 2
     raise APIError(400, f"A form may have at most {_MAX_PARTS} parts.", param=name)
-
-
-def _part_name(head: bytes) -> str | None:
-    """The name in a part's Content-Disposition; a file's name is none."""
-    for line in head.decode("utf-8", "replace").split("\r\n"):
-        key, _, value = line.partition(":")
-        if key.strip().lower() == "content-disposition":
-            for parameter in _PARAMETER.finditer(value):
-                if parameter[1].lower() == "name":
-                    return parameter[2] or parameter[3]
-    return None
 
 
 # --- Chat messages
@@ -2702,7 +2671,7 @@ class APIRequest:
     KEPT_SIZE = 1024 * 1024
 
     model: str | None = None  # the model asked for
-    model_field: FormField | None = None  # where a form says the model
+    model_field: slice | None = None  # where a form says the model
     stream = False  # server-sent events are wanted
     wants_usage = False  # the client wants the usage event of a stream
     choices = 1  # that a completion shall have
@@ -2817,7 +2786,7 @@ class APIRequest:
             if same or model is None or field is None:
                 return self.content
             name = model.encode("utf-8", "replace")
-            return self.content[: field.start] + name + self.content[field.end :]
+            return self.content[: field.start] + name + self.content[field.stop :]
         if same and not include_usage:
             return self.content
         if same and not self._has_options:
@@ -2882,7 +2851,7 @@ def form_request(
     request = APIRequest(path, content, query=query)
     request.model_field = find_form_field(content, content_type, "model")
     if request.model_field is not None:
-        request.model = request.model_field.value
+        request.model = content[request.model_field].decode("utf-8", "replace")
     return request
 
 
