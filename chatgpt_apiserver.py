@@ -1130,6 +1130,78 @@ def parse_close(payload: bytes) -> tuple[int, str]:
 WebSocketEvent = tuple[Opcode, Any]
 
 
+def take_payload(buffer: bytearray, frame: FrameHead, taken: int) -> bytes | bytearray:
+    """Take what is there of a frame's payload, unmasked; taken: bytes before it."""
+    missing = frame.length - taken
+    piece = buffer[:missing]
+    del buffer[:missing]
+    if frame.masking_key is None:
+        return piece
+    shift = taken % 4
+    return apply_mask(piece, frame.masking_key[shift:] + frame.masking_key[:shift])
+
+
+def parse_messages(
+    buffer: bytearray, masked: bool, max_size: int
+) -> Iterator[WebSocketEvent | None]:
+    """The events that the bytes in buffer complete; None when it needs more.
+
+    Raise WebSocketError and UnicodeDecodeError.  Text is judged as it arrives, and
+    sizes before their payload does.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    # Unmasked, so far: a list of tiny pieces takes many times the size allowed.
+    message = bytearray()
+    is_text = False
+    fragments = 0  # frames of that message; 0 between messages
+    while True:
+        frame = parse_frame_head(buffer, masked, max_size - len(message))
+        if frame is None:
+            yield None
+            continue
+        if frame.opcode & CONTROL_BIT:  # it may come between fragments (section 5.4)
+            while len(buffer) < frame.length:
+                yield None
+            payload = bytes(take_payload(buffer, frame, 0))
+            is_close = frame.opcode is Opcode.CLOSE
+            yield frame.opcode, parse_close(payload) if is_close else payload
+            continue
+        continues = frame.opcode == Opcode.CONTINUATION
+        if continues is not (fragments > 0):
+            raise WebSocketError(1002, "fragments of a message out of order")
+        fragments += 1
+        if fragments > MESSAGE_FRAGMENTS:
+            raise WebSocketError(1008, "message in too many fragments")
+        if not continues:
+            is_text = frame.opcode == Opcode.TEXT
+        end = len(message) + frame.length
+        while True:
+            at = len(message)
+            message += take_payload(buffer, frame, at - end + frame.length)
+            if len(message) == end and frame.fin:
+                break
+            if is_text:
+                if not at:
+                    decoder.reset()  # it never sees the end of a message
+                decoder.decode(message[at:])
+                # It waits for a surrogate's third byte; the second is bad already.
+                if b"\xed\xa0" <= decoder.getstate()[0] < b"\xee":
+                    raise WebSocketError(1007, "text is not valid UTF-8")
+            if len(message) == end:
+                break
+            yield None
+        if frame.fin:
+            fragments = 0
+            yield _whole_message(message, is_text)
+            message.clear()
+
+
+def _whole_message(message: bytearray, is_text: bool) -> WebSocketEvent:
+    if is_text:
+        return Opcode.TEXT, message.decode()
+    return Opcode.BINARY, bytes(message)
+
+
 class WebSocketProtocol:
     """One side of a websocket, after the handshake: turns bytes into events and back.
 
@@ -1151,12 +1223,7 @@ class WebSocketProtocol:
         self.close_received = False  # that ended receiving, too
         self.close_sent = False  # and this, sending
         self._buffer = bytearray()  # received, not yet parsed
-        self._frame: FrameHead | None = None  # whose payload is arriving
-        self._missing = 0  # bytes of that payload
-        self._message = bytearray()  # unmasked, so far
-        self._fragments = 0  # frames of that message; 0 between messages
-        self._is_text = False  # that message
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._events = parse_messages(self._buffer, not masks, max_size)
 
     # --- Receiving.
 
@@ -1170,7 +1237,6 @@ class WebSocketProtocol:
 
         error.close_code is 1002 for a breach of section 5, 1007 for text that is
         not UTF-8, 1008 for too many fragments and 1009 for a message too large.
-        Text is judged as it arrives, sizes before their payload does.
         """
         events: list[WebSocketEvent] = []
         if self.error or self.close_received:
@@ -1178,95 +1244,17 @@ class WebSocketProtocol:
         self._buffer += data
         try:
             while not self.close_received:
-                event = self._next_event()
+                event = next(self._events)
                 if event is None:
                     break
                 events.append(event)
+                self.close_received = event[0] is Opcode.CLOSE
         except UnicodeDecodeError:
             self.error = WebSocketError(1007, "text is not valid UTF-8")
         except WebSocketError as error:
             # Its traceback leads to this frame, and so to itself and all our bytes.
             self.error = error.with_traceback(None)
         return events
-
-    def _next_event(self) -> WebSocketEvent | None:
-        """Take the next event off the buffer, or None when more bytes are needed."""
-        while True:
-            frame = self._frame or self._next_frame()
-            if frame is None:
-                return None
-            if frame.opcode & CONTROL_BIT:
-                if len(self._buffer) < frame.length:
-                    return None
-                return self._control_event(frame)
-            piece = self._take_payload(frame)
-            if frame.fin and not self._missing:
-                return self._end_message(piece)
-            self._add_to_message(piece)
-            if self._missing:
-                return None
-
-    def _next_frame(self) -> FrameHead | None:
-        """Take the next frame's head and judge its place in a message (section 5.4)."""
-        max_size = self.max_size - len(self._message)
-        frame = parse_frame_head(self._buffer, not self.masks, max_size)
-        if frame is None:
-            return None
-        if not frame.opcode & CONTROL_BIT:
-            continues = frame.opcode == Opcode.CONTINUATION
-            if continues is not (self._fragments > 0):
-                raise WebSocketError(1002, "fragments of a message out of order")
-            if not continues:
-                self._is_text = frame.opcode == Opcode.TEXT
-            self._fragments += 1
-            if self._fragments > MESSAGE_FRAGMENTS:
-                raise WebSocketError(1008, "message in too many fragments")
-        self._frame, self._missing = frame, frame.length
-        return frame
-
-    def _take_payload(self, frame: FrameHead) -> bytes | bytearray:
-        """Take what has arrived of a frame's payload, unmasked."""
-        piece = self._buffer[: self._missing]
-        del self._buffer[: self._missing]
-        taken = frame.length - self._missing
-        self._missing -= len(piece)
-        if not self._missing:
-            self._frame = None
-        if frame.masking_key is None:
-            return piece
-        shift = taken % 4
-        return apply_mask(piece, frame.masking_key[shift:] + frame.masking_key[:shift])
-
-    def _add_to_message(self, piece: bytes | bytearray) -> None:
-        """Keep a piece of a message that goes on; text is judged, not yet decoded."""
-        # In one bytearray: a list of tiny pieces takes many times the size allowed.
-        if self._is_text:
-            if not self._message:
-                self._decoder.reset()  # it never sees the end of a message
-            self._decoder.decode(piece)
-            # It waits for a surrogate's third byte; the second is bad already.
-            if b"\xed\xa0" <= self._decoder.getstate()[0] < b"\xee":
-                raise WebSocketError(1007, "text is not valid UTF-8")
-        self._message += piece
-
-    def _end_message(self, piece: bytes | bytearray) -> WebSocketEvent:
-        """Complete a message with its last piece, which mostly is its first."""
-        if self._message:
-            self._message += piece
-            piece, self._message = self._message, bytearray()
-        self._fragments = 0
-        if self._is_text:
-            return Opcode.TEXT, piece.decode()
-        return Opcode.BINARY, bytes(piece)
-
-    def _control_event(self, frame: FrameHead) -> WebSocketEvent:
-        """Return the event of a control frame that is here whole (section 5.5)."""
-        payload = bytes(self._take_payload(frame))
-        if frame.opcode is not Opcode.CLOSE:
-            return frame.opcode, payload
-        close = parse_close(payload)
-        self.close_received = True
-        return Opcode.CLOSE, close
 
     # --- Sending.  Each method returns bytes to write.  What answers the peer is
     # b"" after our close frame; to send anything else is a ConnectionError then.
