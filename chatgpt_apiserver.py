@@ -5594,7 +5594,7 @@ class Controller:
             return NOT if model is not None and model.startswith("mock/") else ANY
         if model is None:
             return ANY if self.models else NOT
-        return NAMED if model in self.models else NOT
+        return NAMED if has_model(self.models, model) else NOT
 
     def real_name(self, model: str | None) -> str | None:
         """What it calls a model."""
@@ -5725,6 +5725,11 @@ def may_be_about_stream_options(content: bytes) -> bool:
     return error.param is None and error.code is None
 
 
+def has_model(models: dict[str, str], model: str | None) -> bool:
+    """Whether a model is there; Ollama's "llama3.1" is its "llama3.1:latest"."""
+    return model in models or f"{model}:latest" in models
+
+
 def models_table(models: Iterable[str] | dict[str, str]) -> dict[str, str]:
     """Names to real names, from either form of "models"."""
     return models if isinstance(models, dict) else {name: name for name in models}
@@ -5816,8 +5821,7 @@ class OpenAIController(Controller):
 
     def serves(self, model: str | None) -> int:
         how, listed = super().serves(model), self.listed
-        # Ollama's "llama3.1" is its "llama3.1:latest".
-        if how == ANY and listed and {model, f"{model}:latest"} & listed.keys():
+        if how == ANY and has_model(listed, model):
             return NAMED
         return how
 
@@ -7423,7 +7427,8 @@ class Pool:
 
     def _has_just_left(self, model: str | None, now: float) -> bool:
         """Whether a model was an agent's that may be back in a moment; None: any."""
-        return now - self._left.get(model, -math.inf) < AGENT_RETURN_WINDOW
+        at = self._left.get(model) or self._left.get(f"{model}:latest", -math.inf)
+        return now - at < AGENT_RETURN_WINDOW
 
     def _nobody(self, request: APIRequest) -> APIError:
         cure = (

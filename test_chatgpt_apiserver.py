@@ -8338,14 +8338,17 @@ async def test_who_has_a_model_is_asked_before_who_takes_any(tmp_path, how):
         assert len(chats(ups[0])) == 1
 
 
+@cases("listed", "local", "local:latest")
 @flow
 async def test_an_agents_model_is_asked_of_nobody_else_while_it_is_away(
-    tmp_path, constant
+    tmp_path, constant, listed
 ):
-    hello = json.dumps({"version": 2, "name": "gpu", "models": ["local"]})
+    hello = json.dumps({"version": 2, "name": "gpu", "models": [listed]})
     async with pool_of(tmp_path, None, options=[ANY]) as (server, (cloud,), _):
         async with Agent(server.port, hello=hello):
-            await until(lambda: server.agents)
+            (agent,) = await until(lambda: list(server.agents.values()))
+            assert agent.serves("local") == apiserver.NAMED
+            assert agent.serves("latest") == apiserver.NOT
         await until(lambda: not server.agents)
         asking = asyncio.ensure_future(chat(server, model="local"))
         await until(lambda: server.pool.waiting)
