@@ -4504,6 +4504,14 @@ def stamp_of(found: os.stat_result) -> Stamp:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
+def stamp_at(path: str) -> Stamp:
+    """The stamp of the file that is there now; ABSENT if there is none."""
+    try:
+        return stamp_of(os.stat(path))
+    except FileNotFoundError:
+        return ABSENT
+
+
 def append_to_file(path: str, data: bytes) -> Stamp:
     """Append in one write, or nothing; a new file has mode 0600.  Its stamp then."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW
@@ -4905,15 +4913,22 @@ def window(per: str, now: float) -> tuple[int, int]:
 
 
 class Window:
-    """One calendar window: when it is, and what was used in it."""
+    """One calendar window: when it is, and the counts that it began with."""
 
-    __slots__ = ("end", "first_hour", "last_hour", "start", "used")
+    __slots__ = ("before", "end", "first_hour", "last_hour", "start")
 
-    def __init__(self, per: str, now: float) -> None:
+    def __init__(
+        self, per: str, now: float, requests: int = 0, tokens: int = 0
+    ) -> None:
         self.start, self.end = window(per, now)
         self.first_hour = hour_text(self.start // 3600)
         self.last_hour = hour_text((self.end - 1) // 3600)
-        self.used = dict.fromkeys(UNITS, 0)
+        self.before = {"requests": requests, "tokens": tokens}
+
+    def use(self, requests: int, tokens: int) -> None:
+        """Take over what was used in it, and is in no count here."""
+        self.before["requests"] -= requests
+        self.before["tokens"] -= tokens
 
 
 class UsageLimit:
@@ -4922,8 +4937,8 @@ class UsageLimit:
     history  tells what had been used in a window before this was made
 
     What is counted counts in all windows, so until one turns the quota with the
-    least left of its unit stays the same one: a request looks at that one alone, and
-    windows are told later what has come together.
+    least left of its unit stays the same one: a request looks at what is left of that
+    alone.  A window knows the counts that it began with.
     """
 
     def __init__(self, quotas: list[Quota]) -> None:
@@ -4932,82 +4947,77 @@ class UsageLimit:
         self.reported = False  # to a person, in this window
         self._windows: dict[str, Window] = {}  # by period
         self._since = self._until = 0.0  # between these times no window turns
-        self._requests = self._tokens = 0  # counted, and not told to the windows
-        self._most_requests = self._most_tokens = sys.maxsize  # that these may be
-        self._tightest: dict[str, tuple[Quota, Window]] = {}  # that say so, by unit
+        self._tightest: dict[str, Quota] = {}  # with the least left, by unit
+        self._most = dict.fromkeys(UNITS, sys.maxsize)  # counts that use these up
+        self._requests_left = self._tokens_left = sys.maxsize  # until then
         self._fields = b""  # of HTTP, for one second, with places for what is left
         self._second = 0
-
-    def _look(self) -> None:
-        """Have the windows of this moment."""
-        now = unix_time()
-        if not self._since <= now < self._until:
-            self._turn(now)
+        units = [unit in {quota.unit for quota in quotas} for unit in UNITS]
+        self._units = slice(not units[0], 1 + units[1])  # of (requests, tokens)
 
     def _turn(self, now: float) -> None:
-        self._tell_windows()
+        """Have the windows of this moment."""
         for per in dict.fromkeys(quota.per for quota in self.quotas):
             known = self._windows.get(per)
             # A clock that is set back goes on with the window that it has come from,
             # unless it had been wrong by more than a day.
             if known is not None and known.start - 86400 <= now < known.end:
                 continue
-            self._windows[per] = made = Window(per, now)
+            self._windows[per] = made = Window(per, now, *self._counts())
             self.reported = False
             # A minute's is not known: what is kept is kept by the hour.
             if per != "minute" and (known is None or now < known.start):
-                made.used.update(zip(UNITS, self.history(per, made)))
+                made.use(*self.history(per, made))
         self._since = max(w.start for w in self._windows.values()) - 86400
         self._until = min(w.end for w in self._windows.values())
         self._find_tightest()
 
-    def _tell_windows(self) -> None:
-        for turn in self._windows.values():
-            turn.used["requests"] += self._requests
-            turn.used["tokens"] += self._tokens
-        self._most_requests -= self._requests
-        self._most_tokens -= self._tokens
-        self._requests = self._tokens = 0
+    def _counts(self) -> list[int]:
+        """Requests and tokens since this was made."""
+        left = (self._requests_left, self._tokens_left)
+        return [most - n for most, n in zip(self._most.values(), left)]
 
     def _find_tightest(self) -> None:
-        left = dict.fromkeys(UNITS, sys.maxsize)
-        for quota in self.quotas:
-            turn = self._windows[quota.per]
-            if quota.amount - turn.used[quota.unit] < left[quota.unit]:
-                left[quota.unit] = quota.amount - turn.used[quota.unit]
-                self._tightest[quota.unit] = (quota, turn)
-        self._most_requests, self._most_tokens = left["requests"], left["tokens"]
+        counts = self._counts()
+        ends = {q: self._windows[q.per].before[q.unit] + q.amount for q in self.quotas}
+        for quota in sorted(ends, key=lambda q: (q.unit, -ends[q])):
+            self._tightest[quota.unit] = quota
+            self._most[quota.unit] = ends[quota]
+        left = (most - n for most, n in zip(self._most.values(), counts))
+        self._requests_left, self._tokens_left = left
         self._second = 0
 
-    def count(self, requests: int = 0, tokens: int = 0, hour: str = "") -> None:
-        """Add what was used: now, or by another server in an hour it has told."""
-        self._look()
-        if not hour:
-            self._requests += requests
-            self._tokens += tokens
-            return
-        self._tell_windows()
+    def count(self, requests: int = 0, tokens: int = 0) -> None:
+        """Add what was used now."""
+        if not self._since <= (now := unix_time()) < self._until:
+            self._turn(now)
+        self._requests_left -= requests
+        self._tokens_left -= tokens
+
+    def count_of_others(self, hour: str, requests: int, tokens: int) -> None:
+        """Add what another server has counted in an hour."""
+        self.count()
         for turn in self._windows.values():
             if turn.first_hour <= hour <= turn.last_hour:
-                turn.used["requests"] += requests
-                turn.used["tokens"] += tokens
+                turn.use(requests, tokens)
         self._find_tightest()
 
     def state(self) -> list[tuple[Quota, int, int]]:
         """Each quota, how much of it is used, and the Unix time when it begins anew."""
-        self._look()
-        self._tell_windows()
+        self.count()
+        counts = dict(zip(UNITS, self._counts()))
         windows = [(quota, self._windows[quota.per]) for quota in self.quotas]
-        return [(quota, turn.used[quota.unit], turn.end) for quota, turn in windows]
+        return [
+            (q, counts[q.unit] - turn.before[q.unit], turn.end) for q, turn in windows
+        ]
 
     def over(self, running: int = 0) -> tuple[Quota, int, int] | None:
         """The quota that is used up, as in state(), or None.
 
         running  requests that are admitted and not yet counted
         """
-        self._look()
-        requests = self._requests + running
-        if requests < self._most_requests and self._tokens < self._most_tokens:
+        self.count()
+        if running < self._requests_left and self._tokens_left > 0:
             return None
         coming = {"requests": running, "tokens": 0}
         # None: the window has turned between the two looks.
@@ -5016,23 +5026,19 @@ class UsageLimit:
 
     def fields(self, now: float) -> bytes:
         """OpenAI's x-ratelimit fields: of several quotas the one with least left."""
-        if not self._since <= now < self._until:
-            self._turn(now)
-        if not self._second <= now < self._second + 1:
-            self._second = second = int(now)
+        if not self._second <= now < self._second + 1:  # no window turns in between
+            self.count()
+            self._second = int(now)
             self._fields = "".join(
                 f"x-ratelimit-limit-{unit}: {quota.amount}\r\n"
-                f"x-ratelimit-remaining-{unit}: %({unit})d\r\n"
-                f"x-ratelimit-reset-{unit}: {turn.end - second}s\r\n"
-                for unit, (quota, turn) in self._tightest.items()
+                f"x-ratelimit-remaining-{unit}: %d\r\n"
+                f"x-ratelimit-reset-{unit}: {self._windows[quota.per].end - int(now)}s\r\n"
+                for unit, quota in self._tightest.items()
             ).encode()
         # This request has begun, and is counted when it ends.
-        requests = self._most_requests - self._requests - 1
-        tokens = self._most_tokens - self._tokens
-        return self._fields % {
-            b"requests": requests if requests > 0 else 0,
-            b"tokens": tokens if tokens > 0 else 0,
-        }
+        requests, tokens = self._requests_left - 1, self._tokens_left
+        left = (requests if requests > 0 else 0, tokens if tokens > 0 else 0)
+        return self._fields % left[self._units]
 
     def exceeded(self) -> str:
         """What is used up, as a sentence; "" if nothing is."""
@@ -5071,14 +5077,17 @@ class Ledger:
     def __init__(
         self, path: str | None, report: Callable[[str], object] = lambda line: None
     ) -> None:
-        self._file = None if path is None else UsageFile(os.path.abspath(path), report)
+        self._file = None if path is None else UsageFile(os.path.abspath(path))
+        self._report = report
+        self._problem = ""  # with the file, as it was reported last
         # By day and user, then by model and controller.
         self._days: dict[str, dict[str, dict[tuple[str, str], list[int]]]] = {}
-        self._recorded: Sums = {}  # and not yet added up
+        # Of this hour, by user, model and controller; not yet added up.
+        self._recorded: dict[tuple[str, str, str], list[int]] = {}
         self._unwritten: Sums = {}  # added up, and not yet in the file
-        self._limits: dict[tuple[str, str], UsageLimit] = {}  # ("user", its id)
+        self._limits: dict[str, dict[str, UsageLimit]] = {"user": {}, "controller": {}}
         self._hour = Window("hour", 0)  # the present one
-        self._this_hour: dict[tuple[str, str], list[int]] = {}  # as _limits
+        self._this_hour: dict[tuple[str, str], list[int]] = {}  # ("user", its id)
         self._models: dict[str, set[str]] = {}  # of this hour, by user
 
     # --- Counting
@@ -5087,21 +5096,21 @@ class Ledger:
         self, user: str, model: str, controller: str, failures: int, usage: Usage
     ) -> None:
         """Count one request that has ended."""
-        limit = self._limits.get(("user", user))
+        sent, cached, output = usage
+        limit = self._limits["user"].get(user)
         if limit is not None:  # first: its history is what we count
-            limit.count(1, usage.input + usage.output)
+            limit.count(1, sent + output)
         if not self._hour.start <= unix_time() < self._hour.end:
             self._begin_hour()
-        hour = self._hour.first_hour
-        counts = self._recorded.get((hour, user, model, controller))
+        counts = self._recorded.get((user, model, controller))
         if counts is None:
-            key = (hour, user, self._told_apart(user, model), controller)
+            key = (user, self._told_apart(user, model), controller)
             counts = self._recorded.setdefault(key, [0] * len(COUNTS))
         counts[0] += 1
         counts[1] += failures
-        counts[2] += usage.input
-        counts[3] += usage.cached_input
-        counts[4] += usage.output
+        counts[2] += sent
+        counts[3] += cached
+        counts[4] += output
 
     def _told_apart(self, user: str, model: str) -> str:
         """The name that a model is counted under."""
@@ -5126,7 +5135,8 @@ class Ledger:
     def _add_up(self) -> None:
         """Add what was recorded to the sums."""
         recorded, self._recorded = self._recorded, {}
-        for key, counts in recorded.items():
+        for names, counts in recorded.items():
+            key = (self._hour.first_hour, *names)
             self._count(key, counts)
             if self._file is not None:
                 _add(self._unwritten, key, counts)
@@ -5141,7 +5151,7 @@ class Ledger:
 
     def limit_of(self, user: str, quotas: list[Quota]) -> UsageLimit:
         """A user's limit; what has been used of it is kept while it is the same."""
-        limit = self._limits.get(("user", user))
+        limit = self._limits["user"].get(user)
         if limit is None or limit.quotas != quotas:
             limit = UsageLimit(quotas)
             self.watch("user", user, limit)
@@ -5149,7 +5159,7 @@ class Ledger:
 
     def watch(self, kind: str, name: str, limit: UsageLimit) -> None:
         """Tell a user's or controller's limit what was used before, and by others."""
-        self._limits[kind, name] = limit
+        self._limits[kind][name] = limit
         limit.history = functools.partial(self._used, kind, name)
 
     def _used(self, kind: str, name: str, per: str, turn: Window) -> tuple[int, int]:
@@ -5202,85 +5212,84 @@ class Ledger:
         self._begin_hour()
         if self._file is not None:
             self._file.read_to = (0, 0)
-            unwritten, lines, _ = self._file.exchange({})
-            self._take(unwritten, lines, anew=True)
+            _, lines, _ = self._file.exchange({})
+            self._take(lines.items(), anew=True)
 
     async def flush(self) -> None:
         """Write what has come together, and take over what others have written."""
         self._add_up()
-        if self._file is not None:
-            pending, self._unwritten = self._unwritten, {}
-            loop = asyncio.get_running_loop()
-            exchange = self._file.exchange
-            self._take(*await loop.run_in_executor(None, exchange, pending))
-
-    def _take(self, unwritten: Sums, lines: Sums, anew: bool) -> None:
-        """Count what others have written; anew: the whole file, which was replaced."""
-        for key, counts in unwritten.items():
+        if self._file is None:
+            return
+        pending, self._unwritten = self._unwritten, {}
+        loop, exchange = asyncio.get_running_loop(), self._file.exchange
+        written, lines, anew = await loop.run_in_executor(None, exchange, pending)
+        self._take([*lines.items(), *(pending.items() if anew else ())], anew)
+        for key, counts in () if written else pending.items():
             _add(self._unwritten, key, counts)
+
+    def _take(self, lines: Iterable[tuple[Key, list[int]]], anew: bool) -> None:
+        """Count lines of the file; anew: all that are there, for it was replaced."""
+        assert self._file is not None
+        problem = self._file.problem
+        if problem and problem != self._problem:
+            self._report(problem)
+        self._problem = problem
         if anew:
             self._days.clear()
             self._this_hour.clear()
-        for key, counts in (*lines.items(), *(self._unwritten.items() if anew else ())):
-            for subject in () if anew else (("user", key[1]), ("controller", key[3])):
-                limit = self._limits.get(subject)
+            lines = [*lines, *self._unwritten.items()]
+        for key, counts in lines:
+            hour, user, _, controller = key
+            for kind, name in (
+                () if anew else (("user", user), ("controller", controller))
+            ):
+                limit = self._limits[kind].get(name)
                 if limit is not None:  # first: its history is what we count
-                    limit.count(counts[0], counts[2] + counts[4], hour=key[0])
+                    limit.count_of_others(hour, counts[0], counts[2] + counts[4])
             self._count(key, counts)
 
 
 class UsageFile:
     """usage.jsonl, as a thread sees it: others append to it, and rewrite it."""
 
-    def __init__(self, path: str, report: Callable[[str], object]) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
         self.read_to = (0, 0)  # inode and size of what was read
-        self._report = report
-        self._problem = ""
+        self.problem = ""  # why it could not be read or written
 
-    def exchange(self, pending: Sums) -> tuple[Sums, Sums, bool]:
-        """Append lines, read those of others: what could not be written, what was
-        read, and whether that is the whole file."""
-        lines: Sums = {}
-        anew = False
+    def exchange(self, pending: Sums) -> tuple[bool, Sums, bool]:
+        """Append lines, and read those of others.
+
+        Whether they were written, what was read, and whether that is all there is, of
+        a file that is not the one read before.
+        """
+        written, lines, anew = False, Sums(), False
         try:
-            if pending or self._stat() != self.read_to:
-                # Reading whole lines needs no lock.
-                lock = file_lock(f"{self.path}.lock")
-                with lock if pending else contextlib.nullcontext():
-                    lines, anew = self._read()
-                    if pending:
-                        self._append(pending)
-                        for key, counts in pending.items() if anew else ():
-                            _add(lines, key, counts)
-                        pending = {}
-                        self._shorten()
-            self._problem = ""
+            # Reading whole lines needs no lock.
+            lock = file_lock(f"{self.path}.lock")
+            with lock if pending else contextlib.nullcontext():
+                lines, anew = self._read()
+                if pending:
+                    self._append(pending)
+                    written = True
+                    self._shorten()
+            self.problem = ""
         except OSError as error:
-            problem = f"{self.path}: {error.strerror or error}; usage is kept in memory"
-            if problem != self._problem:
-                self._report(problem)
-            self._problem = problem
-        return pending, lines, anew
-
-    def _stat(self) -> tuple[int, int]:
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            return (0, 0)
-        return found.st_ino, found.st_size
+            reason = error.strerror or error
+            self.problem = f"{self.path}: {reason}; usage is kept in memory"
+        return written, lines, anew
 
     def _read(self) -> tuple[Sums, bool]:
         """The lines behind those that were read; True: all, of another file.
 
         Another server may have rewritten it, or somebody removed it.
         """
-        inode, size = self._stat()
+        _, size, inode = stamp_at(self.path)
         known, at = self.read_to
         anew = known != inode or size < at
         at = 0 if anew else at
         data = b""
-        if inode:
+        if size > at:
             with open(self.path, "rb") as file:
                 file.seek(at)
                 data = file.read(size - at)
@@ -5291,7 +5300,7 @@ class UsageFile:
     def _append(self, pending: Sums) -> None:
         """Append lines in one write, or none of them."""
         # What a crash has left of a line must not swallow the next one.
-        torn = self._stat()[1] > self.read_to[1]
+        torn = stamp_at(self.path)[1] > self.read_to[1]
         data = (b"\n" if torn else b"") + b"".join(map(usage_line, pending.items()))
         _, size, inode = append_to_file(self.path, data)
         self.read_to = (inode, size)
@@ -5304,9 +5313,9 @@ class UsageFile:
             merged = parse_usage(file.read())
         data = b"".join(map(usage_line, merged.items()))
         if len(data) < self.read_to[1] // 2:
-            replace_file(self.path, data, newer_than=0)
+            _, size, inode = replace_file(self.path, data, newer_than=0)
             sync_folder(os.path.dirname(self.path))
-            self.read_to = self._stat()
+            self.read_to = (inode, size)
 
 
 def parse_usage(data: bytes) -> Sums:
