@@ -13923,7 +13923,8 @@ def program_in(folder, *options, key=KEY, env=None, **more):
     env = {**dict.fromkeys(names, ""), "HOME": str(folder), **(env or {})}
     with Program("0", key, *options, cwd=folder, env=env, **more) as program:
         yield program
-        if program.process.poll() is None:
+        ending = program.process.poll() is not None or "shutting down" in program.stderr
+        if not ending:  # a signal to one that is nearly gone would kill it
             assert program.port  # it has started
             program.signal(signal.SIGTERM)
         assert program.end() == 0
