@@ -16553,8 +16553,9 @@ def readme_block(start):
 # What the test below does not run, and why.
 README_NOT_RUN = {
     "python3 -m venv": "this is how these tests are run",
-    "ANTHROPIC_BASE_URL": "Claude Code is no part of Python; 2.1.197 was run by hand",
-    "CODEX_API_KEY": "nor is Codex; 0.171.0 was run by hand",
+    "ANTHROPIC_BASE_URL": (
+        "wants Claude Code and Codex; 2.1.197 and 0.171.0 were run by hand"
+    ),
     "curl http://localhost:8080/api/ask": "wants an original agent: see test_ask_*",
     '{"id": "", "response_id"': "its answer",
     "from chatgpt_apiserver import Server": "it has a test of its own",
@@ -16564,11 +16565,12 @@ README_NOT_RUN = {
         "it has a test of its own"
     ),
     "# /etc/systemd": "a test has systemd read it",
+    "sudo install": "it changes the machine",
     "# docker-compose.yml": "a test has no Docker",
     "# kubernetes.yaml": "a test has no Kubernetes",
     "# A user's token": "a test has nginx read it",
     "global": "a test has HAProxy read it",
-    "usage:": "compared by a test of its own",
+    "  <port>": "compared by a test of its own",
 }
 
 
@@ -16827,20 +16829,56 @@ def test_the_readmes_script_runs_as_printed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
-def test_the_readme_names_every_setting_and_every_route():
-    def names(shape):
-        for key, inner in shape.items():
-            yield key
-            inner = inner[0] if isinstance(inner, list) else inner
-            if isinstance(inner, dict) and key != "limits":  # they are in the source
-                yield from names(inner)
+def readme_table(head):
+    """The rows of the table with this head, each a list of its cells."""
+    rows = readme().partition(f"\n| {head} ")[2].partition("\n\n")[0].splitlines()
+    return [re.split(r" ?\| ?", row)[1:-1] for row in rows[2:]]
 
-    text = readme()
-    kinds = (apiserver.CONTROLLER_KEYS, apiserver.TAPE_KEYS)
-    settings = set(names({**apiserver.file_keys(), **kinds[0], **kinds[1]}))
-    assert [key for key in settings if not re.search(f'[`"]{key}[`"]', text)] == []
-    routes = set(apiserver.ROUTES) - {"/v1/", "/v1/models/"}
-    assert [route for route in routes if f"{route}`" not in text] == []
+
+def names_in(cells):
+    return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+
+
+def test_the_readmes_tables_have_every_setting_and_no_other():
+    def inner_names(shape):
+        for key, inner in shape.items():
+            if isinstance(inner, dict) and key != "limits":
+                yield from [*inner, *inner_names(inner)]
+
+    keys = names_in(row[0] for row in readme_table("key |"))
+    assert sorted(keys) == sorted(apiserver.file_keys())
+    kinds = {**apiserver.CONTROLLER_KEYS, **apiserver.TAPE_KEYS}
+    keys = names_in(row[0] for row in readme_table("key of a controller |"))
+    assert sorted(keys) == sorted(kinds)
+    inner = {*inner_names(apiserver.file_keys()), *inner_names(kinds)}
+    assert [key for key in inner if not re.search(f'[`"]{key}[`"]', readme())] == []
+
+
+def test_the_readmes_limits_are_the_sources():
+    text = " ".join(row[1] for row in readme_table("of |"))
+    units = {"KiB": 1024, "MiB": 1024**2, "h": 3600}
+    found = re.findall(r"`(\w+)` ([\d.]+) ?([A-Za-z]*)", text)
+    told = {name: float(number) * units.get(unit, 1) for name, number, unit in found}
+    limits = {k: v for k, v in vars(Limits).items() if not k.startswith("_")}
+    assert told == limits
+
+
+def test_the_readme_names_every_route_and_no_other():
+    cells = [row[0] for row in readme_table("route |")]
+    told = [word for cell in cells for word in re.findall(r"[` ](/[^`]*)`", cell)]
+    told = ["/v1/" if path == "/v1/..." else path.replace("{id}", "") for path in told]
+    assert sorted(told) == sorted(apiserver.ROUTES)
+
+
+@flow
+async def test_the_readme_names_every_metric_and_no_other(server):
+    rows = readme_table("metric, after `chatgpt_apiserver_` |")
+    told = {apiserver.Metrics.PREFIX + name for name in names_in(r[0] for r in rows)}
+    told.update(re.findall("`(process_[a-z_]+)`", readme()))
+    names = (labels.split()[0] for labels in apiserver.Metrics.METRICS)
+    there = {apiserver.Metrics.PREFIX + name for name in names}  # once there is one
+    text = (await ask(server.port, "GET", "/metrics")).content.decode()
+    assert told == there | set(re.findall("^# TYPE ([a-z_]+)", text, re.M))
 
 
 def test_the_readme_has_the_help_text_as_it_is(tmp_path):
@@ -16852,7 +16890,8 @@ def test_the_readme_has_the_help_text_as_it_is(tmp_path):
         timeout=30,
         check=True,
     )
-    assert readme_block("usage:") == done.stdout
+    block = readme_block("  <port>")
+    assert done.stdout.endswith(block) and f"\n{block}" in done.stdout
 
 
 def run_pytest(folder, code):
