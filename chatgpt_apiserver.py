@@ -9912,10 +9912,10 @@ def credentials(exchange: Exchange) -> list[str]:
 
 def admit_keyless(exchange: Exchange, who: Who) -> None:
     """Accept a request without a key where that is allowed; APIError 401 or 403."""
-    if who is Who.ADMIN:
-        raise APIError(401, "Admin key not provided")
-    if who in (Who.USER, Who.MONITOR):
-        raise APIError(401, "API key not provided", code="invalid_api_key")
+    name = "Admin" if who is Who.ADMIN else "API"
+    missing = APIError(401, f"{name} key not provided", code="invalid_api_key")
+    if who not in (Who.AGENT, Who.LOCAL):
+        raise missing
     service, peer = exchange.service, exchange.connection.peer
     auth = service.agents_auth
     if who is Who.AGENT and auth == "open":
@@ -9926,7 +9926,7 @@ def admit_keyless(exchange: Exchange, who: Who) -> None:
     if not reason:
         return
     if who is Who.LOCAL:
-        raise APIError(401, "API key not provided")
+        raise missing
     service.report(
         f"an agent from {peer} was refused: it has no key, and {reason}."
         " To let it in, set its endpoint to host:port/k/<token>"
@@ -10171,19 +10171,12 @@ async def first_message(websocket: WebSocket, id: str) -> JSONObject | None:
 
 async def do_connections(exchange: Exchange) -> JSONObject:
     """GET /api/connections: the agents, as the original listed them."""
-    return {
-        "connections": [
-            {
-                "Ws": {},
-                "Id": agent.id,
-                "Heartbeat": rfc3339(agent.heard_at),
-                "LastMessageTime": rfc3339(agent.asked_at)
-                if agent.asked_at
-                else "0001-01-01T00:00:00Z",
-            }
-            for agent in exchange.service.agents.values()
-        ]
-    }
+    connections = []
+    for agent in exchange.service.agents.values():
+        asked = rfc3339(agent.asked_at) if agent.asked_at else "0001-01-01T00:00:00Z"
+        line = {"Ws": {}, "Id": agent.id, "Heartbeat": rfc3339(agent.heard_at)}
+        connections.append({**line, "LastMessageTime": asked})
+    return {"connections": connections}
 
 
 # --- For the administrator
@@ -10822,6 +10815,18 @@ def connection_limit(limits: Limits) -> int:
     return min(4096, max(16, (files - 32) // 2))
 
 
+async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks, and wait until they have let go of what they hold."""
+    running = set(tasks)
+    # Again if one was lost: wait_for() loses some before Python 3.12, and a function
+    # may swallow them, but not us.
+    for _ in range(3):
+        for task in running:
+            task.cancel()
+        if running:
+            _, running = await asyncio.wait(running, timeout=1)
+
+
 class Endable:
     """What runs until it is asked to end: once gently, twice at once."""
 
@@ -10835,6 +10840,11 @@ class Endable:
             self._hurried = True
         else:
             self._asked.set_result(None)
+
+    @property
+    def ending(self) -> bool:
+        """Whether it has been asked to end."""
+        return self._asked is not None and self._asked.done()
 
     async def _wait_for(
         self, running: Callable[[], Iterable[asyncio.Task[None]]], seconds: float
@@ -11084,11 +11094,7 @@ class Server(Endable):
         await self._wait_for(lambda: self._handler_tasks(True), 1.0)
         for cancel in self.running_requests.values():
             cancel(APIError(503, "The server is shutting down.", retry_after=5))
-        for _ in range(3):  # a function may swallow a cancellation, but not us
-            for task in self._tasks:
-                task.cancel()
-            if self._tasks:
-                await asyncio.wait(set(self._tasks), timeout=1)
+        await end_tasks(self._tasks)
         for connection in list(self._handlers):
             connection.abort()
         self.pool.close()
@@ -11453,16 +11459,6 @@ def register_url(url: str) -> str:
         raise ValueError(text) from None
     path = path.removesuffix("/client/register")
     return f"{scheme}://{address.authority}{path}/client/register"
-
-
-async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks, and wait until they have let go of what they hold."""
-    running = set(tasks)
-    while running:
-        for task in running:
-            task.cancel()
-        # Once more if one was lost: wait_for() loses some before Python 3.12.
-        _, running = await asyncio.wait(running, timeout=1)
 
 
 def explain_no_link(server: str, error: Exception) -> str:
@@ -11871,11 +11867,6 @@ class Agent(Endable):
             await end_tasks(work | self.links.keys())
             for controller in self.pool.controllers:
                 controller.close()
-
-    @property
-    def ending(self) -> bool:
-        """Whether it has been asked to end."""
-        return self._asked is not None and self._asked.done()
 
     async def _drain(self) -> None:
         """Take no new calls; what runs may finish for drain_timeout seconds."""
@@ -12860,17 +12851,23 @@ class Program:
     def __init__(self, runs: Server | Agent, log: Log) -> None:
         self._runs = runs
         self._log = log
-        self._stopping = False
         self.signals: dict[str, Callable[[], None]] = {
-            "SIGINT": lambda: self._stop("SIGINT"),
-            "SIGTERM": lambda: self._stop("SIGTERM"),
+            name: functools.partial(self._stop, name) for name in ("SIGINT", "SIGTERM")
         }
 
     async def run(self) -> None:
         """Serve until a signal says otherwise."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_loop_error)
-        self._handle_signals(loop)
+        for number in signal.Signals:
+            if number.name in self.signals:
+                act = self.signals[number.name]
+                try:
+                    loop.add_signal_handler(number, act)
+                except NotImplementedError:  # Windows
+                    signal.signal(
+                        number, lambda *_, act=act: loop.call_soon_threadsafe(act)
+                    )
         handler = LogHandler(self._log)
         logger.addHandler(handler)
         logger.propagate = False
@@ -12885,23 +12882,11 @@ class Program:
     async def _serve(self) -> None:
         await self._runs.serve_forever()
 
-    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        def act(number: int, frame: Any = None) -> None:
-            loop.call_soon_threadsafe(self.signals[signal.Signals(number).name])
-
-        for number in signal.Signals:
-            if number.name in self.signals:
-                try:
-                    loop.add_signal_handler(number, act, number)
-                except NotImplementedError:  # Windows
-                    signal.signal(number, act)
-
     def _stop(self, name: str) -> None:
-        if self._stopping:
+        if self._runs.ending:
             self._log.report(f"ending at once ({name})")
         else:
             self._log.report(f"shutting down ({name}); a second signal ends it at once")
-        self._stopping = True
         self._runs.request_shutdown()
 
     def _on_loop_error(
@@ -12916,8 +12901,9 @@ class ServerProgram(Program):
 
     def __init__(self, argv: list[str], log: Log) -> None:
         self._argv = argv
-        self._config = self._started = config = load_config(argv, os.environ)
-        self._connections = config.limits.connections
+        self._config = config = load_config(argv, os.environ)
+        # What is in force is what the start has read.
+        self._fixed = fixed_settings(config)
         self._server = build_server(config, log)
         super().__init__(self._server, log)
         self._terminals = [fd for fd in (0, 2) if is_terminal(fd)]
@@ -12931,59 +12917,56 @@ class ServerProgram(Program):
 
     def _hang_up(self) -> None:
         """SIGHUP: read the configuration again; end if it came of a closed terminal."""
-        if any(not is_terminal(fd) for fd in self._terminals):
+        if not all(map(is_terminal, self._terminals)):
             self._stop("SIGHUP")
-        else:
-            self._reload()
-
-    def _reload(self) -> None:
-        """Read the configuration again; a bad one changes nothing and says so."""
+            return
         try:
-            config = load_config(self._argv, os.environ)
+            self._reload()
         except ConfigurationError as error:
             self._log.report(f"configuration not reloaded: {error}")
-            return
-        path = self._config.path
-        if path and path != config.path and not os.path.lexists(path):
+
+    def _reload(self) -> None:
+        """Read the configuration again, and put in force what needs no restart.
+
+        Raise ConfigurationError: then nothing has changed.
+        """
+        new, old = load_config(self._argv, os.environ), self._config
+        server = self._server
+        if old.path and old.path != new.path and not os.path.lexists(old.path):
             # Nothing, or a file in a later folder, was found in its place.
-            self._log.report(f"configuration not reloaded: {path} is not there")
-            return
+            raise ConfigurationError(f"{old.path} is not there")
         try:
-            self._server.reload_certificate()
+            server.reload_certificate()
         except OSError as error:
             self._log.report(f"certificate not reloaded: {error}")
-        old, self._config = self._config, config
-        self._apply(old, config)
-        names = ", ".join(controller["name"] for controller in config.controllers)
-        self._log.report(f"configuration reloaded; controllers: {names or 'none'}")
-        # Compared with what is in force, which is what the start has read.
-        later = [
-            setting.place or name
-            for name, setting in SETTINGS.items()
-            if setting.restart and getattr(config, name) != getattr(self._started, name)
-        ]
-        if config.limits.connections != self._connections:
-            later.append("limits.connections")
-        if later:
-            self._log.report(f"only a restart changes {', '.join(later)}")
-
-    def _apply(self, old: Config, new: Config) -> None:
-        """Put in force what needs no restart."""
+        fixed, limits = fixed_settings(new), vars(new.limits)
         # All share one Limits: what is changed in it is changed for all.
-        vars(old.limits).clear()
-        vars(old.limits).update(vars(new.limits))
         new.limits = old.limits
-        server = self._server
+        vars(new.limits).clear()
+        vars(new.limits).update(limits)
         server.keyless_agents = new.agents_auth
         server.upstream_errors = new.upstream_errors
         server.page = new.page
         server.users.store = new.store
-        server.default_quotas = (
-            parse_quotas(new.default_limit) if new.default_limit else []
-        )
+        limit = new.default_limit
+        server.default_quotas = parse_quotas(limit) if limit else []
         server.pool.type = new.pool
         server.pool.affinity = new.affinity
         use_controllers(server, old.controllers, new)
+        self._config = new
+        names = ", ".join(controller["name"] for controller in new.controllers)
+        self._log.report(f"configuration reloaded; controllers: {names or 'none'}")
+        later = [place for place in fixed if fixed[place] != self._fixed[place]]
+        if later:
+            self._log.report(f"only a restart changes {', '.join(later)}")
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """What only a restart changes, by its place in the file."""
+    settings = {
+        s.place or n: getattr(config, n) for n, s in SETTINGS.items() if s.restart
+    }
+    return {**settings, "limits.connections": config.limits.connections}
 
 
 def is_terminal(fd: int) -> bool:
