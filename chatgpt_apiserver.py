@@ -3733,7 +3733,7 @@ class WebSocket:
     then tells how (RFC 6455 section 7.1.5).  Whoever iterates also answers the
     peer's pings and finds out that it has vanished: one task has to.
 
-    patient    the peer may be too busy to answer pings: do not cut it
+    busy_until  on the loop's clock: the peer may be too busy to answer pings
     heartbeat  sends something into a silence; None is for a ping
     headers    of the server's answer to our handshake
     """
@@ -3750,7 +3750,7 @@ class WebSocket:
         self.limits = limits
         self.close_code = 1006
         self.close_reason = ""
-        self.patient = False
+        self.busy_until = 0.0
         self.headers = Headers()
         self.heartbeat: Callable[[], None] | None = None
         self._protocol = WebSocketProtocol(
@@ -3918,7 +3918,8 @@ class WebSocket:
     def _on_silence(self) -> None:
         """An interval without a byte: ask for a sign of life, then give up."""
         self._silences += 1
-        if self._silences > 1 and not self.patient:
+        busy = self.connection.loop.time() < self.busy_until
+        if self._silences > 1 and not busy:
             self._end(1011, "no answer to a ping")
             self._write(self._protocol.close(1011, self.close_reason))
             self.connection.reset()  # it would not read a close frame either
@@ -5546,7 +5547,6 @@ class Controller:
         self.requests = 0
         self.failures = 0
         self.tokens = 0
-        self.on_free: Callable[[], None] = lambda: None  # the pool's
         self.report: Callable[[str], None] = lambda line: None  # the pool's
         # (model, path) for which it refused stream_options.
         self._without_options: set[tuple[str | None, str]] = set()
@@ -5915,13 +5915,11 @@ def envelope(id: str, message: str, data: str = "") -> str:
     )
 
 
-def parse_envelope(text: str | bytes) -> dict[str, Any]:
-    """The JSON object of one message; {} for anything else (it is dropped)."""
-    try:
-        value = json.loads(text if isinstance(text, str) else text.decode())
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def open_envelope(text: str | bytes) -> tuple[str, str, str]:
+    """A message's id, what it is, and its data; "" for what is not understood."""
+    said = as_object(read_json(text))
+    id, data = said.get("id"), said.get("data")
+    return str(id or ""), str(said.get("message")), data if type(data) is str else ""
 
 
 # What an agent says in "error" if it has as many calls as it may, those of other
@@ -5942,11 +5940,13 @@ class AgentController(Controller):
 
     type = "agent"
     transient = True
+    ENDS = ("ChatGptResponse", "ApiEnd", "error")  # a call has ended with them
     # What belongs to one call; what is not of its version fails that call.
-    REPLIES = ("ChatGptResponse", "ApiData", "ApiEnd", "ApiResponse", "error")
+    REPLIES = (*ENDS, "ApiResponse", "ApiData")
 
     def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
         super().__init__("", max_concurrency=1)
+        self.id = id
         self.credential = credential
         self.websocket = websocket
         self.user: User | None = None  # whose token that is, if it is one
@@ -5958,14 +5958,10 @@ class AgentController(Controller):
         self.asked_at: float | None = None
         self._loop = websocket.connection.loop
         self._calls: dict[str, AgentCall] = {}
-        self.register_as(id)
 
-    def register_as(self, id: str) -> None:
-        """Take the id that it is registered under."""
-        self.id = id
-
-    def welcome(self) -> None:
-        """Tell it that it is registered, if it wants to know."""
+    @property
+    def has_room(self) -> bool:
+        return self._loop.time() >= self.websocket.busy_until and super().has_room
 
     def tell(self, message: str) -> None:
         """Send a message without data, if it would understand it."""
@@ -5979,94 +5975,72 @@ class AgentController(Controller):
         """Read the agent's messages until it leaves."""
         try:
             async for message in self.websocket:
-                self._hear(parse_envelope(message))
+                self._hear(message)
                 del message  # it may be large, and the next one far
         finally:
+            self.websocket.heartbeat = None  # it would hold us, as we hold it
             reason = f"{self.name} has left"
             for call in self._calls.values():
                 call.fail(ControllerError(reason, Failure.NONE, code="agent_lost"))
 
-    def _hear(self, said: dict[str, Any]) -> None:
+    def _hear(self, message: str | bytes) -> None:
         """Take one message; what is not understood is dropped."""
         self.heard_at = unix_time()
-        kind, data = str(said.get("message")), said.get("data")
-        text = data if isinstance(data, str) else ""
+        id, kind, data = open_envelope(message)
         self.debug(f"{self.name} says {kind[:40]!r}")
         if kind not in self.REPLIES:
-            self._hear_of_itself(kind, text)
+            self._hear_of_itself(kind, data)
             return
-        id = str(said.get("id"))
-        call = self._calls.get(id)
-        if call is None:
-            self._hear_late(id)
-        elif not call.put(kind, text):
-            self.cancel(id)
+        ended = kind in self.ENDS
+        call = self._calls.pop(id, None) if ended else self._calls.get(id)
+        if call is not None:  # or nobody waits for it any more: late is not wrong
+            call.put(kind, data)
+        if ended:
+            self._call_ended(id)
 
     def _hear_of_itself(self, kind: str, data: str) -> None:
         """A message that belongs to no call."""
 
-    def _hear_late(self, id: str) -> None:
-        """A reply that nobody waits for any more: late is not wrong."""
+    def _call_ended(self, id: str) -> None:
+        """It has ended a call, perhaps one that nobody waits for any more."""
 
     def _open_call(self, id: str, max_size: float, deadline: float) -> AgentCall:
         call = self._calls[id] = AgentCall(self, id, int(max_size), deadline)
         self.asked_at = unix_time()
         return call
 
-    def end_call(self, id: str) -> None:
-        """Forget a call that the agent has ended."""
-        self._calls.pop(id, None)
-
     def cancel(self, id: str) -> None:
         """Forget a call, and have the agent stop working on it if it can."""
-        self.end_call(id)
+        self._calls.pop(id, None)
+
+    def _write(self, id: str, message: str, data: str = "") -> None:
+        """Send a message; where the agent has left, nobody misses it."""
+        self.debug(f"{self.name} is sent {message!r}")
+        with contextlib.suppress(ConnectionError):
+            self.websocket.write(envelope(id, message, data))
 
 
 class TextAgent(AgentController):
     """An original agent, version 1: takes one text, and keeps conversations itself."""
 
     keeps_conversations = True
+    _asked = ""  # its last call
 
     def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
         super().__init__(id, websocket, credential)
         websocket.heartbeat = self._ping
-        # Calls whose client has left, and timers that end them: the agent works on,
-        # and must not be given another request before it is done.
-        self._abandoned: dict[str, asyncio.TimerHandle] = {}
-
-    def register_as(self, id: str) -> None:
-        super().register_as(id)
-        self.name = f"agent-{id[:8]}"
 
     def answers(self, path: str) -> bool:
         return path == CHAT_PATH
 
     def _ping(self) -> None:
         """Ping it in its own words, as the original server did."""
-        self.debug(f"{self.name} is sent 'ping'")
         self.websocket.ping()
-        with contextlib.suppress(ConnectionError):
-            self.websocket.write(envelope(str(uuid.uuid4()), "ping"))
+        self._write(str(uuid.uuid4()), "ping")
 
-    async def serve(self) -> None:
-        try:
-            await super().serve()
-        finally:
-            self.websocket.heartbeat = None  # it would hold us, as we hold it
-            for timer in self._abandoned.values():
-                timer.cancel()
-
-    def _hear_late(self, id: str) -> None:
-        self._end_abandoned(id)
-
-    def _end_abandoned(self, id: str) -> None:
-        """A call whose client had left is done, or its deadline has come."""
-        timer = self._abandoned.pop(id, None)
-        if timer is not None:
-            timer.cancel()
-            self.in_flight -= 1
-            self.websocket.patient = bool(self._calls or self._abandoned)
-            self.on_free()
+    def _call_ended(self, id: str) -> None:
+        if id == self._asked:
+            self.websocket.busy_until = 0.0
 
     async def answer(self, request: APIRequest) -> Answer:
         """Ask for one text; there is one answer."""
@@ -6075,7 +6049,7 @@ class TextAgent(AgentController):
             content, conversation_id, parent_id = request.ask
         else:  # no conversation of its own: all of it as one text
             content = messages_text(request.body["messages"])
-        id = str(uuid.uuid4())
+        self._asked = id = str(uuid.uuid4())
         data = {
             "message_id": id,
             "conversation_id": conversation_id,
@@ -6084,42 +6058,25 @@ class TextAgent(AgentController):
         }
         deadline = min(self._loop.time() + self.limits.ask_timeout, request.deadline)
         call = self._open_call(id, ASK_ANSWER_SIZE, deadline)
-        self.websocket.patient = True  # it answers no ping while it works
+        # It answers no ping while it works, and works on when its client has left:
+        # it must not be given another request before it is done.
+        self.websocket.busy_until = deadline
         self.debug(f"{self.name} is sent 'ChatGptRequest'")
         try:
             await self.websocket.send(envelope(id, "ChatGptRequest", _to_ascii(data)))
             kind, text = await call.get(deadline)
-        except asyncio.CancelledError:
-            if not call.answered:
-                timer = self._loop.call_at(deadline, self._end_abandoned, id)
-                self._abandoned[id] = timer
-                self.in_flight += 1
-            raise
         finally:
-            self.end_call(id)
-            self.websocket.patient = bool(self._abandoned)
-        return self._as_answer(request, content, kind, text)
-
-    def _as_answer(
-        self, request: APIRequest, question: str, kind: str, text: str
-    ) -> Answer:
-        """Its words as the answer that the client expects."""
-        said = parse_envelope(text)
-        content = said.get("content")
-        if kind != "ChatGptResponse" or not isinstance(content, str):
-            why = text[:4096] if kind == "error" else "its answer is unreadable"
-            raise agent_error(self.name, why)
-        usage = Usage(estimate_tokens(question), 0, estimate_tokens(content))
+            self.cancel(id)
+        said = as_object(read_json(text))
+        answer = said.get("content")
+        if kind != "ChatGptResponse" or not isinstance(answer, str):
+            raise agent_error(self.name, kind, text)
+        usage = Usage(estimate_tokens(content), 0, estimate_tokens(answer))
+        message = {"content": answer}
+        body = chat_completion(request.model or "", message, usage_object(usage))
         if request.ask is not None:
-            body = {
-                "usage": usage_object(usage),
-                "response_id": str(said.get("response_id") or ""),
-                "conversation_id": str(said.get("conversation_id") or ""),
-                "content": content,
-            }
-        else:
-            model = request.model or ""
-            body = chat_completion(model, {"content": content}, usage_object(usage))
+            for key in ("response_id", "conversation_id"):
+                body[key] = str(said.get(key) or "")
         return json_answer(body)
 
 
@@ -6133,15 +6090,13 @@ class APIAgent(AgentController):
         self, id: str, websocket: WebSocket, credential: str, hello: dict[str, Any]
     ) -> None:
         super().__init__(id, websocket, credential)
-        name = hello.get("name")
-        usable = isinstance(name, str) and name.isprintable()
-        self.name = str(name)[:64] if usable and name else f"agent-{id[:8]}"
-        self._set_models(hello.get("models"))
-        most = hello.get("max_concurrency")
+        name, most = hello.get("name"), hello.get("max_concurrency")
+        if isinstance(name, str) and name.isprintable():
+            self.name = name[:64]
         usable = isinstance(most, int) and 0 < most <= 10_000
         self.max_concurrency = most if usable else 8
         self.paused = hello.get("paused") is True
-        self._full_until = 0.0
+        self._set_models(hello.get("models"))
 
     def _set_models(self, models: Any) -> None:
         """Take the models it serves: a list, or None for any."""
@@ -6149,38 +6104,23 @@ class APIAgent(AgentController):
             names = [name for name in models if isinstance(name, str)]
             self.models = models_table(names[:1000])
 
-    def welcome(self) -> None:
+    async def serve(self) -> None:
         # The id it got.  That of an agent without this word is the one it was sent.
-        self.websocket.write(envelope(self.id, "Connection id", '{"version": 2}'))
+        self._write(self.id, "Connection id", '{"version": 2}')
+        await super().serve()
 
     def tell(self, message: str) -> None:
-        with contextlib.suppress(ConnectionError):
-            self.websocket.write(envelope(self.id, message))
-
-    def available(self, now: float) -> bool:
-        return now >= self._full_until and super().available(now)
-
-    def _full(self) -> ControllerError:
-        """Leave it alone for a moment: other servers keep it busy."""
-        self._full_until = self._loop.time() + AGENT_FULL_PAUSE
-        self._loop.call_later(AGENT_FULL_PAUSE, self.on_free)
-        reason = f"{self.name} is busy with what other servers ask"
-        return ControllerError(
-            reason, Failure.FULL, status=503, code="agent_full", retry_after=1
-        )
+        self._write(self.id, message)
 
     def _hear_of_itself(self, kind: str, data: str) -> None:
         if kind == "Models":
-            with contextlib.suppress(ValueError, RecursionError):
-                self._set_models(json.loads(data))
-                self.on_free()
+            self._set_models(read_json(data))
         elif kind == "Drain":
             self.on_drain(self)
         elif kind in ("Pause", "Resume") and self.paused != (kind == "Pause"):
             self.paused = not self.paused
             how = "paused" if self.paused else "no longer paused"
             self.report(f"agent {self.name} is {how}")
-            self.on_free()
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
         """Ask it: any request, any answer, streamed."""
@@ -6199,7 +6139,6 @@ class APIAgent(AgentController):
             timeout = self.limits.first_byte_timeout
             first = await call.get(min(self._loop.time() + timeout, request.deadline))
             if first == ("error", AGENT_FULL):
-                self.end_call(id)
                 raise self._full()
             call.begin(*first)
             return call
@@ -6210,18 +6149,23 @@ class APIAgent(AgentController):
     @staticmethod
     def _request_data(request: APIRequest, content: bytes) -> str:
         """What an ApiRequest says; the client's own JSON goes in as it came."""
-        data: dict[str, Any] = {"method": "POST", "path": request.target}
-        data["headers"] = request.headers
+        data = {"method": "POST", "path": request.target, "headers": request.headers}
         if request.is_json:
             return f'{_to_ascii(data)[:-1]},"body":{content.decode()}}}'
         body = base64.b64encode(content).decode()
         return _to_ascii({**data, "encoding": "base64", "body": body})
 
+    def _full(self) -> ControllerError:
+        """Leave it alone for a moment: other servers keep it busy."""
+        self.websocket.busy_until = self._loop.time() + AGENT_FULL_PAUSE
+        reason = f"{self.name} is busy with what other servers ask"
+        return ControllerError(
+            reason, Failure.FULL, status=503, code="agent_full", retry_after=1
+        )
+
     def cancel(self, id: str) -> None:
         if self._calls.pop(id, None) is not None:
-            self.debug(f"{self.name} is sent 'ApiCancel'")
-            with contextlib.suppress(ConnectionError):
-                self.websocket.write(envelope(id, "ApiCancel"))
+            self._write(id, "ApiCancel")
 
 
 def make_agent(
@@ -6231,18 +6175,19 @@ def make_agent(
 
     Version 1 says nothing there; nonsense counts as nothing.
     """
-    hello = parse_envelope(first)
+    hello = as_object(read_json(first))
     if hello.get("version") == 2:
         return APIAgent(id, websocket, credential, hello)
     return TextAgent(id, websocket, credential)
 
 
 def agent_error(
-    name: str, said: str, failure: Failure = Failure.NONE
+    name: str, kind: str, data: str, failure: Failure = Failure.NONE
 ) -> ControllerError:
-    """The failure that an agent tells of: its words are for whoever asked."""
-    message = f"{name} failed: {said}"
-    return ControllerError(f"{name} failed", failure, said=message, code="agent_error")
+    """The failure of a call: the agent's words are for whoever asked."""
+    said = data[:4096] if kind == "error" else "its answer is unreadable"
+    reason, message = f"{name} failed", f"{name} failed: {said}"
+    return ControllerError(reason, failure, said=message, code="agent_error")
 
 
 class AgentCall(Answer):
@@ -6273,16 +6218,15 @@ class AgentCall(Answer):
 
     # --- Messages
 
-    def put(self, kind: str, data: str) -> bool:
-        """Add a message; False if that is one too many, and the call has failed."""
+    def put(self, kind: str, data: str) -> None:
+        """Add a message; one too many ends the call."""
         self._messages.append((kind, data))
         self._size += len(data) + self.MESSAGE_COST
         if self._size > self._max_size + self.MESSAGE_COST:
             reason = "the client was too slow: too much of the answer is waiting"
             self.fail(ControllerError(reason, Failure.NONE, code="client_too_slow"))
-            return False
+            self._agent.cancel(self._id)
         self._wake()
-        return True
 
     def fail(self, error: ControllerError) -> None:
         """End it: whoever reads gets what is there, then the error."""
@@ -6292,11 +6236,6 @@ class AgentCall(Answer):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    @property
-    def answered(self) -> bool:
-        """Whether get() would return, or raise, at once."""
-        return bool(self._messages) or self._error is not None
 
     async def get(self, deadline: float) -> tuple[str, str]:
         """The next message: kind and data.
@@ -6324,13 +6263,10 @@ class AgentCall(Answer):
 
     def begin(self, kind: str, data: str) -> None:
         """Take the first message: the answer's head.  Raise ControllerError."""
-        head = parse_envelope(data)
+        head = as_object(read_json(data))
         status = head.get("status")
-        if kind == "error":
-            self._agent.end_call(self._id)
         if kind != "ApiResponse" or type(status) is not int or not 200 <= status < 600:
-            said = data[:4096] if kind == "error" else "its answer is unreadable"
-            raise agent_error(self._agent.name, said)
+            raise agent_error(self._agent.name, kind, data)
         content_type = str(head.get("content_type", ""))
         if not (content_type.isascii() and content_type.isprintable()):
             content_type = "application/octet-stream"
@@ -6344,14 +6280,11 @@ class AgentCall(Answer):
         while not self._ended:
             silence = self._loop.time() + self._agent.limits.silence_timeout
             kind, data = await self.get(min(silence, self._deadline))
-            if kind == "ApiEnd":
-                self._ended = True
-                self._agent.end_call(self._id)
-            elif kind == "error":
-                self._agent.end_call(self._id)
-                raise agent_error(self._agent.name, data[:4096], Failure.BROKEN)
-            elif kind == "ApiData" and data:
+            if kind == "error":
+                raise agent_error(self._agent.name, kind, data, Failure.BROKEN)
+            if kind == "ApiData" and data:
                 return self._decode(data)
+            self._ended = kind == "ApiEnd"
         return b""
 
     async def finish(self) -> None:
@@ -7229,7 +7162,6 @@ class Pool:
             if controller.account is not None and other.account == controller.account:
                 health = other.health
         controller.health = health
-        controller.on_free = self.wake
         controller.report = self.report
         self.controllers.append(controller)
         self._several = sum(not c.by_name_only for c in self.controllers) > 1
@@ -10086,13 +10018,10 @@ def keep_answer(
     assert exchange.user is not None and call.controller is not None
     kept, user_id = exchange.service.conversations, exchange.user.user_id
     question, conversation_id, parent_id = ask
-    answer = parse_envelope(call.content or b"")
+    answer = as_object(read_json(call.content or b""))
     agent_id = call.controller.id if call.controller.keeps_conversations else ""
     try:
-        if agent_id:
-            text = answer["content"]
-        else:
-            text = content_text(answer["choices"][0]["message"]["content"])
+        text = content_text(answer["choices"][0]["message"]["content"])
     except (LookupError, TypeError):
         raise APIError(500, "The answer is not a chat.completion.") from None
     if agent_id and (conversation is None or conversation.agent_id is not None):
@@ -10137,14 +10066,14 @@ async def do_register(exchange: Exchange) -> None:
     said = await first_message(websocket, id)
     if said is None:
         return
-    agent = make_agent(id, websocket, credential, str(said.get("data") or ""))
+    claimed_id, hello = said
+    agent = make_agent(id, websocket, credential, hello)
     agent.user = user
     agent.debug = service.debug
     agent.on_drain = service.pool.remove
-    service.register(agent, str(said.get("id") or ""))
+    service.register(agent, claimed_id)
     service.report(f"agent {agent.name} joined from {connection.peer}")
     try:
-        agent.welcome()
         await agent.serve()
     finally:
         service.unregister(agent)
@@ -10152,8 +10081,8 @@ async def do_register(exchange: Exchange) -> None:
         service.report(f"agent {agent.name} left ({how})")
 
 
-async def first_message(websocket: WebSocket, id: str) -> JSONObject | None:
-    """Send an agent its id; what it says of itself, None if it says nothing."""
+async def first_message(websocket: WebSocket, id: str) -> tuple[str, str] | None:
+    """Send an agent its id; the id and the data that it answers, or None."""
     websocket.write(envelope(id, "Connection id"))
     loop = websocket.connection.loop
     timer = loop.call_later(FIRST_MESSAGE_TIMEOUT, websocket.close, 1008, "no id")
@@ -10162,9 +10091,9 @@ async def first_message(websocket: WebSocket, id: str) -> JSONObject | None:
             message = await websocket.receive()
             if message is None or websocket.closing:
                 return None
-            said = parse_envelope(message)
-            if said.get("message") == "Connection id":
-                return said
+            own_id, kind, data = open_envelope(message)
+            if kind == "Connection id":
+                return own_id, data
     finally:
         timer.cancel()
 
@@ -11294,12 +11223,13 @@ class Server(Endable):
         current = self.agents.get(claimed_id)
         usable = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", claimed_id, re.ASCII)
         if usable and (current is None or current.credential == agent.credential):
-            agent.register_as(claimed_id)
+            agent.id = claimed_id
             if current is not None:
                 self.unregister(current)
                 current.websocket.close(4000, "the agent has registered again")
         names = {other.name for other in self.agents.values()}
-        name, number = agent.name, 1
+        name = agent.name = agent.name or f"agent-{agent.id[:8]}"
+        number = 1
         while agent.name in names:
             number += 1  # several of one machine, or of one person
             agent.name = f"{name}-{number}"
@@ -11578,7 +11508,7 @@ class Link:
         try:
             with contextlib.suppress(ConnectionError):
                 async for message in websocket:
-                    await self._take(parse_envelope(message))
+                    await self._take(*open_envelope(message))
                     del message  # it may be large, and the next one far
                     if self.joined_at:
                         timer.cancel()
@@ -11601,10 +11531,8 @@ class Link:
             raise ConnectionResetError("the server is gone")
         await self.websocket.send(envelope(id, message, data))
 
-    async def _take(self, said: dict[str, Any]) -> None:
+    async def _take(self, id: str, kind: str, data: str) -> None:
         """Do what one message of the server's asks for."""
-        id, data = str(said.get("id")), said.get("data")
-        kind, data = said.get("message"), data if isinstance(data, str) else ""
         if kind == "Connection id":
             await self._introduce(id, data)
         elif kind in ("Pause", "Resume"):
@@ -11625,7 +11553,7 @@ class Link:
     async def _introduce(self, id: str, data: str) -> None:
         """Say who this is; or hear what this server calls it."""
         agent = self.agent
-        if parse_envelope(data).get("version") == 2:
+        if as_object(read_json(data)).get("version") == 2:
             self.id = id
             return
         hello = {"version": 2, "name": agent.name, "models": agent.serves}
@@ -11714,7 +11642,7 @@ class Link:
 
     def _read_request(self, data: str) -> APIRequest:
         """The request in an ApiRequest; APIError(400) for what is not served."""
-        said = parse_envelope(data)
+        said = as_object(read_json(data))
         body, target = said.get("body"), str(said.get("path"))
         if said.get("method") != "POST" or not _API_TARGET.fullmatch(target):
             raise APIError(400, "An agent takes only POST, to plain paths under /v1/.")

@@ -5392,12 +5392,12 @@ async def test_a_peer_that_answers_no_ping_is_cut(side):
 async def test_a_patient_websocket_goes_on_pinging():
     limits = {"ping_interval": 0.02, "pong_timeout": 0.02}
     async with websocket_pair(**limits) as (websocket, peer):
-        websocket.patient = True
+        websocket.busy_until = math.inf
         serving = asyncio.ensure_future(until_closed(websocket))
         for _ in range(5):
             assert await peer.event() == (PING, b"")
         assert not serving.done()
-        websocket.patient = False
+        websocket.busy_until = 0.0
         assert await serving == [] and websocket.close_code == 1011
 
 
