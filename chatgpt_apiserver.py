@@ -5902,10 +5902,6 @@ class AnthropicController(OpenAIController):
 # --- Agents
 
 
-# The most that a version 1 agent may answer to an ask, in bytes.
-ASK_ANSWER_SIZE = 4 * 1024 * 1024
-
-
 def envelope(id: str, message: str, data: str = "") -> str:
     """One message between server and agent, as JSON."""
     # json builds an encoder anew for each object, in 3 us; a text takes it 0.2.
@@ -5943,6 +5939,7 @@ class AgentController(Controller):
     ENDS = ("ChatGptResponse", "ApiEnd", "error")  # a call has ended with them
     # What belongs to one call; what is not of its version fails that call.
     REPLIES = (*ENDS, "ApiResponse", "ApiData")
+    _asked = ""  # the call that keeps it busy, also when its client has left
 
     def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
         super().__init__("", max_concurrency=1)
@@ -5995,19 +5992,33 @@ class AgentController(Controller):
         call = self._calls.pop(id, None) if ended else self._calls.get(id)
         if call is not None:  # or nobody waits for it any more: late is not wrong
             call.put(kind, data)
-        if ended:
-            self._call_ended(id)
+        if ended and id == self._asked:
+            self.websocket.busy_until = 0.0
 
     def _hear_of_itself(self, kind: str, data: str) -> None:
         """A message that belongs to no call."""
 
-    def _call_ended(self, id: str) -> None:
-        """It has ended a call, perhaps one that nobody waits for any more."""
-
-    def _open_call(self, id: str, max_size: float, deadline: float) -> AgentCall:
-        call = self._calls[id] = AgentCall(self, id, int(max_size), deadline)
+    async def _ask(
+        self, id: str, message: str, data: str, timeout: float, deadline: float
+    ) -> tuple[AgentCall, str, str]:
+        """A call, and what the agent says to it first: kind and data."""
+        text = envelope(id, message, data)
+        if len(text) > self.limits.agent_message_size:  # it would close the socket
+            reason = "The request is too large for an agent."
+            raise ControllerError(reason, Failure.NONE, status=413)
+        call = self._calls[id] = AgentCall(self, id, deadline)
         self.asked_at = unix_time()
-        return call
+        self.debug(f"{self.name} is sent {message!r}")
+        try:
+            # One large request after the other: together they would be more than
+            # may wait to be sent.
+            await self.websocket.connection.drain()
+            await self.websocket.send(text)
+            kind, data = await call.get(min(self._loop.time() + timeout, deadline))
+            return call, kind, data
+        except BaseException:
+            self.cancel(id)
+            raise
 
     def cancel(self, id: str) -> None:
         """Forget a call, and have the agent stop working on it if it can."""
@@ -6024,7 +6035,6 @@ class TextAgent(AgentController):
     """An original agent, version 1: takes one text, and keeps conversations itself."""
 
     keeps_conversations = True
-    _asked = ""  # its last call
 
     def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
         super().__init__(id, websocket, credential)
@@ -6037,10 +6047,6 @@ class TextAgent(AgentController):
         """Ping it in its own words, as the original server did."""
         self.websocket.ping()
         self._write(str(uuid.uuid4()), "ping")
-
-    def _call_ended(self, id: str) -> None:
-        if id == self._asked:
-            self.websocket.busy_until = 0.0
 
     async def answer(self, request: APIRequest) -> Answer:
         """Ask for one text; there is one answer."""
@@ -6056,17 +6062,14 @@ class TextAgent(AgentController):
             "parent_id": parent_id or str(uuid.uuid4()),
             "content": content,
         }
-        deadline = min(self._loop.time() + self.limits.ask_timeout, request.deadline)
-        call = self._open_call(id, ASK_ANSWER_SIZE, deadline)
+        timeout = self.limits.ask_timeout
         # It answers no ping while it works, and works on when its client has left:
         # it must not be given another request before it is done.
-        self.websocket.busy_until = deadline
-        self.debug(f"{self.name} is sent 'ChatGptRequest'")
-        try:
-            await self.websocket.send(envelope(id, "ChatGptRequest", _to_ascii(data)))
-            kind, text = await call.get(deadline)
-        finally:
-            self.cancel(id)
+        self.websocket.busy_until = min(self._loop.time() + timeout, request.deadline)
+        call, kind, text = await self._ask(
+            id, "ChatGptRequest", _to_ascii(data), timeout, request.deadline
+        )
+        await call.aclose()
         said = as_object(read_json(text))
         answer = said.get("content")
         if kind != "ChatGptResponse" or not isinstance(answer, str):
@@ -6124,27 +6127,21 @@ class APIAgent(AgentController):
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
         """Ask it: any request, any answer, streamed."""
-        id = random_id("call-")
-        text = envelope(id, "ApiRequest", self._request_data(request, content))
-        if len(text) > self.limits.agent_message_size:  # it would close the socket
-            reason = "The request is too large for an agent."
-            raise ControllerError(reason, Failure.NONE, status=413)
-        call = self._open_call(id, self.limits.event_size, request.deadline)
-        self.debug(f"{self.name} is sent 'ApiRequest'")
-        try:
-            # One large request after the other: together they would be more than
-            # may wait to be sent.
-            await self.websocket.connection.drain()
-            await self.websocket.send(text)
-            timeout = self.limits.first_byte_timeout
-            first = await call.get(min(self._loop.time() + timeout, request.deadline))
-            if first == ("error", AGENT_FULL):
-                raise self._full()
-            call.begin(*first)
-            return call
-        except BaseException:
-            self.cancel(id)
-            raise
+        call, kind, data = await self._ask(
+            random_id("call-"),
+            "ApiRequest",
+            self._request_data(request, content),
+            self.limits.first_byte_timeout,
+            request.deadline,
+        )
+        if (kind, data) == ("error", AGENT_FULL):  # leave it alone for a moment
+            self.websocket.busy_until = self._loop.time() + AGENT_FULL_PAUSE
+            reason = f"{self.name} is busy with what other servers ask"
+            raise ControllerError(
+                reason, Failure.FULL, status=503, code="agent_full", retry_after=1
+            )
+        call.begin(kind, data)
+        return call
 
     @staticmethod
     def _request_data(request: APIRequest, content: bytes) -> str:
@@ -6154,14 +6151,6 @@ class APIAgent(AgentController):
             return f'{_to_ascii(data)[:-1]},"body":{content.decode()}}}'
         body = base64.b64encode(content).decode()
         return _to_ascii({**data, "encoding": "base64", "body": body})
-
-    def _full(self) -> ControllerError:
-        """Leave it alone for a moment: other servers keep it busy."""
-        self.websocket.busy_until = self._loop.time() + AGENT_FULL_PAUSE
-        reason = f"{self.name} is busy with what other servers ask"
-        return ControllerError(
-            reason, Failure.FULL, status=503, code="agent_full", retry_after=1
-        )
 
     def cancel(self, id: str) -> None:
         if self._calls.pop(id, None) is not None:
@@ -6193,21 +6182,19 @@ def agent_error(
 class AgentCall(Answer):
     """One request on an agent's socket, and what the agent has said to it.
 
-    Messages wait here until they are read, at most max_size bytes of them: the
+    Messages wait here until they are read, at most event_size bytes of them: the
     socket is shared, and must never wait for one slow client.  Once begun it is the
     answer: ApiResponse, any number of ApiData, ApiEnd.
     """
 
     MESSAGE_COST = 128  # bytes of memory for each, even for one without data
 
-    def __init__(
-        self, agent: AgentController, id: str, max_size: int, deadline: float
-    ) -> None:
+    def __init__(self, agent: AgentController, id: str, deadline: float) -> None:
         super().__init__(0, {})
         self._agent = agent
         self._id = id
-        self._max_size = max_size
         self._deadline = deadline
+        self._limits = agent.limits
         self._loop = agent.websocket.connection.loop
         self._messages: deque[tuple[str, str]] = deque()
         self._size = 0
@@ -6222,7 +6209,7 @@ class AgentCall(Answer):
         """Add a message; one too many ends the call."""
         self._messages.append((kind, data))
         self._size += len(data) + self.MESSAGE_COST
-        if self._size > self._max_size + self.MESSAGE_COST:
+        if self._size > self._limits.event_size + self.MESSAGE_COST:
             reason = "the client was too slow: too much of the answer is waiting"
             self.fail(ControllerError(reason, Failure.NONE, code="client_too_slow"))
             self._agent.cancel(self._id)
@@ -6266,6 +6253,7 @@ class AgentCall(Answer):
         head = as_object(read_json(data))
         status = head.get("status")
         if kind != "ApiResponse" or type(status) is not int or not 200 <= status < 600:
+            self._agent.cancel(self._id)
             raise agent_error(self._agent.name, kind, data)
         content_type = str(head.get("content_type", ""))
         if not (content_type.isascii() and content_type.isprintable()):
@@ -6278,7 +6266,7 @@ class AgentCall(Answer):
 
     async def read(self) -> bytes:
         while not self._ended:
-            silence = self._loop.time() + self._agent.limits.silence_timeout
+            silence = self._loop.time() + self._limits.silence_timeout
             kind, data = await self.get(min(silence, self._deadline))
             if kind == "error":
                 raise agent_error(self._agent.name, kind, data, Failure.BROKEN)
