@@ -2666,7 +2666,7 @@ class APIRequest:
     choices = 1  # that a completion shall have
     id = ""  # x-request-id, for the log
     user = ""  # whose request it is: the queue is fair between users
-    agent_id: str | None = None  # the one agent that can answer
+    agent_id: str | None = None  # the one agent (or the tape) that can answer
     recording: Recording | None = None  # what a tape has as its answer
     deadline = math.inf  # when to give up, on the loop's clock
     # Whether its user may have a model, where none is asked for.
@@ -6304,7 +6304,7 @@ class GeneratedAnswer(Answer):
     """A stream of events out of an asynchronous generator."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(200, {"content-type": "text/event-stream"})
+        super().__init__(200, {"content-type": EVENTS_TYPE})
         self._events = events
 
     async def read(self) -> bytes:
@@ -6731,10 +6731,10 @@ class TapeController(Controller):
         self.limits = limits
         self.alone = mode == "replay"  # nobody else is asked
         self.by_name_only = not self.alone
+        self.id = name
         self._index: dict[bytes, int] = {}  # where the line of each key begins
         self._stamp = ABSENT  # of the file that it is of
         self._ends_line = True  # the last line is whole
-        self._others: list[int] = []  # lines that are no recordings
 
     def __str__(self) -> str:
         alone = ", nobody else is asked" if self.alone else ""
@@ -6745,31 +6745,28 @@ class TapeController(Controller):
     def load(self) -> None:
         """Look what is there; ConfigurationError if it cannot be used."""
         try:
-            self._load()
+            others = ", ".join(map(str, self._load()[:10]))
         except OSError as error:
             raise ConfigurationError(f"{self.file}: {error.strerror}") from None
-        if self._others:
-            lines = ", ".join(map(str, self._others[:10]))
-            self.report(f"{self.file}: skipped what is not a recording: line {lines}")
+        if others:
+            self.report(f"{self.file}: skipped what is not a recording: line {others}")
 
     def serves(self, model: str | None) -> int:
-        return NOT  # see takes()
-
-    def takes(self, request: APIRequest) -> bool:
-        """Whether it is the one that answers a request, which it has looked up."""
-        return self.alone or request.recording is not None
+        return NOT  # see look_up()
 
     async def look_up(self, request: APIRequest) -> None:
-        """Find the recording of a request."""
+        """Find the recording of a request, and see to it that it is replayed."""
         if self.mode != "record":
             request.recording = await self._in_thread(self._find, request)
+        if self.alone or request.recording is not None:
+            request.agent_id = self.id
 
     async def answer(self, request: APIRequest) -> Answer:
-        if request.recording is None:
+        found = request.recording
+        if found is None:
             raise await self._in_thread(self._miss, request)
-        answer = GeneratedAnswer(self._replay(request.recording))
-        answer.status = request.recording.status
-        answer.headers = {"content-type": request.recording.content_type}
+        answer = GeneratedAnswer(self._replay(found))
+        answer.status, answer.headers["content-type"] = found.status, found.content_type
         return answer
 
     async def _replay(self, recording: Recording) -> AsyncGenerator[bytes, None]:
@@ -6841,13 +6838,19 @@ class TapeController(Controller):
         found = Recording.parse(line)
         return found and self._key(found.path, found.content)
 
-    def _load(self) -> None:
-        """Index the file if it has changed: others may write to it, and people."""
-        stamp = append_to_file(self.file, b"") if self.by_name_only else self._stat()
+    def _load(self) -> list[int]:
+        """Index the file if it has changed: others may write to it, and people.
+
+        Return the numbers of the lines that are no recordings.
+        """
+        if not self.alone:
+            append_to_file(self.file, b"")  # there must be one to add to
+        stamp = stamp_of(os.stat(self.file))
         if stamp == self._stamp:
-            return
+            return []
         index: dict[bytes, int] = {}
-        others, at, line = [], 0, b"\n"
+        others: list[int] = []
+        at, line = 0, b"\n"
         with open(self.file, "rb") as file:
             for number, line in enumerate(file, 1):
                 key = self._line_key(line)
@@ -6859,11 +6862,8 @@ class TapeController(Controller):
         if others and not index:  # nothing is to be added to a file that is no tape
             text = f"it is no tape of version {TAPE_VERSION}"
             raise OSError(errno.EINVAL, text)
-        self._index, self._others = index, others
-        self._stamp, self._ends_line = stamp, line.endswith(b"\n")
-
-    def _stat(self) -> Stamp:
-        return stamp_of(os.stat(self.file))
+        self._index, self._stamp, self._ends_line = index, stamp, line[-1:] == b"\n"
+        return others
 
     def _find(self, request: APIRequest) -> Recording | None:
         self._load()
@@ -7199,8 +7199,6 @@ class Pool:
         for the machine in the next room must not go to an API for it.  Who takes
         anything gets what nobody names.
         """
-        if self.tape is not None and self.tape.takes(request):
-            return [self.tape]
         if request.agent_id is not None:
             return [c for c in self.controllers if c.id == request.agent_id]
         model, path = request.model, request.path
