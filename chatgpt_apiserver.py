@@ -11420,8 +11420,9 @@ class Link:
         self.wanted = True  # its address is still one of the server's
         self.websocket: WebSocket | None = None
         self.calls: dict[str, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()  # also of calls that have ended
         self._problem = ""  # what people have been told
+        self.task = asyncio.get_running_loop().create_task(self.run())
+        self.task.add_done_callback(lambda task: agent.links.pop((url, address)))
 
     # --- Life
 
@@ -11503,7 +11504,7 @@ class Link:
             self.websocket = None
             agent.reached.pop(server_id, None)
             ended.set_result(None)
-            await end_tasks(self._tasks)
+            await end_tasks(self.calls.values())
             websocket.connection.close()
         how = "was lost"
         if websocket.close_code != 1006:
@@ -11524,17 +11525,15 @@ class Link:
         elif kind in ("Pause", "Resume"):
             self.agent.report(f"{self.server} says: {kind.lower()}")
         elif kind == "ApiCancel" and id in self.calls:
-            self.calls.pop(id).cancel()
+            self.calls[id].cancel()
         elif kind == "ApiRequest" and id not in self.calls:
-            # Twice: a call that has ended may still be on its way out.
-            most = 2 * self.agent.max_concurrency
-            if self.agent.is_full or len(self._tasks) >= most:
+            if self.agent.is_full:
                 await self.send(id, "error", AGENT_FULL)
                 return
             task = asyncio.get_running_loop().create_task(self._call(id, data))
             self.calls[id] = task
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            # Before the server can have heard of its end, and sends the next one.
+            task.add_done_callback(lambda task: self.calls.pop(id))
 
     async def _introduce(self, id: str, data: str) -> None:
         """Say who this is; or hear what this server calls it."""
@@ -11543,11 +11542,8 @@ class Link:
             self.id = id
             return
         hello = {"version": 2, "name": agent.name, "models": agent.serves}
-        hello["max_concurrency"] = agent.max_concurrency
-        hello["paused"] = agent.paused
-        if agent.serves is None:
-            del hello["models"]
-        await self.send(self.id, "Connection id", _to_ascii(hello))
+        more = {"max_concurrency": agent.max_concurrency, "paused": agent.paused}
+        await self.send(self.id, "Connection id", _to_ascii({**hello, **more}))
         if not self.joined_at:
             self.joined_at = asyncio.get_running_loop().time()
             self._problem = ""
@@ -11569,19 +11565,10 @@ class Link:
             logger.exception("call %s failed", id)
             outcome = "failed: an internal error"
             with contextlib.suppress(ConnectionError):
-                await self._end(id, "error", "an internal error of the agent")
+                await self.send(id, "error", "an internal error of the agent")
         finally:
-            self.calls.pop(id, None)
             milliseconds = (time.monotonic() - began) * 1e3
             self.agent.debug(f"call {_word(id)} {outcome}, {milliseconds:.0f} ms")
-
-    async def _end(self, id: str, message: str, data: str = "") -> None:
-        """Send the last message of a call.
-
-        It is counted out first: the server may send the next call at once.
-        """
-        self.calls.pop(id, None)
-        await self.send(id, message, data)
 
     async def _answer(self, id: str, data: str) -> str:
         """Put an ApiRequest through the pool, send its answer; how that went."""
@@ -11594,27 +11581,21 @@ class Link:
                 return f"{request.path} {request.model} {call.status}"
         except APIError as error:
             if begun:
-                await self._end(id, "error", error.message[:4096])
+                await self.send(id, "error", error.message[:4096])
                 return f"failed: {error.reason}"
             await self._send_refusal(id, error)
             return f"refused ({error.status}): {error.reason}"
 
     async def _send_answer(self, id: str, call: Call) -> None:
-        """Send an answer as it comes: what is not text as base64."""
-        content, headers, is_raw = call.content, call.headers, call.is_raw
-        if content is not None:
-            try:
-                content.decode()
-            except UnicodeDecodeError:
-                is_raw = True
-        elif not is_raw:
-            headers = {"content-type": "text/event-stream"}
-        await self._send_head(id, call.status, headers, is_raw)
-        if content is not None:
-            await self._send_data(id, content, is_raw)
-        while content is None and not call.ended:
-            await self._send_data(id, await call.read(), is_raw)
-        await self._end(id, "ApiEnd")
+        """Send an answer as it comes."""
+        if call.content is not None:
+            await self._send_whole(id, call.status, call.headers, call.content)
+            return
+        headers = call.headers if call.is_raw else {"content-type": EVENTS_TYPE}
+        await self._send_head(id, call.status, headers, call.is_raw)
+        while not call.ended:
+            await self._send_data(id, await call.read(), call.is_raw)
+        await self.send(id, "ApiEnd")
 
     async def _send_refusal(self, id: str, error: APIError) -> None:
         """Answer as an upstream would: the server judges it and may ask another."""
@@ -11622,9 +11603,21 @@ class Link:
         status = passed if passed == 429 or passed >= 500 else error.status
         seconds = error.retry_after
         headers = {} if seconds is None else {"retry-after": str(seconds)}
-        await self._send_head(id, status, headers, False)
-        await self._send_data(id, encode_json({"error": error_object(error)}), False)
-        await self._end(id, "ApiEnd")
+        content = encode_json({"error": error_object(error)})
+        await self._send_whole(id, status, headers, content)
+
+    async def _send_whole(
+        self, id: str, status: int, headers: dict[str, str], content: bytes
+    ) -> None:
+        """Send an answer that is there: what is not text as base64."""
+        is_raw = False
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            is_raw = True
+        await self._send_head(id, status, headers, is_raw)
+        await self._send_data(id, content, is_raw)
+        await self.send(id, "ApiEnd")
 
     def _read_request(self, data: str) -> APIRequest:
         """The request in an ApiRequest; APIError(400) for what is not served."""
@@ -11700,7 +11693,7 @@ class Agent(Endable):
 
     id      what servers know it by, from connection to connection
     serves  the models it tells the servers, None for any
-    links   its connections, or attempts at them, by their tasks
+    links   its connections, or attempts at them, by URL and address
 
     Raise ValueError for a url that is none.
     """
@@ -11726,7 +11719,7 @@ class Agent(Endable):
         self.limits = limits
         self.id = str(uuid.uuid4())
         self.serves: list[str] | None = []
-        self.links: dict[asyncio.Task[None], Link] = {}
+        self.links: dict[tuple[str, str], Link] = {}
         # By ids of the servers it is connected to; done when that connection ends.
         self.reached: dict[str, asyncio.Future[None]] = {}
         self.fields = [("Authorization", f"Bearer {key}")] if key else []
@@ -11778,7 +11771,7 @@ class Agent(Endable):
                 await asyncio.gather(*work)
             await self._drain()
         finally:
-            await end_tasks(work | self.links.keys())
+            await end_tasks(work | {link.task for link in self.links.values()})
             for controller in self.pool.controllers:
                 controller.close()
 
@@ -11790,12 +11783,11 @@ class Agent(Endable):
         if running:
             self.report(f"waiting {seconds:.0f} s at most for calls: {len(running)}")
         await self._wait_for(self._running, seconds)
-        joined = {task for task, link in self.links.items() if link.websocket}
-        for link in self.links.values():
-            if link.websocket is not None:
-                link.websocket.close(1001, "the agent is shutting down")
+        joined = [(x.task, x.websocket) for x in self.links.values() if x.websocket]
+        for _, websocket in joined:
+            websocket.close(1001, "the agent is shutting down")
         if joined:  # the servers close, too
-            await asyncio.wait(joined, timeout=1)
+            await asyncio.wait({task for task, _ in joined}, timeout=1)
 
     # --- What it serves
 
@@ -11874,12 +11866,8 @@ class Agent(Endable):
         client = HTTPClient(url, limits=self.limits)
         told = False
         while True:
-            links = {
-                link.address: (task, link)
-                for task, link in self.links.items()
-                if link.url == url
-            }
-            found, pause = list(links), SERVER_LOOK_UP_INTERVAL
+            found = [address for of, address in self.links if of == url]
+            pause = SERVER_LOOK_UP_INTERVAL
             try:  # this machine's name is one server, whichever family it takes
                 found = [""] if is_loopback(host) else await client.addresses()
             except (OSError, asyncio.TimeoutError) as error:
@@ -11888,19 +11876,14 @@ class Agent(Endable):
                     told = True
                     self.warn(f"{explain_no_link(host, error)}; looking again")
             for address in found[:SERVER_ADDRESSES]:
-                if address not in links:
-                    self._add_link(url, address)
-            for address, (task, link) in links.items():
-                link.wanted = address in found
-                if not link.wanted and link.websocket is None:
-                    task.cancel()  # it may wait for another address's end, for days
+                if (url, address) not in self.links:
+                    self.links[url, address] = Link(self, url, address)
+            for link in self.links.values():
+                if link.url == url:
+                    link.wanted = link.address in found
+                    if not link.wanted and link.websocket is None:
+                        link.task.cancel()  # it may wait for days for another's end
             await asyncio.sleep(pause)
-
-    def _add_link(self, url: str, address: str) -> None:
-        link = Link(self, url, address)
-        task = asyncio.get_running_loop().create_task(link.run())
-        self.links[task] = link
-        task.add_done_callback(self.links.pop)
 
 
 def command_model(
