@@ -2059,6 +2059,8 @@ class ChatWriter:
         return sse_event(encode_json(self._chunk(choices, **more)))
 
     def _choice(self, delta: dict[str, Any], *place: Any) -> dict[str, Any]:
+        for number, call in enumerate(delta.get("tool_calls") or ()):
+            call.setdefault("index", number)  # only streams have it
         return choice_of("delta", delta, *place)
 
     def delta(self, delta: dict[str, Any]) -> bytes:
@@ -2083,8 +2085,6 @@ class ChatWriter:
         for choice in completion.get("choices") or []:
             index = choice.get("index", 0)
             delta = {k: v for k, v in choice["message"].items() if v is not None}
-            for number, call in enumerate(delta.get("tool_calls") or []):
-                call.setdefault("index", number)  # only streams have it
             whole = self._choice(delta, None, index, choice.get("logprobs"))
             last = self._choice({}, choice.get("finish_reason"), index)
             events += [self._event([whole]), self._event([last])]
@@ -6365,19 +6365,12 @@ class FunctionController(Controller):
         writer = request.dialect.writer(self.head(model), sent)
         with time_limit(request.deadline, self._late()):
             result = await self._call(body)
-        if isinstance(result, (list, tuple)):
-            result = iter(result)
-        if hasattr(result, "__anext__") or hasattr(result, "__next__"):
-            pieces = self._pieces(request, result)
-            if request.stream:
-                return GeneratedAnswer(self._events(pieces, writer))
-            return await self._joined(pieces, writer)
-        if not isinstance(result, bytes):
-            completion = self._completion(writer, result)
-            if request.stream:
-                return json_answer(writer.events(completion))
-            result = writer.whole(completion)
-        return json_answer(result)
+        if isinstance(result, bytes):
+            return json_answer(result)
+        said = self._said(request, result)
+        if request.stream:
+            return GeneratedAnswer(self._events(said, writer))
+        return await self._joined(said, writer)
 
     def head(self, model: str) -> dict[str, Any]:
         """The id, created and model of an answer."""
@@ -6408,70 +6401,70 @@ class FunctionController(Controller):
             time.sleep(0.05)
         pieces.close()
 
-    def _completion(
-        self, writer: ChatWriter, result: Any, deltas: list[Any] | None = None
-    ) -> JSONObject:
-        """A chat.completion out of what the function returned, or of its deltas."""
-        if isinstance(result, dict) and "choices" in result:
-            return result
-        if isinstance(result, str):
-            result = {"content": result}
-        if not isinstance(result, dict):
-            kind = type(result).__name__
-            raise TypeError(f"{self.name} returned {kind}, not a str, dict or iterator")
-        usage = usage_object(self._usage(writer, deltas or [result]))
-        return {**chat_completion("", result, usage), **writer.like}
-
     @staticmethod
     def _usage(writer: ChatWriter, deltas: list[dict[str, Any]]) -> Usage:
         texts = [content_text(delta.get("content")) for delta in deltas]
         texts += [_to_ascii(d["tool_calls"]) for d in deltas if d.get("tool_calls")]
         return Usage(writer.sent, 0, estimate_tokens("".join(texts)))
 
-    async def _pieces(self, request: APIRequest, result: Any) -> Pieces:
-        """What an iterator gives: deltas, or bytes as they are."""
+    async def _said(self, request: APIRequest, result: Any) -> Pieces:
+        """What a function gave, as pieces of a message, or bytes as they are."""
+        if isinstance(result, (str, dict)):
+            yield {"content": result} if isinstance(result, str) else result
+            return
+        pieces = iter(result) if isinstance(result, (list, tuple)) else result
+        if not hasattr(pieces, "__anext__") and not hasattr(pieces, "__next__"):
+            kind = type(result).__name__
+            raise TypeError(f"{self.name} returned {kind}, not a str, dict or iterator")
         try:
             while True:
                 with time_limit(request.deadline, self._late()):
-                    piece = await self._next(result)
+                    piece = await self._next(pieces)
                 if piece is _END:
                     break
                 is_whole = isinstance(piece, (bytes, dict))
                 yield piece if is_whole else {"content": str(piece)}
         finally:
-            if hasattr(result, "aclose"):
-                await result.aclose()
-            elif hasattr(result, "close"):
-                self._in_thread(self._close, result)  # nobody waits for that
+            if hasattr(pieces, "aclose"):
+                await pieces.aclose()
+            elif hasattr(pieces, "close"):
+                self._in_thread(self._close, pieces)  # nobody waits for that
 
-    async def _joined(self, pieces: Pieces, writer: ChatWriter) -> Answer:
-        """Pieces as one answer; of bytes whoever reads finds out what they are."""
-        builder, deltas, raw = CompletionBuilder(), [], []
+    async def _joined(self, said: Pieces, writer: ChatWriter) -> Answer:
+        """All of it as one answer; of bytes whoever reads finds out what they are."""
+        builder, deltas, raw = CompletionBuilder(), [], b""
         builder.add({"choices": [{}]})
-        async for piece in pieces:
+        async for piece in said:
             await asyncio.sleep(0)  # one that never waits must not stop all others
             if isinstance(piece, bytes):
-                raw.append(piece)
+                raw += piece
             else:
                 deltas.append(piece)
                 builder.add({"choices": [{"delta": piece}]})
         if raw:
-            return json_answer(b"".join(raw))
+            return json_answer(raw)
         message = builder.result()["choices"][0]["message"]
-        return json_answer(writer.whole(self._completion(writer, message, deltas)))
+        if len(deltas) == 1:  # with all that a function has put into it
+            message = deltas[0]
+        usage = usage_object(self._usage(writer, deltas))
+        made = {**chat_completion("", message, usage), **writer.like}
+        return json_answer(writer.whole(message if "choices" in message else made))
 
-    async def _events(self, pieces: Pieces, writer: ChatWriter) -> Pieces:
-        """The events of a stream out of an iterator's pieces."""
+    async def _events(self, said: Pieces, writer: ChatWriter) -> Pieces:
+        """All of it as the events of a stream."""
         deltas = []
         try:
-            async for piece in pieces:
+            async for piece in said:
                 if isinstance(piece, bytes):
                     yield piece
+                elif "choices" in piece:  # a whole chat.completion
+                    yield writer.events(piece)
+                    return
                 else:
                     deltas.append(piece)
                     yield writer.delta(piece)
         finally:
-            await pieces.aclose()
+            await said.aclose()
         reason = "tool_calls" if any(d.get("tool_calls") for d in deltas) else "stop"
         yield writer.end(reason, self._usage(writer, deltas))
 
@@ -6566,18 +6559,16 @@ class MockController(FunctionController):
     @staticmethod
     def _embeddings(request: APIRequest) -> JSONObject:
         """A vector of eight numbers for each text: equal ones for equal texts."""
-        body = request.body
-        asked = body.get("input")
+        asked = request.body.get("input")
         texts = [str(text) for text in (asked if isinstance(asked, list) else [asked])]
+        is_packed = request.body.get("encoding_format") == "base64"
         data = []
         for index, text in enumerate(texts[:2048]):
             digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-            vector = [byte / 127.5 - 1 for byte in digest[:8]]
-            packed = base64.b64encode(struct.pack("<8f", *vector)).decode()
-            is_packed = body.get("encoding_format") == "base64"
-            embedding: Any = packed if is_packed else vector
-            item = {"object": "embedding", "index": index}
-            data.append({**item, "embedding": embedding})
+            vector: Any = [byte / 127.5 - 1 for byte in digest[:8]]
+            if is_packed:
+                vector = base64.b64encode(struct.pack("<8f", *vector)).decode()
+            data.append({"object": "embedding", "index": index, "embedding": vector})
         tokens = sum(map(estimate_tokens, texts))
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         answer = {"object": "list", "data": data, "model": request.model}
@@ -6602,11 +6593,7 @@ class MockController(FunctionController):
             arguments = encode_json({next(iter(properties), "text"): text}).decode()
             call = {"name": function["name"], "arguments": arguments}
             id = said.get("id") or random_id("call_")
-            yield {
-                "tool_calls": [
-                    {"index": 0, "id": id, "type": "function", "function": call}
-                ]
-            }
+            yield {"tool_calls": [{"id": id, "type": "function", "function": call}]}
             return
         at = 0
         for _ in range(10_000):  # and the rest of a book as one
