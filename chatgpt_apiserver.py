@@ -5992,7 +5992,7 @@ class AgentController(Controller):
         call = self._calls.pop(id, None) if ended else self._calls.get(id)
         if call is not None:  # or nobody waits for it any more: late is not wrong
             call.put(kind, data)
-        if ended and id == self._asked:
+        if id == self._asked:
             self.websocket.busy_until = 0.0
 
     def _hear_of_itself(self, kind: str, data: str) -> None:
