@@ -5928,10 +5928,11 @@ SERVER_ID_FIELD = "x-server-id"
 
 
 class AgentController(Controller):
-    """A program that dialled in over a websocket; the base of the two kinds.
+    """This file as agent (version 2): it dialled in, and takes any API request.
 
     id          what conversations with it are kept under
     credential  what it registered with; who comes back with an id needs the same
+    hello       what it said of itself in its first message
     """
 
     type = "agent"
@@ -5939,10 +5940,17 @@ class AgentController(Controller):
     ENDS = ("ChatGptResponse", "ApiEnd", "error")  # a call has ended with them
     # What belongs to one call; what is not of its version fails that call.
     REPLIES = (*ENDS, "ApiResponse", "ApiData")
-    _asked = ""  # the call that keeps it busy, also when its client has left
 
-    def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
-        super().__init__("", max_concurrency=1)
+    def __init__(
+        self, id: str, websocket: WebSocket, credential: str, hello: JSONObject
+    ) -> None:
+        name, most = hello.get("name"), hello.get("max_concurrency")
+        usable = isinstance(most, int) and 0 < most <= 10_000
+        super().__init__("", max_concurrency=most if usable else 8)
+        if isinstance(name, str) and name.isprintable():
+            self.name = name[:64]
+        self.paused = hello.get("paused") is True
+        self._set_models(hello.get("models"))
         self.id = id
         self.credential = credential
         self.websocket = websocket
@@ -5955,151 +5963,7 @@ class AgentController(Controller):
         self.asked_at: float | None = None
         self._loop = websocket.connection.loop
         self._calls: dict[str, AgentCall] = {}
-
-    @property
-    def has_room(self) -> bool:
-        return self._loop.time() >= self.websocket.busy_until and super().has_room
-
-    def tell(self, message: str) -> None:
-        """Send a message without data, if it would understand it."""
-
-    def status(self, now: float) -> dict[str, Any]:
-        """Its line in GET /admin/status: its name is a label, the id is its own."""
-        user = "" if self.user is None else self.user.name or self.user.user_id
-        return {**super().status(now), "id": self.id, "user": user}
-
-    async def serve(self) -> None:
-        """Read the agent's messages until it leaves."""
-        try:
-            async for message in self.websocket:
-                self._hear(message)
-                del message  # it may be large, and the next one far
-        finally:
-            self.websocket.heartbeat = None  # it would hold us, as we hold it
-            reason = f"{self.name} has left"
-            for call in self._calls.values():
-                call.fail(ControllerError(reason, Failure.NONE, code="agent_lost"))
-
-    def _hear(self, message: str | bytes) -> None:
-        """Take one message; what is not understood is dropped."""
-        self.heard_at = unix_time()
-        id, kind, data = open_envelope(message)
-        self.debug(f"{self.name} says {kind[:40]!r}")
-        if kind not in self.REPLIES:
-            self._hear_of_itself(kind, data)
-            return
-        ended = kind in self.ENDS
-        call = self._calls.pop(id, None) if ended else self._calls.get(id)
-        if call is not None:  # or nobody waits for it any more: late is not wrong
-            call.put(kind, data)
-        if id == self._asked:
-            self.websocket.busy_until = 0.0
-
-    def _hear_of_itself(self, kind: str, data: str) -> None:
-        """A message that belongs to no call."""
-
-    async def _ask(
-        self, id: str, message: str, data: str, timeout: float, deadline: float
-    ) -> tuple[AgentCall, str, str]:
-        """A call, and what the agent says to it first: kind and data."""
-        text = envelope(id, message, data)
-        if len(text) > self.limits.agent_message_size:  # it would close the socket
-            reason = "The request is too large for an agent."
-            raise ControllerError(reason, Failure.NONE, status=413)
-        call = self._calls[id] = AgentCall(self, id, deadline)
-        self.asked_at = unix_time()
-        self.debug(f"{self.name} is sent {message!r}")
-        try:
-            # One large request after the other: together they would be more than
-            # may wait to be sent.
-            await self.websocket.connection.drain()
-            await self.websocket.send(text)
-            kind, data = await call.get(min(self._loop.time() + timeout, deadline))
-            return call, kind, data
-        except BaseException:
-            self.cancel(id)
-            raise
-
-    def cancel(self, id: str) -> None:
-        """Forget a call, and have the agent stop working on it if it can."""
-        self._calls.pop(id, None)
-
-    def _write(self, id: str, message: str, data: str = "") -> None:
-        """Send a message; where the agent has left, nobody misses it."""
-        self.debug(f"{self.name} is sent {message!r}")
-        with contextlib.suppress(ConnectionError):
-            self.websocket.write(envelope(id, message, data))
-
-
-class TextAgent(AgentController):
-    """An original agent, version 1: takes one text, and keeps conversations itself."""
-
-    keeps_conversations = True
-
-    def __init__(self, id: str, websocket: WebSocket, credential: str) -> None:
-        super().__init__(id, websocket, credential)
-        websocket.heartbeat = self._ping
-
-    def answers(self, path: str) -> bool:
-        return path == CHAT_PATH
-
-    def _ping(self) -> None:
-        """Ping it in its own words, as the original server did."""
-        self.websocket.ping()
-        self._write(str(uuid.uuid4()), "ping")
-
-    async def answer(self, request: APIRequest) -> Answer:
-        """Ask for one text; there is one answer."""
-        conversation_id = parent_id = ""
-        if request.ask is not None and (request.agent_id or not request.ask[1]):
-            content, conversation_id, parent_id = request.ask
-        else:  # no conversation of its own: all of it as one text
-            content = messages_text(request.body["messages"])
-        self._asked = id = str(uuid.uuid4())
-        data = {
-            "message_id": id,
-            "conversation_id": conversation_id,
-            "parent_id": parent_id or str(uuid.uuid4()),
-            "content": content,
-        }
-        timeout = self.limits.ask_timeout
-        # It answers no ping while it works, and works on when its client has left:
-        # it must not be given another request before it is done.
-        self.websocket.busy_until = min(self._loop.time() + timeout, request.deadline)
-        call, kind, text = await self._ask(
-            id, "ChatGptRequest", _to_ascii(data), timeout, request.deadline
-        )
-        await call.aclose()
-        said = as_object(read_json(text))
-        answer = said.get("content")
-        if kind != "ChatGptResponse" or not isinstance(answer, str):
-            raise agent_error(self.name, kind, text)
-        usage = Usage(estimate_tokens(content), 0, estimate_tokens(answer))
-        message = {"content": answer}
-        body = chat_completion(request.model or "", message, usage_object(usage))
-        if request.ask is not None:
-            for key in ("response_id", "conversation_id"):
-                body[key] = str(said.get(key) or "")
-        return json_answer(body)
-
-
-class APIAgent(AgentController):
-    """This file as agent, version 2: takes any API request.
-
-    hello  what it said of itself in its first message
-    """
-
-    def __init__(
-        self, id: str, websocket: WebSocket, credential: str, hello: dict[str, Any]
-    ) -> None:
-        super().__init__(id, websocket, credential)
-        name, most = hello.get("name"), hello.get("max_concurrency")
-        if isinstance(name, str) and name.isprintable():
-            self.name = name[:64]
-        usable = isinstance(most, int) and 0 < most <= 10_000
-        self.max_concurrency = most if usable else 8
-        self.paused = hello.get("paused") is True
-        self._set_models(hello.get("models"))
+        self._asked = ""  # the call that keeps it busy, also when its client has left
 
     def _set_models(self, models: Any) -> None:
         """Take the models it serves: a list, or None for any."""
@@ -6107,16 +5971,47 @@ class APIAgent(AgentController):
             names = [name for name in models if isinstance(name, str)]
             self.models = models_table(names[:1000])
 
+    @property
+    def has_room(self) -> bool:
+        return self._loop.time() >= self.websocket.busy_until and super().has_room
+
+    def status(self, now: float) -> JSONObject:
+        """Its line in GET /admin/status: its name is a label, the id is its own."""
+        user = "" if self.user is None else self.user.name or self.user.user_id
+        return {**super().status(now), "id": self.id, "user": user}
+
+    def tell(self, message: str, data: str = "", id: str = "") -> None:
+        """Send what belongs to no call, or ends one; where it has left, that is all."""
+        self.debug(f"{self.name} is sent {message!r}")
+        with contextlib.suppress(ConnectionError):
+            self.websocket.write(envelope(id or self.id, message, data))
+
     async def serve(self) -> None:
+        """Read the agent's messages until it leaves."""
         # The id it got.  That of an agent without this word is the one it was sent.
-        self._write(self.id, "Connection id", '{"version": 2}')
-        await super().serve()
+        self.tell("Connection id", '{"version": 2}')
+        try:
+            async for message in self.websocket:
+                self._hear(*open_envelope(message))
+                del message  # it may be large, and the next one far
+        finally:
+            self.websocket.heartbeat = None  # it would hold us, as we hold it
+            reason = f"{self.name} has left"
+            for call in self._calls.values():
+                call.fail(ControllerError(reason, Failure.NONE, code="agent_lost"))
 
-    def tell(self, message: str) -> None:
-        self._write(self.id, message)
-
-    def _hear_of_itself(self, kind: str, data: str) -> None:
-        if kind == "Models":
+    def _hear(self, id: str, kind: str, data: str) -> None:
+        """Take one message; what is not understood is dropped."""
+        self.heard_at = unix_time()
+        self.debug(f"{self.name} says {kind[:40]!r}")
+        if kind in self.REPLIES:
+            ended = kind in self.ENDS
+            call = self._calls.pop(id, None) if ended else self._calls.get(id)
+            if call is not None:  # or nobody waits for it any more: late is not wrong
+                call.put(kind, data)
+            if id == self._asked:
+                self.websocket.busy_until = 0.0
+        elif kind == "Models":
             self._set_models(read_json(data))
         elif kind == "Drain":
             self.on_drain(self)
@@ -6152,22 +6047,88 @@ class APIAgent(AgentController):
         body = base64.b64encode(content).decode()
         return _to_ascii({**data, "encoding": "base64", "body": body})
 
+    async def _ask(
+        self, id: str, message: str, data: str, timeout: float, deadline: float
+    ) -> tuple[AgentCall, str, str]:
+        """A call, and what the agent says to it first: kind and data."""
+        text = envelope(id, message, data)
+        if len(text) > self.limits.agent_message_size:  # it would close the socket
+            reason = "The request is too large for an agent."
+            raise ControllerError(reason, Failure.NONE, status=413)
+        call = self._calls[id] = AgentCall(self, id, deadline)
+        self.asked_at = unix_time()
+        self.debug(f"{self.name} is sent {message!r}")
+        try:
+            # One large request after the other: together they would be more than
+            # may wait to be sent.
+            await self.websocket.connection.drain()
+            await self.websocket.send(text)
+            kind, data = await call.get(timeout)
+            return call, kind, data
+        except BaseException:
+            self.cancel(id)
+            raise
+
     def cancel(self, id: str) -> None:
+        """Forget a call, and have the agent stop working on it."""
         if self._calls.pop(id, None) is not None:
-            self._write(id, "ApiCancel")
+            self.tell("ApiCancel", id=id)
 
 
-def make_agent(
-    id: str, websocket: WebSocket, credential: str, first: str
-) -> AgentController:
-    """The controller for an agent, by the data of its first message.
+class TextAgent(AgentController):
+    """An original agent, version 1: takes one text, and keeps conversations itself."""
 
-    Version 1 says nothing there; nonsense counts as nothing.
-    """
-    hello = as_object(read_json(first))
-    if hello.get("version") == 2:
-        return APIAgent(id, websocket, credential, hello)
-    return TextAgent(id, websocket, credential)
+    keeps_conversations = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.max_concurrency = 1
+        self.websocket.heartbeat = self._ping
+
+    def answers(self, path: str) -> bool:
+        return path == CHAT_PATH
+
+    def tell(self, message: str, data: str = "", id: str = "") -> None:
+        """Nothing: it would not understand it."""
+
+    def _ping(self) -> None:
+        """Ping it in its own words, as the original server did."""
+        self.websocket.ping()
+        super().tell("ping", id=str(uuid.uuid4()))
+
+    async def answer(self, request: APIRequest) -> Answer:
+        """Ask for one text; there is one answer."""
+        conversation_id = parent_id = ""
+        if request.ask is not None and (request.agent_id or not request.ask[1]):
+            content, conversation_id, parent_id = request.ask
+        else:  # no conversation of its own: all of it as one text
+            content = messages_text(request.body["messages"])
+        self._asked = id = str(uuid.uuid4())
+        data = {
+            "message_id": id,
+            "conversation_id": conversation_id,
+            "parent_id": parent_id or str(uuid.uuid4()),
+            "content": content,
+        }
+        timeout = self.limits.ask_timeout
+        # It answers no ping while it works, and works on when its client has left:
+        # it must not be given another request before it is done.
+        self.websocket.busy_until = min(self._loop.time() + timeout, request.deadline)
+        call, kind, text = await self._ask(
+            id, "ChatGptRequest", _to_ascii(data), timeout, request.deadline
+        )
+        await call.aclose()
+        said = as_object(read_json(text))
+        answer = said.get("content")
+        if kind != "ChatGptResponse" or not isinstance(answer, str):
+            raise agent_error(self.name, kind, text)
+        usage = Usage(estimate_tokens(content), 0, estimate_tokens(answer))
+        message = {"content": answer}
+        body = chat_completion(request.model or "", message, usage_object(usage))
+        if request.ask is not None:
+            for key in ("response_id", "conversation_id"):
+                body[key] = str(said.get(key) or "")
+        return json_answer(body)
 
 
 def agent_error(
@@ -6224,12 +6185,13 @@ class AgentCall(Answer):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def get(self, deadline: float) -> tuple[str, str]:
+    async def get(self, timeout: float) -> tuple[str, str]:
         """The next message: kind and data.
 
-        Raise asyncio.TimeoutError at the deadline, ControllerError once the
+        Raise asyncio.TimeoutError then or at the deadline, ControllerError once the
         agent is gone.
         """
+        deadline = min(self._loop.time() + timeout, self._deadline)
         while not self._messages:
             if self._error is not None:
                 raise self._error
@@ -6266,8 +6228,7 @@ class AgentCall(Answer):
 
     async def read(self) -> bytes:
         while not self._ended:
-            silence = self._loop.time() + self._limits.silence_timeout
-            kind, data = await self.get(min(silence, self._deadline))
+            kind, data = await self.get(self._limits.silence_timeout)
             if kind == "error":
                 raise agent_error(self._agent.name, kind, data, Failure.BROKEN)
             if kind == "ApiData" and data:
@@ -6493,20 +6454,18 @@ class MockController(FunctionController):
 
     type = "mock"
     by_name_only = True
-    # The method of each, and its parameters.
-    MODELS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "mock/echo": ("echo",),
-        "mock/text": ("text", "text", "pieces", "delay"),
-        "mock/slow": ("slow", "seconds"),
-        "mock/429": ("too_many", "times"),
-        "mock/500": ("fail",),
-        "mock/cut": ("cut", "events"),
-        "mock/garbage": ("garbage",),
-    }
-    # The most that they may be; the others are texts.
-    NUMBERS: ClassVar[dict[str, float]] = {
-        **{"pieces": 1e6, "delay": 600, "seconds": 600, "times": math.inf},
-        **{"events": 1e6, "created": 1e12},
+    # The method of each, and its parameters as they are where a name says nothing.
+    MODELS: ClassVar[dict[str, tuple[str, JSONObject]]] = {
+        "mock/echo": ("echo", {}),
+        "mock/text": (
+            "text",
+            {"text": "Hello from the mock.", "pieces": 1, "delay": 0},
+        ),
+        "mock/slow": ("echo", {"seconds": 5}),
+        "mock/429": ("echo", {"times": math.inf}),
+        "mock/500": ("fail", {}),
+        "mock/cut": ("cut", {"events": 3}),
+        "mock/garbage": ("garbage", {}),
     }
 
     def __init__(self) -> None:
@@ -6520,25 +6479,26 @@ class MockController(FunctionController):
         return NAMED if model.partition("?")[0] in self.MODELS else NOT
 
     async def _say(self, body: JSONObject) -> Pieces:
-        method = self.MODELS[body["model"].partition("?")[0]][0]
-        pieces: Pieces = getattr(self, method)(body, self._parameters(body["model"]))
+        method, usual = self.MODELS[body["model"].partition("?")[0]]
+        said = {**usual, **self._parameters(body["model"])}
+        pieces: Pieces = getattr(self, method)(body, said)
         return pieces
 
     def _parameters(self, model: str) -> JSONObject:
         """What stands behind "?"; APIError(400) if it cannot be."""
         name, _, query = model.partition("?")
         said: JSONObject = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        for key, most in ((key, self.NUMBERS.get(key)) for key in said):
+        for key in said:
             mistake = ""
-            if key not in (*self.MODELS[name][1:], "id", "created"):
+            if key not in {**self.MODELS[name][1], "id": "", "created": 0}:
                 mistake = f"{name} has no parameter {key[:40]!r}."
-            elif most is not None:
+            elif key not in ("text", "id"):
                 try:
                     said[key] = float(said[key])
                 except ValueError:
                     said[key] = math.nan
-                if not 0 <= said[key] <= most:  # nor is NaN
-                    mistake = f"{key!r} must be a number from 0 to {most:.0f}."
+                if not 0 <= said[key] <= 1e12:  # nor is NaN
+                    mistake = f"{key!r} must be a number from 0."
             if mistake:
                 raise APIError(400, mistake, param="model")
         return said
@@ -6581,7 +6541,15 @@ class MockController(FunctionController):
         return head
 
     async def echo(self, body: JSONObject, said: JSONObject) -> Pieces:
-        """Say again what was said last, word by word; given tools, call the first."""
+        """Say again what was said last, word by word; given tools, call the first.
+
+        But begin only after "?seconds=5", and refuse "?times=2" in all.
+        """
+        await asyncio.sleep(said.get("seconds", 0))
+        if self._refused[body["model"]] < said.get("times", 0):
+            if len(self._refused) < 10_000:  # names come from clients
+                self._refused[body["model"]] += 1
+            raise APIError(429, "This mock is busy.", retry_after=1)
         messages = [*map(as_object, as_list(body.get("messages")))] or [{}]
         # Claude Code puts a system's message behind what was said.
         own = ("system", "developer")
@@ -6607,27 +6575,11 @@ class MockController(FunctionController):
 
     async def text(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Say "?text=...", in "pieces=3", with a "delay=0.5" before each."""
-        text = said.get("text", "Hello from the mock.")
-        count = max(1, int(said.get("pieces", 1)))
+        text, count = said["text"], max(1, int(said["pieces"]))
         size = max(1, -(-len(text) // count))
         for at in range(0, len(text) or 1, size):
-            await asyncio.sleep(said.get("delay", 0))
+            await asyncio.sleep(said["delay"])
             yield text[at : at + size]
-
-    async def slow(self, body: JSONObject, said: JSONObject) -> Pieces:
-        """Echo, but begin only after "?seconds=5"."""
-        await asyncio.sleep(said.get("seconds", 5))
-        async for piece in self.echo(body, said):
-            yield piece
-
-    async def too_many(self, body: JSONObject, said: JSONObject) -> Pieces:
-        """Refuse with 429: always, or "?times=2" in all and then echo."""
-        if self._refused[body["model"]] < said.get("times", math.inf):
-            if len(self._refused) < 10_000:  # names come from clients
-                self._refused[body["model"]] += 1
-            raise APIError(429, "This mock is busy.", retry_after=1)
-        async for piece in self.echo(body, said):
-            yield piece
 
     async def fail(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Fail with 500."""
@@ -6636,7 +6588,7 @@ class MockController(FunctionController):
 
     async def cut(self, body: JSONObject, said: JSONObject) -> Pieces:
         """Break off after "?events=3" events."""
-        for number in range(int(said.get("events", 3))):
+        for number in range(int(said["events"])):
             yield f"{number} "
         raise ControllerError("This mock always breaks off.", Failure.NONE)
 
@@ -10040,7 +9992,10 @@ async def do_register(exchange: Exchange) -> None:
     if said is None:
         return
     claimed_id, hello = said
-    agent = make_agent(id, websocket, credential, hello)
+    # Version 1 says nothing there; nonsense counts as nothing.
+    about = as_object(read_json(hello))
+    kind = AgentController if about.get("version") == 2 else TextAgent
+    agent = kind(id, websocket, credential, about)
     agent.user = user
     agent.debug = service.debug
     agent.on_drain = service.pool.remove
