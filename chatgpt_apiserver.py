@@ -5489,6 +5489,8 @@ class Health:
 
 
 NOT, ANY, NAMED = range(3)  # how a controller serves a model
+# Pieces of keys, and the ids of accounts and organisations.
+_SECRETS = re.compile(r"\b(?:sk-|org-|proj_)[\w*.…-]{4,}")
 
 
 class Controller:
@@ -5513,6 +5515,8 @@ class Controller:
     lists_models = False  # it can be asked for its own list of models
     final = False  # a refusal is its answer, and says nothing about it
     id = ""  # what conversations that it keeps itself are kept under
+    base_url = "/v1"  # where it is asked, for people
+    secret = ""  # its key
     THREADS = 32  # its own, at most
 
     def __init__(
@@ -5601,7 +5605,9 @@ class Controller:
         None is for whatever it has.
         """
         if self.models is None:  # any, but the mocks' names are theirs alone
-            return NOT if model is not None and model.startswith("mock/") else ANY
+            if model is not None and model.startswith("mock/"):
+                return NOT
+            return NAMED if has_model(self.listed, model) else ANY
         if model is None:
             return ANY if self.models else NOT
         return NAMED if has_model(self.models, model) else NOT
@@ -5615,15 +5621,11 @@ class Controller:
         return self.models or self.listed
 
     @property
-    def out_of_turn(self) -> bool:
-        """Whether somebody has said that it shall not be asked."""
-        return self.switched_off or self.paused
-
-    @property
     def has_room(self) -> bool:
         """Whether nothing but its health can keep it from being asked."""
         most = self.max_concurrency
-        if self.out_of_turn or (most is not None and self.in_flight >= most):
+        full = most is not None and self.in_flight >= most
+        if full or self.switched_off or self.paused:
             return False
         return self.limit is None or not self.limit.exceeded()
 
@@ -5663,12 +5665,6 @@ class Controller:
         reason = health.reason.removeprefix(f"{self.name}: ")
         return max(0.0, health.until - now), state, reason
 
-    def count(self, usage: Usage) -> None:
-        """Add what an answer took."""
-        self.tokens += usage.total
-        if self.limit is not None:
-            self.limit.count(tokens=usage.total)
-
     def describe(self, now: float) -> dict[str, Any]:
         """Its line in GET /admin/controllers: never a key."""
         closed, state, reason = self._closed(now)
@@ -5697,13 +5693,11 @@ class Controller:
     async def refresh_models(self) -> None:
         """Read its list of models, if it has one; what fails leaves the old one."""
 
-    def location(self, request: APIRequest) -> str:
-        """Where it asks for a request, for people."""
-        return request.path
-
     def redact(self, text: str) -> str:
-        """text without this controller's secrets."""
-        return text
+        """text without secrets: a key, and what servers repeat of one."""
+        if self.secret:
+            text = text.replace(self.secret, "***")
+        return _SECRETS.sub("***", text)
 
     def _in_thread(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """Run a function in a thread of the controller's own."""
@@ -5799,7 +5793,7 @@ class OpenAIController(Controller):
         self.base_url = normal_base_url(base_url)
         self.first_byte_timeout = first_byte_timeout
         self.limits = limits
-        self._api_key = api_key
+        self.secret = api_key
         self._fields = [("Accept-Encoding", "identity")]
         if api_key and auth == "x-api-key":
             self._fields.append(("x-api-key", api_key))
@@ -5824,16 +5818,7 @@ class OpenAIController(Controller):
             deadline=request.deadline,
         )
 
-    def location(self, request: APIRequest) -> str:
-        return self.base_url + request.path[3:]
-
     # --- Its models
-
-    def serves(self, model: str | None) -> int:
-        how, listed = super().serves(model), self.listed
-        if how == ANY and has_model(listed, model):
-            return NAMED
-        return how
 
     async def _get(self, target: str) -> tuple[int, bytes]:
         """The status and content of a short GET; no status where there is none.
@@ -5871,18 +5856,8 @@ class OpenAIController(Controller):
     async def probe(self) -> int:
         return (await self._get("/models"))[0]
 
-    def redact(self, text: str) -> str:
-        # Not only the whole key: some servers repeat its beginning or its end.
-        if self._api_key:
-            text = text.replace(self._api_key, "***")
-        return _SECRETS.sub("***", text)
-
     def close(self) -> None:
         self._client.close()
-
-
-# Pieces of keys, and the ids of accounts and organisations.
-_SECRETS = re.compile(r"\b(?:sk-|org-|proj_)[\w*.…-]{4,}")
 
 
 class AnthropicController(OpenAIController):
@@ -5968,8 +5943,7 @@ class AgentController(Controller):
     def _set_models(self, models: Any) -> None:
         """Take the models it serves: a list, or None for any."""
         if isinstance(models, list):
-            names = [name for name in models if isinstance(name, str)]
-            self.models = models_table(names[:1000])
+            self.models = models_table([m for m in models if isinstance(m, str)][:1000])
 
     @property
     def has_room(self) -> bool:
@@ -7527,8 +7501,9 @@ class Pool:
     ) -> None:
         """Take a complete answer into account, and its usage."""
         self.began(controller, request)
-        controller.count(usage)
+        controller.tokens += usage.total
         if controller.limit is not None:
+            controller.limit.count(tokens=usage.total)
             self.report_limit(controller, controller.limit)
         controller.health.succeed()
 
@@ -7763,7 +7738,7 @@ class Call:
         content = text.encode("utf-8", "surrogateescape")
         said = find_error(read_json(body_start(content)))
         if said is None and answer.status == 404:
-            where = controller.location(self.request)
+            where = controller.base_url + self.request.path[3:]
             self.pool.report(f"{controller.name}: there is nothing at {where} (404)")
         error = judge_refusal(
             controller.name,
@@ -10243,8 +10218,9 @@ async def do_ready(exchange: Exchange) -> None:
     """GET /readyz: whether requests should be sent here; cooling is no reason."""
     service = exchange.service
     reason = "no controller is available\n"
-    if any(not (c.by_name_only or c.out_of_turn) for c in service.pool.controllers):
-        reason = ""
+    for c in service.pool.controllers:
+        if not (c.by_name_only or c.switched_off or c.paused):
+            reason = ""
     if service.draining:
         reason = "shutting down\n"
     exchange.reply.send_text(reason or "OK", status=503 if reason else 200)
@@ -11841,14 +11817,11 @@ def command_model(
     import tempfile  # 5 ms, for those who serve a program
 
     async def answer(request: dict[str, Any]) -> AsyncGenerator[str, None]:
-        texts = [
-            content_text(message.get("content"))
-            for message in request.get("messages") or ()
-            if isinstance(message, dict) and message.get("role") == "user"
-        ]
+        messages = [*map(as_object, as_list(request.get("messages")))]
+        asked = [m.get("content") for m in messages if m.get("role") == "user"]
+        last = content_text(asked[-1] if asked else "").encode("utf-8", "replace")
         # Files cannot fill up and stop it, as pipes that nobody serves would.
         with tempfile.TemporaryFile() as question, tempfile.TemporaryFile() as errors:
-            last = "".join(texts[-1:]).encode("utf-8", "replace")
             question.write(encode_json(request) if whole else last)
             question.seek(0)
             process = await asyncio.create_subprocess_exec(
