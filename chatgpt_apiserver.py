@@ -11249,8 +11249,11 @@ class Server(Endable):
 # else.  Tasks answer the calls; the one that reads the socket waits for none.
 
 # Seconds until an agent dials again: at random up to the first, which doubles up to
-# the second; after a refused key the second.
+# the last; after a refused key the last.  A server that is started again has its
+# agents back soon: for a minute they dial after at most the second.
 REDIAL_FIRST = 0.5
+REDIAL_SOON = 2.0
+REDIAL_SOON_TIME = 60.0
 REDIAL_MAX = 30.0
 # Seconds between two searches for an upstream, and between two looks at its models.
 LOOK_INTERVAL = 3.0
@@ -11265,10 +11268,6 @@ _API_FIELD = re.compile(r"[a-z0-9-]{1,64}:[\t\x20-\x7e\xa0-\xff]*")
 # The addresses of a server's name are looked up again after this many seconds ...
 SERVER_LOOK_UP_INTERVAL = 30.0
 SERVER_ADDRESSES = 64  # ... and no more than this are dialled
-# A server that is started again has its agents back soon: for a minute they dial
-# after at most two seconds, later after at most REDIAL_MAX.
-REDIAL_SOON = 2.0
-REDIAL_SOON_TIME = 60.0
 _CURES = {
     401: "it does not know this key; give it an agent's token with --key",
     403: "this key may not register an agent; it takes an agent's token with --key",
@@ -11338,7 +11337,6 @@ class Link:
         self.wanted = True  # its address is still one of the server's
         self.websocket: WebSocket | None = None
         self.calls: dict[str, asyncio.Task[None]] = {}
-        self._problem = ""  # what people have been told
         self.task = asyncio.get_running_loop().create_task(self.run())
         self.task.add_done_callback(lambda task: agent.links.pop((url, address)))
 
@@ -11370,16 +11368,15 @@ class Link:
             delay *= 2
 
     def _tell(self, problem: str, joined_before: bool) -> None:
-        """Tell people of a problem, once while it lasts.
+        """Tell people of a problem.
 
         An address that never worked is no problem while another of the same server
         does: many names have an IPv6 address that not everybody can reach.
         """
         links = (link for link in self.agent.links.values() if link.url == self.url)
         matters = self.joined_at or joined_before or not any(x.websocket for x in links)
-        if problem != self._problem and matters:
-            self._problem = problem
-            self.agent.warn(f"{problem}; dialling again")
+        if matters:
+            self.agent.tell_once(self.server, f"{problem}; dialling again")
 
     # --- The connection
 
@@ -11399,16 +11396,15 @@ class Link:
             resolve=(lambda host, port: address) if self.address else look_up,
         )
         server_id = websocket.headers.get(SERVER_ID_FIELD, "")
-        other = agent.reached.get(server_id)
-        if other is not None:  # by another of its addresses
+        if server_id in agent.reached:  # by another of its addresses
             websocket.connection.close()
-            await asyncio.wait({other})
+            while server_id in agent.reached:
+                await asyncio.sleep(REDIAL_FIRST)
             return ""
         loop = websocket.connection.loop
         timer = loop.call_later(FIRST_MESSAGE_TIMEOUT, websocket.close, 1008, "no id")
-        ended = loop.create_future()
         if server_id:
-            agent.reached[server_id] = ended
+            agent.reached.add(server_id)
         self.websocket = websocket
         try:
             with contextlib.suppress(ConnectionError):
@@ -11420,8 +11416,7 @@ class Link:
         finally:
             timer.cancel()
             self.websocket = None
-            agent.reached.pop(server_id, None)
-            ended.set_result(None)
+            agent.reached.discard(server_id)
             await end_tasks(self.calls.values())
             websocket.connection.close()
         how = "was lost"
@@ -11464,7 +11459,7 @@ class Link:
         await self.send(self.id, "Connection id", _to_ascii({**hello, **more}))
         if not self.joined_at:
             self.joined_at = asyncio.get_running_loop().time()
-            self._problem = ""
+            agent.tell_once(self.server, "")
             what = f"as {agent.name}, serving {agent.models_text()}"
             paused = "; paused" if agent.paused else ""
             agent.report(f"connected to {self.server} {what}{paused}")
@@ -11638,8 +11633,7 @@ class Agent(Endable):
         self.id = str(uuid.uuid4())
         self.serves: list[str] | None = []
         self.links: dict[tuple[str, str], Link] = {}
-        # By ids of the servers it is connected to; done when that connection ends.
-        self.reached: dict[str, asyncio.Future[None]] = {}
+        self.reached: set[str] = set()  # ids of the servers it is connected to
         self.fields = [("Authorization", f"Bearer {key}")] if key else []
         self.ca_file = ca_file
         self.report = logger.info if log is None else log.report
@@ -11649,14 +11643,11 @@ class Agent(Endable):
         self.pool = Pool(limits=limits, report=self.warn)
         for controller in self._local() if controllers is None else controllers:
             self.pool.add(controller)
-        self._upstreams = [
-            controller
-            for controller in self.pool.controllers
-            if controller.lists_models and controller.models is None
-        ]
+        own = self.pool.controllers
+        self._upstreams = [c for c in own if c.lists_models and c.models is None]
         for upstream in self._upstreams:  # people are told of all in one line
             upstream.report = self.debug
-        self._nothing = ""  # why there is nothing to serve, as people were told
+        self._told: dict[str, str] = {}  # problems that last, by what they are of
 
     def _local(self) -> list[Controller]:
         """What may be running on this machine, but for the servers themselves."""
@@ -11739,14 +11730,18 @@ class Agent(Endable):
         return ", ".join([*self.serves[:5], *more]) or "no model"
 
     def _tell_nothing(self) -> None:
-        """Tell people why there is nothing to serve, once while it lasts."""
+        """Tell people why there is nothing to serve."""
         tried = "; ".join(
             f"{u.name}: {u.list_problem or 'it lists no models'}"
             for u in self._upstreams
         )
-        if tried != self._nothing:
-            self._nothing = tried
-            self.warn(f"nothing to serve yet, and looking again: {tried}")
+        self.tell_once("", f"nothing to serve yet, and looking again: {tried}")
+
+    def tell_once(self, about: str, problem: str) -> None:
+        """Tell people of a problem, once while it lasts; "" is that it is over."""
+        if problem and problem != self._told.get(about):
+            self.warn(problem)
+        self._told[about] = problem
 
     # --- Calls and pauses
 
@@ -11782,7 +11777,6 @@ class Agent(Endable):
         await ready.wait()
         host = Address.of(url).host
         client = HTTPClient(url, limits=self.limits)
-        told = False
         while True:
             found = [address for of, address in self.links if of == url]
             pause = SERVER_LOOK_UP_INTERVAL
@@ -11790,9 +11784,10 @@ class Agent(Endable):
                 found = [""] if is_loopback(host) else await client.addresses()
             except (OSError, asyncio.TimeoutError) as error:
                 pause = REDIAL_SOON
-                if not found and not told:
-                    told = True
-                    self.warn(f"{explain_no_link(host, error)}; looking again")
+                if not found:
+                    self.tell_once(
+                        url, f"{explain_no_link(host, error)}; looking again"
+                    )
             for address in found[:SERVER_ADDRESSES]:
                 if (url, address) not in self.links:
                     self.links[url, address] = Link(self, url, address)
