@@ -3287,6 +3287,25 @@ class Address(NamedTuple):
         usual = 443 if self.scheme == "https" else 80
         return host if self.port == usual else f"{host}:{self.port}"
 
+    def unanswered(self) -> ConnectionResetError:
+        """What it means that a new connection ends before a byte has come."""
+        hint = "" if self.scheme == "https" else "; is it https?"
+        return ConnectionResetError(f"it closed the connection without an answer{hint}")
+
+
+def connection_problem(error: Exception) -> str:
+    """Why a connection failed, in words for people, and what to do about it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        reason = error.verify_message
+        return f"its certificate is not trusted ({reason}); ca_file takes one to trust"
+    if isinstance(error, ssl.SSLError):
+        return f"it speaks no TLS ({error.reason}); is it http?"
+    if isinstance(error, socket.gaierror):
+        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)  # asyncio's own words are of addresses
+    return str(error)
+
 
 def look_up(host: str, port: int) -> list[str]:
     """A name's addresses as the system resolves it; OSError if it has none."""
@@ -3436,7 +3455,7 @@ class HTTPClient:
         connection = await self.open()
         answer = await self._exchange(connection, method, message, timeout, deadline)
         if answer is None:
-            raise ConnectionResetError("it closed the connection without an answer")
+            raise self.address.unanswered()
         return answer
 
     async def _exchange(
@@ -3616,7 +3635,7 @@ class HTTPClient:
         try:
             lookup.set_result(self._resolve(host, port))
         except (OSError, UnicodeError) as error:
-            lookup.set_result(str(error))
+            lookup.set_result(connection_problem(error))
 
     async def _tunnel(self, connection: Connection) -> None:
         authority = f"{self.address.host}:{self.address.port}"
@@ -3843,8 +3862,7 @@ class WebSocket:
             connection.set_deadline(connection.loop.time() + limits.head_timeout)
             answer = await connection.read(parse_response_head)
             if answer is None:
-                hint = "" if parts.scheme in ("https", "wss") else "; is it https?"
-                raise ConnectionResetError(f"it closed the connection unanswered{hint}")
+                raise client.address.unanswered()
             cls._check_handshake(answer, key)
         except BaseException:
             connection.abort()
@@ -7739,7 +7757,7 @@ class Call:
         said = find_error(read_json(body_start(content)))
         if said is None and answer.status == 404:
             where = controller.base_url + self.request.path[3:]
-            self.pool.report(f"{controller.name}: there is nothing at {where} (404)")
+            self.pool.report(f"{controller.name}: 404 at {where}; wrong base_url?")
         error = judge_refusal(
             controller.name,
             answer.status,
@@ -7858,8 +7876,7 @@ class Call:
             words = str(caught) if caught.errno is None else "nothing listens there"
             error = ControllerError(f"{name}: {words}", Failure.REFUSED)
         elif isinstance(caught, (OSError, ProtocolError)):
-            words = getattr(caught, "strerror", None) or str(caught)
-            error = ControllerError(f"{name}: {words}")
+            error = ControllerError(f"{name}: {connection_problem(caught)}")
         else:
             logger.warning("%s failed", name, exc_info=caught)
             error = ControllerError(f"{name} failed; the log tells why", Failure.NONE)
@@ -9181,7 +9198,7 @@ def parsed_size(content: bytes) -> int:
 def refusal_error(status: int, content: bytes) -> APIError:
     """The error in an answer that refuses a request, to be told in another shape."""
     said = find_error(read_json(content)) or ErrorObject()
-    message = said.message or f"status {status}"
+    message = said.message or f"The upstream answered with status {status}."
     return APIError(status, message, type=said.type, param=said.param, code=said.code)
 
 
@@ -10525,7 +10542,7 @@ class RequestHandler:
         exchange = self.turn_away(APIError(error.status, f"Bad request: {error}."))
         exchange.log()
         peer = self.connection.peer or "a client"
-        self.service.report(f"{peer} sent something else than a request: {error}")
+        self.service.report(f"{peer} sent something other than a request: {error}")
         await self.connection.linger()
 
     def turn_away(self, error: APIError) -> Exchange:
@@ -11301,15 +11318,7 @@ def explain_no_link(server: str, error: Exception) -> str:
         return f"{server} refused this agent ({error.status}): {cure}"
     if isinstance(error, asyncio.TimeoutError):  # an OSError from 3.11 on
         return f"{server} does not answer"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        reason = error.verify_message
-        cure = "--ca-file takes the certificate to trust"
-        return f"the certificate of {server} is not trusted ({reason}); {cure}"
-    if isinstance(error, ssl.SSLError):
-        return f"{server} speaks no TLS ({error.reason}); is it http?"
-    number = error.errno if isinstance(error, OSError) else 0
-    reason = os.strerror(number) if number else str(error)
-    return f"{server} cannot be reached ({reason})"
+    return f"{server} cannot be reached: {connection_problem(error)}"
 
 
 class Link:
@@ -11376,7 +11385,7 @@ class Link:
         links = (link for link in self.agent.links.values() if link.url == self.url)
         matters = self.joined_at or joined_before or not any(x.websocket for x in links)
         if matters:
-            self.agent.tell_once(self.server, f"{problem}; dialling again")
+            self.agent.tell_once(self.server, f"{problem} (dialling again)")
 
     # --- The connection
 
@@ -11786,7 +11795,7 @@ class Agent(Endable):
                 pause = REDIAL_SOON
                 if not found:
                     self.tell_once(
-                        url, f"{explain_no_link(host, error)}; looking again"
+                        url, f"{explain_no_link(host, error)} (looking again)"
                     )
             for address in found[:SERVER_ADDRESSES]:
                 if (url, address) not in self.links:

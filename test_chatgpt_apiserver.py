@@ -11819,7 +11819,7 @@ async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_p
             answer = await raw(server.port, data, timeout=2)
             assert answer.startswith(b"HTTP/1.1 " + status)
     assert (
-        "127.0.0.1 sent something else than a request: https was sent to an http port"
+        "127.0.0.1 sent something other than a request: https was sent to an http port"
         in log.text
     )
 
@@ -14978,6 +14978,25 @@ def agent_program(tmp_path, *options, command=f"{sys.executable} -c print(1)"):
         url = f"http://127.0.0.1:{server.port}"
         with Program("agent", url, *options, cwd=tmp_path) as agent:
             yield server, agent
+
+
+@cases("scheme, tls, words",
+    ("https", False, "it speaks no TLS ("),
+    ("http", True, "it closed the connection without an answer; is it https?"),
+    ("https", True, "its certificate is not trusted (unable to get local issuer"),
+)  # fmt: skip
+@flow
+async def test_a_wrong_scheme_is_told_with_its_cure(
+    tmp_path, certificate, scheme, tls, words
+):
+    """To whoever asks for an upstream's model, and by an agent."""
+    async with serving(tmp_path, **(certificate[0] if tls else {})) as far:
+        url = f"{scheme}://127.0.0.1:{far.port}"
+        upstream = OpenAIController("", base_url=f"{url}/v1", name="up", models=["m"])
+        async with serving(tmp_path, upstream) as server:
+            assert f"up: {words}" in chat_error(await chat(server))["message"]
+        async with agent_of_all([url], FunctionController(str, models=["f"])) as agent:
+            await until(lambda: agent.log.has(f"cannot be reached: {words}"))
 
 
 @flow
