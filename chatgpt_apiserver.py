@@ -6678,7 +6678,10 @@ class TapeController(Controller):
         try:
             others = ", ".join(map(str, self._load()[:10]))
         except OSError as error:
-            raise ConfigurationError(f"{self.file}: {error.strerror}") from None
+            text = f"{self.file}: {error.strerror}"
+            if self.alone and isinstance(error, FileNotFoundError):
+                text += '; a tape in mode "auto" records one'
+            raise ConfigurationError(text) from None
         if others:
             self.report(f"{self.file}: skipped what is not a recording: line {others}")
 
@@ -12382,7 +12385,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
         raise ConfigurationError("tls_key: expected a tls_cert beside it")
     if not config.api_key:
         raise ConfigurationError(
-            "there is no API key: python chatgpt_apiserver.py 8080 <a key of your own>,"
+            "there is no API key: python3 chatgpt_apiserver.py 8080 <your own key>,"
             ' or set API_KEY, or write "api_key" into chatgpt-apiserver.json'
         )
     return config

@@ -9940,9 +9940,14 @@ def test_a_file_that_is_no_tape_stops_the_start_and_stays_as_it_is(tmp_path, con
         with pytest.raises(ConfigurationError, match="it is no tape of version 1"):
             run(server.start())
     assert tape.read_bytes() == content
-    for missing in (tmp_path / "none.jsonl", f"{tmp_path}/none/chat.jsonl:record"):
-        server = Server(KEY, port=0, tape=str(missing))
-        with pytest.raises(ConfigurationError, match="No such file"):
+    for missing, cure in (
+        ("none.jsonl", '.*"auto" records'),
+        ("no/a.jsonl:record", "$"),
+    ):
+        server = Server(KEY, port=0, tape=f"{tmp_path}/{missing}")
+        with pytest.raises(
+            ConfigurationError, match=f"No such file or directory{cure}"
+        ):
             run(server.start())
 
 
@@ -16020,7 +16025,7 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     assert load([option, "a.json"], {"API_KEY": "k"}).port == 1
 
 
-@cases("args, expected", ([], "python chatgpt_apiserver.py 8080 <"),
+@cases("args, expected", ([], "python3 chatgpt_apiserver.py 8080 <"),
     (["8080"], "no API key"),
     (["8080", ""], "api_key: expected a key"),
     (["8080", "<API_KEY>"], "api_key: expected a key"),
