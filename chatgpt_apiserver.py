@@ -5036,7 +5036,8 @@ class UsageLimit:
 
         running  requests that are admitted and not yet counted
         """
-        self.count()
+        if not self._since <= (now := unix_time()) < self._until:
+            self._turn(now)
         if running < self._requests_left and self._tokens_left > 0:
             return None
         coming = {"requests": running, "tokens": 0}
@@ -7914,16 +7915,12 @@ class RequestRecord(NamedTuple):
     model: str
     status: int
     error: tuple[str, str]  # its code, and words that quote nobody
+    failed: bool  # whether its client got an error; one that left got none
     attempts: list[tuple[str, float, str]]  # see Call.tries
     began_at: float  # its answer, or 0
     usage: Usage
     address: str
     client: str
-
-    @property
-    def failed(self) -> bool:
-        """Whether its client got an error; one that left got none."""
-        return self.ended is not None and self.status != 499 and self.error != ("", "")
 
     @property
     def first_byte(self) -> float | None:
@@ -7976,36 +7973,25 @@ class Journal:
     def __init__(self) -> None:
         self._requests: deque[RequestRecord] = deque(maxlen=self.REQUESTS)
         self._strangers: deque[RequestRecord] = deque(maxlen=self.STRANGERS)
-        # By id(); the record is kept beside it, or another could get its id.
-        self._encoded: dict[int, tuple[RequestRecord, bytes]] = {}
         # Number of a slot since the clock's beginning, requests, failures, tokens.
-        self._slots: deque[list[int]] = deque(maxlen=self.SLOTS + 1)
+        self._slots = deque([[-1, 0, 0, 0]], self.SLOTS + 1)
 
     def add(self, record: RequestRecord) -> None:
         """Keep a request that has ended."""
         assert record.ended is not None
         (self._requests if record.user else self._strangers).append(record)
-        number = int(record.ended / self.SLOT)
-        if not self._slots or self._slots[-1][0] != number:
-            self._slots.append([number, 0, 0, 0])
-        slot = self._slots[-1]
+        slot, number = self._slots[-1], int(record.ended / self.SLOT)
+        if slot[0] != number:
+            slot = [number, 0, 0, 0]
+            self._slots.append(slot)
         slot[1] += 1
         slot[2] += record.failed
-        slot[3] += record.usage.total
+        slot[3] += record.usage.input + record.usage.output
 
     def requests(self) -> list[RequestRecord]:
         """Those that are kept, the latest first."""
         both = [*self._requests, *self._strangers]
         return sorted(both, key=lambda record: record.started, reverse=True)
-
-    def encode(self) -> list[bytes]:
-        """The same as JSON; each is encoded once, however often it is asked for."""
-        known = self._encoded
-        self._encoded = {
-            id(record): known.get(id(record)) or (record, encode_json(record.as_json()))
-            for record in self.requests()
-        }
-        return [line for _, line in self._encoded.values()]
 
     def activity(self, now: float) -> dict[str, list[int]]:
         """Requests, failures and tokens in each slot but the current one."""
@@ -8027,6 +8013,17 @@ class Journal:
         return {name: round(sorted(ts)[len(ts) // 2], 3) for name, ts in times.items()}
 
 
+class Total:
+    """A number that grows, as Prometheus counts it."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        """Its sample; labels are written already, without braces."""
+        yield f"{name}{{{labels}}} {self.value}"
+
+
 class Histogram:
     """How often a value was at most each of some bounds, as Prometheus counts it."""
 
@@ -8042,7 +8039,9 @@ class Histogram:
         self._sum += value
 
     def lines(self, name: str, labels: str) -> Iterator[str]:
-        """Its samples; labels are written already, without braces."""
+        """Its samples; none as long as nothing was counted."""
+        if not any(self._counts):
+            return
         total = 0
         for bound, count in zip((*self.BOUNDS, "+Inf"), self._counts):
             total += count
@@ -8104,41 +8103,64 @@ class Metrics:
         self._series: dict[str, Any] = {}
         for name in (declared.split()[0] for declared in self.METRICS):
             is_histogram = name.endswith("_seconds")
-            self._series[name] = defaultdict(Histogram if is_histogram else int)
+            self._series[name] = defaultdict(Histogram if is_histogram else Total)
+        self._kinds: dict[tuple[Any, ...], list[Any]] = {}  # see _series_of()
 
     def observe(self, record: RequestRecord, path: str, model: str) -> None:
         """Count a request that has ended."""
-        assert record.ended is not None
-        series, status = self._series, str(record.status)
-        model = self._bounded(model, self._models)
-        series["requests_total"][path, model, status] += 1
-        seconds = record.ended - record.started
-        series["request_duration_seconds"][path, model].observe(seconds)
-        for name, _, reason in record.attempts:
-            controller = self._bounded(name, self._controllers)
-            series["attempts_total"][controller, "failed" if reason else "ok"] += 1
-        if record.attempts:
-            self._observe_answer(record, model, record.ended)
+        ended, attempts, began = record.ended, record.attempts, record.began_at
+        assert ended is not None
+        name, asked, reason = attempts[-1] if attempts else ("", 0.0, "")
+        result = ("failed" if reason else "ok") if attempts else ""
+        kind = (path, model, record.status, name, result)
+        requests, duration, *of_answer = self._kinds.get(kind) or self._series_of(*kind)
+        requests.value += 1
+        duration.observe(ended - record.started)
+        if attempts:
+            attempt, wait, first, pace, sent, cached, output = of_answer
+            usage = record.usage
+            attempt.value += 1
+            wait.observe(attempts[0][1] - record.started)
+            sent.value += usage.input
+            cached.value += usage.cached_input
+            output.value += usage.output
+            if began:
+                first.observe(began - asked)
+            if began and usage.output:
+                pace.observe((ended - began) / usage.output)
+            for name, _, _ in attempts[:-1]:
+                name = self._bounded(name, self._controllers)
+                self._series["attempts_total"][name, "failed"].value += 1
         else:
             reason = record.error[0] if record.user else "unauthorized"
-            series["rejected_total"][reason or status,] += 1
+            self._series["rejected_total"][reason or str(record.status),].value += 1
         if self._users and record.user:
-            series["user_requests_total"][record.user,] += 1
-            series["user_tokens_total"][record.user,] += record.usage.total
+            self._series["user_requests_total"][record.user,].value += 1
+            self._series["user_tokens_total"][record.user,].value += record.usage.total
 
-    def _observe_answer(self, record: RequestRecord, model: str, ended: float) -> None:
-        name, asked, _ = record.attempts[-1]
-        name = self._bounded(name, self._controllers)
-        series, usage, began = self._series, record.usage, record.began_at
-        wait = record.attempts[0][1] - record.started
-        series["queue_wait_seconds"][model,].observe(wait)
-        for kind, tokens in zip(usage._fields, usage):
-            series["tokens_total"][model, name, kind] += tokens
-        if began:
-            series["time_to_first_token_seconds"][model, name].observe(began - asked)
-        if began and usage.output:
-            seconds = (ended - began) / usage.output
-            series["time_per_output_token_seconds"][model, name].observe(seconds)
+    def _series_of(
+        self, path: str, model: str, status: int, name: str, result: str
+    ) -> list[Any]:
+        """What requests of one kind are counted in: looked up once, and kept."""
+        request = (path, model, status, name, result)
+        model = self._bounded(model, self._models)
+        keys: list[tuple[str, ...]] = [
+            ("requests_total", path, model, str(status)),
+            ("request_duration_seconds", path, model),
+        ]
+        if result:
+            name = self._bounded(name, self._controllers)
+            keys += [
+                ("attempts_total", name, result),
+                ("queue_wait_seconds", model),
+                ("time_to_first_token_seconds", model, name),
+                ("time_per_output_token_seconds", model, name),
+                *(("tokens_total", model, name, kind) for kind in Usage._fields),
+            ]
+        if len(self._kinds) >= 1000:  # the names are not bounded yet
+            self._kinds.clear()
+        self._kinds[request] = [self._series[key[0]][key[1:]] for key in keys]
+        return self._kinds[request]
 
     def _bounded(self, name: str, names: set[str]) -> str:
         """A name as a label: "other" for one too many."""
@@ -8161,11 +8183,7 @@ class Metrics:
             name = self.PREFIX + metric
             samples: list[str] = []
             for values, seen in self._series[metric].items():
-                labels = metric_labels(**dict(zip(names, values)))
-                if isinstance(seen, Histogram):
-                    samples += seen.lines(name, labels)
-                else:
-                    samples.append(f"{name}{{{labels}}} {seen}")
+                samples += seen.lines(name, metric_labels(**dict(zip(names, values))))
             kind = "counter" if name.endswith("_total") else "histogram"
             add(name, told, kind, samples)
         for (name, told), group in itertools.groupby(gauges, lambda gauge: gauge[:2]):
@@ -9029,12 +9047,17 @@ def _plain(text: str) -> str:
 
 def _word(text: str) -> str:
     """text for the log, as one word."""
-    return _cached_word(text[:80])
-
-
-@functools.lru_cache(maxsize=1024)  # the same few names in each line
-def _cached_word(text: str) -> str:
     return _plain(text).replace(" ", "_")
+
+
+@functools.lru_cache(maxsize=256)  # most lines say the same of their requests
+def access_words(
+    user: str, method: str, path: str, status: int, model: str, controller: str
+) -> str:
+    """What an access line says of a request: who, what, with what result, by whom."""
+    path = re.sub("/k/[^/]*", "/k/***", path)  # a token
+    texts = (_word(user), method, path, str(status), _word(model), _word(controller))
+    return " ".join(text or "-" for text in texts)
 
 
 # -----------------------------------------------------------------------------
@@ -9157,6 +9180,7 @@ _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
 )
 # The last two speak to a proxy in front of us: send this file instead.
 _PRIVATE_RESPONSE_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
+_LIMITED_PREFIXES = (*_PRIVATE_RESPONSE_PREFIXES, "x-ratelimit-")
 Fields = Iterable[tuple[str, str]]
 _JSON_FIELDS = (("Content-Type", "application/json"),)
 # RFC 9110 sections 11.6.1, 12.5.3 and 15.5.22; RFC 6455 section 4.4.
@@ -9171,7 +9195,6 @@ _EVENT_FIELDS = {
     "x-accel-buffering": "no",  # nginx would collect events
 }
 _NO_CORS = ("/admin", "/api/connections")  # no other origin's page may read these
-_TOKEN_IN_PATH = re.compile("/k/[^/]*")
 _ODD_PATHS = ("/v1/v1/", "/chat/")
 
 
@@ -9494,7 +9517,7 @@ class Exchange:
         self.reply.limit = limit = service.limit_of(user)
         service.begin_request(user, limit)
         self.call = call = service.pool.call(request)
-        service.running_requests[self.record] = self.cancel
+        service.running_requests[self] = None
         request.user = user.user_id
         request.id = self.id
         request.deadline = self.started + service.limits.request_timeout
@@ -9539,9 +9562,8 @@ class Exchange:
 
     def _relayed_fields(self, call: Call) -> dict[str, str]:
         """The fields of a controller's answer that travel on to the client."""
-        prefixes: tuple[str, ...] = _PRIVATE_RESPONSE_PREFIXES
-        if self.reply.limit is not None:
-            prefixes = (*prefixes, "x-ratelimit-")  # it has limits of its own
+        limited = self.reply.limit is not None  # then it has fields of its own
+        prefixes = _LIMITED_PREFIXES if limited else _PRIVATE_RESPONSE_PREFIXES
         return end_to_end(call.headers, _PRIVATE_RESPONSE_FIELDS, prefixes)
 
     def cancel(self, why: APIError) -> None:
@@ -9609,7 +9631,7 @@ class Exchange:
         service.hold(-self._held)
         if call is not None and self.user is not None:
             service.end_request(self.user)
-            del service.running_requests[self.record]
+            del service.running_requests[self]
         if self.reply.status != 101:  # a websocket's line came with its 101
             self.log()
         if self.request.method == "POST" and self.path.startswith(("/v1/", "/api/ask")):
@@ -9629,16 +9651,21 @@ class Exchange:
             return
         reply, connection, call = self.reply, self.connection, self.call
         now = connection.loop.time()
-        controller, attempts = "-", 0
+        controller, attempts = "", 0
         if call is not None and call.controller is not None:
             controller, attempts = call.controller.name, call.attempts
         first = (reply.first_byte_at or now) - self.started
+        words = access_words(
+            self.user_name[:80],
+            self.request.method,
+            self.path,
+            reply.status or 499,  # nginx's word for a client who has left
+            self.model[:80],
+            controller[:80],
+        )
         access(
-            f"{clock_text(int(unix_time()))} {_word(self.user_name) or '-'}"
-            f" {self.request.method} {_TOKEN_IN_PATH.sub('/k/***', self.path) or '-'}"
-            # nginx's word for a client who has left is 499.
-            f" {reply.status or 499} {_word(self.model) or '-'} {_word(controller)}"
-            f" x{attempts} {first * 1e3:.1f} {(now - self.started) * 1e3:.1f} ms"
+            f"{clock_text(int(unix_time()))} {words} x{attempts} {first * 1e3:.1f}"
+            f" {(now - self.started) * 1e3:.1f} ms"
             f" {connection.bytes_sent - self._bytes_before} B"
             f" {connection.peer or '-'} {self.id}"
             f"{f' {self.outcome}' if self.outcome else ''}"
@@ -9647,6 +9674,7 @@ class Exchange:
     def record(self, ended_at: float | None = None) -> RequestRecord:
         """What the journal keeps of the request."""
         call = self.call
+        left = self.outcome == "client left"
         return RequestRecord(
             self.id,
             self.time,
@@ -9656,8 +9684,9 @@ class Exchange:
             self.request.method,
             self.path,
             self.model,
-            499 if self.outcome == "client left" else self.reply.status,
+            499 if left else self.reply.status,
             self.error,
+            self.error != ("", "") and not left and ended_at is not None,
             [] if call is None else call.tries,
             0.0 if call is None else call.began_at,
             Usage() if call is None else call.usage,
@@ -10811,12 +10840,9 @@ class Server(Endable):
         self.paused: set[str] = set()  # ids of agents, by the administrator
         self.conversations = Conversations(limits)
         self.journal = Journal()
-        # Those that controllers answer, in their order: what gives the record of one,
-        # and what cancels it.
-        self.running_requests: dict[
-            Callable[[], RequestRecord], Callable[[APIError], None]
-        ] = {}
-        self._running: Counter[str] = Counter()  # requests, by user_id
+        # Exchanges that controllers answer, in their order.
+        self.running_requests: dict[Any, None] = {}
+        self._running: dict[str, int] = {}  # how many, by user_id
         self._wanted_port = port
         self._tls = (tls_cert, tls_key)
         self._handlers: dict[Connection, RequestHandler] = {}
@@ -10945,8 +10971,10 @@ class Server(Endable):
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
         await self._wait_for(lambda: self._handler_tasks(True), 1.0)
-        for cancel in self.running_requests.values():
-            cancel(APIError(503, "The server is shutting down.", retry_after=5))
+        for exchange in self.running_requests:
+            exchange.cancel(
+                APIError(503, "The server is shutting down.", retry_after=5)
+            )
         await end_tasks(self._tasks)
         for connection in list(self._handlers):
             connection.abort()
@@ -11012,7 +11040,7 @@ class Server(Endable):
         """Count a user's request until end_request().  Raise APIError: 429, 503."""
         if self.requests_in_flight >= self.limits.requests_in_flight:
             raise APIError(503, "The server is too busy; try again.", retry_after=1)
-        running = self._running[user.user_id]
+        running = self._running.get(user.user_id, 0)
         most = user.max_concurrency or self.limits.user_requests_in_flight
         if most and running >= most:
             text = f"You have {running} requests running, the most allowed at once."
@@ -11033,9 +11061,9 @@ class Server(Endable):
     def end_request(self, user: User) -> None:
         """Count it no longer."""
         self.requests_in_flight -= 1
-        self._running[user.user_id] -= 1
-        if not self._running[user.user_id]:
-            del self._running[user.user_id]
+        left = self._running.pop(user.user_id) - 1
+        if left:
+            self._running[user.user_id] = left
 
     def limit_of(self, user: User) -> UsageLimit | None:
         """A user's limit, or None."""
@@ -11062,17 +11090,19 @@ class Server(Endable):
         user  whose it was, unless it was refused before begin_request()
         """
         self.journal.add(record)
-        served = (
-            controller.serves(record.model) for controller in self.pool.controllers
-        )
-        known = record.model if NAMED in served else "other"
+        model = known = record.model
+        for controller in self.pool.controllers:
+            if controller.serves(model) == NAMED:
+                break
+        else:
+            known = "other"
         self.metrics.observe(record, path, known)
         if user is not None:
-            controller = record.attempts[-1][0] if record.attempts else ""
+            name = record.attempts[-1][0] if record.attempts else ""
             # Names that nobody has would fill the memory, and are nobody's usage.
-            model = known if record.failed else record.model
-            name, failures = user.user_id or user.name, int(record.failed)
-            self.ledger.record(name, model, controller, failures, record.usage)
+            model = known if record.failed else model
+            user_id = user.user_id or user.name
+            self.ledger.record(user_id, model, name, int(record.failed), record.usage)
 
     # --- What is shown
 
@@ -11091,6 +11121,8 @@ class Server(Endable):
         controllers = [controller.status(now) for controller in self.pool.controllers]
         for line in controllers:
             line["first_byte"] = first_bytes.get(line["name"])
+        running = [exchange.record() for exchange in reversed(self.running_requests)]
+        ended = self.journal.requests()
         value = {
             "version": __version__,
             "started": round(self.started, 3),
@@ -11100,10 +11132,9 @@ class Server(Endable):
             "activity": self.journal.activity(now),
             "agent_sha256": source_digest(),
             "controllers": controllers,
+            "requests": [record.as_json() for record in (*running, *ended)],
         }
-        running = [record().as_json() for record in reversed(self.running_requests)]
-        requests = b", ".join([*map(encode_json, running), *self.journal.encode()])
-        return encode_json(value)[:-1] + b', "requests": [' + requests + b"]}"
+        return encode_json(value)
 
     def gauges(self) -> Iterator[tuple[str, str, str, float]]:
         """The gauges of GET /metrics, as of now."""
@@ -11128,11 +11159,12 @@ class Server(Endable):
 
     def cancel(self, request_id: str) -> bool:
         """End the running requests with an id, the client's or ours; False for none."""
-        running = self.running_requests.items()
-        found = [end for record, end in running if record().request_id == request_id]
+        found = [each for each in self.running_requests if each.id == request_id]
         words = "The server's administrator has cancelled this request."
-        for end in found:
-            end(APIError(503, words, code="cancelled", retry_after=math.inf))
+        for exchange in found:
+            exchange.cancel(
+                APIError(503, words, code="cancelled", retry_after=math.inf)
+            )
         return bool(found)
 
     # --- Agents
