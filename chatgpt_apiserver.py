@@ -4138,18 +4138,11 @@ def parse_time(value: str | None) -> float:
     """
     if value is None:
         return math.inf
-    match = re.fullmatch(
-        r"([0-9-]{10})(?:[Tt ]([0-9:]{8})(?:\.[0-9]+)?"
-        r"(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))?)?",
-        value,
-    )
-    if match is None:
-        raise ValueError(f"expected {TIME_WORDS}")
-    day, clock = match[1], match[2] or "00:00:00"
-    at = calendar.timegm(time.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M:%S"))
-    offset = int(match[4] or 0) * 3600 + int(match[5] or 0) * 60
-    at = at - offset if match[3] == "+" else at + offset
-    return at if match[2] else at + 86400
+    text = re.sub(r"\.[0-9]+", "", value.upper().replace(" ", "T"))
+    if "T" not in text:
+        return parse_time(f"{text}T00:00:00Z") + 86400
+    at = time.strptime(text, "%Y-%m-%dT%H:%M:%S" + ("%z" if len(text) > 19 else ""))
+    return calendar.timegm(at) - (at.tm_gmtoff or 0)
 
 
 def token_digest(token: str) -> bytes:
@@ -4269,7 +4262,7 @@ USER_FIELDS = {
     "max_concurrency": whole_number(1),
     "old": Expected(
         "a token and when it expires",
-        lambda old: not fields_problem(with_credential(old)),
+        lambda old: not user_problem(old),
         dict,
     ),
 }
@@ -4279,50 +4272,16 @@ NEVER_NULL = ("user_id", "token", "sha256", "name", "role")
 SETTABLE = ("name", "role", "limit", "models", "expires", "max_concurrency")
 
 
-class UserTable:
-    """What one version of users.json says."""
-
-    def __init__(self) -> None:
-        self.users: dict[str, User] = {}  # by user_id, in the file's order
-        self.by_digest: dict[bytes, User] = {}
-        self.size = len(self.encode())  # as if a comma followed the last user
-
-    def copy(self) -> UserTable:
-        table = UserTable()
-        table.users, table.by_digest = self.users.copy(), self.by_digest.copy()
-        table.size = self.size
-        return table
-
-    def add(self, user: User) -> None:
-        """Add a user, or put its new version in the place of the old one."""
-        known = self.users.get(user.user_id)
-        if known is not None:
-            self._forget(known)
-        self.users[user.user_id] = user
-        self.by_digest[user.digest] = user
-        if user.old_digest:
-            self.by_digest[user.old_digest] = user
-        self.size += len(user.line) + len(",\n")
-
-    def delete(self, user_id: str) -> User:
-        """Take a user out.  Raise APIError(404) if there is none with this id."""
-        if user_id not in self.users:
-            raise APIError(404, "User not found")
-        self._forget(self.users[user_id])
-        return self.users.pop(user_id)
-
-    def _forget(self, user: User) -> None:
-        del self.by_digest[user.digest]
-        self.by_digest.pop(user.old_digest, None)
-        self.size -= len(user.line) + len(",\n")
-
-    def encode(self) -> bytes:
-        """The file: one user a line, for editors and for diff."""
-        lines = b",\n".join([user.line for user in self.users.values()])
-        return b'{"users": [\n' + lines + b"\n]}\n"
+Users = dict[str, User]  # by user_id, in the file's order
 
 
-def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> UserTable:
+def encode_users(users: Users) -> bytes:
+    """users.json: one user a line, for editors and for diff."""
+    lines = b",\n".join([user.line for user in users.values()])
+    return b'{"users": [\n' + lines + b"\n]}\n"
+
+
+def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Users:
     """Parse users.json: {"users": [{"user_id": "...", "token": "..."}, ...]}.
 
     Raise ConfigurationError with the line and column, or the place (users[3].token),
@@ -4331,54 +4290,41 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> UserTable:
     if not data:
         # What a crash without fsync leaves: it does not mean "no users".
         raise ConfigurationError('the file is empty, expected {"users": []}')
-    try:
-        document = load_json(data)
-        users = document.pop("users", None) if isinstance(document, dict) else None
-        if not isinstance(users, list):
-            raise ConfigurationError('expected {"users": [...]}')
-        if len(users) > limits.users:
-            raise ConfigurationError(f"users: expected at most {limits.users:,}")
-        if document:
-            key = next(iter(document))
-            raise ConfigurationError(f'expected only "users", not {key!r}')
-        table = UserTable()
-        for index, fields in enumerate(users):
-            problem = user_problem(fields, table)
-            if problem:
-                raise ConfigurationError(f"users[{index}]{problem}")
-            table.add(User(fields))
-    except RecursionError:
-        raise ConfigurationError("the nesting is too deep") from None
-    return table
+    document = load_json(data)
+    entries = document.pop("users", None) if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        raise ConfigurationError('expected {"users": [...]}')
+    if len(entries) > limits.users:
+        raise ConfigurationError(f"users: expected at most {limits.users:,}")
+    for key in document:
+        raise ConfigurationError(f'expected only "users", and not {key!r}')
+    users: Users = {}
+    owners: dict[bytes, str] = {}  # of tokens, by their digests
+    for index, fields in enumerate(entries):
+        problem = user_problem(fields, "user_id")
+        if not problem:
+            user = User(fields)
+            owner = owners.setdefault(user.digest, user.user_id)
+            if user.user_id in users:
+                problem = f".user_id: expected another than {user.user_id!r}, which is"
+                problem += " there already"
+            elif owner != user.user_id:
+                problem = f".token: expected another than that of user {owner!r}"
+        if problem:
+            raise ConfigurationError(f"users[{index}]{problem}")
+        users[user.user_id] = user
+    return users
 
 
-def user_problem(fields: Any, table: UserTable) -> str:
-    """Why fields cannot be one more user of table, or ""."""
+def user_problem(fields: Any, *needed: str) -> str:
+    """Why these cannot be a user's fields, or ""; a token or its digest is needed."""
     if not isinstance(fields, dict):
         return ": expected an object"
-    problem = fields_problem({"user_id": None, **with_credential(fields)})
-    if problem:
-        return problem
-    user_id = fields["user_id"]
-    if user_id in table.users:
-        return f".user_id: {user_id!r} appears twice"
-    other = table.by_digest.get(stored_digest(fields))
-    if other:
-        return f".token: it is the token of user {other.user_id!r}, too"
-    return ""
-
-
-def with_credential(fields: dict[str, Any]) -> dict[str, Any]:
-    """fields, in which a token must be where no digest is."""
-    return fields if "sha256" in fields else {"token": None, **fields}
-
-
-def fields_problem(fields: dict[str, Any]) -> str:
-    """Why one of these fields of a user cannot be, or ""."""
     if "token" in fields and "sha256" in fields:
         return '.sha256: expected either "token" or "sha256"'
-    for key, value in fields.items():
-        expected = USER_FIELDS.get(key)
+    credential = "sha256" if "sha256" in fields else "token"
+    for key in (*needed, credential, *fields):
+        expected, value = USER_FIELDS.get(key), fields.get(key)
         if expected is None:
             return f".{key}: unknown field"
         if not expected.fits(value) and (value is not None or key in NEVER_NULL):
@@ -4389,7 +4335,7 @@ def fields_problem(fields: dict[str, Any]) -> str:
 def load_json(data: bytes) -> Any:
     """Parse a file's JSON: UTF-8, no key twice in an object, no NaN or Infinity.
 
-    Raise ConfigurationError (with line and column, where known); RecursionError.
+    Raise ConfigurationError, with line and column where they are known.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -4418,6 +4364,8 @@ def load_json(data: bytes) -> Any:
         place, problem = (len(before), len(before[-1]) + 1), "expected UTF-8"
     except ValueError as error:  # an integer of thousands of digits
         raise ConfigurationError(str(error)) from None
+    except RecursionError:
+        raise ConfigurationError("expected less nesting") from None
     raise ConfigurationError(f"line {place[0]}, column {place[1]}: {problem}")
 
 
@@ -4546,7 +4494,7 @@ def append_to_file(path: str, data: bytes) -> Stamp:
         os.close(fd)
 
 
-Apply = Callable[[UserTable], User]  # one change; raises APIError
+Change = Callable[[Users], User]  # made to a copy; raises APIError
 GONE_AFTER = 5.0  # seconds, until a file that is missing means that there are no users
 
 
@@ -4559,7 +4507,7 @@ class UserStore:
 
     Making one touches nothing, and nothing is written until a user is added.  All
     but load() touches the file in one thread, one after the other; that thread
-    replaces the table as a whole, so that readers need no lock.
+    replaces the users as a whole, so that readers need no lock.
     """
 
     def __init__(
@@ -4575,10 +4523,11 @@ class UserStore:
         self.limits = limits
         self._name = os.path.basename(path)
         self._report = report
-        self._table = UserTable()
+        self._users: Users = {}
+        self._by_digest: dict[bytes, User] = {}
         self._seen: Stamp | None = None  # the version read last; None: read again
         self._broken = ""  # why the file cannot be read, and so is not written
-        self._waiting: deque[tuple[Apply, Future[User]]] = deque()  # thread-safe
+        self._waiting: deque[tuple[Change, Future[User]]] = deque()  # thread-safe
         self._executor: Executor | None = None
         self._closed = False
         self._gone_at = math.inf  # when the file was first found missing
@@ -4586,19 +4535,19 @@ class UserStore:
     @property
     def users(self) -> list[User]:
         """All users, in the file's order."""
-        return list(self._table.users.values())
+        return list(self._users.values())
 
     def find(self, token: str) -> User | None:
         """The user with this token, or None.  Any str may be asked for."""
         digest = token_digest(token)
-        user = self._table.by_digest.get(digest)
-        if user is not None and digest == user.old_digest:
+        user = self._by_digest.get(digest)
+        if user is not None and digest != user.digest:  # that before the present one
             return user if unix_time() < user.old_until else None
         return user
 
     def get(self, user_id: str) -> User | None:
         """The user with this id, or None."""
-        return self._table.users.get(user_id)
+        return self._users.get(user_id)
 
     def load(self) -> None:
         """Read the file for the start, without touching it.
@@ -4608,14 +4557,13 @@ class UserStore:
         self._closed = False
         self._broken = ""
         with self._named():
-            self._stat()
-            if not os.access(os.path.dirname(self._target), os.W_OK | os.X_OK):
-                self._report(
-                    f"{self.path}: its folder cannot be written to: users"
-                    " cannot be added, changed or deleted"
-                )
             self._remove_temporary_files()
-            self._table = self._read()
+            self._use(self._read())
+        if not os.access(os.path.dirname(self._target), os.W_OK | os.X_OK):
+            self._report(
+                f"{self.path}: its folder cannot be written to: no user"
+                " can be added or deleted"
+            )
 
     async def add(self, /, **settings: Any) -> User:
         """Add a user with a new id and token; it is on disk when this returns.
@@ -4624,13 +4572,10 @@ class UserStore:
         kept of it.  Raise APIError: 400 for a setting that cannot be, 507 past a limit,
         500 if the file cannot be written; nothing has changed then.
         """
-        self._check_settable(settings)
         token = str(uuid.uuid4())  # 122 bits from the system's randomness for keys
-        settings = {key: value for key, value in settings.items() if value is not None}
-        fields = {"user_id": str(uuid.uuid4()), **self._stored(token), **settings}
-        user = self._checked(fields)
+        user = self._made({"user_id": str(uuid.uuid4()), **self._kept(token)}, settings)
         return with_token(
-            await self._change(lambda table: self._put(table, user)), token
+            await self._change(lambda users: self._put(users, user)), token
         )
 
     async def update(self, user_id: str, settings: dict[str, Any]) -> User:
@@ -4642,64 +4587,55 @@ class UserStore:
         seconds = settings.pop("rotate", None)
         if seconds is not None and (type(seconds) is not int or not 0 <= seconds < 1e9):
             raise APIError(400, "rotate must be a number of seconds", param="rotate")
-        self._check_settable(settings)
         token = "" if seconds is None else str(uuid.uuid4())
 
-        def apply(table: UserTable) -> User:
-            known = table.users.get(user_id)
-            if known is None:
-                raise APIError(404, "User not found")
-            fields = {**known.fields, **settings}
-            fields = {key: value for key, value in fields.items() if value is not None}
+        def change(users: Users) -> User:
+            fields = known_user(users, user_id).fields.copy()
             if seconds is not None:
                 until = rfc3339(math.ceil(unix_time() + seconds))
-                old = {k: fields.pop(k) for k in ("token", "sha256") if k in fields}
-                fields = {
-                    **fields,
-                    **self._stored(token),
-                    "old": {**old, "expires": until},
-                }
-            return self._put(table, self._checked(fields))
+                keys = {"token", "sha256"} & fields.keys()
+                old = {key: fields.pop(key) for key in keys}
+                fields.update(self._kept(token), old={**old, "expires": until})
+            return self._put(users, self._made(fields, settings))
 
-        return with_token(await self._change(apply), token)
+        return with_token(await self._change(change), token)
 
-    def _stored(self, token: str) -> dict[str, str]:
+    def _kept(self, token: str) -> dict[str, str]:
         """How a new token is kept."""
         if self.store == "sha256":
             return {"sha256": token_digest(token).hex()}
         return {"token": token}
 
     @staticmethod
-    def _check_settable(settings: Iterable[str]) -> None:
+    def _made(fields: dict[str, Any], settings: dict[str, Any]) -> User:
+        """The user of fields with other settings; APIError(400) names a wrong one."""
         for key in settings:
             if key not in SETTABLE:
                 raise APIError(400, f"{key[:100]}: unknown field", param=key[:100])
-
-    @staticmethod
-    def _checked(fields: dict[str, Any]) -> User:
-        """The user of fields; APIError(400) that names the one that is wrong."""
-        problem = fields_problem(fields)
+        fields = {k: v for k, v in {**fields, **settings}.items() if v is not None}
+        problem = user_problem(fields, "user_id")
         if problem:
             key, _, expected = problem[1:].partition(": ")
             raise APIError(400, f"{key}: {expected}", param=key)
         return User(fields)
 
-    def _put(self, table: UserTable, user: User) -> User:
+    def _put(self, users: Users, user: User) -> User:
         """Add a user or change one, if limits and names allow it; APIError 400, 507."""
-        users, known = table.users, table.users.get(user.user_id)
+        known = users.get(user.user_id)
         if known is None and len(users) >= self.limits.users:
-            text = f"There are {self.limits.users:,} users already, the most allowed"
+            text = f"There are {self.limits.users:,} users, the most allowed"
             raise APIError(507, text)
-        more = len(user.line) - (0 if known is None else len(known.line) + len(",\n"))
-        if table.size + more > self.limits.users_file_size:
-            raise APIError(507, f"{self._name} has reached its largest size allowed")
+        lines = [other.line for other in users.values() if other is not known]
+        size = len(encode_users({})) + sum(map(len, lines)) + len(lines) * len(",\n")
+        if size + len(user.line) > self.limits.users_file_size:
+            raise APIError(507, f"{self._name} is as large as is allowed")
         # A name in the log must mean one user.
         taken = user.name == "admin" or any(
             other.name == user.name and other is not known for other in users.values()
         )
         if user.name and taken:
             raise APIError(400, f"name: {user.name!r} is taken", param="name")
-        table.add(user)
+        users[user.user_id] = user
         return user
 
     async def delete(self, user_id: str) -> None:
@@ -4707,11 +4643,10 @@ class UserStore:
 
         Raise APIError: 404 for an unknown id, 500 if the file cannot be written.
         """
-        if user_id not in self._table.users:
+        if user_id not in self._users:
             await self.refresh()  # nothing is written, no lock made, for such an id
-            if user_id not in self._table.users:
-                raise APIError(404, "User not found")
-        await self._change(lambda table: table.delete(user_id))
+            known_user(self._users, user_id)
+        await self._change(lambda users: users.pop(known_user(users, user_id).user_id))
 
     async def refresh(self) -> None:
         """Adopt what a person or another server has written.
@@ -4740,11 +4675,11 @@ class UserStore:
         self._loop = asyncio.get_running_loop()
         return self._loop.run_in_executor(self._executor, function)
 
-    async def _change(self, apply: Apply) -> User:
+    async def _change(self, change: Change) -> User:
         if self._closed:
             raise APIError(503, "The server is shutting down")
         answer: Future[User] = Future()
-        self._waiting.append((apply, answer))
+        self._waiting.append((change, answer))
         self._in_thread(self._commit)  # does nothing if the one before has taken it
         # A cancelled caller takes its own change back, if it still waits.
         return await asyncio.wrap_future(answer)
@@ -4759,9 +4694,9 @@ class UserStore:
         """Take all changes that wait into one write, then answer each of them."""
         batch = []
         while self._waiting:
-            apply, answer = self._waiting.popleft()
+            change, answer = self._waiting.popleft()
             if answer.set_running_or_notify_cancel():  # not if it was cancelled
-                batch.append((apply, answer))
+                batch.append((change, answer))
         try:
             for answer, user in self._write(batch) if batch else ():
                 answer.set_result(user)
@@ -4770,7 +4705,7 @@ class UserStore:
                 if not answer.done():
                     answer.set_exception(error)
 
-    def _write(self, batch: list[tuple[Apply, Future[User]]]) -> list[Any]:
+    def _write(self, batch: list[tuple[Change, Future[User]]]) -> list[Any]:
         """Make changes durable and put them in force; return (answer, user) pairs.
 
         A change that cannot be made is refused here and does not spoil the others.
@@ -4782,14 +4717,14 @@ class UserStore:
                 self._reread()
                 if self._broken:
                     raise self._not_written(self._broken)
-                table = self._table.copy()
-                for apply, answer in batch:
+                users = self._users.copy()
+                for change, answer in batch:
                     try:
-                        done.append((answer, apply(table)))
+                        done.append((answer, change(users)))
                     except APIError as error:
                         answer.set_exception(error)
                 if done:
-                    self._save(table)
+                    self._save(users)
         except OSError as error:
             reason = error.strerror or str(error)
             if error.errno == errno.EBUSY:  # what replacing a mount point gives
@@ -4802,11 +4737,11 @@ class UserStore:
         message = f"{self._name} could not be written: {reason}; nothing was changed"
         return APIError(500, message)
 
-    def _save(self, table: UserTable) -> None:
-        """Replace the file by table.  Raise OSError, and then it is as it was."""
+    def _save(self, users: Users) -> None:
+        """Replace the file by users.  Raise OSError, and then it is as it was."""
         target, old = self._target, self._seen or ABSENT
         self._seen = None
-        seen = replace_file(target, table.encode(), newer_than=old[0])
+        seen = replace_file(target, encode_users(users), newer_than=old[0])
         try:
             sync_folder(os.path.dirname(target))
         except OSError as error:
@@ -4815,47 +4750,48 @@ class UserStore:
                 if old == ABSENT:
                     os.unlink(target)
                 else:
-                    replace_file(target, self._table.encode(), newer_than=seen[0])
+                    replace_file(target, encode_users(self._users), newer_than=seen[0])
             except OSError:  # the next refresh sees what is there
                 message = f"{self._name} may have changed or not: {error.strerror}"
                 raise APIError(500, message) from error
             raise
-        self._seen, self._table = seen, table
+        self._seen = seen
+        self._use(users)
+
+    def _use(self, users: Users) -> None:
+        """Put users in force."""
+        self._users = users
+        self._by_digest = {user.old_digest: user for user in users.values()}
+        self._by_digest.update({user.digest: user for user in users.values()})
 
     def _reread(self) -> None:
         """Adopt the file if it is not the version read last.  Never raises."""
         seen, self._seen = self._seen, None  # what fails is tried again
         try:
             with self._named():
-                found = self._stat()
-                if found == seen:
-                    self._seen, self._gone_at = seen, math.inf
-                    return
-                if found == ABSENT and not self._is_gone_for_good():
+                found, now = self._stat(), time.monotonic()
+                gone = found == ABSENT
+                self._gone_at = min(self._gone_at, now) if gone else math.inf
+                # Editors move it aside for a moment.
+                if found == seen or (gone and now - self._gone_at < GONE_AFTER):
                     self._seen = seen
                     return
-                table = self._read()
+                users = self._read()
         except ConfigurationError as error:
             if str(error) != self._broken:
                 self._broken = str(error)
                 self._tell(f"{error}; the users read before stay in force")
             return
-        old, new = self._table.users, table.users
+        old, new = self._users, users
         added, removed = len(new.keys() - old.keys()), len(old.keys() - new.keys())
         edited = sum(old[key].line != new[key].line for key in new.keys() & old.keys())
-        self._table = table
+        self._use(users)
         if added or removed or edited or self._broken:
             counts = f"{added:,} added, {removed:,} removed"
             counts += f", {edited:,} edited" if edited else ""
             what = "was removed" if self._seen == ABSENT else "changed"
             self._tell(f"{self._name} {what}: {len(new):,} users ({counts})")
         self._broken = ""
-
-    def _is_gone_for_good(self) -> bool:
-        """Whether the file has been missing for a while: editors move it aside."""
-        now = time.monotonic()
-        self._gone_at = min(self._gone_at, now)
-        return now - self._gone_at >= GONE_AFTER
 
     # --- The file as it is.
 
@@ -4887,11 +4823,11 @@ class UserStore:
             raise ConfigurationError("expected a regular file")
         return stamp_of(found)
 
-    def _read(self) -> UserTable:
+    def _read(self) -> Users:
         """Read what is there now.  Raise ConfigurationError, OSError."""
         if self._stat() == ABSENT:
             self._seen = ABSENT
-            return UserTable()
+            return {}
         limit = int(self.limits.users_file_size)
         with open(self.path, "rb") as file:
             seen = stamp_of(os.fstat(file.fileno()))
@@ -4911,6 +4847,13 @@ class UserStore:
                 with file_lock(self._target + ".lock"):
                     for entry in filter(ours, os.listdir(folder)):
                         os.unlink(os.path.join(folder, entry))
+
+
+def known_user(users: Users, user_id: str) -> User:
+    """The user with an id; APIError(404)."""
+    if user_id not in users:
+        raise APIError(404, "User not found")
+    return users[user_id]
 
 
 # --- Limits, and what was used
