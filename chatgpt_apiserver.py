@@ -4291,7 +4291,10 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Users:
         # What a crash without fsync leaves: it does not mean "no users".
         raise ConfigurationError('the file is empty, expected {"users": []}')
     document = load_json(data)
-    entries = document.pop("users", None) if isinstance(document, dict) else None
+    document = document if isinstance(document, dict) else {}
+    if None in document:
+        raise ConfigurationError(f"{shown(document[None])}: this key appears twice")
+    entries = document.pop("users", None)
     if not isinstance(entries, list):
         raise ConfigurationError('expected {"users": [...]}')
     if len(entries) > limits.users:
@@ -4320,6 +4323,8 @@ def user_problem(fields: Any, *needed: str) -> str:
     """Why these cannot be a user's fields, or ""; a token or its digest is needed."""
     if not isinstance(fields, dict):
         return ": expected an object"
+    if None in fields:
+        return f".{shown(fields[None])}: this key appears twice"
     if "token" in fields and "sha256" in fields:
         return '.sha256: expected either "token" or "sha256"'
     credential = "sha256" if "sha256" in fields else "token"
@@ -4333,40 +4338,37 @@ def user_problem(fields: Any, *needed: str) -> str:
 
 
 def load_json(data: bytes) -> Any:
-    """Parse a file's JSON: UTF-8, no key twice in an object, no NaN or Infinity.
+    """Parse a file's JSON, of UTF-8; objects as distinct() has them.
 
     Raise ConfigurationError, with line and column where they are known.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            keys = [key for key, _ in pairs]
-            key = next(key for key in fields if keys.count(key) > 1)
-            owner = f" of user {fields['user_id']!r}" if "user_id" in fields else ""
-            raise ConfigurationError(f"the key {key!r}{owner} appears twice")
-        return fields
-
-    def finite(text: str) -> float:
-        if not abs(float(text)) < float("inf"):
-            raise ConfigurationError(f"expected a number instead of {text[:20]}")
-        return float(text)
-
     try:
         text = data.decode("utf-8-sig")  # editors on Windows write a byte order mark
-        return json.loads(
-            text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite
-        )
+        return json.loads(text, object_pairs_hook=distinct)
     except json.JSONDecodeError as error:
-        place, problem = (error.lineno, error.colno), error.msg
+        place, problem = (error.lineno, error.colno), f"not JSON: {error.msg}"
     except UnicodeDecodeError as error:
         before = data[: error.start].split(b"\n")
-        place, problem = (len(before), len(before[-1]) + 1), "expected UTF-8"
-    except ValueError as error:  # an integer of thousands of digits
-        raise ConfigurationError(str(error)) from None
-    except RecursionError:
-        raise ConfigurationError("expected less nesting") from None
+        place, problem = (len(before), len(before[-1]) + 1), "not UTF-8"
+    except (ValueError, RecursionError):  # 5,000 digits, 1,000 brackets
+        text = "a number is too long or nesting too deep"
+        raise ConfigurationError(text) from None
     raise ConfigurationError(f"line {place[0]}, column {place[1]}: {problem}")
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str | None, Any]:
+    """An object of a JSON file; under None a key that comes twice, if one does."""
+    content: dict[str | None, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            return {None: key}
+        content[key] = value
+    return content
+
+
+def shown(key: str) -> str:
+    """A key as it stands in a message: short, and on one line."""
+    return key if re.fullmatch("[A-Za-z0-9_-]{1,40}", key) else json.dumps(key[:40])
 
 
 @contextlib.contextmanager
@@ -12163,18 +12165,12 @@ class Source(NamedTuple):
     def read(self, shape: Any) -> Any:
         """The file's content, checked."""
         try:
-            # utf-8-sig: editors on Windows put a byte order mark in front.
-            with open(self.name, encoding="utf-8-sig") as file:
-                content = json.load(file, object_pairs_hook=distinct)
+            with open(self.name, "rb") as file:
+                content = load_json(file.read())
         except OSError as error:
             raise self.mistake("", f"cannot be read: {error.strerror}") from None
-        except json.JSONDecodeError as error:
-            place = f"line {error.lineno} column {error.colno}"
-            raise self.mistake(place, f"not JSON: {error.msg}") from None
-        except UnicodeDecodeError:
-            raise self.mistake("", "not UTF-8 text") from None
-        except (ValueError, RecursionError):  # 5,000 digits, 1,000 brackets
-            raise self.mistake("", "a number is too long or nesting too deep") from None
+        except ConfigurationError as error:
+            raise self.mistake("", str(error)) from None
         return self.check(content, shape)
 
     def check(self, value: Any, shape: Any, place: str = "") -> Any:
@@ -12229,21 +12225,6 @@ class Source(NamedTuple):
 
 COMMAND_LINE = Source("command line")
 ENVIRONMENT = Source("environment")
-
-
-def distinct(pairs: list[tuple[str, Any]]) -> dict[str | None, Any]:
-    """An object of a JSON file; under None a key that comes twice, if one does."""
-    content: dict[str | None, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            return {None: key}
-        content[key] = value
-    return content
-
-
-def shown(key: str) -> str:
-    """A key as it stands in a message: short, and on one line."""
-    return key if re.fullmatch("[A-Za-z0-9_-]{1,40}", key) else json.dumps(key[:40])
 
 
 # --- Arguments

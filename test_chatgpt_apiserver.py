@@ -5889,12 +5889,10 @@ def user_json(**fields):
     ),
     (
         '{"users": [{"user_id": "u", "token": "a", "token": "b"}]}',
-        "'token' of user 'u'",
+        "users[0].token: this key appears twice",
     ),
-    ('{"users": [], "users": []}', "'users' appears twice"),
-    ('{"users": [' + user_json(note=float("nan")) + "]}", "instead of NaN"),
-    ('{"users": [], "note": -Infinity}', "instead of -Infinity"),
-    ('{"users": [], "note": 1e999}', "instead of 1e999"),
+    ('{"users": [], "users": []}', "users: this key appears twice"),
+    ('{"users": [' + user_json(max_concurrency=float("nan")) + "]}", "whole number"),
     ('{"users": [], "note": ' + "[" * 200_000, "nesting"),
     ('{"users": []} {}', "line 1, column 15"),
     ("{'users': []}", "line 1, column 2"),
@@ -5912,7 +5910,7 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path, content, pro
 
 
 def test_bytes_that_are_not_utf_8_are_refused_with_their_place():
-    with pytest.raises(ConfigurationError, match="line 2, column 4: expected UTF-8"):
+    with pytest.raises(ConfigurationError, match="line 2, column 4: not UTF-8"):
         parse_users(b'{"users":\n []\xff}')
 
 
@@ -16286,8 +16284,8 @@ def openai(**config):
 
 @cases("file, expected", 
     # The document
-    ("", "line 1 column 1: not JSON"),
-    ('{"port": 1,\n "listen" "::"}', "line 2 column 11: not JSON"),
+    ("", "line 1, column 1: not JSON"),
+    ('{"port": 1,\n "listen" "::"}', "line 2, column 11: not JSON"),
     ("[]", "expected an object, got a list"),
     ('{"port": 1, "port": 2}', "port: this key appears twice"),
     ('{"controllers": [{"config": {"api_key": "SECRET", "api_key": "SECRET"}}]}',
@@ -16378,7 +16376,7 @@ def test_mistaken_file_is_one_line_with_its_place(load, file, expected):
 
 def test_file_that_is_not_utf8_is_a_mistake(load, tmp_path):
     (tmp_path / "chatgpt-apiserver.json").write_bytes("{}".encode("utf-16"))
-    assert mistake(load) == "chatgpt-apiserver.json: not UTF-8 text"
+    assert mistake(load) == "chatgpt-apiserver.json: line 1, column 1: not UTF-8"
 
 
 def test_mistake_in_a_config_file_names_that_file(load, tmp_path):
