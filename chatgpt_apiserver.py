@@ -4557,10 +4557,10 @@ class UserStore:
         Raise ConfigurationError, one line, if it or its folder cannot be used.
         """
         self._closed = False
-        self._broken = ""
-        with self._named():
-            self._remove_temporary_files()
-            self._use(self._read())
+        self._seen, self._broken = None, ""
+        self._gone_at = -math.inf  # it may never have been there
+        self._remove_temporary_files()
+        self._use(self._look() or {})
         if not os.access(os.path.dirname(self._target), os.W_OK | os.X_OK):
             self._report(
                 f"{self.path}: its folder cannot be written to: no user"
@@ -4768,21 +4768,14 @@ class UserStore:
 
     def _reread(self) -> None:
         """Adopt the file if it is not the version read last.  Never raises."""
-        seen, self._seen = self._seen, None  # what fails is tried again
         try:
-            with self._named():
-                found, now = self._stat(), time.monotonic()
-                gone = found == ABSENT
-                self._gone_at = min(self._gone_at, now) if gone else math.inf
-                # Editors move it aside for a moment.
-                if found == seen or (gone and now - self._gone_at < GONE_AFTER):
-                    self._seen = seen
-                    return
-                users = self._read()
+            users = self._look()
         except ConfigurationError as error:
             if str(error) != self._broken:
                 self._broken = str(error)
                 self._tell(f"{error}; the users read before stay in force")
+            return
+        if users is None:
             return
         old, new = self._users, users
         added, removed = len(new.keys() - old.keys()), len(old.keys() - new.keys())
@@ -4802,16 +4795,6 @@ class UserStore:
         """What is replaced: of a symlink, where it leads now."""
         return os.path.realpath(self.path)
 
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Make what went wrong in reading one line that names the file."""
-        try:
-            yield
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{self.path}: {error}") from None
-        except OSError as error:
-            raise ConfigurationError(f"{self.path}: {error.strerror}") from None
-
     def _stat(self) -> Stamp:
         """The stamp of what is there now.  Raise ConfigurationError, OSError."""
         try:
@@ -4825,19 +4808,34 @@ class UserStore:
             raise ConfigurationError("expected a regular file")
         return stamp_of(found)
 
-    def _read(self) -> Users:
-        """Read what is there now.  Raise ConfigurationError, OSError."""
-        if self._stat() == ABSENT:
-            self._seen = ABSENT
-            return {}
-        limit = int(self.limits.users_file_size)
-        with open(self.path, "rb") as file:
-            seen = stamp_of(os.fstat(file.fileno()))
-            data = file.read(limit + 1)
-        self._seen = seen
-        if len(data) > limit:
-            raise ConfigurationError(f"expected at most {limit:,} bytes")
-        return parse_users(data, self.limits)
+    def _look(self) -> Users | None:
+        """The users in the file; None as long as it is the version read last.
+
+        Raise ConfigurationError, one line that names the file.
+        """
+        seen, self._seen = self._seen, None  # what fails is tried again
+        try:
+            found, now = self._stat(), time.monotonic()
+            gone = found == ABSENT
+            self._gone_at = min(self._gone_at, now) if gone else math.inf
+            # Editors move it aside for a moment.
+            if found == seen or (gone and now - self._gone_at < GONE_AFTER):
+                self._seen = seen
+                return None
+            if gone:
+                self._seen = ABSENT
+                return {}
+            limit = int(self.limits.users_file_size)
+            with open(self.path, "rb") as file:
+                seen = stamp_of(os.fstat(file.fileno()))
+                data = file.read(limit + 1)
+            self._seen = seen
+            if len(data) > limit:
+                raise ConfigurationError(f"expected at most {limit:,} bytes")
+            return parse_users(data, self.limits)
+        except (ConfigurationError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigurationError(f"{self.path}: {reason}") from None
 
     def _remove_temporary_files(self) -> None:
         """Remove what crashes have left beside the file, if anything."""
