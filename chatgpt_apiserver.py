@@ -1336,20 +1336,20 @@ _JSON_DECODER = json.JSONDecoder(
 
 def parse_object(content: bytes) -> dict[str, Any]:
     """The JSON object in content; APIError(400) for anything else."""
+    problem = " must be a JSON object"
     try:
         body = _JSON_DECODER.decode(content.decode("utf-8"))
+        if isinstance(body, dict):
+            return body
     except UnicodeDecodeError:
-        raise APIError(400, "The request is not UTF-8.") from None
+        problem = " is not UTF-8"
     except RecursionError:
-        raise APIError(400, "The request's JSON is nested too deeply.") from None
+        problem = "'s JSON is nested too deeply"
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        raise APIError(400, f"The request is not JSON ({place}).") from None
+        problem = f" is not JSON (line {error.lineno} column {error.colno})"
     except ValueError as error:
-        raise APIError(400, f"The request is not JSON: {error}.") from None
-    if not isinstance(body, dict):
-        raise APIError(400, "The request must be a JSON object.")
-    return body
+        problem = f" is not JSON: {error}"
+    raise APIError(400, f"The request{problem}.")
 
 
 def read_json(content: bytes | str) -> Any:
@@ -1517,13 +1517,11 @@ def model_names(content: bytes) -> list[str] | None:
     """
     value = read_json(body_start(content))
     if isinstance(value, dict):
-        value = value["data"] if "data" in value else value.get("models")
+        value = value.get("data", value.get("models"))
     if not isinstance(value, list):
         return None
-    named = [
-        item.get("id") or item.get("name") if isinstance(item, dict) else item
-        for item in value
-    ]
+    items = [item if isinstance(item, dict) else {"id": item} for item in value]
+    named = [item.get("id") or item.get("name") for item in items]
     names = [name for name in named if isinstance(name, str) and name]
     return [name.removeprefix("models/") for name in names]
 
@@ -1557,25 +1555,22 @@ class Usage(NamedTuple):
 def read_usage(value: Any) -> Usage:
     """The token counts of a usage object in any dialect."""
     fields = as_object(value)
-    get = fields.get
-    sent = _tokens(get("prompt_tokens") or get("input_tokens"))
-    output = _tokens(get("completion_tokens") or get("output_tokens"))
+    details = fields.get("prompt_tokens_details") or fields.get("input_tokens_details")
+    counts = {
+        key: count
+        for key, count in {**as_object(details), **fields}.items()
+        if type(count) is int and 0 < count < 1 << 48
+    }.get
+    sent = counts("prompt_tokens") or counts("input_tokens", 0)
+    output = counts("completion_tokens") or counts("output_tokens", 0)
     # Anthropic's input_tokens are those that were neither read from the cache nor
     # written to it.
-    cached = read = _tokens(get("cache_read_input_tokens"))
-    cache_made = _tokens(get("cache_creation_input_tokens"))
-    for key in ("prompt_tokens_details", "input_tokens_details"):
-        if key in fields:
-            hits = _tokens(as_object(fields[key]).get("cached_tokens"))
-            cached = hits if 0 < hits <= sent else cached
+    read = counts("cache_read_input_tokens", 0)
+    hits = counts("cached_tokens", 0)
     if not sent and not output:
-        sent = _tokens(get("total_tokens"))  # some report only this of embeddings
-    return Usage(sent + read + cache_made, cached, output)
-
-
-def _tokens(count: Any) -> int:
-    """A count of tokens; 0 for what cannot be one."""
-    return count if type(count) is int and 0 < count < 1 << 48 else 0
+        sent = counts("total_tokens", 0)  # some report only this of embeddings
+    all_sent = sent + read + counts("cache_creation_input_tokens", 0)
+    return Usage(all_sent, hits if 0 < hits <= sent else read, output)
 
 
 _PLAIN_DECODER = json.JSONDecoder()
@@ -1705,6 +1700,8 @@ def chat_completion(
 class CompletionBuilder:
     """Puts a stream's chunks together to the chat.completion they stand for."""
 
+    HEAD = ("id", "created", "model", "system_fingerprint", "service_tier")
+
     def __init__(self) -> None:
         self._head: dict[str, Any] = {}
         self._usage: Any = None
@@ -1714,9 +1711,8 @@ class CompletionBuilder:
 
     def add(self, chunk: dict[str, Any]) -> None:
         """Take one chat.completion.chunk."""
-        for key in ("id", "created", "model", "system_fingerprint", "service_tier"):
-            if self._head.get(key) is None and chunk.get(key) is not None:
-                self._head[key] = chunk[key]
+        head = {key: chunk[key] for key in self.HEAD if chunk.get(key) is not None}
+        self._head = {**head, **self._head}
         self._usage = chunk.get("usage") or self._usage
         for choice in chunk.get("choices") or []:
             index = choice.get("index", 0)
@@ -1726,8 +1722,9 @@ class CompletionBuilder:
             for key, tokens in (choice.get("logprobs") or {}).items():
                 kept = whole["logprobs"] = whole["logprobs"] or {}
                 kept[key] = (kept.get(key) or []) + tokens if tokens else kept.get(key)
-            if choice.get("finish_reason"):
-                whole["finish_reason"] = choice["finish_reason"]
+            whole["finish_reason"] = (
+                choice.get("finish_reason") or whole["finish_reason"]
+            )
 
     def _add_delta(
         self, index: int, message: dict[str, Any], delta: dict[str, Any]
@@ -2291,14 +2288,23 @@ def chat_messages(items: Any, system: Any = None) -> list[dict[str, Any]]:
         messages.append({"role": "user", "content": items})
     for item in map(as_object, as_list(items)):
         content = item.get("content")
-        parts = [*map(as_object, content)] if isinstance(content, list) else []
-        tools = [item, *parts]
-        calls = [_chat_call(tool) for tool in tools if tool.get("type") in _CALLS]
-        results = [_chat_result(tool) for tool in tools if tool.get("type") in _RESULTS]
-        messages += results
+        parts = [*map(as_object, as_list(content))]
+        said, calls = [], []
+        for part in (item, *parts):
+            kind = part.get("type")
+            id = part.get("call_id") or part.get("tool_use_id") or part.get("id")
+            if kind in _CALLS:
+                arguments = part.get("arguments", part.get("input"))
+                if not isinstance(arguments, str):
+                    arguments = encode_json(arguments).decode()
+                function = {"name": part.get("name"), "arguments": arguments}
+                calls.append({"id": id, "type": "function", "function": function})
+            elif kind in _RESULTS:
+                text = content_text(part.get("output", part.get("content")))
+                messages.append({"role": "tool", "tool_call_id": id, "content": text})
+            elif kind not in _THOUGHTS and part is not item:
+                said.append(part)
         if parts:
-            other = (*_CALLS, *_RESULTS, *_THOUGHTS)
-            said = [part for part in parts if part.get("type") not in other]
             content = content_text(said) if all("text" in p for p in said) else said
         if "role" in item and (content or not parts):
             messages.append({"role": item["role"], "content": content})
@@ -2307,21 +2313,6 @@ def chat_messages(items: Any, system: Any = None) -> list[dict[str, Any]]:
         if calls:
             messages[-1].setdefault("tool_calls", []).extend(calls)
     return messages
-
-
-def _chat_call(item: dict[str, Any]) -> dict[str, Any]:
-    arguments = item.get("arguments", item.get("input"))
-    if not isinstance(arguments, str):
-        arguments = encode_json(arguments).decode()
-    function = {"name": item.get("name"), "arguments": arguments}
-    id = item.get("call_id") or item.get("id")
-    return {"id": id, "type": "function", "function": function}
-
-
-def _chat_result(item: dict[str, Any]) -> dict[str, Any]:
-    id = item.get("call_id") or item.get("tool_use_id")
-    content = content_text(item.get("output", item.get("content")))
-    return {"role": "tool", "tool_call_id": id, "content": content}
 
 
 def chat_tools(tools: Any) -> list[Any]:
@@ -2560,10 +2551,9 @@ class Recording(NamedTuple):
         digest = hashlib.sha256(content).hexdigest()
         head = {"tape": TAPE_VERSION, "path": self.path, "sha256": digest}
         pieces = [[seconds, *_piece_text(piece)] for seconds, piece in self.pieces]
-        rest = {"content_type": self.content_type, "pieces": pieces}
-        start, end = encode_json(head)[:-1], encode_json(rest)[1:]
-        status = b', "status": %d, ' % self.status
-        return start + b', "content": ' + content + status + end + b"\n"
+        rest = {"status": self.status, "content_type": self.content_type}
+        start, end = encode_json(head)[:-1], encode_json({**rest, "pieces": pieces})[1:]
+        return start + b', "content": ' + content + b", " + end + b"\n"
 
     @classmethod
     def parse(cls, line: bytes) -> Recording | None:
@@ -2770,14 +2760,13 @@ class APIRequest:
         include_usage  ask for the usage event of a stream
         """
         same = model in (None, self.model)
-        if not self.is_json:
-            field = self.model_field
-            if same or model is None or field is None:
-                return self.content
-            name = model.encode("utf-8", "replace")
-            return self.content[: field.start] + name + self.content[field.stop :]
         if same and not include_usage:
             return self.content
+        if model is not None and not self.is_json:
+            field, name = self.model_field, model.encode("utf-8", "replace")
+            if field is None:
+                return self.content
+            return self.content[: field.start] + name + self.content[field.stop :]
         if same and not self._has_options:
             # A field more needs no new JSON: the client's own bytes stay.  It is the
             # last: Go's JSON takes "Stream_Options" for it, and the last of both.
