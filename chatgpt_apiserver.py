@@ -1073,10 +1073,9 @@ def encode_frame(opcode: Opcode, payload: bytes, masks: bool) -> bytes:
     length = len(payload)
     if length < 126:
         head = bytes((first, mask_bit | length))
-    elif length < 1 << 16:
-        head = struct.pack("!BBH", first, mask_bit | 126, length)
     else:
-        head = struct.pack("!BBQ", first, mask_bit | 127, length)
+        short, width = (126, 2) if length < 1 << 16 else (127, 8)
+        head = bytes((first, mask_bit | short)) + length.to_bytes(width, "big")
     if not mask_bit:
         return head + payload
     # With a key that can be foreseen, whoever chooses the payload chooses the bytes
@@ -1773,6 +1772,7 @@ _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _DATA_LINE = re.compile(rb"(?:^|[\r\n])data:([^\r\n]*)(?:\r\n|\n|\r)")
 _NEXT_EVENT = (b"data:", b"event:")
+_LAST_LINES = re.compile(rb"(?<![^\r\n])(?:data)?:[^\r\n]*")  # of events, by line
 
 
 class SSEDecoder:
@@ -1800,7 +1800,7 @@ class SSEDecoder:
             self._look_at_first_event()
         if self._by_line:
             end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1
-            return end_lines(self._take(end))
+            return _LAST_LINES.sub(rb"\g<0>\n", self._take(end))
         if rest.find(b"\r", searched) >= 0:
             ends = [match.end() for match in _EVENT_END.finditer(rest, searched)]
             end = ends[-1] if ends else 0
@@ -1831,18 +1831,7 @@ class SSEDecoder:
         """What is left when the stream has ended, closed as an event."""
         rest = bytes(self._rest)
         self._rest.clear()
-        if self._by_line:
-            return end_lines(rest)
         return rest + b"\n\n" if rest.strip() else b""
-
-
-def end_lines(block: bytes) -> bytes:
-    """Lines that nobody divided into events: one for each line of data."""
-    events = []
-    for line in filter(None, _LINE_END.split(block)):
-        end = b"\n\n" if line.startswith((b"data:", b":")) else b"\n"
-        events.append(line + end)
-    return b"".join(events)
 
 
 def split_events(block: bytes) -> Iterator[tuple[bytes, bytes | None]]:
