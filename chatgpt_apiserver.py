@@ -422,13 +422,6 @@ class Headers(dict[str, str]):
         """The members of a comma-separated field, in lower case."""
         return [item.strip().lower() for item in self.get(name, "").split(",")]
 
-    def keep_alive(self, version: str) -> bool:
-        """Whether the connection may stay open (RFC 9112 section 9.3)."""
-        tokens = self.tokens("connection") if "connection" in self else ()
-        if "close" in tokens:
-            return False
-        return version == "HTTP/1.1" or "keep-alive" in tokens
-
 
 class Request(NamedTuple):
     """The head of a request."""
@@ -441,11 +434,6 @@ class Request(NamedTuple):
     headers: Headers  # but for Content-Length; equal requests share them
     content_length: int | None  # bytes, or None if the content is chunked
 
-    @property
-    def keep_alive(self) -> bool:
-        """Whether the client wants the connection kept."""
-        return self.headers.keep_alive(self.version)
-
 
 class Response(NamedTuple):
     """The head of an answer."""
@@ -454,10 +442,15 @@ class Response(NamedTuple):
     status: int
     headers: Headers
 
-    @property
-    def keep_alive(self) -> bool:
-        """Whether the connection may carry another request."""
-        return self.version == "HTTP/1.1" and self.headers.keep_alive(self.version)
+
+def keeps_alive(head: Request | Response) -> bool:
+    """Whether the connection may stay open behind a message (RFC 9112 section 9.3)."""
+    headers = head.headers
+    tokens = headers.tokens("connection") if "connection" in headers else ()
+    if head.version == "HTTP/1.1":
+        return "close" not in tokens
+    asked = isinstance(head, Request) and "keep-alive" in tokens
+    return asked and "close" not in tokens
 
 
 def _take_head(buffer: bytearray, max_size: int) -> list[str] | None:
@@ -758,11 +751,12 @@ class ChunkedDecoder(ContentDecoder):
                     self._extensions += len(line)
                     if self._extensions > CHUNK_EXTENSIONS_SIZE:
                         raise ProtocolError(400, "too many chunk extensions")
-                at = end + 2
                 self._left = _chunk_size(line) + 2
                 if self._left == 2:
                     self._trailers = True
+                    at = end  # as if the trailers were a head's fields
                     break
+                at = end + 2
             end = at + self._left
             content, tail = data[at : end - 2], data[end - 2 : end]
             if not b"\r\n".startswith(tail):
@@ -776,18 +770,11 @@ class ChunkedDecoder(ContentDecoder):
             self._left = 0
         del buffer[:at]
         if self._trailers and not self.complete:
-            self._take_trailers(buffer)
+            lines = _take_head(buffer, TRAILER_SIZE + 2)
+            if lines is not None:
+                parse_fields(lines[1:], TRAILER_COUNT, TRAILER_SIZE)
+                self.complete = True
         return b"".join(pieces)
-
-    def _take_trailers(self, buffer: bytearray) -> None:
-        if buffer.startswith(b"\r\n"):
-            del buffer[:2]
-            self.complete = True
-            return
-        lines = _take_head(buffer, TRAILER_SIZE)
-        if lines is not None:
-            parse_fields(lines, TRAILER_COUNT, TRAILER_SIZE)
-            self.complete = True
 
 
 # Inflated content may be so many times its size; Apache's mod_deflate has 200, too.
@@ -2549,10 +2536,6 @@ def differing_fields(one: Any, other: Any, place: str = "") -> Iterator[str]:
 # --- Requests
 
 
-# Request fields in which clients name a conversation.
-SESSION_FIELDS = ("x-session-id", "x-claude-code-session-id")
-
-
 class Turn(NamedTuple):
     """Where a request stands in a conversation, as far as its body tells."""
 
@@ -2590,10 +2573,9 @@ class APIRequest:
 
     path, query  of a POST: "/v1/chat/completions", and what stands behind "?"
     content      bytes as the client sent them
+    body         the JSON object in it
+    form         its Content-Type where it is a form, or something else
     headers      request fields that travel on to an upstream
-    ask          of /api/ask: content, conversation_id and parent_id for an agent
-                 that keeps the conversation itself; the body has the messages for
-                 the controllers that do not
 
     Raise APIError(400) for a field that is not what it has to be.
     """
@@ -2611,6 +2593,9 @@ class APIRequest:
     user = ""  # whose request it is: the queue is fair between users
     agent_id: str | None = None  # the one agent (or the tape) that can answer
     recording: Recording | None = None  # what a tape has as its answer
+    # Of /api/ask: content, conversation_id and parent_id for an agent that keeps the
+    # conversation itself; the body has the messages for those that do not.
+    ask: tuple[str, str, str] | None = None
     deadline = math.inf  # when to give up, on the loop's clock
     # Whether its user may have a model, where none is asked for.
     may_use: Callable[[str], bool] = bool
@@ -2627,8 +2612,8 @@ class APIRequest:
         *,
         query: str = "",
         body: dict[str, Any] | None = None,
+        form: str = "",
         headers: dict[str, str] | None = None,
-        ask: tuple[str, str, str] | None = None,
     ) -> None:
         self.path = path
         self.query = query
@@ -2636,8 +2621,11 @@ class APIRequest:
         self.content = content
         self.is_json = body is not None
         self.headers = headers or {}
-        self.ask = ask
-        if body is not None:
+        if body is None:
+            self.model_field = find_form_field(content, form, "model")
+            if self.model_field is not None:
+                self.model = content[self.model_field].decode("utf-8", "replace")
+        else:
             self._read_body(body)
             if len(content) <= self.KEPT_SIZE:
                 self._body = body
@@ -2698,8 +2686,8 @@ class APIRequest:
     @property
     def session(self) -> str:
         """What its client calls the conversation, or ""."""
-        names = (self.headers.get(name, "") for name in SESSION_FIELDS)
-        return next(filter(None, names), "") or self.turn.cache_key
+        get, claude = self.headers.get, "x-claude-code-session-id"
+        return get("x-session-id") or get(claude) or self.turn.cache_key
 
     @property
     def counts_usage(self) -> bool:
@@ -2743,13 +2731,11 @@ _OTHER_SPELLINGS = frozenset(
 ) - {"model"}
 
 
-def _lower_keys(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {
-        key if key.lower() in value else key.lower(): item
-        for key, item in value.items()
-    }
+def _lower_keys(fields: Any) -> Any:
+    if not isinstance(fields, dict):
+        return fields
+    lower = {key: key.lower() for key in fields}
+    return {key if lower[key] in fields else lower[key]: fields[key] for key in fields}
 
 
 def parse_chat_request(content: bytes) -> APIRequest:
@@ -2773,17 +2759,6 @@ def parse_chat_request(content: bytes) -> APIRequest:
     if not body.get("model"):
         raise APIError(400, "'model' is missing.", param="model")
     return APIRequest(CHAT_PATH, content, body=body)
-
-
-def form_request(
-    path: str, content: bytes, content_type: str, query: str = ""
-) -> APIRequest:
-    """A request whose content is a form, or something else that is no JSON."""
-    request = APIRequest(path, content, query=query)
-    request.model_field = find_form_field(content, content_type, "model")
-    if request.model_field is not None:
-        request.model = content[request.model_field].decode("utf-8", "replace")
-    return request
 
 
 # -----------------------------------------------------------------------------
@@ -3610,7 +3585,7 @@ class ClientResponse(Answer):
         self._deadline = deadline
         self._length = response_length(method, head)
         self.delimited = self._length != UNTIL_CLOSE
-        self._keep_alive = head.keep_alive and self._length != UNTIL_CLOSE
+        self._keep_alive = keeps_alive(head) and self._length != UNTIL_CLOSE
         coding = ""
         if "content-encoding" in head.headers:
             # Undone here although not asked for: some compress whatever one accepts.
@@ -9742,7 +9717,7 @@ async def do_api(exchange: Exchange, content: bytes) -> None:
     content_type = exchange.request.headers.get("content-type", "")
     path, query = exchange.path, exchange.request.query
     if content_type.lower().startswith("multipart/form-data"):
-        request = form_request(path, content, content_type, query)
+        request = APIRequest(path, content, query=query, form=content_type)
     else:
         body = await exchange.parse(parse_object, content)
         request = APIRequest(path, content, query=query, body=body)
@@ -10379,7 +10354,7 @@ class RequestHandler:
                 self._served += 1
                 self.exchange = exchange = Exchange(self.service, connection, request)
                 exchange.reply.close = (
-                    not request.keep_alive
+                    not keeps_alive(request)
                     or self._served >= self.service.limits.keep_alive_requests
                     or self.service.draining
                 )
@@ -11479,7 +11454,7 @@ class Link:
             else:
                 content = base64.b64decode(str(body))
                 kind = headers.get("content-type", "")
-                request = form_request(path, content, kind, query)
+                request = APIRequest(path, content, query=query, form=kind)
         except (ValueError, RecursionError):
             raise APIError(400, "The agent could not read the call.") from None
         request.headers = headers

@@ -757,7 +757,7 @@ def http_request(data):
 
 
 def http_parts(request):
-    return [*request, request.keep_alive]
+    return [*request, apiserver.keeps_alive(request)]
 
 
 def http_status(parse, data, *args):
@@ -1050,15 +1050,16 @@ def test_rule_6_request_targets(method, target, expected):
 def test_whether_a_connection_is_kept(version, connection, expected):
     fields = () if connection is None else (f"Connection: {connection}".encode(),)
     line = f"GET / HTTP/{version}".encode()
-    assert http_request(http_head(*fields, line=line)).keep_alive is expected
+    request = http_request(http_head(*fields, line=line))
+    assert apiserver.keeps_alive(request) is expected
     buffer = bytearray(http_answer(*fields, line=f"HTTP/{version} 200".encode()))
     answer = apiserver.parse_response_head(buffer)
-    assert answer.keep_alive is (expected and version == "1.1")
+    assert apiserver.keeps_alive(answer) is (expected and version == "1.1")
 
 
 def test_connection_fields_count_together():
     head = http_head(b"Connection: keep-alive", b"Connection: close")
-    assert not http_request(head).keep_alive
+    assert not apiserver.keeps_alive(http_request(head))
 
 
 # --- Limits on heads, as they arrive (rule 7)
@@ -1580,7 +1581,7 @@ def http_head_outcome(parse, data, pieces):
         return "more"
     if isinstance(head, apiserver.Request):
         return (*http_parts(head), rest)
-    return head.version, head.status, head.headers, head.keep_alive, rest
+    return (*head, apiserver.keeps_alive(head), rest)
 
 
 @cases("parse", "parse_request_head", "parse_response_head")
@@ -2526,7 +2527,7 @@ FORM_FILE = ('Content-Disposition: form-data; name="file"; filename="model"', "I
 def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type):
     for parts in ([FORM_FILE, (head, "alias")], [(head, "alias"), FORM_FILE]):
         content = form(*parts)
-        request = apiserver.form_request("/v1/audio/x", content, content_type)
+        request = APIRequest("/v1/audio/x", content, form=content_type)
         assert request.model == "alias"
         assert request.encode() == request.encode("alias") == content
         assert request.encode("real/one") == content.replace(b"alias", b"real/one")
@@ -2542,9 +2543,9 @@ def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type
     ids=lambda content: repr(content[:50]),
 )  # fmt: skip
 def test_what_is_no_field_named_model_names_none(content):
-    request = apiserver.form_request("/v1/audio/x", content, FORM)
+    request = APIRequest("/v1/audio/x", content, form=FORM)
     assert request.model is None and request.encode("real") == content
-    assert apiserver.form_request("/v1/x", content, "text/plain").model is None
+    assert APIRequest("/v1/x", content, form="text/plain").model is None
 
 
 def test_a_form_of_a_million_parts_is_not_taken_apart():
@@ -8031,12 +8032,12 @@ def test_who_makes_many_requests_fail_costs_no_time_and_no_memory():
 def test_an_upload_that_is_sent_again_has_another_boundary_and_is_the_same():
     """SDKs draw a new one for each try: three tries of one file are one request."""
     digests = {
-        apiserver.form_request("/v1/x", form(FORM_FILE, boundary=b), "").digest
+        APIRequest("/v1/x", form(FORM_FILE, boundary=b), form="").digest
         for b in ("B", "a-b'c", "----WebKit1")
     }
     assert len(digests) == 1
     other = form((FORM_FILE[0], "ID4"))
-    assert apiserver.form_request("/v1/x", other, "").digest not in digests
+    assert APIRequest("/v1/x", other, form="").digest not in digests
     assert plain_request(1).digest != plain_request(2).digest
 
 
