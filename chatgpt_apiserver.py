@@ -4671,7 +4671,7 @@ class UserStore:
                 else:
                     replace_file(target, encode_users(self._users), newer_than=seen[0])
             except OSError:  # the next refresh sees what is there
-                message = f"{self._name} may have changed or not: {error.strerror}"
+                message = f"{self._name} may or may not have changed: {error.strerror}"
                 raise APIError(500, message) from error
             raise
         self._seen = seen
@@ -12488,10 +12488,10 @@ def agent_lines(url: str, away: bool) -> list[str]:
     where = "another machine" if away else "this machine"
     return [
         "",
-        f"Add what runs on {where} (Ollama, llama.cpp, vLLM, LM Studio); there:",
+        f"To add {where}'s models (Ollama, llama.cpp, vLLM, LM Studio), run on it:",
         f"  curl -fsS {url}/agent.py | python3 - agent {url} --key TOKEN",
-        "  (TOKEN: an agent's token, or the API key;",
-        f"  SHA-256 of agent.py: {digest})",
+        "  (TOKEN: an agent's token, or the API key)",
+        f"  (SHA-256 of agent.py: {digest})",
     ]
 
 

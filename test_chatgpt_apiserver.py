@@ -6308,7 +6308,7 @@ async def test_two_failures_in_a_row_are_not_called_no_change(tmp_path, monkeypa
         await store.add()
         with monkeypatch.context() as patch:
             patch.setattr(apiserver, "sync_folder", fail)
-            with pytest.raises(APIError, match="may have changed or not"):
+            with pytest.raises(APIError, match="may or may not have changed"):
                 await store.add()
             assert len(store.users) == 1
         await store.refresh()
