@@ -9709,7 +9709,9 @@ def is_loopback(address: str) -> bool:
 
 async def do_chat_completions(exchange: Exchange, content: bytes) -> None:
     """POST /v1/chat/completions, streamed or whole."""
-    await exchange.answer(await exchange.parse(parse_chat_request, content))
+    request = await exchange.parse(parse_chat_request, content)
+    request.query = exchange.request.query
+    await exchange.answer(request)
 
 
 async def do_api(exchange: Exchange, content: bytes) -> None:

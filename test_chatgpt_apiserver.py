@@ -13066,6 +13066,16 @@ async def test_unknown_fields_arrive_byte_for_byte(tmp_path):
 
 
 @flow
+async def test_what_stands_behind_the_path_travels_on(tmp_path):
+    query = "?api-version=2026-01-01&x=%20y"
+    async with relaying(tmp_path) as (server, upstream):
+        for path in (CHAT_URL, "/v1/completions"):
+            for asked in (path + query, path):
+                await ask(server.port, "POST", asked, CHAT)
+                assert upstream.requests[-1].line == f"POST {asked} HTTP/1.1"
+
+
+@flow
 async def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
     on = {
         "anthropic-version": "2023-06-01",
