@@ -7028,8 +7028,10 @@ class Pool:
         if self.type == "random":
             return random.choices(free, [c.weight for c in free])[0]
         if self.type == "least_busy":
-            return min(free, key=lambda c: (c.in_flight + 1) / c.weight)
+            least = min(c.in_flight / c.weight for c in free)
+            free = [c for c in free if c.in_flight / c.weight == least]
         # Smooth weighted round robin, as in nginx: weights 5, 1, 1 give a a b a c a a.
+        # It is for equally busy ones, too: else one key had all while there is little.
         best, total = free[0], 0.0
         for controller in free:
             controller.current += controller.weight

@@ -6786,6 +6786,13 @@ async def test_least_busy_counts_requests_in_flight_per_weight():
     pool_release(pool, b)
     pool_release(pool, b)
     assert await pool_acquire(pool) is b
+    for controller in (a, a, a, a, b):
+        pool_release(pool, controller)
+    asked = []
+    for _ in range(9):  # one after the other: none is busier than another
+        asked.append(await pool_acquire(pool))
+        pool_release(pool, asked[-1])
+    assert (asked.count(a), asked.count(b)) == (6, 3)
 
 
 @flow
