@@ -4921,6 +4921,13 @@ class UsageLimit:
         left = (requests if requests > 0 else 0, tokens if tokens > 0 else 0)
         return self._fields % left[self._units]
 
+    def forgive(self) -> None:
+        """Have all of it left again, before its windows turn."""
+        for turn in self._windows.values():
+            turn.before.update(zip(UNITS, self._counts()))
+        self.reported = False
+        self._find_tightest()
+
     def exceeded(self) -> str:
         """What is used up, as a sentence; "" if nothing is."""
         over = self.over()
@@ -5537,7 +5544,7 @@ class Controller:
         if self.paused:
             return math.inf, "paused", "paused by its owner"
         if self.limit is not None and self.limit.exceeded():
-            return self.limit.seconds_left(), "cooling", self.limit.exceeded()
+            return self.limit.seconds_left(), "disabled", self.limit.exceeded()
         health = self.health
         disabled = health.closed_by is Failure.DISABLED
         state = "disabled" if disabled else "cooling"
@@ -10034,6 +10041,8 @@ async def do_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
     controller.switched_off = False
     service.paused.discard(controller.id)
     controller.health.reset()
+    if controller.limit is not None and controller.limit.exceeded():
+        controller.limit.forgive()
     return {"message": "Controller enabled"}
 
 

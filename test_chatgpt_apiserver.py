@@ -8704,10 +8704,14 @@ async def test_own_limits_hold_until_the_next_window(tmp_path, monkeypatch):
         statuses = [(await chat(server)).status for _ in range(3)]
         assert statuses == [200, 200, 503]
         line = await controller_line(server, "requests")
-        assert line["state"] == "cooling" and "2 requests/minute" in line["reason"]
+        assert line["state"] == "disabled" and "2 requests/minute" in line["reason"]
         clock[0] += 25  # 25 s left
         reply = await chat(server)
         assert reply.status == 503 and reply.headers["retry-after"] == "25"
+        enable = "/admin/controllers/enable"
+        await ask(server.port, "POST", enable, {"name": "requests"})
+        assert (await controller_line(server, "requests"))["state"] == "ready"
+        assert [(await chat(server)).status for _ in range(3)] == [200, 200, 503]
         clock[0] += 25
         assert [(await chat(server)).status for _ in range(3)] == [200, 200, 503]
     behave = http_reply(completion())  # 7 tokens each
