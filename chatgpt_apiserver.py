@@ -381,7 +381,6 @@ KNOWN_HEAD_SIZE = 2048  # larger heads are not remembered
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])", re.ASCII)
-_METHOD = re.compile(_TOKEN.encode())
 _STATUS_LINE = re.compile(
     r"(HTTP/1\.[01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?", re.ASCII
 )
@@ -523,26 +522,18 @@ def _parse_request_line(line: str) -> tuple[str, str, str]:
 
 
 def _judge_first_line(buffer: bytearray) -> None:
-    """Refuse what a request cannot begin with, at its first bytes.
+    """Refuse what a request cannot begin with as soon as its line is there.
 
     Its sender would otherwise wait for head_timeout, and never learn why.
     """
     if buffer.startswith(b"\x16"):  # a TLS handshake record
         raise ProtocolError(400, "https was sent to an http port; use http://")
     end = buffer.find(b"\n", 0, REQUEST_LINE_SIZE + 2)
+    if end >= 0 and buffer[end - 1 : end] != b"\r":
+        raise ProtocolError(400, "lines must end in CR LF")
     if end >= 0:
-        if buffer[end - 1 : end] != b"\r":
-            raise ProtocolError(400, "lines must end in CR LF")
         _parse_request_line(buffer[: end - 1].decode("latin-1"))
-        return
-    method = _METHOD.match(buffer, 0, METHOD_SIZE + 1)
-    size = method.end() if method else 0
-    if size > METHOD_SIZE:
-        raise ProtocolError(501, "the method is too long")
-    behind = bytes(buffer[size : size + 1])
-    if behind and (behind != b" " or not size) and buffer != b"\r":
-        raise ProtocolError(400, "the request line is malformed")
-    if len(buffer) > REQUEST_LINE_SIZE + 1:
+    elif len(buffer) > REQUEST_LINE_SIZE + 1:
         raise ProtocolError(414, f"the first line is over {REQUEST_LINE_SIZE} bytes")
 
 
@@ -7612,9 +7603,7 @@ class Call:
             if stream.ended:
                 raise ProtocolError(502, "its stream was empty")
             self._first = await self._next_block(stream)
-        if stream.error is not None and not any(
-            d for _, d in split_events(self._first)
-        ):
+        if stream.error is not None and event_data(self._first) is None:
             raise self._event_error(stream.error)
 
     def _judge(self, controller: Controller, answer: Answer, content: bytes) -> bytes:

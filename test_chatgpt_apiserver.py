@@ -1083,12 +1083,6 @@ def test_L1_request_line_is_refused_before_its_end():
 @cases(
     "data, status, reason",
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\n\n", 400, "https was sent to an http"),
-    (b"\x80\x2e\x01", 400, "malformed"),
-    (b"\x00", 400, "malformed"),
-    (b"{", 400, "malformed"),
-    (b" GET", 400, "malformed"),
-    (b"\r\nGET\t/", 400, "malformed"),
-    (b"GET\r", 400, "malformed"),
     (b"GET /\r\n", 400, "malformed"),  # HTTP/0.9
     (b"GET /\n", 400, "CR LF"),
     (b"GET / HTTP/1.1\nHost: a", 400, "CR LF"),
@@ -1097,14 +1091,12 @@ def test_L1_request_line_is_refused_before_its_end():
     (b"PROXY TCP4 10.0.0.1 10.0.0.2 5 80\r\n", 400, "malformed"),
     (b"\r\n\r\n\x00\r\nQUIT\n", 400, "malformed"),  # PROXY, version 2
     (b"PRI * HTTP/2.0\r\n", 505, "only HTTP/1.1"),
-    (b"A" * 64, None, ""),
-    (b"A" * 65, 501, "the method is too long"),
     (b"A" * 65 + b" / HTTP/1.1\r\n", 501, "the method is too long"),
     (b"GET /" + b"\x01" * 9, None, ""),  # until the line is whole
     (b"\r", None, ""),
     (b"GET / HTTP/1.1\r\nHost", None, ""),
 )
-def test_what_cannot_become_a_request_is_refused_at_its_first_bytes(
+def test_what_cannot_become_a_request_is_refused_at_its_first_line(
     data, status, reason
 ):
     assert http_refusal(data) == status
@@ -11809,7 +11801,7 @@ async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_p
         assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
         assert b"https was sent to an http port; use http://" in answer
         assert b"\r\nx-request-id: " in answer
-        for data, status in ((b"GET /\r\n", b"400"), (b"A" * 10_000, b"501")):
+        for data, status in ((b"GET /\r\n", b"400"), (b"A" * 10_000, b"414")):
             answer = await raw(server.port, data, timeout=2)
             assert answer.startswith(b"HTTP/1.1 " + status)
     assert (
