@@ -11924,7 +11924,7 @@ PORT = Expected(
 )
 ADDRESS = Expected("an address without a port, such as 0.0.0.0 or ::", is_address)
 KEY = Expected(
-    "a key of your own, printable ASCII without spaces, not <API_KEY> itself", is_key
+    "a key of your own: printable ASCII, no space or newline, not <API_KEY>", is_key
 )
 TRUE_OR_FALSE = Expected("true or false", lambda value: True, bool)
 # Limits that the file could set once, and constants now: no server is run with others.
@@ -11952,7 +11952,7 @@ def limit_shape(name: str, default: float) -> Expected:
 # that looks at what is written and tells its shape.
 CONFIG_KEYS = {
     "api_key": Expected(
-        'a key of printable ASCII without spaces or line breaks, or "" for none',
+        'a key of printable ASCII without spaces or newlines, or "" for none',
         lambda value: value == "" or is_key(value),
     ),
     "base_url": Expected("the http or https URL of an API", is_url),
@@ -12414,7 +12414,7 @@ def build_agent(
         raise COMMAND_LINE.mistake("max-concurrency", text)
     key = options.get("key") or environ.get("API_KEY", "")
     if key and not is_key(key):
-        raise COMMAND_LINE.mistake("key", "expected printable ASCII without spaces")
+        raise COMMAND_LINE.mistake("key", f"expected {KEY.words}")
     names = [name.strip() for name in options.get("models", "").split(",")]
     names = list(filter(None, names))
     checked = {
