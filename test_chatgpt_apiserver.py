@@ -261,11 +261,17 @@ class Client:
             return None
         return (await self.reader.readexactly(size + 2))[:-2]
 
+    async def first_chunk(self):
+        """The first chunk of an answer that begins well."""
+        assert (await self.read_head())[0] == 200
+        return await self.read_chunk()
+
     async def read_rest(self):
         """All chunks up to the end of the answer, without the heartbeat's comments."""
         rest = b""
         while piece := await self.read_chunk():
             rest += piece
+        self.whole = piece is not None
         return rest.replace(b": keep-alive\n\n", b"")
 
     async def read_reply(self, method="GET"):
@@ -278,12 +284,9 @@ class Client:
             content = await self.reader.readexactly(int(headers["content-length"]))
         elif "transfer-encoding" in headers:
             content = b""
-            while True:
-                chunk = await self.read_chunk()
-                if not chunk:
-                    whole = chunk is not None
-                    break
+            while chunk := await self.read_chunk():
                 content += chunk
+            whole = chunk is not None
         else:
             content = await self.reader.read()
         return Reply(status, headers, content, whole)
@@ -364,6 +367,69 @@ def chunked(data):
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+class UpstreamRequest(NamedTuple):
+    line: str
+    headers: dict
+    content: bytes
+
+    def json(self):
+        return json.loads(self.content)
+
+
+def answers_posts(reply, names=("m",)):
+    """An upstream's behaviour: it has these models, and answers POST with this."""
+    return sends(reply, models=names)
+
+
+GOOD_REPLY = http_reply(completion())
+
+
+def sends(*steps, models=("m",)):
+    """An upstream's behaviour: it lists its models, and to all else takes these steps.
+
+    Bytes are written, an Event is waited for, so many seconds are slept, and a
+    function is called with the writer, as one of those that end a connection.
+    """
+
+    async def behave(request, writer):
+        if "/models " in request.line:
+            writer.write(http_reply({"data": [{"id": name} for name in models]}))
+            return
+        for step in filter(None, steps):
+            if isinstance(step, bytes):
+                writer.write(step)
+                await writer.drain()
+            elif isinstance(step, asyncio.Event):
+                await step.wait()
+            elif callable(step):
+                step(writer)
+            else:
+                await asyncio.sleep(step)
+
+    return behave
+
+
+def streams(*steps, end=b"0\r\n\r\n"):
+    """An upstream's behaviour: a stream of these events, and what stands between them."""
+    steps = (chunked(step) if isinstance(step, bytes) else step for step in steps)
+    return sends(STREAM_HEAD, *steps, end)
+
+
+def connection_close(writer):
+    writer.close()
+
+
+def connection_drop(writer):
+    writer.transport.abort()
+
+
+def connection_cut(writer):
+    """Have a peer end with an RST."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
 class Upstream:
     """A fake upstream: `async with Upstream(behave) as upstream`.
 
@@ -439,24 +505,6 @@ class Upstream:
         return UpstreamRequest(line, headers, content)
 
 
-class UpstreamRequest:
-    def __init__(self, line, headers, content):
-        self.line, self.headers, self.content = line, headers, content
-
-    def json(self):
-        return json.loads(self.content)
-
-
-def answers_posts(reply, names=("m",)):
-    """An upstream's behaviour: it has these models, and answers POST with this."""
-
-    async def behave(request, writer):
-        models = http_reply({"data": [{"id": name} for name in names]})
-        writer.write(models if request.line.startswith("GET") else reply)
-
-    return behave
-
-
 @contextlib.asynccontextmanager
 async def relaying(tmp_path, behave=None, controller=None, **options):
     """A started server in front of an upstream: (server, upstream).
@@ -481,6 +529,35 @@ async def beside(work):
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def posting(server, body=STREAM, path=CHAT_URL, key=KEY, headers=()):
+    """A client that has posted this to a server (or a port), and has read nothing."""
+    async with Client(getattr(server, "port", server)) as client:
+        client.send(request_bytes("POST", path, body, key, headers))
+        yield client
+
+
+@contextlib.contextmanager
+def refused(status, error=ProtocolError, match=None):
+    """The block ends in an error of this status, or well if that is None."""
+    if status is None:
+        yield
+        return
+    with pytest.raises(error, match=match) as caught:
+        yield
+    assert caught.value.status == status
+
+
+@contextlib.contextmanager
+def traced():
+    """What Python holds, and the most that it held since: `with traced() as memory`."""
+    tracemalloc.start()
+    try:
+        yield tracemalloc.get_traced_memory
+    finally:
+        tracemalloc.stop()
 
 
 class Agent:
@@ -648,27 +725,18 @@ def fetch(port, method, path, body=None, key=KEY, headers=()):
     return run(ask(port, method, path, body, key, headers))
 
 
-def command(*arguments, cwd, env=None, timeout=15):
-    """A run of the program that ends by itself: its exit status and stderr."""
-    done = subprocess.run(
-        [sys.executable, str(MODULE), *arguments],
+def run_python(*arguments, cwd, env=None):
+    """Python run to its end, with the module at hand: what came of it."""
+    return subprocess.run(
+        [sys.executable, *arguments],
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "PYTHONPATH": str(MODULE.parent), **(env or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=60,
         check=False,
     )
-    return done.returncode, done.stderr
-
-
-@flow
-async def test_the_harness_reaches_the_server(server, upstream, agent):
-    reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-    assert reply.status == 200 and reply.headers["content-type"]
-    await until(lambda: server.agents)
-    assert agent.id in server.agents
 
 
 # -----------------------------------------------------------------------------
@@ -752,15 +820,12 @@ def http_request(data):
     assert (request is None) == (again is None)
     assert rest == rest_again
     if request is not None:
-        assert http_parts(request) == http_parts(again)
+        assert request == again
+        assert apiserver.keeps_alive(request) == apiserver.keeps_alive(again)
     return request
 
 
-def http_parts(request):
-    return [*request, apiserver.keeps_alive(request)]
-
-
-def http_status(parse, data, *args):
+def http_status(parse, data):
     """The status with which parse refuses data; None if it does not.
 
     Byte by byte it has to be the same.
@@ -768,7 +833,7 @@ def http_status(parse, data, *args):
     statuses = []
     for pieces in ((), http_bytewise(data)):
         try:
-            http_feed(lambda buffer: parse(buffer, *args), data, pieces)
+            parse(data, pieces)
             statuses.append(None)
         except ProtocolError as error:
             statuses.append(error.status)
@@ -777,11 +842,13 @@ def http_status(parse, data, *args):
 
 
 def http_refusal(data, *args):
-    return http_status(apiserver.parse_request_head, data, *args)
+    parse = apiserver.parse_request_head
+    return http_status(functools.partial(http_feed, lambda b: parse(b, *args)), data)
 
 
 def http_answer_refusal(data):
-    return http_status(apiserver.parse_response_head, data)
+    parse = apiserver.parse_response_head
+    return http_status(functools.partial(http_feed, parse), data)
 
 
 def http_decode(data, pieces=()):
@@ -797,15 +864,7 @@ def http_decode(data, pieces=()):
 
 
 def http_chunk_refusal(data):
-    statuses = []
-    for pieces in ((), http_bytewise(data)):
-        try:
-            http_decode(data, pieces)
-            statuses.append(None)
-        except ProtocolError as error:
-            statuses.append(error.status)
-    assert statuses[0] == statuses[1]
-    return statuses[0]
+    return http_status(http_decode, data)
 
 
 # --- A request's head
@@ -818,8 +877,7 @@ def test_request_head_is_taken_off_the_front_of_the_buffer():
     assert (request.method, request.version) == ("POST", "HTTP/1.1")
     assert request.target == "/v1/x?a=b?c"
     assert (request.path, request.query) == ("/v1/x", "a=b?c")
-    expected = {"host": "a", "x-a": "one, two", "e": ""}
-    assert request.headers == expected
+    assert request.headers == {"host": "a", "x-a": "one, two", "e": ""}
     assert request.content_length == 3
     assert buffer == b"abcGET /"
 
@@ -834,24 +892,6 @@ def test_heads_that_differ_in_their_length_alone_are_parsed_once():
             requests.append(request)
     assert requests[0].headers is requests[4].headers
     assert requests[0].headers == {"host": "a", "x-z": "C", "y": "z"}
-
-
-@cases("fields, status",
-    ((b"Content-Length: 3", b"Content-Length: 3"), 400),
-    ((b"Content-Length: 3", b"content-length: 3"), 400),
-    ((b"Content-Length: 3", b"CONTENT-LENGTH: 3"), 400),
-    ((b"Content-Length: 3", b"Transfer-Encoding: chunked"), 400),
-    ((b"Transfer-Encoding: gzip", b"Content-Length: 3"), 400),
-    ((b"Content-Length: +3",), 400), ((b"Content-Length: 3 3",), 400),
-    ((b"Content-Length: 0x3",), 400), ((b"Content-Length: \xb2",), 400),
-    ((b"Content-Length: 1234567890123456",), 400), ((b"Content-Length:3",), None),
-    ((b"Content-Length:  3 ",), None), ((b"X: Content-Length: 3",), None),
-)  # fmt: skip
-def test_a_head_that_was_parsed_before_does_not_excuse_the_next(fields, status):
-    for _ in range(2):
-        for known in (b"Content-Length: 3", b"Transfer-Encoding: chunked", b"X: y"):
-            assert http_refusal(http_head(known)) is None
-        assert http_refusal(http_head(*fields)) == status
 
 
 def test_request_head_may_come_cut_anywhere():
@@ -870,15 +910,13 @@ def test_empty_lines_before_a_request_are_dropped():
 
 def test_rule_1_lines_end_in_cr_lf():
     head = http_head(b"X: y")
-    at = -1
-    for _ in range(head.count(b"\r\n")):
-        at = head.index(b"\r\n", at + 1)
+    for match in re.finditer(b"\r\n", head):
+        at = match.start()
         without_cr, without_lf = (
             head[:at] + head[at + 1 :],
             head[: at + 1] + head[at + 2 :],
         )
-        assert http_refusal(without_cr) == 400
-        assert http_refusal(without_cr + b"content") == 400
+        assert http_refusal(without_cr) == http_refusal(without_cr + b"content") == 400
         assert http_refusal(without_lf + http_head()) == 400
     assert http_refusal(head.replace(b"\r\n", b"\n")) == 400
     assert http_refusal(head.replace(b"\r\n", b"\r") + http_head()) == 400
@@ -896,26 +934,22 @@ def test_rule_1_no_control_character_is_in_a_field_or_request_line(code):
     assert http_answer_refusal(http_answer(line=b"HTTP/1.1 200 " + byte) * 2) == 502
 
 
-def test_rule_1_tab_and_bytes_above_ascii_are_text():
-    request = http_request(http_head(b"X: \t a\tb \x80\xff\xa0 \t"))
-    assert request.headers["x"] == "a\tb \x80\xff\xa0"
-
-
 @cases("fields, expected",
     ([], 0), (["content-length: 5"], 5), (["Content-Length:  \t5 "], 5),
     (["Content-Length: 000000000000005"], 5),
     (["Content-Length: 999999999999999"], 999999999999999),
-    (["Transfer-Encoding: Chunked"], None), (["Transfer-Encoding:\tchunked "], None),
+    (["Transfer-Encoding: chunked"], None), (["Transfer-Encoding:\tChunked "], None),
     (["Content-Length: 0000000000000005"], 400),
     (["Content-Length: " + "9" * 5000], 400), (["Content-Length:"], 400),
     (["Content-Length: +5"], 400), (["Content-Length: -5"], 400),
     (["Content-Length: 5_0"], 400), (["Content-Length: 0x5"], 400),
     (["Content-Length: 5e1"], 400), (["Content-Length: 5 5"], 400),
     (["Content-Length: 5,5"], 400), (["Content-Length: 5;"], 400),
-    (["Content-Length: \xb2"], 400), (["Content-Length: ٥"], 400),
+    (["Content-Length: \xb2"], 400), (["Content-Length: \xd9\xa5"], 400),
     (["Content-Length: \xa05"], 400), (["Content-Length: 5", "Content-Length: 5"], 400),
-    (["Content-Length: 5", "CONTENT-LENGTH: 6"], 400),
+    (["Content-Length: 5", "CONTENT-LENGTH: 6"], 400), (["X: Content-Length: 5"], 0),
     (["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
+    (["Transfer-Encoding: gzip", "Content-Length: 5"], 400),
     (["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], 400),
     (["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], 400),
     (["Transfer-Encoding: chunked, chunked"], 501),
@@ -926,18 +960,17 @@ def test_rule_1_tab_and_bytes_above_ascii_are_text():
     (["Transfer-Encoding : chunked"], 400), (["Transfer-Encoding: \x0bchunked"], 400),
 )  # fmt: skip
 def test_rules_2_and_3_content_length(fields, expected):
-    data = http_head(*(field.encode("latin-1", "replace") for field in fields))
-    if any("٥" in field for field in fields):
-        data = http_head(*(field.encode() for field in fields))
-    if expected in (400, 501):
-        assert http_refusal(data) == expected
-    else:
-        assert http_request(data).content_length == expected
-
-
-def test_rule_3_no_transfer_coding_in_http_1_0():
-    head = http_head(b"Transfer-Encoding: chunked", line=b"POST / HTTP/1.0")
-    assert http_refusal(head) == 400
+    """A head that differs in its length alone and was parsed before excuses nothing."""
+    data = http_head(*(field.encode("latin-1") for field in fields))
+    for _ in range(2):
+        for known in (b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X: y"):
+            assert http_refusal(http_head(known)) is None
+        if expected in (400, 501):
+            assert http_refusal(data) == expected
+        else:
+            assert http_request(data).content_length == expected
+    if fields == ["Transfer-Encoding: chunked"]:
+        assert http_refusal(data.replace(b"HTTP/1.1", b"HTTP/1.0")) == 400
 
 
 @cases("line",
@@ -951,20 +984,19 @@ def test_rule_5_a_header_name_is_a_token_before_its_colon(line):
     assert http_answer_refusal(http_answer(line)) == 502
 
 
-def test_rule_5_every_token_character_may_be_in_a_name():
-    name = b"!#$%&'*+-.^_`|~09AZaz"
-    assert http_request(http_head(name + b":y")).headers[name.lower().decode()] == "y"
+def test_what_may_be_in_a_name_and_in_a_value():
+    name, value = b"!#$%&'*+-.^_`|~09AZaz", b"\t a\tb \x80\xff\xa0 \t"
+    request = http_request(http_head(name + b":" + value))
+    assert request.headers[name.lower().decode()] == "a\tb \x80\xff\xa0"
 
 
-def test_rule_5_no_folded_lines():
-    assert http_refusal(http_head(b"X: y", b" folded")) == 400
-    assert http_refusal(http_head(b"X: y", b"\tfolded")) == 400
-    assert http_refusal(b"GET / HTTP/1.1\r\n Host: a\r\n\r\n") == 400
-
-
-@cases("start", b" ", b"\t", b"\r", b"\x00", b" \r\n")
-def test_rule_5_nothing_leads_the_first_line(start):
-    assert http_refusal(start + http_head()) == 400
+@cases("head",
+    http_head(b"X: y", b" folded"), http_head(b"X: y", b"\tfolded"),
+    b"GET / HTTP/1.1\r\n Host: a\r\n\r\n",
+    *(start + http_head() for start in (b" ", b"\t", b"\r", b"\x00", b" \r\n")),
+)  # fmt: skip
+def test_rule_5_no_folded_lines_and_nothing_before_the_first(head):
+    assert http_refusal(head) == 400
 
 
 def test_rule_5_host_exactly_once_in_1_1():
@@ -1036,8 +1068,7 @@ def test_rule_6_request_targets(method, target, expected):
         assert http_refusal(head) == 400
     else:
         request = http_request(head)
-        assert (request.path, request.query) == expected
-        assert request.target == target
+        assert (request.path, request.query, request.target) == (*expected, target)
 
 
 @cases("version, connection, expected",
@@ -1045,7 +1076,7 @@ def test_rule_6_request_targets(method, target, expected):
     ("1.1", "close", False), ("1.1", "Upgrade,  CLOSE", False), ("1.1", "closed", True),
     ("1.1", "keep-alive, close", False), ("1.0", None, False), ("1.0", "", False),
     ("1.0", "Keep-Alive", True), ("1.0", "x, keep-alive", True),
-    ("1.0", "keep-alive, close", False),
+    ("1.0", "keep-alive, close", False), ("1.1", "keep-alive\r\nConnection: close", False),
 )  # fmt: skip
 def test_whether_a_connection_is_kept(version, connection, expected):
     fields = () if connection is None else (f"Connection: {connection}".encode(),)
@@ -1057,35 +1088,25 @@ def test_whether_a_connection_is_kept(version, connection, expected):
     assert apiserver.keeps_alive(answer) is (expected and version == "1.1")
 
 
-def test_connection_fields_count_together():
-    head = http_head(b"Connection: keep-alive", b"Connection: close")
-    assert not apiserver.keeps_alive(http_request(head))
-
-
 # --- Limits on heads, as they arrive (rule 7)
 
 
-@cases("size, status", (63, None), (64, None), (65, 414))
-def test_L1_request_line(size, status):
-    line = b"GET /" + b"a" * (size - 14) + b" HTTP/1.1"
-    assert len(line) == size
-    pad = b"a" * (8192 - 64)
-    big = http_head(line=line.replace(b"/", b"/" + pad, 1))
-    assert http_refusal(big) == status
+@cases("more, good", (-1, True), (0, True), (1, False))
+def test_L1_L2_L4_request_line_header_line_and_count(more, good):
+    line = b"GET /" + b"a" * (8192 - 14 + more) + b" HTTP/1.1"
+    assert len(line) == 8192 + more
+    assert http_refusal(http_head(line=line)) == (None if good else 414)
+    # Before its end: its CR may be the last.
+    assert http_refusal(b"A /" + b"a" * (8190 + more)) == (None if good else 414)
+    field = b"X: " + b"a" * (8192 - 3 + more)
+    assert http_refusal(http_head(field, b"Y: z")) == (None if good else 431)
+    assert http_refusal(http_head(*[b"X: y"] * (99 + more))) == (None if good else 431)
 
 
-def test_L1_request_line_is_refused_before_its_end():
-    assert http_refusal(b"A /" + b"a" * 8190) is None  # its CR may be the last
-    assert http_refusal(b"A /" + b"a" * 8191) == 414
-    assert http_answer_refusal(b"a" * 64 * 1024) == 502
-
-
-@cases(
-    "data, status, reason",
+@cases("data, status, reason",
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\n\n", 400, "https was sent to an http"),
     (b"GET /\r\n", 400, "malformed"),  # HTTP/0.9
-    (b"GET /\n", 400, "CR LF"),
-    (b"GET / HTTP/1.1\nHost: a", 400, "CR LF"),
+    (b"GET /\n", 400, "CR LF"), (b"GET / HTTP/1.1\nHost: a", 400, "CR LF"),
     (b"GET  / HTTP/1.1\r\n", 400, "malformed"),
     (b"SSH-2.0-OpenSSH_9.6\r\n", 400, "malformed"),
     (b"PROXY TCP4 10.0.0.1 10.0.0.2 5 80\r\n", 400, "malformed"),
@@ -1093,45 +1114,23 @@ def test_L1_request_line_is_refused_before_its_end():
     (b"PRI * HTTP/2.0\r\n", 505, "only HTTP/1.1"),
     (b"A" * 65 + b" / HTTP/1.1\r\n", 501, "the method is too long"),
     (b"GET /" + b"\x01" * 9, None, ""),  # until the line is whole
-    (b"\r", None, ""),
-    (b"GET / HTTP/1.1\r\nHost", None, ""),
-)
-def test_what_cannot_become_a_request_is_refused_at_its_first_line(
-    data, status, reason
-):
+    (b"\r", None, ""), (b"GET / HTTP/1.1\r\nHost", None, ""),
+)  # fmt: skip
+def test_what_is_no_request_is_refused_at_its_first_line(data, status, reason):
     assert http_refusal(data) == status
-    with contextlib.suppress(ProtocolError):
+    with refused(status, match=reason):
         apiserver.parse_request_head(bytearray(data))
-        assert status is None
-    if status is not None:
-        with pytest.raises(ProtocolError, match=reason):
-            apiserver.parse_request_head(bytearray(data))
-
-
-@cases("size, status", (63, None), (64, None), (65, 431))
-def test_L2_one_header_line(size, status):
-    big = http_head(b"X: " + b"a" * (8192 - 64 + size - 3), b"Y: z")
-    assert http_refusal(big) == status
 
 
 @cases("more, status", (-1, None), (0, None), (1, 431))
 def test_L3_whole_head(more, status):
     rows = [b"X: " + b"a" * 7000] * 4
-    head = http_head(*rows, b"Y: ")
-    pad = b"a" * (32 * 1024 - len(head) + more)
+    pad = b"a" * (32 * 1024 - len(http_head(*rows, b"Y: ")) + more)
     head = http_head(*rows, b"Y: " + pad)
-    assert len(head) == 32 * 1024 + more
-    with contextlib.ExitStack() as stack:
-        if status is not None:
-            stack.enter_context(pytest.raises(ProtocolError, match="head is over"))
+    with refused(status, match="head is over"):
         assert apiserver.parse_request_head(bytearray(head)).path == "/"
     head = http_head(b"X: " + b"a" * (100 + more - len(http_head(b"X: "))))
     assert http_refusal(head + b"more", 100) == status
-
-
-@cases("count, status", (99, None), (100, None), (101, 431))
-def test_L4_header_count(count, status):
-    assert http_refusal(http_head(*[b"X: y"] * (count - 1))) == status
 
 
 @cases("more, status", (-1, None), (0, None), (1, 502))
@@ -1143,9 +1142,7 @@ def test_L37_an_upstreams_head(more, status):
     line = b"HTTP/1.1 200 " + b"a" * (size + more - 17) + b"\r\n\r\n"
     for head in (field, line):
         assert len(head) == size + more
-        with contextlib.ExitStack() as stack:
-            if status is not None:
-                stack.enter_context(pytest.raises(ProtocolError))
+        with refused(status):
             apiserver.parse_response_head(bytearray(head))
     assert http_answer_refusal(http_answer(*[b"X: y"] * (200 + more))) == status
 
@@ -1170,8 +1167,7 @@ def test_rule_7_a_head_that_comes_byte_by_byte_costs_linear_time(row):
 def test_fields_are_judged_in_linear_time(block):
     began = time.process_time()
     with contextlib.suppress(ProtocolError):
-        lines = block.decode("latin-1").split("\r\n")
-        apiserver.parse_fields(lines, 10**6, 10**6)
+        apiserver.parse_fields(block.decode("latin-1").split("\r\n"), 10**6, 10**6)
     assert time.process_time() - began < 0.5
 
 
@@ -1204,15 +1200,10 @@ def test_answer_head_may_come_cut_anywhere():
     (b"HTTP/1.1 \xb2\xb20 x", False), (b"HTTP/1.1  200 x", False),
     (b"HTTP/2 200 x", False), (b"HTTP/1.2 200 x", False), (b"http/1.1 200 OK", False),
     (b"ICY 200 OK", False), (b"GET / HTTP/1.1", False), (b" HTTP/1.1 200 OK", False),
-    (b"", False),
+    (b"", False), (b"HTTP/1.1 200 OK\nA: b", False), (b"HTTP/1.1 200 OK\r\nA: b\n", False),
 )  # fmt: skip
 def test_status_line(line, good):
     assert http_answer_refusal(http_answer(line=line)) == (None if good else 502)
-
-
-def test_an_answer_of_bare_line_feeds_is_refused():
-    assert http_answer_refusal(b"HTTP/1.1 200 OK\nA: b\n\n") == 502
-    assert http_answer_refusal(b"HTTP/1.1 200 OK\r\nA: b\n\r\n\r\n") == 502
 
 
 @cases("method, status, fields, expected",
@@ -1229,25 +1220,14 @@ def test_an_answer_of_bare_line_feeds_is_refused():
     ("GET", 200, ["Content-Length: 5", "Transfer-Encoding: chunked"], 502),
     ("GET", 200, ["Transfer-Encoding: gzip, chunked"], 502),
     ("GET", 200, ["Transfer-Encoding: identity"], 502),
+    ("GET", 200, ["Transfer-Encoding: chunked", "1.0"], 502),
 )  # fmt: skip
 def test_length_of_an_answer(method, status, fields, expected):
-    head = http_answer(
-        *(field.encode() for field in fields), line=b"HTTP/1.1 %d x" % status
-    )
-    answer = apiserver.parse_response_head(bytearray(head))
-    if expected == 502:
-        with pytest.raises(ProtocolError) as caught:
-            apiserver.response_length(method, answer)
-        assert caught.value.status == 502
-    else:
-        assert apiserver.response_length(method, answer) == expected
-
-
-def test_chunks_in_an_http_1_0_answer_are_refused():
-    head = http_answer(b"Transfer-Encoding: chunked", line=b"HTTP/1.0 200 OK")
-    answer = apiserver.parse_response_head(bytearray(head))
-    with pytest.raises(ProtocolError):
-        apiserver.response_length("GET", answer)
+    line = b"HTTP/1.%d %d x" % ("1.0" not in fields, status)
+    fields = [field.encode() for field in fields if field != "1.0"]
+    head = apiserver.parse_response_head(bytearray(http_answer(*fields, line=line)))
+    with refused(502 if expected == 502 else None):
+        assert apiserver.response_length(method, head) == expected
 
 
 # --- Content
@@ -1365,8 +1345,7 @@ def test_content_of_a_known_length(length):
 def test_content_until_the_connection_ends():
     decoder = apiserver.content_decoder(apiserver.UNTIL_CLOSE)
     buffer = bytearray(b"ab")
-    assert decoder.decode(buffer) == b"ab"
-    assert not buffer
+    assert decoder.decode(buffer) == b"ab" and not buffer
     assert not decoder.complete
     decoder.end()
     assert decoder.complete
@@ -1376,9 +1355,8 @@ def test_content_until_the_connection_ends():
 def test_an_end_before_the_content_is_an_error(length, data):
     decoder = apiserver.content_decoder(length)
     decoder.decode(bytearray(data))
-    with pytest.raises(ProtocolError) as caught:
+    with refused(400):
         decoder.end()
-    assert caught.value.status == 400
 
 
 # --- Content codings
@@ -1387,14 +1365,11 @@ def test_an_end_before_the_content_is_an_error(length, data):
 def http_inflate(coding, data, pieces=()):
     """What comes of coded content that is sent as chunks; the largest piece."""
     decoder = apiserver.content_decoder(None, coding)
-    content = []
+    content = [b""]
 
     def parse(buffer):
-        while True:
-            piece = decoder.decode(buffer)
+        while piece := decoder.decode(buffer):
             content.append(piece)
-            if not piece:
-                break
 
     sent = apiserver.encode_chunk(data) if data else b""
     http_feed(parse, sent + apiserver.LAST_CHUNK, pieces)
@@ -1440,24 +1415,18 @@ def test_damaged_or_cut_coded_content_is_refused(name):
     bad = [whole[:size] for size in range(1, len(whole)) if size != member]
     bad += [whole + b"x", whole + b"more", b"\xff" * 30, b'{"a": 1}']
     for data in bad:
-        with pytest.raises(ProtocolError) as refused:
+        with refused(400):
             http_inflate(coding, data)
-        assert refused.value.status == 400, data
 
 
 @cases("coding", "gzip", "deflate")
 def test_a_bomb_is_refused_before_it_swells(coding):
     for size, status in ((8 * 1024 * 1024, None), (64 * 1024 * 1024, 413)):
         data = CODINGS[coding](bytes(size))
-        tracemalloc.start()
-        try:
-            with contextlib.ExitStack() as stack:
-                if status:
-                    stack.enter_context(pytest.raises(ProtocolError, match="inflates"))
+        with traced() as memory:
+            with refused(status, match="inflates"):
                 http_inflate(coding, data)
-            assert tracemalloc.get_traced_memory()[1] < 32 * 1024 * 1024
-        finally:
-            tracemalloc.stop()
+            assert memory()[1] < 32 * 1024 * 1024
 
 
 @cases("field, coding",
@@ -1467,11 +1436,7 @@ def test_a_bomb_is_refused_before_it_swells(coding):
 )  # fmt: skip
 def test_content_coding(field, coding):
     headers = apiserver.Headers({} if field is None else {"content-encoding": field})
-    if coding == 415:
-        with pytest.raises(ProtocolError, match=field[:4]) as refused:
-            apiserver.content_coding(headers)
-        assert refused.value.status == 415
-    else:
+    with refused(415 if coding == 415 else None, match=field and field[:4]):
         assert apiserver.content_coding(headers) == coding
 
 
@@ -1498,9 +1463,8 @@ def test_rule_9_no_control_character_gets_into_a_head(code):
         ("HTTP/1.1 200 OK", [("X", bad), ("A", "b")]),
         ("HTTP/1.1 200 OK", [("X", chr(code))]),
     ):
-        with pytest.raises(ProtocolError) as caught:
+        with refused(500):
             apiserver.encode_head(line, fields)
-        assert caught.value.status == 500
 
 
 def test_chunks_we_send():
@@ -1526,11 +1490,11 @@ HTTP_SEEDS = [
     HTTP_CHUNKS,
     b"3\r\nabc\r\n0\r\nA: b\r\n\r\n",
 ]
-HTTP_PIECES = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b":", b" ", b"\t", b"\x00", b"0"]
-HTTP_PIECES += [
-    b";", b",", b"\xff", b"Host: a\r\n", b"Content-Length: 1\r\n", b"[", b"*",
+HTTP_PIECES = [
+    b"\r", b"\n", b"\r\n", b"\r\n\r\n", b":", b" ", b"\t", b"\x00", b"0", b";", b",",
+    b"\xff", b"Host: a\r\n", b"Content-Length: 1\r\n", b"[", b"*", b"HTTP/1.1",
+    b"Transfer-Encoding: chunked\r\n", b"/", b"?", b"ffffffff",
 ]  # fmt: skip
-HTTP_PIECES += [b"HTTP/1.1", b"Transfer-Encoding: chunked\r\n", b"/", b"?", b"ffffffff"]
 
 
 def http_fuzzed(rng, seeds, pieces):
@@ -1565,11 +1529,7 @@ def http_head_outcome(parse, data, pieces):
         head, rest = http_feed(parse, data, pieces)
     except ProtocolError:
         return "error"
-    if head is None:
-        return "more"
-    if isinstance(head, apiserver.Request):
-        return (*http_parts(head), rest)
-    return (*head, apiserver.keeps_alive(head), rest)
+    return "more" if head is None else (*head, apiserver.keeps_alive(head), rest)
 
 
 @cases("parse", "parse_request_head", "parse_response_head")
@@ -1595,7 +1555,7 @@ def test_any_bytes_are_chunks_or_an_error_however_cut(small, constant):
         constant(CHUNK_LINE_SIZE=20, CHUNK_EXTENSIONS_SIZE=40, TRAILER_SIZE=30)
     rng = random.Random(4)
 
-    def outcome(data, pieces):
+    def outcome(data, pieces=()):
         try:
             return http_decode(data, pieces)
         except ProtocolError:
@@ -1604,10 +1564,10 @@ def test_any_bytes_are_chunks_or_an_error_however_cut(small, constant):
     seen = set()
     for _ in range(1500):
         data = http_fuzzed(rng, HTTP_SEEDS[-2:], HTTP_PIECES)
-        whole = outcome(data, ())
+        whole = outcome(data)
         seen.add(whole if whole == "error" else whole[1])
-        assert outcome(data, http_bytewise(data)) == whole, data
-        assert outcome(data, http_cuts(rng, data)) == whole, data
+        for pieces in (http_bytewise(data), http_cuts(rng, data)):
+            assert outcome(data, pieces) == whole, data
     assert seen == {"error", True, False}
 
 
@@ -1705,8 +1665,7 @@ def test_head_is_taken_off_the_front_and_nothing_else(side, size):
 @cases("size", 5, 126, 65536)
 @BOTH_SIDES
 def test_incomplete_head_is_left_untouched(side, size):
-    key = key_for(side)
-    whole = frame(TEXT, key=key, announce=size)
+    whole = frame(TEXT, key=key_for(side), announce=size)
     for cut in range(len(whole)):
         buffer = bytearray(whole[:cut])
         assert parse_frame_head(buffer, not side, 65536) is None
@@ -1755,14 +1714,11 @@ def test_server_must_not_mask():
     assert close_code(frame(TEXT, key=MASKING_KEY), CLIENT) == 1002
 
 
-@cases(
-    "head, side",
-    ("8105", SERVER),  # not masked
-    ("8185", CLIENT),  # masked
-    ("89fe", SERVER),  # a ping of more than 125 bytes
-    ("81fe0001", SERVER),  # 1, in two bytes
+@cases("head, side",
+    ("8105", SERVER), ("8185", CLIENT),  # not masked, masked
+    ("89fe", SERVER), ("81fe0001", SERVER),  # a large ping; 1, in two bytes
     ("82ff0000000000010000", SERVER),  # 65,536, too large
-)
+)  # fmt: skip
 def test_bad_head_is_refused_before_the_rest_of_it_has_arrived(head, side):
     with pytest.raises(WebSocketError):
         parse_frame_head(bytearray.fromhex(head), not side, 65535)
@@ -1771,118 +1727,88 @@ def test_bad_head_is_refused_before_the_rest_of_it_has_arrived(head, side):
 # --- Receiving: the examples of RFC 6455 section 5.7.
 
 
-@cases(
-    "wire, side, expected",
-    ("810548656c6c6f", CLIENT, [(TEXT, "Hello")]),
-    ("818537fa213d7f9f4d5158", SERVER, [(TEXT, "Hello")]),
-    ("010348656c80026c6f", CLIENT, [(TEXT, "Hello")]),
-    ("890548656c6c6f", CLIENT, [(PING, b"Hello")]),
-    ("8a8537fa213d7f9f4d5158", SERVER, [(PONG, b"Hello")]),
-    ("827e0100" + "ab" * 256, CLIENT, [(BINARY, b"\xab" * 256)]),
-)
+@cases("wire, side, expected",
+    ("810548656c6c6f", CLIENT, (TEXT, "Hello")),
+    ("818537fa213d7f9f4d5158", SERVER, (TEXT, "Hello")),
+    ("010348656c80026c6f", CLIENT, (TEXT, "Hello")),
+    ("890548656c6c6f", CLIENT, (PING, b"Hello")),
+    ("8a8537fa213d7f9f4d5158", SERVER, (PONG, b"Hello")),
+    ("827e0100" + "ab" * 256, CLIENT, (BINARY, b"\xab" * 256)),
+    ("827f0000000000010000" + "ab" * 65536, CLIENT, (BINARY, b"\xab" * 65536)),
+    ids=lambda value: str(value)[:24],
+)  # fmt: skip
 def test_examples_of_the_rfc_may_arrive_cut_anywhere(wire, side, expected):
     data = bytes.fromhex(wire)
-    for cut in range(len(data) + 1):
-        assert receive_all(data, side, [cut]) == (expected, None)
-    assert receive_all(data, side, range(1, len(data))) == (expected, None)
-
-
-def test_example_of_64_kib_is_received():
-    data = bytes.fromhex("827f0000000000010000") + b"\xab" * 65536
-    for cut in (1, 9, 10, 11, 40000, 65545):
-        events, error = receive_all(data, CLIENT, [cut])
-        assert (events, error) == ([(BINARY, b"\xab" * 65536)], None)
-
-
-def test_nothing_received_is_nothing_done():
-    protocol = WebSocketProtocol(SERVER)
-    assert protocol.receive(b"") == []
-    assert protocol.error is None
+    cuts = range(len(data) + 1) if len(data) < 999 else (0, 1, 9, 10, 11, 40000, 65545)
+    for cut in cuts:
+        assert receive_all(data, side, [cut]) == ([expected], None)
+    assert receive_all(data, side, range(1, len(data))) == ([expected], None)
 
 
 @BOTH_SIDES
 def test_byte_by_byte_equals_whole(side):
     key = key_for(side)
     stream = b"".join(
-        [
-            frame(TEXT, "Grüße €😀".encode(), key=key),
-            frame(TEXT, key=key),
-            frame(BINARY, key=key),
-            frame(BINARY, bytes(range(256)) * 2, key=key),
-            frame(TEXT, b"\xf0\x9f", fin=False, key=key),
-            frame(PING, b"?", key=key),
-            frame(CONTINUATION, b"\x98", fin=False, key=key),
-            frame(CONTINUATION, b"\x80", key=key),
-            frame(PONG, b"x" * 125, key=key),
-            frame(CLOSE, b"\x03\xe9bye", key=key),
-        ]
-    )
-    expected = [
-        (TEXT, "Grüße €😀"),
-        (TEXT, ""),
-        (BINARY, b""),
-        (BINARY, bytes(range(256)) * 2),
-        (PING, b"?"),
-        (TEXT, "😀"),
-        (PONG, b"x" * 125),
-        (CLOSE, (1001, "bye")),
+        frame(opcode, payload, fin=fin, key=key)
+        for opcode, payload, fin in (
+            (TEXT, "Grüße €😀".encode(), True), (TEXT, b"", True), (BINARY, b"", True),
+            (BINARY, bytes(range(256)) * 2, True), (TEXT, b"\xf0\x9f", False),
+            (PING, b"?", True), (CONTINUATION, b"\x98", False),
+            (CONTINUATION, b"\x80", True), (PONG, b"x" * 125, True),
+            (CLOSE, b"\x03\xe9bye", True),
+        )
+    )  # fmt: skip
+    events = [
+        (TEXT, "Grüße €😀"), (TEXT, ""), (BINARY, b""), (BINARY, bytes(range(256)) * 2),
+        (PING, b"?"), (TEXT, "😀"), (PONG, b"x" * 125), (CLOSE, (1001, "bye")),
+    ]  # fmt: skip
+    assert receive_all(stream, side) == (events, None)
+    assert [type(e[1]) for e in events[:7]] == [
+        str,
+        str,
+        bytes,
+        bytes,
+        bytes,
+        str,
+        bytes,
     ]
-    assert receive_all(stream, side) == (expected, None)
     for step in (1, 2, 3, 5, 7, 64):
         cuts = range(step, len(stream), step)
-        assert receive_all(stream, side, cuts) == (expected, None)
-
-
-def test_payload_has_the_type_of_its_opcode():
-    data = frame(TEXT, b"a") + frame(BINARY, b"a") + frame(PING)
-    data += frame(BINARY, b"a", fin=False) + frame(CONTINUATION, b"b")
-    for side in (SERVER, CLIENT):
-        unmasked = data if side is SERVER else without_masks(data)
-        events = WebSocketProtocol(side).receive(unmasked)
-        assert [type(event[1]) for event in events] == [str, bytes, bytes, bytes]
-
-
-def without_masks(data):
-    """The frames in data as a server would send them; all are of one or no byte."""
-    buffer, unmasked = bytearray(data), b""
-    while buffer:
-        head = parse_frame_head(buffer, True, 1)
-        payload = bytes(byte ^ MASKING_KEY[0] for byte in buffer[: head.length])
-        del buffer[: head.length]
-        unmasked += frame(head.opcode, payload, fin=head.fin, key=None)
-    return unmasked
+        assert receive_all(stream, side, cuts) == (events, None)
 
 
 # --- Fragments.
 
 
-def test_fragments_are_joined():
-    data = frame(TEXT, b"a", fin=False)
-    data += frame(CONTINUATION, b"", fin=False)
-    data += frame(CONTINUATION, b"b", fin=False, key=b"abcd")
-    data += frame(CONTINUATION, b"c")
-    assert receive_all(data + data) == ([(TEXT, "abc")] * 2, None)
+def fragments(opcode, *payloads, key=MASKING_KEY):
+    """A message in fragments."""
+    opcodes = [opcode, *[CONTINUATION] * (len(payloads) - 1)]
+    ends = [*[False] * (len(payloads) - 1), True]
+    rows = zip(opcodes, payloads, ends)
+    return b"".join(frame(code, text, fin=end, key=key) for code, text, end in rows)
 
 
-def test_control_frames_come_between_fragments_in_order():
-    data = frame(PING, b"1")
-    data += frame(BINARY, b"a", fin=False)
-    data += frame(PING, b"2") + frame(PONG)
-    data += frame(CONTINUATION, b"b")
-    assert receive_all(data) == (
-        [(PING, b"1"), (PING, b"2"), (PONG, b""), (BINARY, b"ab")],
-        None,
-    )
-
-
-def test_whole_message_cannot_be_continued():
-    data = frame(TEXT, b"a") + frame(CONTINUATION, b"b")
-    assert receive_all(data) == ([(TEXT, "a")], 1002)
-
-
-def test_message_cut_off_by_a_close_is_dropped():
-    data = frame(TEXT, b"a", fin=False) + frame(CLOSE, b"\x03\xe8")
-    assert receive_all(data) == ([(CLOSE, (1000, ""))], None)
+@cases("data, events, code",
+    (fragments(TEXT, b"a", b"", b"b", b"c") * 2, [(TEXT, "abc")] * 2, None),
+    # Control frames come between fragments, also behind a message that is full.
+    (frame(PING, b"1") + frame(BINARY, b"a", fin=False) + frame(PING, b"2")
+     + frame(PONG) + frame(CONTINUATION, b"b"),
+     [(PING, b"1"), (PING, b"2"), (PONG, b""), (BINARY, b"ab")], None),
+    (frame(TEXT, b"x" * 100, fin=False) + frame(PING, b"y" * 125) + frame(CONTINUATION),
+     [(PING, b"y" * 125), (TEXT, "x" * 100)], None),
+    # A whole message is not continued; what a close cuts off is dropped.
+    (frame(TEXT, b"a") + frame(CONTINUATION, b"b"), [(TEXT, "a")], 1002),
+    (frame(TEXT, b"a", fin=False) + frame(CLOSE, b"\x03\xe8"), [(CLOSE, (1000, ""))], None),
+    (frame(CLOSE), [(CLOSE, (1005, ""))], None),
+    # Half a character is no end of a message, and does not reach the next one.
+    (frame(TEXT, b"\xe2\x82", fin=False), [], None),
+    (fragments(TEXT, b"\xe2\x82", b""), [], 1007),
+    (fragments(TEXT, b"\xe2", b"\x82\xac") * 3, [(TEXT, "€")] * 3, None),
+    (fragments(BINARY, b"\xff", b"\xff"), [(BINARY, b"\xff\xff")], None),
+)  # fmt: skip
+def test_fragments(data, events, code):
+    for cuts in ((), [8], range(1, len(data))):
+        assert receive_all(data, cuts=cuts, max_size=100) == (events, code)
 
 
 @cases("frames, code", (6, None), (7, None), (8, 1008))
@@ -1911,9 +1837,7 @@ def test_message_may_have_max_size_and_not_one_byte_more(limit, over, code):
 
 @cases("over, code", (-1, None), (0, None), (1, 1009))
 def test_fragments_count_together(over, code):
-    data = frame(BINARY, b"x" * 60, fin=False)
-    data += frame(CONTINUATION, b"x" * 30, fin=False)
-    data += frame(CONTINUATION, b"x" * (10 + over))
+    data = fragments(BINARY, b"x" * 60, b"x" * 30, b"x" * (10 + over))
     for cuts in ((), range(1, len(data))):
         assert receive_all(data, cuts=cuts, max_size=100)[1] == code
         assert receive_all(data + data, cuts=cuts, max_size=100)[1] == code
@@ -1926,57 +1850,35 @@ def test_size_is_judged_by_what_is_announced():
     assert protocol.error.close_code == 1009
 
 
-def test_control_frame_fits_behind_a_message_that_is_full():
-    data = frame(TEXT, b"x" * 100, fin=False)
-    data += frame(PING, b"y" * 125) + frame(CONTINUATION)
-    expected = [(PING, b"y" * 125), (TEXT, "x" * 100)]
-    assert receive_all(data, max_size=100) == (expected, None)
-
-
 @BOTH_SIDES
 def test_limits_are_those_of_the_module_unless_given(side):
-    size = apiserver.DEFAULT_LIMITS.message_size
+    size, count = apiserver.DEFAULT_LIMITS.message_size, apiserver.MESSAGE_FRAGMENTS
     key = key_for(side)
-    assert close_code(frame(TEXT, announce=size, key=key), side) is None
-    assert close_code(frame(TEXT, announce=size + 1, key=key), side) == 1009
-    count = apiserver.MESSAGE_FRAGMENTS
     first = frame(TEXT, fin=False, key=key)
     more = frame(CONTINUATION, fin=False, key=key)
-    assert close_code(first + more * (count - 1), side) is None
-    assert close_code(first + more * count, side) == 1008
+    for over, codes in ((0, (None, None)), (1, (1009, 1008))):
+        large = frame(TEXT, announce=size + over, key=key)
+        many = first + more * (count - 1 + over)
+        assert (close_code(large, side), close_code(many, side)) == codes
 
 
 # --- UTF-8.
 
 
-@cases(
-    "good, bad",
+@cases("good, bad",
     (b"", b"\x80"),  # a continuation byte alone
-    (b"", b"\xc0"),  # overlong, at the first byte
-    (b"", b"\xc1"),
-    (b"", b"\xf5"),  # beyond U+10FFFF
-    (b"", b"\xff"),
-    (b"\xc3", b"("),
-    (b"\xe0", b"\x9f"),  # overlong, at the second byte
-    (b"\xed", b"\xa0"),  # a surrogate, likewise
-    (b"\xed", b"\xbf"),
-    (b"\xe2\x82", b"("),
-    (b"\xf0", b"\x8f"),  # overlong
+    (b"", b"\xc0"), (b"", b"\xc1"),  # overlong, at the first byte
+    (b"", b"\xf5"), (b"", b"\xff"), ("κόσμε".encode(), b"\xf5"),  # beyond U+10FFFF
+    (b"\xe0", b"\x9f"), (b"\xf0", b"\x8f"),  # overlong, at the second byte
+    (b"\xed", b"\xa0"), (b"\xed", b"\xbf"),  # a surrogate, likewise
     (b"\xf4", b"\x90"),  # beyond U+10FFFF, Autobahn 6.4
-    (b"\xf0\x9f", b"("),
-    (b"\xf0\x9f\x98", b"\xf0"),
-    ("κόσμε".encode(), b"\xf5"),
-)
+    (b"\xc3", b"("), (b"\xe2\x82", b"("), (b"\xf0\x9f", b"("), (b"\xf0\x9f\x98", b"\xf0"),
+)  # fmt: skip
 def test_bad_byte_of_text_is_refused_at_once(good, bad):
     text = good + bad + b"never read"
-    in_one_frame = frame(TEXT, text)
-    in_fragments = frame(TEXT, text[:1], fin=False) + b"".join(
-        frame(CONTINUATION, text[i : i + 1], fin=False) for i in range(1, len(text))
-    )
-    for data, last in (
-        (in_one_frame, 6 + len(good)),
-        (in_fragments, 7 * len(good) + 6),
-    ):
+    in_fragments = fragments(TEXT, *(text[i : i + 1] for i in range(len(text))))
+    for data, last in ((frame(TEXT, text), 6), (in_fragments, 6 * len(good) + 6)):
+        last += len(good)
         protocol = WebSocketProtocol(SERVER)
         for i in range(last):
             assert protocol.receive(data[i : i + 1]) == []
@@ -1989,29 +1891,9 @@ def test_text_of_every_character_may_be_cut_between_any_bytes():
     characters = "\0\x7f\x80\u07ff\u0800\ud7ff\ue000\ufeff\uffff\U00010000\U0010ffff"
     data = characters.encode()
     for cut in range(len(data) + 1):
-        whole = frame(TEXT, data[:cut], fin=False)
-        whole += frame(CONTINUATION, data[cut:])
+        whole = fragments(TEXT, data[:cut], data[cut:])
         for cuts in ((), range(1, len(whole))):
             assert receive_all(whole, cuts=cuts) == ([(TEXT, characters)], None)
-
-
-def test_half_a_character_is_no_end_of_a_message():
-    assert close_code(frame(TEXT, b"\xe2\x82", fin=False)) is None
-    data = frame(TEXT, b"\xe2\x82", fin=False) + frame(CONTINUATION)
-    assert close_code(data) == 1007
-
-
-def test_half_a_character_does_not_reach_the_next_message():
-    """The decoder has seen the euro sign's first bytes; its last came with fin."""
-    euro = frame(TEXT, b"\xe2", fin=False)
-    euro += frame(CONTINUATION, b"\x82\xac")
-    assert receive_all(euro * 3) == ([(TEXT, "€")] * 3, None)
-
-
-def test_binary_is_not_judged_as_text():
-    data = frame(BINARY, b"\xff", fin=False)
-    data += frame(CONTINUATION, b"\xff")
-    assert receive_all(data, cuts=[8]) == ([(BINARY, b"\xff\xff")], None)
 
 
 # --- The end.
@@ -2023,10 +1905,6 @@ def test_close_codes_are_those_that_may_be_on_the_wire():
         expected = ([(CLOSE, (code, "ok"))], None) if code in legal else ([], 1002)
         data = frame(CLOSE, code.to_bytes(2, "big") + b"ok")
         assert receive_all(data) == expected
-
-
-def test_close_without_a_code_is_1005():
-    assert receive_all(frame(CLOSE)) == ([(CLOSE, (1005, ""))], None)
 
 
 def test_nothing_counts_after_a_close():
@@ -2053,13 +1931,10 @@ def test_nothing_counts_after_an_error_and_nothing_before_it_is_lost():
 def test_nothing_is_kept_after_the_end(end):
     protocol = WebSocketProtocol(SERVER)
     protocol.receive(end)
-    tracemalloc.start()
-    try:
+    with traced() as memory:
         for _ in range(100):
             protocol.receive(b"x" * 65536)
-        assert tracemalloc.get_traced_memory()[0] < 65536
-    finally:
-        tracemalloc.stop()
+        assert memory()[0] < 65536
 
 
 def test_error_says_nothing_of_the_payload():
@@ -2073,15 +1948,9 @@ def test_error_says_nothing_of_the_payload():
 
 
 @cases("size", 0, 1, 125, 126, 65535, 65536, 100_000)
-def test_server_sends_unmasked_frames_with_the_shortest_length(size):
+def test_frames_have_the_shortest_length_and_a_clients_are_masked_anew(size):
     payload = b"x" * size
-    wire = encode_frame(BINARY, payload, SERVER)
-    assert wire == frame(BINARY, payload, key=None)
-
-
-@cases("size", 0, 1, 125, 126, 65535, 65536, 100_000)
-def test_client_sends_frames_masked_with_fresh_keys(size):
-    payload = b"x" * size
+    assert encode_frame(BINARY, payload, SERVER) == frame(BINARY, payload, key=None)
     keys = set()
     for _ in range(8):
         wire = encode_frame(BINARY, payload, CLIENT)
@@ -2098,14 +1967,9 @@ def test_what_one_side_sends_the_other_receives(sender, receiver):
     wire += protocol.ping() + protocol.ping(b"?" * 125) + protocol.pong(b"!")
     wire += protocol.close(4000, "über")
     expected = [
-        (TEXT, "Grüße"),
-        (BINARY, b"\xff" * 70_000),
-        (TEXT, ""),
-        (PING, b""),
-        (PING, b"?" * 125),
-        (PONG, b"!"),
-        (CLOSE, (4000, "über")),
-    ]
+        (TEXT, "Grüße"), (BINARY, b"\xff" * 70_000), (TEXT, ""), (PING, b""),
+        (PING, b"?" * 125), (PONG, b"!"), (CLOSE, (4000, "über")),
+    ]  # fmt: skip
     for step in (1000, 65536, len(wire)):
         cuts = range(step, len(wire), step)
         assert receive_all(wire, receiver, cuts) == (expected, None)
@@ -2119,34 +1983,36 @@ def test_close_is_sent_once():
     assert protocol.close(1011, "again") == b""
 
 
+@cases("code, reason, payload",
+    (1005, "why", b""), (1006, "", b""), (1015, "", b""),  # they are for programs
+    (1000, "", b"\x03\xe8"), (4000, "why", b"\x0f\xa0why"), (1000, "\ud800", b"\x03\xe8?"),
+)  # fmt: skip
+def test_a_close_has_its_code_and_its_reason(code, reason, payload):
+    wire = WebSocketProtocol(SERVER).close(code, reason)
+    assert wire == frame(CLOSE, payload, key=None)
+
+
 def test_after_our_close_answers_are_nothing_and_the_rest_is_an_error():
     protocol = WebSocketProtocol(CLIENT)
     protocol.close()
     assert protocol.pong(b"") == b""
-    with pytest.raises(ConnectionError):
-        protocol.send("late")
-    with pytest.raises(ConnectionError):
-        protocol.send(b"late")
-    with pytest.raises(ConnectionError):
-        protocol.ping()
+    for send in (
+        lambda: protocol.send("late"),
+        lambda: protocol.send(b""),
+        protocol.ping,
+    ):
+        with pytest.raises(ConnectionError):
+            send()
 
 
-def test_messages_are_received_until_the_peer_closes_too():
+def test_messages_go_on_in_the_direction_that_is_not_closed():
     protocol = WebSocketProtocol(SERVER)
     protocol.close()
     data = frame(TEXT, b"on its way") + frame(CLOSE, b"\x03\xe8")
     assert protocol.receive(data) == [(TEXT, "on its way"), (CLOSE, (1000, ""))]
-
-
-def test_messages_are_sent_until_we_answer_the_peers_close():
     protocol = WebSocketProtocol(SERVER)
     protocol.receive(frame(CLOSE))
     assert protocol.send("last") == frame(TEXT, b"last", key=None)
-
-
-@cases("code", 1005, 1006, 1015)
-def test_codes_for_programs_become_an_empty_close(code):
-    assert WebSocketProtocol(SERVER).close(code, "why") == bytes.fromhex("8800")
 
 
 @cases("code", 0, 999, 1004, 1016, 2999, 5000, 70_000, -1)
@@ -2157,41 +2023,20 @@ def test_close_with_an_illegal_code_is_our_own_mistake(code):
     assert not protocol.close_sent
 
 
-@cases("data", b"", b"\x03\xe8", b"\x0f\xa0why")
-def test_close_can_be_answered_with_its_own_code(data):
-    protocol = WebSocketProtocol(SERVER)
-    (event,) = protocol.receive(frame(CLOSE, data))
-    assert protocol.close(event[1][0]) == frame(CLOSE, data[:2], key=None)
-
-
 @cases("length", 122, 123, 124, 200)
 def test_reason_is_cut_to_123_bytes_between_characters(length):
-    for reason in (
-        "x" * length,
-        "é" * length,
-        "x" + "€" * length,
-        "xy" + "😀" * length,
-    ):
-        (event,) = WebSocketProtocol(CLIENT).receive(
-            WebSocketProtocol(SERVER).close(1000, reason)
-        )
-        assert reason.startswith(event[1][1])
-        longer = reason[: len(event[1][1]) + 1]
-        assert longer == reason == event[1][1] or len(longer.encode()) > 123
+    reasons = ("x" * length, "é" * length, "x" + "€" * length, "xy" + "😀" * length)
+    for reason in reasons:
+        wire = WebSocketProtocol(SERVER).close(1000, reason)
+        ((_, (_, kept)),) = WebSocketProtocol(CLIENT).receive(wire)
+        longer = reason[: len(kept) + 1]
+        assert reason.startswith(kept)
+        assert longer == reason == kept or len(longer.encode()) > 123
 
 
-def test_reason_that_cannot_be_encoded_does_not_stop_a_close():
-    assert WebSocketProtocol(SERVER).close(1000, "\ud800") == frame(
-        CLOSE, b"\x03\xe8?", key=None
-    )
-
-
-def test_ping_holds_at_most_125_bytes():
+def test_what_cannot_be_sent_is_our_own_mistake():
     with pytest.raises(ValueError):
         WebSocketProtocol(SERVER).ping(b"x" * 126)
-
-
-def test_half_a_surrogate_pair_cannot_be_sent():
     with pytest.raises(UnicodeEncodeError):
         WebSocketProtocol(SERVER).send("\ud800")
 
@@ -2213,18 +2058,14 @@ def random_stream(rng, key):
     return bytes(stream)
 
 
-def random_bytes(rng, key):
-    return bytes(rng.randrange(256) for _ in range(rng.randrange(40)))
-
-
 @BOTH_SIDES
 def test_any_bytes_cut_anywhere_give_the_same_events_or_error(side, constant):
     constant(MESSAGE_FRAGMENTS=3)
-    rng = random.Random(6455)
+    rng = random.Random(6456)
     seen = set()
     for i in range(8000):
-        make = random_bytes if i % 8 == 0 else random_stream
-        data = make(rng, key_for(side))
+        random_data = random_stream if i % 8 else lambda rng, _: rng.randbytes(20)
+        data = random_data(rng, key_for(side))
         whole = receive_all(data, side, max_size=200)
         cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(9)))
         assert receive_all(data, side, cuts, max_size=200) == whole
@@ -2258,12 +2099,10 @@ def test_time_is_linear_in_small_frames_that_arrive_together():
     seconds = []
     for size in (16 * 1024, len(data)):
         protocol = WebSocketProtocol(SERVER)
-        started = time.perf_counter()
-        count = 0
-        for start in range(0, len(data), size):
-            count += len(protocol.receive(data[start : start + size]))
-        seconds.append(time.perf_counter() - started)
-        assert count == 250_000
+        began = time.process_time()
+        pieces = (data[at : at + size] for at in range(0, len(data), size))
+        assert sum(len(protocol.receive(piece)) for piece in pieces) == 250_000
+        seconds.append(time.process_time() - began)
     assert seconds[1] < 4 * seconds[0]
 
 
@@ -2272,14 +2111,11 @@ def test_message_in_pieces_takes_little_more_memory_than_its_bytes():
     size = 64 * 1024
     protocol = WebSocketProtocol(CLIENT)
     protocol.receive(frame(TEXT, announce=size, key=None))
-    tracemalloc.start()
-    try:
+    with traced() as memory:
         for _ in range(size // 2 - 1):
             protocol.receive(b"\xc3")
             protocol.receive(b"\xa9")
-        assert tracemalloc.get_traced_memory()[0] < 2 * size
-    finally:
-        tracemalloc.stop()
+        assert memory()[0] < 2 * size
 
 
 # -----------------------------------------------------------------------------
@@ -2333,15 +2169,14 @@ def test_json_errors_tell_the_place():
 
 
 def test_json_is_written_on_one_line_in_utf_8():
-    value = {"a": "ä\n\u2028😀", "b": [1, None, True]}
+    value = {
+        "a": "ä\n\u2028😀",
+        "b": [1, None, True],
+        "c": ["\ud800", "\udfff\\\ud800x"],
+    }
     data = apiserver.encode_json(value)
-    assert "ä".encode() in data and b"\n" not in data
-    assert json.loads(data) == value
-
-
-def test_half_a_surrogate_pair_survives():
-    for text in ("\ud800", "\udfff\\\ud800x"):
-        assert json.loads(apiserver.encode_json([text])) == [text]
+    assert b"\n" not in data and json.loads(data) == value
+    assert "ä".encode() in apiserver.encode_json(["ä"])
 
 
 # --- What an answer's body is
@@ -2375,59 +2210,40 @@ def test_a_label_ignores_case_and_parameters(label, kind):
 
 
 @cases("delimited", True, False)
-@cases(
-    "content, good",
-    (b"{}", (True, True)),
-    (b'[{"a": 1}]\r\n \n', (True, True)),
-    (b"", (False, False)),
-    (b"  \n", (False, False)),
-    (b'{"choices": [', (False, False)),
+@cases("content, good",
+    (b"{}", (True, True)), (b'[{"a": 1}]\r\n \n', (True, True)), (b"", (False, False)),
+    (b"  \n", (False, False)), (b'{"choices": [', (False, False)),
     (b'{"text": "half of', (False, False)),
     (b'{"a": "b"} <!-- proxy -->', (False, False)),
     (b'{"choices": [{"a": 1}', (True, False)),  # no peer that says how long does so
-)
+)  # fmt: skip
 def test_half_an_answer_is_none(content, good, delimited):
-    dialect = apiserver.dialect_of(CHAT_URL)
-    if good[not delimited]:
-        assert dialect.check(content, delimited) is None
-    else:
-        with pytest.raises(ProtocolError) as caught:
-            dialect.check(content, delimited)
-        assert caught.value.status == 502
+    with refused(None if good[not delimited] else 502):
+        assert apiserver.dialect_of(CHAT_URL).check(content, delimited) is None
 
 
 # --- Errors in others' words
 
 
-@cases(
-    "value, message, words",
+@cases("value, message, words",
     ({"error": {"message": "No", "code": "X_y", "type": "t"}}, "No", {"x_y", "t"}),
     ({"type": "error", "error": {"type": "t", "message": "No"}}, "No", {"t"}),
-    ({"error": "No"}, "No", set()),
+    ({"error": "No"}, "No", set()), ({"error": 5}, "5", set()),
     ({"error": "No", "code": "c", "status": 500}, "No", {"c"}),
     ({"error": ["No", "no"]}, "No; no", set()),
     ({"error": {"message": {"a": 1}}}, '{"a":1}', set()),
     ({"error": {"code": 429, "status": "BUSY"}}, "", {"busy"}),
-    ({"error": 5}, "5", set()),
-    ({"detail": "No"}, "No", set()),
+    ({"detail": "No"}, "No", set()), ({"errors": [{"message": "No"}]}, "No", set()),
     ({"detail": {"message": "No", "code": "c"}}, "No", {"c"}),
     ({"detail": {"error": {"message": "No", "code": "c"}}}, "No", {"c"}),
-    (
-        {"detail": [{"loc": ["body", "n"], "msg": "No", "type": "t"}, {"msg": "b"}]},
-        "body.n: No; b",
-        {"t"},
-    ),
-    ({"errors": [{"message": "No"}]}, "No", set()),
+    ({"detail": [{"loc": ["body", "n"], "msg": "No", "type": "t"}, {"msg": "b"}]},
+     "body.n: No; b", {"t"}),
     ({"object": "error", "message": "No", "type": "T", "code": 4}, "No", {"t"}),
     ({"message": "No", "code": "c"}, "No", {"c"}),
     ([{"error": {"message": "No", "status": "S"}}], "No", {"s"}),
-    (
-        {"error": {"message": "No", "details": [5, {"x": 1}, {"reason": "DEAD"}]}},
-        "No",
-        {"dead"},
-    ),
-    ids=repr,
-)
+    ({"error": {"message": "No", "details": [5, {"x": 1}, {"reason": "DEAD"}]}}, "No",
+     {"dead"}), ids=repr,
+)  # fmt: skip
 def test_an_error_is_found_in_every_shape(value, message, words):
     error = apiserver.find_error(value)
     assert (error.message, error.words) == (message, words)
@@ -2479,11 +2295,9 @@ def test_a_list_of_models_that_is_no_json_is_none():
 
 
 def test_a_chat_goes_to_the_first_model_that_answers_one():
-    others = "text-embedding-3-large whisper-1 tts-1-hd gpt-4o-transcribe bge-m3 sora-2"
-    others += (
-        " bge-reranker-v2 dall-e-3 omni-moderation-latest gpt-image-1 Qwen3-Rerank"
-    )
-    others += " nomic-embed-text stable-diffusion-xl NV-Embed-v2"
+    others = """text-embedding-3-large whisper-1 tts-1-hd gpt-4o-transcribe bge-m3 sora-2
+        bge-reranker-v2 dall-e-3 omni-moderation-latest gpt-image-1 Qwen3-Rerank
+        nomic-embed-text stable-diffusion-xl NV-Embed-v2"""
     assert apiserver.chat_model(others.split()) is None
     assert apiserver.chat_model([*others.split(), "qwen3", "llama3"]) == "qwen3"
     assert apiserver.chat_model([]) is None
@@ -2502,15 +2316,14 @@ FORM = "multipart/form-data; boundary=B"
 FORM_FILE = ('Content-Disposition: form-data; name="file"; filename="model"', "ID3")
 
 
-@cases(
-    "head",
+@cases("head",
     'Content-Disposition: form-data; name="model"',
     "Content-Disposition: form-data; name=model",
     'content-disposition:form-data;name="model"',
     'CONTENT-DISPOSITION: FORM-DATA; NAME = "model"',
     'Content-Type: text/plain\r\nContent-Disposition: form-data; name="model"',
     'Content-Disposition: form-data; x="a; name=\\"no\\""; name="model"',
-)
+)  # fmt: skip
 @cases("content_type", FORM, 'Multipart/Form-Data; charset=utf-8; BOUNDARY="B"')
 def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type):
     for parts in ([FORM_FILE, (head, "alias")], [(head, "alias"), FORM_FILE]):
@@ -2538,12 +2351,9 @@ def test_what_is_no_field_named_model_names_none(content):
 
 def test_a_form_of_a_million_parts_is_not_taken_apart():
     content = b"--axy" * 1_000_000
-    tracemalloc.start()
-    try:
+    with traced() as memory:
         assert apiserver.find_form_field(content, "x; boundary=a", "model") is None
-        assert tracemalloc.get_traced_memory()[1] < 2 * len(content)
-    finally:
-        tracemalloc.stop()
+        assert memory()[1] < 2 * len(content)
 
 
 # --- Chat requests
@@ -2588,40 +2398,33 @@ def test_chat_request_is_understood_and_sent_on_as_it_came():
 )  # fmt: skip
 def test_whether_the_client_wants_the_usage(options, wants):
     body = {"model": "m", "messages": [], "stream": True, "stream_options": options}
-    request = APIRequest("/v1/chat/completions", body=body)
-    assert request.wants_usage is wants
-    assert request.counts_usage is not wants
-    assert not APIRequest("/v1/responses", body=body).counts_usage
-    assert not APIRequest(
-        "/v1/completions", body={**body, "stream": False}
-    ).counts_usage
+    request = APIRequest(CHAT_URL, body=body)
+    assert (request.wants_usage, request.counts_usage) == (wants, not wants)
+    whole = APIRequest("/v1/completions", body={**body, "stream": False})
+    assert not (
+        APIRequest("/v1/responses", body=body).counts_usage or whole.counts_usage
+    )
 
 
-def test_capitalised_keys_are_sent_on_in_lower_case():
-    """As the original's examples have them."""
-    body = {
-        "Model": "m",
-        "Messages": [{"Role": "user", "Content": "Hi"}, {"role": "user"}, 5],
-        "Stream": True,
-        "Temperature": 0,
-    }
-    request = apiserver.parse_chat_request(json.dumps(body).encode())
-    assert (request.model, request.stream) == ("m", True)
-    expected = {
+@cases("capital", "Model Messages Stream Temperature", "")
+def test_capitalised_keys_are_sent_on_in_lower_case(capital):
+    """As the original's examples have them; what tools are given is not touched."""
+    tools = [{"function": {"parameters": {"properties": {"Model": {}}}}}]
+    plain = {
         "model": "m",
         "messages": [{"role": "user", "content": "Hi"}, {"role": "user"}, 5],
         "stream": True,
         "temperature": 0,
+        "tools": tools,
+        "metadata": {"Key": 1},
     }
-    assert json.loads(request.encode()) == expected == request.body
-
-
-def test_capitalised_keys_only_inside_messages():
-    content = b'{"model": "m", "messages": [{"Role": "user", "Content": "Hi"}]}'
-    request = apiserver.parse_chat_request(content)
-    assert json.loads(request.encode())["messages"] == [
-        {"role": "user", "content": "Hi"}
-    ]
+    names = {name.lower(): name for name in capital.split()}
+    body = {names.get(key, key): value for key, value in plain.items()}
+    body[names.get("messages", "messages")] = [{"Role": "user", "Content": "Hi"}]
+    body[names.get("messages", "messages")] += plain["messages"][1:]
+    request = apiserver.parse_chat_request(json.dumps(body).encode())
+    assert (request.model, request.stream) == ("m", True)
+    assert json.loads(request.encode()) == plain == request.body
 
 
 @cases("other", "Model", "MODEL", "mODEl")
@@ -2634,19 +2437,11 @@ def test_a_model_that_is_there_in_two_spellings_is_refused(other):
             assert api_refusal(apiserver.parse_chat_request, content).param == "model"
 
 
-def test_tools_are_not_touched_by_capital_keys():
-    tools = [{"function": {"parameters": {"properties": {"Model": {}}}}}]
-    body = {"Model": "m", "Messages": [], "tools": tools, "metadata": {"Key": 1}}
-    sent = json.loads(apiserver.parse_chat_request(json.dumps(body).encode()).encode())
-    assert (sent["tools"], sent["metadata"]) == (tools, {"Key": 1})
-
-
-@cases(
-    "content",
+@cases("content",
     b'{"model":"m","messages":[],"stream":true}',
     b' \n\t{ "model": "m", "messages": [ ], "stream": true, "x": 1.10 }\n ',
     b'{"stream":true,"model":"m","messages":[{"role":"user","content":"{}"}]}',
-)
+)  # fmt: skip
 def test_usage_is_asked_for_behind_the_clients_own_bytes(content):
     request = apiserver.parse_chat_request(content)
     assert request.counts_usage
@@ -2683,16 +2478,12 @@ def test_an_alias_changes_the_model_and_nothing_else():
     body = {"x": "ä\ud800", "model": "alias", "messages": [{"a": 0.1}], "n": None}
     request = apiserver.parse_chat_request(json.dumps(body).encode())
     sent = json.loads(request.encode("real"))
-    assert sent == {**body, "model": "real"}
-    assert list(sent) == list(body)
+    assert sent == {**body, "model": "real"} and list(sent) == list(body)
     assert request.model == "alias" and request.body["model"] == "alias"
     with_usage = json.loads(request.encode("real", include_usage=True))
     assert with_usage == {**sent, "stream_options": {"include_usage": True}}
-
-
-def test_content_that_is_no_json_is_sent_as_it_came():
     request = APIRequest("/v1/audio/transcriptions", b"\xff--form")
-    assert request.encode("real", include_usage=True) == b"\xff--form"
+    assert request.encode("real", include_usage=True) == b"\xff--form"  # no JSON
 
 
 def test_nesting_is_refused_with_400_wherever_the_stack_ends():
@@ -2714,40 +2505,20 @@ def test_nesting_is_refused_with_400_wherever_the_stack_ends():
 # --- Messages as text
 
 
-@cases(
-    "messages, text",
-    ([], ""),
-    ([{"role": "user", "content": "Hi"}], "Hi"),
+@cases("messages, text",
+    ([], ""), ([{"role": "user", "content": "Hi"}], "Hi"),
     ([{"role": "system", "content": "S"}], "S"),
     ([{"content": "a"}, {"role": "tool", "content": "b"}], "User: a\n\nTool: b"),
     ([{"role": "user", "content": "Hi"}, 5, None, "x"], "Hi"),
-    ([{"role": "user", "content": None}], ""),
-    ([{"role": "user"}], ""),
+    ([{"role": "user", "content": None}], ""), ([{"role": "user"}], ""),
     ([{"role": 7, "content": 7}, {}], "7: \n\nUser: "),
-    (
-        [
-            {"role": "system", "content": "Be brief"},
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": None},
-        ],
-        "System: Be brief\n\nUser: Hi\n\nAssistant: ",
-    ),
-    (
-        [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "text", "text": "a"},
-                    {"type": "image_url", "image_url": {}},
-                    {"type": "text", "text": 5},
-                    "x",
-                    {"type": "text", "text": "b"},
-                ],
-            }
-        ],
-        "a\nb",
-    ),
-)
+    ([{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"},
+      {"role": "assistant", "content": None}],
+     "System: Be brief\n\nUser: Hi\n\nAssistant: "),
+    ([{"role": "user", "content": [
+        {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}},
+        {"type": "text", "text": 5}, "x", {"type": "text", "text": "b"}]}], "a\nb"),
+)  # fmt: skip
 def test_a_chat_as_one_text(messages, text):
     assert apiserver.messages_text(messages) == text
 
@@ -2777,19 +2548,19 @@ def test_a_completion_has_all_that_clients_look_for():
     whole = apiserver.chat_completion("m", {"content": "Hi"}, usage)
     assert list(whole) == ["id", "object", "created", "model", "choices", "usage"]
     assert re.fullmatch("chatcmpl-[0-9a-f]{24}", whole["id"])
-    assert whole["object"] == "chat.completion"
+    assert (whole["object"], whole["usage"]) == ("chat.completion", usage)
     assert abs(whole["created"] - time.time()) < 10
-    (choice,) = whole["choices"]
-    assert choice == {
-        "index": 0,
-        "message": {"role": "assistant", "content": "Hi", "refusal": None},
-        "logprobs": None,
-        "finish_reason": "stop",
-    }
-    assert whole["usage"] == usage
+    message = {"role": "assistant", "content": "Hi", "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    assert whole["choices"] == [choice]
     calls = apiserver.chat_completion("m", {"tool_calls": [{"id": "c"}]})
     assert calls["choices"][0]["finish_reason"] == "tool_calls"
     assert apiserver.chat_completion("m", {})["id"] != whole["id"]
+
+
+def tool_call(id, name="f", arguments="{}"):
+    function = {"name": name, "arguments": arguments}
+    return {"id": id, "type": "function", "function": function}
 
 
 API_COMPLETIONS = [
@@ -2798,25 +2569,14 @@ API_COMPLETIONS = [
     apiserver.chat_completion("m", {"refusal": "No."}),
     apiserver.chat_completion("m", {"content": "a", "reasoning_content": "hm"}),
     apiserver.chat_completion(
-        "m",
-        {
-            "tool_calls": [
-                {
-                    "type": "function",
-                    "function": {"name": name, "arguments": '{"a": "\\n"}'},
-                    "id": f"call-{name}",
-                }
-                for name in ("f", "g")
-            ]
-        },
+        "m", {"tool_calls": [tool_call("1"), tool_call("2", "g", '{"a": "\\n"}')]}
     ),
     {
         **apiserver.chat_completion("m", {"content": "one"}),
         "choices": [
             {
+                **apiserver.chat_completion("m", {"content": text})["choices"][0],
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None,
                 "finish_reason": reason,
             }
             for index, (text, reason) in enumerate((("a", "length"), ("b", "stop")))
@@ -2852,8 +2612,8 @@ def test_streamed_pieces_are_put_together():
     def delta(index=0, reason=None, **delta):
         return {"index": index, "delta": delta, "finish_reason": reason}
 
-    def call(index, **function):
-        return {"index": index, "function": function}
+    def call(index, id=None, **function):
+        return {"index": index, "function": function, **({"id": id} if id else {})}
 
     builder = apiserver.CompletionBuilder()
     for choices in (
@@ -2861,15 +2621,8 @@ def test_streamed_pieces_are_put_together():
         [delta(role="assistant", content="")],
         [delta(content="He"), delta(1, content="x")],
         [delta(content="llo", role="assistant")],
-        [delta(tool_calls=[{"id": "c0", **call(0, name="f", arguments="")}])],
-        [
-            delta(
-                tool_calls=[
-                    call(0, arguments='{"a"'),
-                    {"id": "c1", **call(1, name="g")},
-                ]
-            )
-        ],
+        [delta(tool_calls=[call(0, "c0", name="f", arguments="")])],
+        [delta(tool_calls=[call(0, arguments='{"a"'), call(1, "c1", name="g")])],
         [delta(tool_calls=[call(0, arguments=":1}"), call(1, arguments="{}")])],
         [{"index": 1, "delta": None, "finish_reason": "stop"}],
         [delta(reason="tool_calls")],
@@ -2889,26 +2642,21 @@ def test_streamed_pieces_are_put_together():
     assert second["message"]["content"] == "x"
 
 
-@cases(
-    "pieces, calls",
+@cases("pieces, calls",
     ([("1", "f", '{"a"'), (None, None, ":1}")], [("1", "f", '{"a":1}')]),
-    (
-        [("1", "f", "{"), (None, None, "}"), ("2", "g", "["), (None, None, "]")],
-        [("1", "f", "{}"), ("2", "g", "[]")],
-    ),
+    ([("1", "f", "{"), (None, None, "}"), ("2", "g", "["), (None, None, "]")],
+     [("1", "f", "{}"), ("2", "g", "[]")]),
     ([("1", "f", "{"), ("1", None, "}")], [("1", "f", "{}")]),
-    ([("1", "f", "{"), ("2", "g", ""), ("1", None, "}")], None),
+    ([("1", "f", "{"), ("2", "g", ""), ("1", None, "}")], [("1", "f", "{}"), ("2", "g", "")]),
     ([(None, "f", "{}"), (None, "g", "{}")], [(None, "f", "{}"), (None, "g", "{}")]),
     ([("", "f", "{}")], [("", "f", "{}")]),
-)
+)  # fmt: skip
 def test_pieces_of_tool_calls_without_an_index_belong_to_the_last(pieces, calls):
     builder = apiserver.CompletionBuilder()
-    for id, name, arguments in pieces:
-        call = {"id": id, "function": {"name": name, "arguments": arguments}}
-        builder.add({"choices": [{"delta": {"tool_calls": [call]}}]})
+    for piece in pieces:
+        builder.add({"choices": [{"delta": {"tool_calls": [tool_call(*piece)]}}]})
     made = builder.result()["choices"][0]["message"]["tool_calls"]
-    made = [(call["id"], *call["function"].values()) for call in made]
-    assert made == (calls or [("1", "f", "{}"), ("2", "g", "")])
+    assert [(call["id"], *call["function"].values()) for call in made] == calls
 
 
 def test_what_stands_beside_the_text_of_a_stream_is_kept():
@@ -2920,8 +2668,8 @@ def test_what_stands_beside_the_text_of_a_stream_is_kept():
     result = builder.result()
     [choice] = result["choices"]
     assert result["system_fingerprint"] == "fp"
-    assert choice["message"]["refusal"] == "I won't"
-    assert choice["message"]["content"] is None
+    message = choice["message"]
+    assert (message["refusal"], message["content"]) == ("I won't", None)
     assert choice["logprobs"]["content"] == [{"token": "a"}, {"token": "b"}]
 
 
@@ -2938,48 +2686,28 @@ def test_a_stream_put_together_takes_linear_time():
 
 def test_error_object_has_all_four_fields():
     error = apiserver.error_object(APIError(404, "No", code="model_not_found"))
-    assert error == {
-        "message": "No",
-        "type": "not_found_error",
-        "param": None,
-        "code": "model_not_found",
-    }
+    type, code = "not_found_error", "model_not_found"
+    assert error == {"message": "No", "type": type, "param": None, "code": code}
     error = apiserver.error_object(APIError(500, "No", upstream_status=503))
     assert error["upstream_status"] == 503
 
 
-@cases(
-    "content, usage",
-    (b"", ()),
-    (b'{"usage": {"prompt_tokens": "3"}}', ()),
-    (b'{"prompt_tokens": 3}', ()),
+@cases("content, usage",
+    (b"", ()), (b'{"usage": {"prompt_tokens": "3"}}', ()), (b'{"prompt_tokens": 3}', ()),
     (json.dumps(completion()).encode(), (3, 0, 4)),
-    (
-        b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}',
-        (5, 0, 6),
-    ),
+    (b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}', (5, 0, 6)),
     (json.dumps({"text": '"usage": {"total_tokens": 9}'}).encode(), ()),
     (b'{"usage":{"total_tokens":1},"x":{"usage":{"total_tokens":2}}}', (2,)),
     (b'{"usage":{"total_tokens":2,"more":{"total_tokens":3}}}', (2,)),
-    (b'{"usage":{"total_tokens":' + b"9" * 4000 + b"}}", ()),
-    (b'{"usage": null}', ()),
+    (b'{"usage":{"total_tokens":' + b"9" * 4000 + b"}}", ()), (b'{"usage": null}', ()),
     (b'{"usage":{"prompt_tokens":-1,"completion_tokens":"2"}}', ()),
-    (
-        b'{"usage":{"prompt_tokens":9,"completion_tokens":1,'
-        b'"prompt_tokens_details":{"cached_tokens":8}}}',
-        (9, 8, 1),
-    ),
-    (
-        b'{"usage":{"input_tokens":9,"output_tokens":1,'
-        b'"input_tokens_details":{"cached_tokens":8}}}',
-        (9, 8, 1),
-    ),
-    (
-        b'{"usage":{"input_tokens":1,"output_tokens":4,'
-        b'"cache_read_input_tokens":10,"cache_creation_input_tokens":5}}',
-        (16, 10, 4),
-    ),
-)
+    (b'{"usage":{"prompt_tokens":9,"completion_tokens":1,'
+     b'"prompt_tokens_details":{"cached_tokens":8}}}', (9, 8, 1)),
+    (b'{"usage":{"input_tokens":9,"output_tokens":1,'
+     b'"input_tokens_details":{"cached_tokens":8}}}', (9, 8, 1)),
+    (b'{"usage":{"input_tokens":1,"output_tokens":4,'
+     b'"cache_read_input_tokens":10,"cache_creation_input_tokens":5}}', (16, 10, 4)),
+)  # fmt: skip
 def test_usage_is_found_in_an_answers_bytes(content, usage):
     assert apiserver.find_usage(content) == apiserver.Usage(*usage)
 
@@ -2997,9 +2725,14 @@ def api_feed(stream, data, pieces=()):
     return b"".join(out) + stream.end()
 
 
+def api_cuts(data):
+    """Sizes of pieces: data whole, byte by byte and with each single cut."""
+    return ((), [1] * len(data), *([cut] for cut in range(1, len(data))))
+
+
 def api_every_cut(make, data):
-    """(stream, relayed) for data whole, byte by byte and with each single cut."""
-    for pieces in ((), [1] * len(data), *([cut] for cut in range(1, len(data)))):
+    """(stream, relayed) for data in all these cuts."""
+    for pieces in api_cuts(data):
         stream = make()
         yield stream, api_feed(stream, data, pieces)
 
@@ -3038,45 +2771,32 @@ def test_F39_events_are_the_same_however_written_and_cut(data, expected):
 
 def test_a_block_ends_behind_its_last_whole_event():
     decoder = apiserver.SSEDecoder()
-    assert (
-        decoder.receive(b"data: a\n\ndata: b\n\ndata: c") == b"data: a\n\ndata: b\n\n"
-    )
+    whole = b"data: a\n\ndata: b\n\n"
+    assert decoder.receive(whole + b"data: c") == whole
     assert decoder.receive(b"\n") == b""
     assert decoder.receive(b"\n: x") == b"data: c\n\n"
-    assert decoder.end() == b": x\n\n"
-    assert decoder.end() == b""
+    assert (decoder.end(), decoder.end()) == (b": x\n\n", b"")
 
 
 def test_comments_are_no_beginning():
     stream = apiserver.EventStream()
     assert stream.receive(b": keep-alive\n\n") == b": keep-alive\n\n"
-    assert not stream.began
-    stream.receive(b"event: x\n")
-    assert not stream.began
-    stream.receive(b"data: y\n\n")
-    assert stream.began
-
-
-API_LINES = [b'{"a": 1}', b'{"b": "\\n"}', b"[DONE]"]
+    for data, began in ((b"", False), (b"event: x\n", False), (b"data: y\n\n", True)):
+        stream.receive(data)
+        assert stream.began is began
 
 
 @cases("end", b"\n", b"\r\n")
 @cases(
-    "lines, expected",
-    ([b"data: " + data for data in API_LINES], API_LINES),
-    ([b": hi", *(b"data: " + data for data in API_LINES)], API_LINES),
-    (
-        [b"event: a", b"data: " + API_LINES[0], b"event: b", b"data: [DONE]"],
-        [API_LINES[0], b"[DONE]"],
-    ),
+    "names", (b"", b"", b""), (b": hi\n", b"", b""), (b"event: a\n", b"", b"event: b\n")
 )
-def test_events_that_end_in_one_newline_are_events_however_cut(lines, expected, end):
+def test_events_that_end_in_one_newline_are_events_however_cut(names, end):
     """Outside the standard, and sent by some: one-api and others cut at lines."""
-    data = end.join([*lines, b""])
+    events = [b'{"a": 1}', b'{"b": "\\n"}', b"[DONE]"]
+    lines = [b"%bdata: %b\n" % row for row in zip(names, events)]
+    data = b"".join(lines).replace(b"\n", end)
     for stream, out in api_every_cut(apiserver.EventStream, data):
-        events = [event for event in api_stream(out) if event is not None]
-        assert events == expected
-        assert stream.began
+        assert api_events(out) == events and stream.began
 
 
 def test_one_event_of_many_lines_stays_one():
@@ -3092,29 +2812,30 @@ def test_L38_one_event(size, good):
     data = b"data: a\n\n" + b"data: " + b"b" * (size - 6)
     for pieces in ((), [1] * len(data), [9, 90]):
         stream = apiserver.CompletionStream(max_size=100)
-        if good:
-            assert api_feed(stream, data + chunk("", "stop") + DONE, pieces)
-        else:
-            with pytest.raises(ProtocolError) as caught:
-                api_feed(stream, data, pieces)
-            assert caught.value.status == 502
+        with refused(None if good else 502):
+            assert api_feed(stream, data + (chunk("", "stop") + DONE) * good, pieces)
     # Many events at once may be more.
     assert apiserver.SSEDecoder(100).receive(b"data: a\n\n" * 100 + b"d")
 
 
-@cases(
-    "row, size",
-    *[(b"x", 10), (b"\n", 100), (b"\r", 100), (b"\r\n", 100), (b"a\r\n", 100)]
-    + [(b"data: \n\n", 100), (b"\nx", 100), (b"\rx", 100)],
-)
+@cases("row, size",
+    (b"x", 10), (b"\n", 100), (b"\r", 100), (b"\r\n", 100), (b"a\r\n", 100),
+    (b"data: \n\n", 100), (b"\nx", 100), (b"\rx", 100),
+)  # fmt: skip
 def test_events_in_small_pieces_cost_linear_time(row, size):
-    data = b"data: " + row * (1_000_000 // len(row))
-    stream = apiserver.EventStream()
-    began = time.process_time()
-    for at in range(0, len(data), size):
-        stream.receive(data[at : at + size])
-    stream.end()
-    assert time.process_time() - began < 1.5
+    """Four times as much of them in eight times as long at the most, not in sixteen."""
+
+    def seconds(length):
+        data = b"data: " + row * (length // len(row))
+        stream = apiserver.EventStream()
+        began = time.process_time()
+        for at in range(0, len(data), size):
+            stream.receive(data[at : at + size])
+        stream.end()
+        return time.process_time() - began
+
+    tries = ((seconds(250_000), seconds(1_000_000)) for _ in range(5))
+    assert any(long < 8 * short + 0.01 for short, long in tries)
 
 
 # --- Streams of completions
@@ -3127,55 +2848,35 @@ def api_events(data):
 
 def api_ends_early(data, hide_usage=False):
     """Every cut of data ends in an error of the stream."""
-    for pieces in ((), [1] * len(data), *([cut] for cut in range(1, len(data)))):
+    for pieces in api_cuts(data):
         stream = apiserver.CompletionStream(hide_usage)
-        with pytest.raises(ProtocolError) as caught:
+        with refused(502):
             api_feed(stream, data, pieces)
-        assert caught.value.status == 502
         assert stream.ended
     return True
 
 
-def test_a_whole_stream_is_relayed_as_it_came():
-    data = (
-        chunk("He\u00e4")
-        + b": comment\n\n"
-        + chunk("llo\n\n")
-        + chunk(None, "stop")
-        + DONE
-    )
-    for stream, out in api_every_cut(apiserver.CompletionStream, data):
-        assert out == data
-        assert stream.error is None and stream.began and stream.ended
-
-
-def test_nothing_is_relayed_behind_done():
-    data = chunk("Hi", "stop") + DONE
+@cases("data",
+    chunk("He\u00e4") + b": comment\n\n" + chunk("llo\n\n") + chunk(None, "stop") + DONE,
+    chunk("[DONE]") + chunk("data: [DONE]\n\n", "stop") + DONE,
+    chunk("Hi", error=None) + chunk('"error": {"message"}', "stop") + DONE,
+)  # fmt: skip
+def test_a_whole_stream_is_relayed_as_it_came(data):
+    """And nothing behind [DONE], which is no end where it is a text."""
     late = chunk("late") + b'data: {"error": {}}\n\n' + DONE + b"data: x"
-    for stream, out in api_every_cut(apiserver.CompletionStream, data + late):
-        assert out == data
-        assert stream.error is None
+    for whole in (data, data + late):
+        for stream, out in api_every_cut(apiserver.CompletionStream, whole):
+            assert out == data
+            assert stream.error is None and stream.began and stream.ended
 
 
-def test_done_is_known_in_every_writing():
-    for done in (
-        b"data:[DONE]\n\n",
-        b"data: [DONE] \r\n\r\n",
-        b"data: [DONE]",
-        b"data:[DONE]\r",
-    ):
-        for stream, out in api_every_cut(
-            apiserver.CompletionStream, chunk("Hi") + done
-        ):
-            assert api_events(out)[-1].strip() == b"[DONE]"
-            assert len(api_events(out)) == 2
-            assert stream.ended
-
-
-def test_done_in_a_text_is_no_end():
-    data = chunk("[DONE]") + chunk("data: [DONE]\n\n", "stop") + DONE
-    for _, out in api_every_cut(apiserver.CompletionStream, data):
-        assert out == data
+@cases("done",
+    b"data:[DONE]\n\n", b"data: [DONE] \r\n\r\n", b"data: [DONE]", b"data:[DONE]\r"
+)  # fmt: skip
+def test_done_is_known_in_every_writing(done):
+    for stream, out in api_every_cut(apiserver.CompletionStream, chunk("Hi") + done):
+        _, last = api_events(out)
+        assert last.strip() == b"[DONE]" and stream.ended
 
 
 def test_F26_done_is_added_behind_a_finish_reason():
@@ -3211,12 +2912,10 @@ def test_F26_half_an_event_at_the_end_is_no_event():
     assert api_events(out) == api_events(first + last + DONE)
 
 
-@cases(
-    "error, expected",
-    ({"message": "No", "code": "x"}, ("No", "x")),
+@cases("error, expected",
+    ({"message": "No", "code": "x"}, ("No", "x")), (5, ("5", None)),
     ("Overloaded", ("Overloaded", None)),
-    (5, ("5", None)),
-)
+)  # fmt: skip
 @cases("before", b"", chunk("Hi"), ids=["first", "later"])
 def test_F40_an_error_event_ends_the_stream(before, error, expected):
     event = b"event: error\ndata: " + json.dumps({"error": error}).encode() + b"\n\n"
@@ -3227,30 +2926,20 @@ def test_F40_an_error_event_ends_the_stream(before, error, expected):
         assert stream.began and stream.ended
 
 
-def test_an_error_that_is_null_or_text_is_none():
-    data = chunk("Hi", error=None) + chunk('"error": {"message"}', "stop") + DONE
-    for stream, out in api_every_cut(apiserver.CompletionStream, data):
-        assert out == data
-        assert stream.error is None
-
-
 def test_usage_that_nobody_asked_for_is_counted_and_hidden():
+    """But for one that stands beside a choice."""
     usage = {"prompt_tokens": 3, "total_tokens": 7}
     text = chunk("Hi", usage=None) + chunk('"usage"', "stop", usage=None)
     data = text + chunk(choices=[], usage=usage) + DONE
-    for stream, out in api_every_cut(lambda: apiserver.CompletionStream(True), data):
-        assert out == text + DONE
-        assert stream.usage == apiserver.Usage(3)
-    for stream, out in api_every_cut(apiserver.CompletionStream, data):
-        assert out == data
-        assert stream.usage == apiserver.Usage(3)
-
-
-def test_usage_beside_a_choice_is_relayed():
-    data = chunk("Hi", "stop", usage={"total_tokens": 7}) + DONE
-    stream = apiserver.CompletionStream(hide_usage=True)
-    assert api_feed(stream, data) == data
-    assert stream.usage == apiserver.Usage(7)
+    beside = chunk("Hi", "stop", usage=usage) + DONE
+    for hide, sent, relayed in (
+        (True, data, text + DONE),
+        (False, data, data),
+        (True, beside, beside),
+    ):
+        make = functools.partial(apiserver.CompletionStream, hide)
+        for stream, out in api_every_cut(make, sent):
+            assert (out, stream.usage) == (relayed, apiserver.Usage(3))
 
 
 @cases("event",
@@ -3287,11 +2976,11 @@ def test_F39_other_line_ends_change_nothing(end):
 )  # fmt: skip
 def test_only_a_reason_that_says_something_finishes_a_choice(last, whole):
     data = b'data: {"choices": [{%b}]}\n\n' % last.encode()
-    if whole:
-        for _, out in api_every_cut(apiserver.CompletionStream, data):
-            assert out == data + DONE
-    else:
+    if not whole:
         assert api_ends_early(data)
+        return
+    for _, out in api_every_cut(apiserver.CompletionStream, data):
+        assert out == data + DONE
 
 
 def test_each_of_the_choices_that_were_asked_for_has_to_finish():
@@ -3319,21 +3008,18 @@ MESSAGE_START = typed(
     message={"usage": {"input_tokens": 3, "cache_read_input_tokens": 5}},
 )
 RESPONSE_CREATED = typed("response.created", response={"id": "r"}, sequence_number=0)
+MESSAGE_EVENTS = [
+    MESSAGE_START,
+    typed("ping"),
+    typed("message_delta", usage={"output_tokens": 9}),
+]
+RESPONSE_EVENTS = [RESPONSE_CREATED, typed("response.output_text.delta", delta="error")]
 TYPED_STREAMS = [
-    (
-        apiserver.MessagesStream,
-        [
-            MESSAGE_START,
-            typed("ping"),
-            typed("message_delta", usage={"output_tokens": 9}),
-        ],
-        typed("message_stop"),
-        (8, 5, 9),
-    ),
+    (apiserver.MessagesStream, MESSAGE_EVENTS, typed("message_stop"), (8, 5, 9)),
     *(
         (
             apiserver.ResponsesStream,
-            [RESPONSE_CREATED, typed("response.output_text.delta", delta="error")],
+            RESPONSE_EVENTS,
             typed(f"response.{end}", response={"usage": {"input_tokens": 3}}),
             (3, 0, 0),
         )
@@ -3343,19 +3029,16 @@ TYPED_STREAMS = [
 
 
 @cases("make, events, last, usage", *TYPED_STREAMS)
-def test_a_typed_stream_is_relayed_counted_and_whole_with_its_last_event(
-    make, events, last, usage
-):
+def test_a_typed_stream_is_whole_with_its_last_event(make, events, last, usage):
+    """Relayed and counted."""
     data = b"".join([*events, last])
     for stream, out in api_every_cut(make, data):
         assert out == data
         assert stream.ended and stream.error is None and stream.usage == usage
-    for missing in range(1, len(events) + 1):
-        with pytest.raises(ProtocolError) as caught:
-            api_feed(make(), b"".join(events[:missing]))
-        assert caught.value.status == 502
-    with pytest.raises(ProtocolError):
-        api_feed(make(), b"".join(events) + last[:-9])
+    halves = [events[:number] for number in range(1, len(events) + 1)]
+    for half in (*halves, [*events, last[:-9]]):
+        with refused(502):
+            api_feed(make(), b"".join(half))
 
 
 @cases("make, events, last, usage", *TYPED_STREAMS[:2])
@@ -3383,55 +3066,46 @@ def test_words_in_a_typed_stream_end_nothing():
 LATE_ERROR = APIError(400, "too\nlong", type="t", param="p", code="c")
 
 
-@cases("path", CHAT_URL, "/v1/completions")
-def test_a_late_error_of_completions_is_an_event_without_a_name(path):
-    event = apiserver.dialect_of(path).late_error(LATE_ERROR, None)
-    assert event.startswith(b'data: {"error": {') and event.count(b"\n") == 2
-    error = {"message": "too\nlong", "type": "t", "param": "p", "code": "c"}
-    assert json.loads(event[6:]) == {"error": error}
-
-
-def test_a_late_error_of_messages_is_anthropics():
-    event = apiserver.dialect_of("/v1/messages").late_error(LATE_ERROR, None)
-    name, data = event.split(b"\n", 1)
-    assert name == b"event: error" and data.startswith(b"data: ")
-    error = {"type": "invalid_request_error", "message": "too\nlong"}
-    assert json.loads(data[6:]) == {"type": "error", "error": error}
+@cases("paths, name, error",
+    (f"{CHAT_URL} /v1/completions", b"",
+     {"error": {"message": "too\nlong", "type": "t", "param": "p", "code": "c"}}),
+    ("/v1/messages", b"event: error\n", {"type": "error", "error":
+     {"type": "invalid_request_error", "message": "too\nlong"}}),
+    ("/v1/embeddings /v1/audio/speech /v1/messages/count_tokens", b"", None),
+)  # fmt: skip
+def test_a_late_error_is_an_event_in_its_dialect_or_nothing(paths, name, error):
+    for path in paths.split():
+        event = apiserver.dialect_of(path).late_error(LATE_ERROR, None)
+        assert event.startswith(name) and event.count(b"\n") == (
+            name.count(b"\n") + 2 if error else 0
+        )
+        assert not error or json.loads(event[len(name + b"data: ") :]) == error
 
 
 def test_a_late_error_of_responses_is_flat_or_a_failed_response():
     dialect = apiserver.dialect_of("/v1/responses")
     stream = dialect.open_stream(APIRequest("/v1/responses"), 1000)
-    for at, begun in enumerate((b"", RESPONSE_CREATED + typed("response.x"))):
+    flat = {"code": "c", "message": "too\nlong"}
+    failed = {"id": "r", "status": "failed", "error": flat}
+    for begun, expected in (
+        (b"", {"type": "error", "sequence_number": 0, **flat, "param": "p"}),
+        (
+            RESPONSE_CREATED + typed("response.x"),
+            {"type": "response.failed", "sequence_number": 2, "response": failed},
+        ),
+    ):
         stream.receive(begun)
         name, data = dialect.late_error(LATE_ERROR, stream).split(b"\n", 1)
-        said = json.loads(data[6:])
-        assert name == b"event: " + said["type"].encode()
-        if at == 0:
-            flat = {"code": "c", "message": "too\nlong", "param": "p"}
-            assert said == {"type": "error", "sequence_number": 0, **flat}
-        else:
-            assert said["type"] == "response.failed" and said["sequence_number"] == 2
-            failed = {"id": "r", "status": "failed"}
-            assert said["response"] == {
-                **failed,
-                "error": {"code": "c", "message": "too\nlong"},
-            }
+        assert name == b"event: " + expected["type"].encode()
+        assert json.loads(data[6:]) == expected
 
 
-def test_other_paths_have_no_event_for_a_late_error():
-    for path in ("/v1/embeddings", "/v1/audio/speech", "/v1/messages/count_tokens"):
-        assert apiserver.dialect_of(path).late_error(LATE_ERROR, None) == b""
-
-
-@cases(
-    "status, kind",
-    *[(400, "invalid_request_error"), (401, "authentication_error")]
-    + [(402, "billing_error"), (403, "permission_error"), (404, "not_found_error")]
-    + [(405, "invalid_request_error"), (413, "request_too_large")]
-    + [(429, "rate_limit_error"), (500, "api_error"), (502, "api_error")]
-    + [(503, "overloaded_error"), (504, "timeout_error")],
-)
+@cases("status, kind",
+    (400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"),
+    (403, "permission_error"), (404, "not_found_error"), (405, "invalid_request_error"),
+    (413, "request_too_large"), (429, "rate_limit_error"), (500, "api_error"),
+    (502, "api_error"), (503, "overloaded_error"), (504, "timeout_error"),
+)  # fmt: skip
 def test_anthropics_name_of_each_status(status, kind):
     for path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches"):
         content = apiserver.dialect_of(path).error_content(APIError(status, "No"))
@@ -3440,6 +3114,10 @@ def test_anthropics_name_of_each_status(status, kind):
     for path in ("/v1/message", "/v1/messagesx", CHAT_URL):
         content = apiserver.dialect_of(path).error_content(APIError(status, "No"))
         assert list(json.loads(content)) == ["error"]
+    # Its clients try again at an `overloaded_error`.
+    cancelled = APIError(503, "No", code="cancelled")
+    content = apiserver.dialect_of("/v1/messages").error_content(cancelled)
+    assert json.loads(content)["error"]["type"] == "api_error"
 
 
 # --- Requests
@@ -3452,11 +3130,9 @@ def test_json_of_a_large_request_is_looked_at_and_let_go():
         room = size - len(head) - 4
         content = head + b"{}," * (room // 3) + b" " * (room % 3) + b"{}]}"
         assert len(content) == size
-        tracemalloc.start()
-        request = apiserver.parse_chat_request(content)
-        used = tracemalloc.get_traced_memory()[0]
-        tracemalloc.stop()
-        assert (used > size) is kept
+        with traced() as memory:
+            request = apiserver.parse_chat_request(content)
+            assert (memory()[0] > size) is kept
         assert (request.model, request.stream) == ("m", True)
         assert request.body["model"] == "m"
         assert json.loads(request.encode("real"))["model"] == "real"
@@ -3464,25 +3140,18 @@ def test_json_of_a_large_request_is_looked_at_and_let_go():
 
 # --- Anything at all
 
+USAGE_CHUNK = chunk(choices=[], usage={"a": 1})
 API_SEEDS = [
     chunk("Hi") + chunk("ä😀", "stop", usage=None) + DONE,
-    (
-        chunk("Hi") + chunk(None, "stop") + chunk(choices=[], usage={"a": 1}) + DONE
-    ).replace(b"\n", b"\r\n"),
+    (chunk("Hi", "stop") + USAGE_CHUNK + DONE).replace(b"\n", b"\r\n"),
     b": x\n\n" + chunk("x") + b'data: {"error": {"message": "No"}}\n\n',
     b"\xef\xbb\xbfevent: a\rdata: b\rdata: c\r\rdata: [DONE]\r\r",
 ]
 API_PIECES = [
     b"\n", b"\r", b"\r\n", b"\n\n", b"\r\r", b"data: ", b"data:", b":", b"\xff",
-]  # fmt: skip
-API_PIECES += [
     b'"error"', b'"usage"', b"[DONE]", b'"finish_reason":"', b"{", b"}", b"\x00",
+    b'data: {"error":1}\n\n', b'data: {"usage":{},"choices":[]}\n\n', b"null",
 ]  # fmt: skip
-API_PIECES += [
-    b'data: {"error":1}\n\n',
-    b'data: {"usage":{},"choices":[]}\n\n',
-    b"null",
-]
 
 
 def api_outcome(make, data, pieces):
@@ -3519,8 +3188,8 @@ def test_any_bytes_are_a_chat_request_or_refused():
         b'{"Model": "m", "Messages": [{"Role": "user", "Content": [{"text": "a"}]}]}',
         b'{"model": "\\ud800", "messages": [1.5, {"role": null}], "x": {"y": []}}',
     ]
-    pieces = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\u", b"1e999", b"NaN", b"-"]
-    pieces += [
+    pieces = [
+        b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\u", b"1e999", b"NaN", b"-",
         b"null", b"true", b"1", b'"model"', b'"messages"', b'"stream": 1,', b"\xff",
     ]  # fmt: skip
     good = 0
@@ -3669,13 +3338,6 @@ async def connection_trickle(writer, data, interval=0.02):
             await asyncio.sleep(interval)
 
 
-def connection_cut(writer):
-    """Have a peer end with an RST."""
-    sock = writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
-
-
 # --- Reading
 
 
@@ -3683,12 +3345,11 @@ def connection_cut(writer):
 async def test_deadline_is_absolute_although_bytes_trickle():
     async with connection_pair(head_timeout=0.15) as (connection, _, writer):
         began = time.monotonic()
-        trickle = asyncio.ensure_future(connection_trickle(writer, b"GET /" * 30))
-        with pytest.raises(asyncio.TimeoutError):
-            await connection.read(apiserver.parse_request_head)
+        async with beside(connection_trickle(writer, b"GET /" * 30)):
+            with pytest.raises(asyncio.TimeoutError):
+                await connection.read(apiserver.parse_request_head)
         assert 0.1 < time.monotonic() - began < 2  # and not the trickle's 3 s
         assert connection.buffer.startswith(b"GET")
-        trickle.cancel()
 
 
 @flow
@@ -3705,9 +3366,7 @@ async def test_deadline_can_be_moved_both_ways():
 
 @cases("size, reading", (999, True), (1000, True), (1001, False))
 @flow
-async def test_reading_pauses_once_more_than_pipelined_size_waits(
-    size, reading, constant
-):
+async def test_reading_pauses_once_more_waits_than_may(size, reading, constant):
     constant(PIPELINED_SIZE=1000)
     async with connection_pair() as (connection, _, writer):
         writer.write(bytes(size))
@@ -3742,11 +3401,10 @@ async def test_read_returns_none_when_the_peer_ends_too_early():
         assert connection.buffer == b"GET / HT" and not connection.lost
 
 
-@cases(
-    "end, error",
+@cases("end, error",
     (lambda writer: writer.write_eof(), ProtocolError),
     (connection_cut, ConnectionResetError),
-)
+)  # fmt: skip
 @flow
 async def test_content_cut_short_is_an_error(end, error):
     async with connection_pair() as (connection, _, writer):
@@ -3794,8 +3452,7 @@ async def test_two_may_drain_at_once():
         drains = [asyncio.ensure_future(connection.drain()) for _ in range(2)]
         await reader.readexactly(16 * 1024 * 1024)
         await asyncio.gather(*drains)
-        drains = [asyncio.ensure_future(connection.drain()) for _ in range(2)]
-        await asyncio.gather(*drains)  # nothing to wait for
+        await connection.drain()  # nothing to wait for
 
 
 @flow
@@ -3836,6 +3493,8 @@ async def test_a_tls_connection_may_be_closed_twice_and_is_gone_in_time(
     tmp_path, constant
 ):
     """The peer answers no close_notify; what is asked afterwards harms nobody."""
+    constant(LINGER_TIMEOUT=0.2)
+    accepted = []
 
     async def serve(connection):
         connection.write(b"x")
@@ -3844,29 +3503,26 @@ async def test_a_tls_connection_may_be_closed_twice_and_is_gone_in_time(
         connection.close()
         accepted.append(connection)
 
-    accepted = []
-    constant(LINGER_TIMEOUT=0.2)
     context = tls_server_context(tmp_path)
     async with connection_server(serve, context) as port:
         trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
-        sock = socket.create_connection(("127.0.0.1", port))
-        sock.setblocking(False)
-        wire, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = trusting.wrap_bio(wire, sent, server_hostname="127.0.0.1")
-        while not accepted:  # the handshake by hand, and then nothing more
-            with contextlib.suppress(ssl.SSLWantReadError):
-                tls.do_handshake()
-            with contextlib.suppress(BlockingIOError):
-                sock.send(sent.read())
-                wire.write(sock.recv(65536))
-            await asyncio.sleep(0.001)
-        (connection,) = accepted
-        await until(lambda: connection.lost)
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.setblocking(False)
+            wire, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = trusting.wrap_bio(wire, sent, server_hostname="127.0.0.1")
+            while not accepted:  # the handshake by hand, and then nothing more
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+                with contextlib.suppress(BlockingIOError):
+                    sock.send(sent.read())
+                    wire.write(sock.recv(65536))
+                await asyncio.sleep(0.001)
+            (connection,) = accepted
+            await until(lambda: connection.lost)
         assert connection.unsent == 0 and connection.closing
         with pytest.raises(ConnectionResetError):
             connection.write(b"late")
         connection.abort()
-        sock.close()
 
 
 @flow
@@ -3876,34 +3532,30 @@ async def test_an_answer_can_be_read_while_the_request_is_still_sent():
         writer.write(bytes(10_000))
         await connection.receive()
         connection.write(b"413 and why")
-        lingering = asyncio.ensure_future(connection.linger())
-        await asyncio.sleep(0)
-        for _ in range(10):
-            writer.write(bytes(10_000))
-            await writer.drain()
-            await asyncio.sleep(0.005)
-        assert await reader.read() == b"413 and why"
-        assert not lingering.done()
-        writer.close()
-        await lingering
+        async with beside(connection.linger()) as lingering:
+            await asyncio.sleep(0)
+            for _ in range(10):
+                writer.write(bytes(10_000))
+                await writer.drain()
+                await asyncio.sleep(0.005)
+            assert await reader.read() == b"413 and why"
+            assert not lingering.done()
+            writer.close()
+            await lingering
 
 
 @cases("limits", {"LINGER_TIMEOUT": 0.1}, {"LINGER_TIMEOUT": 60, "LINGER_SIZE": 50_000})
 @flow
 async def test_lingering_ends_after_a_time_and_after_a_size(limits, constant):
+    """Bytes do not extend it."""
     constant(**limits)
     async with connection_pair() as (connection, _, writer):
-        if "LINGER_SIZE" in limits:
-            writer.write(bytes(1024 * 1024))
-            trickle = None
-        else:  # bytes do not extend it
-            trickle = asyncio.ensure_future(
-                connection_trickle(writer, bytes(1000), 0.01)
-            )
-        await asyncio.wait_for(connection.linger(), 5)
-        await until(lambda: connection.lost)
-        if trickle is not None:
-            trickle.cancel()
+        large = "LINGER_SIZE" in limits
+        data, interval = (bytes(1024 * 1024), 0) if large else (bytes(1000), 0.01)
+        writer.write(data[: len(data) * large])
+        async with beside(connection_trickle(writer, data, interval)):
+            await asyncio.wait_for(connection.linger(), 5)
+            await until(lambda: connection.lost)
 
 
 @cases("eof_is_hangup", True, False)
@@ -3921,24 +3573,18 @@ async def test_hang_up_is_told_once_while_nobody_reads(eof_is_hangup, end):
             writer.write_eof()
             await until(lambda: connection.eof)
         # Who has only sent his last byte may still read, if that is allowed.
-        told = end == "rst" or eof_is_hangup
-        assert len(calls) == told
+        assert len(calls) == (end == "rst" or eof_is_hangup)
         connection.abort()
         await until(lambda: connection.lost)
         assert len(calls) == 1
-
-
-@flow
-async def test_hang_up_is_told_to_who_reads():
     async with connection_pair() as (connection, _, writer):
-        calls = []
-        connection.eof_is_hangup = True
+        connection.eof_is_hangup = eof_is_hangup
         connection.on_hangup = lambda: calls.append(1)
         reading = asyncio.ensure_future(connection.receive())
         await asyncio.sleep(0)
         connection_cut(writer)
-        assert await reading is False
-        assert calls == []
+        assert await reading is False  # it is told to who reads
+        assert len(calls) == 1
 
 
 @flow
@@ -3971,7 +3617,7 @@ async def test_a_transport_need_not_inherit_from_asyncios():
 
 
 @contextlib.asynccontextmanager
-async def connection_streams(serve):
+async def connection_streams(serve, tls=None):
     """A server of streams at a port."""
     tasks = set()
 
@@ -3982,7 +3628,7 @@ async def connection_streams(serve):
         finally:
             writer.transport.abort()
 
-    server = await asyncio.start_server(served, "127.0.0.1", 0)
+    server = await asyncio.start_server(served, "127.0.0.1", 0, ssl=tls)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
@@ -3990,32 +3636,6 @@ async def connection_streams(serve):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def connection_reply(writer, data, end=None):
-    """What an upstream's behave does: send data, then perhaps end."""
-    writer.write(data)
-    await writer.drain()
-    if end is not None:
-        end(writer)
-        await asyncio.sleep(60)
-
-
-def connection_close(writer):
-    writer.close()
-
-
-def idle(writer):
-    """No end at all."""
-
-
-def behaves(data, end=None):
-    """An upstream that answers each request with data, and ends like that."""
-
-    async def behave(request, writer):
-        await connection_reply(writer, data, end)
-
-    return data if end is None else behave
 
 
 async def get(client, target="/x", **options):
@@ -4037,10 +3657,9 @@ async def test_requests_share_a_connection():
         assert await answer.read_all(2) == b"ok"
         assert upstream.connections == 1
         last = upstream.requests[-1]
-        assert last.line == "POST /v1/y?z HTTP/1.1"
+        assert last.line == "POST /v1/y?z HTTP/1.1" and last.content == b"content"
         assert last.headers["host"] == f"127.0.0.1:{upstream.port}"
-        assert last.headers["content-length"] == "7" and last.content == b"content"
-        assert last.headers["x-a"] == "b"
+        assert (last.headers["content-length"], last.headers["x-a"]) == ("7", "b")
         client.close()
         await until(lambda: upstream.ended == 1)
 
@@ -4064,16 +3683,15 @@ async def test_a_connection_made_for_a_caller_who_just_left_is_closed():
         assert upstream.requests == []
 
 
-@cases(
-    "answer",
+@cases("answer",
     b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
     b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
     b"HTTP/1.1 200 OK\r\n\r\nok",  # ends with the connection
-)
+)  # fmt: skip
 @flow
 async def test_a_connection_that_will_close_is_not_kept(answer):
     end = None if b"Length" in answer else connection_close
-    async with Upstream(behaves(answer, end)) as upstream:
+    async with Upstream(sends(answer, end)) as upstream:
         client = HTTPClient(upstream.url)
         assert await get(client) == await get(client) == (200, b"ok")
         assert upstream.connections == 2
@@ -4082,7 +3700,7 @@ async def test_a_connection_that_will_close_is_not_kept(answer):
 
 @flow
 async def test_an_answer_not_read_to_its_end_costs_its_connection():
-    async with Upstream(behaves(STREAM_HEAD + chunked(b"one"))) as upstream:
+    async with Upstream(sends(STREAM_HEAD + chunked(b"one"))) as upstream:
         client = HTTPClient(upstream.url)
         answer = await client.request("GET", "/", [])
         assert await answer.read() == b"one"
@@ -4098,22 +3716,44 @@ def coded_reply(coding, data, framing="length"):
         head += f"Content-Length: {len(data)}\r\n"
     elif framing == "chunked":
         head += "Transfer-Encoding: chunked\r\n"
-        data = b"".join(
-            apiserver.encode_chunk(data[n : n + 7]) for n in range(0, len(data), 7)
-        )
+        data = b"".join(chunked(data[n : n + 7]) for n in range(0, len(data), 7))
         data += apiserver.LAST_CHUNK
     return f"{head}\r\n".encode() + data
 
 
-@cases("begun", b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 2")
+@cases("end", connection_close, connection_cut)
+@flow
+async def test_a_request_is_replayed_when_its_kept_connection_has_died(end):
+    """On a reused connection, without a byte, once: a fresh one that dies is a failure."""
+
+    async def behave(request, writer):
+        await (sends(OK) if len(upstream.requests) in works else sends(end))(
+            request, writer
+        )
+
+    async with Upstream(behave) as upstream:
+        client = HTTPClient(upstream.url)
+        works = {1, 3}
+        assert await get(client) == await get(client) == (200, b"ok")
+        assert upstream.connections == 2 and len(upstream.requests) == 3
+        works = set()
+        with pytest.raises(ConnectionResetError):
+            await get(client)  # its replay fails too
+        assert len(upstream.requests) == 5
+        with pytest.raises(ConnectionResetError):
+            await get(client)
+        assert len(upstream.requests) == 6
+        await until(lambda: upstream.ended == upstream.connections)
+
+
+@cases("begun", b"HTTP/1.1 103 Early Hints\r\n\r\n", b"H", b"HTTP/1.1 200 OK\r\n")
 @flow
 async def test_a_request_whose_answer_had_begun_is_not_replayed(begun):
     """Not even after an interim answer: it may have been carried out."""
 
     async def behave(request, writer):
-        if len(upstream.requests) == 2:
-            await connection_reply(writer, begun, connection_close)
-        writer.write(OK)
+        steps = [OK] if len(upstream.requests) == 1 else [begun, connection_close]
+        await sends(*steps)(request, writer)
 
     async with Upstream(behave) as upstream:
         client = HTTPClient(upstream.url)
@@ -4126,13 +3766,11 @@ async def test_a_request_whose_answer_had_begun_is_not_replayed(begun):
 @cases("framing", "length", "chunked", "close")
 @cases("coding", "gzip", "deflate", "none", "", "Identity")
 @flow
-async def test_an_answer_in_a_coding_is_read_although_none_was_asked_for(
-    coding, framing
-):
+async def test_an_answer_in_a_coding_is_read_though_none_was_asked_for(coding, framing):
     text = b"some text " * 50_000
     data = CODINGS.get(coding, bytes)(text)
     end = connection_close if framing == "close" else None
-    async with Upstream(behaves(coded_reply(coding, data, framing), end)) as upstream:
+    async with Upstream(sends(coded_reply(coding, data, framing), end)) as upstream:
         client = HTTPClient(upstream.url)
         for _ in range(2):
             answer = await client.request("GET", "/", [])
@@ -4146,7 +3784,7 @@ async def test_an_answer_in_a_coding_is_read_although_none_was_asked_for(
 @flow
 async def test_an_inflated_answer_has_the_bound_of_a_plain_one():
     reply = coded_reply("gzip", gzip.compress(bytes(500_000)))
-    async with Upstream(behaves(reply)) as upstream:
+    async with Upstream(sends(reply)) as upstream:
         answer = await HTTPClient(upstream.url).request("GET", "/", [])
         with pytest.raises(ProtocolError, match="over 400000 bytes"):
             await answer.read_all(400_000)
@@ -4156,7 +3794,7 @@ async def test_an_inflated_answer_has_the_bound_of_a_plain_one():
 @flow
 async def test_others_run_while_an_answer_is_inflated():
     reply = coded_reply("gzip", gzip.compress(b"some text " * 200_000))
-    async with Upstream(behaves(reply)) as upstream:
+    async with Upstream(reply) as upstream:
         answer = await HTTPClient(upstream.url).request("GET", "/", [])
         await until(lambda: answer._connection.buffer.endswith(reply[-9:]))
         turns = 0
@@ -4167,9 +3805,8 @@ async def test_others_run_while_an_answer_is_inflated():
                 turns += 1
                 await asyncio.sleep(0)
 
-        counting = asyncio.ensure_future(count())
-        assert len(await answer.read_all(2_000_000)) == 2_000_000
-        counting.cancel()
+        async with beside(count()):
+            assert len(await answer.read_all(2_000_000)) == 2_000_000
         assert turns > 20
 
 
@@ -4182,68 +3819,19 @@ async def test_others_run_while_an_answer_is_inflated():
 @flow
 async def test_an_answer_in_a_coding_that_cannot_be_undone_is_broken(reply):
     end = None if b"Length" in reply or b"chunked" in reply else connection_close
-    async with Upstream(behaves(reply, end)) as upstream:
+    async with Upstream(sends(reply, end)) as upstream:
         with pytest.raises(ProtocolError):
             await get(HTTPClient(upstream.url))
 
 
 @cases("end", connection_close, connection_cut)
-@flow
-async def test_a_request_is_replayed_when_its_kept_connection_has_died(end):
-    """On a reused connection, without a byte, once."""
-
-    async def behave(request, writer):
-        if len(upstream.requests) == 2:
-            end(writer)
-            await asyncio.sleep(60)
-        writer.write(OK)
-
-    async with Upstream(behave) as upstream:
-        client = HTTPClient(upstream.url)
-        assert await get(client) == await get(client) == (200, b"ok")
-        assert upstream.connections == 2 and len(upstream.requests) == 3
-        client.close()
-        await until(lambda: upstream.ended == 2)
-
-
-@cases("data, requests", (b"", 3), (b"H", 2), (b"HTTP/1.1 200 OK\r\n", 2))
-@flow
-async def test_a_request_is_replayed_only_once_and_not_after_a_byte(data, requests):
-    async def behave(request, writer):
-        first = len(upstream.requests) == 1
-        end = None if first else connection_close
-        await connection_reply(writer, OK if first else data, end)
-
-    async with Upstream(behave) as upstream:
-        client = HTTPClient(upstream.url)
-        await get(client)
-        with pytest.raises(ConnectionResetError):
-            await get(client)
-        assert len(upstream.requests) == requests
-
-
-@cases("end", connection_close, connection_cut)
-@flow
-async def test_a_fresh_connection_that_dies_is_a_failure(end):
-    """Nothing is replayed."""
-    async with Upstream(behaves(b"", end)) as upstream:
-        with pytest.raises(ConnectionResetError):
-            await get(HTTPClient(upstream.url))
-        assert len(upstream.requests) == 1
-
-
-@cases("end", connection_close, connection_cut)
-@cases(
-    "data",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
-    STREAM_HEAD + chunked(b"half"),
-    STREAM_HEAD + b"9\r\nhalf",
-    STREAM_HEAD + chunked(b"half") + b"0\r\n",
-)
+@cases("data",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", STREAM_HEAD + chunked(b"half"),
+    STREAM_HEAD + b"9\r\nhalf", STREAM_HEAD + chunked(b"half") + b"0\r\n",
+)  # fmt: skip
 @flow
 async def test_an_answer_cut_short_is_never_complete(data, end):
-    async with Upstream(behaves(data, end)) as upstream:
-        answer = None
+    async with Upstream(sends(data, end)) as upstream:
         with pytest.raises((ProtocolError, ConnectionResetError)):
             answer = await HTTPClient(upstream.url).request("GET", "/", [])
             while await answer.read():
@@ -4251,16 +3839,14 @@ async def test_an_answer_cut_short_is_never_complete(data, end):
             pytest.fail("it passed as complete")
 
 
-@cases(
-    "data",
-    STREAM_HEAD + b"x\r\nok\r\n0\r\n\r\n",
-    STREAM_HEAD + b"2\r\nokXX0\r\n\r\n",
+@cases("data",
+    STREAM_HEAD + b"x\r\nok\r\n0\r\n\r\n", STREAM_HEAD + b"2\r\nokXX0\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
     STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\n") + b"ok",
     b"HTTP/1.1 OK\r\nContent-Length: 2\r\n\r\nok",
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n",
     b"\x15\x03\x01\x00\x02\x02\x16\r\n\r\n",
-)
+)  # fmt: skip
 @flow
 async def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data):
     async with Upstream(data) as upstream:
@@ -4275,18 +3861,19 @@ async def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data
             await until(lambda number=number: upstream.ended == number)
 
 
-@cases(
-    "start, more",
+@cases("start, more",
     (b"HTTP/1.1 200 OK\r\n", b"X: " + b"y" * 100 + b"\r\n"),
-    (b"HTTP/1.1 200 OK\r\nX: ", b"y" * 1000),
-    (b"HTTP/1.1 200 ", b"O" * 1000),
+    (b"HTTP/1.1 200 OK\r\nX: ", b"y" * 1000), (b"HTTP/1.1 200 ", b"O" * 1000),
     (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n", b""),
-    ids=["fields", "field", "status-line", "interim", "201-fields"],
-)
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999999\r\n\r\n", b""),
+    (STREAM_HEAD, chunked(b"x" * 10_000)), (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 10_000),
+    ids=["fields", "field", "status-line", "interim", "201-fields", "declared", "chunked",
+         "until-close"],
+)  # fmt: skip
 @flow
-async def test_an_endless_head_is_cut_off(start, more):
-    """Nothing is read for ever, and nothing kept."""
+async def test_nothing_endless_is_read_for_ever_or_kept(start, more):
+    """A head, or content: judged by what is declared, or once it is over the limit."""
     sent = 0
 
     async def behave(request, writer):
@@ -4297,10 +3884,15 @@ async def test_an_endless_head_is_cut_off(start, more):
             sent += len(more) * 100
             await writer.drain()
             await asyncio.sleep(0)
+        await asyncio.sleep(60)
 
     async with Upstream(behave) as upstream:
         with pytest.raises(ProtocolError):
-            await get(HTTPClient(upstream.url))
+            answer = await HTTPClient(upstream.url).request("GET", "/", [])
+            try:
+                await asyncio.wait_for(answer.read_all(100_000), 5)
+            finally:
+                await answer.aclose()
         await until(lambda: upstream.ended == 1)
         assert sent < 16 * 1024 * 1024
 
@@ -4308,17 +3900,11 @@ async def test_an_endless_head_is_cut_off(start, more):
 @cases("count, works", (0, True), (16, True), (17, False))
 @flow
 async def test_interim_answers_are_skipped_up_to_a_limit(count, works):
-    interim = [
-        b"HTTP/1.1 %d X\r\nA: b\r\n\r\n" % (100, 102, 103)[i % 3] for i in range(count)
-    ]
-
-    async with Upstream(b"".join(interim) + OK) as upstream:
-        client = HTTPClient(upstream.url)
-        if works:
-            assert await get(client) == (200, b"ok")
-        else:
-            with pytest.raises(ProtocolError):
-                await get(client)
+    statuses = [(100, 102, 103)[i % 3] for i in range(count)]
+    interim = b"".join(b"HTTP/1.1 %d X\r\nA: b\r\n\r\n" % status for status in statuses)
+    async with Upstream(interim + OK) as upstream:
+        with refused(None if works else 502):
+            assert await get(HTTPClient(upstream.url)) == (200, b"ok")
 
 
 @cases("size, works", (999, True), (1000, True), (1001, False))
@@ -4326,51 +3912,18 @@ async def test_interim_answers_are_skipped_up_to_a_limit(count, works):
 @flow
 async def test_an_answer_has_a_largest_size(size, works, framing):
     body = b"x" * size
-    data, end = STREAM_HEAD, None
-    if framing == "length":
-        data = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + body
-    elif framing == "chunked":
-        data += chunked(body) + b"0\r\n\r\n"
-    elif framing == "chunks":
-        data += b"".join(chunked(b"x") for _ in range(size)) + b"0\r\n\r\n"
-    else:
-        data, end = b"HTTP/1.1 200 OK\r\n\r\n" + body, connection_close
-
-    async with Upstream(behaves(data, end)) as upstream:
+    last = b"0\r\n\r\n"
+    steps = {
+        "length": [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size, body],
+        "chunked": [STREAM_HEAD, chunked(body), last],
+        "chunks": [STREAM_HEAD, chunked(b"x") * size, last],
+        "close": [b"HTTP/1.1 200 OK\r\n\r\n", body, connection_close],
+    }
+    async with Upstream(sends(*steps[framing])) as upstream:
         answer = await HTTPClient(upstream.url).request("GET", "/", [])
-        if works:
+        with refused(None if works else 502):
             assert await answer.read_all(1000) == body
-        else:
-            with pytest.raises(ProtocolError):
-                await answer.read_all(1000)
-            await answer.aclose()
-
-
-@cases(
-    "start, more",
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999999\r\n\r\n", b""),
-    (STREAM_HEAD, chunked(b"x" * 10_000)),
-    (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 10_000),
-    ids=["declared", "chunked", "until-close"],
-)
-@flow
-async def test_a_huge_answer_is_not_collected(start, more):
-    """Judged by what is declared, or once it is over the limit."""
-
-    async def behave(request, writer):
-        writer.write(start)
-        while more:
-            writer.write(more)
-            await writer.drain()
-            await asyncio.sleep(0)
-        await asyncio.sleep(60)
-
-    async with Upstream(behave) as upstream:
-        answer = await HTTPClient(upstream.url).request("GET", "/", [])
-        with pytest.raises(ProtocolError):
-            await asyncio.wait_for(answer.read_all(100_000), 5)
         await answer.aclose()
-        await until(lambda: upstream.ended == 1)
 
 
 @cases("later", False, True, ids=["same-packet", "later"])
@@ -4406,11 +3959,9 @@ async def test_bytes_behind_an_answer_never_reach_the_next_request(later):
 async def test_a_redirect_is_not_followed(status):
     """The key would go where a server sends it."""
     async with Upstream(OK) as elsewhere:
-        head = f"HTTP/1.1 {status} X\r\nLocation: {elsewhere.url}\r\n"
-        answer = (head + "Content-Length: 2\r\n\r\nno").encode()
+        answer = http_reply(b"no", status, headers=[("Location", elsewhere.url)])
         async with Upstream(answer) as upstream:
-            client = HTTPClient(upstream.url)
-            assert await get(client) == (status, b"no")
+            assert await get(HTTPClient(upstream.url)) == (status, b"no")
         assert elsewhere.connections == 0
 
 
@@ -4468,7 +4019,7 @@ async def test_an_idle_connection_that_the_upstream_closes_is_forgotten():
 
 @flow
 async def test_a_cancelled_request_closes_its_connection():
-    async with Upstream(behaves(b"", idle)) as upstream:
+    async with Upstream(sends(60)) as upstream:
         work = asyncio.ensure_future(get(HTTPClient(upstream.url)))
         await until(lambda: upstream.requests)
         work.cancel()
@@ -4478,13 +4029,12 @@ async def test_a_cancelled_request_closes_its_connection():
 # --- Answers that come early
 
 
-def early(answer, end=connection_cut, delay=0.0):
-    """Answers when it has read the head of a request and a little of its content."""
+def early(*steps):
+    """A server that takes these steps when it has read the head of a request."""
 
     async def serve(reader, writer):
-        await reader.readuntil(b"\r\n\r\n")
-        await asyncio.sleep(delay)
-        await connection_reply(writer, answer, end)
+        line = (await reader.readuntil(b"\r\n\r\n")).decode()
+        await sends(*steps, 60)(UpstreamRequest(line, {}, b""), writer)
 
     return serve
 
@@ -4493,14 +4043,14 @@ REFUSAL = http_reply({"error": {"message": "too large for me"}}, 413)
 
 
 @cases("size", 100, 200_000, 12_000_000)
-@cases("end", connection_close, connection_cut, idle)
+@cases("end", connection_close, connection_cut, None)
 @cases("delay", 0, 0.1)
 @flow
 async def test_an_answer_that_comes_before_the_request_is_sent_is_read(
     size, end, delay
 ):
     """RFC 9112 section 9.5: unread content turns the end into a reset."""
-    async with connection_streams(early(REFUSAL, end, delay)) as port:
+    async with connection_streams(early(delay, REFUSAL, end)) as port:
         client = HTTPClient(f"http://127.0.0.1:{port}")
         for _ in range(3):
             answer = await client.request("POST", "/", [], bytes(size))
@@ -4512,49 +4062,33 @@ async def test_an_answer_that_comes_before_the_request_is_sent_is_read(
             client.close()
 
 
+@cases("tls, answer, works",
+    (True, REFUSAL, True),
+    (False, REFUSAL[:-10], True),  # what a reset cuts off does not hide its status
+    (False, b"", False), (False, b"HTTP/1.1 413 Payload Too La", False),
+)  # fmt: skip
 @flow
-async def test_an_early_answer_is_read_in_tls_too(tmp_path):
-    async def serve(reader, writer):
-        await reader.readuntil(b"\r\n\r\n")
-        await connection_reply(writer, REFUSAL, connection_close)
-
-    server = await asyncio.start_server(
-        serve, "127.0.0.1", 0, ssl=tls_server_context(tmp_path)
-    )
-    port = server.sockets[0].getsockname()[1]
-    client = HTTPClient(f"https://127.0.0.1:{port}", ca_file=str(tmp_path / "ca.pem"))
-    answer = await client.request("POST", "/", [], bytes(12_000_000))
-    assert answer.status == 413 and b"too large" in await answer.read_all(1000)
-    server.close()
+async def test_half_an_early_answer_is_read_and_half_a_head_is_none(
+    tmp_path, tls, answer, works
+):
+    context = tls_server_context(tmp_path)
+    end = connection_close if tls else connection_cut
+    async with connection_streams(early(answer, end), context if tls else None) as port:
+        url, ca_file = f"http{'s' * tls}://127.0.0.1:{port}", str(tmp_path / "ca.pem")
+        client = HTTPClient(url, ca_file=ca_file)
+        with contextlib.nullcontext() if works else pytest.raises(ConnectionError):
+            answer = await client.request("POST", "/", [], bytes(12_000_000))
+            assert answer.status == 413 and b"too large" in await answer.read_all(1000)
 
 
+@cases("limits, deadline", ({"write_timeout": 0.2}, 60), ({}, 0.2))
 @flow
-async def test_what_a_reset_cuts_off_an_early_error_does_not_hide_its_status():
-    answer = REFUSAL[:-10]
-    async with connection_streams(early(answer)) as port:
-        client = HTTPClient(f"http://127.0.0.1:{port}")
-        answer = await client.request("POST", "/", [], bytes(12_000_000))
-        assert answer.status == 413 and b"too large" in await answer.read_all(1000)
-
-
-@cases("answer", b"", b"HTTP/1.1 413 Payload Too La")
-@flow
-async def test_half_a_head_is_no_early_answer(answer):
-    async with connection_streams(early(answer)) as port:
-        client = HTTPClient(f"http://127.0.0.1:{port}")
-        with pytest.raises(ConnectionError):
-            await client.request("POST", "/", [], bytes(12_000_000))
-
-
-@flow
-async def test_an_upstream_that_takes_no_content_is_given_up():
-    async with connection_streams(early(b"", idle)) as port:
-        for changes, deadline in (({"write_timeout": 0.2}, 60), ({}, 0.2)):
-            client = HTTPClient(f"http://127.0.0.1:{port}", limits=Limits(**changes))
-            end = asyncio.get_running_loop().time() + deadline
-            with pytest.raises(asyncio.TimeoutError):
-                content = bytes(12_000_000)
-                await client.request("POST", "/", [], content, deadline=end)
+async def test_an_upstream_that_takes_no_content_is_given_up(limits, deadline):
+    async with connection_streams(early()) as port:
+        client = HTTPClient(f"http://127.0.0.1:{port}", limits=Limits(**limits))
+        end = asyncio.get_running_loop().time() + deadline
+        with pytest.raises(asyncio.TimeoutError):
+            await client.request("POST", "/", [], bytes(12_000_000), deadline=end)
 
 
 @flow
@@ -4577,23 +4111,16 @@ async def test_the_first_byte_is_waited_for_from_the_end_of_the_content_on():
 # --- Deadlines
 
 
-def idles(data):
-    """An upstream that sends data, and then nothing more."""
-    return behaves(data, idle)
-
-
-@cases(
-    "data, limits, options",
-    (b"", {"first_byte_timeout": 0.1}, {}),
-    (b"", {}, {"first_byte_timeout": 0.1}),
+@cases("data, limits, options",
+    (b"", {"first_byte_timeout": 0.1}, {}), (b"", {}, {"first_byte_timeout": 0.1}),
     (b"HTTP/1.1 200 OK\r\nContent-Le", {"first_byte_timeout": 0.1}, {}),
     (OK[:-1], {"silence_timeout": 0.1}, {}),
     (STREAM_HEAD + chunked(b"one"), {"silence_timeout": 0.1}, {}),
     ids=["hang", "hang-option", "hang-headers", "hang-body", "hang-stream"],
-)
+)  # fmt: skip
 @flow
 async def test_a_silent_upstream_is_given_up(data, limits, options):
-    async with Upstream(idles(data)) as upstream:
+    async with Upstream(sends(data, 60)) as upstream:
         client = HTTPClient(upstream.url, limits=Limits(**limits))
         answer = None
         with pytest.raises(asyncio.TimeoutError):
@@ -4605,25 +4132,14 @@ async def test_a_silent_upstream_is_given_up(data, limits, options):
         await until(lambda: upstream.ended == 1)
 
 
-@cases(
-    "data, limits, deadline",
-    (b"HTTP/1.1 200 OK\r\n", {"first_byte_timeout": 0.15}, 60),
-    (b"HTTP/1.1 200 OK\r\n", {}, 0.15),
-    (OK, {}, 0.15),
-    ids=["head", "head-deadline", "content-deadline"],
-)
+@cases("start, more, limits, deadline",
+    (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", {"first_byte_timeout": 0.15}, 60),
+    (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", {}, 0.15),
+    (STREAM_HEAD, chunked(b"x"), {}, 0.15), ids=["head", "head-deadline", "content"],
+)  # fmt: skip
 @flow
-async def test_a_trickle_does_not_extend_a_deadline(data, limits, deadline):
-    async def behave(request, writer):
-        if data is OK:
-            writer.write(STREAM_HEAD)
-            for _ in range(150):
-                writer.write(chunked(b"x"))
-                await asyncio.sleep(0.02)
-        else:
-            await connection_trickle(writer, data + b"X: y\r\n" * 30)
-
-    async with Upstream(behave) as upstream:
+async def test_a_trickle_does_not_extend_a_deadline(start, more, limits, deadline):
+    async with Upstream(sends(start, *[more, 0.02] * 150)) as upstream:
         client = HTTPClient(upstream.url, limits=Limits(**limits))
         began = time.monotonic()
         end = asyncio.get_running_loop().time() + deadline
@@ -4636,14 +4152,7 @@ async def test_a_trickle_does_not_extend_a_deadline(data, limits, deadline):
 
 @flow
 async def test_a_slow_stream_goes_on_as_long_as_it_is_not_silent():
-    async def behave(request, writer):
-        writer.write(STREAM_HEAD)
-        for _ in range(12):
-            await asyncio.sleep(0.05)
-            writer.write(chunked(b"x"))
-        writer.write(b"0\r\n\r\n")
-
-    async with Upstream(behave) as upstream:
+    async with Upstream(streams(*[0.05, b"x"] * 12)) as upstream:
         limits = Limits(silence_timeout=0.5, first_byte_timeout=0.5)
         client = HTTPClient(upstream.url, limits=limits)
         assert await get(client) == (200, b"x" * 12)
@@ -4654,20 +4163,17 @@ async def test_a_slow_stream_goes_on_as_long_as_it_is_not_silent():
 @flow
 async def test_the_last_chunk_is_waited_for_only_a_moment():
     async def behave(request, writer):
-        writer.write(STREAM_HEAD + chunked(b"one"))
-        if len(upstream.requests) == 1:
-            await asyncio.sleep(0.02)
-            writer.write(b"0\r\n\r\n")
-        await asyncio.sleep(0 if len(upstream.requests) == 1 else 60)
+        pause = 0.02 if len(upstream.requests) == 1 else 60
+        await streams(b"one", pause)(request, writer)
 
     async with Upstream(behave) as upstream:
         client = HTTPClient(upstream.url)
-        for connections in (1, 1):
+        for _ in range(2):
             answer = await client.request("GET", "/", [])
             assert await answer.read() == b"one"
             await asyncio.wait_for(answer.finish(), 5)
             await answer.aclose()
-            assert upstream.connections == connections
+            assert upstream.connections == 1
         await until(lambda: upstream.ended == 1)
 
 
@@ -4707,12 +4213,10 @@ async def test_a_refused_connection_is_told_at_once():
 @flow
 async def test_a_black_hole_is_given_up_after_connect_timeout():
     with black_hole() as port:
-        client = HTTPClient(
-            f"http://127.0.0.1:{port}", limits=Limits(connect_timeout=0.2)
-        )
+        limits = Limits(connect_timeout=0.2)
         began = time.monotonic()
         with pytest.raises(asyncio.TimeoutError):
-            await get(client)
+            await get(HTTPClient(f"http://127.0.0.1:{port}", limits=limits))
         assert 0.15 < time.monotonic() - began < 2
 
 
@@ -4738,17 +4242,18 @@ async def test_the_next_address_is_tried_when_the_first_is_dead():
         assert upstream.requests[0].headers["host"] == (f"name.example:{upstream.port}")
 
 
-def not_found(host, port):
-    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-
-@cases(
-    "resolve, words",
-    (not_found, "name.example could not be resolved: .*not known"),
-    (lambda host, port: [], "name.example has no address"),
-)
+@cases("found, words",
+    (socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+     "name.example could not be resolved: .*not known"),
+    (None, "name.example has no address"),
+)  # fmt: skip
 @flow
-async def test_a_name_without_an_address_is_told(resolve, words):
+async def test_a_name_without_an_address_is_told(found, words):
+    def resolve(host, port):
+        if found:
+            raise found
+        return []
+
     client = HTTPClient("http://name.example", resolve=resolve)
     for _ in range(2):
         with pytest.raises(OSError, match=words):
@@ -4782,28 +4287,21 @@ async def test_a_hanging_resolver_is_asked_once_and_given_up():
         assert await get(client) == (200, b"ok")
 
 
-def test_a_hanging_resolver_does_not_keep_the_process_alive():
+def test_a_hanging_resolver_does_not_keep_the_process_alive(tmp_path):
     """A thread of the default executor would be joined at exit."""
-    program = (
-        "import asyncio, threading, chatgpt_apiserver as a\n"
-        "async def main():\n"
-        "    client = a.HTTPClient('http://name.example',\n"
-        "        limits=a.Limits(connect_timeout=0.1),\n"
-        "        resolve=lambda host, port: threading.Event().wait())\n"
-        "    try:\n"
-        "        await client.request('GET', '/', [])\n"
-        "    except asyncio.TimeoutError:\n"
-        "        print('given up')\n"
-        "asyncio.run(main())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=MODULE.parent,
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
+    program = textwrap.dedent("""
+        import asyncio, threading, chatgpt_apiserver as a
+        async def main():
+            client = a.HTTPClient('http://name.example',
+                limits=a.Limits(connect_timeout=0.1),
+                resolve=lambda host, port: threading.Event().wait())
+            try:
+                await client.request('GET', '/', [])
+            except asyncio.TimeoutError:
+                print('given up')
+        asyncio.run(main())
+    """)
+    done = run_python("-c", program, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "given up\n", "")
 
 
@@ -4828,35 +4326,33 @@ def test_an_address_is_read_off_an_url(url, authority, path):
 # --- TLS
 
 
-@cases(
-    "certificate, options, works",
-    (TEST_CERT, {"ca_file": True}, True),
+@cases("certificate, options, works",
+    (TEST_CERT, {"ca_file": "ca.pem"}, True),
     (TEST_CERT, {}, False),  # the system does not know this authority
-    (TEST_CERT_EXPIRED, {"ca_file": True}, False),
-    (TEST_CERT_WRONG_NAME, {"ca_file": True}, False),
-    (TEST_CERT, {"verify": False}, True),
-    (TEST_CERT_EXPIRED, {"verify": False}, True),
+    (TEST_CERT, {"ca_file": "none.pem"}, False),
+    (TEST_CERT_EXPIRED, {"ca_file": "ca.pem"}, False),
+    (TEST_CERT_WRONG_NAME, {"ca_file": "ca.pem"}, False),
+    (TEST_CERT, {"verify": False}, True), (TEST_CERT_EXPIRED, {"verify": False}, True),
     (TEST_CERT_WRONG_NAME, {"verify": False}, True),
-    ids=["ca", "unknown-ca", "expired", "wrong-name", "any", "any-2", "any-3"],
-)
+    ids=["ca", "unknown-ca", "no-ca", "expired", "wrong-name", "any", "any-2", "any-3"],
+)  # fmt: skip
 @cases("host", "127.0.0.1", "localhost")
 @flow
 async def test_certificates_are_checked(tmp_path, certificate, options, works, host):
     """An unverified connection is never used."""
     context = tls_server_context(tmp_path, certificate)
-    if options.get("ca_file"):
-        options["ca_file"] = str(tmp_path / "ca.pem")
+    missing = options.get("ca_file") == "none.pem"
+    if "ca_file" in options:
+        options = {"ca_file": str(tmp_path / options["ca_file"])}
     async with Upstream(OK, tls=context) as upstream:
-        client = HTTPClient(
-            f"https://{host}:{upstream.port}",
-            resolve=lambda host, port: ["127.0.0.1"],
-            **options,
-        )
+        url, addresses = f"https://{host}:{upstream.port}", ["127.0.0.1"]
+        client = HTTPClient(url, resolve=lambda host, port: addresses, **options)
         if works:
             assert await get(client) == await get(client) == (200, b"ok")
             assert upstream.connections == 1
         else:
-            with pytest.raises(ssl.SSLCertVerificationError):
+            error = FileNotFoundError if missing else ssl.SSLCertVerificationError
+            with pytest.raises(error):
                 await get(client)
         assert len(upstream.requests) == 2 * works
         client.close()
@@ -4866,27 +4362,25 @@ async def test_certificates_are_checked(tmp_path, certificate, options, works, h
 async def test_tls_streams_are_relayed_and_cut_ones_seen(tmp_path):
     data = STREAM_HEAD + chunked(b"x" * 300_000)
     tls = tls_server_context(tmp_path)
-    async with Upstream(behaves(data, connection_cut), tls=tls) as upstream:
+    async with Upstream(sends(data, connection_cut), tls=tls) as upstream:
         client = HTTPClient(upstream.url, ca_file=str(tmp_path / "ca.pem"))
         with pytest.raises((ProtocolError, OSError)):
             await get(client)
 
 
-@cases("behave", None, b"HTTP/1.1 400 No TLS\r\n\r\n", ids=["hang", "plain"])
+@cases("said", b"", b"HTTP/1.1 400 No TLS\r\n\r\n", ids=["hang", "plain"])
 @flow
-async def test_a_handshake_that_hangs_or_is_none_fails(behave):
+async def test_a_handshake_that_hangs_or_is_none_fails(said):
     async def serve(reader, writer):
         await reader.read(1)
-        if behave is not None:
-            writer.write(behave)
+        writer.write(said)
         await asyncio.sleep(60)
 
     async with connection_streams(serve) as port:
         limits = Limits(tls_timeout=0.2)
-        client = HTTPClient(f"https://127.0.0.1:{port}", limits=limits)
         began = time.monotonic()
         with pytest.raises(OSError):
-            await get(client)
+            await get(HTTPClient(f"https://127.0.0.1:{port}", limits=limits))
         assert time.monotonic() - began < 3
 
 
@@ -4914,14 +4408,6 @@ async def test_who_trusts_the_same_shares_a_tls_context(tmp_path):
     before = context(str(file))
     os.utime(file, ns=(1, 1))
     assert context(str(file)) is not before
-
-
-@flow
-async def test_a_ca_file_that_is_missing_is_an_error(tmp_path):
-    async with Upstream(OK, tls=tls_server_context(tmp_path)) as upstream:
-        client = HTTPClient(upstream.url, ca_file=str(tmp_path / "none.pem"))
-        with pytest.raises(OSError):
-            await get(client)
 
 
 # --- Proxies
@@ -4970,17 +4456,15 @@ class Proxy:
 @cases("tls", True, False)
 @flow
 async def test_all_goes_through_the_proxys_tunnel(tmp_path, tls):
-    proxy = Proxy()
-    context = tls_server_context(tmp_path)
-    async with Upstream(OK, tls=context if tls else None) as upstream:
-        async with proxy.serving() as port:
-            client = HTTPClient(
-                upstream.url,
-                proxy=f"http://us%40er:p%3Aw@127.0.0.1:{port}",
-                ca_file=str(tmp_path / "ca.pem"),
-            )
-            assert await get(client, "/x?y") == await get(client) == (200, b"ok")
-            client.close()
+    context = tls_server_context(tmp_path) if tls else None
+    proxy, ca_file = Proxy(), str(tmp_path / "ca.pem")
+    async with Upstream(OK, tls=context) as upstream, proxy.serving() as port:
+        through = f"http://us%40er:p%3Aw@127.0.0.1:{port}"
+        client = HTTPClient(
+            upstream.url, proxy=through, ca_file=tls and ca_file or None
+        )
+        assert await get(client, "/x?y") == await get(client) == (200, b"ok")
+        client.close()
     (head,) = proxy.heads
     authority = f"127.0.0.1:{upstream.port}"
     assert head.startswith(f"CONNECT {authority} HTTP/1.1\r\n")
@@ -4993,20 +4477,16 @@ async def test_all_goes_through_the_proxys_tunnel(tmp_path, tls):
     assert "proxy-authorization" not in request.headers
 
 
-@cases(
-    "answer, end",
+@cases("answer, end",
     (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", None),
     (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", None),
     (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\n\r\n", None),
     (b"garbage\r\n\r\n", None),
     (b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", None),  # spoke too early
     (b"HTTP/1.1 200 OK\r\n\r\n", connection_close),  # in the TLS handshake
-    (b"HTTP/1.1 200 OK\r\n\r\n", connection_cut),
-    (None, None),  # hangs
-    (None, connection_close),
-    (None, connection_cut),
-    (b"HTTP/1.1 200", connection_close),
-)
+    (b"HTTP/1.1 200 OK\r\n\r\n", connection_cut), (None, None),  # hangs
+    (None, connection_close), (None, connection_cut), (b"HTTP/1.1 200", connection_close),
+)  # fmt: skip
 @flow
 async def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
     proxy = Proxy(answer, end)
@@ -5040,13 +4520,9 @@ async def test_a_proxy_that_is_not_there_is_never_left_out():
 async def test_certificates_are_checked_behind_a_proxy_too(tmp_path, certificate):
     tls = tls_server_context(tmp_path, certificate)
     async with Upstream(OK, tls=tls) as upstream, Proxy().serving() as port:
-        client = HTTPClient(
-            upstream.url,
-            proxy=f"http://127.0.0.1:{port}",
-            ca_file=str(tmp_path / "ca.pem"),
-        )
+        proxy, ca_file = f"http://127.0.0.1:{port}", str(tmp_path / "ca.pem")
         with pytest.raises(ssl.SSLCertVerificationError):
-            await get(client)
+            await get(HTTPClient(upstream.url, proxy=proxy, ca_file=ca_file))
         assert upstream.requests == []
 
 
@@ -5124,16 +4600,16 @@ async def test_websocket_carries_messages_both_ways(tmp_path, tls):
 
 @flow
 async def test_the_server_can_close_a_websocket_too():
+    closed = asyncio.Event()
+
     async def serve(connection):
         request = await connection.read(apiserver.parse_request_head)
         websocket = WebSocket.accept(connection, request)
         await websocket.send("last")
         await websocket.aclose(1001, "going away")
-        assert websocket.close_code == 1001
-        assert connection.closing
+        assert websocket.close_code == 1001 and connection.closing
         closed.set()
 
-    closed = asyncio.Event()
     async with connection_server(serve) as port:
         websocket = await WebSocket.connect(f"ws://127.0.0.1:{port}")
         assert [message async for message in websocket] == ["last"]
@@ -5189,13 +4665,9 @@ async def handshake_server(answer, end=None):
         yield f"ws://127.0.0.1:{port}"
 
 
-@cases(
-    "answer, status",
-    (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", 401),
-    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", 403),
-    (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", 503),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200),
-    (b"HTTP/1.1 302 Found\r\nLocation: ws://elsewhere\r\n\r\n", 302),
+@cases("answer, status",
+    *((http_reply(b"", status), status) for status in (401, 403, 503, 200)),
+    (http_reply(b"", 302, headers=[("Location", "ws://elsewhere")]), 302),
     (ACCEPTED.replace(b"%b", b"dGhlIHNhbXBsZSBub25jZQ=="), 502),
     (ACCEPTED.replace(b"Sec-WebSocket-Accept: %b\r\n", b""), 502),
     (ACCEPTED.replace(b"Upgrade: WebSocket\r\n", b""), 502),
@@ -5203,24 +4675,20 @@ async def handshake_server(answer, end=None):
     (ACCEPTED[:-2] + b"Sec-WebSocket-Extensions: x\r\n\r\n", 502),
     (ACCEPTED[:-2] + b"Sec-WebSocket-Protocol: x\r\n\r\n", 502),
     (b"garbage\r\n\r\n", 502),
-)
+)  # fmt: skip
 @flow
 async def test_a_refused_handshake_tells_its_status(answer, status):
+    said = None if status == 502 else f"the websocket was refused: {status} "
     async with handshake_server(answer) as url:
-        with pytest.raises(ProtocolError) as caught:
+        with refused(status, match=said):
             await WebSocket.connect(url)
-        assert caught.value.status == status
-        if status != 502:
-            assert f"the websocket was refused: {status} " in str(caught.value)
 
 
-@cases(
-    "answer, end, error",
+@cases("answer, end, error",
     (b"", connection_close, ConnectionResetError),
     (b"HTTP/1.1 101 Sw", connection_cut, ConnectionResetError),
-    (b"", None, asyncio.TimeoutError),
-    (b"HTTP/1.1 101 Sw", None, asyncio.TimeoutError),
-)
+    (b"", None, asyncio.TimeoutError), (b"HTTP/1.1 101 Sw", None, asyncio.TimeoutError),
+)  # fmt: skip
 @flow
 async def test_a_handshake_without_an_answer_is_given_up(answer, end, error):
     async with handshake_server(answer, end) as url:
@@ -5250,32 +4718,27 @@ async def test_a_websocket_needs_a_certificate_that_holds(tmp_path):
 @flow
 async def test_frames_behind_the_servers_handshake_are_read():
     """In the same packet."""
-    frames = apiserver.encode_frame(TEXT, b"one", SERVER)
-
-    async with handshake_server(ACCEPTED + frames) as url:
+    async with handshake_server(ACCEPTED + encode_frame(TEXT, b"one", SERVER)) as url:
         websocket = await WebSocket.connect(url)
         assert await websocket.receive() == "one"
         websocket.connection.abort()
 
 
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
 @flow
 async def test_frames_behind_the_clients_handshake_are_read():
     """In the same packet."""
-    async with connection_server(websocket_echo) as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        peer = FramePeer(SERVER, reader, writer)
-        writer.write(
-            b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n"
-            b"Connection: upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-            + peer.frame(TEXT, b"one")
-            + peer.frame(TEXT, b"two")
-        )
-        head = await reader.readuntil(b"\r\n\r\n")
-        assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head
-        assert await peer.event() == (TEXT, "one")
-        assert await peer.event() == (TEXT, "two")
-        writer.transport.abort()
+    async with connection_server(websocket_echo) as port, Client(port) as client:
+        peer = FramePeer(SERVER, client.reader, client.writer)
+        client.send(HANDSHAKE + peer.frame(TEXT, b"one") + peer.frame(TEXT, b"two"))
+        _, headers = await client.read_head()
+        assert headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+        assert [await peer.event() for _ in "12"] == [(TEXT, "one"), (TEXT, "two")]
 
 
 @flow
@@ -5290,10 +4753,8 @@ async def test_an_end_behind_the_handshake_leaves_nothing_open():
         await until(lambda: connection.lost)
 
 
-@cases(
-    "change, status",
-    ((b"GET", b"POST"), 400),
-    ((b"HTTP/1.1", b"HTTP/1.0"), 400),
+@cases("change, status",
+    ((b"GET", b"POST"), 400), ((b"HTTP/1.1", b"HTTP/1.0"), 400),
     ((b"Upgrade: websocket", b"Upgrade: h2c"), 400),
     ((b"Connection: upgrade", b"Connection: close"), 400),
     ((b"Host: a", b"Host: a\r\nContent-Length: 1"), 400),
@@ -5303,22 +4764,15 @@ async def test_an_end_behind_the_handshake_leaves_nothing_open():
     ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZQ="), 400),
     ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZR=="), 400),  # bits left over
     ((b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b""), 400),
-)
+)  # fmt: skip
 @flow
 async def test_a_request_that_is_no_handshake_is_refused(change, status):
-    head = (
-        b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n"
-        b"Connection: upgrade\r\nSec-WebSocket-Version: 13\r\n"
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
-
     async with connection_pair() as (connection, _, writer):
-        assert change[0] in head
-        writer.write(head.replace(*change))
-        with pytest.raises(ProtocolError) as caught:
+        assert change[0] in HANDSHAKE
+        writer.write(HANDSHAKE.replace(*change))
+        with refused(status):
             request = await connection.read(apiserver.parse_request_head)
             WebSocket.accept(connection, request)
-        assert caught.value.status == status
         assert connection.bytes_sent == 0
 
 
@@ -5463,37 +4917,35 @@ async def test_a_peer_that_does_not_read_gets_one_pong_later(constant):
 
 
 @BOTH_SIDES
-@cases(
-    "breach, code",
+@cases("breach, code",
     (lambda key: frame(0x3, key=key), 1002),
     (lambda key: frame(TEXT, b"\xff", key=key), 1007),
     (lambda key: frame(BINARY, announce=101, key=key), 1009),
-    (lambda key: frame(CONTINUATION, fin=False, key=key) * 4, 1008),
-)
+    (lambda key: b"".join(frame(n, fin=False, key=key) for n in (2, 0, 0, 0, 0)), 1008),
+)  # fmt: skip
 @flow
 async def test_a_breach_is_answered_by_a_close_frame(side, breach, code, constant):
     """And what came before it is still served, in its order."""
     constant(MESSAGE_FRAGMENTS=4)
+
+    async def echo():
+        async for message in websocket:
+            await websocket.send(message)
+
     async with websocket_pair(side, max_size=100) as (websocket, peer):
-
-        async def echo():
-            async for message in websocket:
-                await websocket.send(message)
-
-        serving = asyncio.ensure_future(echo())
-        key = key_for(side)
-        data = [peer.frame(TEXT, b"before"), peer.frame(PING, b"!")]
-        data += [frame(BINARY, fin=False, key=key)] * (code == 1008) + [breach(key)]
-        peer.writer.write(b"".join([*data, peer.frame(TEXT, b"after")]))
-        assert await peer.event() == (TEXT, "before")
-        assert await peer.event() == (PONG, b"!")
-        close = await peer.event()
-        assert close[1][0] == code and close[1][1]
-        assert await peer.event() is None
-        peer.writer.close()
-        await serving
-        assert websocket.close_code == code
-        await until(lambda: websocket.connection.lost)
+        async with beside(echo()) as serving:
+            data = [peer.frame(TEXT, b"before"), peer.frame(PING, b"!")]
+            data += [breach(key_for(side)), peer.frame(TEXT, b"after")]
+            peer.writer.write(b"".join(data))
+            assert await peer.event() == (TEXT, "before")
+            assert await peer.event() == (PONG, b"!")
+            close = await peer.event()
+            assert close[1][0] == code and close[1][1]
+            assert await peer.event() is None
+            peer.writer.close()
+            await serving
+            assert websocket.close_code == code
+            await until(lambda: websocket.connection.lost)
 
 
 @cases("size, works", (99, True), (100, True), (101, False))
@@ -5515,12 +4967,9 @@ async def test_a_message_has_a_largest_size(side, size, works):
 
 
 @BOTH_SIDES
-@cases(
-    "payload, code, reason, answer",
-    (b"", 1005, "", (CLOSE, (1005, ""))),
-    (b"\x03\xe8", 1000, "", (CLOSE, (1000, ""))),
-    (b"\x0f\xa0bye", 4000, "bye", (CLOSE, (4000, ""))),
-)
+@cases("payload, code, reason, answer",
+    (b"", 1005, "", 1005), (b"\x03\xe8", 1000, "", 1000), (b"\x0f\xa0bye", 4000, "bye", 4000)
+)  # fmt: skip
 @flow
 async def test_the_peers_close_is_answered(
     side, payload, code, reason, answer, constant
@@ -5531,7 +4980,7 @@ async def test_the_peers_close_is_answered(
         peer.writer.write(b"".join([*data, peer.frame(TEXT, b"not served")]))
         assert await until_closed(websocket) == ["x"]
         assert (websocket.close_code, websocket.close_reason) == (code, reason)
-        assert await peer.event() == answer
+        assert await peer.event() == (CLOSE, (answer, ""))
         # The server closes TCP at once, the client leaves it time to.
         assert await peer.event() is None
         await until(lambda: websocket.connection.lost)
@@ -5628,10 +5077,8 @@ def write_users(path, *ids):
 
 
 def tokens_in(path):
-    return {
-        user["user_id"]: user["token"]
-        for user in json.loads(path.read_bytes())["users"]
-    }
+    users = json.loads(path.read_bytes())["users"]
+    return {user["user_id"]: user["token"] for user in users}
 
 
 def statuses_of(results):
@@ -5676,11 +5123,9 @@ from chatgpt_apiserver import APIError, UserStore
 
 def in_child(script, *arguments):
     """A process that runs script with the module and a store class at hand."""
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(apiserver.__file__)}
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD_IMPORTS + script]
-        + [str(argument) for argument in arguments],
-        env=environment,
+        [sys.executable, "-c", CHILD_IMPORTS + script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -5702,30 +5147,21 @@ async def test_nothing_is_written_until_a_user_is_added(tmp_path):
         assert sorted(os.listdir(tmp_path)) == ["users.json", "users.json.lock"]
 
 
-def test_added_users_are_found_by_token_here_and_after_a_restart(tmp_path):
+@flow
+async def test_added_users_are_found_by_token_here_and_after_a_restart(tmp_path):
     path = tmp_path / "users.json"
-
-    async def scenario(store):
+    async with running_store(path) as store:
         plain = await store.add()
         agent = await store.add(name="Jürgen 王", role="agent")
         for user in (plain, agent):
             assert store.find(user.token).line == user.line
         assert [user.line for user in store.users] == [plain.line, agent.line]
-        assert (agent.name, agent.role, plain.name, plain.role) == (
-            "Jürgen 王",
-            "agent",
-            "",
-            "user",
-        )
-        return plain, agent
-
-    plain, agent = run_store(path, scenario)
+        assert (agent.name, agent.role) == ("Jürgen 王", "agent")
+        assert (plain.name, plain.role) == ("", "user")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert [user.user_id for user in opened(path).users] == [
-        plain.user_id,
-        agent.user_id,
-    ]
-    assert opened(path).find(agent.token).name == "Jürgen 王"
+    again = opened(path)
+    assert [user.user_id for user in again.users] == [plain.user_id, agent.user_id]
+    assert again.find(agent.token).name == "Jürgen 王"
     lines = path.read_text("utf-8").splitlines()
     assert len(lines) == 4 and "Jürgen 王" in lines[2]  # one user a line, readable
 
@@ -5733,32 +5169,22 @@ def test_added_users_are_found_by_token_here_and_after_a_restart(tmp_path):
 @flow
 async def test_a_deleted_token_is_refused(tmp_path):
     path = tmp_path / "users.json"
-
     async with running_store(path) as store:
         user = await store.add()
         await store.delete(user.user_id)
         assert store.find(user.token) is None and store.users == []
-        with pytest.raises(APIError) as refused:
+        with refused(404, APIError, "^User not found$"):
             await store.delete(user.user_id)
-        assert (refused.value.status, refused.value.message) == (404, "User not found")
     assert tokens_in(path) == {}
 
 
-@cases(
-    "arguments",
-    *[
-        {"role": "admin"},
-        {"role": []},
-        {"name": 5},
-        {"name": "a\nb"},
-        {"name": "x" * 201},
-    ]
-    + [{"name": "\ud800"}],
-)
+@cases("arguments",
+    {"role": "admin"}, {"role": []}, {"name": 5}, {"name": "a\nb"}, {"name": "x" * 201},
+    {"name": "\ud800"},
+)  # fmt: skip
 def test_a_bad_name_or_role_is_refused(tmp_path, arguments):
-    with pytest.raises(APIError) as refused:
+    with refused(400, APIError, *arguments):
         run_store(tmp_path / "users.json", lambda store: store.add(**arguments))
-    assert refused.value.status == 400 and refused.value.param in arguments
     assert os.listdir(tmp_path) == []
 
 
@@ -5768,17 +5194,9 @@ def test_repr_never_shows_a_token():
 
 
 ODD = [
-    "",
-    "\x00",
-    "\ud800",
-    "\udcff\udc00",
-    "\xff\xe9",
-    "t1 ",
-    " t1",
-    "T1",
-    "t" * 100_000,
+    "", "\x00", "\ud800", "\udcff\udc00", "\xff\xe9", "t1 ", " t1", "T1", "t" * 100_000,
     "😀",
-]
+]  # fmt: skip
 
 
 @cases("token", *ODD, ids=lambda token: ascii(token[:9]))
@@ -5790,21 +5208,14 @@ def test_any_string_may_be_looked_up(tmp_path, token):
     assert len({apiserver.token_digest(other) for other in ODD}) == len(ODD)
 
 
-@cases(
-    "more, of_user, place",
-    ({"version": 3}, {}, "'version'"),
-    ({}, {"note": 1}, "users[0].note: unknown field"),
-    ({}, {"user_id": 7}, "users[0].user_id"),
-    ({}, {"user_id": ""}, "users[0].user_id"),
-    ({}, {"token": None}, "users[0].token"),
-    ({}, {"token": ""}, "users[0].token"),
-    ({}, {"token": "ses ame"}, "users[0].token"),
-    ({}, {"token": "é"}, "users[0].token"),
-    ({}, {"name": None}, "users[0].name"),
-    ({}, {"role": "admin"}, "users[0].role"),
-    ({}, {"role": []}, "users[0].role"),
+@cases("more, of_user, place",
+    ({"version": 3}, {}, "'version'"), ({}, {"note": 1}, "users[0].note: unknown field"),
+    ({}, {"user_id": 7}, "users[0].user_id"), ({}, {"user_id": ""}, "users[0].user_id"),
+    ({}, {"token": None}, "users[0].token"), ({}, {"token": ""}, "users[0].token"),
+    ({}, {"token": "ses ame"}, "users[0].token"), ({}, {"token": "é"}, "users[0].token"),
+    ({}, {"name": None}, "users[0].name"), ({}, {"role": "admin"}, "users[0].role"),
+    ({}, {"role": []}, "users[0].role"), ({}, {"limit": []}, "users[0].limit: expected"),
     ({}, {"limit": "10 requests"}, "users[0].limit: expected a limit such as"),
-    ({}, {"limit": []}, "users[0].limit: expected"),
     ({}, {"models": "gpt"}, "users[0].models: expected a list"),
     ({}, {"expires": "soon"}, "users[0].expires: expected a time"),
     ({}, {"expires": "2027-13-01"}, "users[0].expires: "),
@@ -5812,7 +5223,7 @@ def test_any_string_may_be_looked_up(tmp_path, token):
     ({}, {"sha256": "00"}, "users[0].sha256: expected either"),
     ({}, {"old": {"expires": "x"}}, "users[0].old: expected"),
     ({}, {"old": {"token": "x", "expires": "soon"}}, "users[0].old: expected"),
-)
+)  # fmt: skip
 def test_what_is_not_understood_of_a_file_refuses_it(tmp_path, more, of_user, place):
     """A limit that is misspelt must not be no limit."""
     user = {"user_id": "u", "token": "t", **of_user}
@@ -5852,75 +5263,52 @@ def test_every_flipped_bit_is_refused_or_a_whole_table(tmp_path):
             assert path.read_bytes() == damaged
 
 
-def user_json(**fields):
-    return json.dumps({"user_id": "u", "token": "sesame", **fields})
-
-
-@cases(
-    "content, problem",
-    ("", "empty"),
-    ("\0" * 100, "line 1, column 1"),
-    ("\ufeff", "line 1, column 1"),
-    ("[]", 'expected {"users": [...]}'),
-    ("null", 'expected {"users": [...]}'),
-    ("{}", 'expected {"users": [...]}'),
-    ('{"users": {}}', 'expected {"users": [...]}'),
+@cases("content, problem",
+    ("", "empty"), ("\0" * 100, "line 1, column 1"), ("\ufeff", "line 1, column 1"),
+    ("[]", 'expected {"users": [...]}'), ("null", 'expected {"users": [...]}'),
+    ("{}", 'expected {"users": [...]}'), ('{"users": {}}', 'expected {"users": [...]}'),
     ('{"users": [\n\n  5]}', "users[0]: expected an object"),
     ('{"users": [\n  {"user_id": "a",\n  token}]}', "line 3, column 3"),
     ('{"users": [{"token": "sesame"}]}', "users[0].user_id"),
-    (
-        '{"users": [' + user_json() + "," + user_json(token="x") + "]}",
-        "users[1].user_id",
-    ),
-    (
-        '{"users": [' + user_json() + "," + user_json(user_id="v") + "]}",
-        "users[1].token",
-    ),
-    (
-        '{"users": [{"user_id": "u", "token": "a", "token": "b"}]}',
-        "users[0].token: this key appears twice",
-    ),
+    ('{"users": [USER, {"user_id": "u", "token": "x"}]}', "users[1].user_id"),
+    ('{"users": [USER, {"user_id": "v", "token": "sesame"}]}', "users[1].token"),
+    ('{"users": [{"user_id": "u", "token": "a", "token": "b"}]}',
+     "users[0].token: this key appears twice"),
     ('{"users": [], "users": []}', "users: this key appears twice"),
-    ('{"users": [' + user_json(max_concurrency=float("nan")) + "]}", "whole number"),
+    ('{"users": [{"user_id": "u", "token": "sesame", "max_concurrency": NaN}]}',
+     "whole number"),
     ('{"users": [], "note": ' + "[" * 200_000, "nesting"),
-    ('{"users": []} {}', "line 1, column 15"),
-    ("{'users': []}", "line 1, column 2"),
+    ('{"users": []} {}', "line 1, column 15"), ("{'users': []}", "line 1, column 2"),
     ids=lambda value: ascii(value[:40]),
-)
+)  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path, content, problem):
+    content = content.replace("USER", '{"user_id": "u", "token": "sesame"}')
     path = tmp_path / "users.json"
     path.write_text(content, "utf-8")
-    with pytest.raises(ConfigurationError) as refused:
+    with pytest.raises(ConfigurationError) as caught:
         opened(path)
-    message = str(refused.value)
+    message = str(caught.value)
     assert message.startswith(f"{path}: ") and problem in message
     assert "\n" not in message and "sesame" not in message
     assert path.read_text("utf-8") == content
 
 
-def test_bytes_that_are_not_utf_8_are_refused_with_their_place():
-    with pytest.raises(ConfigurationError, match="line 2, column 4: not UTF-8"):
-        parse_users(b'{"users":\n []\xff}')
-
-
-def test_a_folder_a_pipe_and_a_missing_folder_are_refused(tmp_path, monkeypatch):
+def test_what_is_no_file_to_read_is_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "odd").write_bytes(b'{"users":\n []\xff}')
     for path, problem in [
         (tmp_path, "expected a regular file"),
         (tmp_path / "pipe", "expected a regular file"),
         (tmp_path / "missing" / "users.json", "its folder does not exist"),
         (tmp_path / "pipe" / "users.json", "Not a directory"),
+        (tmp_path / "odd", "line 2, column 4: not UTF-8"),
     ]:
         with pytest.raises(ConfigurationError, match=problem):
             opened(path)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    lines = []
-    UserStore(str(tmp_path / "users.json"), report=lines.append).load()
+    path, lines = tmp_path / "users.json", []
+    UserStore(str(path), report=lines.append).load()
     assert "its folder cannot be written to" in lines[0]  # to read, it need not be
-
-
-def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
-    path = tmp_path / "users.json"
     write_users(path, "a")
 
     def refuse(*_):
@@ -5946,43 +5334,36 @@ def test_limits_of_a_file_that_is_read(tmp_path):
 # --- Writing
 
 
-def test_limits_of_added_users(tmp_path):
+@cases("limits, fit",
+    ({"users": 3}, 3), ({"users_file_size": 0}, 3), ({"users_file_size": -1}, 2)
+)  # fmt: skip
+def test_limits_of_added_users(tmp_path, limits, fit):
     """At the limit and one past it; what cannot be added spoils nothing."""
     path = tmp_path / "users.json"
 
-    async def many(store):
-        adds = [store.add() for _ in range(5)]
+    async def many(store, count=5):
+        adds = [store.add() for _ in range(count)]
         return await asyncio.gather(*adds, return_exceptions=True)
 
-    results = run_store(path, many, limits=Limits(users=3))
-    assert statuses_of(results) == [200] * 3 + [507] * 2
-    size = path.stat().st_size
-    path.unlink()
-    results = run_store(path, many, limits=Limits(users_file_size=size))
-    assert statuses_of(results) == [200] * 3 + [507] * 2
-    assert path.stat().st_size == size
-    path.unlink()
-    results = run_store(path, many, limits=Limits(users_file_size=size - 1))
-    assert statuses_of(results) == [200] * 2 + [507] * 3
+    if "users_file_size" in limits:  # of three users
+        run_store(path, lambda store: many(store, 3))
+        limits = {"users_file_size": path.stat().st_size + limits["users_file_size"]}
+        path.unlink()
+    results = run_store(path, many, limits=Limits(**limits))
+    assert statuses_of(results) == [200] * fit + [507] * (5 - fit)
+    assert len(opened(path, limits=Limits(**limits)).users) == fit
 
 
-def test_a_change_never_makes_a_file_that_is_too_large_to_read(tmp_path):
+@cases("more, status, name", (0, 507, ""), (100, None, "b" * 80))
+def test_a_change_never_makes_a_file_that_is_too_large_to_read(
+    tmp_path, more, status, name
+):
     path = tmp_path / "users.json"
     write_users(path, "a")
-    size = path.stat().st_size
-    for more, status in ((0, 507), (100, 200)):
-        limits = Limits(users_file_size=size + more)
-
-        async def rename(store):
-            await store.update("a", {"name": "b" * 80})
-
-        try:
-            run_store(path, rename, limits=limits)
-        except APIError as error:
-            assert error.status == status == 507
-        assert opened(path, limits=limits).users[0].name == (
-            "b" * 80 if status == 200 else ""
-        )
+    limits = Limits(users_file_size=path.stat().st_size + more)
+    with refused(status, APIError):
+        run_store(path, lambda s: s.update("a", {"name": "b" * 80}), limits=limits)
+    assert opened(path, limits=limits).users[0].name == name
 
 
 @flow
@@ -6003,19 +5384,21 @@ async def test_changes_that_wait_are_written_together(tmp_path, monkeypatch):
     assert 4 <= len(syncs) <= 300  # two for each write; 1,500 if each had its own
 
 
-def test_a_cancelled_caller_harms_nobody_else(tmp_path, monkeypatch):
+@flow
+async def test_a_cancelled_caller_harms_nobody_else(tmp_path, monkeypatch):
     release = threading.Event()
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: release.wait(10) and fsync(fd))
+    path = tmp_path / "users.json"
+    async with running_store(path) as store:
 
-    async def scenario(store):
-        first = [asyncio.ensure_future(store.add(name=f"first {n}")) for n in range(3)]
-        deadline = time.monotonic() + 10
-        while not temporary_files(tmp_path) and time.monotonic() < deadline:
-            await asyncio.sleep(0.001)  # until the write is under way
-        second = [
-            asyncio.ensure_future(store.add(name=f"second {n}")) for n in range(3)
-        ]
+        def adding(what):
+            names = [f"{what} {n}" for n in range(3)]
+            return [asyncio.ensure_future(store.add(name=name)) for name in names]
+
+        first = adding("first")
+        await until(lambda: temporary_files(tmp_path))  # the write is under way
+        second = adding("second")
         await asyncio.sleep(0)
         first[1].cancel()
         second[1].cancel()
@@ -6026,10 +5409,7 @@ def test_a_cancelled_caller_harms_nobody_else(tmp_path, monkeypatch):
         names = {user.name for user in store.users}
         assert {"first 0", "first 2", "second 0", "second 2"} <= names
         assert "second 1" not in names  # it still waited: taken back
-        return names
-
-    names = run_store(tmp_path / "users.json", scenario)
-    assert {user.name for user in opened(tmp_path / "users.json").users} == names
+    assert {user.name for user in opened(path).users} == names
 
 
 @flow
@@ -6037,40 +5417,31 @@ async def test_a_bug_in_one_write_leaves_nobody_waiting(tmp_path, monkeypatch):
     async with running_store(tmp_path / "users.json") as store:
         with monkeypatch.context() as patch:
             patch.setattr(apiserver, "encode_users", lambda users: 1 / 0)
-            results = await asyncio.gather(
-                store.add(), store.add(), return_exceptions=True
-            )
+            adds = store.add(), store.add()
+            results = await asyncio.gather(*adds, return_exceptions=True)
         assert [type(result) for result in results] == [ZeroDivisionError] * 2
         await store.add()
 
 
-@flow
-async def test_aclose_finishes_what_waits_and_ends_the_thread(tmp_path):
-    async with running_store(tmp_path / "users.json") as store:
+def test_aclose_finishes_what_waits_and_ends_the_thread(tmp_path):
+    """And the store may serve another loop."""
+
+    async def session():
+        store.load()
         adds = [asyncio.ensure_future(store.add()) for _ in range(20)]
         await asyncio.sleep(0)
         await store.aclose()
         assert len([add for add in adds if store.find(add.result().token)]) == 20
-        assert not [t for t in threading.enumerate() if t.name.startswith("users")]
-        with pytest.raises(APIError) as refused:
+        with refused(503, APIError):
             await store.add()
-        assert refused.value.status == 503
         await store.refresh()
         await store.aclose()
         assert not [t for t in threading.enumerate() if t.name.startswith("users")]
 
-
-def test_a_store_serves_one_loop_after_the_other(tmp_path):
     store = UserStore(str(tmp_path / "users.json"))
-
-    async def session():
-        store.load()
-        await store.add()
-        await store.aclose()
-
-    asyncio.run(session())
-    asyncio.run(session())
-    assert len(store.users) == 2
+    for count in (20, 40):
+        asyncio.run(session())
+        assert len(store.users) == count
 
 
 # --- Crashes and faults
@@ -6175,11 +5546,9 @@ def after_power_cut(calls, content, name):
             names[arguments[1]] = names.pop(arguments[0])
             possible.add(names[name])
     for file in possible:
-        yield from (
-            {synced[file], data[file], data[file][: len(data[file]) // 2 + 1]}
-            if (synced[file] != data[file])
-            else {data[file]}
-        )
+        yield data[file]
+        if synced[file] != data[file]:
+            yield from (synced[file], data[file][: len(data[file]) // 2 + 1])
 
 
 @flow
@@ -6235,21 +5604,21 @@ class Fault:
 
 
 @cases("there", True, False)
-def test_whatever_call_fails_nothing_has_changed_and_the_next_works(
-    tmp_path, monkeypatch, there
+@flow
+async def test_whatever_call_fails_nothing_has_changed_and_the_next_works(
+    tmp_path, monkeypatch, constant, there
 ):
+    constant(GONE_AFTER=0)
     path = tmp_path / "users.json"
     fault = Fault(monkeypatch)
     hits = set()
-
-    monkeypatch.setattr(apiserver, "GONE_AFTER", 0)
-
-    async def scenario(store):
+    async with running_store(path) as store:
         if there:
             await store.add(name="first")
         before = path.read_bytes() if there else None
+        never_reached = 0
         for n in range(1, 100):
-            users, never_reached = store.users, 0
+            users = store.users
             fault.hit, fault.countdown = "", n
             try:
                 await store.add(name="second")
@@ -6263,7 +5632,6 @@ def test_whatever_call_fails_nothing_has_changed_and_the_next_works(
                 assert fault.hit in ("", "close")  # of the lock, when all was done
                 never_reached, fault.countdown = fault.countdown, 0
                 await store.delete(store.users[-1].user_id)
-                before = path.read_bytes()
             hits.add(fault.hit)
             assert temporary_files(tmp_path) == []
             user = await store.add()
@@ -6274,11 +5642,8 @@ def test_whatever_call_fails_nothing_has_changed_and_the_next_works(
             else:
                 path.unlink()
                 await store.refresh()
-                before = None
             if never_reached:
-                return
-
-    run_store(path, scenario)
+                break
     assert {"open", "write", "fsync", "replace", "close", "stat", "fstat"} <= hits
 
 
@@ -6340,25 +5705,21 @@ def test_stale_temporary_files_are_removed_at_the_start_and_no_others(tmp_path):
     for name in stale + others:
         (tmp_path / name).write_text("{")
     assert len(opened(path).users) == 1
-    assert sorted(os.listdir(tmp_path)) == sorted(
-        [*others, "users.json", "users.json.lock"]
-    )
+    assert {*os.listdir(tmp_path)} == {*others, "users.json", "users.json.lock"}
 
 
 def test_a_start_does_not_disturb_another_servers_write(tmp_path, monkeypatch):
     """The temporary file of a write under way is not stale."""
     path = tmp_path / "users.json"
     replace = os.replace
-    starts = []
+    starts, threads = [], []
 
     def replace_while_another_starts(source, target):
-        thread = threading.Thread(target=lambda: starts.append(opened(path)))
-        thread.start()
-        thread.join(0.05)  # it waits for the lock
+        threads.append(threading.Thread(target=lambda: starts.append(opened(path))))
+        threads[-1].start()
+        threads[-1].join(0.05)  # it waits for the lock
         replace(source, target)
-        threads.append(thread)
 
-    threads = []
     monkeypatch.setattr(os, "replace", replace_while_another_starts)
     user = run_store(path, lambda store: store.add())
     for thread in threads:
@@ -6452,16 +5813,14 @@ async def test_a_removed_file_is_no_users_but_a_removed_folder_is_a_mistake(
 async def test_own_writes_are_not_reported_as_changes(tmp_path):
     lines = []
 
+    async def poll():
+        while True:
+            await store.refresh()
+
     async with running_store(tmp_path / "users.json", report=lines.append) as store:
-
-        async def poll():
-            while True:
-                await store.refresh()
-
-        polling = asyncio.ensure_future(poll())
-        for _ in range(30):
-            await asyncio.gather(store.add(), store.add())
-        polling.cancel()
+        async with beside(poll()):
+            for _ in range(30):
+                await asyncio.gather(store.add(), store.add())
     assert lines == []
 
 
@@ -6558,27 +5917,24 @@ def test_of_a_symlink_the_target_is_replaced_and_the_link_stays(tmp_path):
     run_store(link, lambda store: store.add())
     user = run_store(link, lambda store: store.add())
     assert link.is_symlink() and user.user_id in tokens_in(target)
-    assert (
-        os.listdir(tmp_path) == ["users.json", "volume"]
-        or len(os.listdir(tmp_path)) == 2
-    )
-    assert sorted(os.listdir(folder)) == ["data.json", "data.json.lock"]
+    assert {*os.listdir(tmp_path)} == {"users.json", "volume"}
+    assert {*os.listdir(folder)} == {"data.json", "data.json.lock"}
 
 
 def test_a_file_that_is_mounted_by_itself_is_reported_with_the_cure(
     tmp_path, monkeypatch
 ):
-    path = tmp_path / "users.json"
+    path, lines = tmp_path / "users.json", []
     write_users(path, "a")
-    lines = []
 
     def busy(*_):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(os, "replace", busy)
-    with pytest.raises(APIError, match="mount the folder, not the file") as refused:
+    with refused(500, APIError, "mount the folder, not the file"):
         run_store(path, lambda store: store.add(), report=lines.append)
-    assert refused.value.status == 500 and lines == [refused.value.message]
+    (line,) = lines
+    assert "mount the folder, not the file" in line
     assert list(tokens_in(path)) == ["a"] and temporary_files(tmp_path) == []
 
 
@@ -6607,22 +5963,24 @@ def test_a_hundred_thousand_users(tmp_path):
     }
     path.write_bytes(apiserver.encode_users(users))
 
-    async def scenario(store):
-        times = []
-        for _ in range(30):
-            start = time.perf_counter()
-            await store.add()
-            times.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        for _ in range(10_000):
-            store.find("no such token")
-        return sorted(times)[-2], (time.perf_counter() - start) / 10_000
+    async def timed(work, count):
+        began = time.perf_counter()
+        for _ in range(count):
+            await work()
+        return (time.perf_counter() - began) / count
 
-    start = time.perf_counter()
-    opened(path)
-    assert time.perf_counter() - start < 3
-    add, find = run_store(path, scenario)
-    assert add < 0.75 and find < 50e-6
+    async def find():
+        store.find("no such token")
+
+    async def scenario():
+        adds = sorted([await timed(store.add, 1) for _ in range(30)])
+        assert adds[-2] < 0.75 and await timed(find, 10_000) < 50e-6
+        await store.aclose()
+
+    began = time.perf_counter()
+    store = opened(path)
+    assert time.perf_counter() - began < 3
+    asyncio.run(scenario())
 
 
 # -----------------------------------------------------------------------------
@@ -6731,10 +6089,8 @@ def test_weight_0_counts_as_1_and_a_name_is_taken_once():
 
 @flow
 async def test_random_follows_the_weights():
-    pool = Pool("random")
     a, b = pool_function("a", weight=9), pool_function("b", weight=1)
-    pool.add(a)
-    pool.add(b)
+    pool = pool_with(a, b, type="random")
     random.seed(7)
     for _ in range(500):
         pool_release(pool, await pool_acquire(pool))
@@ -6764,10 +6120,8 @@ async def pool_acquire(pool, user="", model="m"):
 
 @flow
 async def test_least_busy_counts_requests_in_flight_per_weight():
-    pool = Pool("least_busy")
     a, b = pool_function("a", weight=2), pool_function("b", weight=1)
-    pool.add(a)
-    pool.add(b)
+    pool = pool_with(a, b, type="least_busy")
     for _ in range(6):
         await pool_acquire(pool)
     assert (a.in_flight, b.in_flight) == (4, 2)
@@ -6785,12 +6139,10 @@ async def test_least_busy_counts_requests_in_flight_per_weight():
 
 @flow
 async def test_a_tier_is_asked_when_those_below_are_full_or_closed():
-    pool = Pool()
     near = pool_function("near", max_concurrency=2)
     far = pool_function("far", weight=100, tier=2)
     farther = pool_function("farther", tier=3)
-    for controller in (farther, far, near):
-        pool.add(controller)
+    pool = pool_with(farther, far, near)
     assert [await pool_acquire(pool) for _ in range(3)] == [near, near, far]
     pool_release(pool, near)
     assert await pool_acquire(pool) is near
@@ -6799,7 +6151,6 @@ async def test_a_tier_is_asked_when_those_below_are_full_or_closed():
     near.switched_off = False
     pool_release(pool, near)
     assert await pool_acquire(pool) is near
-    assert far.status(0)["tier"] == 2
     with pytest.raises(ValueError):
         pool_function("b", tier=0)
 
@@ -6842,60 +6193,39 @@ async def test_a_conversation_goes_on_where_it_was(tmp_path):
 
 
 @flow
-@cases(
-    "body, headers",
-    ({}, [("X-Session-Id", "s")]),
-    ({}, [("x-claude-code-session-id", "s")]),
+@cases("body, headers",
+    ({}, [("X-Session-Id", "s")]), ({}, [("x-claude-code-session-id", "s")]),
     ({"prompt_cache_key": "s"}, []),
-)
+)  # fmt: skip
 async def test_a_session_stays_at_one_controller_and_is_its_users_own(
     tmp_path, body, headers
 ):
     async with serving(tmp_path, *map(pool_function, "abcdefgh")) as server:
 
-        async def homes(key, count=5):
-            return [
-                await answered_by(server, {**turns(f"{n}"), **body}, key, headers)
-                for n in range(count)
-            ]
+        async def homes(key):
+            asked = [{**turns(f"{n}"), **body} for n in range(5)]
+            return {await answered_by(server, each, key, headers) for each in asked}
 
-        keys = [KEY]
-        for _ in range(7):
-            reply = await ask(server.port, "POST", "/admin/users/add", {})
-            keys.append(reply.json()["token"])
-        theirs = [set(await homes(key)) for key in keys]
+        theirs = [await homes(KEY)]
+        theirs += [await homes(await add_user(server)) for _ in range(7)]
         assert all(len(each) == 1 for each in theirs)
         assert len(set.union(*theirs)) > 1
         server.pool.affinity = False
-        assert len(set(await homes(KEY))) == 5
+        assert len(await homes(KEY)) == 5
 
 
-@cases(
-    "path, first, second",
-    (
-        "/v1/messages",
-        {"system": "S", "messages": [{"role": "user", "content": "Q"}]},
-        {
-            "system": [{"type": "text", "text": "S", "cache_control": {}}],
-            "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "Q"}]},
-                {"role": "assistant", "content": "A"},
-                {"role": "user", "content": "Q2"},
-            ],
-        },
-    ),
-    (
-        "/v1/responses",
-        {"instructions": "S", "input": "Q"},
-        {
-            "instructions": "S",
-            "input": [
-                {"role": "user", "content": [{"type": "input_text", "text": "Q"}]},
-                {"role": "assistant", "content": "A"},
-            ],
-        },
-    ),
-)
+@cases("path, first, second",
+    ("/v1/messages",
+     {"system": "S", "messages": [{"role": "user", "content": "Q"}]},
+     {"system": [{"type": "text", "text": "S", "cache_control": {}}], "messages": [
+         {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+         {"role": "assistant", "content": "A"}, {"role": "user", "content": "Q2"}]}),
+    ("/v1/responses",
+     {"instructions": "S", "input": "Q"},
+     {"instructions": "S", "input": [
+         {"role": "user", "content": [{"type": "input_text", "text": "Q"}]},
+         {"role": "assistant", "content": "A"}]}),
+)  # fmt: skip
 @cases("size", 0, apiserver.APIRequest.KEPT_SIZE)
 def test_a_conversations_turns_are_known_by_how_it_began(path, first, second, size):
     def turn(body, **more):
@@ -6908,20 +6238,15 @@ def test_a_conversations_turns_are_known_by_how_it_began(path, first, second, si
     assert turn(first).start != turn({**first, "input": "Other", "system": ""}).start
 
 
-@cases(
-    "body",
-    {"messages": 5, "system": {}, "prompt_cache_key": [], "input": None},
+@cases("body",
+    {"messages": 5, "system": {}, "prompt_cache_key": [], "input": None}, {},
     {"messages": [None, 5, {"role": ["user"]}, {"role": "user", "content": {}}]},
     {"input": [[]], "previous_response_id": {"a": 1}, "instructions": 7},
-    {},
-)
+)  # fmt: skip
 def test_a_turn_is_found_in_anything(body):
     turn = apiserver.find_turn(body)
     assert (turn.previous, turn.cache_key) == ("", "")
-
-
-def test_what_is_no_conversation_has_no_turn():
-    for path in ("/v1/embeddings", "/v1/audio/speech"):
+    for path in ("/v1/embeddings", "/v1/audio/speech"):  # no conversation, no turn
         request = APIRequest(path, body={"model": "m", "input": "Q"})
         assert request.turn == apiserver.Turn()
 
@@ -6941,10 +6266,8 @@ async def test_a_session_never_waits_for_its_controller_and_moves_with_it(tmp_pa
 
 @flow
 async def test_a_crowd_of_one_session_is_spread():
-    pool = Pool()
     a, b = pool_function("a"), pool_function("b")
-    for controller in (a, b):
-        pool.add(controller)
+    pool = pool_with(a, b)
     for _ in range(100):
         request = pool_request("u")
         request.headers = {"x-session-id": "s"}
@@ -6957,52 +6280,44 @@ async def test_a_crowd_of_one_session_is_spread():
 async def test_a_response_is_continued_where_it_was_made(tmp_path, stream):
     def behave(name):
         made = {"id": f"resp_{name}", "object": "response", "output": []}
-        created = {"type": "response.created", "response": made}
-        done = {"type": "response.completed", "response": made}
-        events = [f"data: {json.dumps(event)}\n\n" for event in (created, done)]
-        text = "".join(events).encode()
-        kind = "text/event-stream" if stream else "application/json"
-        return http_reply(text if stream else made, content_type=kind)
+        if not stream:
+            return http_reply(made)
+        events = [
+            typed(f"response.{e}", response=made) for e in ("created", "completed")
+        ]
+        return http_reply(b"".join(events), content_type="text/event-stream")
 
     body = {"model": "m", "input": "Hello", "stream": stream}
-    async with contextlib.AsyncExitStack() as stack:
-        ups = [await stack.enter_async_context(Upstream(behave(n))) for n in "abc"]
-        controllers = [up.controller() for up in ups]
-        server = await stack.enter_async_context(serving(tmp_path, *controllers))
+    async with pool_of(tmp_path, *map(behave, "abc")) as (server, ups, _):
         for _ in ups:
             await ask(server.port, "POST", "/v1/responses", body)
         for name, upstream in zip("cab" * 2, [ups[2], ups[0], ups[1]] * 2):
-            before = upstream.requests.copy()
+            before = len(upstream.requests)
             more = {**body, "previous_response_id": f"resp_{name}"}
             reply = await ask(server.port, "POST", "/v1/responses", more)
-            assert reply.status == 200
-            assert len(upstream.requests) == len(before) + 1
+            assert reply.status == 200 and len(upstream.requests) == before + 1
 
 
 @flow
 @cases("known", True, False)
 async def test_a_response_that_is_not_here_is_looked_for_elsewhere(tmp_path, known):
     said = {"param": "previous_response_id", "code": "previous_response_not_found"}
-    made = {"id": "resp_1", "object": "response", "output": []}
-    missing = refusal(400, "No.", **said)
+    missing = error_reply(400, "No.", **said)
+    found = http_reply({"id": "resp_1", "object": "response", "output": []})
     body = {"model": "m", "input": "Hello", "previous_response_id": "resp_0"}
-    async with Upstream(missing) as one, Upstream(missing) as other:
-        other.behave = http_reply(made) if known else missing
-        first, second = one.controller(weight=100), other.controller()
-        async with serving(tmp_path, first, second) as server:
-            reply = await ask(server.port, "POST", "/v1/responses", body)
-            assert reply.status == (200 if known else 400)
-            assert not known or reply.json()["id"] == "resp_1"
-            assert len(one.requests) > 0
-            assert not first.health.closed_by and not second.health.closed_by
+    behaves, options = (missing, found if known else missing), [{"weight": 100}, {}]
+    async with pool_of(tmp_path, *behaves, options=options) as (server, (one, _), cs):
+        reply = await ask(server.port, "POST", "/v1/responses", body)
+        assert reply.status == (200 if known else 400)
+        assert not known or reply.json()["id"] == "resp_1"
+        assert len(one.requests) > 0
+        assert not any(controller.health.closed_by for controller in cs)
 
 
 @flow
 async def test_no_more_conversations_are_kept_than_fit(constant):
     constant(CONVERSATIONS_KEPT=3)
-    pool = Pool()
-    for name in "ab":
-        pool.add(pool_function(name))
+    pool = pool_with(*map(pool_function, "ab"))
     for number in range(9):
         request = pool_request("u")
         request.headers = {"x-session-id": str(number)}
@@ -7025,87 +6340,67 @@ def test_a_controller_that_leaves_moves_only_its_own_keys():
     assert 0.7 < before.count("c1") / (2 * before.count("c2")) < 1.4
 
 
-def refusal(status, message="No.", **fields):
-    """An upstream that refuses whatever it is asked."""
-    error = {"message": message, "type": None, "param": None, "code": None, **fields}
-    return http_reply({"error": error}, status)
-
-
 @flow
 async def test_an_unsupported_field_is_no_unknown_model(tmp_path):
     text = "Unsupported parameter: 'max_tokens' is not supported with the model m."
-    refuses = refusal(400, text, param="max_tokens")
-    async with Upstream(refuses) as upstream:
-        one = upstream.controller(weight=100)
-        async with serving(tmp_path, one, pool_function("other")) as server:
-            assert (await chat(server)).status == 400
-            assert (await chat(server)).status == 400
+    refuses, options = error_reply(400, text, param="max_tokens"), [{"weight": 100}, {}]
+    async with pool_of(tmp_path, refuses, None, options=options) as (server, _, _):
+        assert [(await chat(server)).status for _ in range(2)] == [400, 400]
 
 
-@flow
-async def test_the_dead_key_of_an_upstreams_upstream_is_not_its_own(tmp_path):
-    async with Upstream(refusal(401, code="invalid_api_key")) as dead:
-        async with serving(tmp_path, dead.controller()) as behind:
-            chained = apiserver.OpenAIController(
-                KEY, name="chained", base_url=f"{behind.url}/v1"
-            )
-            async with serving(tmp_path, chained) as server:
-                reply = await chat(server)
-                assert reply.json()["error"]["code"] == "invalid_api_key"
-                assert not chained.health.closed_by
-                chained._fields = [("Authorization", "Bearer wrong")]
-                await chat(server)
-                assert "its key was refused" in chained.health.reason
+@flow(behave=b"")
+async def test_the_dead_key_of_an_upstreams_upstream_is_not_its_own(
+    tmp_path, server, upstream
+):
+    upstream.behave = error_reply(401, code="invalid_api_key")
+    url = f"{server.url}/v1"
+    chained = apiserver.OpenAIController(KEY, name="chained", base_url=url)
+    async with serving(tmp_path, chained) as front:
+        reply = await chat(front)
+        assert reply.json()["error"]["code"] == "invalid_api_key"
+        assert not chained.health.closed_by
+        chained._fields = [("Authorization", "Bearer wrong")]
+        await chat(front)
+        assert "its key was refused" in chained.health.reason
 
 
-@flow
-async def test_models_and_aliases_decide_who_is_asked(tmp_path):
-    behave = http_reply(completion("from upstream", model="real-1"))
-    async with Upstream(behave) as upstream:
-        alias = upstream.controller(models={"alias": "real"})
-        listed = pool_function("listed", models=["x", "y"])
-        async with serving(tmp_path, alias, listed) as server:
-            assert chat_text(await chat(server, model="y")) == "listed"
-            reply = await chat(server, model="alias", temperature=0)
-            assert reply.json()["model"] == "real-1"
-            sent = upstream.requests[-1].json()
-            assert sent["model"] == "real" and sent["temperature"] == 0
-            reply = await chat(server, model="real")
-            assert reply.status == 404
-            assert chat_error(reply)["code"] == "model_not_found"
-            reply = await ask(server.port, "GET", "/v1/models")
-            names = {model["id"] for model in reply.json()["data"]}
-            assert {"alias", "x", "y", "mock/echo"} <= names
+@flow(
+    behave=http_reply(completion(model="real-1")),
+    controller={"models": {"alias": "real"}},
+)
+async def test_models_and_aliases_decide_who_is_asked(server, upstream):
+    server.add(pool_function("listed", models=["x", "y"]))
+    assert chat_text(await chat(server, model="y")) == "listed"
+    reply = await chat(server, model="alias", temperature=0)
+    assert reply.json()["model"] == "real-1"
+    sent = upstream.requests[-1].json()
+    assert sent["model"] == "real" and sent["temperature"] == 0
+    reply = await chat(server, model="real")
+    assert reply.status == 404 and chat_error(reply)["code"] == "model_not_found"
+    reply = await ask(server.port, "GET", "/v1/models")
+    names = {model["id"] for model in reply.json()["data"]}
+    assert {"alias", "x", "y", "mock/echo"} <= names
 
 
 # --- Waiting
 
 
 @flow
-async def test_max_concurrency_is_kept_and_everybody_served(tmp_path):
-    gate = PoolGate(max_concurrency=2)
-    async with serving(tmp_path, gate.controller) as server:
-        asking = [asyncio.ensure_future(chat(server)) for _ in range(6)]
-        await until(lambda: len(gate.asked) == 2 and server.pool.waiting == 4)
-        assert (await controller_line(server, "gate"))["state"] == "busy"
-        gate.let()
-        replies = await asyncio.gather(*asking)
-        assert all(chat_text(reply) == "through" for reply in replies)
-        assert gate.most == 2 and gate.controller.in_flight == 0
-
-
-@flow
 async def test_the_queue_takes_its_limit_and_not_one_more(tmp_path):
-    gate = PoolGate(max_concurrency=1)
+    """And all who are in it are served, no more at a time than may be."""
+    gate = PoolGate(max_concurrency=2)
     limits = Limits(queue_size=3)
     async with serving(tmp_path, gate.controller, limits=limits) as server:
-        asking = [asyncio.ensure_future(chat(server)) for _ in range(4)]
-        await until(lambda: server.pool.waiting == 3)
+        asking = [asyncio.ensure_future(chat(server)) for _ in range(5)]
+        await until(lambda: len(gate.asked) == 2 and server.pool.waiting == 3)
+        assert (await controller_line(server, "gate"))["state"] == "busy"
         reply = await chat(server)
         assert reply.status == 503 and reply.headers["retry-after"] == "1"
         assert chat_error(reply)["code"] == "queue_full"
         gate.let()
-        assert {r.status for r in await asyncio.gather(*asking)} == {200}
+        replies = await asyncio.gather(*asking)
+        assert all(chat_text(reply) == "through" for reply in replies)
+        assert gate.most == 2 and gate.controller.in_flight == 0
 
 
 @flow
@@ -7186,10 +6481,9 @@ async def test_a_slot_given_to_who_leaves_that_moment_is_not_lost():
 
 @flow
 async def test_who_waits_for_one_model_does_not_keep_another_waiting():
-    pool = Pool()
-    for name in ("a", "b"):
-        pool.add(pool_function(name, models=[name], max_concurrency=1))
-    a, b = [await pool_acquire(pool, model=name) for name in ("a", "b")]
+    made = [pool_function(name, models=[name], max_concurrency=1) for name in "ab"]
+    pool = pool_with(*made)
+    a, b = [await pool_acquire(pool, model=name) for name in "ab"]
     waiting = [asyncio.ensure_future(pool_acquire(pool, model=name)) for name in "aab"]
     await until(lambda: pool.waiting == 3)
     pool_release(pool, b)
@@ -7199,57 +6493,40 @@ async def test_who_waits_for_one_model_does_not_keep_another_waiting():
     for one in waiting[:2]:
         pool_release(pool, a)
         assert await asyncio.wait_for(one, 2) is a
-    assert not pool.waiting and not pool._kinds
+    assert not pool.waiting
+
+
+def rate_limited(retry_after):
+    """A controller's answer that it is asked too much."""
+    failure = apiserver.Failure.RATE_LIMITED
+    return apiserver.ControllerError("it", failure, retry_after=retry_after)
 
 
 @cases("why", "cooling", "limit", "both")
 @flow
-async def test_who_waits_is_woken_when_a_controller_opens_again(why, monkeypatch):
-    """Also who came when it had been closed for a while, and while others are busy."""
-    loop = asyncio.get_running_loop()
-    shift = 60 - time.time() % 60 - 0.6  # the minute ends in so many seconds
-    monkeypatch.setattr(apiserver, "unix_time", lambda: time.time() + shift)
-    cools = why in ("cooling", "both")
-    pool = Pool(limits=Limits(queue_timeout=1.5 if cools else 5))
-    busy = pool_function("busy", max_concurrency=1)
+async def test_who_waits_is_woken_when_a_controller_opens_again(clock, why):
+    """While others are busy; and nothing is left of a queue that is empty again."""
     limit = {"requests": 1, "per": "minute"} if why != "cooling" else None
     closed = pool_function("closed", limit=limit)
-    pool.add(busy)
-    pool.add(closed)
-    assert await pool_acquire(pool) is busy
-    if cools:
-        error = apiserver.ControllerError(
-            "closed", apiserver.Failure.RATE_LIMITED, retry_after=2
-        )
-        pool.failed(closed, error, pool_request())
+    pool = pool_with(pool_function("busy", max_concurrency=1), closed)
+    busy = await pool_acquire(pool)
+    if why != "limit":
+        pool.failed(closed, rate_limited(60), pool_request())
     if why != "cooling":
         closed.limit.count(requests=1)
-    began = loop.time()
-    if cools:
-        await asyncio.sleep(1)  # of the two: more than queue_timeout was left
-    waiting = asyncio.ensure_future(pool_acquire(pool))
-    await until(lambda: pool.waiting)
-    assert await waiting is closed
-    assert loop.time() - began > (1.9 if cools else 0.3)
-    assert busy.in_flight == 1
-
-
-@flow
-async def test_nothing_is_left_of_a_queue_that_is_empty_again():
-    pool = Pool()
-    busy, closed = pool_function("busy", max_concurrency=1), pool_function("closed")
-    pool.add(busy)
-    pool.add(closed)
-    await pool_acquire(pool)
-    error = apiserver.ControllerError(
-        "closed", apiserver.Failure.RATE_LIMITED, retry_after=60
-    )
-    pool.failed(closed, error, pool_request())
-    leaver = asyncio.ensure_future(pool_acquire(pool))
-    await until(lambda: pool.waiting)
+    waiting, leaver = (asyncio.ensure_future(pool_acquire(pool)) for _ in range(2))
+    await until(lambda: pool.waiting == 2)
     leaver.cancel()
     await asyncio.wait([leaver])
-    assert not pool.waiting and not pool._kinds
+    for opens in ("cooling", "limit"):
+        if why in (opens, "both"):
+            assert pool.waiting == 1 and not waiting.done()
+            if opens == "limit":
+                clock[0] += 60
+            else:
+                closed.health.until = asyncio.get_running_loop().time()
+    assert await asyncio.wait_for(waiting, 5) is closed
+    assert busy.in_flight == 1 and not pool.waiting and not pool._kinds
 
 
 @flow
@@ -7294,43 +6571,7 @@ async def test_an_exception_that_cannot_be_changed_costs_no_slot(tmp_path):
 # --- Failing over
 
 
-async def upstream_hangs(request, writer):
-    await asyncio.sleep(60)
-
-
-async def upstream_stops_in_head(request, writer):
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-")
-    await asyncio.sleep(60)
-
-
-async def upstream_drops(request, writer):
-    raise ConnectionResetError
-
-
-async def upstream_resets(request, writer):
-    sock = writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    raise ConnectionResetError
-
-
-async def upstream_cuts_body(request, writer):
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
-    writer.write(b'Content-Length: 500\r\n\r\n{"id": "chatcmpl-1", "choices": [')
-    await asyncio.sleep(0.01)
-    raise ConnectionResetError
-
-
-async def upstream_cuts_chunk(request, writer):
-    writer.write(STREAM_HEAD.replace(b"text/event-stream", b"application/json"))
-    writer.write(b'500\r\n{"id": "chatcmpl-1", "choices": [')
-    await asyncio.sleep(0.01)
-    raise ConnectionResetError
-
-
-async def upstream_hangs_in_body(request, writer):
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
-    writer.write(b'Content-Length: 500\r\n\r\n{"id": "chatcmpl-1"')
-    await asyncio.sleep(60)
+upstream_hangs, upstream_drops = sends(60), sends(connection_drop)
 
 
 def error_reply(status, message="went wrong UPSTREAMSECRET", headers=(), **fields):
@@ -7340,14 +6581,18 @@ def error_reply(status, message="went wrong UPSTREAMSECRET", headers=(), **field
 
 JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 SSE_ERROR = STREAM_HEAD + chunked(b'data: {"error": {"message": "no GPU"}}\n\n')
+HALF_JSON = JSON_HEAD + b'Content-Length: 500\r\n\r\n{"id": "chatcmpl-1", "choices": ['
+HALF_CHUNK = (
+    STREAM_HEAD.replace(b"text/event-stream", b"application/json") + b"500\r\n{"
+)
 BAD_UPSTREAMS = {
     "hang": (upstream_hangs, 504),
-    "hang-headers": (upstream_stops_in_head, 504),
-    "hang-body": (upstream_hangs_in_body, 504),
+    "hang-headers": (sends(b"HTTP/1.1 200 OK\r\nContent-", 60), 504),
+    "hang-body": (sends(HALF_JSON, 60), 504),
     "drop": (upstream_drops, 500),
-    "reset": (upstream_resets, 500),
-    "drop-mid": (upstream_cuts_body, 500),
-    "drop-mid-chunk": (upstream_cuts_chunk, 500),
+    "reset": (sends(connection_cut), 500),
+    "drop-mid": (sends(HALF_JSON, 0.01, connection_drop), 500),
+    "drop-mid-chunk": (sends(HALF_CHUNK, 0.01, connection_drop), 500),
     "garbage": (b"\x00\x01 no HTTP\r\n\r\n", 500),
     "two-cl": (JSON_HEAD + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 500),
     "huge-cl": (JSON_HEAD + b"Content-Length: 99999999999\r\n\r\n{}", 500),
@@ -7374,118 +6619,85 @@ async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
     """Unseen by the client while another can answer."""
     behave, alone = BAD_UPSTREAMS[name]
     limits = Limits(first_byte_timeout=0.15, silence_timeout=0.15)
-    log = Log()
-
-    async with Upstream(behave) as bad, Upstream(http_reply(completion())) as good:
-        first = bad.controller(name="first", weight=100, limits=limits)
-        second = good.controller(name="second", limits=limits)
-        async with serving(tmp_path, first, second, limits=limits, log=log) as server:
-            reply = await chat(server)
-            assert chat_text(reply) == "Hi there"
-            assert len(chats(bad)) == len(chats(good)) == 1
-            assert (first.failures, second.failures) == (1, 0)
-            assert first.in_flight == second.in_flight == 0
+    options = [{"weight": 100, "limits": limits}, {"limits": limits}]
+    more = {"limits": limits, "log": Log()}
+    async with pool_of(tmp_path, behave, None, options=options, **more) as (
+        server,
+        (bad, good),
+        (first, second),
+    ):
+        assert chat_text(await chat(server)) == "Hi there"
+        assert len(chats(bad)) == len(chats(good)) == 1
+        assert (first.failures, second.failures) == (1, 0)
+        assert first.in_flight == second.in_flight == 0
         first.health.reset()
-        async with serving(tmp_path, first, limits=limits, log=log) as server:
-            first.health.reset()
-            reply = await chat(server)
-            assert reply.status == alone, reply.content
-            assert chat_error(reply)["message"]
-            line = await controller_line(server, "first")
-            assert "UPSTREAMSECRET" not in str(line) and "CRET is" not in str(line)
-    assert "UPSTREAMSECRET" not in log.text and " second x2 " in log.text
+        second.switched_off = True
+        reply = await chat(server)
+        assert reply.status == alone, reply.content
+        assert chat_error(reply)["message"]
+        line = await controller_line(server, "up0")
+        assert "UPSTREAMSECRET" not in str(line) and "CRET is" not in str(line)
+    log = more["log"].text
+    assert "UPSTREAMSECRET" not in log and " up1 x2 " in log
 
 
 @cases("name", "hang", "drop", "rate-limit", "sse-error-first")
 @flow
 async def test_a_stream_too_is_taken_over_before_its_first_event(tmp_path, name):
     limits = Limits(first_byte_timeout=0.15)
-
-    async with Upstream(BAD_UPSTREAMS[name][0]) as bad:
-        first = bad.controller(weight=100, limits=limits)
-        second = pool_function("good")
-        async with serving(tmp_path, first, second, limits=limits) as server:
-            reply = await chat(server, stream=True)
-            events = [json.loads(e) for e in reply.events()[:-1]]
-            text = [e["choices"][0]["delta"].get("content") for e in events]
-            assert "good" in text and reply.events()[-1] == "[DONE]"
-            assert len(chats(bad)) == 1
+    options, behave = [{"weight": 100, "limits": limits}], BAD_UPSTREAMS[name][0]
+    made = pool_of(tmp_path, behave, options=options, limits=limits)
+    async with made as (server, (bad,), _):
+        server.add(pool_function("good", models=["m"]))
+        reply = await chat(server, stream=True)
+        events = [json.loads(e) for e in reply.events()[:-1]]
+        text = [e["choices"][0]["delta"].get("content") for e in events]
+        assert "good" in text and reply.events()[-1] == "[DONE]"
+        assert len(chats(bad)) == 1
 
 
 @flow
 async def test_three_controllers_are_asked_each_once_and_no_more(tmp_path):
-    async with contextlib.AsyncExitStack() as stack:
-        bad = [
-            await stack.enter_async_context(Upstream(error_reply(500, f"no {n}")))
-            for n in range(5)
-        ]
-        controllers = [upstream.controller() for upstream in bad]
-        async with serving(tmp_path, *controllers) as server:
-            reply = await chat(server)
-            assert reply.status == 500
-            error = chat_error(reply)
-            assert error["upstream_status"] == 500 and "no 2" in error["message"]
-            assert [len(chats(upstream)) for upstream in bad] == [1, 1, 1, 0, 0]
+    behaves = [error_reply(500, f"no {n}") for n in range(5)]
+    async with pool_of(tmp_path, *behaves) as (server, bad, _):
+        reply = await chat(server)
+        assert reply.status == 500
+        error = chat_error(reply)
+        assert error["upstream_status"] == 500 and "no 2" in error["message"]
+        assert [len(chats(upstream)) for upstream in bad] == [1, 1, 1, 0, 0]
 
 
-def test_refused_connections_fail_over_at_once_and_cool(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-
-    async def check():
-        dead = OpenAIController(
-            "k", name="dead", base_url=f"http://127.0.0.1:{port}/v1", weight=100
-        )
-        async with serving(tmp_path, dead, pool_function("good")) as server:
-            began = time.monotonic()
+@flow
+async def test_refused_connections_fail_over_at_once_and_cool(tmp_path):
+    url = f"http://127.0.0.1:{refusing_port()}/v1"
+    dead = OpenAIController("k", name="dead", base_url=url, weight=100)
+    async with serving(tmp_path, dead, pool_function("good")) as server:
+        began = time.monotonic()
+        assert chat_text(await chat(server)) == "good"
+        assert time.monotonic() - began < 1
+        line = await controller_line(server, "dead")
+        assert line["state"] == "cooling" and line["failures"] == 1
+        assert line["until"].endswith("Z") and line["reason"]
+        assert 3 < dead.closed_for(asyncio.get_running_loop().time()) <= 5
+        for _ in range(3):
             assert chat_text(await chat(server)) == "good"
-            assert time.monotonic() - began < 1
-            line = await controller_line(server, "dead")
-            assert line["state"] == "cooling" and line["failures"] == 1
-            assert line["until"].endswith("Z") and line["reason"]
-            left = dead.closed_for(asyncio.get_running_loop().time())
-            assert 3 < left <= 5
-            for _ in range(3):
-                assert chat_text(await chat(server)) == "good"
-            assert dead.requests == 1
-
-    run(check())
+        assert dead.requests == 1
 
 
 @flow
 async def test_a_kept_connection_that_was_closed_is_no_failure(tmp_path):
     """One replay on a fresh connection."""
 
-    async def behave(request, writer):
-        if len(chats(upstream)) != 2:
-            writer.write(http_reply(completion()))
-        else:  # asked on the kept connection: gone without a byte
-            raise ConnectionResetError
+    async def behave(request, writer):  # the second: gone without a byte
+        step = GOOD_REPLY if len(upstream.requests) != 2 else connection_drop
+        await sends(step)(request, writer)
 
-    async with pool_of(tmp_path, behave, options=[{"models": ["m"]}]) as (
-        server,
-        (upstream,),
-        (controller,),
-    ):
-        assert chat_text(await chat(server)) == "Hi there"
-        assert chat_text(await chat(server)) == "Hi there"
-        assert len(chats(upstream)) == 3 and upstream.connections == 2
+    made = pool_of(tmp_path, behave)
+    async with made as (server, (upstream,), (controller,)):
+        for _ in range(2):
+            assert chat_text(await chat(server)) == "Hi there"
+        assert len(upstream.requests) == 3 and upstream.connections == 2
         assert controller.failures == 0 and controller.requests == 2
-
-
-@cases("status", 400, 404, 413, 415, 422)
-@flow
-async def test_errors_about_the_request_go_through_unchanged(tmp_path, status):
-    """No fail-over, no cooling."""
-    content = b'{ "error":{"message":"too long","code":"context_length_exceeded"}}'
-    async with Upstream(http_reply(content, status)) as upstream:
-        first = upstream.controller(weight=100)
-        async with serving(tmp_path, first, pool_function("good")) as server:
-            for _ in range(4):
-                reply = await chat(server)
-                assert (reply.status, reply.content) == (status, content)
-            assert first.failures == 0
-            assert (await controller_line(server, first.name))["state"] == "ready"
 
 
 BROKEN_ENDINGS = {
@@ -7493,7 +6705,7 @@ BROKEN_ENDINGS = {
     "bad chunk": b"zz\r\n",
     "error event": chunked(b'data: {"error": {"message": "GPU lost"}}\n\n'),
     "half an event": chunked(b'data: {"choices": [') + b"0\r\n\r\n",
-    "reset": None,
+    "reset": connection_cut,
 }
 
 
@@ -7504,22 +6716,12 @@ async def test_a_break_after_the_first_event_is_told_and_not_taken_over(
 ):
     """An error frame, no [DONE], never a second answer behind the first."""
     arrived = asyncio.Event()
-
-    async def behave(request, writer):
-        writer.write(STREAM_HEAD + chunked(chunk("Hal")))
-        await arrived.wait()
-        if BROKEN_ENDINGS[ending] is None:
-            await upstream_resets(request, writer)
-        writer.write(BROKEN_ENDINGS[ending])
-
+    behave = sends(STREAM_HEAD, chunked(chunk("Hal")), arrived, BROKEN_ENDINGS[ending])
     async with Upstream(behave) as upstream:
         first = upstream.controller(weight=100, models=["m"])
         async with serving(tmp_path, first, pool_function("other")) as server:
-            async with Client(server.port) as client:
-                body = chat_body(stream=True)
-                client.send(request_bytes("POST", CHAT_URL, body))
-                assert (await client.read_head())[0] == 200
-                assert b"Hal" in await client.read_chunk()
+            async with posting(server) as client:
+                assert b"Hal" in await client.first_chunk()
                 arrived.set()
                 assert (await client.read_chunk()).startswith(b'data: {"error": {')
                 assert await client.read_chunk() is None
@@ -7539,10 +6741,10 @@ async def test_a_stream_with_its_finish_reason_is_complete_without_done(server):
     ([("Retry-After", "20")], 20), ([("Retry-After", "2.5")], 2.5),
     ([("retry-after-ms", "7000")], 7),
     ([("retry-after-ms", "7000"), ("Retry-After", "99")], 7),
-    ([("Retry-After", "date+40")], 40), ([("Retry-After", "date-40")], 10),
+    ([("Retry-After", "+40")], 40), ([("Retry-After", "-40")], 10),
     ([("Retry-After", "0")], 1), ([("Retry-After", "100000000000")], 300),
     ([("Retry-After", "1e400")], 10), ([("Retry-After", "nan")], 10),
-    ([("Retry-After", "soon")], 10), ([("Retry-After", "-5")], 10),
+    ([("Retry-After", "soon")], 10), ([("Retry-After", "-5s")], 10),
     ([("Retry-After", "")], 10),
     ([("Retry-After", "Xxx, 99 Foo 2099 99:99:99 GMT")], 10), ([], 10),
 )  # fmt: skip
@@ -7551,29 +6753,22 @@ async def test_retry_after_decides_how_long_a_429_cools(tmp_path, headers, secon
     """Clamped to 1..300 s; 10 s where nothing usable is said."""
 
     def dated(value):
-        if not value.startswith("date"):
+        if not re.fullmatch("[+-][0-9]+", value):
             return value
-        when = time.time() + float(value[4:])
-        return email.utils.formatdate(when, usegmt=True)
+        return email.utils.formatdate(time.time() + int(value), usegmt=True)
 
     behave = error_reply(429, headers=[(n, dated(v)) for n, v in headers])
-    async with Upstream(behave) as upstream:
-        first = upstream.controller(weight=100)
-        async with serving(tmp_path, first, pool_function("good")) as server:
-            assert chat_text(await chat(server)) == "good"
-            left = first.closed_for(asyncio.get_running_loop().time())
-            assert seconds - 2 < left <= seconds + 0.01
-            assert (await controller_line(server, first.name))["state"] == "cooling"
+    async with pool_of(tmp_path, behave) as (server, _, (controller,)):
+        assert (await chat(server)).status == 500
+        left = controller.closed_for(asyncio.get_running_loop().time())
+        assert seconds - 2 < left <= seconds + 0.01
+        assert await states(server) == {"up0": "cooling"}
 
 
 def test_the_later_deadline_wins():
     health = apiserver.Health()
-    late = apiserver.ControllerError(
-        "a", apiserver.Failure.RATE_LIMITED, retry_after=90
-    )
-    soon = apiserver.ControllerError("b", apiserver.Failure.RATE_LIMITED, retry_after=2)
-    health.fail(late, plain_request(), 1000.0)
-    health.fail(soon, plain_request(), 1001.0)
+    health.fail(rate_limited(90), plain_request(), 1000.0)
+    health.fail(rate_limited(2), plain_request(), 1001.0)
     assert health.until == 1090.0
 
 
@@ -7594,16 +6789,13 @@ async def test_a_burst_of_failures_doubles_the_pause_only_once(
     tmp_path, status, seconds
 ):
     together = asyncio.Event()
-
-    async def behave(request, writer):
-        if len(ups[0].requests) >= 8:
-            together.set()
-        await together.wait()
-        code = "invalid_api_key" if status == 401 else None
-        writer.write(error_reply(status, "no", code=code))
-
-    async with pool_of(tmp_path, behave) as (server, ups, (controller,)):
-        await asyncio.gather(*(chat(server, f"{n}") for n in range(8)))
+    code = "invalid_api_key" if status == 401 else None
+    behave = sends(together, error_reply(status, "no", code=code))
+    async with pool_of(tmp_path, behave) as (server, (upstream,), (controller,)):
+        asking = [asyncio.ensure_future(chat(server, f"{n}")) for n in range(8)]
+        await until(lambda: len(chats(upstream)) == 8)
+        together.set()
+        await asyncio.gather(*asking)
         left = controller.health.until - asyncio.get_running_loop().time()
         assert seconds - 4 < left <= seconds
 
@@ -7621,109 +6813,62 @@ def test_disabling_lasts_10_minutes_doubling_to_6_hours():
 
 @flow
 async def test_a_controller_that_comes_back_is_tried_by_one_and_then_by_all(tmp_path):
-    well, trying, alone = False, [], []
-
-    async def behave(request, writer):
-        if request.line.startswith("GET") or not well:
-            writer.write(error_reply(500))
-            return
-        trying.append(request)
-        if len(trying) == 1:
-            pool = server.pool
-            await until(lambda: pool.waiting == 4 or len(trying) > 1)
-            alone.append(len(trying) == 1)
-        writer.write(http_reply(completion()))
-
-    limits = Limits(cool_first=0.3)
-    log = Log()
-    async with pool_of(
-        tmp_path, behave, options=[{"limits": limits}], limits=limits, log=log
-    ) as (server, (upstream,), (controller,)):
+    go_on, log, limits = asyncio.Event(), Log(), Limits(cool_first=0.3)
+    behave = by_words({"BAD": error_reply(500)}, usual=sends(go_on, GOOD_REPLY))
+    options = [{"limits": limits}]
+    made = pool_of(tmp_path, behave, options=options, limits=limits, log=log)
+    async with made as (server, (upstream,), (controller,)):
         for number in range(3):
-            assert (await chat(server, f"{number}")).status == 500
+            assert (await chat(server, f"BAD {number}")).status == 500
         assert controller.closed_for(asyncio.get_running_loop().time())
-        well = True
-        replies = await asyncio.gather(*(chat(server) for _ in range(5)))
-        assert {reply.status for reply in replies} == {200}
-        assert alone == [True] and log.text.count("is back") == 1
+        asking = [asyncio.ensure_future(chat(server)) for _ in range(5)]
+        await until(lambda: server.pool.waiting == 4 and len(chats(upstream)) == 4)
+        go_on.set()
+        assert {r.status for r in await asyncio.gather(*asking)} == {200}
+        assert log.text.count("is back") == 1
         assert (await controller_line(server, controller.name))["reason"] == ""
 
 
 @flow
 async def test_an_answer_begun_before_the_429_does_not_end_the_cooling(tmp_path):
     go_on = asyncio.Event()
-
-    async def behave(request, writer):
-        if b"slow" in request.content:
-            await go_on.wait()
-            writer.write(http_reply(completion()))
-        else:
-            writer.write(error_reply(429, headers=[("Retry-After", "20")]))
-
-    async with pool_of(tmp_path, behave) as (server, (upstream,), (controller,)):
+    busy = error_reply(429, headers=[("Retry-After", "20")])
+    behave = by_words({"slow": sends(go_on, GOOD_REPLY)}, usual=busy)
+    async with pool_of(tmp_path, behave) as (server, _, (controller,)):
         slow = asyncio.ensure_future(chat(server, "slow"))
         await until(lambda: controller.in_flight)
         assert (await chat(server)).status == 500
         go_on.set()
         assert chat_text(await slow) == "Hi there"
-        line = await controller_line(server, controller.name)
-        assert line["state"] == "cooling"
+        assert await states(server) == {"up0": "cooling"}
         assert (await chat(server)).status == 503
 
 
+@cases("first", True, False)
 @flow
-async def test_a_long_stream_from_before_does_not_keep_a_controller_closed(tmp_path):
-    """Who cooled for a second is asked again, whatever else it still works on."""
+async def test_a_long_stream_does_not_keep_a_controller_closed(tmp_path, first):
+    """Whether it began before the cooling, or tries the controller after it."""
     end = asyncio.Event()
-    statuses = [429, 200]
-
-    async def behave(request, writer):
-        if b"long" in request.content:
-            writer.write(STREAM_HEAD + chunked(chunk("a")))
-            await end.wait()
-            writer.write(chunked(chunk("b", "stop") + DONE) + b"0\r\n\r\n")
-        elif request.line.startswith("GET") or statuses.pop(0) == 200:
-            writer.write(http_reply(completion()))
-        else:
-            writer.write(error_reply(429, headers=[("Retry-After", "1")]))
-
+    busy = error_reply(429, headers=[("Retry-After", "1")])
+    long = streams(chunk("a"), end, chunk("b", "stop") + DONE)
+    behave = by_words({"long": long, "BAD": busy})
     limits = Limits(queue_timeout=3, cool_rate_limited_max=1)
-    async with pool_of(
-        tmp_path, behave, options=[{"limits": limits}], limits=limits
-    ) as (server, (upstream,), (controller,)):
-        stream = asyncio.ensure_future(chat(server, "long", stream=True))
-        await until(lambda: chats(upstream))
-        assert (await chat(server)).status == 500
+    options = [{"limits": limits}]
+    made = pool_of(tmp_path, behave, options=options, limits=limits)
+    async with made as (server, (upstream,), (controller,)):
         loop = asyncio.get_running_loop()
-        await until(lambda: controller.closed_for(loop.time()) == 0)
-        assert chat_text(await chat(server)) == "Hi there"
-        end.set()
-        assert (await stream).events()[-1] == "[DONE]"
 
+        async def cools():
+            assert (await chat(server, "BAD")).status == 500
+            controller.health.until = loop.time() + 0.1
+            await until(lambda: controller.closed_for(loop.time()) == 0)
 
-@flow
-async def test_a_stream_that_tries_a_controller_opens_it_with_its_first_event(tmp_path):
-    end = asyncio.Event()
-
-    async def behave(request, writer):
-        if b"long" in request.content:
-            writer.write(STREAM_HEAD + chunked(chunk("a")))
-            await end.wait()
-            writer.write(chunked(chunk("b", "stop") + DONE) + b"0\r\n\r\n")
-        elif len(chats(upstream)) <= 1:
-            writer.write(error_reply(429, headers=[("Retry-After", "1")]))
-        else:
-            writer.write(http_reply(completion()))
-
-    limits = Limits(queue_timeout=3)
-    async with pool_of(
-        tmp_path, behave, options=[{"limits": limits}], limits=limits
-    ) as (server, (upstream,), (controller,)):
-        assert (await chat(server)).status == 500
-        loop = asyncio.get_running_loop()
-        await until(lambda: controller.closed_for(loop.time()) == 0)
+        if not first:
+            await cools()
         stream = asyncio.ensure_future(chat(server, "long", stream=True))
-        await until(lambda: len(chats(upstream)) == 2)
+        await until(lambda: len(chats(upstream)) == 2 - first)
+        if first:
+            await cools()
         assert chat_text(await chat(server)) == "Hi there"
         end.set()
         assert (await stream).events()[-1] == "[DONE]"
@@ -7731,77 +6876,57 @@ async def test_a_stream_that_tries_a_controller_opens_it_with_its_first_event(tm
 
 @flow
 async def test_controllers_of_one_account_cool_together(tmp_path):
-    async with Upstream(error_reply(429)) as bad, Upstream() as good:
-        first = bad.controller(account="acme", weight=100)
-        second = good.controller(account="acme")
-        third = pool_function("third")
-        async with serving(tmp_path, first, second, third) as server:
-            assert chat_text(await chat(server)) == "third"
-            assert (await controller_line(server, second.name))["state"] == "cooling"
-            assert chats(good) == []
+    options = [{"account": "acme", "weight": 100}, {"account": "acme"}]
+    made = pool_of(tmp_path, error_reply(429), None, options=options)
+    async with made as (server, (_, good), _):
+        server.add(pool_function("third", models=["m"]))
+        assert chat_text(await chat(server)) == "third"
+        assert (await states(server))["up1"] == "cooling"
+        assert chats(good) == []
 
 
-@cases(
-    "headers, retry_after",
-    ([("Retry-After", "7")], "7"),
-    ([], "10"),
-    ([("Retry-After", "120")], None),
-)
+@cases("headers, retry_after",
+    ([("Retry-After", "7")], "7"), ([], "10"), ([("Retry-After", "120")], None)
+)  # fmt: skip
 @flow
 async def test_all_cooling_is_told_at_once_with_the_soonest(
     tmp_path, headers, retry_after
 ):
     late = error_reply(429, headers=[("Retry-After", "200")])
-    async with (
-        Upstream(error_reply(429, headers=headers)) as one,
-        Upstream(late) as two,
-    ):
-        controllers = [one.controller(), two.controller()]
-        async with serving(tmp_path, *controllers) as server:
-            reply = await chat(server)
-            assert reply.status == 500 and chat_error(reply)["upstream_status"] == 429
-            reply = await chat(server)
-            assert reply.status == 503
-            error = chat_error(reply)
-            assert error["code"] == "no_controllers_available"
-            assert reply.headers.get("retry-after") == retry_after
-            if retry_after is None:
-                assert reply.headers["x-should-retry"] == "false"
-        server.upstream_errors = "pass"
-    for upstream_errors, statuses in [("pass", [429, 429]), ("map", [500, 503])]:
-        async with Upstream(late) as one:
-            async with serving(
-                tmp_path, one.controller(), upstream_errors=upstream_errors
-            ) as server:
-                assert [(await chat(server)).status for _ in range(2)] == statuses
+    soon = error_reply(429, headers=headers)
+    async with pool_of(tmp_path, soon, late) as (server, _, _):
+        reply = await chat(server)
+        assert reply.status == 500 and chat_error(reply)["upstream_status"] == 429
+        reply = await chat(server)
+        assert reply.status == 503
+        assert chat_error(reply)["code"] == "no_controllers_available"
+        assert reply.headers.get("retry-after") == retry_after
+        assert retry_after or reply.headers["x-should-retry"] == "false"
+    for errors, statuses in [("pass", [429, 429]), ("map", [500, 503])]:
+        async with pool_of(tmp_path, late, upstream_errors=errors) as (server, _, _):
+            assert [(await chat(server)).status for _ in range(2)] == statuses
 
 
 @cases("status", 400, 402, 429)
-@cases(
-    "error, reason",
+@cases("error, reason",
     ({"error": {"code": "insufficient_quota"}}, "insufficient_quota"),
     ({"error": {"type": "billing_hard_limit_reached"}}, "its key was refused"),
     ({"error": {"code": "invalid_api_key"}}, "its key was refused"),
     ({"detail": {"code": "account_deactivated"}}, "its key was refused"),
     ({"object": "error", "code": "billing_not_active"}, "its key was refused"),
-    (
-        [{"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}]}}],
-        "its key was refused",
-    ),
-)
+    ([{"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}]}}],
+     "its key was refused"),
+)  # fmt: skip
 @flow
 async def test_a_code_of_the_key_or_the_account_disables_at_once(
     tmp_path, status, error, reason
 ):
     """Whatever the status; what the upstream said of it is kept nowhere."""
-    log = Log()
-    async with relaying(tmp_path, http_reply(error, status), log=log) as (
-        server,
-        upstream,
-    ):
+    log, answer = Log(), http_reply(error, status)
+    async with pool_of(tmp_path, answer, log=log) as (server, (upstream,), _):
         reply = await chat(server)
         assert reply.status == 500 and reason in chat_error(reply)["message"]
-        line = await controller_line(server, upstream.controller().name)
+        line = await controller_line(server, "up0")
         assert line["state"] == "disabled" and reason in line["reason"]
         reply = await chat(server)
         assert reply.status == 503 and len(chats(upstream)) == 1
@@ -7812,15 +6937,13 @@ async def test_a_code_of_the_key_or_the_account_disables_at_once(
 # --- Whose fault it is
 
 
-def by_words(answers, usual=None):
-    """An upstream's behaviour: what it sends to a request with one of these words."""
+def by_words(answers, usual=GOOD_REPLY):
+    """An upstream's behaviour: what it does with a request that has one of these words."""
 
     async def behave(request, writer):
         found = (a for word, a in answers.items() if word.encode() in request.content)
-        answer = next(found, usual or http_reply(completion()))
-        if answer is None:
-            raise ConnectionResetError
-        writer.write(answer)
+        answer = next(found, usual)
+        await (sends(answer) if isinstance(answer, bytes) else answer)(request, writer)
 
     return behave
 
@@ -7832,13 +6955,11 @@ async def pool_of(tmp_path, *behaves, options=None, **more):
         upstreams, controllers = [], []
         for number, behave in enumerate(behaves):
             upstreams.append(await stack.enter_async_context(Upstream(behave)))
-            given = options[number] if options else {}
-            named = {"name": f"up{number}", "models": ["m"], **given}
+            named = {"name": f"up{number}", "models": ["m"]}
+            named.update(options[number] if options else {})
             controllers.append(upstreams[-1].controller(**named))
-        server = await stack.enter_async_context(
-            serving(tmp_path, *controllers, **more)
-        )
-        yield server, upstreams, controllers
+        made = serving(tmp_path, *controllers, **more)
+        yield await stack.enter_async_context(made), upstreams, controllers
 
 
 async def states(server):
@@ -7849,6 +6970,7 @@ async def states(server):
 
 QUOTE = "ALICE-SECRET"  # what one user asked
 QUOTED = {"message": f"near: {QUOTE}", "type": QUOTE, "code": QUOTE}
+QUOTING_EVENT = b'data: {"error": %b}\n\n' % json.dumps(QUOTED).encode()
 QUOTING_ANSWERS = {
     **{
         str(status): http_reply({"error": QUOTED}, status)
@@ -7866,14 +6988,8 @@ QUOTING_ANSWERS = {
     "200": http_reply({"error": QUOTED}),
     "neither": http_reply(QUOTE.encode()),
     "framing": b"HTTP/1.1 200 OK\r\nContent-Length: %b\r\n\r\n" % QUOTE.encode(),
-    "event": http_reply(
-        b'data: {"error": %b}\n\n' % json.dumps(QUOTED).encode(),
-        content_type="text/event-stream",
-    ),
-    "late": http_reply(
-        chunk("Hi") + b'data: {"error": %b}\n\n' % json.dumps(QUOTED).encode(),
-        content_type="text/event-stream",
-    ),
+    "event": http_reply(QUOTING_EVENT, content_type="text/event-stream"),
+    "late": http_reply(chunk("Hi") + QUOTING_EVENT, content_type="text/event-stream"),
 }
 
 
@@ -7910,8 +7026,7 @@ def test_a_failure_has_two_texts_and_only_its_own_words_are_kept():
     assert QUOTE not in health.reason
 
 
-@cases(
-    "model, says, unknown",
+@cases("model, says, unknown",
     ("m", "The model `m` does not exist", True),
     ("m", 'model "m" not found, try pulling it first', True),
     ("llama3", "model 'llama3:latest' not found", True),
@@ -7919,43 +7034,34 @@ def test_a_failure_has_two_texts_and_only_its_own_words_are_kept():
     ("m", "The model does not exist in my memory", False),
     ("gpt-4", "The model gpt-4.1 does not exist", False),
     ("gpt-4", "The model gpt-4-turbo does not exist", False),
-)
+)  # fmt: skip
 def test_an_unknown_model_is_named_as_a_word_of_its_own(model, says, unknown):
     error = apiserver.ErrorObject(says)
     assert apiserver.says_unknown_model(error, model) == unknown
 
 
-def test_a_cancelled_message_is_no_overload():
-    """Its clients try again at an `overloaded_error`."""
-    dialect = apiserver.dialect_of("/v1/messages")
-    for code, kind in (("cancelled", "api_error"), (None, "overloaded_error")):
-        content = dialect.error_content(APIError(503, "No", code=code))
-        assert json.loads(content)["error"]["type"] == kind
-
-
-CLOSES_NOTHING = [
-    *(302, 308, 400, 401, 402, 403, 404, 408, 409, 413, 422, 425, 499, 500, 501, 503),
-    *(504, 529),
-]
+TOO_LARGE = (
+    "Request too large for gpt-4o on tokens per min (TPM): Limit 9, Requested 99"
+)
+TOO_LARGE = {"message": TOO_LARGE, "code": "rate_limit_exceeded", "type": "tokens"}
 ANSWERS_TO_ONE = {
-    **{str(status): error_reply(status) for status in CLOSES_NOTHING},
+    **{
+        str(status): error_reply(status)
+        for status in (
+            302, 308, 400, 401, 402, 403, 404, 408, 409, 413, 422, 425, 499, 500, 501,
+            503, 504, 529,
+        )
+    },
     "garbage": http_reply(b"garbage"),
     "empty": http_reply(b""),
     "half": http_reply(b'{"choices": ['),
     "no http": b"garbage\r\n\r\n",
     "error in 200": http_reply({"error": {"message": "roles must alternate"}}),
     "error event": http_reply(b'data: {"error": {"message": "no"}}\n\n'),
-    "gone": None,
-    **{
-        f"too large {status}": error_reply(
-            status,
-            "Request too large for gpt-4o on tokens per min (TPM): Limit 9, Requested 99",
-            code="rate_limit_exceeded",
-            type="tokens",
-        )
-        for status in (413, 429)
-    },
-}
+    "gone": upstream_drops,
+    "too large 413": error_reply(413, **TOO_LARGE),
+    "too large 429": error_reply(429, **TOO_LARGE),
+}  # fmt: skip
 
 
 @cases("count", 1, 3)
@@ -7973,16 +7079,25 @@ async def test_one_request_closes_nothing(tmp_path, answer, count):
         assert not any(c.health.closed_by for c in controllers)
 
 
+@cases("stream", False, True)
 @cases("status", 400, 402, 403, 404, 409, 413, 415, 422, 451)
 @flow
-async def test_a_refusal_is_the_clients_when_all_refuse(tmp_path, status):
-    content = {"error": {"message": "about the prompt", "code": None}}
+async def test_a_refusal_is_the_clients_when_all_refuse(tmp_path, status, stream):
+    """Byte for byte, whichever way it was asked; no fail-over and no cooling."""
+    content = (
+        b'{ "error": {"message": "of the prompt", "param": "messages", "odd": 1.0} }'
+    )
     behave = by_words({"BAD": http_reply(content, status)})
-    async with pool_of(tmp_path, *[behave] * 3) as (server, upstreams, _):
-        reply = await chat(server, "BAD")
-        assert (reply.status, reply.json()) == (status, content)
-        asked = sum(len(chats(upstream)) for upstream in upstreams)
-        assert asked == (3 if status in (402, 403) else 1)
+    async with pool_of(tmp_path, *[behave] * 3) as (server, ups, cs):
+        for count in range(1, 5):
+            reply = await chat(server, "BAD", stream=stream)
+            assert (reply.status, reply.content) == (status, content)
+            asked = sum(len(chats(upstream)) for upstream in ups)
+            assert asked == (3 if status in (402, 403) else 1) * count
+        reply = await handler_ask(server.port, "BAD", model="m")
+        assert (reply.status, reply.json()) == (status, {"error": "of the prompt"})
+        assert {*(await states(server)).values()} == {"ready"}
+        assert status in (402, 403) or not any(c.failures for c in cs)
 
 
 @flow
@@ -8053,7 +7168,7 @@ async def test_a_key_is_disabled_only_when_a_plain_request_is_refused_too(
     async def behave(request, writer):
         plain = request.line.startswith("GET")
         bad = refused[0] if plain else b"BAD" in request.content
-        writer.write(error_reply(status) if bad else http_reply(completion()))
+        writer.write(error_reply(status) if bad else GOOD_REPLY)
 
     async with pool_of(tmp_path, behave, None) as (server, (first, _), (up0, _)):
         for number in range(6):
@@ -8068,30 +7183,17 @@ async def test_a_key_is_disabled_only_when_a_plain_request_is_refused_too(
         assert (await states(server))["up0"] == "disabled"
         assert len(pool_probes(first)) == 2
         assert pool_probes(first)[1].headers["authorization"] == "Bearer UPSTREAMSECRET"
+        server.pool.remove(up0)  # agents come and go: nothing is kept of them
+        assert not server.pool._probes
 
 
 @flow
 async def test_words_of_a_message_are_no_code_of_a_key(tmp_path):
-    said = {
-        "message": "insufficient_quota invalid_api_key",
-        "code": "bad",
-        "param": "x",
-    }
+    said = {"message": "insufficient_quota invalid_api_key", "code": "b", "param": "x"}
     behave = by_words({"BAD": http_reply({"error": said}, 400)})
     async with pool_of(tmp_path, behave) as (server, _, _):
         assert (await chat(server, "BAD")).status == 400
         assert await states(server) == {"up0": "ready"}
-
-
-@flow
-async def test_nothing_is_kept_of_a_controller_that_was_probed_and_has_gone(tmp_path):
-    """Agents come and go: each may have answered 403 once."""
-    async with pool_of(tmp_path, error_reply(403)) as (server, _, (controller,)):
-        await chat(server)
-        pool = server.pool
-        assert controller in pool._probes
-        pool.remove(controller)
-        assert not pool._probes
 
 
 # --- The last one standing
@@ -8099,17 +7201,12 @@ async def test_nothing_is_kept_of_a_controller_that_was_probed_and_has_gone(tmp_
 
 @flow
 async def test_the_last_one_is_asked_although_it_was_broken_for_all(tmp_path):
-    broken = [True]
-
-    async def behave(request, writer):
-        writer.write(error_reply(500) if broken[0] else http_reply(completion()))
-
+    behave = by_words({"BAD": error_reply(500)})
     async with pool_of(tmp_path, behave) as (server, (upstream,), _):
         for number in range(4):
-            assert (await chat(server, f"{number}")).status == 500
+            assert (await chat(server, f"BAD {number}")).status == 500
         assert await states(server) == {"up0": "cooling"}
         assert len(chats(upstream)) == 4
-        broken[0] = False
         assert (await chat(server, "new")).status == 200
         assert await states(server) == {"up0": "ready"}
 
@@ -8117,14 +7214,7 @@ async def test_the_last_one_is_asked_although_it_was_broken_for_all(tmp_path):
 @flow
 async def test_the_last_one_is_tried_by_one_request_at_a_time(tmp_path):
     go_on = asyncio.Event()
-
-    async def behave(request, writer):
-        if b"slow" in request.content:
-            await go_on.wait()
-            writer.write(http_reply(completion()))
-        else:
-            writer.write(error_reply(500) if not go_on.is_set() else GOOD_REPLY)
-
+    behave = by_words({"slow": sends(go_on, GOOD_REPLY)}, usual=error_reply(500))
     async with pool_of(tmp_path, behave) as (server, (upstream,), _):
         for number in range(3):
             await chat(server, f"{number}")
@@ -8135,9 +7225,6 @@ async def test_the_last_one_is_tried_by_one_request_at_a_time(tmp_path):
         assert {r.status for r in await asyncio.gather(*asking)} == {200}
 
 
-GOOD_REPLY = http_reply(completion())
-
-
 @cases("cool_first", 0.01, 60)
 @flow
 async def test_a_long_request_that_tries_a_controller_keeps_nobody_out(
@@ -8145,39 +7232,31 @@ async def test_a_long_request_that_tries_a_controller_keeps_nobody_out(
 ):
     """An answer that is not streamed shows nothing for minutes."""
     constant(TRIAL_TIME=0.1)
-
-    async def behave(request, writer):
-        if b"long" in request.content:
-            await asyncio.sleep(60)
-        bad = b"BAD" in request.content
-        writer.write(error_reply(500) if bad else http_reply(completion()))
-
+    behave = by_words({"long": sends(60), "BAD": error_reply(500)})
     limits = Limits(cool_first=cool_first)
     async with pool_of(tmp_path, behave, limits=limits) as (server, (upstream,), _):
         alice, bob = await add_user(server), await add_user(server)
         for number in range(3):
             await chat(server, f"BAD {number}", alice)
-        asking = asyncio.ensure_future(chat(server, "long", alice))
-        await until(lambda: len(chats(upstream)) == 4)
-        assert (await asyncio.wait_for(chat(server, key=bob), 2)).status == 200
-        assert (await chat(server, "x", bob)).status == 200
-        asking.cancel()
+        async with beside(chat(server, "long", alice)):
+            await until(lambda: len(chats(upstream)) == 4)
+            assert (await asyncio.wait_for(chat(server, key=bob), 2)).status == 200
+            assert (await chat(server, "x", bob)).status == 200
 
 
-@cases(
-    "answer, status, left",
-    (error_reply(429, headers=[("Retry-After", "20")]), 503, 20),
-    (error_reply(400, code="invalid_api_key"), 503, None),
-    (error_reply(429, code="insufficient_quota"), 503, None),
-)
+@cases("answer, left",
+    (error_reply(429, headers=[("Retry-After", "20")]), 20),
+    (error_reply(400, code="invalid_api_key"), None),
+    (error_reply(429, code="insufficient_quota"), None),
+)  # fmt: skip
 @flow
 async def test_the_last_one_is_not_asked_before_its_time_nor_with_a_dead_key(
-    tmp_path, answer, status, left
+    tmp_path, answer, left
 ):
     async with pool_of(tmp_path, answer) as (server, (upstream,), _):
         await chat(server)
         reply = await chat(server, "another")
-        assert reply.status == status and len(chats(upstream)) == 1
+        assert reply.status == 503 and len(chats(upstream)) == 1
         if left is None:
             assert "retry-after" not in reply.headers
         else:
@@ -8243,27 +7322,23 @@ async def test_a_model_that_is_unknown_there_is_asked_of_the_next(
 
 
 @flow
-async def test_an_unknown_model_is_one_controllers_models_and_paths(tmp_path, constant):
+async def test_an_unknown_model_is_one_controllers_models_and_paths(tmp_path):
     async def behave(request, writer):
         lacks = b"embeddings" in request.line.encode() or b'"x"' in request.content
         error = error_reply(404, "no model m or x", code="model_not_found")
         writer.write(error if lacks else GOOD_REPLY)
 
+    embeddings = "/v1/embeddings"
     options = [{"models": None, "weight": 9}, ANY]
     async with pool_of(tmp_path, behave, None, options=options) as (server, ups, _):
         for path, model, asked in (
-            ("/v1/embeddings", "m", 1),
-            ("/v1/embeddings", "m", 1),
-            (CHAT_URL, "x", 2),
-            (CHAT_URL, "x", 2),
-            (CHAT_URL, "m", 3),
-        ):
-            body = chat_body(model=model)
-            reply = await ask(server.port, "POST", path, body)
+            (embeddings, "m", 1), (embeddings, "m", 1), (CHAT_URL, "x", 2),
+            (CHAT_URL, "x", 2), (CHAT_URL, "m", 3), (embeddings, "m", 4),
+        ):  # fmt: skip
+            if asked == 4:
+                server.pool._unknown.clear()  # the minute is over
+            reply = await ask(server.port, "POST", path, chat_body(model=model))
             assert len(chats(ups[0])) == asked, (path, model, reply.content)
-        server.pool._unknown.clear()  # the minute is over
-        await ask(server.port, "POST", "/v1/embeddings", chat_body())
-        assert len(chats(ups[0])) == 4
 
 
 @cases("count", 1, 2)
@@ -8326,20 +7401,18 @@ async def test_who_has_a_model_is_asked_before_who_takes_any(tmp_path, how):
 async def test_an_agents_model_is_asked_of_nobody_else_while_it_is_away(
     tmp_path, constant, listed
 ):
-    hello = json.dumps({"version": 2, "name": "gpu", "models": [listed]})
     async with pool_of(tmp_path, None, options=[ANY]) as (server, (cloud,), _):
-        async with Agent(server.port, hello=hello):
+        async with Agent(server.port, hello=agent_hello(models=[listed])):
             (agent,) = await until(lambda: list(server.agents.values()))
             assert agent.serves("local") == apiserver.NAMED
             assert agent.serves("latest") == apiserver.NOT
         await until(lambda: not server.agents)
-        asking = asyncio.ensure_future(chat(server, model="local"))
-        await until(lambda: server.pool.waiting)
-        assert (await chat(server, model="other")).status == 200
-        assert len(chats(cloud)) == 1
-        constant(AGENT_RETURN_WINDOW=0.0)  # it does not come back
-        assert (await chat(server, model="local")).status == 200
-        asking.cancel()
+        async with beside(chat(server, model="local")):
+            await until(lambda: server.pool.waiting)
+            assert (await chat(server, model="other")).status == 200
+            assert len(chats(cloud)) == 1
+            constant(AGENT_RETURN_WINDOW=0.0)  # it does not come back
+            assert (await chat(server, model="local")).status == 200
 
 
 @flow
@@ -8351,12 +7424,9 @@ async def test_an_unreadable_list_of_models_is_a_line_in_the_log_once(tmp_path):
         writer.write(http_reply(b"a key?", 401) if at_v1 else http_reply(b"no", 404))
 
     async with Upstream(behave) as upstream, Upstream(http_reply(b"<html>")) as odd:
-        lacks = OpenAIController(
-            "", name="a", base_url=upstream.url.removesuffix("/v1")
-        )
-        async with serving(
-            tmp_path, lacks, odd.controller(name="b"), log=log
-        ) as server:
+        url = upstream.url.removesuffix("/v1")
+        made = OpenAIController("", name="a", base_url=url), odd.controller(name="b")
+        async with serving(tmp_path, *made, log=log) as server:
             for _ in range(2):
                 await server.pool.refresh_models()
     assert (
@@ -8369,8 +7439,7 @@ async def test_an_unreadable_list_of_models_is_a_line_in_the_log_once(tmp_path):
 
 
 @cases("status", 400, 422)
-@cases(
-    "said, again",
+@cases("said, again",
     ({"error": {"message": "unknown field"}}, True),
     ({"detail": [{"loc": ["body", "stream_options"], "msg": "extra"}]}, True),
     ({"error": {"param": "include_usage", "message": "no"}}, True),
@@ -8378,47 +7447,29 @@ async def test_an_unreadable_list_of_models_is_a_line_in_the_log_once(tmp_path):
     ({"error": {"message": "must alternate", "param": "messages"}}, False),
     ({"error": {"message": "too long", "code": "context_length_exceeded"}}, False),
     ({"detail": [{"loc": ["body", "messages"], "msg": "empty"}]}, False),
-)
+)  # fmt: skip
 @flow
 async def test_stream_options_are_taken_back_where_they_may_be_meant(
     tmp_path, said, again, status
 ):
-    async def behave(request, writer):
-        if b"stream_options" in request.content:
-            writer.write(http_reply(said, status))
-        else:
-            content = chunk("Hi", "stop") + DONE
-            writer.write(http_reply(content, content_type="text/event-stream"))
-
+    """And are left out only where that has helped: nobody can switch the counting off
+    for others with a request that is bad."""
+    stream = http_reply(chunk("Hi", "stop") + DONE, content_type="text/event-stream")
+    refusal = http_reply(said, status)
+    behave = by_words({"BAD": refusal, "stream_options": refusal}, usual=stream)
     async with pool_of(tmp_path, behave) as (server, (upstream,), _):
+        assert (await chat(server, "BAD", stream=True)).status == status
         for count in (2, 3) if again else (1, 2):
             reply = await chat(server, stream=True)
             assert reply.status == (200 if again else status)
-            assert len(chats(upstream)) == count
+            assert len(chats(upstream)) == count + 1 + again
+        assert "stream_options" in chats(upstream)[1 + again].json()
 
 
-@flow
-async def test_stream_options_are_left_out_only_where_that_has_helped(tmp_path):
-    """Nobody can switch the counting off for others with a request that is bad."""
-
-    async def behave(request, writer):
-        refused = b"BAD" in request.content
-        stream = http_reply(chunk("Hi", "stop") + DONE, content_type="text/plain")
-        writer.write(
-            http_reply({"error": {"message": "?"}}, 400) if refused else stream
-        )
-
-    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
-        assert (await chat(server, "BAD", stream=True)).status == 400
-        assert (await chat(server, stream=True)).status == 200
-        assert "stream_options" in chats(upstream)[-1].json()
-
-
-@cases(
-    "coding, encode",
-    *[("gzip", gzip.compress), ("X-GZip", gzip.compress), ("deflate", zlib.compress)]
-    + [("deflate", raw_deflate), ("", bytes), ("identity", bytes), ("none", bytes)],
-)
+@cases("coding, encode",
+    ("gzip", gzip.compress), ("X-GZip", gzip.compress), ("deflate", zlib.compress),
+    ("deflate", raw_deflate), ("", bytes), ("identity", bytes), ("none", bytes),
+)  # fmt: skip
 @flow
 async def test_an_encoded_answer_is_decoded_although_nobody_asked(
     tmp_path, coding, encode
@@ -8426,9 +7477,8 @@ async def test_an_encoded_answer_is_decoded_although_nobody_asked(
     coded = [("Content-Encoding", coding)]
     data = chunk("Hi", "stop") + DONE
     stream = http_reply(encode(data), content_type="text/event-stream", headers=coded)
-    whole = http_reply(
-        encode(json.dumps(completion("z" * 999)).encode()), headers=coded
-    )
+    content = encode(json.dumps(completion("z" * 999)).encode())
+    whole = http_reply(content, headers=coded)
     behave = by_words({'"stream": true': stream}, usual=whole)
     async with pool_of(tmp_path, behave) as (server, (upstream,), _):
         reply = await chat(server)
@@ -8441,26 +7491,16 @@ async def test_an_encoded_answer_is_decoded_although_nobody_asked(
 
 @flow
 async def test_events_in_gzip_are_relayed_as_they_come(tmp_path):
-    go_on = asyncio.Event()
-
-    async def behave(request, writer):
-        deflate = zlib.compressobj(wbits=31)
-        writer.write(STREAM_HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n")
-        data = deflate.compress(chunk("first")) + deflate.flush(zlib.Z_SYNC_FLUSH)
-        writer.write(chunked(data))
-        await go_on.wait()
-        data = deflate.compress(chunk("b", "stop") + DONE) + deflate.flush()
-        writer.write(chunked(data) + b"0\r\n\r\n")
-
-    async with (
-        pool_of(tmp_path, behave) as (server, _, _),
-        Client(server.port) as client,
-    ):
-        client.send(request_bytes("POST", CHAT_URL, STREAM))
-        await client.read_head()
-        assert await client.read_chunk() == chunk("first")
+    go_on, deflate = asyncio.Event(), zlib.compressobj(wbits=31)
+    first, last = chunk("first"), chunk("b", "stop") + DONE
+    one = deflate.compress(first) + deflate.flush(zlib.Z_SYNC_FLUSH)
+    two = deflate.compress(last) + deflate.flush()
+    head = STREAM_HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n"
+    behave = sends(head, chunked(one), go_on, chunked(two) + b"0\r\n\r\n")
+    async with pool_of(tmp_path, behave) as (server, _, _), posting(server) as client:
+        assert await client.first_chunk() == first
         go_on.set()
-        assert await client.read_chunk() == chunk("b", "stop") + DONE
+        assert await client.read_chunk() == last
 
 
 # --- What an answer is, and whether it is whole
@@ -8495,43 +7535,24 @@ async def test_json_is_json_whatever_it_is_called(tmp_path, label):
         assert (await chat(server, stream=True)).events()[-1] == "[DONE]"
 
 
-def closes_after(data):
-    """An upstream that says no length and closes, as one that dies does."""
-
-    async def behave(request, writer):
-        writer.write(data)
-        await writer.drain()
-        writer.close()
-        await writer.wait_closed()
-        raise ConnectionResetError
-
-    return behave
-
-
-@cases(
-    "path, content, more",
+@cases("path, content, more",
     (CHAT_URL, b'{"choices": [{"message": {"content": "half', {}),
     ("/v1/embeddings", b'{"data": [{"embedding": [1, 2', {"input": "x"}),
     ("/v1/messages", b'{"content": [{"text": "half"}]', {"max_tokens": 1}),
     ("/v1/responses", b'{"output": [{}]', {"input": "x"}),
-)
+)  # fmt: skip
 @flow
 async def test_half_an_answer_is_taken_over_by_another(tmp_path, path, content, more):
-    half = closes_after(JSON_HEAD + b"Connection: close\r\n\r\n" + content)
-    good = http_reply({"choices": [], "data": [], "content": [], "output": []})
+    """And a whole one without a length is whole."""
+    head = JSON_HEAD + b"Connection: close\r\n\r\n"
+    good = {"choices": [], "data": [], "content": [], "output": []}
+    whole = head + json.dumps(good).encode() + b"\n"
+    behaves = (sends(data, connection_close) for data in (head + content, whole))
     options = [{"weight": 9}, {}]
-    async with pool_of(tmp_path, half, good, options=options) as (server, ups, _):
+    async with pool_of(tmp_path, *behaves, options=options) as (server, ups, _):
         reply = await ask(server.port, "POST", path, {**CHAT, **more})
         assert reply.status == 200 and reply.json()["data"] == []
-        assert len(chats(ups[0])) == 1
-
-
-@flow
-async def test_a_whole_answer_without_a_length_is_whole(tmp_path):
-    content = json.dumps(completion()).encode() + b"\n"
-    behave = closes_after(JSON_HEAD + b"Connection: close\r\n\r\n" + content)
-    async with pool_of(tmp_path, behave) as (server, _, _):
-        assert chat_text(await chat(server)) == "Hi there"
+        assert len(chats(ups[0])) == len(chats(ups[1])) == 1
 
 
 BEGUN_STREAMS = {
@@ -8554,115 +7575,77 @@ async def test_a_stream_that_breaks_off_says_so_in_its_dialect(tmp_path, path):
     """And never ends as one that is whole does."""
     begun, error = BEGUN_STREAMS[path]
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-    async with pool_of(tmp_path, closes_after(head + begun)) as (server, _, _):
+    behave = sends(head + begun, connection_close)
+    async with pool_of(tmp_path, behave) as (server, _, _):
         reply = await ask(server.port, "POST", path, {**STREAM, "input": "x"})
         assert reply.status == 200 and not reply.whole
         assert reply.content.startswith(begun + error)
         assert b"[DONE]" not in reply.content
 
 
+@cases("cut", False, True)
 @flow
-async def test_speech_is_relayed_as_it_comes(tmp_path):
+async def test_speech_is_relayed_as_it_comes(tmp_path, cut):
+    """And one that is cut is cut."""
     go_on = asyncio.Event()
     audio = b'data: {"not": an event\n\n\xff\xfb'  # nor judged by how it begins
-
-    async def behave(request, writer):
-        writer.write(STREAM_HEAD.replace(b"text/event-stream", b"audio/mpeg"))
-        writer.write(chunked(audio))
-        await go_on.wait()
-        writer.write(chunked(audio))
-        writer.write(b"0\r\n\r\n")
-
-    async with (
-        pool_of(tmp_path, behave) as (server, _, _),
-        Client(server.port) as client,
-    ):
-        body = {"model": "m", "input": "Hello", "voice": "alloy"}
-        client.send(request_bytes("POST", "/v1/audio/speech", body))
-        status, headers = await client.read_head()
-        assert status == 200 and headers["content-type"] == "audio/mpeg"
-        assert await client.read_chunk() == audio
-        go_on.set()
-        assert [await client.read_chunk() for _ in range(2)] == [audio, b""]
+    head = STREAM_HEAD.replace(b"text/event-stream", b"audio/mpeg")
+    end = connection_close if cut else chunked(audio) + b"0\r\n\r\n"
+    body = {"model": "m", "input": "Hello", "voice": "alloy"}
+    behave = sends(head, chunked(audio), go_on, end)
+    made = pool_of(tmp_path, behave)
+    async with made as (server, _, _):
+        async with posting(server, body, "/v1/audio/speech") as client:
+            status, headers = await client.read_head()
+            assert status == 200 and headers["content-type"] == "audio/mpeg"
+            assert await client.read_chunk() == audio
+            go_on.set()
+            assert await client.read_rest() == (b"" if cut else audio)
+            assert client.whole is not cut
 
 
-@flow
-async def test_speech_that_is_cut_is_cut(tmp_path):
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\nContent-Length: 99\r\n\r\n"
-    async with pool_of(tmp_path, closes_after(head + b"\xff")) as (server, _, _):
-        try:
-            reply = await ask(server.port, "POST", "/v1/audio/speech", CHAT)
-            assert not reply.whole
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # under a length, too
-
-
-@flow
-async def test_no_key_and_no_second_line_of_an_upstream_reaches_the_log(tmp_path):
-    log = Log()
+@flow(behave=b"", controller={"name": "one"})
+async def test_a_reason_is_one_line_without_a_key_or_the_controllers_name(
+    server, upstream, log
+):
+    """In the log, in the answer of those that come next, in the administrator's list."""
     text = "UPSTREAMSECRET\n2026-01-01 00:00:00 admin GET / \x1b[2J"
-    async with relaying(tmp_path, error_reply(429, text), log=log) as (server, _):
-        reply = await chat(server)
-        assert reply.status == 500
-        assert "UPSTREAMSECRET" not in reply.content.decode()
-    assert "cooling down" in log.text
+    upstream.behave = error_reply(429, text)
+    said = [chat_error(await chat(server))["message"] for _ in range(2)]
+    assert said[0].startswith("one: ***\n2026")
+    assert said[1].endswith(" one: status 429 t") and "one: one:" not in said[1]
+    assert (await controller_line(server, "one"))["reason"] == "status 429 t"
+    assert re.search(r"one cooling down for 10 s: (?!one)", log.text)
     assert "UPSTREAMSECRET" not in log.text and "\x1b" not in log.text
     assert not any("\n" in line for line in log.lines)
 
 
-@flow
-async def test_a_reason_does_not_repeat_the_controllers_name(tmp_path):
-    """In the log, in the answer of those that come next, in the administrator's list."""
-    log = Log()
-    answer = refusal(429, "slow down")
-    async with relaying(tmp_path, answer, {"name": "one"}, log=log) as (server, _):
-        said = [chat_error(await chat(server))["message"] for _ in range(2)]
-        assert said[0] == "one: slow down"
-        assert said[1].endswith(" one: status 429") and "one: one:" not in said[1]
-        assert (await controller_line(server, "one"))["reason"] == "status 429"
-    assert re.search(r"one cooling down for 10 s: (?!one)", log.text)
-
-
-@cases(
-    "end, reason",
-    (None, "the connection ended"),
-    (b'data: {"error": {"message": "out of memory"}}\n\n', "status 500"),
+@cases("end, reason",
+    (connection_drop, "the connection ended"),
+    (chunked(b'data: {"error": {"message": "out of memory"}}\n\n'), "status 500"),
     ids=["cut", "said"],
-)
+)  # fmt: skip
 @flow
 async def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path, end, reason):
     """Its access line says 200, for that was its status."""
-    begun = asyncio.Event()
-
-    async def behave(request, writer):
-        writer.write(STREAM_HEAD + chunked(chunk("Hel")))
-        await begun.wait()
-        if end is None:
-            raise ConnectionError
-        writer.write(chunked(end) + b"0\r\n\r\n")
-
-    log = Log()
-    async with relaying(tmp_path, behave, {"name": "one"}, log=log) as (server, _):
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", CHAT_URL, STREAM))
-            assert (await client.read_head())[0] == 200
-            await client.read_chunk()
+    begun, log = asyncio.Event(), Log()
+    behave = sends(STREAM_HEAD, chunked(chunk("Hel")), begun, end)
+    async with pool_of(tmp_path, behave, log=log) as (server, _, _):
+        async with posting(server) as client:
+            await client.first_chunk()
             begun.set()
             assert b'{"error"' in await client.read_chunk()
-    assert log.text.count(f" broke off: one: {reason}") == 1
+    assert log.text.count(f" broke off: up0: {reason}") == 1
 
 
 @cases("limit", {"requests": 1}, {"tokens": 5}, ids=["r", "t"])
 @flow
 async def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
-    log = Log()
-    controller = {"name": "one", "limit": {**limit, "per": "day"}}
-    made = relaying(tmp_path, controller=controller, log=log)
-    async with made as (server, _):
-        statuses = [(await chat(server)).status for _ in range(3)]
-        assert statuses == [200, 503, 503]
+    log, options = Log(), [{"limit": {**limit, "per": "day"}}]
+    async with pool_of(tmp_path, None, options=options, log=log) as (server, _, _):
+        assert [(await chat(server)).status for _ in range(3)] == [200, 503, 503]
     ((unit, count),) = limit.items()
-    said = rf"one is not asked for \d+ s: its limit of {count} {unit}/day"
+    said = rf"up0 is not asked for \d+ s: its limit of {count} {unit}/day"
     assert len(re.findall(said, log.text)) == 1
 
 
@@ -8683,14 +7666,11 @@ async def test_a_dead_proxy_is_named_as_what_is_dead(tmp_path, scheme):
 
 
 @flow
-async def test_own_limits_hold_until_the_next_window(tmp_path, monkeypatch):
-    clock = [1_800_000_010.0]  # ten seconds into its minute
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
-
+async def test_own_limits_hold_until_the_next_window(tmp_path, clock):
+    clock[0] += 10  # ten seconds into its minute
     requests = pool_function("requests", limit={"requests": 2, "per": "minute"})
     async with serving(tmp_path, requests) as server:
-        statuses = [(await chat(server)).status for _ in range(3)]
-        assert statuses == [200, 200, 503]
+        assert [(await chat(server)).status for _ in range(3)] == [200, 200, 503]
         line = await controller_line(server, "requests")
         assert line["state"] == "disabled" and "2 requests/minute" in line["reason"]
         clock[0] += 25  # 25 s left
@@ -8702,14 +7682,12 @@ async def test_own_limits_hold_until_the_next_window(tmp_path, monkeypatch):
         assert [(await chat(server)).status for _ in range(3)] == [200, 200, 503]
         clock[0] += 25
         assert [(await chat(server)).status for _ in range(3)] == [200, 200, 503]
-    behave = http_reply(completion())  # 7 tokens each
-    async with Upstream(behave) as upstream:
-        tokens = upstream.controller(limit={"tokens": 14, "per": "hour"})
-        async with serving(tmp_path, tokens) as server:
-            statuses = [(await chat(server)).status for _ in range(3)]
-            assert statuses == [200, 200, 503] and tokens.tokens == 14
-            clock[0] += 3600
-            assert (await chat(server)).status == 200
+    options = [{"limit": {"tokens": 14, "per": "hour"}}]  # an answer takes 7
+    async with pool_of(tmp_path, None, options=options) as (server, _, (tokens,)):
+        assert [(await chat(server)).status for _ in range(3)] == [200, 200, 503]
+        assert tokens.tokens == 14
+        clock[0] += 3600
+        assert (await chat(server)).status == 200
 
 
 @flow
@@ -8756,10 +7734,9 @@ async def test_enabling_wakes_who_waits(tmp_path):
 
 
 @flow
-async def test_an_agent_cannot_take_a_controllers_name_from_it(tmp_path):
+async def test_an_agent_cannot_take_a_controllers_name_from_it(server):
     """An agent's name is a label: /admin/controllers means the configured one."""
-    hello = json.dumps({"version": 2, "name": "up", "models": []})
-    async with serving(tmp_path) as server, Agent(server.port, hello=hello):
+    async with Agent(server.port, hello=agent_hello(name="up", models=[])):
         await until(lambda: server.agents)
         up = pool_function("up")
         server.add(up)
@@ -8769,8 +7746,14 @@ async def test_an_agent_cannot_take_a_controllers_name_from_it(tmp_path):
 # --- Functions and mocks
 
 
-async def gives_text(request):
-    return "Hi " + request["messages"][-1]["content"]
+async def gives_pieces_in_the_loop(request):
+    yield "Hi "
+    await asyncio.sleep(0)
+    yield {"content": request["messages"][-1]["content"]}
+
+
+async def gives_a_completion(request):
+    return completion("Hi " + request["messages"][-1]["content"])
 
 
 def gives_text_in_a_thread(request):
@@ -8783,69 +7766,42 @@ def gives_pieces(request):
     yield "Hello"
 
 
-async def gives_pieces_in_the_loop(request):
-    yield "Hi "
-    await asyncio.sleep(0)
-    yield {"content": "Hello"}
-
-
-async def gives_a_message(request):
-    return {"content": "Hi Hello"}
-
-
-async def gives_a_completion(request):
-    return completion("Hi Hello")
-
-
-def gives_an_iterator(request):
-    return iter(["Hi ", "Hello"])
-
-
 FUNCTIONS = [
-    gives_text,
+    gives_pieces_in_the_loop,
+    gives_a_completion,
     gives_text_in_a_thread,
     gives_pieces,
-    gives_pieces_in_the_loop,
-    gives_a_message,
-    gives_a_completion,
-    gives_an_iterator,
+    lambda request: {"content": "Hi Hello"},
+    lambda request: iter(["Hi ", "Hello"]),
 ]
 
 
 @cases("function", *FUNCTIONS)
 @flow
-async def test_every_kind_of_function_answers_streamed_and_whole(tmp_path, function):
-    server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+async def test_every_kind_of_function_answers_streamed_and_whole(server, function):
     assert server.model("f")(function) is function
-    async with server:
-        reply = await chat(server, model="f")
-        assert chat_text(reply) == "Hi Hello"
-        body = reply.json()
-        assert body["object"] == "chat.completion" and body["usage"]["total_tokens"]
-        assert body["choices"][0]["finish_reason"] == "stop"
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        reply = await chat(server, model="f", **options)
-        *events, done = reply.events()
-        events = [json.loads(event) for event in events]
-        deltas = [e["choices"][0]["delta"] for e in events if e["choices"]]
-        assert deltas[0]["role"] == "assistant" and done == "[DONE]"
-        assert "".join(d.get("content") or "" for d in deltas) == "Hi Hello"
-        reasons = [c["finish_reason"] for e in events for c in e["choices"]]
-        assert reasons[-1] == "stop" and events[-1]["usage"]["total_tokens"]
-        ask_body = {"content": "Hello", "model": "f"}
-        reply = await ask(server.port, "POST", "/api/ask", ask_body)
-        assert reply.status == 200 and reply.json()["content"] == "Hi Hello"
+    reply = await chat(server, model="f")
+    assert chat_text(reply) == "Hi Hello"
+    body = reply.json()
+    assert body["object"] == "chat.completion" and body["usage"]["total_tokens"]
+    assert body["choices"][0]["finish_reason"] == "stop"
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *events, done = (await chat(server, model="f", **options)).events()
+    events = [json.loads(event) for event in events]
+    deltas = [e["choices"][0]["delta"] for e in events if e["choices"]]
+    assert deltas[0]["role"] == "assistant" and done == "[DONE]"
+    assert "".join(d.get("content") or "" for d in deltas) == "Hi Hello"
+    reasons = [c["finish_reason"] for e in events for c in e["choices"]]
+    assert reasons[-1] == "stop" and events[-1]["usage"]["total_tokens"]
+    reply = await handler_ask(server.port, model="f")
+    assert reply.status == 200 and reply.json()["content"] == "Hi Hello"
 
 
 @flow
 async def test_a_function_may_call_tools(tmp_path):
-    call = {"name": "f", "arguments": "{}"}
-    call = {"id": "call-1", "type": "function", "function": call}
-
-    async def answer(request):
-        return {"tool_calls": [call]}
-
-    async with serving(tmp_path, FunctionController(answer)) as server:
+    call = tool_call("call-1")
+    function = FunctionController(lambda request: {"tool_calls": [call]})
+    async with serving(tmp_path, function) as server:
         choice = (await chat(server)).json()["choices"][0]
         assert choice["message"]["tool_calls"] == [call]
         assert choice["finish_reason"] == "tool_calls"
@@ -8854,11 +7810,13 @@ async def test_a_function_may_call_tools(tmp_path):
 @cases("stream", False, True)
 @flow
 async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
+    fields = {"type": "teapot", "param": "messages", "code": "tea"}
+
     async def refuses(request):
-        raise APIError(418, "tea only", type="teapot", param="messages", code="tea")
+        raise APIError(418, "tea only", **fields)
 
     async def refuses_late(request):
-        raise APIError(418, "tea only", type="teapot", param="messages", code="tea")
+        await refuses(request)
         yield
 
     for function in (refuses, refuses_late):
@@ -8867,8 +7825,7 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
             for _ in range(4):
                 reply = await chat(server, stream=stream)
                 assert reply.status == 418
-                error = {"message": "tea only", "type": "teapot", "param": "messages"}
-                assert chat_error(reply) == {**error, "code": "tea"}
+                assert chat_error(reply) == {"message": "tea only", **fields}
             assert (await controller_line(server, "first"))["state"] == "ready"
 
 
@@ -8877,44 +7834,35 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
     ConnectionRefusedError("10.0.0.7 secret"), asyncio.TimeoutError("secret"),
     StopIteration("secret"), KeyError("secret"), ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_of_other_errors_the_client_learns_nothing(tmp_path, caplog, error):
-    async def check():
-        def plain(request):
-            raise error
+@flow
+async def test_of_other_errors_the_client_learns_nothing(tmp_path, caplog, error):
+    def plain(request):
+        raise error
 
-        async def generator(request):
-            raise error
-            yield
+    async def generator(request):
+        raise error
+        yield
 
-        functions = (
-            [generator] if isinstance(error, StopIteration) else [plain, generator]
-        )
-        for function in functions:
-            controller = FunctionController(function, name="f")
-            async with serving(tmp_path, controller) as server:
-                for stream in (False, True, False, False):
-                    reply = await chat(server, stream=stream)
-                    assert reply.status == 500 and b"secret" not in reply.content
-                    assert chat_error(reply)["message"]
-                assert (await controller_line(server, "f"))["state"] == "ready"
-                assert controller.in_flight == 0
-
-    run(check())
+    for function in (plain, generator)[isinstance(error, StopIteration) :]:
+        controller = FunctionController(function, name="f")
+        async with serving(tmp_path, controller) as server:
+            for stream in (False, True, False, False):
+                reply = await chat(server, stream=stream)
+                assert reply.status == 500 and b"secret" not in reply.content
+                assert chat_error(reply)["message"]
+            assert (await controller_line(server, "f"))["state"] == "ready"
+            assert controller.in_flight == 0
     assert "secret" in caplog.text
 
 
 @cases("result", None, 5, b"bytes", {"content": object()})
 @flow
 async def test_a_function_that_returns_nonsense_fails_alone(tmp_path, result):
-    async def answer(request):
-        return result
-
-    controller = FunctionController(answer, name="f", models=["f"])
-    g = pool_function("g", models=["g"])
-    async with serving(tmp_path, controller, g) as server:
+    f = FunctionController(lambda request: result, name="f", models=["f"])
+    async with serving(tmp_path, f, pool_function("g", models=["g"])) as server:
         for stream in (False, True):
             assert (await chat(server, model="f", stream=stream)).status == 500
-        assert controller.in_flight == 0
+        assert f.in_flight == 0
         assert chat_text(await chat(server, model="g")) == "g"
 
 
@@ -8935,40 +7883,34 @@ async def test_a_generator_that_fails_later_ends_the_stream_with_an_error(
         assert (await chat(server)).status == 500
 
 
-def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
-    async def check():
-        closed = []
+@flow
+async def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
+    closed, log = [], Log()
 
-        async def in_the_loop(request):
-            try:
-                while True:
-                    yield "word "
-                    await asyncio.sleep(0.01)
-            finally:
-                closed.append("in_the_loop")
+    async def in_the_loop(request):
+        try:
+            while True:
+                yield "word "
+                await asyncio.sleep(0.01)
+        finally:
+            closed.append(in_the_loop)
 
-        def in_a_thread(request):
-            try:
-                while True:
-                    yield "word "
-                    time.sleep(0.05)
-            finally:
-                closed.append("in_a_thread")
+    def in_a_thread(request):
+        try:
+            while True:
+                yield "word "
+                time.sleep(0.05)
+        finally:
+            closed.append(in_a_thread)
 
-        log = Log()
-        for function in (in_the_loop, in_a_thread):
-            controller = FunctionController(function)
-            async with serving(tmp_path, controller, log=log) as server:
-                async with Client(server.port) as client:
-                    body = chat_body(stream=True)
-                    client.send(request_bytes("POST", CHAT_URL, body))
-                    await client.read_head()
-                    await client.read_chunk()
-                await until(lambda name=function.__name__: name in closed, 2)
-                await until(lambda c=controller: c.in_flight == 0, 2)
-        assert "internal error" not in log.text
-
-    run(check())
+    for function in (in_the_loop, in_a_thread):
+        controller = FunctionController(function)
+        async with serving(tmp_path, controller, log=log) as server:
+            async with posting(server) as client:
+                await client.first_chunk()
+            await until(lambda f=function: f in closed, 2)
+            await until(lambda c=controller: c.in_flight == 0, 2)
+    assert "internal error" not in log.text
     assert not [r for r in caplog.records if r.name == "chatgpt_apiserver"]
 
 
@@ -8995,6 +7937,7 @@ async def test_a_function_that_hangs_is_given_up_at_the_requests_deadline(tmp_pa
 @flow
 async def test_mocks_answer_by_name_only(server):
     assert chat_text(await chat(server, "Say this", model="mock/echo")) == "Say this"
+    assert chat_text(await chat(server, model="mock/text?text=")) == ""
     reply = await chat(server, model="gpt-4o")
     assert reply.status == 404 and "agent" in chat_error(reply)["message"]
     reply = await ask(server.port, "POST", "/api/ask", {"content": "Hi"})
@@ -9061,16 +8004,13 @@ async def test_a_text_becomes_an_answer_in_each_dialect(server, path, model):
 @flow
 async def test_a_mock_calls_tools_in_each_dialect(server, stream):
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
-    messages = [{"role": "user", "content": "Paris"}]
-    tools = {
-        "/v1/messages": [{"name": "weather", "input_schema": schema}],
-        "/v1/responses": [
-            {"type": "function", "name": "weather", "parameters": schema}
-        ],
-    }
-    for path, offered in tools.items():
-        body = {"model": "mock/echo", "messages": messages, "input": "Paris"}
-        body = {**body, "tools": offered, "stream": stream, "max_tokens": 9}
+    body = {**chat_body("Paris", "mock/echo"), "input": "Paris"}
+    for path, offered in (
+        ("/v1/messages", {"input_schema": schema}),
+        ("/v1/responses", {"type": "function", "parameters": schema}),
+    ):
+        tools = [{"name": "weather", **offered}]
+        body = {**body, "tools": tools, "stream": stream, "max_tokens": 9}
         text = (await ask(server.port, "POST", path, body)).content.decode()
         assert '"weather"' in text and "city" in text and "Paris" in text
         assert ("tool_use" in text) == (path == "/v1/messages")
@@ -9079,27 +8019,19 @@ async def test_a_mock_calls_tools_in_each_dialect(server, stream):
 @flow
 async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
     async def answer(request):
-        call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
-        for delta in ({"content": "a"}, {"tool_calls": [call]}, {"content": "b"}):
+        for delta in ({"content": "a"}, {"tool_calls": [tool_call("c")]}, "b"):
             yield delta
 
     async with serving(tmp_path, FunctionController(answer)) as server:
-        body = {"model": "m", "stream": True, "max_tokens": 9, "input": "?"}
-        body["messages"] = [{"role": "user", "content": "?"}]
-        for path, place in (
-            ("/v1/messages", "index"),
-            ("/v1/responses", "output_index"),
-        ):
-            reply = await ask(server.port, "POST", path, body)
+        body = {**chat_body("?"), "stream": True, "max_tokens": 9, "input": "?"}
+        for path, place in (("messages", "index"), ("responses", "output_index")):
+            reply = await ask(server.port, "POST", f"/v1/{path}", body)
             events = [json.loads(data) for data in api_stream(reply.content)]
             places = [event[place] for event in events if place in event]
             assert places == sorted(places) and set(places) == {0, 1, 2}
         done = events[-1]["response"]["output"]
-        assert [item["type"] for item in done] == [
-            "message",
-            "function_call",
-            "message",
-        ]
+        types = [item["type"] for item in done]
+        assert types == ["message", "function_call", "message"]
         assert len({item["id"] for item in done}) == 3
 
 
@@ -9118,153 +8050,101 @@ async def test_a_made_streams_usage_is_sent_only_to_who_asked(tmp_path):
 @flow
 async def test_a_tools_result_is_echoed_in_each_dialect(server):
     result = {"type": "tool_result", "tool_use_id": "t", "content": "sunny"}
-    asked = {
-        "/v1/messages": {"messages": [{"role": "user", "content": [result]}]},
-        "/v1/responses": {
-            "input": [
-                {"type": "function_call_output", "call_id": "t", "output": "sunny"}
-            ]
-        },
-    }
-    for path, body in asked.items():
-        tools = [{"type": "function", "name": "f"}]
-        body = {**body, "model": "mock/echo", "max_tokens": 9, "tools": tools}
+    output = {"type": "function_call_output", "call_id": "t", "output": "sunny"}
+    more = {"max_tokens": 9, "tools": [{"type": "function", "name": "f"}]}
+    for path, body in (
+        ("/v1/messages", {"messages": [{"role": "user", "content": [result]}]}),
+        ("/v1/responses", {"input": [output]}),
+    ):
+        body = {"model": "mock/echo", **body, **more}
         reply = await ask(server.port, "POST", path, body)
         assert dialect_text(path, reply.json()) == "sunny"
 
 
+def text_parts(*texts, type="text"):
+    return [{"type": type, "text": text} for text in texts]
+
+
+def said(role, *texts, type="input_text"):
+    """An item of Codex's input."""
+    return {"type": "message", "role": role, "content": text_parts(*texts, type=type)}
+
+
+def results(id, content):
+    return {"type": "tool_result", "tool_use_id": id, "content": content}
+
+
 CLAUDE_CODE_TURN = {  # as Claude Code 2.1 sends it, but for what its texts say
     "messages": [
-        {
-            "role": "user",
-            "content": [
-                {"type": "text", "text": "<system-reminder>"},
-                {"type": "text", "text": "run", "cache_control": {"type": "ephemeral"}},
-            ],
-        },
+        {"role": "user", "content": [
+            *text_parts("<system-reminder>"),
+            {"type": "text", "text": "run", "cache_control": {"type": "ephemeral"}}]},
         {"role": "system", "content": "Available agent types"},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "thinking", "thinking": "Hm", "signature": "s"},
-                {"type": "text", "text": "I do."},
-                {"type": "tool_use", "id": "1", "name": "Bash", "input": {"a": 1}},
-                {"type": "tool_use", "id": "2", "name": "Bash", "input": {}},
-            ],
-        },
-        {
-            "role": "user",
-            "content": [
-                {"type": "tool_result", "tool_use_id": "1", "content": "one"},
-                {
-                    "type": "tool_result",
-                    "tool_use_id": "2",
-                    "content": [{"type": "text", "text": "two"}],
-                },
-                {"type": "text", "text": "go on"},
-            ],
-        },
+        {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "Hm", "signature": "s"},
+            *text_parts("I do."),
+            {"type": "tool_use", "id": "1", "name": "Bash", "input": {"a": 1}},
+            {"type": "tool_use", "id": "2", "name": "Bash", "input": {}}]},
+        {"role": "user", "content": [
+            results("1", "one"), results("2", text_parts("two")), *text_parts("go on")]},
     ],
-    "system": [{"type": "text", "text": "You are"}, {"type": "text", "text": "it."}],
+    "system": text_parts("You are", "it."),
     "tools": [
-        {"name": "Bash", "description": "Runs", "input_schema": {"type": "object"}}
-    ],
-    "max_tokens": 32000,
-    "thinking": {"type": "adaptive"},
-    "output_config": {"effort": "high"},
-    "metadata": {"user_id": "{}"},
-}
+        {"name": "Bash", "description": "Runs", "input_schema": {"type": "object"}}],
+    "max_tokens": 32000, "thinking": {"type": "adaptive"},
+    "output_config": {"effort": "high"}, "metadata": {"user_id": "{}"},
+}  # fmt: skip
 CODEX_TURN = {  # as Codex 0.171 sends it
     "instructions": "You are\nit.",
     "input": [
-        {
-            "type": "message",
-            "role": "user",
-            "content": [
-                {"type": "input_text", "text": "<system-reminder>"},
-                {"type": "input_text", "text": "run"},
-            ],
-        },
-        {
-            "type": "message",
-            "role": "system",
-            "content": [{"type": "input_text", "text": "Available agent types"}],
-        },
+        said("user", "<system-reminder>", "run"), said("system", "Available agent types"),
         {"type": "reasoning", "summary": [], "encrypted_content": "e"},
-        {
-            "type": "message",
-            "role": "assistant",
-            "content": [{"type": "output_text", "text": "I do."}],
-        },
-        {
-            "type": "function_call",
-            "call_id": "1",
-            "name": "Bash",
-            "arguments": '{"a": 1}',
-        },
+        said("assistant", "I do.", type="output_text"),
+        {"type": "function_call", "call_id": "1", "name": "Bash",
+         "arguments": '{"a": 1}'},
         {"type": "custom_tool_call", "call_id": "2", "name": "Bash", "input": "{}"},
         {"type": "function_call_output", "call_id": "1", "output": "one"},
-        {
-            "type": "custom_tool_call_output",
-            "call_id": "2",
-            "output": [{"type": "input_text", "text": "two"}],
-        },
+        {"type": "custom_tool_call_output", "call_id": "2",
+         "output": text_parts("two", type="input_text")},
         {"type": "message", "role": "user", "content": "go on"},
     ],
     "tools": [
         {"type": "web_search", "external_web_access": False},
-        {
-            "type": "function",
-            "name": "Bash",
-            "description": "Runs",
-            "strict": False,
-            "parameters": {"type": "object"},
-        },
+        {"type": "function", "name": "Bash", "description": "Runs", "strict": False,
+         "parameters": {"type": "object"}},
     ],
-    "store": False,
-    "include": ["reasoning.encrypted_content"],
-    "prompt_cache_key": "k",
-}
+    "store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
+}  # fmt: skip
 
 
 @flow
-@cases(
-    "path, body",
-    ("/v1/messages?beta=true", CLAUDE_CODE_TURN),
-    ("/v1/responses", CODEX_TURN),
+@cases("path, body",
+    ("/v1/messages?beta=true", CLAUDE_CODE_TURN), ("/v1/responses", CODEX_TURN),
     ids=["claude-code", "codex"],
-)
-async def test_a_function_sees_a_coding_agents_turn_as_a_chat(tmp_path, path, body):
+)  # fmt: skip
+async def test_a_function_sees_a_coding_agents_turn_as_a_chat(server, path, body):
     """Texts as strings, and tools' calls with the ids that their results name."""
     seen = []
 
+    @server.model("m")
     def turn(request):
         seen.append((request["messages"], request["tools"]))
         return "done"
 
-    async with serving(tmp_path, FunctionController(turn, models=["m"])) as server:
-        reply = await ask(server.port, "POST", path, {**body, "model": "m"})
-        assert reply.status == 200
-
-    def call(id, arguments):
-        function = {"name": "Bash", "arguments": arguments}
-        return {"id": id, "type": "function", "function": function}
-
-    calls = [call("1", '{"a": 1}'), call("2", "{}")]
+    reply = await ask(server.port, "POST", path, {**body, "model": "m"})
+    assert reply.status == 200
+    calls = [tool_call("1", "Bash", '{"a": 1}'), tool_call("2", "Bash")]
     function = {"name": "Bash", "description": "Runs", "parameters": {"type": "object"}}
-    assert seen == [
-        (
-            [
-                {"role": "system", "content": "You are\nit."},
-                {"role": "user", "content": "<system-reminder>\nrun"},
-                {"role": "system", "content": "Available agent types"},
-                {"role": "assistant", "content": "I do.", "tool_calls": calls},
-                {"role": "tool", "tool_call_id": "1", "content": "one"},
-                {"role": "tool", "tool_call_id": "2", "content": "two"},
-                {"role": "user", "content": "go on"},
-            ],
-            [{"type": "function", "function": function}],
-        )
+    ((messages, tools),) = seen
+    assert tools == [{"type": "function", "function": function}]
+    assert messages == [
+        {"role": "system", "content": "You are\nit."},
+        {"role": "user", "content": "<system-reminder>\nrun"},
+        {"role": "system", "content": "Available agent types"},
+        {"role": "assistant", "content": "I do.", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "one"},
+        {"role": "tool", "tool_call_id": "2", "content": "two"},
+        {"role": "user", "content": "go on"},
     ]
 
 
@@ -9272,18 +8152,15 @@ async def test_a_function_sees_a_coding_agents_turn_as_a_chat(tmp_path, path, bo
 async def test_a_function_is_not_called_to_count_tokens(tmp_path):
     """Claude Code counts a part at a time: refused, it asks for answers to them."""
     called = []
-    body = {"model": "m", "messages": [{"role": "user", "content": "x" * 400}]}
     tools = [{"name": "t", "input_schema": {"type": "object", "title": "y" * 400}}]
     path = "/v1/messages/count_tokens?beta=true"
     controller = FunctionController(called.append, models=["m"])
     async with serving(tmp_path, controller) as server:
         for more, low in (({}, 100), ({"tools": tools}, 200), ({"system": "z"}, 100)):
-            reply = await ask(server.port, "POST", path, {**body, **more})
-            assert low <= reply.json()["input_tokens"] < low + 50
-            reply = await ask(
-                server.port, "POST", path, {**body, **more, "model": "mock/text"}
-            )
-            assert low <= reply.json()["input_tokens"] < low + 50
+            for model in ("m", "mock/text"):
+                body = chat_body("x" * 400, model, **more)
+                reply = await ask(server.port, "POST", path, body)
+                assert low <= reply.json()["input_tokens"] < low + 50
     assert called == []
 
 
@@ -9328,12 +8205,6 @@ async def test_mock_embeddings_wait_refuse_and_break_off_as_in_a_chat(server):
 
 
 @flow
-async def test_a_mock_that_says_nothing_says_an_empty_text(server):
-    body = chat_body(model="mock/text?text=")
-    assert chat_text(await ask(server.port, "POST", CHAT_URL, body)) == ""
-
-
-@flow
 async def test_a_name_of_a_mock_is_asked_of_nobody_else(tmp_path):
     """And has a largest size."""
     fits = "mock/text?text=".ljust(2048, "x")
@@ -9345,17 +8216,14 @@ async def test_a_name_of_a_mock_is_asked_of_nobody_else(tmp_path):
         assert chats(upstream) == []
 
 
-@cases(
-    "model, stream",
-    ("mock/echo", False),
-    ("mock/echo", True),
-    ("mock/cut?events=5000", True),
-)
+@cases("model, stream",
+    ("mock/echo", False), ("mock/echo", True), ("mock/cut?events=5000", True),
+)  # fmt: skip
 @flow
 async def test_a_mock_that_says_much_holds_up_nobody(server, model, stream):
-    message = {"role": "user", "content": "a b " * 100_000}
-    body = {"model": model, "stream": stream, "messages": [message]}
-    long = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, body))
+    long = asyncio.ensure_future(
+        chat(server, "a b " * 100_000, model=model, stream=stream)
+    )
     await until(lambda: server.requests_in_flight)
     answered = 0
     while not long.done():
@@ -9380,36 +8248,32 @@ async def upstream_endless(request, writer):
 @flow(timeout=40)
 async def test_slow_readers_hold_the_upstream_back_and_nobody_else(tmp_path):
     """What waits in the server is bounded, however fast the upstream is."""
-    async with Upstream(upstream_endless) as upstream:
-        controller = upstream.controller(models=["m"])
-        f = pool_function("f", models=["f"])
-        async with serving(tmp_path, controller, f) as server:
-            body = chat_body(stream=True)
-            async with contextlib.AsyncExitStack() as stack:
-                for _ in range(5):
-                    client = await stack.enter_async_context(Client(server.port))
-                    client.writer.transport.pause_reading()
-                    client.send(request_bytes("POST", CHAT_URL, body))
-                connections = server._handlers
-                await until(lambda: len(connections) == 5)
-                await until(lambda: not any(c.writable for c in connections), 15)
-                assert chat_text(await chat(server, model="f")) == "f"
-                assert (await ask(server.port, "GET", "/health")).status == 200
-                assert max(c.unsent for c in connections) < 1024 * 1024
-            await until(lambda: controller.in_flight == 0)
-            await until(lambda: upstream.ended >= 5)
+    made = pool_of(tmp_path, upstream_endless)
+    async with made as (server, (upstream,), (controller,)):
+        server.add(pool_function("f", models=["f"]))
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(5):
+                client = await stack.enter_async_context(posting(server))
+                client.writer.transport.pause_reading()
+            connections = server._handlers
+            await until(lambda: len(connections) == 5)
+            await until(lambda: not any(c.writable for c in connections), 15)
+            assert chat_text(await chat(server, model="f")) == "f"
+            assert (await ask(server.port, "GET", "/health")).status == 200
+            assert max(c.unsent for c in connections) < 1024 * 1024
+        await until(lambda: controller.in_flight == 0)
+        await until(lambda: upstream.ended >= 5)
 
 
 @flow
 async def test_a_client_that_stops_reading_is_reset(tmp_path):
     """With an RST, for what was not sent shall not stay in the kernel."""
     limits, log = Limits(write_timeout=0.3), Log()
-    options = [{"models": ["m"], "limits": limits}]
+    options = [{"limits": limits}]
     made = pool_of(tmp_path, upstream_endless, options=options, limits=limits, log=log)
     async with made as (server, (upstream,), (controller,)):
-        async with Client(server.port) as client:
+        async with posting(server) as client:
             client.writer.transport.pause_reading()
-            client.send(request_bytes("POST", CHAT_URL, STREAM))
             await until(lambda: controller.in_flight == 1)
             await until(lambda: controller.in_flight == 0, 10)
             client.writer.transport.resume_reading()
@@ -9508,20 +8372,19 @@ def test_only_one_function_asks_what_time_it_is():
 async def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch, jump):
     now, offset = time.time, [0]
     monkeypatch.setattr(time, "time", lambda: max(0.0, now() + offset[0]))
-    async with Upstream(error_reply(429)) as upstream:
-        cooling = upstream.controller(models=["c"])
-        gate = PoolGate(models=["g"], limit={"requests": 9, "per": "day"})
-        async with serving(tmp_path, cooling, gate.controller) as server:
-            assert (await chat(server, model="c")).status == 500
-            running = asyncio.ensure_future(chat(server, model="g"))
-            await until(lambda: gate.asked)
-            offset[0] = jump
-            gate.let()
-            assert chat_text(await running) == "through"
-            assert chat_text(await chat(server, model="g")) == "through"
-            assert (await chat(server, model="c")).status == 503
-            line = await controller_line(server, cooling.name)
-            assert line["state"] == "cooling" and line["until"]
+    gate = PoolGate(models=["g"], limit={"requests": 9, "per": "day"})
+    async with pool_of(tmp_path, error_reply(429)) as (server, _, _):
+        server.add(gate.controller)
+        assert (await chat(server)).status == 500
+        running = asyncio.ensure_future(chat(server, model="g"))
+        await until(lambda: gate.asked)
+        offset[0] = jump
+        gate.let()
+        assert chat_text(await running) == "through"
+        assert chat_text(await chat(server, model="g")) == "through"
+        assert (await chat(server)).status == 503
+        line = await controller_line(server, "up0")
+        assert line["state"] == "cooling" and line["until"]
 
 
 # --- For a long time
@@ -9546,24 +8409,20 @@ def open_files():
 @flow(timeout=60)
 async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
     """Tasks, files and memory are as before."""
-    stream = STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop") + DONE)
-
-    async def behave(request, writer):
-        streamed = b'"stream":true' in request.content.replace(b" ", b"")
-        writer.write(stream + b"0\r\n\r\n" if streamed else http_reply(completion()))
+    stream = streams(chunk("Hi") + chunk(None, "stop") + DONE)
+    behave = by_words({'"stream": true': stream, '"stream":true': stream})
 
     async def use(client, count):
         for number in range(count):
-            body = chat_body(model="m", stream=bool(number % 2))
+            body = chat_body(stream=bool(number % 2))
             reply = await client.request("POST", CHAT_URL, body)
             assert reply.status == 200
 
-    async with relaying(tmp_path, behave) as (server, _):
+    async with pool_of(tmp_path, behave) as (server, _, _):
         async with Client(server.port) as one, Client(server.port) as two:
             await asyncio.gather(use(one, 200), use(two, 200))
-            before = len(asyncio.all_tasks()), open_files(), resident_size()
+            tasks, files, size = len(asyncio.all_tasks()), open_files(), resident_size()
             await asyncio.gather(use(one, 700), use(two, 700))
-            tasks, files, size = before
             assert len(asyncio.all_tasks()) <= tasks + 2
             assert open_files() <= files + 2
             assert resident_size() < size + 8 * 1024 * 1024
@@ -9574,6 +8433,12 @@ async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
 
 
 # --- The tape
+
+
+@pytest.fixture
+def tape(tmp_path):
+    """Where taping() records."""
+    return tmp_path / "chat.jsonl"
 
 
 def taping(tmp_path, behave=None, mode="auto", **options):
@@ -9595,7 +8460,7 @@ def recorded(content, answer="Hi there", path=CHAT_URL):
 
 USAGE = {"input_tokens": 3, "output_tokens": 4}
 DIALECT_ANSWERS = {
-    "/v1/chat/completions": (
+    CHAT_URL: (
         completion(),
         [
             chunk("Hi "),
@@ -9611,10 +8476,7 @@ DIALECT_ANSWERS = {
     "/v1/embeddings": ({"data": [{"embedding": [0.5]}]}, None),
     "/v1/responses": (
         {"id": "resp_1", "output": [], "usage": USAGE},
-        [
-            typed("response.created", response={"id": "resp_1"}),
-            typed("response.completed", response={"usage": USAGE}),
-        ],
+        [RESPONSE_CREATED, typed("response.completed", response={"usage": USAGE})],
     ),
     "/v1/messages": (
         {"type": "message", "content": [], "usage": USAGE},
@@ -9629,55 +8491,44 @@ DIALECT_ANSWERS = {
 
 def piecewise(pieces, content_type="text/event-stream", pause=0.03):
     """Behaviour of an upstream: these pieces, and a pause after each."""
-
-    async def behave(request, writer):
-        head = STREAM_HEAD.replace(b"text/event-stream", content_type.encode())
-        writer.write(head)
-        for piece in pieces:
-            writer.write(chunked(piece))
-            await writer.drain()
-            await asyncio.sleep(pause)
-        writer.write(b"0\r\n\r\n")
-
-    return behave
+    head = STREAM_HEAD.replace(b"text/event-stream", content_type.encode())
+    steps = (step for piece in pieces for step in (chunked(piece), pause))
+    return sends(head, *steps, b"0\r\n\r\n")
 
 
-async def pieces_of(port, body, path=CHAT_URL, headers=()):
+async def pieces_of(server, body=STREAM, path=CHAT_URL, headers=()):
     """The chunks in which a stream reaches its client."""
-    async with Client(port) as client:
-        client.send(request_bytes("POST", path, body, KEY, headers))
-        assert (await client.read_head())[0] == 200
-        chunks = []
-        while True:
-            chunk = await client.read_chunk()
-            if not chunk:
-                assert chunk == b""  # the last one
-                return chunks
-            chunks.append(chunk)
+    async with posting(server, body, path, headers=headers) as client:
+        chunks = [await client.first_chunk()]
+        while chunks[-1]:
+            chunks.append(await client.read_chunk())
+        assert chunks.pop() == b""  # the last one
+        return chunks
 
 
 @cases("stream", False, True)
 @cases("path", *DIALECT_ANSWERS)
 @flow
-async def test_a_tape_replays_each_dialect_as_it_was_recorded(tmp_path, path, stream):
+async def test_a_tape_replays_each_dialect_as_it_was_recorded(
+    tmp_path, tape, path, stream
+):
     """After a restart, with nobody else to ask: bytes, pieces and usage are the same."""
     whole, pieces = DIALECT_ANSWERS[path]
     if stream and pieces is None:
         pytest.skip("has no streams")
     behave = piecewise(pieces) if stream else http_reply(whole)
     body = {**chat_body(), "input": "Hello", "stream": stream}
-    tape = str(tmp_path / "chat.jsonl")
 
     async def answered(server):
         reply = await ask(server.port, "POST", path, body)
-        chunks = await pieces_of(server.port, body, path) if stream else None
+        chunks = await pieces_of(server, body, path) if stream else None
         await until(lambda: not server.requests_in_flight)
         usage = (await ask(server.port, "GET", "/v1/usage")).json()["total"]
         return reply.status, reply.headers["content-type"], reply.content, chunks, usage
 
     async with taping(tmp_path, behave, "record", usage="-") as (server, _):
         first = await answered(server)
-    async with serving(tmp_path, tape=tape, usage="-") as server:
+    async with serving(tmp_path, tape=str(tape), usage="-") as server:
         assert await answered(server) == first
     assert first[0] == 200 and first[4]["requests"] == 1 + stream
     if path not in ("/v1/completions", "/v1/embeddings"):
@@ -9688,40 +8539,28 @@ async def test_a_tape_replays_each_dialect_as_it_was_recorded(tmp_path, path, st
 
 
 @flow
-async def test_a_tape_keeps_the_time_of_each_piece(tmp_path):
+async def test_a_tape_keeps_the_time_of_each_piece(tmp_path, tape):
     pieces = [chunk("a"), chunk("b"), chunk(None, "stop"), DONE]
-    tape = tmp_path / "chat.jsonl"
-
-    async def timed(server):
-        began = time.monotonic()
-        chunks = await pieces_of(server.port, STREAM)
-        return chunks, time.monotonic() - began
-
-    async with taping(tmp_path, piecewise(pieces, pause=0.15)) as (server, _):
-        chunks, _ = await timed(server)
+    async with taping(tmp_path, piecewise(pieces, pause=0.1)) as (server, _):
+        chunks = await pieces_of(server)
     (line,) = tape_lines(tape)
     times = [seconds for seconds, _ in line["pieces"]]
-    assert times == sorted(times) and times[-1] > 0.4
+    assert times == sorted(times) and times[-1] > 0.25
     for speed, least in ((0, 0), (1, times[-1]), (0.5, 2 * times[-1])):
         again = apiserver.TapeController(str(tape), speed=speed)
         async with serving(tmp_path, again) as server:
-            replayed, seconds = await timed(server)
-            assert replayed == chunks and seconds >= least
-            assert speed or seconds < times[-1]
+            began = time.monotonic()
+            assert await pieces_of(server) == chunks
+            assert time.monotonic() - began >= least
+            assert speed or time.monotonic() - began < times[-1]
 
 
 @flow
-async def test_a_tape_holds_no_secret_and_no_header(tmp_path):
+async def test_a_tape_holds_no_secret_and_no_header(tmp_path, tape):
     """Nor does a refusal that repeats the upstream's key."""
-
-    async def behave(request, writer):
-        if b"wrong" in request.content:
-            error = {"error": {"message": "bad: UPSTREAMSECRET sk-12345678"}}
-            return writer.write(http_reply(error, 400))
-        writer.write(http_reply(completion(), headers=[("x-secret", "HEADER")]))
-
-    tape = tmp_path / "chat.jsonl"
-    async with relaying(tmp_path, behave, {"models": ["m"]}, tape=f"{tape}:record") as (
+    wrong = error_reply(400, "bad: UPSTREAMSECRET sk-12345678")
+    good = http_reply(completion(), headers=[("x-secret", "HEADER")])
+    async with taping(tmp_path, by_words({"wrong": wrong}, usual=good), "record") as (
         server,
         _,
     ):
@@ -9731,96 +8570,72 @@ async def test_a_tape_holds_no_secret_and_no_header(tmp_path):
         wrong = await ask(server.port, "POST", path, chat_body("wrong"))
         assert wrong.status == 400 and b"SECRET" not in wrong.content
     good, bad = tape_lines(tape)
-    assert list(good) == [
-        "tape", "path", "sha256", "content", "status", "content_type", "pieces"
-    ]  # fmt: skip
-    assert good["tape"] == 1 and good["path"] == CHAT_URL and good["content"] == CHAT
-    assert good["status"] == 200 and good["content_type"] == "application/json"
-    assert json.loads(good["pieces"][0][1]) == completion()
     text = json.dumps(CHAT, sort_keys=True, separators=(",", ":"))
-    assert apiserver.hashlib.sha256(text.encode()).hexdigest() == good["sha256"]
+    digest = apiserver.hashlib.sha256(text.encode()).hexdigest()
+    ((_, piece),) = good.pop("pieces")
+    assert json.loads(piece) == completion()
+    assert list(good.items()) == [
+        ("tape", 1), ("path", CHAT_URL), ("sha256", digest), ("content", CHAT),
+        ("status", 200), ("content_type", "application/json"),
+    ]  # fmt: skip
     written = tape.read_bytes().lower()
     for secret in (KEY, "UPSTREAMSECRET", "HEADER", "authorization", "bearer", "sk-1"):
         assert secret.lower().encode() not in written
     assert stat.S_IMODE(tape.stat().st_mode) == 0o600
-    async with serving(tmp_path, tape=tape) as server:
+    async with serving(tmp_path, tape=str(tape)) as server:
         again = await chat(server, "wrong")
         assert (again.status, again.content) == (400, wrong.content)
 
 
 @flow
-async def test_what_fails_is_not_recorded(tmp_path):
+async def test_what_fails_is_not_recorded(tmp_path, tape):
     """A 429, a 500, a cut stream, one whose client has left, half a JSON, an error."""
-    tape = tmp_path / "chat.jsonl"
-    held = asyncio.Event()
-
-    async def behave(request, writer):
-        kind = request.json()["messages"][0]["content"]
-        if kind.isdigit():
-            return writer.write(http_reply({"error": {"message": "no"}}, int(kind)))
-        if kind == "half":
-            return writer.write(http_reply(b'{"choices": ['))
-        writer.write(STREAM_HEAD + chunked(chunk("Hel")))
-        if kind == "held":
-            await held.wait()
-        if kind == "error":
-            writer.write(chunked(b'data: {"error": {"message": "no"}}\n\n'))
-        if kind != "cut":
-            writer.write(b"0\r\n\r\n")
-        else:
-            raise ConnectionError
-
-    async with pool_of(
-        tmp_path, behave, options=[{"name": "up"}], tape=f"{tape}:record"
-    ) as (server, (upstream,), (controller,)):
-        for kind in ("401", "429", "500", "half", "cut", "error", "no-finish"):
+    begun = [STREAM_HEAD, chunked(chunk("Hel"))]
+    error = chunked(b'data: {"error": {"message": "no"}}\n\n')
+    behave = by_words({
+        "401": error_reply(401), "429": error_reply(429), "500": error_reply(500),
+        "half": http_reply(b'{"choices": ['), "cut": sends(*begun, connection_drop),
+        "wrong": sends(*begun, error, b"0\r\n\r\n"),
+        "no-finish": sends(*begun, b"0\r\n\r\n"), "held": sends(*begun, 60),
+    })  # fmt: skip
+    made = pool_of(tmp_path, behave, tape=f"{tape}:record")
+    async with made as (server, (upstream,), (controller,)):
+        for kind in ("401", "429", "500", "half", "cut", "wrong", "no-finish"):
             controller.health.reset()
             stream = not kind.isdigit() and kind != "half"
             await chat(server, kind, stream=stream)
-        async with Client(server.port) as client:
-            body = chat_body("held", stream=True)
-            client.send(request_bytes("POST", CHAT_URL, body))
-            await client.read_head()
+        assert len(chats(upstream)) == 7
+        async with posting(server, chat_body("held", stream=True)) as client:
+            await client.first_chunk()
         await until(lambda: not server.requests_in_flight)
     assert tape.read_bytes() == b""
 
 
 @flow
-async def test_an_answer_that_is_too_large_is_not_recorded(tmp_path):
+async def test_an_answer_that_is_too_large_is_not_recorded(tmp_path, tape):
     log, limits = Log(), Limits(response_size=3000)
-    tape = tmp_path / "chat.jsonl"
-    pieces = [chunk("x" * 100) for _ in range(20)] + [chunk(None, "stop"), DONE]
-    async with taping(
-        tmp_path,
-        piecewise(pieces),
-        "record",
-        limits=limits,
-        log=log,
-    ) as (server, _):
-        reply = await chat(server, stream=True)
-        assert reply.events()[-1] == "[DONE]"
+    behave = streams(*[chunk("x" * 100)] * 20, chunk(None, "stop"), DONE)
+    made = taping(tmp_path, behave, "record", limits=limits, log=log)
+    async with made as (server, _):
+        assert (await chat(server, stream=True)).events()[-1] == "[DONE]"
         await until(lambda: "too large to be recorded" in log.text)
     assert tape.read_bytes() == b""
 
 
 @flow
 async def test_a_full_disk_costs_the_recording_and_not_the_answer(
-    tmp_path, monkeypatch
+    tmp_path, tape, monkeypatch
 ):
-    log = Log()
-    tape = tmp_path / "chat.jsonl"
+    log, write = Log(), os.write
+
+    def full(fd, data):
+        return write(fd, data[:9] if data.startswith(b'{"tape"') else data)
+
     async with taping(tmp_path, log=log) as (server, upstream):
-        write = os.write
-
-        def full(fd, data):
-            return (
-                write(fd, data[:9]) if data.startswith(b'{"tape"') else write(fd, data)
-            )
-
-        monkeypatch.setattr(os, "write", full)
-        assert (await chat(server)).status == 200
-        await until(lambda: "not recorded: [Errno 28]" in log.text)
-        monkeypatch.setattr(os, "write", write)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            assert (await chat(server)).status == 200
+            await until(lambda: "not recorded: [Errno 28]" in log.text)
         assert tape.read_bytes() == b""
         for _ in range(2):
             assert (await chat(server)).status == 200
@@ -9828,143 +8643,115 @@ async def test_a_full_disk_costs_the_recording_and_not_the_answer(
 
 
 @flow
-async def test_a_miss_names_the_nearest_recording_and_what_differs(tmp_path):
-    tape = tmp_path / "chat.jsonl"
+async def test_a_miss_names_the_nearest_recording_and_what_differs(tmp_path, tape):
     far = chat_body("other", temperature=1, tools=[], user="PRIVATE")
     near = chat_body("PRIVATE", temperature=0.5)
-    near["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    system, user = {"role": "system", "content": "Be brief."}, near["messages"][0]
+    near["messages"] = [system, user]
     tape.write_bytes(recorded(far) + b"\n" + recorded(near) + recorded(far))
-    asked = json.loads(json.dumps(near))
-    asked["messages"][1]["content"] = "SECRET"
+    differs = "of this request; the nearest is line 3, which differs in "
     async with serving(tmp_path, tape=str(tape)) as server:
-        reply = await ask(server.port, "POST", CHAT_URL, asked)
-        error = reply.json()["error"]
-        assert reply.status == 404 and error["code"] == "no_recording"
-        assert error["message"] == (
-            "chat.jsonl has no recording of this request; the nearest is line 3, which differs"
-            " in messages[1].content."
-        )
-        asked = {**near, "messages": near["messages"][:1]}
-        reply = await ask(server.port, "POST", CHAT_URL, asked)
-        assert (
-            "line 3, which differs in messages[1]." in reply.json()["error"]["message"]
-        )
-        reply = await ask(server.port, "POST", CHAT_URL, {**near, "stream": True})
-        assert reply.status == 404 and "in stream." in reply.json()["error"]["message"]
-        body = {"model": "m", "max_tokens": 1, "messages": near["messages"]}
-        reply = await ask(server.port, "POST", "/v1/messages", body)
-        error = reply.json()["error"]  # in its own shape
-        assert error["type"] == "not_found_error"
-        assert error["message"] == "chat.jsonl has no recording of /v1/messages."
+        for path, change, type, what in (
+            (
+                CHAT_URL,
+                {"messages": [system, {**user, "content": "SECRET"}]},
+                "not_found_error",
+                differs + "messages[1].content.",
+            ),
+            (
+                CHAT_URL,
+                {"messages": [system]},
+                "not_found_error",
+                differs + "messages[1].",
+            ),
+            (CHAT_URL, {"stream": True}, "not_found_error", differs + "stream."),
+            ("/v1/messages", {"max_tokens": 1}, "not_found_error", "of /v1/messages."),
+        ):
+            reply = await ask(server.port, "POST", path, {**near, **change})
+            error = reply.json()["error"]  # in its own shape
+            assert (reply.status, error["type"]) == (404, type)
+            assert error.get("code", "no_recording") == "no_recording"
+            assert error["message"] == f"chat.jsonl has no recording {what}"
         # Mocks are not asked, either.
-        reply = await chat(server, model="mock/echo")
-        assert reply.status == 404
+        assert (await chat(server, model="mock/echo")).status == 404
 
 
 @flow
-async def test_auto_asks_once_and_record_asks_each_time(tmp_path):
+async def test_auto_asks_once_and_record_asks_each_time(tmp_path, tape):
     answers = iter(range(100))
 
     async def behave(request, writer):
         writer.write(http_reply(completion(str(next(answers)))))
 
-    tape = tmp_path / "chat.jsonl"
+    async def text(server, content="Hello"):
+        return chat_text(await chat(server, content))
 
-    async def said(server, text="Hello"):
-        reply = await chat(server, text)
-        return reply.json()["choices"][0]["message"]["content"]
-
-    async with Upstream(behave) as upstream:
-        async with serving(
-            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:auto"
-        ) as server:
-            # Of those who ask for the same at once, the first is recorded.
-            first = set(await asyncio.gather(*(said(server) for _ in range(5))))
-            asked = len(upstream.requests)
-            assert asked == len(first) and await said(server) in first
-            for _ in range(2):  # so large that it is parsed each time
-                assert await said(server, "x" * 1_500_000) == str(asked)
-            assert len(upstream.requests) == asked + 1 and len(tape_lines(tape)) == 2
-        async with serving(
-            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:record"
-        ) as server:
-            assert await said(server) != await said(server)
-            last = str(len(upstream.requests) - 1)
-        async with serving(tmp_path, upstream.controller(), tape=str(tape)) as server:
-            assert await said(server) == await said(server) == last
-            assert len(upstream.requests) == int(last) + 1  # nor for its models
-        assert len(tape_lines(tape)) == 4
+    async with taping(tmp_path, behave) as (server, upstream):
+        # Of those who ask for the same at once, the first is recorded.
+        first = set(await asyncio.gather(*(text(server) for _ in range(5))))
+        asked = len(upstream.requests)
+        assert asked == len(first) and await text(server) in first
+        for _ in range(2):  # so large that it is parsed each time
+            assert await text(server, "x" * 1_500_000) == str(asked)
+        assert len(upstream.requests) == asked + 1 and len(tape_lines(tape)) == 2
+    async with taping(tmp_path, behave, "record") as (server, _):
+        assert await text(server) != (last := await text(server))
+    async with taping(tmp_path, behave, "replay") as (server, upstream):
+        assert await text(server) == await text(server) == last
+        assert upstream.requests == []  # nor is it asked for its models
+    assert len(tape_lines(tape)) == 4
 
 
 @flow
-async def test_what_is_no_recording_is_passed_over_and_told(tmp_path):
+async def test_what_is_no_recording_is_passed_over_and_told(tmp_path, tape):
     """A line that a crash has torn, one of another version, a conflict's marker."""
     log = Log()
-    tape = tmp_path / "chat.jsonl"
     whole, torn = recorded(chat_body("whole")), recorded(chat_body("torn"))
     later = recorded(chat_body("later")).replace(b'"tape": 1', b'"tape": 2')
-    tape.write_bytes(whole + later + b"<<<<<<< ours\n" + torn[:-20])
+    before = whole + later + b"<<<<<<< ours\n"
+    tape.write_bytes(before + torn[:-20])
     async with taping(tmp_path, log=log) as (server, upstream):
         assert "skipped what is not a recording: line 2, 3, 4" in log.text
         for text in ("whole", "later", "torn", "torn"):
-            reply = await chat(server, text)
-            assert reply.status == 200
+            assert (await chat(server, text)).status == 200
         assert len(upstream.requests) == 2
-    assert tape.read_bytes().startswith(whole + later + b"<<<<<<< ours\n")
+    assert tape.read_bytes().startswith(before)
     lines = tape.read_bytes().split(b"\n")
     assert lines[3] == torn[:-20] and len(lines) == 7  # the next one has its own line
     async with serving(tmp_path, tape=str(tape)) as server:
-        reply = await chat(server, "torn")
-        assert reply.status == 200
+        assert (await chat(server, "torn")).status == 200
 
 
 @cases("content", b'{"users": []}\n', b'{"tape": 2}\n')
-def test_a_file_that_is_no_tape_stops_the_start_and_stays_as_it_is(tmp_path, content):
-    tape = tmp_path / "chat.jsonl"
+def test_a_file_that_is_no_tape_stops_the_start_and_stays_as_it_is(
+    tmp_path, tape, content
+):
     tape.write_bytes(content)
-    for mode in ("replay", "record", "auto"):
-        server = Server(KEY, port=0, tape=f"{tape}:{mode}")
-        with pytest.raises(ConfigurationError, match="it is no tape of version 1"):
-            run(server.start())
+    bad = "it is no tape of version 1"
+    for file, says in (
+        (f"{tape}:replay", bad), (f"{tape}:record", bad), (f"{tape}:auto", bad),
+        (f"{tmp_path}/none.jsonl", 'No such file or directory.*"auto" records'),
+        (f"{tmp_path}/none/chat.jsonl:record", "No such file or directory$"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigurationError, match=says):
+            run(Server(KEY, port=0, tape=file).start())
     assert tape.read_bytes() == content
-    for missing, cure in (
-        ("none.jsonl", '.*"auto" records'),
-        ("no/a.jsonl:record", "$"),
-    ):
-        server = Server(KEY, port=0, tape=f"{tmp_path}/{missing}")
-        with pytest.raises(
-            ConfigurationError, match=f"No such file or directory{cure}"
-        ):
-            run(server.start())
 
 
 @flow
-async def test_two_servers_may_write_one_tape(tmp_path):
-    tape = tmp_path / "chat.jsonl"
-    async with (
-        Upstream() as upstream,
-        serving(
-            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:auto"
-        ) as one,
-        serving(
-            tmp_path, upstream.controller(models=["m"]), tape=f"{tape}:auto"
-        ) as two,
-    ):
-        asked = [
-            chat(server, f"{number} " + "x" * 5000)
-            for number in range(20)
-            for server in (one, two)
-        ]
+async def test_two_servers_may_write_one_tape(tmp_path, tape):
+    texts = [f"{number} " + "x" * 5000 for number in range(20)]
+    async with taping(tmp_path) as (one, up), taping(tmp_path) as (two, upstream):
+        asked = [chat(server, text) for text in texts for server in (one, two)]
         replies = await asyncio.gather(*asked)
         assert {reply.status for reply in replies} == {200}
-        count = len(upstream.requests)
+        count = len(up.requests) + len(upstream.requests)
         for server in (two, one):  # each knows what the other has written
-            for number in range(20):
-                body = chat_body(f"{number} " + "x" * 5000)
-                await ask(server.port, "POST", CHAT_URL, body)
-        assert len(upstream.requests) == count
-    texts = {line["content"]["messages"][0]["content"] for line in tape_lines(tape)}
-    assert len(texts) == 20
+            for text in texts:
+                await chat(server, text)
+        assert len(up.requests) + len(upstream.requests) == count
+    said = {line["content"]["messages"][0]["content"] for line in tape_lines(tape)}
+    assert said == {*texts}
 
 
 @flow
@@ -9987,34 +8774,26 @@ async def test_what_another_server_has_just_written_is_not_missed(tmp_path, cons
 
 
 @flow
-async def test_an_edited_tape_is_seen_and_its_content_wins(tmp_path):
+async def test_an_edited_tape_is_seen_and_its_content_wins(tmp_path, tape):
     """Also over its SHA-256; a status that somebody wrote there is the answer."""
-    tape = tmp_path / "chat.jsonl"
     tape.write_bytes(recorded(chat_body("old"), "one"))
     async with serving(tmp_path, tape=str(tape)) as server:
-
-        async def asked(text):
-            return await chat(server, text)
-
-        assert b"one" in (await asked("old")).content
+        assert b"one" in (await chat(server, "old")).content
         edited = tape.read_bytes().replace(b'"old"', b'"new"')
-        tape.write_bytes(
-            edited.replace(b"one", b"two").replace(b'","role', b'" ,"role')
-        )
-        assert b"two" in (await asked("new")).content
-        assert (await asked("old")).status == 404
+        spaced = edited.replace(b"one", b"two").replace(b'","role', b'" ,"role')
+        tape.write_bytes(spaced)
+        assert b"two" in (await chat(server, "new")).content
+        assert (await chat(server, "old")).status == 404
         tape.write_bytes(edited.replace(b'"status": 200', b'"status": 429'))
         for _ in range(4):  # nor is it asked less for it
-            reply = await asked("new")
+            reply = await chat(server, "new")
             assert reply.status == 429 and b"one" in reply.content
-        for old, new in (
+        for change in (
             (b'[[0.0, "', b'[[0.0, ""'),
             (b'"path": "', b'"path": 5, "x": "'),
         ):
-            tape.write_bytes(
-                recorded(chat_body("x")) + recorded(CHAT).replace(old, new)
-            )
-            reply = await asked("Hello")  # told, or it would be looked for in vain
+            tape.write_bytes(recorded(chat_body("x")) + recorded(CHAT).replace(*change))
+            reply = await chat(server)  # told, or it would be looked for in vain
             message = reply.json()["error"]["message"]
             assert reply.status == 404 and message.endswith(
                 " Line 2 is not a recording."
@@ -10022,151 +8801,115 @@ async def test_an_edited_tape_is_seen_and_its_content_wins(tmp_path):
 
 
 @flow
-async def test_fields_that_are_ignored_make_no_difference(tmp_path):
-    tape = str(tmp_path / "chat.jsonl")
-    more = {"user": "a", "metadata": {"run": 1}}
+async def test_fields_that_are_ignored_make_no_difference(tmp_path, tape):
+    def asked(user, number):
+        return chat_body(user=user, metadata={"run": number})
+
+    made = functools.partial(apiserver.TapeController, str(tape))
     async with Upstream() as upstream:
-        record = apiserver.TapeController(
-            tape, mode="auto", ignore=["user", "metadata"]
-        )
-        async with serving(
-            tmp_path, upstream.controller(models=["m"]), record
-        ) as server:
+        record = made(mode="auto", ignore=["user", "metadata"])
+        up = upstream.controller(models=["m"])
+        async with serving(tmp_path, up, record) as server:
             for user in ("a", "b"):
-                body = chat_body(**{**more, "user": user})
-                assert (await ask(server.port, "POST", CHAT_URL, body)).status == 200
+                reply = await ask(server.port, "POST", CHAT_URL, asked(user, 1))
+                assert reply.status == 200
         assert len(upstream.requests) == 1
     for ignore, status in ((["user", "metadata"], 200), (["user"], 404), ([], 404)):
-        replay = apiserver.TapeController(tape, ignore=ignore)
-        async with serving(tmp_path, replay) as server:
-            body = chat_body(**more, seed=None)
-            del body["seed"]
-            body["metadata"] = {"run": 2}
-            reply = await ask(server.port, "POST", CHAT_URL, body)
+        async with serving(tmp_path, made(ignore=ignore)) as server:
+            reply = await ask(server.port, "POST", CHAT_URL, asked("a", 2))
             assert reply.status == status
             if status == 404:
                 assert "differs in metadata.run." in reply.json()["error"]["message"]
 
 
 @flow
-async def test_a_tape_takes_forms_and_binary_answers(tmp_path):
+async def test_a_tape_takes_forms_and_binary_answers(tmp_path, tape):
     """A form's boundary is drawn anew each time; speech is no text."""
-
-    def form(boundary):
-        part = b'--%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
-        return (
-            b"".join(
-                part % (boundary, name, value)
-                for name, value in ((b"model", b"m"), (b"file", b"\xff\x00\r\n--x"))
-            )
-            + b"--%b--\r\n" % boundary
-        )
-
-    tape = tmp_path / "chat.jsonl"
-    speech = [
-        b"\xff\xfb\x90" * 100,
-        "\u00e9".encode()[:1],
-        "\u00e9".encode()[1:],
-        b"end",
-    ]
+    speech = [b"\xff\xfb\x90" * 100, b"\xc3", b"\xa9", b"end"]
     path = "/v1/audio/transcriptions"
 
-    def kind(boundary):
-        return [("content-type", f"multipart/form-data; boundary={boundary.decode()}")]
+    def asked(boundary):
+        fields = (("model", "m"), ("file", "\x00\r\n--x"))
+        head = 'Content-Disposition: form-data; name="%s"'
+        parts = [(head % name, value) for name, value in fields]
+        kind = f"multipart/form-data; boundary={boundary}"
+        return form(*parts, boundary=boundary) + b"\xff", path, [("Content-Type", kind)]
 
     async def answers(server, boundary):
-        content, headers = form(boundary), kind(boundary)
+        content, path, headers = asked(boundary)
         reply = await ask(server.port, "POST", path, content, headers=headers)
         return reply.status, reply.headers["content-type"], reply.content
 
-    async with taping(
-        tmp_path,
-        piecewise(speech, "audio/mpeg"),
-    ) as (server, upstream):
-        first = await answers(server, b"one")
+    async with taping(tmp_path, piecewise(speech, "audio/mpeg")) as (server, upstream):
+        first = await answers(server, "one")
         assert first == (200, "audio/mpeg", b"".join(speech))
-        assert await answers(server, b"two") == first
+        assert await answers(server, "two") == first
         assert len(upstream.requests) == 1
     async with serving(tmp_path, tape=str(tape)) as server:
-        assert await answers(server, b"three") == first
-        chunks = await pieces_of(server.port, form(b"four"), path, kind(b"four"))
-        assert chunks == [piece for piece in speech if piece]
+        assert await answers(server, "three") == first
+        content, path, headers = asked("four")
+        assert await pieces_of(server, content, path, headers) == speech
     (line,) = tape_lines(tape)
     assert b"--boundary\r\n" in base64.b64decode(line["content"])
     assert line["pieces"][-1][1:] == ["end"] and line["pieces"][0][2] == "base64"
 
 
-def test_100_mb_of_tape_are_opened_in_a_second_and_not_held(tmp_path):
+@flow(timeout=60)
+async def test_100_mb_of_tape_are_opened_in_a_second_and_not_held(tmp_path, tape):
     """In much less than they could be parsed in, if they are as we wrote them."""
-    tape = tmp_path / "chat.jsonl"
-    event = chunk(" word").decode()
-    pieces = [(number / 50, event.encode()) for number in range(50)]
+    pieces = [(number / 50, chunk(" word")) for number in range(50)]
     pieces.append((1.0, chunk(None, "stop") + DONE))
     kind, text = "text/event-stream", "NUMBER " + 'say "x"\n' * 100
-    recording = apiserver.Recording(CHAT_URL, chat_body(text), 200, kind, pieces)
-    line = recording.encode()
+    line = apiserver.Recording(CHAT_URL, chat_body(text), 200, kind, pieces).encode()
     count = 100_000_000 // len(line) + 1
+
+    def numbered(number):
+        """The line with this number, and with the SHA-256 of its content put right."""
+        data = line.replace(b'"NUMBER', b'"%d' % number)
+        content = data[data.index(b'"content": ') + 11 : data.index(b', "status": ')]
+        digest = apiserver.hashlib.sha256(content).hexdigest().encode()
+        return re.sub(rb"[0-9a-f]{64}", digest, data, count=1)
+
     with open(tape, "wb") as file:
-        for number in range(count):
-            file.write(resigned(line.replace(b'"NUMBER', b'"%d' % number)))
+        file.writelines(map(numbered, range(count)))
     assert tape.stat().st_size > 99_000_000
-    best = math.inf
-    for _ in range(3):
+
+    def loaded():
+        began = time.process_time()
         controller = apiserver.TapeController(str(tape))
-        began = time.perf_counter()
         controller.load()
-        best = min(best, time.perf_counter() - began)
-    assert best < 1.0 and f"recordings: {count}" in str(controller)
-    began = time.perf_counter()
+        return controller, time.process_time() - began
+
+    best = min(loaded()[1] for _ in range(3))
+    began = time.process_time()
     for _ in range(count):
         json.loads(line)
-    assert best < (time.perf_counter() - began) / 2
-    tracemalloc.start()
-    try:
-        controller = apiserver.TapeController(str(tape))
-        controller.load()
-        assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    finally:
-        tracemalloc.stop()
-
-    async def check():
-        async with serving(tmp_path, controller) as server:
-            body = chat_body(text.replace("NUMBER", str(count - 1)))
-            reply = await ask(server.port, "POST", CHAT_URL, body)
-            assert reply.status == 200
-            # A miss looks at all of it, and nobody else stands still meanwhile.
-            body["messages"][0]["content"] = "?"
-            miss = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, body))
-            slowest = 0.0
-            while not miss.done():
-                began = time.monotonic()
-                assert (await ask(server.port, "GET", "/health")).status == 200
-                slowest = max(slowest, time.monotonic() - began)
-            assert (await miss).status == 404 and slowest < 1.0
-
-    run(check(), 60)
-
-
-def resigned(line):
-    """A line of a tape with the SHA-256 of its content put right."""
-    content = line[line.index(b'"content": ') + 11 : line.index(b', "status": ')]
-    digest = apiserver.hashlib.sha256(content).hexdigest().encode()
-    return re.sub(rb"[0-9a-f]{64}", digest, line, count=1)
+    assert best < min(1.0, 0.7 * (time.process_time() - began))
+    with traced() as memory:
+        controller, _ = loaded()
+        assert memory()[1] < 10_000_000
+    assert f"recordings: {count}" in str(controller)
+    async with serving(tmp_path, controller) as server:
+        last = text.replace("NUMBER", str(count - 1))
+        assert (await chat(server, last)).status == 200
+        # A miss looks at all of it, and nobody else stands still meanwhile.
+        miss = asyncio.ensure_future(chat(server, "?"))
+        slowest = 0.0
+        while not miss.done():
+            began = time.monotonic()
+            assert (await ask(server.port, "GET", "/health")).status == 200
+            slowest = max(slowest, time.monotonic() - began)
+        assert (await miss).status == 404 and slowest < 1.0
 
 
 @flow
-async def test_a_tape_records_functions_and_asks(tmp_path):
-    def shout(request):
-        return request["messages"][-1]["content"].upper()
-
-    tape = tmp_path / "chat.jsonl"
-    function = FunctionController(shout, models=["shout"])
-    body = {"content": "Hello", "model": "shout"}
+async def test_a_tape_records_functions_and_asks(tmp_path, tape):
+    function = FunctionController(lambda request: "HELLO", models=["shout"])
     async with serving(tmp_path, function, tape=f"{tape}:record") as server:
-        first = await ask(server.port, "POST", "/api/ask", body)
+        first = await handler_ask(server.port, model="shout")
         assert first.json()["content"] == "HELLO"
     async with serving(tmp_path, tape=str(tape)) as server:
-        reply = await ask(server.port, "POST", "/api/ask", body)
+        reply = await handler_ask(server.port, model="shout")
         assert reply.json()["content"] == "HELLO"
         assert (await ask(server.port, "GET", "/readyz")).status == 200
         line = await controller_line(server, "tape")
@@ -10174,16 +8917,14 @@ async def test_a_tape_records_functions_and_asks(tmp_path):
 
 
 @flow
-async def test_what_a_browser_agent_says_to_an_ask_is_not_recorded(tmp_path):
+async def test_what_a_browser_agent_says_to_an_ask_is_not_recorded(tmp_path, tape):
     """It has the conversation: nobody could go on with what is replayed."""
-    tape = tmp_path / "chat.jsonl"
     async with serving(tmp_path, tape=f"{tape}:record") as server:
         async with Agent(server.port) as agent, beside(agent.echo()):
             await until(lambda: server.agents)
-            reply = await ask(server.port, "POST", "/api/ask", {"content": "Hello"})
+            reply = await handler_ask(server.port)
             assert reply.json()["content"] == "echo:Hello"
-            reply = await chat(server)
-            assert "echo:" in reply.json()["choices"][0]["message"]["content"]
+            assert "echo:" in chat_text(await chat(server))
     assert [line["content"] for line in tape_lines(tape)] == [CHAT]
 
 
@@ -10193,45 +8934,38 @@ def test_a_tape_in_the_configuration(load, tmp_path):
         made = [apiserver.make_controller(c, config.limits) for c in config.controllers]
         return [(c.file, c.mode, c.speed, c.ignore) for c in made if c.type == "tape"]
 
-    cwd = os.getcwd()
-    none = frozenset()
+    cwd, none = os.getcwd(), frozenset()
     assert tapes(["1", "k", "--tape", "a:b"]) == [(f"{cwd}/a:b", "replay", 0, none)]
     assert tapes(["1", "k", "-tape=a:auto"]) == [(f"{cwd}/a", "auto", 0, none)]
     # A key in the environment is recorded: the tape is no upstream.
     config = load(["1", "k", "--tape", "a:auto"], {"OPENAI_API_KEY": "sk-x"})
     assert sorted(c["name"] for c in config.controllers) == ["openai-1", "tape"]
-    entry = {"type": "tape", "file": "a.jsonl", "mode": "record", "speed": 1,
-             "ignore": ["user"]}  # fmt: skip
-    made = tapes(["1", "k"], file={"controllers": [entry]})
-    ((file, *rest),) = made
+    entry = {"type": "tape", "file": "a.jsonl", "mode": "record", "speed": 1}
+    entry["ignore"] = ["user"]
+    ((file, *rest),) = tapes(["1", "k"], file={"controllers": [entry]})
     assert file.endswith("/a.jsonl") and rest == ["record", 1, frozenset({"user"})]
-    for file, place in [
-        ({"controllers": [{"type": "tape"}]}, "controllers[0].file"),
-        ({"controllers": [{**entry, "mode": "x"}]}, "controllers[0].mode"),
-        ({"controllers": [{**entry, "weight": 1}]}, "controllers[0].weight"),
-        ({"controllers": [{**entry, "speed": -1}]}, "controllers[0].speed"),
-        ({"controllers": [entry, {**entry, "name": "b"}]}, "controllers[1]"),
-        ({"controllers": [entry], "tape": "b"}, "controllers[1].name"),
+    for entries, more, place in [
+        ([{"type": "tape"}], {}, "controllers[0].file"),
+        ([{**entry, "mode": "x"}], {}, "controllers[0].mode"),
+        ([{**entry, "weight": 1}], {}, "controllers[0].weight"),
+        ([{**entry, "speed": -1}], {}, "controllers[0].speed"),
+        ([entry, {**entry, "name": "b"}], {}, "controllers[1]"),
+        ([entry], {"tape": "b"}, "controllers[1].name"),
     ]:
         with pytest.raises(ConfigurationError, match=re.escape(place)):
-            load(["1", "k"], file=file)
+            load(["1", "k"], file={"controllers": entries, **more})
     with pytest.raises(ValueError, match="mode is one of"):
         apiserver.TapeController("a", mode="x")
 
 
-def test_the_start_screen_tells_of_a_tape(tmp_path):
-    tape = tmp_path / "chat.jsonl"
+def test_the_start_screen_tells_of_a_tape(tmp_path, tape):
     tape.write_bytes(recorded(CHAT))
     with Program("0", KEY, "--tape", "chat.jsonl", cwd=tmp_path) as program:
         line = program.wait_for("^  Tape +(.*)")[1]
         assert line == f"{tape} (replay, nobody else is asked; recordings: 1)"
-        reply = run(ask(program.port, "POST", CHAT_URL, CHAT))
-        assert reply.json() == completion()
+        assert fetch(program.port, "POST", CHAT_URL, CHAT).json() == completion()
     tape.write_bytes(b"no tape")
-    done = subprocess.run(
-        [sys.executable, str(MODULE), "0", KEY, "--tape", "chat.jsonl:auto"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+    done = run_python(str(MODULE), "0", KEY, "--tape", "chat.jsonl:auto", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
@@ -10253,34 +8987,36 @@ async def status_of(server):
 async def test_status_tells_what_happened_to_a_request_and_never_its_prompt(tmp_path):
     """Two controllers, of which the first one fails: both attempts are told."""
     secret = "what nobody else shall read"
-    error = {"error": {"message": f"you said {secret}", "code": "overloaded"}}
+    bad = error_reply(500, f"you said {secret}", code="overloaded")
     headers = [("x-request-id", "mine"), ("User-Agent", "a client")]
-    async with Upstream(http_reply(error, 500)) as bad, Upstream() as good:
-        controllers = bad.controller(name="bad"), good.controller(name="good")
-        async with serving(tmp_path, *controllers) as server:
-            body = chat_body(secret)
-            await ask(server.port, "POST", CHAT_URL, body, headers=headers)
-            told, requests = await status_of(server)
-            request = requests["mine"]
-            assert secret not in json.dumps(told)
-            tries = [(a["controller"], bool(a["reason"])) for a in request["attempts"]]
-            assert tries == [("bad", True), ("good", False)]
-            assert (request["controller"], request["status"]) == ("good", 200)
-            assert (request["input"], request["output"]) == (3, 4)
-            assert 0 <= request["first_byte"] <= request["duration"] < 5
-            assert (request["user"], request["client"]) == ("admin", "a client")
-            assert not request["failed"]
-            assert {c["name"] for c in told["controllers"]} >= {"bad", "good"}
+    async with pool_of(tmp_path, bad, None) as (server, _, _):
+        await ask(server.port, "POST", CHAT_URL, chat_body(secret), headers=headers)
+        told, requests = await status_of(server)
+        request = requests["mine"]
+        assert secret not in json.dumps(told)
+        tries = [(a["controller"], bool(a["reason"])) for a in request["attempts"]]
+        assert tries == [("up0", True), ("up1", False)]
+        assert (request["controller"], request["status"]) == ("up1", 200)
+        assert (request["input"], request["output"]) == (3, 4)
+        assert 0 <= request["first_byte"] <= request["duration"] < 5
+        assert (request["user"], request["client"]) == ("admin", "a client")
+        assert not request["failed"]
+        assert {c["name"] for c in told["controllers"]} >= {"up0", "up1"}
 
 
 @flow
 async def test_status_tells_why_requests_failed(tmp_path):
+    """Those of the ask API too, and of other routes none."""
     async with serving(tmp_path, pool_function("a", models=["a"])) as server:
         for model, key in (("b", KEY), ("a", "wrong")):
-            body = chat_body(model=model)
-            headers = [("x-request-id", model)]
+            body, headers = chat_body(model=model), [("x-request-id", model)]
             await ask(server.port, "POST", CHAT_URL, body, key, headers)
-        _, requests = await status_of(server)
+        await handler_ask(server.port, "secret words", model="a")
+        await ask(server.port, "GET", "/v1/models")
+        told, requests = await status_of(server)
+        assert "secret words" not in json.dumps(told)
+        paths = sorted(request["path"] for request in requests.values())
+        assert paths == ["/api/ask", CHAT_URL, CHAT_URL]
         assert requests["b"]["failed"] and requests["b"]["status"] == 404
         assert requests["b"]["code"] == "model_not_found"
         assert "'b' does not exist" in requests["b"]["error"]
@@ -10312,20 +9048,14 @@ async def test_status_quotes_no_word_of_a_refusal(tmp_path, code, stream):
 async def test_status_tells_of_streams_that_broke_off_and_of_clients_that_left(
     tmp_path,
 ):
-    async def behave(request, writer):
-        writer.write(STREAM_HEAD + chunked(chunk("Hel")))
-        if b"break" in request.content:
-            writer.transport.abort()
-        await asyncio.sleep(60)
-
-    async with relaying(tmp_path, behave) as (server, _):
+    begun = [STREAM_HEAD, chunked(chunk("Hel"))]
+    behave = by_words({"break": sends(*begun, connection_drop)}, sends(*begun, 60))
+    async with pool_of(tmp_path, behave) as (server, _, _):
         headers = [("x-request-id", "broken")]
-        body = {**CHAT, "stream": True, "user": "break"}
+        body = chat_body("break", stream=True)
         await ask(server.port, "POST", CHAT_URL, body, headers=headers)
-        async with Client(server.port) as client:
-            body = STREAM
-            headers = [("x-request-id", "left")]
-            client.send(request_bytes("POST", CHAT_URL, body, headers=headers))
+        headers = [("x-request-id", "left")]
+        async with posting(server, headers=headers) as client:
             await client.read_head()
         await until(lambda: not server.running_requests)
         _, requests = await status_of(server)
@@ -10333,17 +9063,6 @@ async def test_status_tells_of_streams_that_broke_off_and_of_clients_that_left(
         assert (broken["status"], broken["failed"]) == (200, True)
         assert broken["error"] and broken["code"] == "upstream_error"
         assert (left["status"], left["failed"]) == (499, False)
-
-
-@flow
-async def test_status_tells_of_the_ask_api_and_not_of_other_routes(tmp_path):
-    async with serving(tmp_path, pool_function("a", models=["a"])) as server:
-        body = {"content": "secret words", "model": "a"}
-        await ask(server.port, "POST", "/api/ask", body)
-        await ask(server.port, "GET", "/v1/models")
-        told, requests = await status_of(server)
-        assert [request["path"] for request in requests.values()] == ["/api/ask"]
-        assert "secret words" not in json.dumps(told)
 
 
 @flow
@@ -10373,20 +9092,15 @@ async def test_status_and_cancelling_are_for_the_administrator(server):
 @cases("stream", False, True)
 @flow
 async def test_a_cancelled_request_is_told_so_and_its_upstream_left(tmp_path, stream):
-    async def begin(request, writer):
-        if stream:
-            writer.write(STREAM_HEAD + chunked(chunk("Hel")))
-        await asyncio.sleep(60)
-
-    async with relaying(tmp_path, begin) as (server, upstream):
-        async with Client(server.port) as client:
-            headers = [("x-request-id", "mine")]
-            body = {**CHAT, "stream": stream}
-            client.send(request_bytes("POST", CHAT_URL, body, headers=headers))
+    behave = sends(*[STREAM_HEAD, chunked(chunk("Hel"))] * stream, 60)
+    headers = [("x-request-id", "mine")]
+    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
+        async with posting(
+            server, {**CHAT, "stream": stream}, headers=headers
+        ) as client:
             await until(lambda: chats(upstream))
             if stream:
-                await client.read_head()
-                assert b"Hel" in await client.read_chunk()
+                assert b"Hel" in await client.first_chunk()
             _, requests = await status_of(server)
             assert requests["mine"]["status"] is None
             assert requests["mine"]["attempts"][0]["reason"] == ""
@@ -10407,24 +9121,16 @@ async def test_a_cancelled_request_is_told_so_and_its_upstream_left(tmp_path, st
 
 @flow
 async def test_a_request_that_waits_can_be_cancelled(tmp_path):
-    release = asyncio.Event()
-
-    async def wait(messages):
-        await release.wait()
-
-    controller = FunctionController(wait, name="a", max_concurrency=1)
-    async with serving(tmp_path, controller) as server:
-        async with Client(server.port) as one, Client(server.port) as two:
-            one.send(request_bytes("POST", CHAT_URL, CHAT))
-            await until(lambda: controller.in_flight)
-            headers = [("x-request-id", "two")]
-            two.send(request_bytes("POST", CHAT_URL, CHAT, headers=headers))
+    gate = PoolGate(max_concurrency=1)
+    headers = [("x-request-id", "two")]
+    async with serving(tmp_path, gate.controller) as server, posting(server, CHAT):
+        await until(lambda: gate.asked)
+        async with posting(server, CHAT, headers=headers) as two:
             await until(lambda: server.pool.waiting)
             body = {"request_id": "two"}
             await ask(server.port, "POST", "/admin/requests/cancel", body)
             assert (await two.read_reply()).status == 503
             assert server.pool.waiting == 0
-            release.set()
 
 
 def journal_record(ended, user="ada", status=200):
@@ -10460,13 +9166,9 @@ def test_activity_is_counted_in_slots_and_forgotten_after_ten_minutes():
 
 def test_agents_that_come_under_ever_new_names_fill_no_memory():
     metrics = apiserver.Metrics()
-    how = ("POST", CHAT_URL, "m", 200, ("", ""), False)
     for number in range(1000):
         tries = [(f"agent-{number}", 1.0, "")]
-        usage = apiserver.Usage(1, 0, 1)
-        record = apiserver.RequestRecord(
-            "id", 0, 1.0, 3.0, "u", *how, tries, 2.0, usage, "", ""
-        )
+        record = journal_record(3.0)._replace(started=1.0, attempts=tries)
         metrics.observe(record, CHAT_URL, f"model-{number}")
     text, prefix = metrics.text([]), "chatgpt_apiserver_"
     for name in ("attempts_total", "requests_total", "queue_wait_seconds_count"):
@@ -10650,19 +9352,17 @@ async def test_page_shows_a_user_with_a_token_no_more_than_may_be_seen(server, b
 
 @flow(timeout=60)
 async def test_page_shows_a_controller_that_fails_and_cools(tmp_path, browser):
-    headers = [("Retry-After", "20")]
-    async with relaying(
-        tmp_path, http_reply({}, 429, headers=headers), {"name": "up"}
-    ) as (server, _):
-        async with Tab(browser, server.url) as tab:
-            await tab.sees("working")
-            assert (await chat(server)).status == 500
-            await tab.sees("0 of 1 controllers can be asked")
-            await tab.sees("cooling, back in 1")
-            await tab.click("#calls .story")
-            await tab.sees("asked up, which failed: ")
-            await tab.click("#controllers .turn")  # Enable
-            await tab.sees("working")
+    behave = http_reply({}, 429, headers=[("Retry-After", "20")])
+    made = pool_of(tmp_path, behave)
+    async with made as (server, _, _), Tab(browser, server.url) as tab:
+        await tab.sees("working")
+        assert (await chat(server)).status == 500
+        await tab.sees("0 of 1 controllers can be asked")
+        await tab.sees("cooling, back in 1")
+        await tab.click("#calls .story")
+        await tab.sees("asked up0, which failed: ")
+        await tab.click("#controllers .turn")  # Enable
+        await tab.sees("working")
 
 
 @flow(timeout=60)
@@ -10704,13 +9404,9 @@ async def test_page_adds_a_user_whose_token_works_and_deletes_it(server, browser
 
 @flow(timeout=60)
 async def test_page_streams_a_chat_and_stops_it(tmp_path, browser):
-    async def talk(request, writer):
-        writer.write(STREAM_HEAD)
-        while True:
-            writer.write(chunked(chunk("word ")))
-            await asyncio.sleep(0.02)
-
-    async with relaying(tmp_path, talk) as (server, upstream):
+    talk = streams(*[chunk("word "), 0.02] * 3000)
+    made = pool_of(tmp_path, talk)
+    async with made as (server, (upstream,), _):
         async with Tab(browser, f"{server.url}/#try") as tab:
             await tab.sees("System text")
             await tab.fill("[name=model]", "m")
@@ -11573,34 +10269,6 @@ def handler_split(data):
         answers.append((int(head.split()[1]), data[:length]))
         data = data[length:]
     return answers
-
-
-def handler_stream(*events, end=True):
-    """An upstream that streams these events; floats wait, an Event is waited for."""
-
-    async def behave(request, writer):
-        if request.line.startswith("GET"):
-            writer.write(http_reply({"data": [{"id": "m"}]}))
-            return
-        writer.write(STREAM_HEAD)
-        for event in events:
-            if isinstance(event, asyncio.Event):
-                await event.wait()
-            else:
-                writer.write(chunked(event))
-                await writer.drain()
-        if end:
-            writer.write(b"0\r\n\r\n")
-
-    return behave
-
-
-async def handler_hang(request, writer):
-    """An upstream that names its models and then never answers."""
-    if request.line.startswith("GET"):
-        writer.write(http_reply({"data": [{"id": "m"}]}))
-    else:
-        await asyncio.sleep(60)
 
 
 async def handler_agents(server, count):
@@ -13151,19 +11819,6 @@ async def test_invalid_chat_request_is_400_and_names_the_field(
     assert chats(upstream) == []
 
 
-@cases("stream", False, True)
-@flow
-async def test_error_about_the_request_goes_through_unchanged(tmp_path, stream):
-    """Whichever way it was asked."""
-    content = b'{ "error": {"message": "no", "odd": 1.0} }'
-    async with relaying(tmp_path, http_reply(content, 422)) as (server, _):
-        for _ in range(4):  # no cooling down
-            reply = await chat(server, stream=stream)
-            assert (reply.status, reply.content) == (422, content)
-            reply = await handler_ask(server.port, model="m")
-            assert (reply.status, reply.json()) == (422, {"error": "no"})
-
-
 @cases("passes", False, True)
 @cases("status", 401, 403, 429, 500, 503)
 @flow
@@ -13190,7 +11845,8 @@ async def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
 @flow
 async def test_dead_and_unreadable_upstreams_are_500(tmp_path):
     for answer in (b"", b"nonsense\r\n\r\n", http_reply(b"<html>"), STREAM_HEAD):
-        async with relaying(tmp_path, closes_after(answer)) as (server, _):
+        behave = sends(answer, connection_close)
+        async with relaying(tmp_path, behave) as (server, _):
             reply = await chat(server)
             assert reply.status == 500 and chat_error(reply), answer
 
@@ -13255,7 +11911,7 @@ async def test_other_paths_go_to_who_has_the_model(tmp_path):
 async def test_stream_is_relayed_as_it_comes(tmp_path):
     go_on = asyncio.Event()
     first, second = chunk("Hel"), chunk("lo", "stop")
-    behave = handler_stream(first, go_on, second, DONE)
+    behave = streams(first, go_on, second, DONE)
     async with relaying(tmp_path, behave) as (server, upstream):
         async with Client(server.port) as client:
             for _ in range(2):
@@ -13282,7 +11938,7 @@ async def test_stream_is_relayed_as_it_comes(tmp_path):
 async def test_usage_is_counted_and_shown_only_to_who_asked(tmp_path, wanted):
     usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     last = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
-    behave = handler_stream(chunk("Hi"), chunk(None, "stop"), last, DONE)
+    behave = streams(chunk("Hi"), chunk(None, "stop"), last, DONE)
     async with relaying(tmp_path, behave) as (server, upstream):
         options = {"stream_options": {"include_usage": True}}
         body = {**STREAM, **(options if wanted else {})}
@@ -13305,7 +11961,7 @@ async def test_json_answer_becomes_a_stream_and_a_stream_an_answer(tmp_path):
         said = "".join(choice["delta"].get("content", "") for choice in choices)
         assert said == "Hi there" and done == "[DONE]"
         assert choices[-1]["finish_reason"] == "stop"
-    behave = handler_stream(chunk("Hi "), chunk("there", "stop"), DONE)
+    behave = streams(chunk("Hi "), chunk("there", "stop"), DONE)
     async with relaying(tmp_path, behave) as (server, _):
         reply = await ask(server.port, "POST", CHAT_URL, CHAT)
         assert reply.headers["content-type"] == "application/json"
@@ -13319,7 +11975,7 @@ async def test_json_answer_becomes_a_stream_and_a_stream_an_answer(tmp_path):
 @flow
 async def test_waiting_client_gets_comments(tmp_path):
     go_on = asyncio.Event()
-    behave = handler_stream(go_on, chunk("Hi", "stop"), DONE)
+    behave = streams(go_on, chunk("Hi", "stop"), DONE)
     limits = Limits(heartbeat_interval=0.1)
     async with relaying(tmp_path, behave, limits=limits) as (server, _):
         async with Client(server.port) as client:
@@ -13355,7 +12011,7 @@ async def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
     """While another controller is asked, the failed one's status is nobody's."""
     go_on = asyncio.Event()
     failing = error_reply(500, headers=[("X-Failed", "yes")])
-    slow = handler_stream(go_on, chunk("Hi", "stop"), DONE)
+    slow = streams(go_on, chunk("Hi", "stop"), DONE)
     options = [{"weight": 9}, {}]
     limits = Limits(heartbeat_interval=0.1)
     made = pool_of(tmp_path, failing, slow, options=options, limits=limits)
@@ -13377,7 +12033,7 @@ async def test_failure_in_mid_stream_is_one_error_frame(tmp_path, how):
     error = b'data: {"error": {"message": "overloaded", "code": "x"}}\n\n'
     more = {"error": [error], "huge": [b"data: " + b"x" * 3000]}.get(how, [])
     end = how in ("end", "error")
-    inner = handler_stream(chunk("Hel"), go_on, *more, end=end)
+    inner = streams(chunk("Hel"), go_on, *more, end=end)
 
     async def behave(request, writer):
         await inner(request, writer)
@@ -13411,12 +12067,12 @@ async def test_a_typed_stream_is_relayed_as_it_is(tmp_path):
     events = b'event: response.created\ndata: {"type": "response.created"}\n\n'
     events += b'event: response.completed\ndata: {"type": "response.completed"}\n\n'
     body = {"model": "m", "input": "x", "stream": True}
-    async with relaying(tmp_path, handler_stream(events)) as (server, _):
+    async with relaying(tmp_path, streams(events)) as (server, _):
         reply = await ask(server.port, "POST", "/v1/responses", body)
         assert reply.content == events and reply.whole
 
 
-@flow(behave=handler_stream(chunk("Hi", "stop"), DONE))
+@flow(behave=streams(chunk("Hi", "stop"), DONE))
 async def test_stream_for_http_1_0_ends_with_its_connection(server):
     request = request_bytes("POST", CHAT_URL, STREAM).decode()
     request = request.replace("HTTP/1.1", "HTTP/1.0")
@@ -13838,7 +12494,7 @@ async def test_controllers_are_shown_with_what_they_have_done(tmp_path):
 @flow
 async def test_one_users_requests_have_a_limit(tmp_path, limit):
     limits = Limits(**{limit: 2})
-    async with relaying(tmp_path, handler_hang, limits=limits) as (server, upstream):
+    async with relaying(tmp_path, sends(60), limits=limits) as (server, upstream):
         other = (await handler_add_user(server.port))["token"]
         async with Client(server.port) as one, Client(server.port) as two:
             for client in (one, two):
@@ -13855,7 +12511,7 @@ async def test_one_users_requests_have_a_limit(tmp_path, limit):
         assert reply.status == (200 if limit == "user_requests_in_flight" else 429)
 
 
-@flow(behave=handler_hang, limits=Limits(requests_in_flight=1))
+@flow(behave=sends(60), limits=Limits(requests_in_flight=1))
 async def test_requests_in_flight_have_a_limit(server, upstream):
     async with Client(server.port) as one:
         one.send(request_bytes("POST", CHAT_URL, CHAT))
@@ -14325,7 +12981,8 @@ def test_what_cannot_be_is_one_line_and_a_status(tmp_path, arguments, status, pa
         taken = str(sock.getsockname()[1])
         arguments = [taken if a == "TAKEN" else a for a in arguments]
         env = {"API_KEY": "", "CHATGPT_APISERVER_API_KEY": ""}
-        code, stderr = command(*arguments, cwd=tmp_path, env=env)
+        done = run_python(str(MODULE), *arguments, cwd=tmp_path, env=env)
+    code, stderr = done.returncode, done.stderr
     assert code == status or (status is None and code in (1, 2)), stderr
     last = stderr.strip().split("\n")[-1]
     assert part.lower() in last.lower() and "Traceback" not in stderr
@@ -15035,7 +13692,7 @@ async def test_an_agent_carries_any_path_and_any_content(tmp_path):
 @cases("status", 400, 429)
 @flow
 async def test_an_agents_upstream_refuses_and_the_client_learns_why(tmp_path, status):
-    answer = refusal(status, "it is bad")
+    answer = error_reply(status, "it is bad")
     answer = answer.replace(b"\r\n", b"\r\nRetry-After: 7\r\n", 1)
     made = agent_before(tmp_path, answer, upstream_errors="pass")
     async with made as (server, _, _):
@@ -15048,7 +13705,7 @@ async def test_an_agents_upstream_refuses_and_the_client_learns_why(tmp_path, st
 async def test_stream_options_that_an_agents_upstream_refuses_are_left_out(tmp_path):
     async def behave(request, writer):
         if "stream_options" in request.json():
-            writer.write(refusal(400, "stream_options?"))
+            writer.write(error_reply(400, "stream_options?"))
         else:
             await agent_upstream(request, writer)
 
