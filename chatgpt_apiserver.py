@@ -10024,9 +10024,7 @@ async def do_controllers(exchange: Exchange) -> JSONObject:
 
 async def do_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/controllers/enable: it may be asked again at once."""
-    service, controller = exchange.service, find_controller(exchange, body)
-    controller.switched_off = False
-    service.paused.discard(controller.id)
+    controller = switch(exchange, body, off=False)
     controller.health.reset()
     if controller.limit is not None and controller.limit.exceeded():
         controller.limit.forgive()
@@ -10035,15 +10033,20 @@ async def do_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
 
 async def do_disable(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/controllers/disable: until it is enabled."""
-    find_controller(exchange, body).switched_off = True
+    switch(exchange, body, off=True)
     return {"message": "Controller disabled"}
 
 
-def find_controller(exchange: Exchange, body: JSONObject) -> Controller:
-    """The controller that a body names; APIError(404)."""
+def switch(exchange: Exchange, body: JSONObject, off: bool) -> Controller:
+    """Switch the controller that a body names off or on; APIError(404).
+
+    An agent is paused: it is told, and stays so when it comes back.
+    """
     controller = exchange.service.pool.find(str(body.get("name")))
     if controller is None:
         raise APIError(404, "Controller not found")
+    controller.switched_off = off
+    exchange.service.pause(controller.id, off)
     return controller
 
 

@@ -14432,24 +14432,40 @@ async def test_a_paused_agent_stays_and_is_asked_for_nothing(tmp_path):
                 assert reply.status == 200
 
 
+@cases(
+    "off, on",
+    (("agents/pause", {}), ("agents/pause", {"paused": False})),
+    (("controllers/disable", {}), ("controllers/enable", {})),
+    ids=["pause", "disable"],
+)
 @flow
-async def test_an_administrator_pauses_an_agent_also_when_it_comes_back(tmp_path):
-    path = "/admin/agents/pause"
+async def test_an_administrator_pauses_an_agent_also_when_it_comes_back(
+    tmp_path, off, on
+):
     async with serving(tmp_path) as server, agent_of(server, says_hi()) as agent:
-        body = {"id": agent.id}
-        assert (await ask(server.port, "POST", path, body)).status == 200
+
+        async def post(path, more, key=KEY):
+            name = server.agents[agent.id].name
+            body = {"id": agent.id, "name": name, **more}
+            return (await ask(server.port, "POST", f"/admin/{path}", body, key)).status
+
+        assert await post(*off) == 200
         assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 503
         before = server.agents[agent.id]
         before.websocket.connection.reset()
         await until(lambda: server.agents.get(agent.id) not in (None, before))
         assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 503
-        body["paused"] = False
-        assert (await ask(server.port, "POST", path, body)).status == 200
+        assert await post(*on) == 200
         assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 200
-        assert agent.log.has("says: pause") and agent.log.has("says: resume")
-        for wrong, status in [({"id": "x"}, 404), ({}, 400), ({"id": 7}, 400)]:
-            assert (await ask(server.port, "POST", path, wrong)).status == status
-        assert (await ask(server.port, "POST", path, body, key="no")).status == 401
+        await until(lambda: agent.log.has("says: resume"))
+        assert agent.log.has("says: pause")
+        for wrong, status in [
+            ({"id": "x"}, 404),
+            ({"id": None}, 400),
+            ({"id": 7}, 400),
+        ]:
+            assert await post("agents/pause", wrong) == status
+        assert await post(*off, key="no") == 401
 
 
 @flow
