@@ -5276,7 +5276,6 @@ class Health:
         self.reason = ""
         self.trial: APIRequest | None = None
         self.trial_until = 0.0
-        self.upstream_status: int | None = None  # what it said last
         self._failures = 0  # in a row
         self._seen: dict[tuple[str, bytes], float] = {}  # failed requests, and when
         self._times = 0  # closed without a success between
@@ -5311,7 +5310,6 @@ class Health:
             self.closed_by = error.failure
             self.reason = error.reason
             self.trial = None
-            self.upstream_status = error.upstream_status
         return seconds
 
     def _is_evidence(self, request: APIRequest, now: float) -> bool:
@@ -5871,13 +5869,14 @@ class AgentController(Controller):
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
         """Ask it: any request, any answer, streamed."""
-        call, kind, data = await self._ask(
-            random_id("call-"),
-            "ApiRequest",
-            self._request_data(request, content),
-            self.limits.first_byte_timeout,
-            request.deadline,
-        )
+        about = {"method": "POST", "path": request.target, "headers": request.headers}
+        if request.is_json:  # the client's own JSON goes in as it came
+            text = f'{_to_ascii(about)[:-1]},"body":{content.decode()}}}'
+        else:
+            body = base64.b64encode(content).decode()
+            text = _to_ascii({**about, "encoding": "base64", "body": body})
+        id, timeout = random_id("call-"), self.limits.first_byte_timeout
+        call, kind, data = await self._ask(id, "ApiRequest", text, timeout, request)
         if (kind, data) == ("error", AGENT_FULL):  # leave it alone for a moment
             self.websocket.busy_until = self._loop.time() + AGENT_FULL_PAUSE
             reason = f"{self.name} is busy with what other servers ask"
@@ -5887,24 +5886,15 @@ class AgentController(Controller):
         call.begin(kind, data)
         return call
 
-    @staticmethod
-    def _request_data(request: APIRequest, content: bytes) -> str:
-        """What an ApiRequest says; the client's own JSON goes in as it came."""
-        data = {"method": "POST", "path": request.target, "headers": request.headers}
-        if request.is_json:
-            return f'{_to_ascii(data)[:-1]},"body":{content.decode()}}}'
-        body = base64.b64encode(content).decode()
-        return _to_ascii({**data, "encoding": "base64", "body": body})
-
     async def _ask(
-        self, id: str, message: str, data: str, timeout: float, deadline: float
+        self, id: str, message: str, data: str, timeout: float, request: APIRequest
     ) -> tuple[AgentCall, str, str]:
         """A call, and what the agent says to it first: kind and data."""
         text = envelope(id, message, data)
         if len(text) > self.limits.agent_message_size:  # it would close the socket
             reason = "The request is too large for an agent."
             raise ControllerError(reason, Failure.NONE, status=413)
-        call = self._calls[id] = AgentCall(self, id, deadline)
+        call = self._calls[id] = AgentCall(self, id, request.deadline)
         self.asked_at = unix_time()
         self.debug(f"{self.name} is sent {message!r}")
         try:
@@ -5963,14 +5953,13 @@ class TextAgent(AgentController):
         # It answers no ping while it works, and works on when its client has left:
         # it must not be given another request before it is done.
         self.websocket.busy_until = min(self._loop.time() + timeout, request.deadline)
-        call, kind, text = await self._ask(
-            id, "ChatGptRequest", _to_ascii(data), timeout, request.deadline
-        )
+        text = _to_ascii(data)
+        call, kind, text = await self._ask(id, "ChatGptRequest", text, timeout, request)
         await call.aclose()
         said = as_object(read_json(text))
         answer = said.get("content")
         if kind != "ChatGptResponse" or not isinstance(answer, str):
-            raise agent_error(self.name, kind, text)
+            raise call.failure(kind, text)
         usage = Usage(estimate_tokens(content), 0, estimate_tokens(answer))
         message = {"content": answer}
         body = chat_completion(request.model or "", message, usage_object(usage))
@@ -5978,15 +5967,6 @@ class TextAgent(AgentController):
             for key in ("response_id", "conversation_id"):
                 body[key] = str(said.get(key) or "")
         return json_answer(body)
-
-
-def agent_error(
-    name: str, kind: str, data: str, failure: Failure = Failure.NONE
-) -> ControllerError:
-    """The failure of a call: the agent's words are for whoever asked."""
-    said = data[:4096] if kind == "error" else "its answer is unreadable"
-    reason, message = f"{name} failed", f"{name} failed: {said}"
-    return ControllerError(reason, failure, said=message, code="agent_error")
 
 
 class AgentCall(Answer):
@@ -6009,9 +5989,8 @@ class AgentCall(Answer):
         self._messages: deque[tuple[str, str]] = deque()
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._error: ControllerError | None = None
-        self._base64 = False
-        self._ended = False
+        self._error: Exception | None = None
+        self._base64 = self._ended = False
 
     # --- Messages
 
@@ -6025,7 +6004,7 @@ class AgentCall(Answer):
             self._agent.cancel(self._id)
         self._wake()
 
-    def fail(self, error: ControllerError) -> None:
+    def fail(self, error: Exception) -> None:
         """End it: whoever reads gets what is there, then the error."""
         self._error = error
         self._wake()
@@ -6033,6 +6012,15 @@ class AgentCall(Answer):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def failure(
+        self, kind: str, data: str, says: Failure = Failure.NONE
+    ) -> ControllerError:
+        """What it has failed by: the agent's words are for whoever asked."""
+        said = data[:4096] if kind == "error" else "its answer is unreadable"
+        reason = f"{self._agent.name} failed"
+        text = f"{reason}: {said}"
+        return ControllerError(reason, says, said=text, code="agent_error")
 
     async def get(self, timeout: float) -> tuple[str, str]:
         """The next message: kind and data.
@@ -6044,10 +6032,8 @@ class AgentCall(Answer):
         while not self._messages:
             if self._error is not None:
                 raise self._error
-            if self._loop.time() >= deadline:
-                raise asyncio.TimeoutError
             self._waiter = self._loop.create_future()
-            timer = self._loop.call_at(deadline, self._wake)
+            timer = self._loop.call_at(deadline, self.fail, asyncio.TimeoutError())
             try:
                 await self._waiter
             finally:
@@ -6065,7 +6051,7 @@ class AgentCall(Answer):
         status = head.get("status")
         if kind != "ApiResponse" or type(status) is not int or not 200 <= status < 600:
             self._agent.cancel(self._id)
-            raise agent_error(self._agent.name, kind, data)
+            raise self.failure(kind, data)
         content_type = str(head.get("content_type", ""))
         if not (content_type.isascii() and content_type.isprintable()):
             content_type = "application/octet-stream"
@@ -6079,7 +6065,7 @@ class AgentCall(Answer):
         while not self._ended:
             kind, data = await self.get(self._limits.silence_timeout)
             if kind == "error":
-                raise agent_error(self._agent.name, kind, data, Failure.BROKEN)
+                raise self.failure(kind, data, Failure.BROKEN)
             if kind == "ApiData" and data:
                 return self._decode(data)
             self._ended = kind == "ApiEnd"
@@ -7180,7 +7166,7 @@ class Pool:
     def _all_closed(self, controllers: list[Controller], now: float) -> APIError:
         soonest = min(controllers, key=lambda c: c.closed_for(now))
         seconds = soonest.closed_for(now)
-        busy = all(c.health.upstream_status == 429 for c in controllers)
+        busy = all(c.health.closed_by is Failure.RATE_LIMITED for c in controllers)
         return APIError(
             503,
             f"All controllers for this are cooling down or disabled; first back:"
@@ -11258,8 +11244,12 @@ class Link:
                 refused = getattr(error, "status", 0) in (401, 403)
             if self.agent.ending:
                 return
-            if problem:
-                self._tell(problem, joined_before)
+            # An address that never worked is no problem while another one does: many
+            # names have an IPv6 address that not everybody can reach.
+            links = (link for link in self.agent.links.values() if link.url == self.url)
+            alone = not any(link.websocket for link in links)
+            if problem and (self.joined_at or joined_before or alone):
+                self.agent.tell_once(self.server, f"{problem} (dialling again)")
             if self.joined_at:
                 lost_at = loop.time()
                 if lost_at - self.joined_at > delay:
@@ -11269,17 +11259,6 @@ class Link:
             # Full jitter: a thousand agents must not come back in one moment.
             await asyncio.sleep(REDIAL_MAX if refused else random.uniform(0, delay))
             delay *= 2
-
-    def _tell(self, problem: str, joined_before: bool) -> None:
-        """Tell people of a problem.
-
-        An address that never worked is no problem while another of the same server
-        does: many names have an IPv6 address that not everybody can reach.
-        """
-        links = (link for link in self.agent.links.values() if link.url == self.url)
-        matters = self.joined_at or joined_before or not any(x.websocket for x in links)
-        if matters:
-            self.agent.tell_once(self.server, f"{problem} (dialling again)")
 
     # --- The connection
 
@@ -11622,8 +11601,7 @@ class Agent(Endable):
                 self._tell_servers("Models", _to_ascii(models))
             else:
                 ready.set()
-            pause = MODELS_INTERVAL if ready.is_set() else LOOK_INTERVAL
-            await asyncio.sleep(pause)
+            await asyncio.sleep(MODELS_INTERVAL if ready.is_set() else LOOK_INTERVAL)
 
     def models_text(self) -> str:
         """What it serves, for people."""
