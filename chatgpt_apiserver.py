@@ -3224,14 +3224,17 @@ class Answer:
 
     status     HTTP status
     headers    by name in lower case
-    content    all of it, of an answer that is there at once
+    content    all of it, of an answer that is there at once, or what generates it
     delimited  whether its framing tells where it ends
     """
 
     delimited = True
 
     def __init__(
-        self, status: int, headers: dict[str, str], content: bytes = b""
+        self,
+        status: int,
+        headers: dict[str, str],
+        content: bytes | AsyncGenerator[bytes, None] = b"",
     ) -> None:
         self.status = status
         self.headers = headers
@@ -3239,8 +3242,14 @@ class Answer:
 
     async def read(self) -> bytes:
         """The next bytes as they come; b"" at the end."""
-        content, self._content = self._content, b""
-        return content
+        content = self._content
+        if isinstance(content, bytes):
+            self._content = b""
+            return content
+        await asyncio.sleep(0)  # one that never waits must not stop all others
+        async for piece in content:
+            return piece
+        return b""
 
     async def read_all(self, max_size: int) -> bytes:
         """The whole content; ProtocolError(502) if it is over max_size bytes."""
@@ -3262,6 +3271,8 @@ class Answer:
 
     async def aclose(self) -> None:
         """Stop the work behind an answer that is not read to its end."""
+        if not isinstance(self._content, bytes):
+            await self._content.aclose()
 
 
 NEXT_ADDRESS_DELAY = 0.25  # seconds, as RFC 8305 section 8 advises
@@ -6096,23 +6107,6 @@ class AgentCall(Answer):
 Pieces = AsyncGenerator[Any, None]
 
 
-class GeneratedAnswer(Answer):
-    """A stream of events out of an asynchronous generator."""
-
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(200, {"content-type": EVENTS_TYPE})
-        self._events = events
-
-    async def read(self) -> bytes:
-        await asyncio.sleep(0)  # one that never waits must not stop all others
-        async for event in self._events:
-            return event
-        return b""
-
-    async def aclose(self) -> None:
-        await self._events.aclose()
-
-
 class FunctionController(Controller):
     """A Python function that answers chats, in whichever dialect they are asked.
 
@@ -6165,7 +6159,9 @@ class FunctionController(Controller):
             return json_answer(result)
         said = self._said(request, result)
         if request.stream:
-            return GeneratedAnswer(self._events(said, writer))
+            return Answer(
+                200, {"content-type": EVENTS_TYPE}, self._events(said, writer)
+            )
         return await self._joined(said, writer)
 
     def head(self, model: str) -> dict[str, Any]:
@@ -6542,9 +6538,8 @@ class TapeController(Controller):
         found = request.recording
         if found is None:
             raise await self._in_thread(self._miss, request)
-        answer = GeneratedAnswer(self._replay(found))
-        answer.status, answer.headers["content-type"] = found.status, found.content_type
-        return answer
+        kind = {"content-type": found.content_type}
+        return Answer(found.status, kind, self._replay(found))
 
     async def _replay(self, recording: Recording) -> AsyncGenerator[bytes, None]:
         began = asyncio.get_running_loop().time()
