@@ -5607,10 +5607,9 @@ async def encoded(request: APIRequest, model: str | None, include_usage: bool) -
 
 def may_be_about_stream_options(content: bytes) -> bool:
     """Whether a refusal may be due to the field we added: it names it, or none."""
-    if b"stream_options" in content or b"include_usage" in content:
-        return True
     error = find_error(read_json(content)) or ErrorObject()
-    return error.param is None and error.code is None
+    named = b"stream_options" in content or b"include_usage" in content
+    return named or (error.param is None and error.code is None)
 
 
 def has_model(models: dict[str, str], model: str | None) -> bool:
@@ -5995,7 +5994,6 @@ class AgentCall(Answer):
         self._agent = agent
         self._id = id
         self._deadline = deadline
-        self._limits = agent.limits
         self._loop = agent.websocket.connection.loop
         self._messages: deque[tuple[str, str]] = deque()
         self._size = 0
@@ -6009,7 +6007,7 @@ class AgentCall(Answer):
         """Add a message; one too many ends the call."""
         self._messages.append((kind, data))
         self._size += len(data) + self.MESSAGE_COST
-        if self._size > self._limits.event_size + self.MESSAGE_COST:
+        if self._size > self._agent.limits.event_size + self.MESSAGE_COST:
             reason = "the client was too slow: too much of the answer is waiting"
             self.fail(ControllerError(reason, Failure.NONE, code="client_too_slow"))
             self._agent.cancel(self._id)
@@ -6074,7 +6072,7 @@ class AgentCall(Answer):
 
     async def read(self) -> bytes:
         while not self._ended:
-            kind, data = await self.get(self._limits.silence_timeout)
+            kind, data = await self.get(self._agent.limits.silence_timeout)
             if kind == "error":
                 raise self.failure(kind, data, Failure.BROKEN)
             if kind == "ApiData" and data:
@@ -6132,11 +6130,10 @@ class FunctionController(Controller):
         function: Callable[[dict[str, Any]], Any],
         *,
         name: str | None = None,
-        models: Iterable[str] | dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         own_name = str(getattr(function, "__name__", "function"))
-        super().__init__(name or own_name, models=models, **options)
+        super().__init__(name or own_name, **options)
         self._function = function
 
     def answers(self, path: str) -> bool:
@@ -6159,9 +6156,8 @@ class FunctionController(Controller):
             return json_answer(result)
         said = self._said(request, result)
         if request.stream:
-            return Answer(
-                200, {"content-type": EVENTS_TYPE}, self._events(said, writer)
-            )
+            head = {"content-type": EVENTS_TYPE}
+            return Answer(200, head, self._events(said, writer))
         return await self._joined(said, writer)
 
     def head(self, model: str) -> dict[str, Any]:
@@ -11590,7 +11586,11 @@ class Agent(Endable):
             models = None if None in tables else list(names)
             changed, self.serves = models != self.serves, models
             if models == [] and not ready.is_set():
-                self._tell_nothing()
+                why = "; ".join(
+                    f"{u.name}: {u.list_problem or 'it lists no models'}"
+                    for u in self._upstreams
+                )
+                self.tell_once("", f"nothing to serve yet, and looking again: {why}")
             elif changed and ready.is_set():
                 self.report(f"now serving {self.models_text()}")
                 self._tell_servers("Models", _to_ascii(models))
@@ -11604,14 +11604,6 @@ class Agent(Endable):
             return "any model"
         more = [f"and {len(self.serves) - 5} more"] if len(self.serves) > 5 else []
         return ", ".join([*self.serves[:5], *more]) or "no model"
-
-    def _tell_nothing(self) -> None:
-        """Tell people why there is nothing to serve."""
-        tried = "; ".join(
-            f"{u.name}: {u.list_problem or 'it lists no models'}"
-            for u in self._upstreams
-        )
-        self.tell_once("", f"nothing to serve yet, and looking again: {tried}")
 
     def tell_once(self, about: str, problem: str) -> None:
         """Tell people of a problem, once while it lasts; "" is that it is over."""
@@ -11635,10 +11627,6 @@ class Agent(Endable):
             self.paused = paused
             self.report("paused" if paused else "resumed")
             self._tell_servers("Pause" if paused else "Resume")
-
-    def turn(self) -> None:
-        """Pause, or resume if it is paused; for a signal."""
-        self.pause(not self.paused)
 
     def _tell_servers(self, message: str, data: str = "") -> None:
         for link in self.links.values():
@@ -12667,7 +12655,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[:1] == ["agent"]:
             agent = build_agent(arguments[1:], os.environ, log)
             program = Program(agent, log)
-            program.signals["SIGUSR1"] = agent.turn
+            program.signals["SIGUSR1"] = lambda: agent.pause(not agent.paused)
         else:
             program = ServerProgram(arguments, log)
         raise_file_limit()

@@ -14424,7 +14424,7 @@ async def test_a_paused_agent_stays_and_is_asked_for_nothing(tmp_path):
                 state = server.agents[agent.id].describe(0.0)
                 assert state["state"] == "paused" and "owner" in state["reason"]
             assert agent.log.has("; paused")
-            agent.turn()
+            agent.pause(False)
             for server in servers:
                 paused = server.agents[agent.id]
                 await until(lambda paused=paused: not paused.paused)
