@@ -9843,7 +9843,8 @@ async def do_register(exchange: Exchange) -> None:
     exchange.reply.switch_protocols()
     exchange.log()
     id = str(uuid.uuid4())
-    said = await first_message(websocket, id)
+    websocket.write(envelope(id, "Connection id"))
+    said = await first_message(websocket)
     if said is None:
         return
     claimed_id, hello = said
@@ -9864,9 +9865,8 @@ async def do_register(exchange: Exchange) -> None:
         service.report(f"agent {agent.name} left ({how})")
 
 
-async def first_message(websocket: WebSocket, id: str) -> tuple[str, str] | None:
-    """Send an agent its id; the id and the data that it answers, or None."""
-    websocket.write(envelope(id, "Connection id"))
+async def first_message(websocket: WebSocket) -> tuple[str, str] | None:
+    """The id and the data with which a server or an agent begins, or None."""
     loop = websocket.connection.loop
     timer = loop.call_later(FIRST_MESSAGE_TIMEOUT, websocket.close, 1008, "no id")
     try:
@@ -11274,20 +11274,17 @@ class Link:
             while server_id in agent.reached:
                 await asyncio.sleep(REDIAL_FIRST)
             return ""
-        loop = websocket.connection.loop
-        timer = loop.call_later(FIRST_MESSAGE_TIMEOUT, websocket.close, 1008, "no id")
         if server_id:
             agent.reached.add(server_id)
         self.websocket = websocket
         try:
             with contextlib.suppress(ConnectionError):
+                if await first_message(websocket):
+                    await self._introduce()
                 async for message in websocket:
                     await self._take(*open_envelope(message))
                     del message  # it may be large, and the next one far
-                    if self.joined_at:
-                        timer.cancel()
         finally:
-            timer.cancel()
             self.websocket = None
             agent.reached.discard(server_id)
             await end_tasks(self.calls.values())
@@ -11307,7 +11304,7 @@ class Link:
     async def _take(self, id: str, kind: str, data: str) -> None:
         """Do what one message of the server's asks for."""
         if kind == "Connection id":
-            await self._introduce(id, data)
+            self.id = id  # what it calls this agent
         elif kind in ("Pause", "Resume"):
             self.agent.report(f"{self.server} says: {kind.lower()}")
         elif kind == "ApiCancel" and id in self.calls:
@@ -11321,21 +11318,17 @@ class Link:
             # Before the server can have heard of its end, and sends the next one.
             task.add_done_callback(lambda task: self.calls.pop(id))
 
-    async def _introduce(self, id: str, data: str) -> None:
-        """Say who this is; or hear what this server calls it."""
+    async def _introduce(self) -> None:
+        """Say who this is."""
         agent = self.agent
-        if as_object(read_json(data)).get("version") == 2:
-            self.id = id
-            return
         hello = {"version": 2, "name": agent.name, "models": agent.serves}
         more = {"max_concurrency": agent.max_concurrency, "paused": agent.paused}
         await self.send(self.id, "Connection id", _to_ascii({**hello, **more}))
-        if not self.joined_at:
-            self.joined_at = asyncio.get_running_loop().time()
-            agent.tell_once(self.server, "")
-            what = f"as {agent.name}, serving {agent.models_text()}"
-            paused = "; paused" if agent.paused else ""
-            agent.report(f"connected to {self.server} {what}{paused}")
+        self.joined_at = asyncio.get_running_loop().time()
+        agent.tell_once(self.server, "")
+        what = f"as {agent.name}, serving {agent.models_text()}"
+        paused = "; paused" if agent.paused else ""
+        agent.report(f"connected to {self.server} {what}{paused}")
 
     # --- Calls
 
