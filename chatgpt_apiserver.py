@@ -6220,7 +6220,7 @@ class FunctionController(Controller):
 
     async def _joined(self, said: Pieces, writer: ChatWriter) -> Answer:
         """All of it as one answer; of bytes whoever reads finds out what they are."""
-        builder, deltas, raw = CompletionBuilder(), [], b""
+        builder, deltas, raw = CompletionBuilder(), [], bytearray()
         builder.add({"choices": [{}]})
         async for piece in said:
             await asyncio.sleep(0)  # one that never waits must not stop all others
@@ -6230,7 +6230,7 @@ class FunctionController(Controller):
                 deltas.append(piece)
                 builder.add({"choices": [{"delta": piece}]})
         if raw:
-            return json_answer(raw)
+            return json_answer(bytes(raw))
         message = builder.result()["choices"][0]["message"]
         if len(deltas) == 1:  # with all that a function has put into it
             message = deltas[0]
