@@ -5991,9 +5991,7 @@ class AgentCall(Answer):
 
     def __init__(self, agent: AgentController, id: str, deadline: float) -> None:
         super().__init__(0, {})
-        self._agent = agent
-        self._id = id
-        self._deadline = deadline
+        self._agent, self._id, self._deadline = agent, id, deadline
         self._loop = agent.websocket.connection.loop
         self._messages: deque[tuple[str, str]] = deque()
         self._size = 0
@@ -6022,10 +6020,9 @@ class AgentCall(Answer):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def failure(
-        self, kind: str, data: str, says: Failure = Failure.NONE
-    ) -> ControllerError:
+    def failure(self, kind: str, data: str) -> ControllerError:
         """What it has failed by: the agent's words are for whoever asked."""
+        says = Failure.BROKEN if self.status else Failure.NONE
         said = data[:4096] if kind == "error" else "its answer is unreadable"
         reason = f"{self._agent.name} failed"
         text = f"{reason}: {said}"
@@ -6074,7 +6071,7 @@ class AgentCall(Answer):
         while not self._ended:
             kind, data = await self.get(self._agent.limits.silence_timeout)
             if kind == "error":
-                raise self.failure(kind, data, Failure.BROKEN)
+                raise self.failure(kind, data)
             if kind == "ApiData" and data:
                 return self._decode(data)
             self._ended = kind == "ApiEnd"
@@ -6433,9 +6430,7 @@ class MockController(FunctionController):
 class RecordedAnswer(Answer):
     """An answer on its way through; at most size bytes are kept, until it is good."""
 
-    def __init__(
-        self, answer: Answer, size: int, write: Callable[[RecordedAnswer], None]
-    ) -> None:
+    def __init__(self, answer: Answer, size: int, write: Callable[..., None]) -> None:
         super().__init__(answer.status, answer.headers)
         self.delimited = answer.delimited
         self.pieces: list[tuple[float, bytes]] = []  # and the loop's time of each
@@ -6474,6 +6469,7 @@ class TapeController(Controller):
 
     type = "tape"
     final = True
+    id = "tape"
     THREADS = 1
     MODES = ("replay", "record", "auto")
 
@@ -6497,7 +6493,6 @@ class TapeController(Controller):
         self.limits = limits
         self.alone = mode == "replay"  # nobody else is asked
         self.by_name_only = not self.alone
-        self.id = name
         self._index: dict[bytes, int] = {}  # where the line of each key begins
         self._stamp = ABSENT  # of the file that it is of
         self._ends_line = True  # the last line is whole
@@ -11334,8 +11329,7 @@ class Link:
 
     async def _call(self, id: str, data: str) -> None:
         """Answer one call, whatever happens, and log it."""
-        began = time.monotonic()
-        outcome = "cancelled"
+        began, outcome = time.monotonic(), "cancelled"
         try:
             outcome = await self._answer(id, data)
         except ConnectionError:
@@ -11415,8 +11409,7 @@ class Link:
         try:
             if isinstance(body, dict):
                 headers["content-type"] = "application/json"
-                content = encode_json(body)
-                request = APIRequest(path, content, query=query, body=body)
+                request = APIRequest(path, encode_json(body), query=query, body=body)
             else:
                 content = base64.b64decode(str(body))
                 kind = headers.get("content-type", "")
@@ -11426,16 +11419,17 @@ class Link:
         request.headers = headers
         if request.model is None and self.agent.pool.needs_model(request):
             raise APIError(400, "'model' is missing.", param="model")
-        now = asyncio.get_running_loop().time()
-        request.deadline = now + self.limits.request_timeout
+        request.deadline = (
+            asyncio.get_running_loop().time() + self.limits.request_timeout
+        )
         return request
 
     async def _send_head(
         self, id: str, status: int, headers: dict[str, str], is_raw: bool
     ) -> None:
-        kind = "application/octet-stream" if is_raw else "application/json"
-        head: dict[str, Any] = {"status": status}
-        head["content_type"] = headers.get("content-type", kind)
+        usual = "application/octet-stream" if is_raw else "application/json"
+        kind = headers.get("content-type", usual)
+        head: JSONObject = {"status": status, "content_type": kind}
         retry_after = parse_retry_after(headers)
         if retry_after is not None:
             head["retry_after"] = retry_after
