@@ -4940,7 +4940,10 @@ class UsageLimit:
 
 
 COUNTS = ("requests", "failures", "input", "cached_input", "output")
-USAGE_FLUSH_INTERVAL = 5.0  # seconds; a kill loses at most what came since
+# What one server has counted, the others know 5 s later: it is written within 4.5 s,
+# which is all that a kill loses, and the others look twice a second.
+USAGE_READ_INTERVAL = 0.5  # seconds
+USAGE_WRITE_TURNS = 9  # of these
 USAGE_FILE_SIZE = 16 * 1024 * 1024  # above it the file is rewritten, if that helps
 USAGE_LIFETIME = 400  # days
 # Models of a user's that are told apart in an hour: some controllers take any name,
@@ -4957,7 +4960,7 @@ class Ledger:
     path    usage.jsonl: one JSON object a line, increments.  None: only in memory
     report  takes lines that a person wants to know
 
-    record() is one store; whoever reads adds up first.  Every 5 s what has come
+    record() is one store; whoever reads adds up first.  Every 4.5 s what has come
     together is appended to the file.  Sums are by day: hours matter only to limits
     by the hour, and those look at the present one alone.
     """
@@ -5103,12 +5106,14 @@ class Ledger:
             _, lines, _ = self._file.exchange({})
             self._take(lines.items(), anew=True)
 
-    async def flush(self) -> None:
-        """Write what has come together, and take over what others have written."""
+    async def flush(self, write: bool = True) -> None:
+        """Take over what others have written, and write what has come together."""
         self._add_up()
         if self._file is None:
             return
-        pending, self._unwritten = self._unwritten, {}
+        pending = Sums()
+        if write:
+            pending, self._unwritten = self._unwritten, {}
         loop, exchange = asyncio.get_running_loop(), self._file.exchange
         written, lines, anew = await loop.run_in_executor(None, exchange, pending)
         self._take([*lines.items(), *(pending.items() if anew else ())], anew)
@@ -5160,8 +5165,8 @@ class UsageFile:
                 if pending:
                     self._append(pending)
                     written = True
+                    self.problem = ""
                     self._shorten()
-            self.problem = ""
         except OSError as error:
             reason = error.strerror or error
             self.problem = f"{self.path}: {reason}; usage is kept in memory"
@@ -10743,7 +10748,7 @@ class Server(Endable):
         self._spawn(
             self._repeat(self._refresh_users, lambda: limits.users_poll_interval)
         )
-        self._spawn(self._repeat(self._flush_usage, lambda: USAGE_FLUSH_INTERVAL))
+        self._spawn(self._exchange_usage())
         self._spawn(pool.refresh_models())
         self._spawn(self._repeat(pool.refresh_models, lambda: 60))
 
@@ -11080,14 +11085,20 @@ class Server(Endable):
         await self.users.refresh()
         self.dismiss_agents()
 
-    async def _flush_usage(self) -> None:
-        """Write what was used, if anybody has a token or a limit.
+    async def _exchange_usage(self) -> None:
+        """Tell others what was used, and see what they tell."""
+        for turn in itertools.count(1):
+            await asyncio.sleep(USAGE_READ_INTERVAL)
+            await self._flush_usage(write=turn % USAGE_WRITE_TURNS == 0)
+
+    async def _flush_usage(self, write: bool = True) -> None:
+        """Write and read what was used, if anybody has a token or a limit.
 
         A file that nobody needs surprises people.
         """
         limits = any(c.limit is not None for c in self.pool.controllers)
         if self._usage_is_wanted or limits or self.users.users:
-            await self.ledger.flush()
+            await self.ledger.flush(write)
 
     # --- Connections
 

@@ -9892,12 +9892,30 @@ async def test_a_full_disk_loses_nothing_once_there_is_room(tmp_path, monkeypatc
 
 
 @flow
+async def test_servers_on_one_disk_know_at_once_what_another_has_written(
+    tmp_path, constant
+):
+    """They do not take turns: one's 5 s to write, and then the other's to read."""
+    constant(USAGE_READ_INTERVAL=0.04)
+    async with serving(tmp_path) as one, serving(tmp_path) as two:
+        user = await two.users.add(limit="9 requests/day")
+        await one.users.refresh()
+        limit = one.limit_of(one.users.get(user.user_id))
+        assert (await chat(two, key=user.token, model="mock/echo")).status == 200
+        path = tmp_path / "usage.jsonl"
+        await until(path.exists)
+        written = time.monotonic()
+        await until(lambda: limit.state()[0][1] == 1)
+        assert time.monotonic() - written < 0.2
+
+
+@flow
 async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     log = Log()
-    constant(USAGE_FLUSH_INTERVAL=0.01)
+    constant(USAGE_READ_INTERVAL=0.001)
     async with serving(tmp_path, log=log) as server:
         token = (await server.users.add(limit="9 requests/day")).token
         monkeypatch.setattr(apiserver, "append_to_file", full)
