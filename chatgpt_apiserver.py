@@ -4024,7 +4024,8 @@ class User:
     def may_use(self, model: str) -> bool:
         """Whether its models allow one."""
         return self.models is None or any(
-            fnmatch.fnmatchcase(model, pattern) for pattern in self.models
+            fnmatch.fnmatchcase(model, pattern.replace("[", "[[]"))  # "sonnet[1m]"
+            for pattern in self.models
         )
 
     def shown(self) -> bytes:
@@ -4224,12 +4225,13 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Users:
         problem = user_problem(fields, "user_id")
         if not problem:
             user = User(fields)
-            owner = owners.setdefault(user.digest, user.user_id)
             if user.user_id in users:
                 problem = f".user_id: expected another than {user.user_id!r}, which is"
                 problem += " there already"
-            elif owner != user.user_id:
-                problem = f".token: expected another than that of user {owner!r}"
+            for place, digest in ("token", user.digest), ("old.token", user.old_digest):
+                owner = owners.setdefault(digest, user.user_id)
+                if digest and owner != user.user_id:
+                    problem = f".{place}: expected another than that of user {owner!r}"
         if problem:
             raise ConfigurationError(f"users[{index}]{problem}")
         users[user.user_id] = user
@@ -4511,7 +4513,7 @@ class UserStore:
         def change(users: Users) -> User:
             fields = known_user(users, user_id).fields.copy()
             if seconds is not None:
-                until = rfc3339(math.ceil(unix_time() + seconds))
+                until = rfc3339(unix_time() + seconds + (seconds > 0))  # 0: at once
                 keys = {"token", "sha256"} & fields.keys()
                 old = {key: fields.pop(key) for key in keys}
                 fields.update(self._kept(token), old={**old, "expires": until})

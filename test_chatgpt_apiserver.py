@@ -5272,6 +5272,8 @@ def test_every_flipped_bit_is_refused_or_a_whole_table(tmp_path):
     ('{"users": [{"token": "sesame"}]}', "users[0].user_id"),
     ('{"users": [USER, {"user_id": "u", "token": "x"}]}', "users[1].user_id"),
     ('{"users": [USER, {"user_id": "v", "token": "sesame"}]}', "users[1].token"),
+    ('{"users": [USER, {"user_id": "v", "token": "x", "old": {"token": "sesame"}}]}',
+     "users[1].old.token"),
     ('{"users": [{"user_id": "u", "token": "a", "token": "b"}]}',
      "users[0].token: this key appears twice"),
     ('{"users": [], "users": []}', "users: this key appears twice"),
@@ -10095,7 +10097,10 @@ async def test_a_user_has_only_its_own_models(tmp_path):
     async with Upstream() as upstream:
         controller = upstream.controller(models=["o1", "gpt-4o", "gpt-4o-mini"])
         async with serving(tmp_path, controller) as server:
-            token = (await server.users.add(models=["gpt-4o*"])).token
+            models = ["gpt-4o*", "o1[1m]"]  # only * is no letter of a name
+            user = await server.users.add(models=models)
+            assert user.may_use("o1[1m]") and not user.may_use("o11")
+            token = user.token
             assert (await chat(server, key=token, model="gpt-4o")).status == 200
             reply = await chat(server, key=token, model="o1")
             assert reply.status == 404
@@ -10124,6 +10129,9 @@ async def test_a_token_ends_with_its_time_and_a_rotated_one_with_its(
     assert [await models_status(server, t) for t in tokens] == [401, 401, 200]
     reply = await ask(server.port, "GET", "/v1/models", key=ending.token)
     assert "expired at 2027-01-15" in chat_error(reply)["message"]
+    clock[0] += 0.5
+    await users.update(old.user_id, {"rotate": 0})
+    assert await models_status(server, new.token) == 401  # not a second later
 
 
 @flow
