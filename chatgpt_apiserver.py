@@ -7386,6 +7386,10 @@ class Call:
     controller  who answered, or was asked last
     attempts    how many were asked
     tries       of each that was asked: its name, when, and why it failed or ""
+# An image, a sound or a file inside of a request: its bytes are no tokens.
+_INLINE = re.compile(rb'[",][A-Za-z0-9+/_\\-]{1000,}')  # some write \/ for /
+
+
     ended       read() has given all there is
     usage       the tokens it took, as far as they are known
 
@@ -7499,7 +7503,7 @@ class Call:
         """
         if not self.request.dialect.generates:
             return usage
-        sent = usage.input or len(self.request.content) // 4
+        sent = usage.input or len(_INLINE.sub(b"", self.request.content)) // 4
         return Usage(sent, usage.cached_input, usage.output or output)
 
     async def _leave(self) -> None:

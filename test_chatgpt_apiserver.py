@@ -10230,13 +10230,14 @@ async def test_a_stream_left_early_is_counted_as_far_as_it_came(server):
     token = (await server.users.add()).token
     body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02")
     async with Client(server.port) as client:
-        body = {**body, "stream": True}
+        body = {**body, "stream": True, "messages": [*body["messages"], image]}
         client.send(request_bytes("POST", CHAT_URL, body, token))
         await client.read_head()
         await client.read_chunk()
     await until(lambda: not server.requests_in_flight)
     total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
-    assert total["requests"] == 1 and total["input"] and 0 < total["output"] < 8
+    assert total["requests"] == 1 and 0 < total["output"] < 8
+    assert 0 < total["input"] < 100
 
 
 @flow
@@ -10256,6 +10257,10 @@ async def test_metrics_are_for_monitors_and_their_labels_bounded(tmp_path):
             assert statuses == [401, 403, 200]
             assert (await chat(server, key=monitor)).status == 403
             text = (await ask(port, "GET", "/metrics")).content.decode()
+    url = {
+        "url": "data:image/png;base64," + "iVBOR/0K" * 2000
+    }  # its bytes are no tokens
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": url}]}
             assert "evil" not in text and "someone" not in text
             prefix = "chatgpt_apiserver_"
             sample = 'tokens_total{model="m",controller="up",type="output"} 4\n'
