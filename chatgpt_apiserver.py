@@ -9599,7 +9599,10 @@ def authorize(exchange: Exchange, who: Who, body: JSONObject) -> None:
     if not tokens:
         admit_keyless(exchange, who)
         return
-    user = next(filter(None, map(service.authenticate, tokens)), None)
+    known = filter(None, map(service.authenticate, tokens))
+    user = next(known, None)
+    if user is not None and unix_time() >= user.expires:
+        user = next((other for other in known if unix_time() < other.expires), user)
     if user is None:
         name = "admin" if who is Who.ADMIN else "API"
         raise APIError(401, f"Invalid {name} key", code="invalid_api_key")
