@@ -1564,10 +1564,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 # --- Multipart forms
 
 
-_BOUNDARY = re.compile(r';\s*boundary\s*=\s*(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.I)
-_DISPOSITION = re.compile(rb"\r\ncontent-disposition[ \t]*:([^\r\n]*)", re.I)
+_BOUNDARY = re.compile(
+    r';\s*boundary[*0-9]*\s*=\s*(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.I
+)
+_PART_HEAD = re.compile(rb"[ \t]*(?:\r\n[!-9;-~]+:[^\r\n]*)*\r\n\r\n")
+_DISPOSITION = re.compile(rb"\r\ncontent-disposition:([^\r\n]*)", re.I)
 _PARAMETER = re.compile(
-    rb';\s*([a-z*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s";]*))', re.I
+    rb';\s*([a-z0-9*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s";]*))', re.I
 )
 _MAX_PARTS = 100
 
@@ -1575,29 +1578,36 @@ _MAX_PARTS = 100
 def find_form_field(content: bytes, content_type: str, name: str) -> slice | None:
     """Where a text field of multipart/form-data stands (RFC 7578 section 4.2).
 
-    Raise APIError(400) if there are two, or too many parts to know: one reader
-    takes the first of them and another the last.
+    Raise APIError(400) for a form in which somebody else could read another one:
+    there may be a model that the user must not use.
     """
+    problem = f"It is unclear what this form says of {name!r} (RFC 7578)."
+    unclear = APIError(400, problem, param=name)
     field = None
-    match = _BOUNDARY.search(content_type)
-    if match is None:
+    boundaries = _BOUNDARY.findall(content_type)
+    if not boundaries:
         return None
-    delimiter = b"--" + (match[1] or match[2]).encode("latin-1")
+    if len(boundaries) > 1:
+        raise unclear
+    delimiter = b"--" + "".join(boundaries[0]).encode("latin-1")
     at = content.find(delimiter)
     for _ in range(_MAX_PARTS):
         end = content.find(b"\r\n" + delimiter, at + 1)
         if at < 0 or end < 0:
             return field
-        start = content.find(b"\r\n\r\n", at, min(end, at + 8192)) + 4
-        head = _DISPOSITION.search(content, at, max(at, start))
-        parameters = _PARAMETER.findall(head[1]) if head else ()
-        names = [
-            quoted or bare for key, quoted, bare in parameters if key.lower() == b"name"
-        ]
-        if names[:1] == [name.encode()] and end - start < 1024:
-            if field is not None:
-                raise APIError(400, f"{name!r} appears twice.", param=name)
-            field = slice(start, end)
+        head = _PART_HEAD.match(content, at + len(delimiter), end)
+        if head is None:
+            raise unclear
+        parameters = _PARAMETER.findall(b"".join(_DISPOSITION.findall(head[0])))
+        names = [found for found in parameters if found[0][:4].lower() == b"name"]
+        if len(names) > 1 or any(
+            b"*" in key or b"\\" in text for key, text, _ in names
+        ):
+            raise unclear
+        if names and (names[0][1] or names[0][2]) == name.encode():
+            if field is not None or end - head.end() > 1000:
+                raise unclear
+            field = slice(head.end(), end)
         at = end + 2
     raise APIError(400, f"A form may have at most {_MAX_PARTS} parts.", param=name)
 
@@ -7376,6 +7386,10 @@ class Pool:
         return Call(self, request)
 
 
+# An image, a sound or a file inside of a request: its bytes are no tokens.
+_INLINE = re.compile(rb'[",][A-Za-z0-9+/_\\-]{1000,}')  # some write \/ for /
+
+
 class Call:
     """A request's way through the pool; entered, its answer has begun.
 
@@ -7386,10 +7400,6 @@ class Call:
     controller  who answered, or was asked last
     attempts    how many were asked
     tries       of each that was asked: its name, when, and why it failed or ""
-# An image, a sound or a file inside of a request: its bytes are no tokens.
-_INLINE = re.compile(rb'[",][A-Za-z0-9+/_\\-]{1000,}')  # some write \/ for /
-
-
     ended       read() has given all there is
     usage       the tokens it took, as far as they are known
 
