@@ -4629,15 +4629,15 @@ class UserStore:
             if answer.set_running_or_notify_cancel():  # not if it was cancelled
                 batch.append((change, answer))
         try:
-            for answer, user in self._write(batch) if batch else ():
-                answer.set_result(user)
+            if batch:
+                self._write(batch)
         except Exception as error:
             for _, answer in batch:
                 if not answer.done():
                     answer.set_exception(error)
 
-    def _write(self, batch: list[tuple[Change, Future[User]]]) -> list[Any]:
-        """Make changes durable and put them in force; return (answer, user) pairs.
+    def _write(self, batch: list[tuple[Change, Future[User]]]) -> None:
+        """Make changes durable, put them in force and answer them.
 
         A change that cannot be made is refused here and does not spoil the others.
         Raise APIError(500) if nothing could be written.
@@ -4662,7 +4662,8 @@ class UserStore:
                 reason = "it is mounted by itself; mount the folder, not the file"
             self._tell(self._not_written(reason).message)
             raise self._not_written(reason) from error
-        return done
+        for answer, user in done:
+            answer.set_result(user)
 
     def _not_written(self, reason: str) -> APIError:
         message = f"{self._name} could not be written: {reason}; nothing was changed"
@@ -4958,12 +4959,21 @@ USAGE_READ_INTERVAL = 0.5  # seconds
 USAGE_WRITE_TURNS = 9  # of these
 USAGE_FILE_SIZE = 16 * 1024 * 1024  # above it the file is rewritten, if that helps
 USAGE_LIFETIME = 400  # days
-# Models of a user's that are told apart in an hour: some controllers take any name,
-# and each new one is a line that stays.
-HOURLY_MODELS = 100
+HOURLY_MODELS = 100  # of a user's, that are told apart: each is a line that stays
 COLUMNS = ("day", "user", "model", "controller")
 Key = tuple[str, str, str, str]  # hour (UTC, "2026-11-27T09"), user, model, controller
 Sums = dict[Key, list[int]]  # one number for each of COUNTS
+
+
+def bounded(name: str, names: set[str], most: int) -> str:
+    """A name as it is counted under: "other" for one too many.
+
+    Clients choose the names of models, and agents their own: ever new ones would fill
+    the memory.
+    """
+    if len(names) < most:
+        names.add(name)
+    return name if name in names else "other"
 
 
 class Ledger:
@@ -5007,21 +5017,14 @@ class Ledger:
             self._begin_hour()
         counts = self._recorded.get((user, model, controller))
         if counts is None:
-            key = (user, self._told_apart(user, model), controller)
+            models = self._models.setdefault(user, set())
+            key = (user, bounded(model[:200], models, HOURLY_MODELS), controller)
             counts = self._recorded.setdefault(key, [0] * len(COUNTS))
         counts[0] += 1
         counts[1] += failures
         counts[2] += sent
         counts[3] += cached
         counts[4] += output
-
-    def _told_apart(self, user: str, model: str) -> str:
-        """The name that a model is counted under."""
-        models = self._models.setdefault(user, set())
-        model = model[:200]
-        if len(models) < HOURLY_MODELS:
-            models.add(model)
-        return model if model in models else "other"
 
     def _begin_hour(self) -> None:
         self._add_up()
@@ -7767,11 +7770,6 @@ class RequestRecord(NamedTuple):
     address: str
     client: str
 
-    @property
-    def first_byte(self) -> float | None:
-        """Seconds from its last attempt to the beginning of the answer."""
-        return self.began_at - self.attempts[-1][1] if self.began_at else None
-
     def as_json(self) -> dict[str, Any]:
         """What GET /admin/status says of it; times are seconds since it began."""
 
@@ -7818,20 +7816,19 @@ class Journal:
     def __init__(self) -> None:
         self._requests: deque[RequestRecord] = deque(maxlen=self.REQUESTS)
         self._strangers: deque[RequestRecord] = deque(maxlen=self.STRANGERS)
-        # Number of a slot since the clock's beginning, requests, failures, tokens.
-        self._slots = deque([[-1, 0, 0, 0]], self.SLOTS + 1)
+        # By number since the clock's beginning: requests, failures, tokens.
+        self._slots: dict[int, list[int]] = {}
 
     def add(self, record: RequestRecord) -> None:
         """Keep a request that has ended."""
         assert record.ended is not None
         (self._requests if record.user else self._strangers).append(record)
-        slot, number = self._slots[-1], int(record.ended / self.SLOT)
-        if slot[0] != number:
-            slot = [number, 0, 0, 0]
-            self._slots.append(slot)
-        slot[1] += 1
-        slot[2] += record.failed
-        slot[3] += record.usage.input + record.usage.output
+        slot = self._slots.setdefault(int(record.ended / self.SLOT), [0, 0, 0])
+        slot[0] += 1
+        slot[1] += record.failed
+        slot[2] += record.usage.input + record.usage.output
+        if len(self._slots) > self.SLOTS + 1:
+            del self._slots[min(self._slots)]
 
     def requests(self) -> list[RequestRecord]:
         """Those that are kept, the latest first."""
@@ -7840,21 +7837,18 @@ class Journal:
 
     def activity(self, now: float) -> dict[str, list[int]]:
         """Requests, failures and tokens in each slot but the current one."""
-        first = int(now / self.SLOT) - self.SLOTS
-        counts = [[0] * self.SLOTS for _ in range(3)]
-        for number, *slot in self._slots:
-            if 0 <= number - first < self.SLOTS:
-                for count, value in zip(counts, slot):
-                    count[number - first] = value
-        return dict(zip(("requests", "failures", "tokens"), counts))
+        current = int(now / self.SLOT)
+        numbers = range(current - self.SLOTS, current)
+        counts = zip(*(self._slots.get(number, (0, 0, 0)) for number in numbers))
+        return dict(zip(("requests", "failures", "tokens"), map(list, counts)))
 
     def first_bytes(self) -> dict[str, float]:
         """By controller: the median of the seconds to an answer's first byte."""
         times: dict[str, list[float]] = {}
         for record in self._requests:
-            if record.first_byte is not None:
-                name = record.attempts[-1][0]
-                times.setdefault(name, []).append(record.first_byte)
+            if record.began_at:
+                name, asked, _ = record.attempts[-1]
+                times.setdefault(name, []).append(record.began_at - asked)
         return {name: round(sorted(ts)[len(ts) // 2], 3) for name, ts in times.items()}
 
 
@@ -7890,8 +7884,7 @@ class Histogram:
         total = 0
         for bound, count in zip((*self.BOUNDS, "+Inf"), self._counts):
             total += count
-            le = f'{labels},le="{bound}"' if labels else f'le="{bound}"'
-            yield f"{name}_bucket{{{le}}} {total}"
+            yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
         yield f"{name}_sum{{{labels}}} {self._sum:.6f}"
         yield f"{name}_count{{{labels}}} {total}"
 
@@ -7936,9 +7929,7 @@ class Metrics:
         ),
     }
 
-    # Controllers, and models, with labels of their own: agents choose both names, and
-    # may come with new ones each time.
-    MAX_NAMES = 200
+    MAX_NAMES = 200  # controllers, and models, with labels of their own
 
     def __init__(self, users: bool = False) -> None:
         self._users = users
@@ -7974,7 +7965,7 @@ class Metrics:
             if began and usage.output:
                 pace.observe((ended - began) / usage.output)
             for name, _, _ in attempts[:-1]:
-                name = self._bounded(name, self._controllers)
+                name = bounded(name, self._controllers, self.MAX_NAMES)
                 self._series["attempts_total"][name, "failed"].value += 1
         else:
             reason = record.error[0] if record.user else "unauthorized"
@@ -7988,13 +7979,13 @@ class Metrics:
     ) -> list[Any]:
         """What requests of one kind are counted in: looked up once, and kept."""
         request = (path, model, status, name, result)
-        model = self._bounded(model, self._models)
+        model = bounded(model, self._models, self.MAX_NAMES)
         keys: list[tuple[str, ...]] = [
             ("requests_total", path, model, str(status)),
             ("request_duration_seconds", path, model),
         ]
         if result:
-            name = self._bounded(name, self._controllers)
+            name = bounded(name, self._controllers, self.MAX_NAMES)
             keys += [
                 ("attempts_total", name, result),
                 ("queue_wait_seconds", model),
@@ -8006,14 +7997,6 @@ class Metrics:
             self._kinds.clear()
         self._kinds[request] = [self._series[key[0]][key[1:]] for key in keys]
         return self._kinds[request]
-
-    def _bounded(self, name: str, names: set[str]) -> str:
-        """A name as a label: "other" for one too many."""
-        if name not in names:
-            if len(names) >= self.MAX_NAMES:
-                return "other"
-            names.add(name)
-        return name
 
     def text(self, gauges: Iterable[tuple[str, str, str, float]]) -> str:
         """All of it; gauges are (name, help, labels, value), of one name together."""
