@@ -4922,12 +4922,12 @@ class UsageLimit:
         """OpenAI's x-ratelimit fields: of several quotas the one with least left."""
         if not self._second <= now < self._second + 1:  # no window turns in between
             self.count()
-            self._second = int(now)
+            self._second = second = int(now)
             self._fields = "".join(
-                f"x-ratelimit-limit-{unit}: {quota.amount}\r\n"
+                f"x-ratelimit-limit-{unit}: {q.amount}\r\n"
                 f"x-ratelimit-remaining-{unit}: %d\r\n"
-                f"x-ratelimit-reset-{unit}: {self._windows[quota.per].end - int(now)}s\r\n"
-                for unit, quota in self._tightest.items()
+                f"x-ratelimit-reset-{unit}: {self._windows[q.per].end - second}s\r\n"
+                for unit, q in self._tightest.items()
             ).encode()
         # This request has begun, and is counted when it ends.
         requests, tokens = self._requests_left - 1, self._tokens_left
@@ -5117,7 +5117,7 @@ class Ledger:
         """Read what was used before, for the start."""
         self._begin_hour()
         if self._file is not None:
-            self._file.read_to = (0, 0)
+            self._file.read_to = ABSENT
             _, lines, _ = self._file.exchange({})
             self._take(lines.items(), anew=True)
 
@@ -5162,7 +5162,7 @@ class UsageFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.read_to = (0, 0)  # inode and size of what was read
+        self.read_to = ABSENT  # the stamp of what was read
         self.problem = ""  # why it could not be read or written
 
     def exchange(self, pending: Sums) -> tuple[bool, Sums, bool]:
@@ -5192,8 +5192,8 @@ class UsageFile:
 
         Another server may have rewritten it, or somebody removed it.
         """
-        _, size, inode = stamp_at(self.path)
-        known, at = self.read_to
+        at_time, size, inode = stamp_at(self.path)
+        _, at, known = self.read_to
         anew = known != inode or size < at
         at = 0 if anew else at
         data = b""
@@ -5202,7 +5202,7 @@ class UsageFile:
                 file.seek(at)
                 data = file.read(size - at)
         whole = data.rfind(b"\n") + 1
-        self.read_to = (inode, at + whole)
+        self.read_to = (at_time, at + whole, inode)
         return parse_usage(data[:whole]), anew and known != 0
 
     def _append(self, pending: Sums) -> None:
@@ -5210,8 +5210,7 @@ class UsageFile:
         # What a crash has left of a line must not swallow the next one.
         torn = stamp_at(self.path)[1] > self.read_to[1]
         data = (b"\n" if torn else b"") + b"".join(map(usage_line, pending.items()))
-        _, size, inode = append_to_file(self.path, data)
-        self.read_to = (inode, size)
+        self.read_to = append_to_file(self.path, data)
 
     def _shorten(self) -> None:
         """Make one line of each day that is over, if that halves a large file."""
@@ -5221,9 +5220,8 @@ class UsageFile:
             merged = parse_usage(file.read())
         data = b"".join(map(usage_line, merged.items()))
         if len(data) < self.read_to[1] // 2:
-            _, size, inode = replace_file(self.path, data, newer_than=0)
+            self.read_to = replace_file(self.path, data, newer_than=0)
             sync_folder(os.path.dirname(self.path))
-            self.read_to = (inode, size)
 
 
 def parse_usage(data: bytes) -> Sums:
@@ -7852,17 +7850,6 @@ class Journal:
         return {name: round(sorted(ts)[len(ts) // 2], 3) for name, ts in times.items()}
 
 
-class Total:
-    """A number that grows, as Prometheus counts it."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def lines(self, name: str, labels: str) -> Iterator[str]:
-        """Its sample; labels are written already, without braces."""
-        yield f"{name}{{{labels}}} {self.value}"
-
-
 class Histogram:
     """How often a value was at most each of some bounds, as Prometheus counts it."""
 
@@ -7935,11 +7922,11 @@ class Metrics:
         self._users = users
         self._controllers: set[str] = set()
         self._models: set[str] = set()
-        # By name, then by the values of its labels.
+        # By name, then by the values of its labels: a Histogram, or [a total].
         self._series: dict[str, Any] = {}
         for name in (declared.split()[0] for declared in self.METRICS):
             is_histogram = name.endswith("_seconds")
-            self._series[name] = defaultdict(Histogram if is_histogram else Total)
+            self._series[name] = defaultdict(Histogram if is_histogram else lambda: [0])
         self._kinds: dict[tuple[Any, ...], list[Any]] = {}  # see _series_of()
 
     def observe(self, record: RequestRecord, path: str, model: str) -> None:
@@ -7950,29 +7937,29 @@ class Metrics:
         result = ("failed" if reason else "ok") if attempts else ""
         kind = (path, model, record.status, name, result)
         requests, duration, *of_answer = self._kinds.get(kind) or self._series_of(*kind)
-        requests.value += 1
+        requests[0] += 1
         duration.observe(ended - record.started)
         if attempts:
             attempt, wait, first, pace, sent, cached, output = of_answer
             usage = record.usage
-            attempt.value += 1
+            attempt[0] += 1
             wait.observe(attempts[0][1] - record.started)
-            sent.value += usage.input
-            cached.value += usage.cached_input
-            output.value += usage.output
+            sent[0] += usage.input
+            cached[0] += usage.cached_input
+            output[0] += usage.output
             if began:
                 first.observe(began - asked)
             if began and usage.output:
                 pace.observe((ended - began) / usage.output)
             for name, _, _ in attempts[:-1]:
                 name = bounded(name, self._controllers, self.MAX_NAMES)
-                self._series["attempts_total"][name, "failed"].value += 1
+                self._series["attempts_total"][name, "failed"][0] += 1
         else:
             reason = record.error[0] if record.user else "unauthorized"
-            self._series["rejected_total"][reason or str(record.status),].value += 1
+            self._series["rejected_total"][reason or str(record.status),][0] += 1
         if self._users and record.user:
-            self._series["user_requests_total"][record.user,].value += 1
-            self._series["user_tokens_total"][record.user,].value += record.usage.total
+            self._series["user_requests_total"][record.user,][0] += 1
+            self._series["user_tokens_total"][record.user,][0] += record.usage.total
 
     def _series_of(
         self, path: str, model: str, status: int, name: str, result: str
@@ -8011,7 +7998,11 @@ class Metrics:
             name = self.PREFIX + metric
             samples: list[str] = []
             for values, seen in self._series[metric].items():
-                samples += seen.lines(name, metric_labels(**dict(zip(names, values))))
+                labels = metric_labels(**dict(zip(names, values)))
+                if isinstance(seen, Histogram):
+                    samples += seen.lines(name, labels)
+                else:
+                    samples.append(f"{name}{{{labels}}} {seen[0]}")
             kind = "counter" if name.endswith("_total") else "histogram"
             add(name, told, kind, samples)
         for (name, told), group in itertools.groupby(gauges, lambda gauge: gauge[:2]):
