@@ -6296,19 +6296,6 @@ class MockController(FunctionController):
 
     type = "mock"
     by_name_only = True
-    # The method of each, and its parameters as they are where a name says nothing.
-    MODELS: ClassVar[dict[str, tuple[str, JSONObject]]] = {
-        "mock/echo": ("echo", {}),
-        "mock/text": (
-            "text",
-            {"text": "Hello from the mock.", "pieces": 1, "delay": 0},
-        ),
-        "mock/slow": ("echo", {"seconds": 5}),
-        "mock/429": ("echo", {"times": math.inf}),
-        "mock/500": ("fail", {}),
-        "mock/cut": ("cut", {"events": 3}),
-        "mock/garbage": ("garbage", {}),
-    }
 
     def __init__(self) -> None:
         super().__init__(self._say, name="mock", models=list(self.MODELS))
@@ -6321,10 +6308,8 @@ class MockController(FunctionController):
         return NAMED if model.partition("?")[0] in self.MODELS else NOT
 
     async def _say(self, body: JSONObject) -> Pieces:
-        method, usual = self.MODELS[body["model"].partition("?")[0]]
-        said = {**usual, **self._parameters(body["model"])}
-        pieces: Pieces = getattr(self, method)(body, said)
-        return pieces
+        generate, usual = self.MODELS[body["model"].partition("?")[0]]
+        return generate(self, body, {**usual, **self._parameters(body["model"])})
 
     def _parameters(self, model: str) -> JSONObject:
         """What stands behind "?"; APIError(400) if it cannot be."""
@@ -6405,11 +6390,8 @@ class MockController(FunctionController):
             id = said.get("id") or random_id("call_")
             yield {"tool_calls": [{"id": id, "type": "function", "function": call}]}
             return
-        at = 0
-        for _ in range(10_000):  # and the rest of a book as one
-            word = re.compile(r"\s*\S+").match(text, at)
-            if word is None:
-                break
+        at, words = 0, re.finditer(r"\s*\S+", text)
+        for word in itertools.islice(words, 10_000):  # and the rest of a book as one
             yield word[0]
             at = word.end()
         if not at or text[at:].strip():
@@ -6440,6 +6422,17 @@ class MockController(FunctionController):
         # With a name: Anthropic's SDK passes over events without one.
         event = sse_event(garbage, "message_start")
         yield event if body.get("stream") else garbage
+
+    # What generates each, and its parameters as they are where a name says nothing.
+    MODELS: ClassVar[dict[str, tuple[Callable[..., Pieces], JSONObject]]] = {
+        "mock/echo": (echo, {}),
+        "mock/text": (text, {"text": "Hello from the mock.", "pieces": 1, "delay": 0}),
+        "mock/slow": (echo, {"seconds": 5}),
+        "mock/429": (echo, {"times": math.inf}),
+        "mock/500": (fail, {}),
+        "mock/cut": (cut, {"events": 3}),
+        "mock/garbage": (garbage, {}),
+    }
 
 
 # --- The tape: answers recorded once, and replayed
