@@ -11198,7 +11198,6 @@ class Link:
 
     def __init__(self, agent: Agent, url: str, address: str) -> None:
         self.agent = agent
-        self.limits = agent.limits
         self.url = url
         self.address = address
         self.server = Address.of(url).authority  # for people: without a token
@@ -11251,14 +11250,13 @@ class Link:
         Raise what WebSocket.connect() does.
         """
         agent = self.agent
-        address = [self.address]
         websocket = await WebSocket.connect(
             self.url,
             fields=agent.fields,
             ca_file=agent.ca_file,
-            max_size=int(self.limits.agent_message_size),
-            limits=self.limits,
-            resolve=(lambda host, port: address) if self.address else look_up,
+            max_size=int(agent.limits.agent_message_size),
+            limits=agent.limits,
+            resolve=(lambda *_: [self.address]) if self.address else look_up,
         )
         server_id = websocket.headers.get(SERVER_ID_FIELD, "")
         if server_id in agent.reached:  # by another of its addresses
@@ -11416,9 +11414,8 @@ class Link:
         request.headers = headers
         if request.model is None and self.agent.pool.needs_model(request):
             raise APIError(400, "'model' is missing.", param="model")
-        request.deadline = (
-            asyncio.get_running_loop().time() + self.limits.request_timeout
-        )
+        now = asyncio.get_running_loop().time()
+        request.deadline = now + self.agent.limits.request_timeout
         return request
 
     async def _send_head(
