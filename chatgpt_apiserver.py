@@ -7364,16 +7364,16 @@ class Pool:
         controller.tokens += usage.total
         if controller.limit is not None:
             controller.limit.count(tokens=usage.total)
-            self.report_limit(controller, controller.limit)
+        self.report_limit(controller)
         controller.health.succeed()
 
-    def report_limit(self, controller: Controller, limit: UsageLimit) -> None:
+    def report_limit(self, controller: Controller) -> None:
         """Say that a controller's own limit is used up, once in each window."""
-        reason = limit.exceeded()
-        if reason and not limit.reported:
+        limit = controller.limit
+        if limit is not None and not limit.reported and limit.exceeded():
             limit.reported = True
-            seconds = limit.seconds_left()
-            self.report(f"{controller.name} is not asked for {seconds:.0f} s: {reason}")
+            why = f"for {limit.seconds_left():.0f} s: {limit.exceeded()}"
+            self.report(f"{controller.name} is not asked {why}")
 
     def call(self, request: APIRequest) -> Call:
         """The way of one request: `async with pool.call(request) as call`."""
@@ -7461,7 +7461,7 @@ class Call:
         controller.requests += 1
         if controller.limit is not None:
             controller.limit.count(requests=1)
-            self.pool.report_limit(controller, controller.limit)
+            self.pool.report_limit(controller)
         if request.on_asked is not None:
             request.on_asked()
         self.pool.debug(f"attempt {self.attempts}: {controller.name}")
@@ -8922,15 +8922,11 @@ class Conversations:
 
     def find(self, user_id: str, id: str) -> Conversation | None:
         """The conversation, or None if the user has none of this id."""
+        self._forget_old()
         conversation = self._kept.get((user_id, id))
-        now = time.monotonic()
-        if conversation is None:
-            return None
-        if now - conversation.used_at > self._limits.conversation_lifetime:
-            self._forget((user_id, id))
-            return None
-        conversation.used_at = now
-        self._kept.move_to_end((user_id, id))
+        if conversation is not None:
+            conversation.used_at = time.monotonic()
+            self._kept.move_to_end((user_id, id))
         return conversation
 
     def keep(self, user_id: str, id: str, agent_id: str | None) -> Conversation:
@@ -8953,12 +8949,19 @@ class Conversations:
             if conversation.kept:  # and not forgotten while it was being answered
                 self._size += size
         conversation.turns[id] = turn
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        """Forget what is beyond the limits."""
         limits = self._limits
-        while self._kept and (
-            len(self._kept) > limits.conversations
-            or self._size > limits.conversations_size
-        ):
-            self._forget(next(iter(self._kept)))
+        while self._kept:
+            key, oldest = next(iter(self._kept.items()))
+            few = len(self._kept) <= limits.conversations
+            small = self._size <= limits.conversations_size
+            age = time.monotonic() - oldest.used_at
+            if few and small and age <= limits.conversation_lifetime:
+                break
+            self._forget(key)
 
     def _forget(self, key: tuple[str, str]) -> None:
         conversation = self._kept.pop(key)
@@ -11886,13 +11889,6 @@ RETIRED_LIMITS = frozenset(
 )
 
 
-def limit_shape(name: str, default: float) -> Expected:
-    """What a limit may be in the file."""
-    if isinstance(default, int):
-        return whole_number(1 if name in ABOVE_ZERO else 0)
-    return ABOVE_0 if name in ABOVE_ZERO else NUMBER
-
-
 # A shape is an object {key: shape}, a list [shape], one Expected value, or a function
 # that looks at what is written and tells its shape.
 CONFIG_KEYS = {
@@ -11907,9 +11903,9 @@ CONFIG_KEYS = {
     "first_byte_timeout": ABOVE_0,
     "auth": one_of("bearer", "x-api-key"),
 }
-UPSTREAM_TYPES = {"openai": OpenAIController, "anthropic": AnthropicController}
 CONTROLLER_TYPES: dict[str, Callable[..., Controller]] = {
-    **UPSTREAM_TYPES,
+    "openai": OpenAIController,
+    "anthropic": AnthropicController,
     "tape": TapeController,
 }
 UPSTREAM_URLS = {"openai": OPENAI_URL, "anthropic": ANTHROPIC_URL}
@@ -11940,14 +11936,18 @@ def controller_shape(value: Any) -> dict[str, Any]:
     return TAPE_KEYS if as_object(value).get("type") == "tape" else CONTROLLER_KEYS
 
 
-LIMITS = {
-    **dict.fromkeys(RETIRED_LIMITS, NUMBER),
-    **{
-        name: limit_shape(name, default)
-        for name, default in vars(Limits).items()
-        if not name.startswith("_")
-    },
+LIMIT_SHAPES = {  # by a limit's type, and whether it is above 0
+    (int, False): whole_number(0),
+    (int, True): whole_number(1),
+    (float, False): NUMBER,
+    (float, True): ABOVE_0,
 }
+LIMITS = {
+    name: LIMIT_SHAPES[type(default), name in ABOVE_ZERO]
+    for name, default in vars(Limits).items()
+    if not name.startswith("_")
+}
+LIMITS.update(dict.fromkeys(RETIRED_LIMITS, NUMBER))
 
 
 class Setting(NamedTuple):
@@ -12089,18 +12089,6 @@ ENVIRONMENT = Source("environment")
 class CommandLine(argparse.ArgumentParser):
     """An argparse with our help, and one line for a mistake."""
 
-    def __init__(self, help: str, options: Iterable[str], flags: Iterable[str]) -> None:
-        super().__init__(description=help, allow_abbrev=False)
-        self.add_argument("words", nargs="*")
-        for name in options:
-            spellings = {f"--{name.replace('_', '-')}", f"--{name}"}
-            self.add_argument(*spellings, dest=name)
-        for flag in flags:
-            self.add_argument(f"--{flag}", action="store_true")
-        self.add_argument("-v", "--verbose", action="store_true")
-        version = f"chatgpt_apiserver.py {__version__}"
-        self.add_argument("--version", action="version", version=version)
-
     def format_help(self) -> str:
         return self.description or ""
 
@@ -12117,7 +12105,16 @@ def read_arguments(
     Options go anywhere, with one dash (as in the seeds, and in Go) or two.  Raise
     ConfigurationError, which repeats no value, and SystemExit for --help.
     """
-    parser = CommandLine(help, options, flags)
+    parser = CommandLine(description=help, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    for name in options:
+        spellings = {f"--{name.replace('_', '-')}", f"--{name}"}
+        parser.add_argument(*spellings, dest=name)
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    version = f"chatgpt_apiserver.py {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     end = argv.index("--") if "--" in argv else len(argv)
     arguments = [re.sub("^-(?=[a-z]{2})", "--", a) for a in argv[:end]] + argv[end:]
     # argparse's own takes the key in "8080 --users FILE KEY" for one too many.
@@ -12277,13 +12274,9 @@ def controller_arguments(
 ) -> dict[str, Any]:
     """What make_controller() takes, from what was written: equal for equal ones."""
     arguments = {"type": "openai", **settings}
-    if isinstance(arguments.get("models"), list):
-        arguments["models"] = {name: name for name in arguments["models"]}
-    default = UPSTREAM_URLS[arguments["type"]]
-    url = arguments["base_url"] = normal_base_url(arguments.get("base_url", default))
+    url = arguments.get("base_url", UPSTREAM_URLS[arguments["type"]])
     proxy = arguments.get("proxy") or environment_proxy(url, environ)
-    arguments["proxy"] = proxy and proxy.rstrip("/")
-    return arguments
+    return {**arguments, "proxy": proxy and proxy.rstrip("/")}
 
 
 def make_controller(arguments: dict[str, Any], limits: Limits) -> Controller:
@@ -12327,25 +12320,24 @@ def agent_controllers(
         name = os.path.basename(arguments[0])
         function = command_model(arguments, "json" in options)
         return [FunctionController(function, name=name, models=names or [name])]
+    entries: list[dict[str, Any]] = []
+    file = COMMAND_LINE
     if "config_file" in options:
         path = COMMAND_LINE.check(options["config_file"], FILE, "config_file")
         file = Source(path, os.path.dirname(path), environ)
         entries = file.read(file_keys()).get("controllers", [])
-        made = read_controllers(file, entries, environ)
-        return [make_controller(arguments, DEFAULT_LIMITS) for arguments in made]
-    if "upstream" not in options:
+    elif "upstream" in options:
+        url = options["upstream"].rstrip("/")
+        url = url if "://" in url else f"http://{url}"
+        url = COMMAND_LINE.check(url, CONFIG_KEYS["base_url"], "upstream")
+        parts = urllib.parse.urlsplit(url)
+        config = {"base_url": url if parts.path else f"{url}/v1"}
+        config["api_key"] = options.get("upstream_key", "")
+        entries = [{"name": parts.netloc, "models": names or None, "config": config}]
+    else:
         return None
-    url = options["upstream"].rstrip("/")
-    url = url if "://" in url else f"http://{url}"
-    url = COMMAND_LINE.check(url, CONFIG_KEYS["base_url"], "upstream")
-    parts = urllib.parse.urlsplit(url)
-    settings = {
-        "name": parts.netloc,
-        "base_url": url if parts.path else f"{url}/v1",
-        "api_key": options.get("upstream_key", ""),
-        "models": names or None,
-    }
-    return [make_controller(controller_arguments(settings, environ), DEFAULT_LIMITS)]
+    made = read_controllers(file, entries, environ)
+    return [make_controller(arguments, DEFAULT_LIMITS) for arguments in made]
 
 
 def build_agent(
