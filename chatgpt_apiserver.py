@@ -6916,11 +6916,9 @@ class Pool:
             if self.tape is not None:
                 raise ValueError("there is already a tape")
             self.tape = controller
-        health = Health(self.limits)
-        for other in self.controllers:
-            if controller.account is not None and other.account == controller.account:
-                health = other.health
-        controller.health = health
+        new, account = Health(self.limits), controller.account
+        shared = (c.health for c in self.controllers if c.account == account)
+        controller.health = new if account is None else next(shared, new)
         controller.report = self.report
         self.controllers.append(controller)
         self._several = sum(not c.by_name_only for c in self.controllers) > 1
@@ -7073,9 +7071,9 @@ class Pool:
 
     def needs_model(self, request: APIRequest) -> bool:
         """Whether a request without a model could mean more than one controller."""
-        able = [c for c in self.controllers if not c.by_name_only]
-        able = [c for c in able if c.answers(request.path)]
-        return len(able) != 1 and not request.dialect.default_model
+        own = [c for c in self.controllers if not c.by_name_only]
+        able = sum(c.answers(request.path) for c in own)
+        return able != 1 and not request.dialect.default_model
 
     async def acquire(
         self, request: APIRequest, tried: list[Controller]
