@@ -7046,10 +7046,8 @@ class Pool:
         """Keep who has a conversation; content is what its answer begins with."""
         if not self.affinity or not self._several:
             return
-        keys = []
         answer_id = request.dialect.answer_id(content)
-        if answer_id:
-            keys.append(response_key(request, answer_id))
+        keys = [response_key(request, answer_id)] if answer_id else []
         if request.session or request.turn.start:
             keys.append(conversation_key(request))
         for key in keys:
@@ -10297,16 +10295,6 @@ class RequestHandler:
         self.service = service
         self.connection = connection
 
-    @property
-    def idle(self) -> bool:
-        """Whether it is between two requests, and may be closed at any time."""
-        return self.reading and not self.connection.buffer
-
-    @property
-    def serves_websocket(self) -> bool:
-        """Whether an agent has dialled in."""
-        return self.exchange is not None and self.exchange.reply.status == 101
-
     async def handle(self) -> None:
         """Serve requests until the connection ends."""
         connection = self.connection
@@ -10809,11 +10797,13 @@ class Server(Endable):
 
     def _handler_tasks(self, websockets: bool) -> list[asyncio.Task[None]]:
         """The tasks that serve websockets, or those that serve requests."""
-        return [
-            handler.task
-            for handler in self._handlers.values()
-            if handler.task is not None and handler.serves_websocket == websockets
-        ]
+        tasks = []
+        for handler in self._handlers.values():
+            exchange = handler.exchange
+            upgraded = exchange is not None and exchange.reply.status == 101
+            if handler.task is not None and upgraded == websockets:
+                tasks.append(handler.task)
+        return tasks
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:
@@ -11106,7 +11096,7 @@ class Server(Endable):
         if len(self._handlers) < self._max_connections:
             return True
         for other, handler in self._handlers.items():
-            if handler.idle:
+            if handler.reading and not other.buffer:  # it is between two requests
                 other.abort()
                 del self._handlers[other]  # at once: more may come in this turn
                 return True
@@ -11789,16 +11779,8 @@ options, with one dash or two:
 """
 
 
-# With a value each; HELP and AGENT_HELP say what.
-OPTIONS = [
-    *("listen", "users", "usage", "tls_cert", "tls_key", "tape"),
-    *("config_file", "config_path"),
-]
-AGENT_OPTIONS = [
-    *("key", "upstream", "upstream_key", "command", "config_file"),
-    *("models", "name", "max_concurrency", "ca_file"),
-]
-AGENT_FLAGS = ["json", "pause"]
+# An option with a value, as HELP and AGENT_HELP list it: what they list is taken.
+HELP_OPTION = re.compile("^  --([a-z_-]+) [A-Z']", re.MULTILINE)
 
 
 class Config(SimpleNamespace):
@@ -11959,7 +11941,7 @@ class Setting(NamedTuple):
 
 
 # All that can be set, by the name of Server's argument.  To add one is to add a line
-# here, and where it is an option, to OPTIONS and HELP.
+# here, and where it is an option, to HELP.
 SETTINGS = {
     "port": Setting(PORT, 8080, ("CHATGPT_APISERVER_PORT",), restart=True),
     "listen": Setting(ADDRESS, "", ("CHATGPT_APISERVER_LISTEN",), restart=True),
@@ -12096,7 +12078,7 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def read_arguments(
-    argv: list[str], help: str, options: Iterable[str], flags: Iterable[str] = ()
+    argv: list[str], help: str, flags: Iterable[str] = ()
 ) -> tuple[list[str], dict[str, Any]]:
     """The words of a command line, and those of its options and flags that are there.
 
@@ -12105,9 +12087,9 @@ def read_arguments(
     """
     parser = CommandLine(description=help, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
-    for name in options:
-        spellings = {f"--{name.replace('_', '-')}", f"--{name}"}
-        parser.add_argument(*spellings, dest=name)
+    for option in HELP_OPTION.findall(help):
+        name, dashed = option.replace("-", "_"), option.replace("_", "-")
+        parser.add_argument(*{f"--{name}", f"--{dashed}"}, dest=name)
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("-v", "--verbose", action="store_true")
@@ -12158,7 +12140,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     Raise ConfigurationError if anything is wrong.  Nothing is kept between calls,
     so a reload is another call.
     """
-    words, options = read_arguments(argv, HELP, OPTIONS)
+    words, options = read_arguments(argv, HELP)
     if len(words) > 2:
         raise COMMAND_LINE.mistake("", "expected no more than a port and a key")
     options.update(zip(("port", "api_key"), words))
@@ -12342,7 +12324,7 @@ def build_agent(
     argv: list[str], environ: Mapping[str, str], log: Log | None = None
 ) -> Agent:
     """The agent that a command line describes; ConfigurationError."""
-    urls, options = read_arguments(argv, AGENT_HELP, AGENT_OPTIONS, AGENT_FLAGS)
+    urls, options = read_arguments(argv, AGENT_HELP, ("json", "pause"))
     most = options.get("max_concurrency", "8")
     if not re.fullmatch("[1-9][0-9]{0,3}", most):
         text = "expected a number from 1 to 9999"
