@@ -9691,35 +9691,33 @@ async def do_models(exchange: Exchange) -> JSONObject:
     models = list_models(exchange)
     more = {}
     if "anthropic-version" in exchange.request.headers:
-        ids = [model["id"] for model in models] or [None]
+        ids: list[str | None] = [*models] or [None]
         more = {"has_more": False, "first_id": ids[0], "last_id": ids[-1]}
-    return {"object": "list", "data": models, **more}
+    return {"object": "list", "data": [*models.values()], **more}
 
 
-def list_models(exchange: Exchange) -> list[JSONObject]:
-    """The models that a user may use."""
-    names: dict[str, str] = {}
+def list_models(exchange: Exchange) -> dict[str, JSONObject]:
+    """The models that a user may use, by their names."""
     assert exchange.user is not None
+    owners: dict[str, str] = {}
     for controller in exchange.service.pool.controllers:
         for name in controller.known_models():
             if exchange.user.may_use(name):
-                names.setdefault(name, controller.type)
+                owners.setdefault(name, controller.type)
     if "anthropic-version" in exchange.request.headers:
         like = {"type": "model", "created_at": "1970-01-01T00:00:00Z"}
-        return [{**like, "id": name, "display_name": name} for name in names]
-    return [
-        {"id": name, "object": "model", "created": 0, "owned_by": owner}
-        for name, owner in names.items()
-    ]
+        return {name: {**like, "id": name, "display_name": name} for name in owners}
+    plain: JSONObject = {"object": "model", "created": 0}
+    return {name: {"id": name, **plain, "owned_by": owners[name]} for name in owners}
 
 
 async def do_model(exchange: Exchange) -> JSONObject:
     """GET /v1/models/{id}."""
     id = urllib.parse.unquote(exchange.path[len("/v1/models/") :])
-    for model in list_models(exchange):
-        if model["id"] == id:
-            return model
-    raise APIError(404, f"The model {id!r} does not exist.", code="model_not_found")
+    model = list_models(exchange).get(id)
+    if model is None:
+        raise APIError(404, f"The model {id!r} does not exist.", code="model_not_found")
+    return model
 
 
 # --- For clients: one question, one answer
@@ -10652,7 +10650,7 @@ class Server(Endable):
         self.conversations = Conversations(limits)
         self.journal = Journal()
         # Exchanges that controllers answer, in their order.
-        self.running_requests: dict[Any, None] = {}
+        self.running_requests: dict[Exchange, None] = {}
         self._running: dict[str, int] = {}  # how many, by user_id
         self._wanted_port = port
         self._tls = (tls_cert, tls_key)
