@@ -3162,6 +3162,8 @@ _TCP_OPTIONS = {
     "KEEPIDLE": 60,
     "KEEPINTVL": 15,
     "KEEPCNT": 4,
+    # A second small write would wait 40 ms for an ACK.
+    "NODELAY": 1,
     "NOTSENT_LOWAT": WRITE_UNSENT_SIZE,
 }
 
@@ -6849,19 +6851,14 @@ def rendezvous(key: bytes, controller: Controller) -> float:
     return -controller.weight / math.log(share)
 
 
-class Waiter:
-    """A request in the queue, and the controllers it has been to.
+class Waiter(NamedTuple):
+    """A request in the queue."""
 
-    outcome  the controller with a slot for it, or why it gets none
-    kind     what decides who can serve it: equal ones can be served by the same
-    """
-
-    def __init__(self, request: APIRequest, tried: list[Controller]) -> None:
-        self.request = request
-        self.tried = tried
-        self.outcome: asyncio.Future[Controller | APIError]
-        self.outcome = asyncio.get_running_loop().create_future()
-        self.kind = (request.model, request.path, request.agent_id, *tried)
+    request: APIRequest
+    tried: list[Controller]  # that it has been to
+    kind: tuple[Any, ...]  # who can serve it: equal ones can be served by the same
+    # The controller with a slot for it, or why it gets none.
+    outcome: asyncio.Future[Controller | APIError]
 
 
 class Pool:
@@ -7183,12 +7180,13 @@ class Pool:
         timeout: float,
         error: APIError,
     ) -> Controller:
-        waiter = Waiter(request, tried)
+        loop = asyncio.get_running_loop()
+        kind = (request.model, request.path, request.agent_id, *tried)
+        waiter = Waiter(request, tried, kind, loop.create_future())
         self._queue.setdefault(request.user, deque()).append(waiter)
         self._kinds[waiter.kind] += 1
         if self.waiting == 1:
             self._look()
-        loop = asyncio.get_running_loop()
         timer = loop.call_later(timeout, self._settle, waiter, error)
         try:
             outcome = await waiter.outcome
@@ -7277,7 +7275,8 @@ class Pool:
         controller.in_flight -= 1
         if controller.health.trial is request:
             controller.health.trial = None
-        self.wake()
+        if self._queue:
+            self.wake()
 
     # --- What answers and failures say
 
@@ -10438,7 +10437,7 @@ class RequestHandler:
 
 
 def open_sockets(listen: str, port: int) -> list[socket.socket]:
-    """Bound sockets for an address or name; "" is this machine only.
+    """Sockets that listen at an address or name; "" is this machine only.
 
     That is 127.0.0.1 and, where there is IPv6, ::1 on the same port; "::" takes
     both families.  Raise OSError.
@@ -10457,8 +10456,11 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     for family, address in addresses:
         same_port = sockets[0].getsockname()[1] if sockets else port
+        place = (address, same_port)
+        both = address == "::" and socket.has_dualstack_ipv6()
         try:
-            sockets.append(bound_socket(family, address, same_port))
+            sock = socket.create_server(place, family=family, dualstack_ipv6=both)
+            sockets.append(sock)
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
             if not listen and family == socket.AF_INET6 and not in_use:
@@ -10467,29 +10469,11 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
                 sock.close()
             if sockets and port == 0:  # free for one family only: once more
                 return open_sockets(listen, 0)
-            reason = f"{address} port {same_port}: {error.strerror or error}"
+            reason = f"{address} port {same_port}: {os.strerror(error.errno or 0)}"
             if in_use:
                 reason += "; choose another port, or stop what listens there"
             raise OSError(reason) from None
     return sockets
-
-
-def bound_socket(family: int, address: str, port: int) -> socket.socket:
-    """A socket that can listen."""
-    # With its protocol named, or asyncio does not set TCP_NODELAY on what it accepts:
-    # a second small write would wait 40 ms for an ACK.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        if os.name == "posix":  # on Windows it would let two share a port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address != "::")
-        sock.bind((address, port))
-        sock.setblocking(False)
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def connection_limit(limits: Limits) -> int:
