@@ -10637,7 +10637,7 @@ class Server(Endable):
         self.running_requests: dict[Exchange, None] = {}
         self._running: dict[str, int] = {}  # how many, by user_id
         self._wanted_port = port
-        self._tls = (tls_cert, tls_key)
+        self._certificate = (tls_cert, tls_key)
         self._handlers: dict[Connection, RequestHandler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.AbstractServer] = []
@@ -10684,7 +10684,7 @@ class Server(Endable):
             sockets = open_sockets(self.listen, self._wanted_port)
             for sock in sockets:
                 opened.callback(sock.close)
-            self.tls = self._tls_context()
+            self.load_certificate()
             self._max_connections = connection_limit(self.limits)
             self._asked, self._hurried = loop.create_future(), False
             self.draining = False
@@ -10709,24 +10709,19 @@ class Server(Endable):
         self._spawn(pool.refresh_models())
         self._spawn(self._repeat(pool.refresh_models, lambda: 60))
 
-    def reload_certificate(self) -> None:
+    def load_certificate(self) -> None:
         """Use the certificate as it is on the disk now; OSError if it is no good."""
-        if self.tls is not None:
-            self.tls = self._tls_context()
-
-    def _tls_context(self) -> ssl.SSLContext | None:
-        cert, key = self._tls
-        if cert is None:
-            return None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            # A key under a password is refused: nobody is there to be asked for it.
-            context.load_cert_chain(cert, key, password="")
-        except ssl.SSLError:
-            raise OSError(f"{cert}: not a PEM certificate with its key") from None
-        except OSError as error:
-            raise OSError(f"{cert}, {key}: {error.strerror}") from None
-        return context
+        cert, key = self._certificate
+        if cert is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            try:
+                # A key under a password is refused: nobody is there to be asked for it.
+                context.load_cert_chain(cert, key, password="")
+            except ssl.SSLError:
+                raise OSError(f"{cert}: not a PEM certificate with its key") from None
+            except OSError as error:
+                raise OSError(f"{cert}, {key}: {error.strerror}") from None
+            self.tls = context
 
     async def __aenter__(self) -> Server:
         await self.start()
@@ -12107,10 +12102,10 @@ def given(
         return COMMAND_LINE.check(value, setting.shape, name)
     for variable in filter(environ.get, setting.variables):
         return ENVIRONMENT.check(environ[variable], setting.shape, variable)
-    outer, _, inner = (setting.place or name).partition(".")
-    value = (content or {}).get(outer)
-    value = as_object(value).get(inner) if inner else value
-    return setting.default if value is None else value
+    found: Any = content
+    for key in (setting.place or name).split("."):
+        found = as_object(found).get(key)
+    return setting.default if found is None else found
 
 
 # --- Putting it together
@@ -12353,19 +12348,21 @@ def start_screen(server: Server, config: Config) -> str:
     opening = "   (this machine only; --listen 0.0.0.0 opens it)"
     if config.listen:
         opening = "" if away == url else f"   (from elsewhere: {away})"
-    count = len(server.users.users)
+    facts = {
+        "Base URL": f"{url}/v1   for any OpenAI client",
+        "Page": f"{url}   in a browser" if config.page else "",
+        "Agents": f"{url.replace('http', 'ws', 1)}/client/register",
+        "Controllers": names or "none yet: connect an agent, set OPENAI_API_KEY,",
+        "": "" if names else "or write a chatgpt-apiserver.json",
+        "Tape": server.pool.tape,
+        "Users": f"the API key, and {len(server.users.users)} in {config.users}",
+        "Settings": config.path,
+    }
     lines = [
         f"chatgpt_apiserver {__version__} listens on {url}{opening}",
         "An OpenAI-compatible API in front of upstreams, agents and Python functions.",
         "",
-        f"  Base URL     {url}/v1   for any OpenAI client",
-        *([f"  Page         {url}   in a browser"] if config.page else []),
-        f"  Agents       {url.replace('http', 'ws', 1)}/client/register",
-        f"  Controllers  {names or 'none yet: connect an agent, set OPENAI_API_KEY,'}",
-        *([] if names else ["               or write a chatgpt-apiserver.json"]),
-        *([f"  Tape         {server.pool.tape}"] if server.pool.tape else []),
-        f"  Users        the API key, and {count} in {config.users}",
-        *([f"  Settings     {config.path}"] if config.path else []),
+        *(f"  {name:12} {fact}" for name, fact in facts.items() if fact),
         *(f"  Note         {note}" for note in config.notes),
         *(f"  WARNING      {warning}" for warning in warnings(config)),
         "",
@@ -12521,7 +12518,7 @@ class ServerProgram(Program):
             # Nothing, or a file in a later folder, was found in its place.
             raise ConfigurationError(f"{old.path} is not there")
         try:
-            server.reload_certificate()
+            server.load_certificate()
         except OSError as error:
             self._log.report(f"certificate not reloaded: {error}")
         fixed, limits = fixed_settings(new), vars(new.limits)
