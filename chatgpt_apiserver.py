@@ -2851,7 +2851,7 @@ class Connection(asyncio.Protocol):
         self.tls = False
         self.error: Exception | None = None
         self.eof_is_hangup = False
-        self.on_hangup: Callable[[], None] | None = None
+        self.on_hangup: Callable[[], object] | None = None
         self.bytes_sent = 0
         self.peer = ""
         self._on_made = on_made
@@ -10285,7 +10285,6 @@ class RequestHandler:
 
     exchange: Exchange | None = None  # the request that is being answered
     reading = False  # it waits for a request's head, or is in the middle of it
-    task: asyncio.Task[None] | None = None  # in which it runs
     _served = 0
 
     def __init__(self, service: Server, connection: Connection) -> None:
@@ -10521,14 +10520,10 @@ class Endable:
         """Whether it has been asked to end."""
         return self._asked is not None and self._asked.done()
 
-    async def _wait_for(
-        self, running: Callable[[], Iterable[asyncio.Task[None]]], seconds: float
-    ) -> None:
+    async def _wait_for(self, running: Callable[[], object], seconds: float) -> None:
         """Wait until nothing runs, the time is over, or somebody is in a hurry."""
         end = time.monotonic() + seconds
-        while not self._hurried and time.monotonic() < end:
-            if all(task.done() for task in running()):
-                break
+        while running() and not self._hurried and time.monotonic() < end:
             await asyncio.sleep(0.01)
 
 
@@ -10755,10 +10750,10 @@ class Server(Endable):
         if self.requests_in_flight:
             count = self.requests_in_flight
             self.report(f"waiting {seconds:.0f} s at most for requests: {count}")
-        await self._wait_for(lambda: self._handler_tasks(False), seconds)
+        await self._wait_for(lambda: self._serves(False), seconds)
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
-        await self._wait_for(lambda: self._handler_tasks(True), 1.0)
+        await self._wait_for(lambda: self._serves(True), 1.0)
         for exchange in self.running_requests:
             exchange.cancel(
                 APIError(503, "The server is shutting down.", retry_after=5)
@@ -10772,15 +10767,10 @@ class Server(Endable):
         await asyncio.sleep(0)  # transports say goodbye in the next turn
         self.url = ""
 
-    def _handler_tasks(self, websockets: bool) -> list[asyncio.Task[None]]:
-        """The tasks that serve websockets, or those that serve requests."""
-        tasks = []
-        for handler in self._handlers.values():
-            exchange = handler.exchange
-            upgraded = exchange is not None and exchange.reply.status == 101
-            if handler.task is not None and upgraded == websockets:
-                tasks.append(handler.task)
-        return tasks
+    def _serves(self, websockets: bool) -> bool:
+        """Whether a websocket is being served, or a request."""
+        exchanges = (handler.exchange for handler in self._handlers.values())
+        return any((e.reply.status == 101) == websockets for e in exchanges if e)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:
@@ -11065,8 +11055,7 @@ class Server(Endable):
             connection.close()
             return
         self._handlers[connection] = handler
-        handler.task = self._spawn(handler.handle())
-        connection.on_hangup = lambda task=handler.task: task.cancel()
+        connection.on_hangup = self._spawn(handler.handle()).cancel
 
     def _has_room(self, connection: Connection) -> bool:
         """Whether one more connection is within the limits; an idle one gives way."""
@@ -11080,10 +11069,8 @@ class Server(Endable):
         return False
 
     def _lost(self, connection: Connection) -> None:
-        handler = self._handlers.pop(connection, None)
-        if handler is not None:
-            handler.task = None  # it may hold an error that holds all its frames
-        connection.on_hangup = None
+        self._handlers.pop(connection, None)
+        connection.on_hangup = None  # its task may hold an error that holds all frames
         self.debug(f"connection from {connection.peer} ended")
 
 
