@@ -11938,11 +11938,9 @@ def file_keys() -> dict[str, Any]:
     """The shape of chatgpt-apiserver.json."""
     keys: dict[str, Any] = {"limits": LIMITS, "controllers": [controller_shape]}
     for name, setting in SETTINGS.items():
-        outer, _, inner = (setting.place or name).partition(".")
-        if inner:
-            keys.setdefault(outer, {})[inner] = setting.shape
-        else:
-            keys[outer] = setting.shape
+        *outer, key = (setting.place or name).split(".")
+        group = keys.setdefault(outer[0], {}) if outer else keys
+        group[key] = setting.shape
     return keys
 
 
@@ -12081,10 +12079,7 @@ def given(
     setting = SETTINGS.get(name) or FINDING[name]
     value = options.get(name)
     if name == "api_key" and value == "-":
-        value = environ.get("API_KEY")
-        if not value:
-            text = "- is the environment variable API_KEY, which is not set"
-            raise COMMAND_LINE.mistake(name, text)
+        value = COMMAND_LINE._replace(environ=environ).variable("env:API_KEY", name)
     if value is not None:
         return COMMAND_LINE.check(value, setting.shape, name)
     for variable in filter(environ.get, setting.variables):
@@ -12427,7 +12422,7 @@ class Program:
     async def run(self) -> None:
         """Serve until a signal says otherwise."""
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(self._on_loop_error)
+        loop.set_exception_handler(lambda _, context: self._log_error(**context))
         for number in signal.Signals:
             if number.name in self.signals:
                 act = self.signals[number.name]
@@ -12458,11 +12453,8 @@ class Program:
             self._log.report(f"shutting down ({name}); a second signal ends it at once")
         self._runs.request_shutdown()
 
-    def _on_loop_error(
-        self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
-    ) -> None:
-        error = context.get("exception")
-        self._log.report(f"{context['message']}: {type(error).__name__}")
+    def _log_error(self, message: str, exception: Any = None, **_: Any) -> None:
+        self._log.report(f"{message}: {type(exception).__name__}")
 
 
 class ServerProgram(Program):
