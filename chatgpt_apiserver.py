@@ -8886,7 +8886,6 @@ class Conversation:
         self.agent_id = agent_id
         self.used_at = time.monotonic()
         self.size = 0
-        self.kept = True  # until it is forgotten
         self.turns: dict[str, tuple[str, ...]] = {}  # parent's id, question, answer
 
     def messages(self, id: str) -> list[dict[str, str]]:
@@ -8924,26 +8923,25 @@ class Conversations:
             self._kept.move_to_end((user_id, id))
         return conversation
 
-    def keep(self, user_id: str, id: str, agent_id: str | None) -> Conversation:
-        """The conversation of an id; a new one if it is new or was another agent's."""
-        conversation = self.find(user_id, id)
-        if conversation is None or conversation.agent_id != agent_id:
-            if conversation is not None:
-                self._forget((user_id, id))
-            conversation = self._kept[user_id, id] = Conversation(agent_id)
-        return conversation
-
-    def add(self, conversation: Conversation, id: str = "", *turn: str) -> None:
-        """Keep an answer's turn; what is beyond the limits is forgotten.
+    def add(
+        self, user_id: str, id: str, agent_id: str | None, turn_id: str = "", *turn: str
+    ) -> None:
+        """Keep an answer's turn: the parent's id, question and answer.
 
         An agent keeps its turns itself: there is one here, without an id or texts.
+        What is beyond the limits is forgotten.
         """
-        if id not in conversation.turns:
+        conversation = self.find(user_id, id)
+        if conversation is None or conversation.agent_id != agent_id:
+            if turn and turn[0]:
+                return  # the parent was forgotten while this was being answered
+            self._forget((user_id, id))
+            conversation = self._kept[user_id, id] = Conversation(agent_id)
+        if turn_id not in conversation.turns:
             size = 200 + sum(map(len, turn))
             conversation.size += size
-            if conversation.kept:  # and not forgotten while it was being answered
-                self._size += size
-        conversation.turns[id] = turn
+            self._size += size
+        conversation.turns[turn_id] = turn
         self._forget_old()
 
     def _forget_old(self) -> None:
@@ -8959,9 +8957,8 @@ class Conversations:
             self._forget(key)
 
     def _forget(self, key: tuple[str, str]) -> None:
-        conversation = self._kept.pop(key)
-        conversation.kept = False
-        self._size -= conversation.size
+        conversation = self._kept.pop(key, None)
+        self._size -= 0 if conversation is None else conversation.size
 
 
 # -----------------------------------------------------------------------------
@@ -9790,14 +9787,12 @@ def keep_answer(
         response_id = answer["response_id"]  # the agent keeps it
         conversation_id = answer["conversation_id"]
         if 0 < len(conversation_id) <= 200:  # not what would fill the memory
-            conversation = kept.keep(user_id, conversation_id, agent_id)
-            kept.add(conversation)
+            kept.add(user_id, conversation_id, agent_id)
     else:
         response_id = str(uuid.uuid4())
         conversation_id = conversation_id or str(uuid.uuid4())
-        if conversation is None:
-            conversation = kept.keep(user_id, conversation_id, None)
-        kept.add(conversation, response_id, parent_id, question, text)
+        turn = (parent_id, question, text)
+        kept.add(user_id, conversation_id, None, response_id, *turn)
     return {
         "id": "",
         "response_id": response_id,
@@ -10117,26 +10112,20 @@ async def do_about(exchange: Exchange) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def source_code() -> bytes | None:
-    """This file's bytes, or None if it is no file."""
+def own_source() -> tuple[bytes, str]:
+    """This file's bytes and their SHA-256; both empty if it is no file."""
     try:
         with open(__file__, "rb") as file:
-            return file.read()
+            source = file.read()
     except (NameError, OSError):
-        return None
-
-
-@functools.lru_cache(maxsize=1)
-def source_digest() -> str | None:
-    """The SHA-256 of what GET /agent.py sends."""
-    source = source_code()
-    return None if source is None else hashlib.sha256(source).hexdigest()
+        return b"", ""
+    return source, hashlib.sha256(source).hexdigest()
 
 
 async def do_source(exchange: Exchange) -> None:
     """GET /agent.py: the running program itself; it holds no secret."""
-    source = source_code()
-    if source is None:
+    source, _ = own_source()
+    if not source:
         raise APIError(404, "The source is not available: it was piped into Python.")
     exchange.reply.send_text(source, "text/x-python")
 
@@ -10910,7 +10899,7 @@ class Server(Endable):
             "in_flight": self.requests_in_flight,
             "waiting": self.pool.waiting,
             "activity": self.journal.activity(now),
-            "agent_sha256": source_digest(),
+            "agent_sha256": own_source()[1] or None,
             "controllers": controllers,
             "requests": [record.as_json() for record in (*running, *ended)],
         }
@@ -11015,13 +11004,11 @@ class Server(Endable):
             logger.error("a task failed", exc_info=task.exception())
 
     async def _repeat(
-        self,
-        work: Callable[[], Coroutine[Any, Any, None]],
-        seconds: Callable[[], float],
+        self, work: Callable[[], Any], pause: Callable[[], float]
     ) -> None:
         """Do something regularly."""
         while True:
-            await asyncio.sleep(seconds())
+            await asyncio.sleep(pause())
             await work()
 
     async def _refresh_users(self) -> None:
@@ -12360,8 +12347,8 @@ def start_screen(server: Server, config: Config) -> str:
 
 def agent_lines(url: str, away: bool) -> list[str]:
     """The line that makes another machine an agent of this server."""
-    digest = source_digest()
-    if digest is None:
+    digest = own_source()[1]
+    if not digest:
         return []
     where = "another machine" if away else "this machine"
     return [

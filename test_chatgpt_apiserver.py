@@ -10382,7 +10382,7 @@ async def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(server):
         (connection,) = server._handlers
         await until(lambda: connection.unsent)
         await asyncio.sleep(0.2)  # for the others, which must not come
-        assert connection.unsent < 2 * len(apiserver.source_code())
+        assert connection.unsent < 2 * len(apiserver.own_source()[0])
 
 
 @cases(
@@ -11317,15 +11317,14 @@ async def test_conversations_are_bounded(tmp_path, limit):
 def test_kept_size_of_conversations_is_right_whatever_happens():
     """What has been forgotten must not count for ever."""
     kept = apiserver.Conversations(Limits(conversations=2))
-    first = kept.keep("u", "1", None)
-    kept.add(first, "a", "", "question", "answer")
-    for id in "23":
-        kept.add(kept.keep("u", id, None), "a", "", "question", "answer")
+    for id in "123":
+        kept.add("u", id, None, "a", "", "question", "answer")
     assert kept.find("u", "1") is None
-    kept.add(first, "b", "a", "question", "answer")  # was being answered meanwhile
-    kept.add(kept.keep("u", "3", "agent"), "", "", "", "")  # now it is an agent's
+    # It was being answered meanwhile.
+    kept.add("u", "1", None, "b", "a", "question", "answer")
+    assert kept.find("u", "1") is None
     for _ in range(5):
-        kept.add(kept.keep("u", "3", "agent"), "", "", "", "")
+        kept.add("u", "3", "agent")  # now it is an agent's
     assert kept._size == sum(c.size for c in kept._kept.values()) < 1000
 
 
