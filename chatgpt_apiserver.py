@@ -6898,7 +6898,7 @@ class Pool:
         self._left: dict[str | None, float] = {}
         # (controller, model, path, user or "" for all) that is not asked until then.
         self._unknown: dict[tuple[Controller, str | None, str, str], float] = {}
-        self._probes: dict[Controller, tuple[float, asyncio.Task[None]]] = {}
+        self._probes: dict[Controller, asyncio.Task[None]] = {}  # of their keys
         self._homes: dict[bytes, str] = {}  # of conversations; the oldest is first
         self._several = False  # controllers between which to choose
 
@@ -6926,7 +6926,7 @@ class Pool:
             self.controllers.remove(controller)
             self.tape = None if controller is self.tape else self.tape
             if controller in self._probes:
-                self._probes.pop(controller)[1].cancel()
+                self._probes.pop(controller).cancel()
             unknown = self._unknown.items()
             self._unknown = {k: v for k, v in unknown if k[0] is not controller}
             if controller.transient:
@@ -6943,8 +6943,8 @@ class Pool:
 
     def close(self) -> None:
         """Close the controllers, and end the probes of their keys."""
-        for _, task in self._probes.values():
-            task.cancel()
+        for probe in self._probes.values():
+            probe.cancel()
         self._probes.clear()
         for controller in self.controllers:
             controller.close()
@@ -7329,12 +7329,9 @@ class Pool:
         A 403 may be about what was asked, or about what the key may do: whoever
         can bring it about must not close the key for all others.
         """
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        last = self._probes.get(controller)
-        if last is None or now - last[0] > PROBE_INTERVAL:
+        if controller not in self._probes:
             work = self._ask_for_key(controller, request)
-            self._probes[controller] = (now, loop.create_task(work))
+            self._probes[controller] = asyncio.get_running_loop().create_task(work)
 
     async def _ask_for_key(self, controller: Controller, request: APIRequest) -> None:
         status = await controller.probe()
@@ -7342,6 +7339,8 @@ class Pool:
             reason = f"{controller.name}: its key was refused (status {status})"
             refused = ControllerError(reason, Failure.DISABLED, upstream_status=status)
             self._close(controller, refused, request)
+        await asyncio.sleep(PROBE_INTERVAL)
+        self._probes.pop(controller, None)
 
     def began(self, controller: Controller, request: APIRequest) -> None:
         """Take an answer's beginning into account: perhaps it is back."""

@@ -7202,7 +7202,7 @@ async def test_a_key_is_disabled_only_when_a_plain_request_is_refused_too(
         await until(lambda: pool_probes(first))
         assert (await states(server))["up0"] == "ready"
         assert len(pool_probes(first)) == 1  # a minute
-        server.pool._probes.clear()  # the minute is over
+        server.pool._probes.popitem()[1].cancel()  # the minute is over
         refused[0] = True
         while up0.health.closed_by is None:
             assert (await chat(server, "BAD again")).status == 200
