@@ -7240,13 +7240,13 @@ class Pool:
 
     def wake(self) -> None:
         """Give free slots to the queue: to one request of each user in turn."""
+        now = asyncio.get_running_loop().time()
         unservable: set[tuple[Any, ...]] = set()  # kinds
-        while any(self._serve(user, unservable) for user in list(self._queue)):
+        while any(self._serve(user, unservable, now) for user in list(self._queue)):
             pass
 
-    def _serve(self, user: str, unservable: set[tuple[Any, ...]]) -> bool:
+    def _serve(self, user: str, unservable: set[tuple[Any, ...]], now: float) -> bool:
         """Give a slot to the first of a user's requests that can have one."""
-        now = asyncio.get_running_loop().time()
         for waiter in self._queue[user]:
             if len(unservable) == len(self._kinds):  # all: a queue may be long
                 break
