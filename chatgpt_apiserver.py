@@ -10465,16 +10465,13 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
 
 def connection_limit(limits: Limits) -> int:
     """How many connections fit the limit on open files: a stream needs two."""
-    if limits.connections:
-        return int(limits.connections)
     files = 8192
     if os.name == "posix":
         import resource
 
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files < 0:  # unlimited
-        return 4096
-    return min(4096, max(16, (files - 32) // 2))
+    most = 4096 if files < 0 else max(16, (files - 32) // 2)  # below 0: unlimited
+    return int(limits.connections) or min(4096, most)
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
@@ -10984,8 +10981,7 @@ class Server(Endable):
             if agent.user is None or agent.user is self.admin:
                 continue
             user = self.users.get(agent.user.user_id)
-            ended = user is not None and unix_time() >= user.expires
-            if user is None or user.role != "agent" or ended:
+            if user is None or user.role != "agent" or unix_time() >= user.expires:
                 self.unregister(agent)
                 agent.websocket.close(1008, "its key is no longer valid")
 
