@@ -11986,8 +11986,9 @@ class Source(NamedTuple):
             if key is None:  # see distinct
                 raise self.mistake(f"{place}.{shown(value)}", "this key appears twice")
             if key not in shape:
-                nested = [n for n, inner in shape.items() if key in as_object(inner)]
-                hint = f'; it belongs in "{nested[0]}"' if nested else ""
+                homes = {**shape, "config": CONFIG_KEYS, "controllers": CONTROLLER_KEYS}
+                home = next((n for n in homes if key in as_object(homes[n])), None)
+                hint = f'; it belongs in "{home}"' if home else ""
                 raise self.mistake(f"{place}.{shown(key)}", f"unknown key{hint}")
             yield key, self.check(value, shape[key], f"{place}.{shown(key)}")
 

@@ -15041,6 +15041,8 @@ def openai(**config):
     ({"limits": {"head_timeuot": 1}}, 'limits.head_timeuot: unknown key'),
     ({"head_timeout": 1}, 'head_timeout: unknown key; it belongs in "limits"'),
     (controllers({"base_url": "http://a/v1"}), 'controllers[0].base_url: unknown key; it belongs in "config"'),
+    ({"base_url": "http://a/v1"}, 'base_url: unknown key; it belongs in "config"'),
+    (openai(weight=5), 'controllers[0].config.weight: unknown key; it belongs in "controllers"'),
     ({"limits": {"__init__": 1}}, "limits.__init__: unknown key"),
     ({"pool": {"kind": "random"}}, "pool.kind: unknown key"),
     (openai(baseurl="x"), 'controllers[0].config.baseurl: unknown key'),
