@@ -10227,7 +10227,8 @@ def check_method(exchange: Exchange, route: Route | None) -> Route:
     if route is not None and route.method == method:
         return route
     if route is not None and route is not ROUTES["/v1/"]:
-        raise APIError(405, f"{request.method} is not allowed for {path}.")
+        text = f"{request.method} is not allowed for {path}; use {route.method}."
+        raise APIError(405, text)
     if path == "/v1/realtime":
         raise APIError(501, "The realtime API is not supported.")
     if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
