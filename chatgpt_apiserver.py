@@ -7159,7 +7159,7 @@ class Pool:
         busy = all(c.health.closed_by is Failure.RATE_LIMITED for c in controllers)
         return APIError(
             503,
-            f"All controllers for this are cooling down or disabled; first back:"
+            "All controllers for this are cooling down, disabled or paused; first back:"
             f" {soonest.name}: {soonest.describe(now)['reason']}",
             code="no_controllers_available",
             retry_after=seconds,
