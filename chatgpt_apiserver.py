@@ -381,6 +381,7 @@ KNOWN_HEAD_SIZE = 2048  # larger heads are not remembered
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])", re.ASCII)
+_LINE_START = re.compile(rf"({_TOKEN}( |$)|\r?$)".encode())
 _STATUS_LINE = re.compile(
     r"(HTTP/1\.[01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?", re.ASCII
 )
@@ -520,7 +521,7 @@ def _parse_request_line(line: str) -> tuple[str, str, str]:
 
 
 def _judge_first_line(buffer: bytearray) -> None:
-    """Refuse what a request cannot begin with as soon as its line is there.
+    """Refuse what a request cannot begin with, at its first bytes.
 
     Its sender would otherwise wait for head_timeout, and never learn why.
     """
@@ -533,6 +534,8 @@ def _judge_first_line(buffer: bytearray) -> None:
         _parse_request_line(buffer[: end - 1].decode("latin-1"))
     elif len(buffer) > REQUEST_LINE_SIZE + 1:
         raise ProtocolError(414, f"the first line is over {REQUEST_LINE_SIZE} bytes")
+    elif not _LINE_START.match(buffer):
+        raise ProtocolError(400, "the request line is malformed")
 
 
 def _parse_request(head: bytes) -> Request:

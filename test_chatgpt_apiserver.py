@@ -1105,6 +1105,9 @@ def test_L1_L2_L4_request_line_header_line_and_count(more, good):
 
 @cases("data, status, reason",
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\n\n", 400, "https was sent to an http"),
+    (b"\x80\x2e\x01", 400, "malformed"), (b"\x00", 400, "malformed"),
+    (b"{", 400, "malformed"), (b" GET", 400, "malformed"),
+    (b"\r\nGET\t/", 400, "malformed"), (b"GET\r", 400, "malformed"),
     (b"GET /\r\n", 400, "malformed"),  # HTTP/0.9
     (b"GET /\n", 400, "CR LF"), (b"GET / HTTP/1.1\nHost: a", 400, "CR LF"),
     (b"GET  / HTTP/1.1\r\n", 400, "malformed"),
@@ -1116,7 +1119,7 @@ def test_L1_L2_L4_request_line_header_line_and_count(more, good):
     (b"GET /" + b"\x01" * 9, None, ""),  # until the line is whole
     (b"\r", None, ""), (b"GET / HTTP/1.1\r\nHost", None, ""),
 )  # fmt: skip
-def test_what_is_no_request_is_refused_at_its_first_line(data, status, reason):
+def test_what_is_no_request_is_refused_at_its_first_bytes(data, status, reason):
     assert http_refusal(data) == status
     with refused(status, match=reason):
         apiserver.parse_request_head(bytearray(data))
