@@ -794,12 +794,7 @@ class InflatingDecoder(ContentDecoder):
         self._taken = self._given = 0  # bytes
 
     def decode(self, buffer: bytearray) -> bytes:
-        piece = self._inflate()
-        if not piece:
-            data = self._framing.decode(buffer)
-            self._taken += len(data)
-            self._coded += data
-            piece = self._inflate()
+        piece = self._inflate(b"") or self._inflate(self._framing.decode(buffer))
         self.pending = bool(piece)
         if self._framing.complete and not piece:
             self.end()
@@ -811,8 +806,10 @@ class InflatingDecoder(ContentDecoder):
             raise ProtocolError(400, f"the {self._coding} content is cut short")
         self.complete = True
 
-    def _inflate(self) -> bytes:
-        """The next bytes of what has arrived; b"" when more has to arrive."""
+    def _inflate(self, data: bytes) -> bytes:
+        """The next bytes of what has arrived, data last; b"" when more has to."""
+        self._taken += len(data)
+        self._coded += data
         piece = b""
         while not piece:
             if self._stream is None or self._stream.eof:
@@ -1178,7 +1175,6 @@ class WebSocketProtocol:
         self, masks: bool, max_size: int = DEFAULT_LIMITS.message_size
     ) -> None:
         self.masks = masks
-        self.max_size = max_size
         self.error: WebSocketError | None = None  # a breach: it ended receiving
         self.close_received = False  # that ended receiving, too
         self.close_sent = False  # and this, sending
@@ -1882,21 +1878,19 @@ class EventStream:
         # To look into text takes 0.1 us, into bytes 0.3; to parse an event takes 5.
         text = block.decode("latin-1")
         self.events += text.count("data:")
-        return block if self._is_plain(block, text) else self._sift(block)
-
-    def _is_plain(self, block: bytes, text: str) -> bool:
-        """Whether no event of a block has to be understood; text is the same."""
-        return not any(word in text for word in self.WORDS)
-
-    def _sift(self, block: bytes) -> bytes:
-        """Look at each event of a block; what may be relayed of it."""
+        if self._is_plain(block, text):
+            return block
         kept = []
-        for raw, data in split_events(block):
-            if data is None or self._relays(data):
+        for raw, event in split_events(block):
+            if event is None or self._relays(event):
                 kept.append(raw)
             if self.ended:
                 break
         return b"".join(kept)
+
+    def _is_plain(self, block: bytes, text: str) -> bool:
+        """Whether no event of a block has to be understood; text is the same."""
+        return not any(word in text for word in self.WORDS)
 
     def _relays(self, data: bytes) -> bool:
         """Take an event into account; whether it is relayed."""
@@ -2456,10 +2450,8 @@ _BELOW_MESSAGES = MessagesDialect()
 
 def dialect_of(path: str) -> Dialect:
     """The dialect that is spoken at a path."""
-    if path in DIALECTS:
-        return DIALECTS[path]
-    below = path.startswith(f"{MESSAGES_PATH}/")
-    return _BELOW_MESSAGES if below else _OTHER_DIALECT
+    is_below = path.startswith(f"{MESSAGES_PATH}/")
+    return DIALECTS.get(path, _BELOW_MESSAGES if is_below else _OTHER_DIALECT)
 
 
 # --- Recordings: the lines of a tape
