@@ -1289,7 +1289,7 @@ _JSON_DECODER = json.JSONDecoder(
 )
 
 
-def parse_object(content: bytes) -> dict[str, Any]:
+def parse_object(content: bytes) -> JSONObject:
     """The JSON object in content; APIError(400) for anything else."""
     problem = " must be a JSON object"
     try:
@@ -1315,7 +1315,7 @@ def read_json(content: bytes | str) -> Any:
         return None
 
 
-def as_object(value: Any) -> dict[str, Any]:
+def as_object(value: Any) -> JSONObject:
     """value if it is an object, else an empty one: answers hold anything."""
     return value if isinstance(value, dict) else {}
 
@@ -1422,7 +1422,7 @@ def find_error(value: Any) -> ErrorObject | None:
     return _read_error(body, body) if says and "choices" not in body else None
 
 
-def _read_error(inner: Any, outer: dict[str, Any]) -> ErrorObject:
+def _read_error(inner: Any, outer: JSONObject) -> ErrorObject:
     if isinstance(inner, list) and inner:
         errors = [_read_error(item, {}) for item in inner]
         rows = zip(errors, inner)
@@ -1446,14 +1446,14 @@ def _read_error(inner: Any, outer: dict[str, Any]) -> ErrorObject:
     )
 
 
-def _words(fields: dict[str, Any]) -> frozenset[str]:
+def _words(fields: JSONObject) -> frozenset[str]:
     details = [as_object(item) for item in as_list(fields.get("details"))]
     values = [fields.get(key) for key in ("code", "type", "status", "reason")]
     values += [detail.get("reason") for detail in details]
     return frozenset(value.lower() for value in values if isinstance(value, str))
 
 
-def error_object(error: APIError) -> dict[str, Any]:
+def error_object(error: APIError) -> JSONObject:
     """The OpenAI API's error object: all four fields are always there."""
     return {
         "message": error.message,
@@ -1551,7 +1551,7 @@ def estimate_tokens(text: str) -> int:
     return (len(text.encode("utf-8", "replace")) + 3) // 4
 
 
-def usage_object(usage: Usage) -> dict[str, Any]:
+def usage_object(usage: Usage) -> JSONObject:
     """A usage object as chat completions have it."""
     return {
         "prompt_tokens": usage.input,
@@ -1639,7 +1639,7 @@ def messages_text(messages: Any) -> str:
 
 def choice_of(
     key: str, said: Any, reason: Any = None, index: int = 0, logprobs: Any = None
-) -> dict[str, Any]:
+) -> JSONObject:
     """One choice of an answer; key is "message", "delta" of a chunk, or "text"."""
     if key == "message":
         said = {"role": "assistant", "content": None, "refusal": None, **said}
@@ -1647,9 +1647,7 @@ def choice_of(
     return {**choice, "finish_reason": reason}
 
 
-def chat_completion(
-    model: str, message: dict[str, Any], usage: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def chat_completion(model: str, message: JSONObject, usage: Any = None) -> JSONObject:
     """A chat.completion object around one message of the assistant's."""
     reason = "tool_calls" if message.get("tool_calls") else "stop"
     return {
@@ -1668,13 +1666,13 @@ class CompletionBuilder:
     HEAD = ("id", "created", "model", "system_fingerprint", "service_tier")
 
     def __init__(self) -> None:
-        self._head: dict[str, Any] = {}
+        self._head: JSONObject = {}
         self._usage: Any = None
-        self._choices: dict[int, dict[str, Any]] = {}
+        self._choices: dict[int, JSONObject] = {}
         # Pieces by choice and key, joined at the end: += copies all of it each time.
         self._texts: dict[tuple[int, str], list[str]] = {}
 
-    def add(self, chunk: dict[str, Any]) -> None:
+    def add(self, chunk: JSONObject) -> None:
         """Take one chat.completion.chunk."""
         head = {key: chunk[key] for key in self.HEAD if chunk.get(key) is not None}
         self._head = {**head, **self._head}
@@ -1687,13 +1685,10 @@ class CompletionBuilder:
             for key, tokens in (choice.get("logprobs") or {}).items():
                 kept = whole["logprobs"] = whole["logprobs"] or {}
                 kept[key] = (kept.get(key) or []) + tokens if tokens else kept.get(key)
-            whole["finish_reason"] = (
-                choice.get("finish_reason") or whole["finish_reason"]
-            )
+            if choice.get("finish_reason"):
+                whole["finish_reason"] = choice["finish_reason"]
 
-    def _add_delta(
-        self, index: int, message: dict[str, Any], delta: dict[str, Any]
-    ) -> None:
+    def _add_delta(self, index: int, message: JSONObject, delta: JSONObject) -> None:
         for key, value in delta.items():
             text = message.get(key)
             if key == "tool_calls":
@@ -1726,7 +1721,7 @@ class CompletionBuilder:
             for key, value in function.items():
                 call["function"][key] = call["function"].get(key, "") + (value or "")
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> JSONObject:
         """The chat.completion."""
         for (index, key), pieces in self._texts.items():
             self._choices[index]["message"][key] = "".join(pieces)
@@ -1863,7 +1858,7 @@ class EventStream:
         self.error: ErrorObject | None = None  # of an event, which is not relayed
         self.usage = Usage()  # as far as it has been seen
         self.events = 0  # how many there have been, roughly
-        self.whole: dict[str, Any] = {}  # its answer as it began, where events tell
+        self.whole: JSONObject = {}  # its answer as it began, where events tell
         self._hide_usage = hide_usage
         self._unfinished = choices if self.WORDS else 0  # that have not ended yet
         self._decoder = SSEDecoder(max_size)
@@ -1994,24 +1989,24 @@ class ChatWriter:
     ID = "chatcmpl-"
     OBJECT = "chat.completion.chunk"
 
-    def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
+    def __init__(self, like: JSONObject, sent: int = 0) -> None:
         self.like = {**like, "id": like["id"].replace("chatcmpl-", self.ID)}
         self.sent = sent
         self._role = {"role": "assistant"}
 
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    def _chunk(self, choices: list[JSONObject], **more: Any) -> JSONObject:
         start = {"id": None, "object": self.OBJECT, **self.like}
         return {**start, "choices": choices, **more}
 
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+    def _event(self, choices: list[JSONObject], **more: Any) -> bytes:
         return sse_event(encode_json(self._chunk(choices, **more)))
 
-    def _choice(self, delta: dict[str, Any], *place: Any) -> dict[str, Any]:
+    def _choice(self, delta: JSONObject, *place: Any) -> JSONObject:
         for number, call in enumerate(delta.get("tool_calls") or ()):
             call.setdefault("index", number)  # only streams have it
         return choice_of("delta", delta, *place)
 
-    def delta(self, delta: dict[str, Any]) -> bytes:
+    def delta(self, delta: JSONObject) -> bytes:
         """The events of a piece: {"content": text}, or {"tool_calls": [...]}."""
         role, self._role = self._role, {}
         return self._event([self._choice({**role, **delta})])
@@ -2021,11 +2016,11 @@ class ChatWriter:
         last = self._event([self._choice(self._role, finish_reason)])
         return last + self._event([], usage=usage_object(usage)) + DONE_EVENT
 
-    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, completion: JSONObject) -> JSONObject:
         """A chat.completion as the answer of the path."""
         return completion
 
-    def events(self, completion: dict[str, Any]) -> bytes:
+    def events(self, completion: JSONObject) -> bytes:
         """A chat.completion as the whole stream of the path."""
         keys = (*self.like, "system_fingerprint")
         self.like.update({k: completion[k] for k in keys if completion.get(k)})
@@ -2047,10 +2042,10 @@ class CompletionsWriter(ChatWriter):
     ID = "cmpl-"
     OBJECT = "text_completion"
 
-    def _choice(self, delta: dict[str, Any], *place: Any) -> dict[str, Any]:
+    def _choice(self, delta: JSONObject, *place: Any) -> JSONObject:
         return choice_of("text", content_text(delta.get("content")), *place[:2])
 
-    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, completion: JSONObject) -> JSONObject:
         choices = [
             self._choice(choice["message"], choice.get("finish_reason"), index)
             for index, choice in enumerate(completion["choices"])
@@ -2105,16 +2100,16 @@ end message_stop
 end = $answer
 """)
 
-    def __init__(self, like: dict[str, Any], sent: int = 0) -> None:
+    def __init__(self, like: JSONObject, sent: int = 0) -> None:
         super().__init__(like, sent)
-        self._kept: list[dict[str, Any]] = []  # items that are whole, then the answer
+        self._kept: list[JSONObject] = []  # items that are whole, then the answer
         self._pieces: list[str] = []  # of the text that has begun
         self._events: list[bytes] = []  # not yet returned
         self._numbers = itertools.count()
         status = {"status": "in_progress", "reason": None, "usage": None}
         self._tell("begin", input=sent, output=0, **status)
 
-    def _fill(self, form: list[str], values: dict[str, Any]) -> str:
+    def _fill(self, form: list[str], values: JSONObject) -> str:
         parts = form[:]  # every second one is a name
         for at, name in enumerate(form[1::2]):
             if name in values:
@@ -2137,7 +2132,7 @@ end = $answer
                 data = text.encode("utf-8", "backslashreplace")  # as encode_json()
                 self._events.append(sse_event(data, name))
 
-    def delta(self, delta: dict[str, Any]) -> bytes:
+    def delta(self, delta: JSONObject) -> bytes:
         text = content_text(delta.get("content"))
         if text:
             if not self._pieces:
@@ -2164,13 +2159,13 @@ end = $answer
         self._tell("end", status="completed", reason=reason, **counts)
         return self.delta({})
 
-    def events(self, completion: dict[str, Any]) -> bytes:
+    def events(self, completion: JSONObject) -> bytes:
         choice = completion["choices"][0]
         usage = read_usage(completion.get("usage"))
         delta = self.delta(choice["message"])
         return delta + self.end(choice.get("finish_reason") or "stop", usage)
 
-    def whole(self, completion: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, completion: JSONObject) -> JSONObject:
         self.events(completion)
         return self._kept[-1]
 
@@ -2227,12 +2222,12 @@ _RESULTS = ("tool_result", "function_call_output", "custom_tool_call_output")
 _THOUGHTS = ("thinking", "redacted_thinking")  # a chat has no place for them
 
 
-def chat_messages(items: Any, system: Any = None) -> list[dict[str, Any]]:
+def chat_messages(items: Any, system: Any = None) -> list[JSONObject]:
     """Messages as a chat has them, out of a text or another dialect's items.
 
     system  what they stand beside, as a text or in parts
     """
-    messages: list[dict[str, Any]] = []
+    messages: list[JSONObject] = []
     if system:
         messages.append({"role": "system", "content": content_text(system)})
     if isinstance(items, str):
@@ -2315,7 +2310,7 @@ class Dialect:
         """What looks at the stream that answers a request."""
         return self.stream(request.counts_usage, request.choices, max_size)
 
-    def events(self, answer: dict[str, Any]) -> bytes | None:
+    def events(self, answer: JSONObject) -> bytes | None:
         """A whole answer as the stream that was asked for; None: as it is."""
         return None
 
@@ -2344,7 +2339,7 @@ class Dialect:
             return b""
         return sse_event(self.error_content(error), self.error_event)
 
-    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+    def chat(self, body: JSONObject) -> JSONObject:
         """A request's body with "messages" and "tools" as a chat has them."""
         if not self.messages:
             return body
@@ -2363,7 +2358,7 @@ class ChatDialect(Dialect):
     gathers = True
     stream = CompletionStream
 
-    def events(self, answer: dict[str, Any]) -> bytes | None:
+    def events(self, answer: JSONObject) -> bytes | None:
         return self.writer({"id": "", "created": 0, "model": ""}).events(answer)
 
 
@@ -2373,10 +2368,10 @@ class CompletionsDialect(ChatDialect):
     gathers = False
     writer = CompletionsWriter
 
-    def events(self, answer: dict[str, Any]) -> bytes | None:
+    def events(self, answer: JSONObject) -> bytes | None:
         return sse_event(encode_json(answer)) + DONE_EVENT
 
-    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+    def chat(self, body: JSONObject) -> JSONObject:
         prompt = body.get("prompt")
         text = prompt if isinstance(prompt, str) else "".join(map(str, as_list(prompt)))
         return {**body, "messages": chat_messages(text)}
@@ -2397,7 +2392,7 @@ class ResponsesDialect(Dialect):
 
     def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
         said = {"code": error.code or error.type, "message": error.message}
-        event: dict[str, Any] = {**said, "param": error.param}
+        event: JSONObject = {**said, "param": error.param}
         name = "error"
         if stream is not None and stream.whole:
             failed = {**stream.whole, "status": "failed", "error": said}
@@ -2539,7 +2534,7 @@ class Turn(NamedTuple):
     later: bool = False  # more than that has been said
 
 
-def find_turn(body: dict[str, Any]) -> Turn:
+def find_turn(body: JSONObject) -> Turn:
     """The Turn of a request to chat/completions, messages or responses.
 
     Only texts count: clients move their cache marks from turn to turn.
@@ -2596,7 +2591,7 @@ class APIRequest:
     # Called when a controller is asked: the wait in the queue is over.
     on_asked: Callable[[], None] | None = None
 
-    _body: dict[str, Any] | None = None
+    _body: JSONObject | None = None
     _has_options = False
 
     def __init__(
@@ -2605,7 +2600,7 @@ class APIRequest:
         content: bytes = b"",
         *,
         query: str = "",
-        body: dict[str, Any] | None = None,
+        body: JSONObject | None = None,
         form: str = "",
         headers: dict[str, str] | None = None,
     ) -> None:
@@ -2626,7 +2621,7 @@ class APIRequest:
             elif self.dialect.generates:
                 self.turn = find_turn(body)
 
-    def _read_body(self, body: dict[str, Any]) -> None:
+    def _read_body(self, body: JSONObject) -> None:
         model = body.get("model")
         stream = body.get("stream")
         if "model" in body and not _OTHER_SPELLINGS.isdisjoint(body):
@@ -2644,7 +2639,7 @@ class APIRequest:
         self.choices = choices if type(choices) is int and 1 <= choices <= 128 else 1
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> JSONObject:
         """The content's JSON object, parsed anew if it is large."""
         if not self.is_json:
             raise APIError(400, "The request must be a JSON object.")
