@@ -1643,8 +1643,7 @@ def choice_of(
     """One choice of an answer; key is "message", "delta" of a chunk, or "text"."""
     if key == "message":
         said = {"role": "assistant", "content": None, "refusal": None, **said}
-    choice = {"index": index, key: said, "logprobs": logprobs}
-    return {**choice, "finish_reason": reason}
+    return {"index": index, key: said, "logprobs": logprobs, "finish_reason": reason}
 
 
 def chat_completion(model: str, message: JSONObject, usage: Any = None) -> JSONObject:
@@ -1666,17 +1665,18 @@ class CompletionBuilder:
     HEAD = ("id", "created", "model", "system_fingerprint", "service_tier")
 
     def __init__(self) -> None:
-        self._head: JSONObject = {}
-        self._usage: Any = None
+        self._whole: JSONObject = {"id": None, "object": "chat.completion"}
+        self._whole.update(created=None, model=None, choices=[], usage=None)
         self._choices: dict[int, JSONObject] = {}
         # Pieces by choice and key, joined at the end: += copies all of it each time.
         self._texts: dict[tuple[int, str], list[str]] = {}
 
     def add(self, chunk: JSONObject) -> None:
         """Take one chat.completion.chunk."""
-        head = {key: chunk[key] for key in self.HEAD if chunk.get(key) is not None}
-        self._head = {**head, **self._head}
-        self._usage = chunk.get("usage") or self._usage
+        for key in self.HEAD:
+            if self._whole.get(key) is None and chunk.get(key) is not None:
+                self._whole[key] = chunk[key]
+        self._whole["usage"] = chunk.get("usage") or self._whole["usage"]
         for choice in chunk.get("choices") or []:
             index = choice.get("index", 0)
             empty = choice_of("message", {}, None, index)
@@ -1725,15 +1725,8 @@ class CompletionBuilder:
         """The chat.completion."""
         for (index, key), pieces in self._texts.items():
             self._choices[index]["message"][key] = "".join(pieces)
-        return {
-            "id": None,
-            "object": "chat.completion",
-            "created": None,
-            "model": None,
-            **self._head,
-            "choices": [self._choices[index] for index in sorted(self._choices)],
-            "usage": self._usage,
-        }
+        self._whole["choices"] = [c for _, c in sorted(self._choices.items())]
+        return self._whole
 
 
 # --- Server-sent events
@@ -2276,6 +2269,9 @@ def chat_tools(tools: Any) -> list[Any]:
 # --- Dialects
 
 
+_ANSWER_ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
+
+
 class Dialect:
     """What is particular to one path of the API; this one: to all other paths.
 
@@ -2287,6 +2283,7 @@ class Dialect:
 
     asks_usage = False  # a stream's usage has to be asked for, with stream_options
     gathers = False  # a stream that nobody asked for is put together to one answer
+    continues = False  # a request may name the answer that it goes on from
     # What looks at a stream on its way to the client.
     stream: ClassVar[type[EventStream]] = EventStream
     # What makes an answer out of generated text, where it generates.
@@ -2348,7 +2345,8 @@ class Dialect:
 
     def answer_id(self, content: bytes) -> str:
         """What a later request names to continue an answer, from its first bytes."""
-        return ""
+        found = _ANSWER_ID.search(content) if self.continues else None
+        return found[1].decode("utf-8", "replace") if found else ""
 
 
 class ChatDialect(Dialect):
@@ -2384,11 +2382,7 @@ class ResponsesDialect(Dialect):
     writer = ResponsesWriter
     messages = "input"
     system = "instructions"
-    ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
-
-    def answer_id(self, content: bytes) -> str:
-        found = self.ID.search(content)
-        return found[1].decode("utf-8", "replace") if found else ""
+    continues = True
 
     def late_error(self, error: APIError, stream: EventStream | None) -> bytes:
         said = {"code": error.code or error.type, "message": error.message}
