@@ -2535,18 +2535,16 @@ def find_turn(body: JSONObject) -> Turn:
     """
     said = body.get("messages", body.get("input"))
     messages = [{"content": said}] if isinstance(said, str) else as_list(said)
-    texts = [content_text(body.get(key) or "") for key in ("system", "instructions")]
-    count = 0
-    for count, message in enumerate(map(as_object, messages), 1):
-        texts.append(content_text(message.get("content")))
-        if message.get("role") == "user":
-            break
-    texts.append(str(body.get("model")))
+    users = (n for n, m in enumerate(messages, 1) if as_object(m).get("role") == "user")
+    count = next(users, len(messages))
+    begin = [body.get("system"), body.get("instructions")]
+    begin += [as_object(message).get("content") for message in messages[:count]]
+    texts = [*map(content_text, begin), str(body.get("model"))]
     previous, cache_key = body.get("previous_response_id"), body.get("prompt_cache_key")
     return Turn(
         previous if isinstance(previous, str) else "",
         cache_key if isinstance(cache_key, str) else "",
-        "\0".join(texts) if count else "",
+        "\0".join(texts) if messages else "",
         len(messages) > count,
     )
 
