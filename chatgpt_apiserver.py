@@ -1742,7 +1742,7 @@ DONE_EVENT = sse_event(b"[DONE]")
 HEARTBEAT = b": keep-alive\n\n"
 
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
-_LINE_END = re.compile(rb"\r\n|\n|\r")
+_DATA = re.compile(rb"(?:^[\xef\xbb\xbf]*|(?<=[\r\n]))data: ?([^\r\n]*)")
 _DATA_LINE = re.compile(rb"(?:^|[\r\n])data:([^\r\n]*)(?:\r\n|\n|\r)")
 _NEXT_EVENT = (b"data:", b"event:")
 _LAST_LINES = re.compile(rb"(?<![^\r\n])(?:data)?:[^\r\n]*")  # of events, by line
@@ -1818,11 +1818,7 @@ def split_events(block: bytes) -> Iterator[tuple[bytes, bytes | None]]:
 
 def event_data(raw: bytes) -> bytes | None:
     """The data of one event: its data lines, joined by LF; None if it has none."""
-    lines = []
-    for line in _LINE_END.split(raw.lstrip(b"\xef\xbb\xbf")):
-        if line.startswith(b"data:"):
-            lines.append(line[6:] if line.startswith(b"data: ") else line[5:])
-    data = b"\n".join(lines)
+    data = b"\n".join(_DATA.findall(raw))
     return data if data.strip() else None
 
 
