@@ -7859,26 +7859,18 @@ class Metrics:
     """
 
     PREFIX = "chatgpt_apiserver_"
-    # Each with the names of its labels.  What ends in _seconds is a histogram.
+    # What ends in _seconds is a histogram.
     METRICS: ClassVar = {
-        "requests_total path model status": "Requests that have ended.",
-        "tokens_total model controller type": "Tokens; input holds cached_input.",
-        "attempts_total controller result": "Controllers asked, by what came of it.",
-        "rejected_total reason": "Requests refused before a controller was asked.",
-        "user_requests_total user": "Requests that have ended, by user.",
-        "user_tokens_total user": "Tokens, by user.",
-        "request_duration_seconds path model": (
-            "From a request's head to the end of its answer."
-        ),
-        "time_to_first_token_seconds model controller": (
-            "From asking a controller to its first byte."
-        ),
-        "time_per_output_token_seconds model controller": (
-            "From the first byte on, for each token."
-        ),
-        "queue_wait_seconds model": (
-            "From a request's head until a controller is asked."
-        ),
+        "requests_total": "Requests that have ended.",
+        "tokens_total": "Tokens; input holds cached_input.",
+        "attempts_total": "Controllers asked, by what came of it.",
+        "rejected_total": "Requests refused before a controller was asked.",
+        "user_requests_total": "Requests that have ended, by user.",
+        "user_tokens_total": "Tokens, by user.",
+        "request_duration_seconds": "From a request's head to the end of its answer.",
+        "time_to_first_token_seconds": "From asking a controller to its first byte.",
+        "time_per_output_token_seconds": "From the first byte on, for each token.",
+        "queue_wait_seconds": "From a request's head until a controller is asked.",
     }
 
     MAX_NAMES = 200  # controllers, and models, with labels of their own
@@ -7887,11 +7879,11 @@ class Metrics:
         self._users = users
         self._controllers: set[str] = set()
         self._models: set[str] = set()
-        # By name, then by the values of its labels: a Histogram, or [a total].
-        self._series: dict[str, Any] = {}
-        for name in (declared.split()[0] for declared in self.METRICS):
-            is_histogram = name.endswith("_seconds")
-            self._series[name] = defaultdict(Histogram if is_histogram else lambda: [0])
+        # By name, then by labels: a Histogram, or [a total].
+        self._series: dict[str, Any] = {
+            name: defaultdict(Histogram if name.endswith("_seconds") else lambda: [0])
+            for name in self.METRICS
+        }
         self._kinds: dict[tuple[Any, ...], list[Any]] = {}  # see _series_of()
 
     def observe(self, record: RequestRecord, path: str, model: str) -> None:
@@ -7918,37 +7910,41 @@ class Metrics:
                 pace.observe((ended - began) / usage.output)
             for name, _, _ in attempts[:-1]:
                 name = bounded(name, self._controllers, self.MAX_NAMES)
-                self._series["attempts_total"][name, "failed"][0] += 1
+                self._find("attempts_total", controller=name, result="failed")[0] += 1
         else:
             reason = record.error[0] if record.user else "unauthorized"
-            self._series["rejected_total"][reason or str(record.status),][0] += 1
+            self._find("rejected_total", reason=reason or str(record.status))[0] += 1
         if self._users and record.user:
-            self._series["user_requests_total"][record.user,][0] += 1
-            self._series["user_tokens_total"][record.user,][0] += record.usage.total
+            self._find("user_requests_total", user=record.user)[0] += 1
+            self._find("user_tokens_total", user=record.user)[0] += record.usage.total
 
     def _series_of(
         self, path: str, model: str, status: int, name: str, result: str
     ) -> list[Any]:
         """What requests of one kind are counted in: looked up once, and kept."""
-        request = (path, model, status, name, result)
+        request, find = (path, model, status, name, result), self._find
         model = bounded(model, self._models, self.MAX_NAMES)
-        keys: list[tuple[str, ...]] = [
-            ("requests_total", path, model, str(status)),
-            ("request_duration_seconds", path, model),
+        series = [
+            find("requests_total", path=path, model=model, status=str(status)),
+            find("request_duration_seconds", path=path, model=model),
         ]
         if result:
             name = bounded(name, self._controllers, self.MAX_NAMES)
-            keys += [
-                ("attempts_total", name, result),
-                ("queue_wait_seconds", model),
-                ("time_to_first_token_seconds", model, name),
-                ("time_per_output_token_seconds", model, name),
-                *(("tokens_total", model, name, kind) for kind in Usage._fields),
+            both = {"model": model, "controller": name}
+            series += [
+                find("attempts_total", controller=name, result=result),
+                find("queue_wait_seconds", model=model),
+                find("time_to_first_token_seconds", **both),
+                find("time_per_output_token_seconds", **both),
+                *(find("tokens_total", **both, type=kind) for kind in Usage._fields),
             ]
         if len(self._kinds) >= 1000:  # the names are not bounded yet
             self._kinds.clear()
-        self._kinds[request] = [self._series[key[0]][key[1:]] for key in keys]
-        return self._kinds[request]
+        self._kinds[request] = series
+        return series
+
+    def _find(self, metric: str, **labels: str) -> Any:
+        return self._series[metric][metric_labels(**labels)]
 
     def text(self, gauges: Iterable[tuple[str, str, str, float]]) -> str:
         """All of it; gauges are (name, help, labels, value), of one name together."""
@@ -7958,12 +7954,10 @@ class Metrics:
             head = [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
             lines.extend(head + samples if samples else [])
 
-        for declared, told in self.METRICS.items():
-            metric, *names = declared.split()
+        for metric, told in self.METRICS.items():
             name = self.PREFIX + metric
             samples: list[str] = []
-            for values, seen in self._series[metric].items():
-                labels = metric_labels(**dict(zip(names, values)))
+            for labels, seen in self._series[metric].items():
                 if isinstance(seen, Histogram):
                     samples += seen.lines(name, labels)
                 else:

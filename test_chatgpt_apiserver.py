@@ -15621,7 +15621,7 @@ async def test_the_readme_names_every_metric_and_no_other(server):
     rows = readme_table("metric, after `chatgpt_apiserver_` |")
     told = {apiserver.Metrics.PREFIX + name for name in names_in(r[0] for r in rows)}
     told.update(re.findall("`(process_[a-z_]+)`", readme()))
-    names = (labels.split()[0] for labels in apiserver.Metrics.METRICS)
+    names = apiserver.Metrics.METRICS
     there = {apiserver.Metrics.PREFIX + name for name in names}  # once there is one
     text = (await ask(server.port, "GET", "/metrics")).content.decode()
     assert told == there | set(re.findall("^# TYPE ([a-z_]+)", text, re.M))
