@@ -4809,9 +4809,9 @@ class UsageLimit:
 
     history  tells what had been used in a window before this was made
 
-    What is counted counts in all windows, so until one turns the quota with the
-    least left of its unit stays the same one: a request looks at what is left of that
-    alone.  A window knows the counts that it began with.
+    Counts only grow, and a window knows those that it began with.  So until one turns
+    there is a count of requests and one of tokens that use the first quota up: a
+    request looks at these alone.
     """
 
     def __init__(self, quotas: list[Quota]) -> None:
@@ -4820,9 +4820,9 @@ class UsageLimit:
         self.reported = False  # to a person, in this window
         self._windows: dict[str, Window] = {}  # by period
         self._since = self._until = 0.0  # between these times no window turns
+        self._requests = self._tokens = 0  # since this was made
         self._tightest: dict[str, Quota] = {}  # with the least left, by unit
-        self._most = dict.fromkeys(UNITS, sys.maxsize)  # counts that use these up
-        self._requests_left = self._tokens_left = sys.maxsize  # until then
+        self._most_requests = self._most_tokens = sys.maxsize  # that use these up
         self._fields = b""  # of HTTP, for one second, with places for what is left
         self._second = 0
         units = [unit in {quota.unit for quota in quotas} for unit in UNITS]
@@ -4836,7 +4836,7 @@ class UsageLimit:
             # unless it had been wrong by more than a day.
             if known is not None and known.start - 86400 <= now < known.end:
                 continue
-            self._windows[per] = made = Window(per, now, *self._counts())
+            self._windows[per] = made = Window(per, now, self._requests, self._tokens)
             self.reported = False
             # A minute's is not known: what is kept is kept by the hour.
             if per != "minute" and (known is None or now < known.start):
@@ -4845,27 +4845,21 @@ class UsageLimit:
         self._until = min(w.end for w in self._windows.values())
         self._find_tightest()
 
-    def _counts(self) -> list[int]:
-        """Requests and tokens since this was made."""
-        left = (self._requests_left, self._tokens_left)
-        return [most - n for most, n in zip(self._most.values(), left)]
-
     def _find_tightest(self) -> None:
-        counts = self._counts()
         ends = {q: self._windows[q.per].before[q.unit] + q.amount for q in self.quotas}
+        most = dict.fromkeys(UNITS, sys.maxsize)
         for quota in sorted(ends, key=lambda q: (q.unit, -ends[q])):
             self._tightest[quota.unit] = quota
-            self._most[quota.unit] = ends[quota]
-        left = (most - n for most, n in zip(self._most.values(), counts))
-        self._requests_left, self._tokens_left = left
+            most[quota.unit] = ends[quota]
+        self._most_requests, self._most_tokens = most.values()
         self._second = 0
 
     def count(self, requests: int = 0, tokens: int = 0) -> None:
         """Add what was used now."""
         if not self._since <= (now := unix_time()) < self._until:
             self._turn(now)
-        self._requests_left -= requests
-        self._tokens_left -= tokens
+        self._requests += requests
+        self._tokens += tokens
 
     def count_of_others(self, hour: str, requests: int, tokens: int) -> None:
         """Add what another server has counted in an hour."""
@@ -4878,7 +4872,7 @@ class UsageLimit:
     def state(self) -> list[tuple[Quota, int, int]]:
         """Each quota, how much of it is used, and the Unix time when it begins anew."""
         self.count()
-        counts = dict(zip(UNITS, self._counts()))
+        counts = {"requests": self._requests, "tokens": self._tokens}
         windows = [(quota, self._windows[quota.per]) for quota in self.quotas]
         return [
             (q, counts[q.unit] - turn.before[q.unit], turn.end) for q, turn in windows
@@ -4891,7 +4885,8 @@ class UsageLimit:
         """
         if not self._since <= (now := unix_time()) < self._until:
             self._turn(now)
-        if running < self._requests_left and self._tokens_left > 0:
+        requests = self._requests + running
+        if requests < self._most_requests and self._tokens < self._most_tokens:
             return None
         coming = {"requests": running, "tokens": 0}
         # None: the window has turned between the two looks.
@@ -4910,14 +4905,15 @@ class UsageLimit:
                 for unit, q in self._tightest.items()
             ).encode()
         # This request has begun, and is counted when it ends.
-        requests, tokens = self._requests_left - 1, self._tokens_left
+        requests = self._most_requests - self._requests - 1
+        tokens = self._most_tokens - self._tokens
         left = (requests if requests > 0 else 0, tokens if tokens > 0 else 0)
         return self._fields % left[self._units]
 
     def forgive(self) -> None:
         """Have all of it left again, before its windows turn."""
         for turn in self._windows.values():
-            turn.before.update(zip(UNITS, self._counts()))
+            turn.before.update(requests=self._requests, tokens=self._tokens)
         self.reported = False
         self._find_tightest()
 
