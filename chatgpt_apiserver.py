@@ -4169,9 +4169,7 @@ USER_FIELDS = {
     "expires": Expected(TIME_WORDS, parse_time),
     "max_concurrency": whole_number(1),
     "old": Expected(
-        "a token and when it expires",
-        lambda old: not user_problem(old),
-        dict,
+        "a token and when it expires", lambda old: not user_problem(old), dict
     ),
 }
 NEVER_NULL = ("user_id", "token", "sha256", "name", "role")
@@ -7745,11 +7743,11 @@ class RequestRecord(NamedTuple):
             "controller": self.attempts[-1][0] if self.began_at else "",
             "attempts": [
                 {
-                    "controller": name,
-                    "asked": since(asked),
-                    "reason": reason.removeprefix(f"{name}: "),
+                    "controller": n,
+                    "asked": since(at),
+                    "reason": why.removeprefix(f"{n}: "),
                 }
-                for name, asked, reason in self.attempts
+                for n, at, why in self.attempts
             ],
             "first_byte": since(self.began_at),
             "duration": since(self.ended),
