@@ -4389,14 +4389,18 @@ def stamp_at(path: str) -> Stamp:
         return ABSENT
 
 
-def append_to_file(path: str, data: bytes) -> Stamp:
-    """Append in one write, or nothing; a new file has mode 0600.  Its stamp then."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW
+def append_to_file(path: str, lines: bytes) -> Stamp:
+    """Append lines in one write, or none; a new file has mode 0600.  Its stamp then."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_FOLLOW
     fd = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o600)
     try:
-        before = os.fstat(fd).st_size
-        if os.write(fd, data) < len(data):  # a full disk
-            os.ftruncate(fd, before)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if lines and size:
+            os.lseek(fd, -1, os.SEEK_END)
+            # What a crash has left of a line must not swallow the next one.
+            lines = lines if os.read(fd, 1) == b"\n" else b"\n" + lines
+        if os.write(fd, lines) < len(lines):  # a full disk
+            os.ftruncate(fd, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return stamp_of(os.fstat(fd))
     finally:
@@ -5152,7 +5156,7 @@ class UsageFile:
             with lock if pending else contextlib.nullcontext():
                 lines, anew = self._read()
                 if pending:
-                    self._append(pending)
+                    self.read_to = append_to_file(self.path, encode_usage(pending))
                     written = True
                     self.problem = ""
                     self._shorten()
@@ -5179,20 +5183,13 @@ class UsageFile:
         self.read_to = (at_time, at + whole, inode)
         return parse_usage(data[:whole]), anew and known != 0
 
-    def _append(self, pending: Sums) -> None:
-        """Append lines in one write, or none of them."""
-        # What a crash has left of a line must not swallow the next one.
-        torn = stamp_at(self.path)[1] > self.read_to[1]
-        data = (b"\n" if torn else b"") + b"".join(map(usage_line, pending.items()))
-        self.read_to = append_to_file(self.path, data)
-
     def _shorten(self) -> None:
         """Make one line of each day that is over, if that halves a large file."""
         if self.read_to[1] <= USAGE_FILE_SIZE:
             return
         with open(self.path, "rb") as file:
             merged = parse_usage(file.read())
-        data = b"".join(map(usage_line, merged.items()))
+        data = encode_usage(merged)
         if len(data) < self.read_to[1] // 2:
             self.read_to = replace_file(self.path, data, newer_than=0)
             sync_folder(os.path.dirname(self.path))
@@ -5237,11 +5234,11 @@ def hour_text(hour: int) -> str:
     return time.strftime("%Y-%m-%dT%H", time.gmtime(hour * 3600))
 
 
-def usage_line(item: tuple[Key, list[int]]) -> bytes:
-    """One line of usage.jsonl."""
-    names, counts = item
-    fields = dict(zip(("t", *COLUMNS[1:], *COUNTS), (*names, *counts)))
-    return encode_json(fields) + b"\n"
+def encode_usage(sums: Sums) -> bytes:
+    """The lines of usage.jsonl."""
+    keys = ("t", *COLUMNS[1:], *COUNTS)
+    rows = [dict(zip(keys, (*names, *counts))) for names, counts in sums.items()]
+    return b"".join([encode_json(row) + b"\n" for row in rows])
 
 
 # -----------------------------------------------------------------------------
@@ -6480,7 +6477,6 @@ class TapeController(Controller):
         self.by_name_only = not self.alone
         self._index: dict[bytes, int] = {}  # where the line of each key begins
         self._stamp = ABSENT  # of the file that it is of
-        self._ends_line = True  # the last line is whole
 
     def __str__(self) -> str:
         alone = ", nobody else is asked" if self.alone else ""
@@ -6595,7 +6591,7 @@ class TapeController(Controller):
             return []
         index: dict[bytes, int] = {}
         others: list[int] = []
-        at, line = 0, b"\n"
+        at = 0
         with open(self.file, "rb") as file:
             for number, line in enumerate(file, 1):
                 key = self._line_key(line)
@@ -6607,7 +6603,7 @@ class TapeController(Controller):
         if others and not index:  # nothing is to be added to a file that is no tape
             text = f"it is no tape of version {TAPE_VERSION}"
             raise OSError(errno.EINVAL, text)
-        self._index, self._stamp, self._ends_line = index, stamp, line[-1:] == b"\n"
+        self._index, self._stamp = index, stamp
         return others
 
     def _find(self, request: APIRequest) -> Recording | None:
@@ -6629,11 +6625,10 @@ class TapeController(Controller):
         if self.mode == "auto" and key in self._index:
             return  # two asked for the same at once
         line = Recording(request.path, content, *answer).encode()
-        data = line if self._ends_line else b"\n" + line  # behind what a crash has left
-        before, now = self._stamp, append_to_file(self.file, data)
-        if now[1] == before[1] + len(data):  # nobody else has written
+        before, now = self._stamp, append_to_file(self.file, line)
+        if now[1] - before[1] in (len(line), len(line) + 1):  # nobody else has written
             self._index[key] = now[1] - len(line)
-            self._stamp, self._ends_line = now, True
+            self._stamp = now
 
     def _miss(self, request: APIRequest) -> APIError:
         """The answer where there is no recording: which is the nearest."""
