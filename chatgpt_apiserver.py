@@ -1109,8 +1109,8 @@ def parse_messages(
     decoder = codecs.getincrementaldecoder("utf-8")()
     # Unmasked, so far: a list of tiny pieces takes many times the size allowed.
     message = bytearray()
-    is_text = False
-    fragments = 0  # frames of that message; 0 between messages
+    kind = Opcode.BINARY  # of that message
+    fragments = 0  # frames of it; 0 between messages
     while True:
         frame = parse_frame_head(buffer, masked, max_size - len(message))
         if frame is None:
@@ -1130,14 +1130,14 @@ def parse_messages(
         if fragments > MESSAGE_FRAGMENTS:
             raise WebSocketError(1008, "message in too many fragments")
         if not continues:
-            is_text = frame.opcode == Opcode.TEXT
+            kind = frame.opcode
         end = len(message) + frame.length
         while True:
             at = len(message)
             message += take_payload(buffer, frame, at - end + frame.length)
             if len(message) == end and frame.fin:
                 break
-            if is_text:
+            if kind is Opcode.TEXT:
                 if not at:
                     decoder.reset()  # it never sees the end of a message
                 decoder.decode(message[at:])
@@ -1149,14 +1149,8 @@ def parse_messages(
             yield None
         if frame.fin:
             fragments = 0
-            yield _whole_message(message, is_text)
+            yield kind, message.decode() if kind is Opcode.TEXT else bytes(message)
             message.clear()
-
-
-def _whole_message(message: bytearray, is_text: bool) -> WebSocketEvent:
-    if is_text:
-        return Opcode.TEXT, message.decode()
-    return Opcode.BINARY, bytes(message)
 
 
 class WebSocketProtocol:
