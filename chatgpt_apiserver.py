@@ -1767,14 +1767,17 @@ class SSEDecoder:
             self._look_at_first_event()
         if self._by_line:
             end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1
-            return _LAST_LINES.sub(rb"\g<0>\n", self._take(end))
-        if rest.find(b"\r", searched) >= 0:
-            ends = [match.end() for match in _EVENT_END.finditer(rest, searched)]
-            end = ends[-1] if ends else 0
+        elif rest.find(b"\r", searched) >= 0:
+            matches = _EVENT_END.finditer(rest, searched)
+            end = max((match.end() for match in matches), default=0)
         else:
             end = rest.rfind(b"\n\n", searched) + 2
             end = 0 if end == 1 else end
-        return self._take(end)
+        if len(rest) - end > self._max_size:
+            raise ProtocolError(502, f"an event is over {self._max_size} bytes")
+        block = bytes(rest[:end])
+        del rest[:end]
+        return _LAST_LINES.sub(rb"\g<0>\n", block) if self._by_line else block
 
     def _look_at_first_event(self) -> None:
         """Find out how events end, once something follows the first line of data."""
@@ -1786,13 +1789,6 @@ class SSEDecoder:
         if following.startswith(_NEXT_EVENT):
             # Half of a JSON text is none: that is one event of many lines.
             self._by_line = read_json(bytes(line[1])) is not None
-
-    def _take(self, end: int) -> bytes:
-        if len(self._rest) - end > self._max_size:
-            raise ProtocolError(502, f"an event is over {self._max_size} bytes")
-        block = bytes(self._rest[:end])
-        del self._rest[:end]
-        return block
 
     def end(self) -> bytes:
         """What is left when the stream has ended, closed as an event."""
