@@ -119,8 +119,10 @@ def flow(test=None, *, timeout=20, **options):
         async with contextlib.AsyncExitStack() as stack:
             enter = stack.enter_async_context
             if "upstream" in parts or "behave" in options:
-                pair = await enter(relaying(tmp_path, **started))
-                made["server"], made["upstream"] = pair
+                behave = started.pop("behave", None)
+                started["options"] = [started.pop("controller", {})]
+                many = await enter(pool_of(tmp_path, behave, **started))
+                made["server"], (made["upstream"],), _ = many
             else:
                 made["server"] = await enter(serving(tmp_path, **started))
             server = made["server"]
@@ -506,18 +508,21 @@ class Upstream:
 
 
 @contextlib.asynccontextmanager
-async def relaying(tmp_path, behave=None, controller=None, **options):
-    """A started server in front of an upstream: (server, upstream).
+async def pool_of(tmp_path, *behaves, options=None, **more):
+    """A server over upstreams that behave so: (server, upstreams, controllers).
 
-    behave is the upstream's, controller has the options of what asks it.
+    options are those of each controller, in place of its name (up0, ...) and its one
+    model, m.
     """
-    if isinstance(behave, bytes):
-        behave = answers_posts(behave)
-    async with Upstream(behave) as upstream:
-        made = upstream.controller(**(controller or {}))
-        async with serving(tmp_path, made, **options) as server:
-            await until(lambda: made.listed or made.models or upstream.requests)
-            yield server, upstream
+    async with contextlib.AsyncExitStack() as stack:
+        upstreams, controllers = [], []
+        for number, behave in enumerate(behaves):
+            upstreams.append(await stack.enter_async_context(Upstream(behave)))
+            named = {"name": f"up{number}", "models": ["m"]}
+            named.update(options[number] if options else {})
+            controllers.append(upstreams[-1].controller(**named))
+        made = serving(tmp_path, *controllers, **more)
+        yield await stack.enter_async_context(made), upstreams, controllers
 
 
 @contextlib.asynccontextmanager
@@ -1153,25 +1158,35 @@ def test_L37_an_upstreams_head(more, status):
 @cases(
     "row", b"X: " + b"a" * 300 + b"\r\n", b"a:\r\n", b"\r\ra", b"\r\n\ra", b":", b"a"
 )
-def test_rule_7_a_head_that_comes_byte_by_byte_costs_linear_time(row):
-    """One segment for each byte once took 3 s of a processor for 29 KiB."""
-    data = b"GET / HTTP/1.1\r\n" + row * (32000 // len(row))
-    began = time.process_time()
-    with contextlib.suppress(ProtocolError):
-        http_feed(apiserver.parse_request_head, data, http_bytewise(data))
-    assert time.process_time() - began < 1.5
+def http_bytewise_head(data):
+    http_feed(apiserver.parse_request_head, data, http_bytewise(data))
 
 
-@cases("block",
-    b"a" * 32000 + b"\r\n", b"a:" * 16000 + b"\n",
-    (b"a: b" + b" " * 300 + b"\r\n") * 90 + b"\x00", b"x" + b":\t \t" * 8000,
-    b"a:\r\n" * 8000 + b"b", b"a: b\r\n" * 5000, b"a:" + b" \t" * 16000 + b"\x00\r\n",
+def http_fields(data):
+    apiserver.parse_fields(data.decode("latin-1").split("\r\n"), 10**6, 10**6)
+
+
+def http_bytewise_chunks(data):
+    http_decode(data, http_bytewise(data))
+
+
+@cases("read, data",
+    *((http_bytewise_head, b"GET / HTTP/1.1\r\n" + row * (32000 // len(row)))
+      for row in (b"X: " + b"a" * 300 + b"\r\n", b"a:\r\n", b"\r\ra", b"\r\n\ra", b":", b"a")),
+    (http_fields, b"a" * 32000 + b"\r\n"), (http_fields, b"a:" * 16000 + b"\n"),
+    (http_fields, (b"a: b" + b" " * 300 + b"\r\n") * 90 + b"\x00"),
+    (http_fields, b"x" + b":\t \t" * 8000), (http_fields, b"a:\r\n" * 8000 + b"b"),
+    (http_fields, b"a: b\r\n" * 5000), (http_fields, b"a:" + b" \t" * 16000 + b"\x00\r\n"),
+    (http_bytewise_chunks, b"1\r\na\r\n" * 15_000),
+    (http_bytewise_chunks, b"0\r\n" + b"a: b\r\n" * 1300),
+    (http_bytewise_chunks, b"1;" + b"x" * 250), ids=lambda value: repr(value)[:40],
 )  # fmt: skip
-def test_fields_are_judged_in_linear_time(block):
+def test_rule_7_no_bytes_cost_more_than_linear_time(read, data):
+    """One segment for each byte once took 3 s of a processor for 29 KiB."""
     began = time.process_time()
     with contextlib.suppress(ProtocolError):
-        apiserver.parse_fields(block.decode("latin-1").split("\r\n"), 10**6, 10**6)
-    assert time.process_time() - began < 0.5
+        read(data)
+    assert time.process_time() - began < (0.5 if read is http_fields else 1.5)
 
 
 def test_long_lines_are_not_remembered():
@@ -1321,15 +1336,6 @@ def test_L11_trailers():
         assert http_chunk_refusal(b"0\r\n" + trailers) == status
     assert http_chunk_refusal(b"0\r\n" + b"a" * 8191) is None
     assert http_chunk_refusal(b"0\r\n" + b"a" * 8192) == 431
-
-
-@cases(
-    "data", b"1\r\na\r\n" * 15_000, b"0\r\n" + b"a: b\r\n" * 1300, b"1;" + b"x" * 250
-)
-def test_chunks_byte_by_byte_cost_linear_time(data):
-    began = time.process_time()
-    http_decode(data, http_bytewise(data))
-    assert time.process_time() - began < 1.5
 
 
 @cases("length", *range(4))
@@ -4532,16 +4538,6 @@ async def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
         assert len(proxy.heads) == 1 and upstream.connections == 0
 
 
-@flow
-async def test_a_proxy_that_is_not_there_is_never_left_out():
-    async with Upstream(OK) as upstream:
-        proxy = f"http://127.0.0.1:{refusing_port()}"
-        for url in (upstream.url, upstream.url.replace("http:", "https:")):
-            with pytest.raises(ConnectionRefusedError):
-                await get(HTTPClient(url, proxy=proxy))
-        assert upstream.connections == 0
-
-
 @cases("certificate", TEST_CERT_EXPIRED, TEST_CERT_WRONG_NAME)
 @flow
 async def test_certificates_are_checked_behind_a_proxy_too(tmp_path, certificate):
@@ -4959,7 +4955,8 @@ async def test_a_breach_is_answered_by_a_close_frame(side, breach, code, constan
         async for message in websocket:
             await websocket.send(message)
 
-    async with websocket_pair(side, max_size=100) as (websocket, peer):
+    size = {"max_size": 100} if side is CLIENT else {"message_size": 100}
+    async with websocket_pair(side, **size) as (websocket, peer):
         async with beside(echo()) as serving:
             data = [peer.frame(TEXT, b"before"), peer.frame(PING, b"!")]
             data += [breach(key_for(side)), peer.frame(TEXT, b"after")]
@@ -4973,21 +4970,6 @@ async def test_a_breach_is_answered_by_a_close_frame(side, breach, code, constan
             await serving
             assert websocket.close_code == code
             await until(lambda: websocket.connection.lost)
-
-
-@cases("size, works", (99, True), (100, True), (101, False))
-@BOTH_SIDES
-@flow
-async def test_a_message_has_a_largest_size(side, size, works):
-    async with websocket_pair(side, message_size=100) as (websocket, peer):
-        peer.send(TEXT, b"x" * size)
-        serving = asyncio.ensure_future(websocket.receive())
-        if works:
-            assert await serving == "x" * size
-        else:
-            assert (await peer.event())[1][0] == 1009
-            peer.writer.close()
-            assert await serving is None
 
 
 # --- WebSocket: the end
@@ -6064,6 +6046,12 @@ async def chat(server, content="Hello", key=KEY, **more):
     return await ask(server.port, "POST", CHAT_URL, body, key)
 
 
+async def echo(server, content="Hello", key=KEY, model="mock/echo", **more):
+    """As chat(), of the mock that echoes; also of a port."""
+    body = chat_body(content, model, **more)
+    return await ask(getattr(server, "port", server), "POST", CHAT_URL, body, key)
+
+
 def chat_text(reply):
     assert reply.status == 200, reply.content
     return reply.json()["choices"][0]["message"]["content"]
@@ -6473,15 +6461,21 @@ async def test_one_user_who_floods_does_not_keep_another_waiting(tmp_path):
 
 @flow
 async def test_a_client_that_leaves_the_queue_costs_no_slot(tmp_path):
+    """Nor one whose request is cancelled by the administrator."""
     gate = PoolGate(max_concurrency=1)
+    headers = [("x-request-id", "two")]
     async with serving(tmp_path, gate.controller) as server:
         first = asyncio.ensure_future(chat(server, "first"))
         await until(lambda: gate.asked)
-        async with Client(server.port) as client:
-            body = chat_body("leaver")
-            client.send(request_bytes("POST", CHAT_URL, body))
+        async with posting(server, CHAT):
             await until(lambda: server.pool.waiting == 1)
         await until(lambda: server.pool.waiting == 0)
+        async with posting(server, CHAT, headers=headers) as two:
+            await until(lambda: server.pool.waiting == 1)
+            body = {"request_id": "two"}
+            await ask(server.port, "POST", "/admin/requests/cancel", body)
+            assert (await two.read_reply()).status == 503
+            assert server.pool.waiting == 0
         gate.let()
         assert chat_text(await first) == "through"
         assert chat_text(await chat(server, "next")) == "through"
@@ -6713,56 +6707,6 @@ async def test_refused_connections_fail_over_at_once_and_cool(tmp_path):
         assert dead.requests == 1
 
 
-@flow
-async def test_a_kept_connection_that_was_closed_is_no_failure(tmp_path):
-    """One replay on a fresh connection."""
-
-    async def behave(request, writer):  # the second: gone without a byte
-        step = GOOD_REPLY if len(upstream.requests) != 2 else connection_drop
-        await sends(step)(request, writer)
-
-    made = pool_of(tmp_path, behave)
-    async with made as (server, (upstream,), (controller,)):
-        for _ in range(2):
-            assert chat_text(await chat(server)) == "Hi there"
-        assert len(upstream.requests) == 3 and upstream.connections == 2
-        assert controller.failures == 0 and controller.requests == 2
-
-
-BROKEN_ENDINGS = {
-    "no finish": b"0\r\n\r\n",
-    "bad chunk": b"zz\r\n",
-    "error event": chunked(b'data: {"error": {"message": "GPU lost"}}\n\n'),
-    "half an event": chunked(b'data: {"choices": [') + b"0\r\n\r\n",
-    "reset": connection_cut,
-}
-
-
-@cases("ending", *BROKEN_ENDINGS)
-@flow
-async def test_a_break_after_the_first_event_is_told_and_not_taken_over(
-    tmp_path, ending
-):
-    """An error frame, no [DONE], never a second answer behind the first."""
-    arrived = asyncio.Event()
-    behave = sends(STREAM_HEAD, chunked(chunk("Hal")), arrived, BROKEN_ENDINGS[ending])
-    async with Upstream(behave) as upstream:
-        first = upstream.controller(weight=100, models=["m"])
-        async with serving(tmp_path, first, pool_function("other")) as server:
-            async with posting(server) as client:
-                assert b"Hal" in await client.first_chunk()
-                arrived.set()
-                assert (await client.read_chunk()).startswith(b'data: {"error": {')
-                assert await client.read_chunk() is None
-            assert first.failures == 1 and first.in_flight == 0
-
-
-@flow(behave=STREAM_HEAD + chunked(chunk("Hi") + chunk(None, "stop")) + b"0\r\n\r\n")
-async def test_a_stream_with_its_finish_reason_is_complete_without_done(server):
-    reply = await chat(server, stream=True)
-    assert reply.events()[-1] == "[DONE]"
-
-
 # --- Cooling, disabling and coming back
 
 
@@ -6801,15 +6745,19 @@ def test_the_later_deadline_wins():
     assert health.until == 1090.0
 
 
-def test_5xx_cool_after_three_in_a_row_and_double():
-    health = apiserver.Health()
-    broken = apiserver.ControllerError("broken")
-    now, closed = 1000.0, []
-    assert [health.fail(broken, plain_request(n), now) for n in (1, 2)] == [0, 0]
-    for number in range(3, 9):  # the third, then each one tried after its time
-        closed.append(health.fail(broken, plain_request(number), now))
+@cases("failure, before, closed",
+    (apiserver.Failure.BROKEN, 2, [5, 10, 20, 40, 60, 60]),  # 5xx, after three in a row
+    (apiserver.Failure.DISABLED, 0, [600, 1200, 2400, 4800, 9600, 19200, 21600, 21600]),
+)  # fmt: skip
+def test_who_fails_is_closed_for_longer_and_longer(failure, before, closed):
+    health, now = apiserver.Health(), 1000.0
+    error = apiserver.ControllerError("broken", failure)
+    for number in range(before):
+        assert health.fail(error, plain_request(number), now) == 0
+    for number, seconds in enumerate(closed, before):  # each one tried after its time
+        assert health.fail(error, plain_request(number), now) == seconds
         now = health.until
-    assert closed == [5, 10, 20, 40, 60, 60]
+    assert health.closed_by is failure
 
 
 @cases("status, seconds", (401, 600), (500, 5))
@@ -6827,17 +6775,6 @@ async def test_a_burst_of_failures_doubles_the_pause_only_once(
         await asyncio.gather(*asking)
         left = controller.health.until - asyncio.get_running_loop().time()
         assert seconds - 4 < left <= seconds
-
-
-def test_disabling_lasts_10_minutes_doubling_to_6_hours():
-    health = apiserver.Health()
-    refused = apiserver.ControllerError("quota", apiserver.Failure.DISABLED)
-    now, closed = 1000.0, []
-    for _ in range(8):
-        closed.append(health.fail(refused, plain_request(), now) / 60)
-        now = health.until
-    assert closed == [10, 20, 40, 80, 160, 320, 360, 360]
-    assert health.closed_by is apiserver.Failure.DISABLED
 
 
 @flow
@@ -6975,20 +6912,6 @@ def by_words(answers, usual=GOOD_REPLY):
         await (sends(answer) if isinstance(answer, bytes) else answer)(request, writer)
 
     return behave
-
-
-@contextlib.asynccontextmanager
-async def pool_of(tmp_path, *behaves, options=None, **more):
-    """A server over upstreams that behave so: (server, upstreams, controllers)."""
-    async with contextlib.AsyncExitStack() as stack:
-        upstreams, controllers = [], []
-        for number, behave in enumerate(behaves):
-            upstreams.append(await stack.enter_async_context(Upstream(behave)))
-            named = {"name": f"up{number}", "models": ["m"]}
-            named.update(options[number] if options else {})
-            controllers.append(upstreams[-1].controller(**named))
-        made = serving(tmp_path, *controllers, **more)
-        yield await stack.enter_async_context(made), upstreams, controllers
 
 
 async def states(server):
@@ -7495,29 +7418,6 @@ async def test_stream_options_are_taken_back_where_they_may_be_meant(
         assert "stream_options" in chats(upstream)[1 + again].json()
 
 
-@cases("coding, encode",
-    ("gzip", gzip.compress), ("X-GZip", gzip.compress), ("deflate", zlib.compress),
-    ("deflate", raw_deflate), ("", bytes), ("identity", bytes), ("none", bytes),
-)  # fmt: skip
-@flow
-async def test_an_encoded_answer_is_decoded_although_nobody_asked(
-    tmp_path, coding, encode
-):
-    coded = [("Content-Encoding", coding)]
-    data = chunk("Hi", "stop") + DONE
-    stream = http_reply(encode(data), content_type="text/event-stream", headers=coded)
-    content = encode(json.dumps(completion("z" * 999)).encode())
-    whole = http_reply(content, headers=coded)
-    behave = by_words({'"stream": true': stream}, usual=whole)
-    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
-        reply = await chat(server)
-        assert chat_text(reply) == "z" * 999
-        assert "content-encoding" not in reply.headers
-        reply = await chat(server, stream=True)
-        assert reply.content == data and "content-encoding" not in reply.headers
-        assert chats(upstream)[0].headers["accept-encoding"] == "identity"
-
-
 @flow
 async def test_events_in_gzip_are_relayed_as_they_come(tmp_path):
     go_on, deflate = asyncio.Event(), zlib.compressobj(wbits=31)
@@ -7527,7 +7427,9 @@ async def test_events_in_gzip_are_relayed_as_they_come(tmp_path):
     head = STREAM_HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n"
     behave = sends(head, chunked(one), go_on, chunked(two) + b"0\r\n\r\n")
     async with pool_of(tmp_path, behave) as (server, _, _), posting(server) as client:
-        assert await client.first_chunk() == first
+        _, headers = await client.read_head()
+        assert "content-encoding" not in headers
+        assert await client.read_chunk() == first
         go_on.set()
         assert await client.read_chunk() == last
 
@@ -8325,7 +8227,8 @@ async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(tmp_path):
     takes 2.5 MB first, and then nothing until a third of them has been read.
     """
     limits = Limits(write_timeout=0.6)
-    async with relaying(tmp_path, upstream_endless, limits=limits) as (server, _):
+    made = pool_of(tmp_path, upstream_endless, limits=limits)
+    async with made as (server, _, _):
         loop = asyncio.get_running_loop()
         data = request_bytes("POST", CHAT_URL, STREAM)
         with await slow_socket(server.port, data, 64 * 1024) as sock:
@@ -8368,24 +8271,17 @@ async def test_a_log_that_nobody_reads_drops_lines_and_counts_them():
         os.close(writing)
 
 
-def test_the_log_lives_on_when_its_reader_is_gone():
-    reading, writing = os.pipe()
-    os.close(reading)
-    log = apiserver.Log(writing)
-    log.write("to nobody")
-    log.report("to nobody")
-    os.close(writing)
-    log.write("to nothing at all")
-
-
-def test_a_very_long_line_of_the_log_is_written_whole():
+def test_a_long_line_of_the_log_is_whole_and_it_lives_on_without_a_reader():
     reading, writing = os.pipe()
     log = apiserver.Log(writing)
     log.write("x" * 10_000)
     log.write("next")
+    assert os.read(reading, 1 << 20) == b"x" * 10_000 + b"\nnext\n"
+    os.close(reading)
+    log.write("to nobody")
+    log.report("to nobody")
     os.close(writing)
-    with open(reading, "rb") as file:
-        assert file.read() == b"x" * 10_000 + b"\nnext\n"
+    log.write("to nothing at all")
 
 
 def test_only_one_function_asks_what_time_it_is():
@@ -8471,9 +8367,9 @@ def tape(tmp_path):
 
 
 def taping(tmp_path, behave=None, mode="auto", **options):
-    """An upstream that has m, and a server that records it in chat.jsonl."""
+    """What records an upstream in chat.jsonl, as of pool_of()."""
     tape = f"{tmp_path}/chat.jsonl:{mode}"
-    return relaying(tmp_path, behave, {"models": ["m"]}, tape=tape, **options)
+    return pool_of(tmp_path, behave, tape=tape, **options)
 
 
 def tape_lines(path):
@@ -8555,7 +8451,7 @@ async def test_a_tape_replays_each_dialect_as_it_was_recorded(
         usage = (await ask(server.port, "GET", "/v1/usage")).json()["total"]
         return reply.status, reply.headers["content-type"], reply.content, chunks, usage
 
-    async with taping(tmp_path, behave, "record", usage="-") as (server, _):
+    async with taping(tmp_path, behave, "record", usage="-") as (server, _, _):
         first = await answered(server)
     async with serving(tmp_path, tape=str(tape), usage="-") as server:
         assert await answered(server) == first
@@ -8570,7 +8466,7 @@ async def test_a_tape_replays_each_dialect_as_it_was_recorded(
 @flow
 async def test_a_tape_keeps_the_time_of_each_piece(tmp_path, tape):
     pieces = [chunk("a"), chunk("b"), chunk(None, "stop"), DONE]
-    async with taping(tmp_path, piecewise(pieces, pause=0.1)) as (server, _):
+    async with taping(tmp_path, piecewise(pieces, pause=0.1)) as (server, _, _):
         chunks = await pieces_of(server)
     (line,) = tape_lines(tape)
     times = [seconds for seconds, _ in line["pieces"]]
@@ -8589,10 +8485,8 @@ async def test_a_tape_holds_no_secret_and_no_header(tmp_path, tape):
     """Nor does a refusal that repeats the upstream's key."""
     wrong = error_reply(400, "bad: UPSTREAMSECRET sk-12345678")
     good = http_reply(completion(), headers=[("x-secret", "HEADER")])
-    async with taping(tmp_path, by_words({"wrong": wrong}, usual=good), "record") as (
-        server,
-        _,
-    ):
+    made = taping(tmp_path, by_words({"wrong": wrong}, usual=good), "record")
+    async with made as (server, _, _):
         headers = [("x-session-id", "HEADER"), ("cookie", "HEADER")]
         path = f"{CHAT_URL}?key=HEADER"
         await ask(server.port, "POST", path, CHAT, headers=headers)
@@ -8645,7 +8539,7 @@ async def test_an_answer_that_is_too_large_is_not_recorded(tmp_path, tape):
     log, limits = Log(), Limits(response_size=3000)
     behave = streams(*[chunk("x" * 100)] * 20, chunk(None, "stop"), DONE)
     made = taping(tmp_path, behave, "record", limits=limits, log=log)
-    async with made as (server, _):
+    async with made as (server, _, _):
         assert (await chat(server, stream=True)).events()[-1] == "[DONE]"
         await until(lambda: "too large to be recorded" in log.text)
     assert tape.read_bytes() == b""
@@ -8660,7 +8554,7 @@ async def test_a_full_disk_costs_the_recording_and_not_the_answer(
     def full(fd, data):
         return write(fd, data[:9] if data.startswith(b'{"tape"') else data)
 
-    async with taping(tmp_path, log=log) as (server, upstream):
+    async with taping(tmp_path, log=log) as (server, (upstream,), _):
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", full)
             assert (await chat(server)).status == 200
@@ -8715,7 +8609,7 @@ async def test_auto_asks_once_and_record_asks_each_time(tmp_path, tape):
     async def text(server, content="Hello"):
         return chat_text(await chat(server, content))
 
-    async with taping(tmp_path, behave) as (server, upstream):
+    async with taping(tmp_path, behave) as (server, (upstream,), _):
         # Of those who ask for the same at once, the first is recorded.
         first = set(await asyncio.gather(*(text(server) for _ in range(5))))
         asked = len(upstream.requests)
@@ -8723,9 +8617,9 @@ async def test_auto_asks_once_and_record_asks_each_time(tmp_path, tape):
         for _ in range(2):  # so large that it is parsed each time
             assert await text(server, "x" * 1_500_000) == str(asked)
         assert len(upstream.requests) == asked + 1 and len(tape_lines(tape)) == 2
-    async with taping(tmp_path, behave, "record") as (server, _):
+    async with taping(tmp_path, behave, "record") as (server, _, _):
         assert await text(server) != (last := await text(server))
-    async with taping(tmp_path, behave, "replay") as (server, upstream):
+    async with taping(tmp_path, behave, "replay") as (server, (upstream,), _):
         assert await text(server) == await text(server) == last
         assert upstream.requests == []  # nor is it asked for its models
     assert len(tape_lines(tape)) == 4
@@ -8739,7 +8633,7 @@ async def test_what_is_no_recording_is_passed_over_and_told(tmp_path, tape):
     later = recorded(chat_body("later")).replace(b'"tape": 1', b'"tape": 2')
     before = whole + later + b"<<<<<<< ours\n"
     tape.write_bytes(before + torn[:-20])
-    async with taping(tmp_path, log=log) as (server, upstream):
+    async with taping(tmp_path, log=log) as (server, (upstream,), _):
         assert "skipped what is not a recording: line 2, 3, 4" in log.text
         for text in ("whole", "later", "torn", "torn"):
             assert (await chat(server, text)).status == 200
@@ -8770,7 +8664,10 @@ def test_a_file_that_is_no_tape_stops_the_start_and_stays_as_it_is(
 @flow
 async def test_two_servers_may_write_one_tape(tmp_path, tape):
     texts = [f"{number} " + "x" * 5000 for number in range(20)]
-    async with taping(tmp_path) as (one, up), taping(tmp_path) as (two, upstream):
+    async with (
+        taping(tmp_path) as (one, (up,), _),
+        taping(tmp_path) as (two, (upstream,), _),
+    ):
         asked = [chat(server, text) for text in texts for server in (one, two)]
         replies = await asyncio.gather(*asked)
         assert {reply.status for reply in replies} == {200}
@@ -8794,7 +8691,7 @@ async def test_what_another_server_has_just_written_is_not_missed(tmp_path, cons
             append(path, others.pop())
         return append(path, data)
 
-    async with taping(tmp_path) as (server, upstream):
+    async with taping(tmp_path) as (server, (upstream,), _):
         constant(append_to_file=overtaken)
         for text in ("ours", "theirs", "ours"):
             reply = await chat(server, text)
@@ -8869,7 +8766,11 @@ async def test_a_tape_takes_forms_and_binary_answers(tmp_path, tape):
         reply = await ask(server.port, "POST", path, content, headers=headers)
         return reply.status, reply.headers["content-type"], reply.content
 
-    async with taping(tmp_path, piecewise(speech, "audio/mpeg")) as (server, upstream):
+    async with taping(tmp_path, piecewise(speech, "audio/mpeg")) as (
+        server,
+        (upstream,),
+        _,
+    ):
         first = await answers(server, "one")
         assert first == (200, "audio/mpeg", b"".join(speech))
         assert await answers(server, "two") == first
@@ -9056,9 +8957,9 @@ async def test_status_tells_why_requests_failed(tmp_path):
 @cases("code", "context_length_exceeded", "you wrote: a secret")
 @flow
 async def test_status_quotes_no_word_of_a_refusal(tmp_path, code, stream):
-    error = {"message": "you wrote: a secret", "type": "a secret", "code": code}
-    async with relaying(tmp_path, http_reply({"error": error}, 400)) as (server, _):
-        headers = [("x-request-id", "mine")]
+    answer = error_reply(400, "you wrote: a secret", type="a secret", code=code)
+    headers = [("x-request-id", "mine")]
+    async with pool_of(tmp_path, answer) as (server, _, _):
         for path, body in (
             (CHAT_URL, {**CHAT, "stream": stream}),
             ("/api/ask", {"content": "x", "model": "m"}),
@@ -9067,10 +8968,10 @@ async def test_status_quotes_no_word_of_a_refusal(tmp_path, code, stream):
             assert reply.status == 400 and b"a secret" in reply.content
             told, requests = await status_of(server)
             assert "a secret" not in json.dumps(told)
-            refused = requests["mine"]
-            assert (refused["status"], refused["failed"]) == (400, True)
+            mine = requests["mine"]
+            assert (mine["status"], mine["failed"]) == (400, True)
             if path == CHAT_URL:
-                assert refused["code"] == (code if "_" in code else "")
+                assert mine["code"] == (code if "_" in code else "")
 
 
 @flow
@@ -9107,17 +9008,6 @@ async def test_status_is_one_snapshot_a_second_and_known_by_its_etag(server):
             assert (reply.status, reply.content) == (304, b"")
 
 
-@flow
-async def test_status_and_cancelling_are_for_the_administrator(server):
-    token = await add_user(server)
-    for key, status in ((token, 403), ("wrong", 401), (None, 401)):
-        reply = await ask(server.port, "GET", "/admin/status", key=key)
-        assert reply.status == status
-        body = {"request_id": "x"}
-        path = "/admin/requests/cancel"
-        assert (await ask(server.port, "POST", path, body, key)).status == status
-
-
 @cases("stream", False, True)
 @flow
 async def test_a_cancelled_request_is_told_so_and_its_upstream_left(tmp_path, stream):
@@ -9146,20 +9036,6 @@ async def test_a_cancelled_request_is_told_so_and_its_upstream_left(tmp_path, st
             _, requests = await status_of(server)
             assert requests["mine"]["code"] == "cancelled"
             assert (await ask(server.port, "POST", path, body)).status == 404
-
-
-@flow
-async def test_a_request_that_waits_can_be_cancelled(tmp_path):
-    gate = PoolGate(max_concurrency=1)
-    headers = [("x-request-id", "two")]
-    async with serving(tmp_path, gate.controller) as server, posting(server, CHAT):
-        await until(lambda: gate.asked)
-        async with posting(server, CHAT, headers=headers) as two:
-            await until(lambda: server.pool.waiting)
-            body = {"request_id": "two"}
-            await ask(server.port, "POST", "/admin/requests/cancel", body)
-            assert (await two.read_reply()).status == 503
-            assert server.pool.waiting == 0
 
 
 def journal_record(ended, user="ada", status=200):
@@ -9546,20 +9422,36 @@ def clock(monkeypatch):
     return clock
 
 
-@cases(
-    "written, quotas",
+def ledger(path):
+    """A ledger on a file, as a server that has just started has it."""
+    made = apiserver.Ledger(str(path), print)
+    made.load()
+    return made
+
+
+def count_request(ledger, user="ada", model="m", failures=0, usage=()):
+    """A request of a user to the controller c has ended."""
+    ledger.record(user, model, "c", failures, apiserver.Usage(*usage))
+
+
+def ledger_requests(made):
+    return made.report(["user"], "", "9999")["total"]["requests"]
+
+
+def used_of(limit):
+    """What is used of each of its quotas."""
+    return [used for _, used, _ in limit.state()]
+
+
+@cases("written, quotas",
     ("1000 requests/day", [(1000, "requests", "day")]),
     (" 5 tokens / month ", [(5, "tokens", "month")]),
     ({"tokens": 9, "per": "week"}, [(9, "tokens", "week")]),
-    (
-        {"requests": 1, "tokens": 2, "per": "hour"},
-        [(1, "requests", "hour"), (2, "tokens", "hour")],
-    ),
-    (
-        ["1 requests/minute", {"tokens": 2, "per": "day"}],
-        [(1, "requests", "minute"), (2, "tokens", "day")],
-    ),
-)
+    ({"requests": 1, "tokens": 2, "per": "hour"},
+     [(1, "requests", "hour"), (2, "tokens", "hour")]),
+    (["1 requests/minute", {"tokens": 2, "per": "day"}],
+     [(1, "requests", "minute"), (2, "tokens", "day")]),
+)  # fmt: skip
 def test_a_limit_may_be_written_in_several_forms(written, quotas):
     assert apiserver.parse_quotas(written) == [apiserver.Quota(*q) for q in quotas]
 
@@ -9574,8 +9466,7 @@ def test_a_limit_that_is_misspelt_is_refused(written):
         apiserver.parse_quotas(written)
 
 
-@cases(
-    "per, now, start, end",
+@cases("per, now, start, end",
     ("minute", "2026-12-31 23:59:59", "2026-12-31 23:59:00", "2027-01-01 00:00:00"),
     ("hour", "2026-11-27 09:59:59", "2026-11-27 09:00:00", "2026-11-27 10:00:00"),
     ("day", "2026-02-28 12:00:00", "2026-02-28 00:00:00", "2026-03-01 00:00:00"),
@@ -9583,38 +9474,35 @@ def test_a_limit_that_is_misspelt_is_refused(written):
     ("week", "2026-11-30 00:00:00", "2026-11-30 00:00:00", "2026-12-07 00:00:00"),
     ("month", "2026-12-31 23:00:00", "2026-12-01 00:00:00", "2027-01-01 00:00:00"),
     ("month", "2028-02-29 00:00:00", "2028-02-01 00:00:00", "2028-03-01 00:00:00"),
-)
+)  # fmt: skip
 def test_windows_are_those_of_the_calendar_in_utc(per, now, start, end):
-    now, start, end = (
-        calendar.timegm(time.strptime(text, "%Y-%m-%d %H:%M:%S"))
-        for text in (now, start, end)
-    )
-    assert apiserver.window(per, now + 0.9) == (start, end)
+    form = "%Y-%m-%d %H:%M:%S"
+    times = [calendar.timegm(time.strptime(t, form)) for t in (now, start, end)]
+    assert apiserver.window(per, times[0] + 0.9) == tuple(times[1:])
 
 
 @cases("per, used", ("minute", 0), ("hour", 3), ("day", 3), ("week", 3), ("month", 3))
-def test_a_new_limit_counts_what_was_used_in_its_window_alone(monkeypatch, per, used):
+def test_a_new_limit_counts_what_was_used_in_its_window_alone(clock, per, used):
     """What is kept is kept by the hour: of a minute's nothing is taken over."""
     ledger = apiserver.Ledger(None)
-    noon = calendar.timegm((2026, 11, 27, 12, 0, 0))
-    monkeypatch.setattr(apiserver, "unix_time", lambda: noon + 60.0)
+    clock[0] += 60
     for _ in range(3):
-        ledger.record("u", "m", "c", 0, apiserver.Usage())
-    monkeypatch.setattr(apiserver, "unix_time", lambda: noon + 1800.0)
-    limit = ledger.limit_of("u", apiserver.parse_quotas(f"3 requests/{per}"))
-    assert [state[1] for state in limit.state()] == [used]
-    ledger.record("u", "m", "c", 0, apiserver.Usage())
-    assert [state[1] for state in limit.state()] == [used + 1]
+        count_request(ledger)
+    clock[0] += 1740
+    limit = ledger.limit_of("ada", apiserver.parse_quotas(f"3 requests/{per}"))
+    assert used_of(limit) == [used]
+    count_request(ledger)
+    assert used_of(limit) == [used + 1]
 
 
 def test_a_user_who_asks_for_ever_new_models_fills_no_memory(clock):
     """A function without models answers to any name."""
     ledger = apiserver.Ledger(None)
     for number in range(1000):
-        ledger.record("u", f"{number}-" * 100, "c", 0, apiserver.Usage(1))
-    ledger.record("v", "999", "c", 0, apiserver.Usage(1))
+        count_request(ledger, "u", f"{number}-" * 100)
+    count_request(ledger, "v", "999")
     clock[0] += 3600
-    ledger.record("u", "999", "c", 0, apiserver.Usage(1))
+    count_request(ledger, "u", "999")
     rows = ledger.report(["user", "model"], "2000-01-01", "2100-01-01")["data"]
     found = {(row["user"], row["model"]): row["requests"] for row in rows}
     assert len(found) == apiserver.HOURLY_MODELS + 3
@@ -9644,17 +9532,17 @@ def test_a_clock_that_is_set_back_gives_nothing_back(clock):
 def test_a_clock_that_was_set_years_ahead_uses_nothing_up(clock, per):
     ledger = apiserver.Ledger(None)
     quotas = apiserver.parse_quotas([f"3 requests/{per}", "3 requests/minute"])
-    limit = ledger.limit_of("u", quotas)
-    ledger.record("u", "m", "c", 0, apiserver.Usage())
+    limit = ledger.limit_of("ada", quotas)
+    count_request(ledger)
     clock[0] += 4 * 365 * 86400
     for _ in range(3):
-        ledger.record("u", "m", "c", 0, apiserver.Usage())
+        count_request(ledger)
     assert limit.over()[1] == 3
     clock[0] = NOON
     kept = 0 if per == "hour" else 1  # of hours only the present one is kept
-    assert [used for _, used, _ in limit.state()] == [kept, 0]
-    other = ledger.limit_of("u", apiserver.parse_quotas(f"9 requests/{per}"))
-    assert [used for _, used, _ in other.state()] == [kept]
+    assert used_of(limit) == [kept, 0]
+    other = ledger.limit_of("ada", apiserver.parse_quotas(f"9 requests/{per}"))
+    assert used_of(other) == [kept]
     assert ledger_requests(ledger) == 4
 
 
@@ -9662,36 +9550,23 @@ def test_a_clock_that_was_set_years_ahead_uses_nothing_up(clock, per):
 def test_hours_of_days_that_are_over_take_no_memory(tmp_path, clock, name):
     """Neither with a file that nobody wants written."""
     made = apiserver.Ledger(name and str(tmp_path / name))
-    tracemalloc.start()
-    for _ in range(30 * 24):
-        made.record("u", "m", "c", 0, apiserver.Usage(1, 0, 2))
-        clock[0] += 3600
-    gc.collect()
-    size = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
+    with traced() as memory:
+        for _ in range(30 * 24):
+            count_request(made, usage=(1, 0, 2))
+            clock[0] += 3600
+        gc.collect()
+        assert memory()[0] < 60_000
     rows = made.report(["day"], "2026-11-28", "2026-11-29")["data"]
     assert [(row["requests"], row["output"]) for row in rows] == [(24, 48)] * 2
-    assert size < 60_000
 
 
 def test_days_long_gone_leave_the_memory(clock, constant):
     constant(USAGE_LIFETIME=5)
     made = apiserver.Ledger(None)
     for _ in range(20):
-        made.record("u", "m", "c", 0, apiserver.Usage())
+        count_request(made)
         clock[0] += 86400
     assert 5 <= ledger_requests(made) <= 6
-
-
-def ledger(path, **counts):
-    """A ledger on a file, as a server that has just started has it."""
-    made = apiserver.Ledger(str(path), print)
-    made.load()
-    return made
-
-
-def ledger_requests(made):
-    return made.report(["user"], "", "9999")["total"]["requests"]
 
 
 @flow
@@ -9701,8 +9576,8 @@ async def test_two_ledgers_on_one_file_count_together(tmp_path):
     limit = two.limit_of("ada", apiserver.parse_quotas("5 requests/day"))
     assert limit.over() is None
     for _ in range(3):
-        one.record("ada", "m", "c", 0, apiserver.Usage(2, 1, 3))
-        two.record("ada", "m", "c", 1, apiserver.Usage())
+        count_request(one, usage=(2, 1, 3))
+        count_request(two, failures=1)
     for made in (one, two, one, two):
         await made.flush()
     assert ledger_requests(one) == ledger_requests(two) == 6
@@ -9714,11 +9589,13 @@ async def test_two_ledgers_on_one_file_count_together(tmp_path):
 
 def test_a_controller_that_is_named_as_a_user_has_its_own_limit():
     ledger = apiserver.Ledger(None)
-    ledger.record("ada", "m", "c", 0, apiserver.Usage())
-    ledger.record("bob", "m", "ada", 0, apiserver.Usage())
+    count_request(ledger, "c")
+    count_request(ledger, "bob")
+    count_request(ledger, "c")
     limit = apiserver.UsageLimit(apiserver.parse_quotas("9 requests/day"))
-    ledger.watch("controller", "ada", limit)
-    assert limit.state()[0][1] == 1
+    ledger.watch("controller", "c", limit)
+    user = ledger.limit_of("c", apiserver.parse_quotas("9 requests/day"))
+    assert (used_of(limit), used_of(user)) == ([3], [2])
 
 
 @flow
@@ -9731,24 +9608,20 @@ async def test_late_lines_of_others_count_in_their_own_hour(tmp_path, clock):
     one.watch("controller", "c", limits[1])
     assert b"limit-requests: 5\r" in limits[0].fields(clock[0])
     for _ in range(3):
-        late.record("ada", "m", "c", 0, apiserver.Usage())
+        count_request(late)
     clock[0] += 3600
-    late.record("ada", "m", "c", 0, apiserver.Usage())
+    count_request(late)
     await late.flush()
     await one.flush()
+    told = b"limit-requests: 6\r\nx-ratelimit-remaining-requests: 1"
     for limit in limits:
-        assert [used for _, used, _ in limit.state()] == [1, 4]
-        assert (
-            b"limit-requests: 6\r\nx-ratelimit-remaining-requests: 1"
-            in limit.fields(clock[0])
-        )
+        assert used_of(limit) == [1, 4] and told in limit.fields(clock[0])
     for _ in range(2):
-        late.record("ada", "m", "c", 0, apiserver.Usage())
+        count_request(late)
     clock[0] += 86400
     await late.flush()
     await one.flush()
-    assert [used for _, used, _ in limits[0].state()] == [0, 0]
-    assert ledger_requests(one) == 6
+    assert used_of(limits[0]) == [0, 0] and ledger_requests(one) == 6
 
 
 class Homes:
@@ -9871,8 +9744,8 @@ def test_a_kill_loses_only_what_was_not_yet_written(tmp_path):
         assert least <= int(found) <= most
         least += 3 * done.count(b"w")
         most += done.count(b"r") + 1
-        assert least <= ledger_requests(ledger(path)) <= most
-        least = most = ledger_requests(ledger(path))
+        assert least <= (kept := ledger_requests(ledger(path))) <= most
+        least = most = kept
     assert most > 0
 
 
@@ -9883,22 +9756,22 @@ async def test_a_limit_that_nobody_has_asked_yet_counts_others_once(tmp_path):
     user = two.limit_of("ada", apiserver.parse_quotas("9 requests/day"))
     controller = apiserver.UsageLimit(apiserver.parse_quotas("9 requests/day"))
     two.watch("controller", "c", controller)
-    one.record("ada", "m", "c", 0, apiserver.Usage())
+    count_request(one)
     await one.flush()
     await two.flush()
-    assert [limit.state()[0][1] for limit in (user, controller)] == [1, 1]
+    assert used_of(user) == used_of(controller) == [1]
 
 
 @flow
 async def test_a_torn_line_is_passed_over_and_does_not_swallow_the_next(tmp_path):
     path = tmp_path / "usage.jsonl"
     one = ledger(path)
-    one.record("ada", "m", "c", 0, apiserver.Usage(1))
+    count_request(one)
     await one.flush()
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:-9])
     two = ledger(path)
-    two.record("ada", "m", "c", 0, apiserver.Usage(1))
+    count_request(two)
     await two.flush()
     assert ledger_requests(two) == ledger_requests(ledger(path)) == 2
 
@@ -9908,14 +9781,14 @@ async def test_a_full_disk_loses_nothing_once_there_is_room(tmp_path, monkeypatc
     lines = []
     path = tmp_path / "usage.jsonl"
     made = apiserver.Ledger(str(path), lines.append)
-    made.record("ada", "m", "c", 0, apiserver.Usage(1))
+    count_request(made)
     write = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
-    for _ in range(2):
-        await made.flush()
-    assert path.read_bytes() == b"" and len(lines) == 1 and "No space" in lines[0]
-    made.record("ada", "m", "c", 0, apiserver.Usage(1))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+        for _ in range(2):
+            await made.flush()
+        assert path.read_bytes() == b"" and len(lines) == 1 and "No space" in lines[0]
+        count_request(made)
     await made.flush()
     assert ledger_requests(ledger(path)) == 2 == ledger_requests(made)
 
@@ -9960,9 +9833,8 @@ async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
 
 
 @flow
-async def test_a_hundred_thousand_lines_are_read_and_made_few(tmp_path, monkeypatch):
+async def test_a_hundred_thousand_lines_are_read_and_made_few(tmp_path, clock):
     """A million take 7 s."""
-    monkeypatch.setattr(apiserver, "unix_time", lambda: float(NOON))
     path = tmp_path / "usage.jsonl"
     with open(path, "w") as file:
         for number in range(120_000):
@@ -9971,32 +9843,15 @@ async def test_a_hundred_thousand_lines_are_read_and_made_few(tmp_path, monkeypa
             line.update(controller="c", **dict.fromkeys(apiserver.COUNTS, 1))
             file.write(json.dumps(line) + "\n")
     assert path.stat().st_size > apiserver.USAGE_FILE_SIZE
-    made = ledger(path)
+    other, made = ledger(path), ledger(path)
     assert ledger_requests(made) == 120_000
-    made.record("1", "m", "c", 0, apiserver.Usage())
+    count_request(made)
     await made.flush()
     assert path.stat().st_size < 100_000
-    assert ledger_requests(ledger(path)) == ledger_requests(made) == 120_001
-
-
-@flow
-async def test_a_large_file_is_shortened_and_old_days_are_dropped(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(apiserver, "USAGE_FILE_SIZE", 1000)
-    path = tmp_path / "usage.jsonl"
-    counts = dict.fromkeys(apiserver.COUNTS, 1)
-    line = {"t": "2026-11-0%dT%02d", "user": "ada", "model": "m", "controller": "c"}
-    text = json.dumps({**line, **counts}) + "\n"
-    path.write_text("".join(text % (d, h) for d in (1, 2) for h in range(24)))
-    monkeypatch.setattr(apiserver, "unix_time", lambda: 1_795_000_000.0)  # 2026-11-18
-    other, made = ledger(path), ledger(path)
-    made.record("ada", "m", "c", 0, apiserver.Usage(1))
-    await made.flush()
-    assert len(path.read_text().splitlines()) == 3
     await other.flush()  # to it the file is another one
-    assert ledger_requests(made) == ledger_requests(other) == 49
-    monkeypatch.setattr(apiserver, "unix_time", lambda: 1_795_000_000.0 + 500 * 86400)
+    for each in (ledger(path), made, other):
+        assert ledger_requests(each) == 120_001
+    clock[0] += 500 * 86400  # old days are dropped
     assert ledger_requests(ledger(path)) == 0
 
 
@@ -10005,18 +9860,18 @@ async def test_a_users_limit_is_told_and_when_it_resets(tmp_path):
     limit = "2 requests/day"
     async with serving(tmp_path) as server:
         token = (await server.users.add(name="ada", limit=limit)).token
-        first = await chat(server, key=token, model="mock/echo")
+        first = await echo(server, key=token)
         assert first.headers["x-ratelimit-limit-requests"] == "2"
         assert first.headers["x-ratelimit-remaining-requests"] == "1"
-        await chat(server, key=token, model="mock/echo")
+        await echo(server, key=token)
     async with serving(tmp_path) as server:  # it outlives a restart
-        reply = await chat(server, key=token, model="mock/echo")
-        assert reply.status == 429
+        reply = await echo(server, key=token)
         error = chat_error(reply)
-        assert error["code"] == "user_limit_exceeded" and limit in error["message"]
+        assert reply.status == 429 and error["code"] == "user_limit_exceeded"
+        assert limit in error["message"]
         assert re.search(r"it resets at 20[0-9-]+T00:00:00Z", error["message"])
         assert reply.headers.get("x-should-retry", "false") == "false"
-        assert (await chat(server, model="mock/echo")).status == 200
+        assert (await echo(server)).status == 200
         usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
         assert usage["total"]["requests"] == 2 and usage["limits"][0]["left"] == 0
 
@@ -10041,18 +9896,16 @@ async def test_a_window_may_turn_while_requests_run(tmp_path, clock):
     gate = PoolGate(models=["gate"])
     async with serving(tmp_path, gate.controller) as server:
         token = (await server.users.add(limit="2 requests/hour")).token
-        assert (await chat(server, key=token, model="mock/echo")).status == 200
+        assert (await echo(server, key=token)).status == 200
         running = asyncio.ensure_future(chat(server, key=token, model="gate"))
         await until(lambda: gate.asked)
-        assert (await chat(server, key=token, model="mock/echo")).status == 429
+        assert (await echo(server, key=token)).status == 429
         clock[0] += 1
         gate.let()
         reply = await running
         assert reply.headers["x-ratelimit-remaining-requests"] == "1"
         assert reply.headers["x-ratelimit-reset-requests"] == "3600s"
-        statuses = [
-            (await chat(server, key=token, model="mock/echo")).status for _ in range(2)
-        ]
+        statuses = [(await echo(server, key=token)).status for _ in range(2)]
         assert statuses == [200, 429]
 
 
@@ -10077,22 +9930,17 @@ async def test_a_user_who_is_deleted_while_asking_is_counted_and_gone(tmp_path):
 async def test_an_upstream_without_usage_is_counted_by_all_its_choices(
     tmp_path, stream
 ):
-    texts = ["abcdefgh", "ijklmnopqrst"]
+    def choices(kind, **more):
+        texts = enumerate(("abcdefgh", "ijklmnopqrst"))
+        return [{"index": i, kind: {"content": text}, **more} for i, text in texts]
+
+    answer = http_reply(completion(choices=choices("message"), usage=None))
     if stream:
-        events = [
-            chunk(choices=[{"index": index, "delta": {"content": text}}])
-            for index, text in enumerate(texts)
-        ]
-        ends = [{"index": i, "delta": {}, "finish_reason": "stop"} for i in (0, 1)]
-        data = b"".join([*events, chunk(choices=ends), DONE])
+        events = [chunk(choices=[choice]) for choice in choices("delta")]
+        events.append(chunk(choices=choices("delta", finish_reason="stop")))
+        data = b"".join([*events, DONE])
         answer = http_reply(data, content_type="text/event-stream")
-    else:
-        choices = [
-            {"index": index, "message": {"role": "assistant", "content": text}}
-            for index, text in enumerate(texts)
-        ]
-        answer = http_reply(completion(choices=choices, usage=None))
-    async with relaying(tmp_path, answer) as (server, _):
+    async with pool_of(tmp_path, answer) as (server, _, _):
         token = (await server.users.add(limit="99 tokens/day")).token
         reply = await chat(server, key=token, n=2, stream=stream)
         assert reply.status == 200
@@ -10104,50 +9952,37 @@ async def test_an_upstream_without_usage_is_counted_by_all_its_choices(
 
 @cases("limit", "10 requests", "ten tokens/day", [], {"per": "day"})
 @flow
-async def test_a_misspelt_limit_is_refused_by_name_and_changes_nothing(tmp_path, limit):
-    async with serving(tmp_path) as server:
-        user = await server.users.add(limit="1 requests/day")
-        for path, more in (("add", {}), ("update", {"user_id": user.user_id})):
-            body = {"admin_key": KEY, "limit": limit, **more}
-            reply = await ask(server.port, "POST", f"/admin/users/{path}", body)
-            message = reply.json()["error"]
-            assert reply.status == 400 and message.startswith("limit: expected a limit")
-        assert [user.fields.get("limit") for user in server.users.users] == [
-            "1 requests/day"
-        ]
+async def test_a_misspelt_limit_is_refused_by_name_and_changes_nothing(server, limit):
+    user = await server.users.add(limit="1 requests/day")
+    for path, more in (("add", {}), ("update", {"user_id": user.user_id})):
+        body = {"limit": limit, **more}
+        reply = await ask(server.port, "POST", f"/admin/users/{path}", body)
+        message = reply.json()["error"]
+        assert reply.status == 400 and message.startswith("limit: expected a limit")
+    assert [u.fields.get("limit") for u in server.users.users] == ["1 requests/day"]
     with pytest.raises(ValueError, match="expected a limit such as"):
         Server(KEY, default_limit=limit or "none")
 
 
-@flow
-async def test_a_user_has_only_its_own_models(tmp_path):
-    async with Upstream() as upstream:
-        controller = upstream.controller(models=["o1", "gpt-4o", "gpt-4o-mini"])
-        async with serving(tmp_path, controller) as server:
-            models = ["gpt-4o*", "o1[1m]"]  # only * is no letter of a name
-            user = await server.users.add(models=models)
-            assert user.may_use("o1[1m]") and not user.may_use("o11")
-            token = user.token
-            assert (await chat(server, key=token, model="gpt-4o")).status == 200
-            reply = await chat(server, key=token, model="o1")
-            assert reply.status == 404
-            assert chat_error(reply)["code"] == "model_not_found"
-            reply = await ask(server.port, "GET", "/v1/models", key=token)
-            names = [model["id"] for model in reply.json()["data"]]
-            assert names == ["gpt-4o", "gpt-4o-mini"]
-            reply = await ask(server.port, "POST", "/api/ask", {"content": "x"}, token)
-            assert reply.status == 200
-            assert upstream.requests[-1].json()["model"] == "gpt-4o"
+@flow(behave=None, controller={"models": ["o1", "gpt-4o", "gpt-4o-mini"]})
+async def test_a_user_has_only_its_own_models(server, upstream):
+    user = await server.users.add(models=["gpt-4o*", "o1[1m]"])
+    assert user.may_use("o1[1m]") and not user.may_use("o11")  # only * is no letter
+    token = user.token
+    assert (await chat(server, key=token, model="gpt-4o")).status == 200
+    reply = await chat(server, key=token, model="o1")
+    assert reply.status == 404 and chat_error(reply)["code"] == "model_not_found"
+    reply = await ask(server.port, "GET", "/v1/models", key=token)
+    names = [model["id"] for model in reply.json()["data"]]
+    assert names == ["gpt-4o", "gpt-4o-mini"]
+    assert (await handler_ask(server.port, key=token)).status == 200
+    assert upstream.requests[-1].json()["model"] == "gpt-4o"
 
 
 @flow
-async def test_a_token_ends_with_its_time_and_a_rotated_one_with_its(
-    server, monkeypatch
-):
-    clock = [1_800_000_000.0]
+async def test_a_token_ends_with_its_time_and_a_rotated_one_with_its(server, clock):
     users = server.users
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
-    ending = await users.add(expires="2027-01-15T08:01:00Z")  # in a minute
+    ending = await users.add(expires="2026-11-27T12:01:00Z")  # in a minute
     old = await users.add(name="ada")
     new = await users.update(old.user_id, {"rotate": 60})
     tokens = (ending.token, old.token, new.token)
@@ -10155,7 +9990,7 @@ async def test_a_token_ends_with_its_time_and_a_rotated_one_with_its(
     clock[0] += 61
     assert [await models_status(server, t) for t in tokens] == [401, 401, 200]
     reply = await ask(server.port, "GET", "/v1/models", key=ending.token)
-    assert "expired at 2027-01-15" in chat_error(reply)["message"]
+    assert "expired at 2026-11-27" in chat_error(reply)["message"]
     headers = [("x-api-key", new.token)]
     reply = await ask(server.port, "GET", "/v1/models", None, ending.token, headers)
     assert reply.status == 200  # of several tokens the first that is good
@@ -10258,47 +10093,37 @@ async def test_a_hostile_name_is_one_plain_cell_and_no_label(tmp_path, model, to
 @flow
 async def test_a_stream_left_early_is_counted_as_far_as_it_came(server):
     token = (await server.users.add()).token
-    body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02")
-    url = {
-        "url": "data:image/png;base64," + "iVBOR/0K" * 2000
-    }  # its bytes are no tokens
-    image = {"role": "user", "content": [{"type": "image_url", "image_url": url}]}
-    async with Client(server.port) as client:
-        body = {**body, "stream": True, "messages": [*body["messages"], image]}
-        client.send(request_bytes("POST", CHAT_URL, body, token))
-        await client.read_head()
-        await client.read_chunk()
+    model = "mock/text?text=abcdefgh&pieces=8&delay=0.02"
+    body = chat_body(model=model, stream=True)
+    image = {"url": "data:image/png;base64," + "iVBOR/0K" * 2000}  # no tokens
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": image}]}
+    body["messages"].append(image)
+    async with posting(server, body, key=token) as client:
+        await client.first_chunk()
     await until(lambda: not server.requests_in_flight)
     total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
     assert total["requests"] == 1 and 0 < total["output"] < 8
     assert 0 < total["input"] < 100
 
 
-@flow
-async def test_metrics_are_for_monitors_and_their_labels_bounded(tmp_path):
-    async with Upstream() as upstream:
-        controller = upstream.controller(name="up", models=["m"])
-        async with serving(tmp_path, controller) as server:
-            monitor = (await server.users.add(role="monitor")).token
-            user = (await server.users.add(name="someone")).token
-            await chat(server)
-            await chat(server, key=user, model='evil"\n{}')
-            port = server.port
-            statuses = [
-                (await ask(port, "GET", "/metrics", key=key)).status
-                for key in ("", user, monitor)
-            ]
-            assert statuses == [401, 403, 200]
-            assert (await chat(server, key=monitor)).status == 403
-            text = (await ask(port, "GET", "/metrics")).content.decode()
-            assert "evil" not in text and "someone" not in text
-            prefix = "chatgpt_apiserver_"
-            sample = 'tokens_total{model="m",controller="up",type="output"} 4\n'
-            assert prefix + sample in text
-            assert (
-                prefix + 'controller_state{controller="up",state="ready"} 1\n' in text
-            )
-            assert re.search('requests_total.*model="other",status="404"} 1\n', text)
+@flow(behave=None, controller={"name": "up", "models": ["m"]})
+async def test_metrics_are_for_monitors_and_their_labels_bounded(server, upstream):
+    monitor = (await server.users.add(role="monitor")).token
+    user = (await server.users.add(name="someone")).token
+    await chat(server)
+    await chat(server, key=user, model='evil"\n{}')
+    replies = [
+        await ask(server.port, "GET", "/metrics", key=key)
+        for key in ("", user, monitor)
+    ]
+    assert [reply.status for reply in replies] == [401, 403, 200]
+    assert (await chat(server, key=monitor)).status == 403
+    text, prefix = replies[-1].content.decode(), "chatgpt_apiserver_"
+    assert "evil" not in text and "someone" not in text
+    sample = 'tokens_total{model="m",controller="up",type="output"} 4\n'
+    assert prefix + sample in text
+    assert prefix + 'controller_state{controller="up",state="ready"} 1\n' in text
+    assert re.search('requests_total.*model="other",status="404"} 1\n', text)
 
 
 @flow
@@ -10388,13 +10213,10 @@ async def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(server):
         assert connection.unsent < 2 * len(apiserver.own_source()[0])
 
 
-@cases(
-    "line, kept",
-    ("HTTP/1.1\r\nHost: x", True),
-    ("HTTP/1.1\r\nHost: x\r\nConnection: close", False),
-    ("HTTP/1.0", False),
-    ("HTTP/1.0\r\nConnection: keep-alive", True),
-)
+@cases("line, kept",
+    ("HTTP/1.1\r\nHost: x", True), ("HTTP/1.1\r\nHost: x\r\nConnection: close", False),
+    ("HTTP/1.0", False), ("HTTP/1.0\r\nConnection: keep-alive", True),
+)  # fmt: skip
 @flow
 async def test_connection_is_kept_or_closed_as_the_client_wants(client, line, kept):
     client.send(f"GET /health {line}\r\n\r\n".encode())
@@ -10571,20 +10393,15 @@ async def test_idle_connection_is_closed_without_a_word(server):
 
 
 @cases("chunked_body", False, True)
-@cases(
-    "path, limit",
-    ("/v1/chat/completions", "content_size"),
-    ("/v1/embeddings", "content_size"),
-    ("/api/ask", "ask_content_size"),
-    ("/admin/users/add", "admin_content_size"),
-)
+@cases("path, limit",
+    ("/v1/chat/completions", "content_size"), ("/v1/embeddings", "content_size"),
+    ("/api/ask", "ask_content_size"), ("/admin/users/add", "admin_content_size"),
+)  # fmt: skip
 @flow
 async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body, constant):
     """At the limit it is read, one byte more is 413."""
-
-    limits = Limits(**{limit: 1000})
     constant(LINGER_TIMEOUT=0.05)
-    async with serving(tmp_path, limits=limits) as server:
+    async with serving(tmp_path, limits=Limits(**{limit: 1000})) as server:
         for size, status in ((999, 400), (1000, 400), (1001, 413)):
             body, headers = b"x" * size, []
             if chunked_body:
@@ -10625,46 +10442,40 @@ async def test_content_that_is_only_announced_takes_no_room(server):
         assert (await ask(server.port, "POST", "/api/ask", body)).status == 503
 
 
-@cases(
-    "trickles, limits",
-    (False, {"content_read_timeout": 0.3}),
-    (True, {"content_rate": 10_000}),
+@cases("trickles, limits",
+    (False, {"content_read_timeout": 0.3}), (True, {"content_rate": 10_000}),
     (True, {"content_rate": 0, "request_timeout": 0.3}),
     ids=["silence", "too slow", "too late"],
-)
+)  # fmt: skip
 @cases("chunked_body", False, True)
 @flow
 async def test_slow_content_is_answered_408(
     tmp_path, chunked_body, trickles, limits, constant
 ):
     constant(LINGER_TIMEOUT=0.05, CONTENT_RATE_AFTER=0.2)
-    length = ("Transfer-Encoding", "chunked") if chunked_body else None
-    length = length or ("Content-Length", "100000")
+    length = ("Transfer-Encoding", "chunked")
+    length = length if chunked_body else ("Content-Length", "100000")
+
+    async def trickle():
+        while trickles:
+            client.send(chunked(b"x") if chunked_body else b"x")
+            await asyncio.sleep(0.02)
+
     async with serving(tmp_path, limits=Limits(**limits)) as server:
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", "/api/ask", headers=[length]))
-
-            async def trickle():
-                while trickles:
-                    client.send(chunked(b"x") if chunked_body else b"x")
-                    await asyncio.sleep(0.02)
-
+        async with posting(server, None, "/api/ask", headers=[length]) as client:
             async with beside(trickle()):
                 reply = await asyncio.wait_for(client.read_reply(), 5)
-            assert reply.status == 408
-            assert reply.headers["connection"] == "close"
+            assert reply.status == 408 and reply.headers["connection"] == "close"
             assert not server.content_size
 
 
 @flow
-async def test_refusal_can_be_read_while_the_client_still_sends(client):
+async def test_refusal_can_be_read_while_the_client_still_sends(server):
     """No RST overtakes the answer."""
-    body = b"x" * 250_000
-    client.send(request_bytes("POST", "/admin/users/add", body))
-    await asyncio.sleep(0.1)
-    reply = await client.read_reply()
-    assert reply.status == 413
-    assert await client.reader.read() == b""
+    async with posting(server, b"x" * 250_000, "/admin/users/add") as client:
+        await asyncio.sleep(0.1)
+        assert (await client.read_reply()).status == 413
+        assert await client.reader.read() == b""
 
 
 @flow(behave=http_reply(completion("x" * 12_000_000)))
@@ -10676,53 +10487,34 @@ async def test_a_slow_client_gets_the_whole_answer_before_the_end(server, consta
     with await slow_socket(server.port, data) as sock:
         await until(lambda: server.pool.controllers[-1].tokens)
         await asyncio.sleep(0.3)  # longer than LINGER_TIMEOUT
-        while True:
-            piece = await loop.sock_recv(sock, 1 << 20)
-            if not piece:
-                break
+        while piece := await loop.sock_recv(sock, 1 << 20):
             size += len(piece)
     assert size > 12_000_000
 
 
-SMUGGLED = "GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-@cases(
-    "head",
-    "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 5",
-    "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
-    "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity",
-    "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding : chunked",
-    "POST / HTTP/1.0\r\nTransfer-Encoding: chunked",
-    "GET / HTTP/1.1\r\nHost: x\r\nX: a\r\n b",
-    "GET / HTTP/2.0\r\nHost: x",
+CHUNKED_POST = (
+    f"POST /api/ask HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\n"
+    "Transfer-Encoding: chunked\r\n\r\n"
 )
-@flow
-async def test_smuggled_request_is_never_read(server, head, constant):
-    """One answer, then the end."""
-    constant(LINGER_TIMEOUT=0.05)
-    data = f"{head}\r\n\r\n0\r\n\r\n{SMUGGLED}".encode()
-    answers = handler_split(await raw(server.port, data))
-    assert len(answers) == 1
-    assert answers[0][0] in (400, 501, 505)
-    assert isinstance(json.loads(answers[0][1])["error"], str)
 
 
-@cases(
-    "content",
-    "5\r\nhello\n0\r\n\r\n",
-    "0x5\r\nhello\r\n0\r\n\r\n",
-    "-1\r\n\r\n",
-    "5;a\nb\r\n",
-)
+@cases("data, status",
+    ("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+     400),
+    ("GET / HTTP/2.0\r\nHost: x\r\n", 505), (CHUNKED_POST + "5\r\nhello\n0\r\n", 400),
+    (CHUNKED_POST + "5;a\nb\r\n", 400),
+)  # fmt: skip
 @flow
-async def test_nothing_is_read_behind_a_broken_chunk(server, content, constant):
+async def test_a_request_behind_a_broken_one_is_never_read(
+    server, constant, data, status
+):
+    """One answer, then the end; what is broken is told by the tests of the messages."""
     constant(LINGER_TIMEOUT=0.05)
-    coding = [("Transfer-Encoding", "chunked")]
-    head = request_bytes("POST", "/api/ask", b"", headers=coding)
-    data = head + content.encode() + SMUGGLED.encode()
-    answers = handler_split(await raw(server.port, data))
-    assert [status for status, _ in answers] == [400]
+    smuggled = "\r\n0\r\n\r\nGET /status HTTP/1.1\r\nHost: x\r\n\r\n"
+    ((told, content),) = handler_split(
+        await raw(server.port, (data + smuggled).encode())
+    )
+    assert told == status and isinstance(json.loads(content)["error"], str)
 
 
 JSON_BODIES = [
@@ -10754,22 +10546,17 @@ async def test_odd_json_is_refused_and_never_an_internal_error(client, path):
         assert reply.json()["error"]
 
 
-@cases(
-    "content", "\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]'
-)
+@cases("content",
+    "\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]'
+)  # fmt: skip
 @flow
 async def test_odd_text_is_served(server, content):
     """Lone surrogates, a megabyte, control characters."""
-    chat = {**CHAT, "model": "mock/echo"}
-    chat["messages"] = [{"role": "user", "content": content}]
-    reply = await ask(server.port, "POST", CHAT_URL, chat)
-    message = reply.json()["choices"][0]["message"]
-    assert message["content"] == content
-    reply = await ask(server.port, "POST", CHAT_URL, {**chat, "stream": True})
-    events = reply.events()
-    deltas = [json.loads(event)["choices"][0] for event in events[:-1]]
-    said = "".join(choice["delta"].get("content", "") for choice in deltas)
-    assert said == content and events[-1] == "[DONE]"
+    assert chat_text(await echo(server, content)) == content
+    *events, done = (await echo(server, content, stream=True)).events()
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content", "") for delta in deltas) == content
+    assert done == "[DONE]"
 
 
 @flow
@@ -10815,18 +10602,14 @@ async def test_bug_in_a_route_is_told_by_its_request_id_alone(
 @flow
 async def test_upgrade_to_what_is_not_spoken_is_ignored(server, upstream):
     """H2c."""
-    upgrade = [
-        ("Connection", "Upgrade, HTTP2-Settings"),
-        ("Upgrade", "h2c"),
-        ("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA"),
-    ]
+    upgrade = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")]
+    upgrade.append(("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA"))
     reply = await ask(server.port, "GET", "/status", headers=upgrade)
     assert reply.status == 200
     reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=upgrade)
     assert reply.status == 200
     [asked] = chats(upstream)
-    assert "http2-settings" not in asked.headers
-    assert "upgrade" not in asked.headers
+    assert not {"http2-settings", "upgrade"} & set(asked.headers)
 
 
 @flow
@@ -10847,11 +10630,7 @@ async def test_handshake_with_content_is_refused(server):
 async def test_bytes_behind_a_handshake_are_its_first_frame(server, client):
     hello = json.dumps({"id": "early-bird", "message": "Connection id"})
     frame = apiserver.WebSocketProtocol(CLIENT).send(hello)
-    headers = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
-    headers += [("Sec-WebSocket-Version", "13")]
-    headers += [("Sec-WebSocket-Key", apiserver.handshake_key())]
-    request = request_bytes("GET", "/client/register", headers=headers)
-    client.send(request + frame)
+    client.send(handler_handshake("/client/register") + frame)
     assert (await client.read_head())[0] == 101
     await until(lambda: "early-bird" in server.agents)
 
@@ -10874,11 +10653,11 @@ async def test_request_id_is_the_clients_own_if_it_can_be(server, own, kept):
         assert own not in seen and len(seen) == 3
 
 
-CLIMBING_PATHS = "/v1/../x /v1/a/.. /v1/%2e%2e/x /v1/.%2E /v1/./x /v1/..;/x /v1/..\\x"
-CLIMBING_PATHS += " /v1/..%5cx /v1/%252e%252e/x /v1/a/..;b /v1/../admin/users"
-CLIMBING_PATHS += " /v1//../admin/users /v1/v1/../../admin/users"
-SECOND_FORMS = "/admin//users /admin/users/ //admin/users /health/ //health /api//ask"
-SECOND_FORMS += " /client//register"
+CLIMBING_PATHS = """/v1/../x /v1/a/.. /v1/%2e%2e/x /v1/.%2E /v1/./x /v1/..;/x /v1/..\\x
+    /v1/..%5cx /v1/%252e%252e/x /v1/a/..;b /v1/../admin/users /v1//../admin/users
+    /v1/v1/../../admin/users"""
+SECOND_FORMS = """/admin//users /admin/users/ //admin/users /health/ //health /api//ask
+    /client//register"""
 
 
 @flow
@@ -10890,11 +10669,7 @@ async def test_path_climbs_nowhere(server, upstream):
             reply = await ask(server.port, method, path, body)
             assert reply.status == 404, path
     assert chats(upstream) == []
-
-
-@flow
-async def test_too_many_query_fields_are_no_internal_error(server):
-    for path in ("/admin/users?", "/admin/controllers?"):
+    for path in ("/admin/users?", "/admin/controllers?"):  # too many query fields
         reply = await ask(server.port, "GET", path + "a&" * 500, key="")
         assert reply.status in (400, 401)
 
@@ -10917,12 +10692,9 @@ async def test_reset_between_refusal_and_close_leaves_no_trace(
 # --- Trust
 
 
-@cases(
-    "fields, answer",
-    ([("Authorization", "KEY")], 200),
-    ([("authorization", "bearer   KEY")], 200),
-    ([("x-api-key", "KEY")], 200),
-    ([("api-key", "KEY")], 200),
+@cases("fields, answer",
+    ([("Authorization", "KEY")], 200), ([("authorization", "bearer   KEY")], 200),
+    ([("x-api-key", "KEY")], 200), ([("api-key", "KEY")], 200),
     ([("x-goog-api-key", "KEY")], 200),
     ([("Authorization", "Bearer oauth"), ("x-api-key", "KEY")], 200),
     ([("Authorization", "Basic eDp5"), ("x-goog-api-key", "KEY")], 200),
@@ -10933,7 +10705,7 @@ async def test_reset_between_refusal_and_close_leaves_no_trace(
     ([("Authorization", "Bearer KE")], "Invalid API key"),
     ([("Authorization", "")], "API key not provided"),
     ([("Cookie", "KEY")], "API key not provided"),
-)
+)  # fmt: skip
 @flow
 async def test_credential_travels_in_several_forms(server, fields, answer):
     body = {"content": "hi", "model": "mock/echo"}
@@ -10985,13 +10757,17 @@ async def test_each_role_may_do_what_it_may(server):
         ("GET", "/admin/controllers", None, 403, 403),
         ("POST", "/admin/controllers/enable", {"name": "mock"}, 403, 403),
         ("POST", "/admin/controllers/disable", {"name": "mock"}, 403, 403),
+        ("GET", "/admin/status", None, 403, 403),
+        ("POST", "/admin/requests/cancel", {"request_id": "x"}, 403, 403),
+        ("GET", "/admin/usage?by=model", None, 403, 403),
         ("GET", "/client/register", None, 403, 400),
     ]
-    for method, path, body, as_user, as_agent in table:
-        reply = await ask(server.port, method, path, body, user)
-        assert (path, reply.status) == (path, as_user)
-        reply = await ask(server.port, method, path, body, agent)
-        assert (path, reply.status) == (path, as_agent)
+    for method, path, body, *statuses in table:
+        for key, status in zip((user, agent), statuses):
+            reply = await ask(server.port, method, path, body, key)
+            assert (path, reply.status) == (path, status)
+        if path.startswith("/admin"):
+            assert (await ask(server.port, method, path, body, "wrong")).status == 401
 
 
 @flow
@@ -11026,29 +10802,21 @@ async def test_no_number_of_wrong_keys_locks_anybody_out(client):
 
 
 NOT_LOCAL = [
-    ("Origin", "https://evil.example"),
-    ("Origin", "null"),
-    ("Origin", "http://localhost:8080"),
-    ("Origin", "https://chatgpt.com.evil.example"),
-    ("Host", "rebound.example:8080"),
-    ("Host", "localhost.evil.example"),
-    ("Host", "192.0.2.2"),
-    ("Host", "127.0.0.1.evil.example"),
-    ("Forwarded", "for=192.0.2.1"),
-    ("X-Forwarded-For", "127.0.0.1"),
-    ("X-Real-IP", "127.0.0.1"),
-    ("via", ""),
-]
+    ("Origin", "https://evil.example"), ("Origin", "null"),
+    ("Origin", "http://localhost:8080"), ("Origin", "https://chatgpt.com.evil.example"),
+    ("Host", "rebound.example:8080"), ("Host", "localhost.evil.example"),
+    ("Host", "192.0.2.2"), ("Host", "127.0.0.1.evil.example"),
+    ("Forwarded", "for=192.0.2.1"), ("X-Forwarded-For", "127.0.0.1"),
+    ("X-Real-IP", "127.0.0.1"), ("via", ""),
+]  # fmt: skip
 
 
-def handler_handshake(path, *fields, host="localhost"):
+def handler_handshake(path, *fields):
     """A websocket handshake in bytes, its Host perhaps given in fields."""
+    fields = {"Host": "localhost", **dict(fields)}
     lines = [f"GET {path} HTTP/1.1", "Upgrade: websocket", "Connection: Upgrade"]
-    lines += ["Sec-WebSocket-Version: 13"]
-    lines += [f"Sec-WebSocket-Key: {apiserver.handshake_key()}"]
-    if "Host" not in [name for name, _ in fields]:
-        lines.append(f"Host: {host}")
-    lines += [f"{name}: {value}" for name, value in fields]
+    lines += ["Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {handshake_key()}"]
+    lines += [f"{name}: {value}" for name, value in fields.items()]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
@@ -11061,19 +10829,17 @@ async def handler_status(port, request, host="127.0.0.1"):
 @cases("field", *NOT_LOCAL, ids=": ".join)
 @flow
 async def test_only_this_machines_user_needs_no_key(server, log, field):
-    port = server.port
-    handshake = handler_handshake("/client/register", field)
-    assert await handler_status(port, handshake) == 403
-    assert "/k/<token>" in log.text
     key = ("Authorization", f"Bearer {KEY}")
-    handshake = handler_handshake("/client/register", field, key)
-    assert await handler_status(port, handshake) == 101
-    handshake = handler_handshake(f"/k/{KEY}/client/register", field)
-    assert await handler_status(port, handshake) == 101
-    listing = handler_handshake("/api/connections", field)
-    assert await handler_status(port, listing) in (401, 403)
-    listing = handler_handshake("/api/connections", field, key)
-    assert await handler_status(port, listing) == 200
+    for path, fields, statuses in (
+        ("/client/register", (), (403,)),
+        ("/client/register", (key,), (101,)),
+        (f"/k/{KEY}/client/register", (), (101,)),
+        ("/api/connections", (), (401, 403)),
+        ("/api/connections", (key,), (200,)),
+    ):
+        handshake = handler_handshake(path, field, *fields)
+        assert await handler_status(server.port, handshake) in statuses
+    assert "/k/<token>" in log.text
 
 
 @cases("field",
@@ -11092,33 +10858,29 @@ async def test_this_machines_user_needs_no_key(server, field):
         assert await handler_status(server.port, handshake) == 401
 
 
-def test_loopback_in_every_spelling():
-    for address in ("127.0.0.1", "::1", "::ffff:127.0.0.1", "[::1]", "localhost"):
-        assert apiserver.is_loopback(address)
-    for address in ("", "192.0.2.2", "::ffff:192.0.2.2", "::", "0.0.0.0", "fd00::2"):
-        assert not apiserver.is_loopback(address)
-
-
-def handler_other_address():
-    """An address of this machine that is not loopback; skips where there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect(("192.0.2.1", 9))  # sends nothing
-            address = sock.getsockname()[0]
-        except OSError:
-            address = "127.0.0.1"
-    if apiserver.is_loopback(address):
-        pytest.skip("this machine has no other address")
-    return address
+@cases("addresses, here",
+    ("127.0.0.1 ::1 ::ffff:127.0.0.1 [::1] localhost", True),
+    ("192.0.2.2 ::ffff:192.0.2.2 :: 0.0.0.0 fd00::2", False),
+)  # fmt: skip
+def test_loopback_in_every_spelling(addresses, here):
+    for address in addresses.split():
+        assert apiserver.is_loopback(address) is here
+    assert not apiserver.is_loopback("")
 
 
 @flow
 async def test_peer_at_another_address_is_not_this_machine(server):
     """The peer's address decides, whatever the request says."""
-    address = handler_other_address()
+    address = "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        with contextlib.suppress(OSError):
+            sock.connect(("192.0.2.1", 9))  # sends nothing
+            address = sock.getsockname()[0]
+    if apiserver.is_loopback(address):
+        pytest.skip("this machine has no other address")
 
-    async def status(port, request):
-        sock = socket.create_connection(("127.0.0.1", port), 5, (address, 0))
+    async def status(request):
+        sock = socket.create_connection(("127.0.0.1", server.port), 5, (address, 0))
         reader, writer = await asyncio.open_connection(sock=sock)
         writer.write(request)
         head = await reader.readuntil(b"\r\n\r\n")
@@ -11127,10 +10889,9 @@ async def test_peer_at_another_address_is_not_this_machine(server):
 
     for path, refused in (("/client/register", 403), ("/api/connections", 401)):
         handshake = handler_handshake(path)
-        assert await status(server.port, handshake) == refused
+        assert await status(handshake) == refused
         assert await handler_status(server.port, handshake) in (101, 200)
-    handshake = handler_handshake(f"/k/{KEY}/client/register")
-    assert await status(server.port, handshake) == 101
+    assert await status(handler_handshake(f"/k/{KEY}/client/register")) == 101
 
 
 @flow
@@ -11142,44 +10903,38 @@ async def test_http_1_0_is_a_proxys_and_not_this_machines_user(server):
         assert (await raw(server.port, request)).split()[1] == status
 
 
-@cases(
-    "auth, near, far, listing",
-    ("local", 101, 403, 200),
-    ("key", 401, 401, 401),
-    ("open", 101, 101, 200),
-)
+@cases("auth, near, far, listing",
+    ("local", 101, 403, 200), ("key", 401, 401, 401), ("open", 101, 101, 200)
+)  # fmt: skip
 @flow
 async def test_who_may_register_without_a_key(tmp_path, auth, near, far, listing):
+    origin = ("Origin", "https://evil.example")
     async with serving(tmp_path, agents_auth=auth) as server:
-        path = "/client/register"
-        origin = ("Origin", "https://evil.example")
-        assert await handler_status(server.port, handler_handshake(path)) == near
-        foreign = handler_handshake(path, origin)
-        assert await handler_status(server.port, foreign) == far
-        reply = await ask(server.port, "GET", "/api/connections", key="")
-        assert reply.status == listing
-        reply = await ask(server.port, "GET", "/api/connections", None, "", [origin])
-        assert reply.status == 401
+        for path, fields, status in (
+            ("/client/register", (), near),
+            ("/client/register", (origin,), far),
+            ("/api/connections", (), listing),
+            ("/api/connections", (origin,), 401),
+        ):
+            handshake = handler_handshake(path, *fields)
+            assert await handler_status(server.port, handshake) == status
 
 
-@flow
-async def test_no_secret_reaches_the_log(tmp_path):
-    log = Log()
-    async with relaying(tmp_path, log=log, verbose=True) as (server, _):
-        user = await handler_add_user(server.port, name="Ada")
-        token = user["token"]
-        chat = {**CHAT, "messages": [{"role": "user", "content": "PROMPT"}]}
-        await ask(server.port, "POST", CHAT_URL, chat, token)
-        await ask(server.port, "GET", f"/admin/users?admin_key={KEY}")
-        await ask(server.port, "GET", "/admin/users?admin_key=WRONGKEY")
-        await ask(server.port, "GET", f"/k/{token}/v1/models?x={token}")
-        await ask(server.port, "POST", CHAT_URL, chat, "WRONGKEY")
-        body = {"user_id": user["user_id"]}
-        await ask(server.port, "POST", "/admin/users/delete", body)
-        await until(lambda: "delete" in log.text)
+@flow(behave=None, verbose=True)
+async def test_no_secret_reaches_the_log(server, upstream, log):
+    user = await handler_add_user(server.port, name="Ada")
+    token = user["token"]
+    await chat(server, "PROMPT", token)
+    await ask(server.port, "GET", f"/admin/users?admin_key={KEY}")
+    await ask(server.port, "GET", "/admin/users?admin_key=WRONGKEY")
+    await ask(server.port, "GET", f"/k/{token}/v1/models?x={token}")
+    await chat(server, "PROMPT", "WRONGKEY")
+    body = {"user_id": user["user_id"]}
+    await ask(server.port, "POST", "/admin/users/delete", body)
+    await until(lambda: "delete" in log.text)
     for secret in (KEY, token, "PROMPT", "WRONGKEY", "UPSTREAMSECRET"):
         assert secret not in log.text
-    assert " Ada POST /v1/chat/completions 200 m up-" in log.text
+    assert " Ada POST /v1/chat/completions 200 m up0 " in log.text
 
 
 # --- The ask API
@@ -11191,37 +10946,30 @@ async def handler_ask(port, content="Hello", key=KEY, **fields):
 
 @flow
 async def test_ask_is_answered_by_an_agent(server, agent):
-    asking = asyncio.ensure_future(
-        handler_ask(server.port, conversation_id="<optional>", parent_id="<optional>")
-    )
-    id, data = await agent.request()
-    assert list(data) == ["message_id", "conversation_id", "parent_id", "content"]
-    assert data["content"] == "Hello" and data["conversation_id"] == ""
-    assert UUID_FORM.fullmatch(data["message_id"])
-    assert UUID_FORM.fullmatch(data["parent_id"])
-    await agent.reply(id, "Hi", "conv", "resp")
-    reply = await asking
+    ids = {"conversation_id": "<optional>", "parent_id": "<optional>"}
+    async with beside(handler_ask(server.port, **ids)) as asking:
+        id, data = await agent.request()
+        assert list(data) == ["message_id", "conversation_id", "parent_id", "content"]
+        assert data["content"] == "Hello" and data["conversation_id"] == ""
+        assert UUID_FORM.fullmatch(data["message_id"])
+        assert UUID_FORM.fullmatch(data["parent_id"])
+        await agent.reply(id, "Hi", "conv", "resp")
+        reply = await asking
     assert reply.status == 200
     assert list(reply.json().items()) == [
-        ("id", ""),
-        ("response_id", "resp"),
-        ("conversation_id", "conv"),
-        ("content", "Hi"),
-        ("error", ""),
-    ]
-    asking = asyncio.ensure_future(
-        handler_ask(server.port, conversation_id="conv", parent_id="resp")
-    )
-    id, data = await agent.request()
-    assert (data["conversation_id"], data["parent_id"]) == ("conv", "resp")
-    await agent.reply(id, "Ho", "conv", "resp2")
-    assert (await asking).json()["content"] == "Ho"
+        ("id", ""), ("response_id", "resp"), ("conversation_id", "conv"),
+        ("content", "Hi"), ("error", ""),
+    ]  # fmt: skip
+    ids = {"conversation_id": "conv", "parent_id": "resp"}
+    async with beside(handler_ask(server.port, **ids)) as asking:
+        id, data = await agent.request()
+        assert (data["conversation_id"], data["parent_id"]) == ("conv", "resp")
+        await agent.reply(id, "Ho", "conv", "resp2")
+        assert (await asking).json()["content"] == "Ho"
 
 
-@cases(
-    "body, status, text",
-    (b"{", 400, "JSON"),
-    ({"content": ""}, 400, "content"),
+@cases("body, status, text",
+    (b"{", 400, "JSON"), ({"content": ""}, 400, "content"),
     ({"content": ["x"]}, 400, "content"),
     ({"content": "x", "conversation_id": "c"}, 400, "together"),
     ({"content": "x", "parent_id": "p"}, 400, "together"),
@@ -11232,7 +10980,7 @@ async def test_ask_is_answered_by_an_agent(server, agent):
     ({"content": "x", "conversation_id": None, "parent_id": ""}, 503, "No ava"),
     ({"content": "x", "model": "mock/500"}, 500, "fails"),
     ({"content": "x", "model": "mock/429"}, 429, "busy"),
-)
+)  # fmt: skip
 @flow
 async def test_ask_says_what_is_wrong(server, body, status, text):
     began = time.monotonic()
@@ -11252,44 +11000,45 @@ async def test_ask_waits_a_moment_for_an_agent_that_has_just_left(server):
             assert (await asking).json()["content"] == "echo:Hello"
 
 
-@flow
-async def test_conversation_here_can_branch(tmp_path):
-    """Upstreams keep none: the messages on the way to parent_id are sent along."""
-    odd = completion(response_id="x", error=None)  # and is still an upstream's
-    async with relaying(tmp_path, http_reply(odd)) as (server, upstream):
+@flow(behave=http_reply(completion(response_id="x", error=None)))
+async def test_conversation_here_can_branch(server, upstream):
+    """Upstreams keep none: the messages on the way to parent_id are sent along.
 
-        async def say(content, conversation_id="", parent_id=""):
-            ids = {"conversation_id": conversation_id, "parent_id": parent_id}
-            reply = await handler_ask(server.port, content, **ids, model="m")
-            assert reply.status == 200, reply.content
-            answer = reply.json()
-            names = ["id", "response_id", "conversation_id", "content", "error"]
-            assert list(answer) == names and answer["content"] == "Hi there"
-            sent = chats(upstream)[-1]
-            assert sent.line.startswith("POST /v1/chat/completions ")
-            assert sent.json()["model"] == "m"
-            words = [m["content"] for m in sent.json()["messages"]]
-            return answer["conversation_id"], answer["response_id"], words
+    What looks like an answer of this API is still an upstream's.
+    """
 
-        talk, first, sent = await say("one")
-        assert UUID_FORM.fullmatch(talk) and UUID_FORM.fullmatch(first)
-        assert sent == ["one"]
-        same, second, sent = await say("two", talk, first)
-        assert same == talk and sent == ["one", "Hi there", "two"]
-        _, _, sent = await say("branch", talk, first)
-        assert sent == ["one", "Hi there", "branch"]
-        _, _, sent = await say("three", talk, second)
-        assert sent == ["one", "Hi there", "two", "Hi there", "three"]
-        ids = {"conversation_id": talk, "parent_id": str(uuid.uuid4())}
-        assert (await handler_ask(server.port, **ids)).status == 404
+    async def say(content, conversation_id="", parent_id=""):
+        ids = {"conversation_id": conversation_id, "parent_id": parent_id}
+        reply = await handler_ask(server.port, content, **ids, model="m")
+        assert reply.status == 200, reply.content
+        answer = reply.json()
+        names = ["id", "response_id", "conversation_id", "content", "error"]
+        assert list(answer) == names and answer["content"] == "Hi there"
+        sent = chats(upstream)[-1]
+        assert sent.line.startswith("POST /v1/chat/completions ")
+        assert sent.json()["model"] == "m"
+        words = [m["content"] for m in sent.json()["messages"]]
+        return answer["conversation_id"], answer["response_id"], words
+
+    talk, first, sent = await say("one")
+    assert UUID_FORM.fullmatch(talk) and UUID_FORM.fullmatch(first)
+    assert sent == ["one"]
+    same, second, sent = await say("two", talk, first)
+    assert same == talk and sent == ["one", "Hi there", "two"]
+    _, _, sent = await say("branch", talk, first)
+    assert sent == ["one", "Hi there", "branch"]
+    _, _, sent = await say("three", talk, second)
+    assert sent == ["one", "Hi there", "two", "Hi there", "three"]
+    ids = {"conversation_id": talk, "parent_id": str(uuid.uuid4())}
+    assert (await handler_ask(server.port, **ids)).status == 404
 
 
 @flow
 async def test_conversation_belongs_to_who_began_it(server):
-    other = (await handler_add_user(server.port))["token"]
-    reply = await handler_ask(server.port, model="mock/echo")
-    ids = {key: reply.json()[key] for key in ("conversation_id", "response_id")}
-    ids["parent_id"] = ids.pop("response_id")
+    other = await add_user(server)
+    begun = (await handler_ask(server.port, model="mock/echo")).json()
+    ids = {"conversation_id": begun["conversation_id"]}
+    ids["parent_id"] = begun["response_id"]
     reply = await handler_ask(server.port, key=other, model="mock/echo", **ids)
     assert reply.status == 404
     assert reply.json() == {"error": "Conversation doesn't exist"}
@@ -11301,20 +11050,17 @@ async def test_conversation_belongs_to_who_began_it(server):
 @flow
 async def test_conversations_are_bounded(tmp_path, limit):
     """The least recently used go first."""
-
     async with serving(tmp_path, limits=Limits(**limit)) as server:
 
-        async def go_on(talk):
-            ids = {"conversation_id": talk[0], "parent_id": talk[1]}
-            reply = await handler_ask(server.port, "x", model="mock/echo", **ids)
-            return reply.status
+        async def say(**ids):
+            return await handler_ask(server.port, "x", model="mock/echo", **ids)
 
-        talks = []
-        for _ in range(3):
-            body = (await handler_ask(server.port, "x", model="mock/echo")).json()
-            talks.append((body["conversation_id"], body["response_id"]))
-        assert await go_on(talks[0]) == 404
-        assert await go_on(talks[2]) == 200
+        begun = [(await say()).json() for _ in range(3)]
+        for number, status in ((0, 404), (2, 200)):
+            parent = begun[number]["response_id"]
+            talk = begun[number]["conversation_id"]
+            reply = await say(conversation_id=talk, parent_id=parent)
+            assert reply.status == status
 
 
 def test_kept_size_of_conversations_is_right_whatever_happens():
@@ -11334,29 +11080,25 @@ def test_kept_size_of_conversations_is_right_whatever_happens():
 @flow
 async def test_a_huge_conversation_id_of_an_agent_is_not_kept(server, agent):
     for size in (200, 201):
-        asking = asyncio.ensure_future(
-            ask(server.port, "POST", "/api/ask", {"content": "Hi"})
-        )
-        id, _ = await agent.request()
-        await agent.reply(id, "Hello", conversation_id="c" * size)
-        assert (await asking).json()["conversation_id"] == "c" * size
+        async with beside(handler_ask(server.port)) as asking:
+            id, _ = await agent.request()
+            await agent.reply(id, "Hello", conversation_id="c" * size)
+            assert (await asking).json()["conversation_id"] == "c" * size
     assert [len(id) for _, id in server.conversations._kept] == [200]
 
 
 @flow
-async def test_conversation_stays_with_its_agent(server, monkeypatch):
+async def test_conversation_stays_with_its_agent(server, constant):
     """Pinned; gone is gone; back with its id is the same agent."""
-    monkeypatch.setattr(apiserver, "AGENT_RETURN_TIMEOUT", 0.05)
+    constant(AGENT_RETURN_TIMEOUT=0.05)
     ids = {"conversation_id": "conv-1", "parent_id": "resp-1"}
     async with Agent(server.port) as first, beside(first.echo()):
         await handler_agents(server, 1)
         assert (await handler_ask(server.port)).status == 200
-        async with Agent(server.port) as second, beside(second.echo()):
+        async with Agent(server.port):  # which answers nothing
             await handler_agents(server, 2)
             for _ in range(4):
-                asked = first.protocol
-                reply = await handler_ask(server.port, **ids)
-                assert reply.status == 200 and asked
+                assert (await handler_ask(server.port, **ids)).status == 200
     async with Agent(server.port) as third, beside(third.echo()):
         await until(lambda: list(server.agents) == [third.id])
         reply = await handler_ask(server.port, **ids)
@@ -11412,26 +11154,25 @@ async def test_conversation_kept_here_may_go_on_at_a_browser_agent(server):
     assert reply.status == 200 and reply.json()["content"] == "three"
 
 
+@cases("models, names, model",
+    (None, ("text-embedding-3-large", "whisper-1", "qwen3", "llama"), "qwen3"),
+    ({"alias": "real"}, (), "real"), (None, (), None),
+)  # fmt: skip
 @flow
-async def test_model_of_an_ask_is_the_first_of_who_answers(tmp_path):
+async def test_model_of_an_ask_is_the_first_of_who_answers(
+    tmp_path, models, names, model
+):
     """Also before its list has come."""
-    answer = http_reply(completion())
-    listed = ("text-embedding-3-large", "whisper-1", "qwen3", "llama")
-    for models, names, model in (
-        (None, listed, "qwen3"),
-        ({"alias": "real"}, (), "real"),
-        (None, (), None),
-    ):
-        behave, options = answers_posts(answer, names), [{"models": models}]
-        async with pool_of(tmp_path, behave, options=options) as (server, (up,), _):
-            reply = await handler_ask(server.port)
-            if model is None:
-                assert reply.status == 400 and "model" in reply.json()["error"]
-                continue
+    behave, options = sends(GOOD_REPLY, models=names), [{"models": models}]
+    async with pool_of(tmp_path, behave, options=options) as (server, (up,), _):
+        reply = await handler_ask(server.port)
+        if model is None:
+            assert reply.status == 400 and "model" in reply.json()["error"]
+        else:
             assert chats(up)[-1].json()["model"] == model
-            if models:
-                reply = await handler_ask(server.port, model="other")
-                assert reply.status == 404 and "other" in reply.json()["error"]
+        if models:
+            reply = await handler_ask(server.port, model="other")
+            assert reply.status == 404 and "other" in reply.json()["error"]
 
 
 # --- Agents
@@ -11509,12 +11250,7 @@ async def test_failed_answer_fails_one_request(server, agent, message, data, mor
 @flow
 async def test_malformed_messages_harm_nobody(server, agent, log):
     messages = [
-        "no JSON",
-        "[]",
-        "5",
-        "null",
-        "",
-        "[" * 100_000,
+        "no JSON", "[]", "5", "null", "", "[" * 100_000,
         '{"message": "ChatGptResponse"}',
         '{"id": {}, "message": "ChatGptResponse", "data": {}}',
         '{"id": [], "message": [], "data": []}',
@@ -11523,9 +11259,8 @@ async def test_malformed_messages_harm_nobody(server, agent, log):
         '{"id": 5, "message": "error", "data": ' + "1" * 5000 + "}",
         '{"id": "x", "message": "Connection id", "data": "again"}',
         '{"id": "\\ud800", "message": "ChatGptResponse", "data": "\\ud800"}',
-        b"\xff\xfe binary",
-        b'{"id": "x", "message": "ping"}',
-    ]
+        b"\xff\xfe binary", b'{"id": "x", "message": "ping"}',
+    ]  # fmt: skip
     async with beside(handler_ask(server.port)) as asking:
         id, _ = await agent.request()
         for message in messages:
@@ -11551,33 +11286,28 @@ async def test_id_that_cannot_be_a_cookie_is_not_taken(server, agent, claimed):
 
 
 @flow
-async def test_agent_that_comes_back_takes_over(tmp_path):
-    async with serving(tmp_path) as server, Agent(server.port) as old:
-        await handler_agents(server, 1)
-        async with Agent(server.port, id=old.id) as new, beside(new.echo()):
-            while (event := await old.event())[0] is not CLOSE:
-                pass
-            assert event[1][0] == 4000
-            assert list(server.agents) == [old.id]
-            reply = await ask(server.port, "GET", "/api/connections")
-            assert [c["Id"] for c in reply.json()["connections"]] == [old.id]
-            assert (await handler_ask(server.port)).status == 200
-            reply = await ask(server.port, "GET", "/admin/controllers")
-            types = [c["type"] for c in reply.json()["controllers"]]
-            assert types.count("agent") == 1
+async def test_agent_that_comes_back_takes_over(server, agent):
+    async with Agent(server.port, id=agent.id) as new, beside(new.echo()):
+        while (event := await agent.event())[0] is not CLOSE:
+            pass
+        assert event[1][0] == 4000
+        assert list(server.agents) == [agent.id]
+        reply = await ask(server.port, "GET", "/api/connections")
+        assert [c["Id"] for c in reply.json()["connections"]] == [agent.id]
+        assert (await handler_ask(server.port)).status == 200
+        reply = await ask(server.port, "GET", "/admin/controllers")
+        types = [c["type"] for c in reply.json()["controllers"]]
+        assert types.count("agent") == 1
 
 
 @flow
-async def test_stranger_does_not_get_a_live_agents_id(tmp_path):
-    async with serving(tmp_path) as server, Agent(server.port) as old:
-        await handler_agents(server, 1)
-        token = (await handler_add_user(server.port, role="agent"))["token"]
-        path = f"/k/{token}/client/register"
-        async with Agent(server.port, path, id=old.id), beside(old.echo()):
-            await handler_agents(server, 2)
-            assert server.agents[old.id].credential == "this machine"
-            stranger = [id for id in server.agents if id != old.id]
-            assert UUID_FORM.fullmatch(stranger[0])
+async def test_stranger_does_not_get_a_live_agents_id(server, agent):
+    token = (await handler_add_user(server.port, role="agent"))["token"]
+    async with Agent(server.port, f"/k/{token}/client/register", id=agent.id):
+        await handler_agents(server, 2)
+        assert server.agents[agent.id].credential == "this machine"
+        [stranger] = [id for id in server.agents if id != agent.id]
+        assert UUID_FORM.fullmatch(stranger)
 
 
 @flow
@@ -11591,8 +11321,7 @@ async def test_one_agent_is_asked_one_thing_at_a_time(server, agent):
     await agent.reply(id, data["content"])
     id, data = await agent.request()
     await agent.reply(id, data["content"])
-    replies = [(await each).json()["content"] for each in asks]
-    assert replies == ["one", "two"]
+    assert [(await each).json()["content"] for each in asks] == ["one", "two"]
 
 
 @flow
@@ -11615,13 +11344,10 @@ async def test_agent_whose_client_has_left_is_busy_until_it_answers(tmp_path, an
     limits = Limits(ask_timeout=10 if answers else 0.5)
     async with serving(tmp_path, limits=limits) as server, Agent(server.port) as agent:
         await handler_agents(server, 1)
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
+        async with posting(server, {"content": "one"}, "/api/ask"):
             id, _ = await agent.request()
         await until(lambda: server.requests_in_flight == 0, 1)
-        reply = await ask(server.port, "GET", "/admin/controllers")
-        [line] = [c for c in reply.json()["controllers"] if c["type"] == "agent"]
-        assert line["state"] == "busy"
+        assert (await states(server))[server.agents[agent.id].name] == "busy"
         async with beside(handler_ask(server.port, "two")) as asking:
             await until(lambda: server.pool.waiting == 1)
             if answers:
@@ -11723,151 +11449,118 @@ async def test_connections_are_listed_as_the_original_did(server):
 async def test_browser_agent_answers_chat_completions(server, agent, stream):
     messages = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+        {"role": "user", "content": text_parts("Hello")},
     ]
-    chat = {"model": "gpt-x", "messages": messages, "stream": stream}
-    async with beside(ask(server.port, "POST", CHAT_URL, chat)) as asking:
+    body = {"model": "gpt-x", "messages": messages, "stream": stream}
+    async with beside(ask(server.port, "POST", CHAT_URL, body)) as asking:
         id, data = await agent.request()
         assert data["content"] == "System: Be brief.\n\nUser: Hello"
         await agent.reply(id, "Hi")
         reply = await asking
-    assert reply.status == 200
     if stream:
         *events, done = reply.events()
         chunks = [json.loads(event) for event in events]
         assert done == "[DONE]"
-        assert all(c["object"] == "chat.completion.chunk" for c in chunks)
+        assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
         said = [c["choices"][0]["delta"].get("content") or "" for c in chunks]
         assert "".join(said) == "Hi" and "usage" not in chunks[-1]
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
     else:
+        assert chat_text(reply) == "Hi"
         body = reply.json()
         names = ["id", "object", "created", "model", "choices", "usage"]
         assert list(body) == names and body["model"] == "gpt-x"
         assert body["id"].startswith("chatcmpl-")
-        [choice] = body["choices"]
-        message = {"role": "assistant", "content": "Hi", "refusal": None}
-        assert choice["message"] == message
         assert body["usage"]["completion_tokens"] == 1
 
 
 @flow
-async def test_paths_that_a_browser_agent_cannot_answer_go_to_who_can(tmp_path):
-    async with relaying(tmp_path, http_reply({"data": []})) as (server, _):
-        async with Agent(server.port):
-            await handler_agents(server, 1)
-            for _ in range(4):
-                body = {"model": "m", "input": "x"}
-                reply = await ask(server.port, "POST", "/v1/embeddings", body)
-                assert reply.status == 200
-    async with serving(tmp_path) as server, Agent(server.port):
-        await handler_agents(server, 1)
-        reply = await ask(server.port, "POST", "/v1/embeddings", body)
-        assert reply.status == 404
+async def test_paths_that_a_browser_agent_cannot_answer_go_to_who_can(server, agent):
+    body = {"model": "m", "input": "x"}
+    assert (await ask(server.port, "POST", "/v1/embeddings", body)).status == 404
+    async with Upstream(http_reply({"data": []})) as upstream:
+        server.add(upstream.controller())
+        for _ in range(4):
+            reply = await ask(server.port, "POST", "/v1/embeddings", body)
+            assert reply.status == 200
 
 
 # --- The OpenAI API
 
 
-@flow
-async def test_unknown_fields_arrive_byte_for_byte(tmp_path):
+@flow(behave=http_reply(completion(odd={"x": [1.50]})))
+async def test_unknown_fields_arrive_byte_for_byte(server, upstream):
+    """And what stands behind the path."""
     body = (
         b'{ "model":"m",  "temperature": 0, "messages":[{"role":"user","content":'
         b'"\\u00e9\xc3\xa9"}], "next_year": {"b":1.0e5,"a":[ ]},"top_p":1.00 }'
     )
-    sent_back = http_reply(completion(odd={"x": [1.50]}))
-    async with relaying(tmp_path, sent_back) as (server, upstream):
-        for path in (CHAT_URL, "/chat/completions"):
-            form = [("Content-Type", "application/x-www-form-urlencoded")]  # curl -d
-            reply = await ask(server.port, "POST", path, body, headers=form)
-            asked = chats(upstream)[-1]
-            assert asked.content == body
-            assert asked.headers["content-type"] == "application/json"
-            assert asked.line == "POST /v1/chat/completions HTTP/1.1"
-            assert reply.content == sent_back.partition(b"\r\n\r\n")[2]
-        old = {"Model": "m", "Messages": [{"Role": "user", "Content": "x"}]}
-        await ask(server.port, "POST", CHAT_URL, {**old, "temperature": 0})
-        messages = [{"role": "user", "content": "x"}]
-        expected = {"model": "m", "messages": messages, "temperature": 0}
-        assert chats(upstream)[-1].json() == expected
-
-
-@flow
-async def test_what_stands_behind_the_path_travels_on(tmp_path):
     query = "?api-version=2026-01-01&x=%20y"
-    async with relaying(tmp_path) as (server, upstream):
-        for path in (CHAT_URL, "/v1/completions"):
-            for asked in (path + query, path):
-                await ask(server.port, "POST", asked, CHAT)
-                assert upstream.requests[-1].line == f"POST {asked} HTTP/1.1"
+    form = [("Content-Type", "application/x-www-form-urlencoded")]  # curl -d
+    for path in (
+        CHAT_URL,
+        "/chat/completions",
+        CHAT_URL + query,
+        "/v1/completions" + query,
+    ):
+        reply = await ask(server.port, "POST", path, body, headers=form)
+        asked = chats(upstream)[-1]
+        assert asked.content == body
+        assert asked.headers["content-type"] == "application/json"
+        assert asked.line == f"POST /v1{path.removeprefix('/v1')} HTTP/1.1"
+        assert reply.content == upstream.behave.partition(b"\r\n\r\n")[2]
+    old = {"Model": "m", "Messages": [{"Role": "user", "Content": "x"}]}
+    await ask(server.port, "POST", CHAT_URL, {**old, "temperature": 0})
+    assert chats(upstream)[-1].json() == chat_body("x", temperature=0)
 
 
-@flow
-async def test_header_fields_travel_both_ways_but_for_private_ones(tmp_path):
+@flow(behave=b"")
+async def test_header_fields_travel_both_ways_but_for_private_ones(server, upstream):
     on = {
-        "anthropic-version": "2023-06-01",
-        "OpenAI-Beta": "assistants=v2",
-        "Idempotency-Key": "abc",
-        "User-Agent": "sdk/1",
-        "X-Request-Id": "mine",
+        "anthropic-version": "2023-06-01", "OpenAI-Beta": "assistants=v2",
+        "Idempotency-Key": "abc", "User-Agent": "sdk/1", "X-Request-Id": "mine",
         "X-Latin": "caf\u00e9",
-    }
+    }  # fmt: skip
+    names = """Cookie Origin Referer Forwarded X-Forwarded-For X-Forwarded-Odd X-Real-IP
+        Via x-api-key api-key x-goog-api-key OpenAI-Organization OpenAI-Project TE
+        Keep-Alive Proxy-Authorization Accept-Encoding X-Hop"""
     private = {
-        "Cookie": "a=PRIVATE",
-        "Origin": "https://PRIVATE.example",
-        "Referer": "https://PRIVATE.example/x",
-        "Forwarded": "for=PRIVATE",
-        "X-Forwarded-For": "PRIVATE",
-        "X-Forwarded-Odd": "PRIVATE",
-        "X-Real-IP": "PRIVATE",
-        "Via": "PRIVATE",
-        "x-api-key": "PRIVATE",
-        "api-key": "PRIVATE",
-        "x-goog-api-key": "PRIVATE",
-        "OpenAI-Organization": "PRIVATE",
-        "OpenAI-Project": "PRIVATE",
-        "TE": "trailers, PRIVATE",
-        "Keep-Alive": "PRIVATE",
-        "Proxy-Authorization": "PRIVATE",
-        "Accept-Encoding": "gzip, PRIVATE",
-        "X-Hop": "PRIVATE",
+        **dict.fromkeys(names.split(), "PRIVATE"),
         "Connection": "keep-alive, X-Hop",
     }
-    back = [("x-ratelimit-remaining", "7"), ("openai-processing-ms", "12")]
-    hidden = ["Set-Cookie", "Server", "OpenAI-Organization", "Keep-Alive"]
-    hidden += ["X-Request-Id", "Access-Control-Max-Age", "X-Hop"]
-    hidden += ["X-Accel-Redirect", "X-Sendfile"]  # would speak to a proxy in front
-    answer = [*back, *((name, "PRIVATE") for name in hidden)]
-    answer.append(("Connection", "keep-alive, x-hop"))
-    reply = http_reply(completion(), headers=answer)
-    async with relaying(tmp_path, reply) as (server, upstream):
-        headers = [*on.items(), *private.items()]
-        request = request_bytes("POST", CHAT_URL, CHAT, headers=headers)
-        async with Client(server.port) as client:
-            client.send(request.decode().encode("latin-1"))
-            reply = await client.read_reply()
-        assert reply.status == 200, reply.content
-        [asked] = chats(upstream)
-        assert asked.headers["authorization"] == "Bearer UPSTREAMSECRET"
-        assert asked.headers["host"] == f"127.0.0.1:{upstream.port}"
-        assert asked.headers["accept-encoding"] == "identity"
-        for name, value in on.items():
-            assert asked.headers.get(name.lower()) == value, name
-        assert "PRIVATE" not in str(asked.headers)
-        for name, value in back:
-            assert reply.headers[name] == value
-        assert "PRIVATE" not in str(reply.headers)
-        assert reply.headers["access-control-allow-origin"] == "*"
-        assert reply.headers["x-request-id"] == "mine"
+    back = {"x-ratelimit-remaining": "7", "openai-processing-ms": "12"}
+    names = """Set-Cookie Server OpenAI-Organization Keep-Alive X-Request-Id X-Hop
+        Access-Control-Max-Age X-Accel-Redirect X-Sendfile"""  # two speak to a proxy
+    hidden = {
+        **dict.fromkeys(names.split(), "PRIVATE"),
+        "Connection": "keep-alive, x-hop",
+    }
+    answer = [*back.items(), *hidden.items()]
+    upstream.behave = http_reply(completion(), headers=answer)
+    upstream.requests.clear()
+    headers = [*on.items(), *private.items()]
+    request = request_bytes("POST", CHAT_URL, CHAT, headers=headers)
+    async with Client(server.port) as client:
+        client.send(request.decode().encode("latin-1"))
+        reply = await client.read_reply()
+    assert reply.status == 200, reply.content
+    [asked] = chats(upstream)
+    assert asked.headers["authorization"] == "Bearer UPSTREAMSECRET"
+    assert asked.headers["host"] == f"127.0.0.1:{upstream.port}"
+    assert asked.headers["accept-encoding"] == "identity"
+    for name, value in on.items():
+        assert asked.headers.get(name.lower()) == value, name
+    assert "PRIVATE" not in str(asked.headers)
+    assert back.items() <= reply.headers.items()
+    assert "PRIVATE" not in str(reply.headers)
+    assert reply.headers["access-control-allow-origin"] == "*"
+    assert reply.headers["x-request-id"] == "mine"
 
 
-@cases(
-    "change, param",
-    ({"model": None}, "model"),
-    ({"messages": "Hello"}, "messages"),
-    ({"stream": "true"}, "stream"),
-    (b"", None),
-)
+@cases("change, param",
+    ({"model": None}, "model"), ({"messages": "Hello"}, "messages"),
+    ({"stream": "true"}, "stream"), (b"", None),
+)  # fmt: skip
 @flow
 async def test_invalid_chat_request_is_400_and_names_the_field(
     server, upstream, change, param
@@ -11887,45 +11580,31 @@ async def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
     headers = [("Retry-After", "7")]
     answer = http_reply({"error": error}, status, headers=headers)
     how = "pass" if passes else "map"
-    async with relaying(tmp_path, answer, upstream_errors=how) as (server, _):
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+    async with pool_of(tmp_path, answer, upstream_errors=how) as (server, _, _):
+        reply = await chat(server)
         if status == 403:  # perhaps about what was asked: it goes through
             assert reply.status == 403
             assert reply.json() == {"error": {**error, "message": "*** says no"}}
             return
         assert reply.status == (status if passes and status != 401 else 500)
         assert reply.headers["retry-after"] == "7"
-        said = reply.json()["error"]
-        assert list(said)[:4] == ["message", "type", "param", "code"]
+        said = chat_error(reply)
         assert said["upstream_status"] == status
         assert (said["type"], said["code"]) == ("odd", "why")
-        assert b"UPSTREAMSECRET" not in reply.content
 
 
-@flow
-async def test_dead_and_unreadable_upstreams_are_500(tmp_path):
-    for answer in (b"", b"nonsense\r\n\r\n", http_reply(b"<html>"), STREAM_HEAD):
-        behave = sends(answer, connection_close)
-        async with relaying(tmp_path, behave) as (server, _):
-            reply = await chat(server)
-            assert reply.status == 500 and chat_error(reply), answer
-
-
-@flow
-async def test_models_nobody_has_are_404(tmp_path):
-    controller = {"models": ["only"]}
-    async with relaying(tmp_path, None, controller) as (server, _):
-        for path in (CHAT_URL, "/v1/embeddings"):
-            reply = await ask(server.port, "POST", path, CHAT)
-            assert reply.status == 404
-            assert chat_error(reply)["code"] == "model_not_found"
+@flow(behave=None, controller={"models": ["only"]})
+async def test_models_nobody_has_are_404(server, upstream, tmp_path):
+    for path in (CHAT_URL, "/v1/embeddings"):
+        reply = await ask(server.port, "POST", path, CHAT)
+        assert reply.status == 404 and chat_error(reply)["code"] == "model_not_found"
     async with serving(tmp_path) as server:
         reply = await chat(server)
         assert reply.status == 404
         assert "connect an agent" in chat_error(reply)["message"]
 
 
-@flow(behave=answers_posts(b"", ["org/m 1", "b"]))
+@flow(behave=answers_posts(b"", ["org/m 1", "b"]), controller={"models": None})
 async def test_models_are_listed(server):
     await until(lambda: server.pool.controllers[-1].listed)
     reply = await ask(server.port, "GET", "/v1/models")
@@ -11972,23 +11651,18 @@ async def test_stream_is_relayed_as_it_comes(tmp_path):
     go_on = asyncio.Event()
     first, second = chunk("Hel"), chunk("lo", "stop")
     behave = streams(first, go_on, second, DONE)
-    async with relaying(tmp_path, behave) as (server, upstream):
+    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
         async with Client(server.port) as client:
             for _ in range(2):
                 client.send(request_bytes("POST", CHAT_URL, STREAM))
                 status, headers = await client.read_head()
-                assert status == 200
-                kind = "text/event-stream; charset=utf-8"
-                assert headers["content-type"] == kind
+                assert status == 200 and headers["x-request-id"]
+                assert headers["content-type"] == "text/event-stream; charset=utf-8"
                 assert headers["cache-control"] == "no-cache"
                 assert headers["x-accel-buffering"] == "no"
-                assert headers["x-request-id"]
                 assert await client.read_chunk() == first
                 go_on.set()
-                rest = b""
-                while piece := await client.read_chunk():
-                    rest += piece
-                assert rest == second + DONE
+                assert await client.read_rest() == second + DONE
                 go_on.clear()
         assert upstream.connections <= 2
 
@@ -11996,25 +11670,22 @@ async def test_stream_is_relayed_as_it_comes(tmp_path):
 @cases("wanted", False, True)
 @flow
 async def test_usage_is_counted_and_shown_only_to_who_asked(tmp_path, wanted):
-    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-    last = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+    last = chunk(choices=[], usage=completion()["usage"])
     behave = streams(chunk("Hi"), chunk(None, "stop"), last, DONE)
-    async with relaying(tmp_path, behave) as (server, upstream):
+    async with pool_of(tmp_path, behave) as (server, (upstream,), (controller,)):
         options = {"stream_options": {"include_usage": True}}
         body = {**STREAM, **(options if wanted else {})}
         reply = await ask(server.port, "POST", CHAT_URL, body)
         assert (b"total_tokens" in reply.content) is wanted
         assert reply.content.endswith(DONE)
-        asked = chats(upstream)[-1].json()
-        assert asked == {**STREAM, **options}
-        reply = await ask(server.port, "GET", "/admin/controllers")
-        assert reply.json()["controllers"][-1]["tokens"] == 7
+        assert chats(upstream)[-1].json() == {**STREAM, **options}
+        assert (await controller_line(server, "up0"))["tokens"] == 7
 
 
 @flow
 async def test_json_answer_becomes_a_stream_and_a_stream_an_answer(tmp_path):
-    async with relaying(tmp_path, http_reply(completion())) as (server, _):
-        reply = await ask(server.port, "POST", CHAT_URL, STREAM)
+    async with pool_of(tmp_path, GOOD_REPLY) as (server, _, _):
+        reply = await chat(server, stream=True)
         assert "text/event-stream" in reply.headers["content-type"]
         *events, done = reply.events()
         choices = [json.loads(event)["choices"][0] for event in events]
@@ -12022,12 +11693,11 @@ async def test_json_answer_becomes_a_stream_and_a_stream_an_answer(tmp_path):
         assert said == "Hi there" and done == "[DONE]"
         assert choices[-1]["finish_reason"] == "stop"
     behave = streams(chunk("Hi "), chunk("there", "stop"), DONE)
-    async with relaying(tmp_path, behave) as (server, _):
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+    async with pool_of(tmp_path, behave) as (server, _, _):
+        reply = await chat(server)
         assert reply.headers["content-type"] == "application/json"
-        [choice] = reply.json()["choices"]
-        assert choice["message"]["content"] == "Hi there"
-        assert choice["finish_reason"] == "stop"
+        assert chat_text(reply) == "Hi there"
+        assert reply.json()["choices"][0]["finish_reason"] == "stop"
         reply = await handler_ask(server.port)
         assert reply.json()["content"] == "Hi there"
 
@@ -12037,33 +11707,25 @@ async def test_waiting_client_gets_comments(tmp_path):
     go_on = asyncio.Event()
     behave = streams(go_on, chunk("Hi", "stop"), DONE)
     limits = Limits(heartbeat_interval=0.1)
-    async with relaying(tmp_path, behave, limits=limits) as (server, _):
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", CHAT_URL, STREAM))
-            assert (await client.read_head())[0] == 200
-            for _ in range(2):
-                assert await client.read_chunk() == b": keep-alive\n\n"
+    async with pool_of(tmp_path, behave, limits=limits) as (server, _, _):
+        async with posting(server) as client:
+            assert await client.first_chunk() == b": keep-alive\n\n"
+            assert await client.read_chunk() == b": keep-alive\n\n"
             go_on.set()
-            rest = b""
-            while piece := await client.read_chunk():
-                rest += piece
-            assert rest.replace(b": keep-alive\n\n", b"") == chunk("Hi", "stop") + DONE
+            assert await client.read_rest() == chunk("Hi", "stop") + DONE
 
 
 @flow
 async def test_no_comment_follows_the_end_of_a_stream(tmp_path):
-    async def behave(request, writer):
-        writer.write(STREAM_HEAD + chunked(chunk("Hi", "stop") + DONE))
-        await asyncio.sleep(60)  # its last chunk is waited for, a moment
-
+    # Its last chunk is waited for, a moment.
+    behave = streams(chunk("Hi", "stop") + DONE, 60)
     limits = Limits(heartbeat_interval=0.05)
-    async with relaying(tmp_path, behave, limits=limits) as (server, _):
+    async with pool_of(tmp_path, behave, limits=limits) as (server, _, _):
         async with Client(server.port) as client:
             for _ in range(2):  # on one connection
-                client.send(request_bytes("POST", CHAT_URL, STREAM))
-                reply = await client.read_reply()
+                reply = await client.request("POST", CHAT_URL, STREAM)
                 assert reply.content == chunk("Hi", "stop") + DONE
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(0.2)
 
 
 @flow
@@ -12075,8 +11737,7 @@ async def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
     options = [{"weight": 9}, {}]
     limits = Limits(heartbeat_interval=0.1)
     made = pool_of(tmp_path, failing, slow, options=options, limits=limits)
-    async with made as (server, (first, _), _), Client(server.port) as client:
-        client.send(request_bytes("POST", CHAT_URL, STREAM))
+    async with made as (server, (first, _), _), posting(server) as client:
         status, headers = await client.read_head()
         assert len(chats(first)) == 1
         assert status == 200 and "x-failed" not in headers
@@ -12084,52 +11745,37 @@ async def test_comments_begin_an_answer_of_200_whoever_failed_before(tmp_path):
         assert (await client.read_rest()).endswith(DONE)
 
 
-@cases("how", "cut", "end", "error", "silent", "huge", "reset")
-@flow
-async def test_failure_in_mid_stream_is_one_error_frame(tmp_path, how):
-    """No [DONE], no invented finish_reason."""
+BROKEN_ENDINGS = {
+    "no finish": b"0\r\n\r\n",
+    "bad chunk": b"zz\r\n",
+    "error event": chunked(b'data: {"error": {"message": "GPU lost"}}\n\n'),
+    "half an event": chunked(b'data: {"choices": [') + b"0\r\n\r\n",
+    "reset": connection_cut,
+    "close": connection_close,
+    "silence": 60,
+    "huge": chunked(b"data: " + b"x" * 3000),
+}
 
+
+@cases("ending", *BROKEN_ENDINGS)
+@flow
+async def test_failure_in_mid_stream_is_one_error_frame(tmp_path, ending):
+    """No [DONE], no invented finish_reason, nobody else's answer behind the first."""
     go_on = asyncio.Event()
-    error = b'data: {"error": {"message": "overloaded", "code": "x"}}\n\n'
-    more = {"error": [error], "huge": [b"data: " + b"x" * 3000]}.get(how, [])
-    end = how in ("end", "error")
-    inner = streams(chunk("Hel"), go_on, *more, end=end)
-
-    async def behave(request, writer):
-        await inner(request, writer)
-        if request.line.startswith("POST") and how in ("cut", "reset"):
-            writer.close() if how == "cut" else writer.transport.abort()
-        elif request.line.startswith("POST") and how == "silent":
-            await asyncio.sleep(60)
-
+    behave = sends(STREAM_HEAD, chunked(chunk("Hel")), go_on, BROKEN_ENDINGS[ending])
     limits = Limits(silence_timeout=0.2, event_size=2000)
-    async with Upstream(behave) as upstream:
-        made = upstream.controller(limits=limits)
-        async with serving(tmp_path, made, limits=limits) as server:
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", CHAT_URL, STREAM))
-                assert (await client.read_head())[0] == 200
-                content = await client.read_chunk()
-                go_on.set()
-                while piece := await client.read_chunk():
-                    content += piece
-                reply = Reply(200, {}, content)
-                first, last = reply.events()
-                assert f"data: {first}\n\n".encode() == chunk("Hel")
-                assert list(json.loads(last)) == ["error"]
-                assert last.startswith('{"error"') and "message" in last
-                assert b"[DONE]" not in reply.content
-                assert await client.reader.read() == b""
-
-
-@flow
-async def test_a_typed_stream_is_relayed_as_it_is(tmp_path):
-    events = b'event: response.created\ndata: {"type": "response.created"}\n\n'
-    events += b'event: response.completed\ndata: {"type": "response.completed"}\n\n'
-    body = {"model": "m", "input": "x", "stream": True}
-    async with relaying(tmp_path, streams(events)) as (server, _):
-        reply = await ask(server.port, "POST", "/v1/responses", body)
-        assert reply.content == events and reply.whole
+    options = [{"limits": limits, "weight": 100}]
+    made = pool_of(tmp_path, behave, options=options, limits=limits)
+    async with made as (server, _, (first,)):
+        server.add(pool_function("other", models=["m"]))
+        async with posting(server) as client:
+            assert await client.first_chunk() == chunk("Hel")
+            go_on.set()
+            rest = await client.read_rest()
+            assert rest.startswith(b'data: {"error": {"message": ')
+            assert rest.count(b"data: ") == 1 and b"[DONE]" not in rest
+            assert not client.whole and await client.reader.read() == b""
+        assert first.failures == 1 and first.in_flight == 0
 
 
 @flow(behave=streams(chunk("Hi", "stop"), DONE))
@@ -12208,29 +11854,28 @@ async def test_what_cannot_be_decompressed_is_refused(server, coding, content, s
 
 
 @cases("path", "/v1/messages", "/v1/messages/count_tokens")
-@cases(
-    "body, key, status, kind",
+@cases("body, key, status, kind",
     ({"model": "none", "messages": []}, KEY, 404, "not_found_error"),
     (b"{", KEY, 400, "invalid_request_error"),
     ({"model": 5}, KEY, 400, "invalid_request_error"),
     ({"model": "m"}, "wrong", 401, "authentication_error"),
     ({"model": "down"}, KEY, 503, "overloaded_error"),
     ({"model": "bad"}, KEY, 500, "api_error"),
-)
+)  # fmt: skip
 @flow
 async def test_errors_of_messages_are_anthropics_from_every_cause(
     tmp_path, path, body, key, status, kind
 ):
-    async with Upstream(error_reply(500)) as upstream:
-        down = upstream.controller(name="down", models=["down"])
-        bad = upstream.controller(name="bad", models=["bad"])
+    behaves, options = (
+        [error_reply(500)] * 2,
+        [{"models": ["down"]}, {"models": ["bad"]}],
+    )
+    async with pool_of(tmp_path, *behaves, options=options) as (server, _, (down, _)):
         down.switched_off = True
-        async with serving(tmp_path, down, bad) as server:
-            reply = await ask(server.port, "POST", path, body, key)
-            assert reply.status == status
-            said = reply.json()
-            assert said["type"] == "error" and said["error"]["type"] == kind
-            assert said["error"]["message"]
+        reply = await ask(server.port, "POST", path, body, key)
+        said = reply.json()
+        assert (reply.status, said["type"]) == (status, "error")
+        assert said["error"]["type"] == kind and said["error"]["message"]
 
 
 @flow
@@ -12265,13 +11910,13 @@ async def test_who_names_two_models_is_refused(tmp_path, kind):
     """Two readers take two: a user could have one that is not the user's own."""
     head = 'Content-Disposition: form-data; name="model"'
     headers = [("Content-Type", FORM)] if kind == "form" else []
+    if kind == "form":
+        bodies = [form((head, "m"), FORM_FILE, (head, "other"))]
+        bodies.append(form((head, "m"), *[FORM_FILE] * 120, (head, "other")))
+    else:  # Go's JSON, and so Ollama, ignores case and takes the last
+        bodies = [{"model": "m", "MODEL": "o"}, {"Model": "o", "model": "m"}]
+        bodies += [{**CHAT, "mOdel": "o"}]
     async with pool_of(tmp_path, None, options=[ANY]) as (server, (upstream,), _):
-        if kind == "form":
-            bodies = [form((head, "m"), FORM_FILE, (head, "other"))]
-            bodies.append(form((head, "m"), *[FORM_FILE] * 120, (head, "other")))
-        else:  # Go's JSON, and so Ollama, ignores case and takes the last
-            bodies = [{"model": "m", "MODEL": "o"}, {"Model": "o", "model": "m"}]
-            bodies += [{**CHAT, "mOdel": "o"}]
         for body in bodies:
             for path in ("/v1/images/edits", "/v1/embeddings"):
                 reply = await ask(server.port, "POST", path, body, headers=headers)
@@ -12283,67 +11928,41 @@ async def test_who_names_two_models_is_refused(tmp_path, kind):
 
 
 @cases("status", 400, 403, 404, 429, 500)
-@cases(
-    "path, begins",
-    (CHAT_URL, b'data: {"error"'),
-    ("/v1/completions", b'data: {"error"'),
+@cases("path, begins",
+    (CHAT_URL, b'data: {"error"'), ("/v1/completions", b'data: {"error"'),
     ("/v1/messages", b'event: error\ndata: {"type": "error", "error": {'),
     ("/v1/responses", b'event: error\ndata: {"type": "error", "sequence_number"'),
-)
+)  # fmt: skip
 @flow
 async def test_an_error_behind_a_comment_is_told_and_the_stream_never_whole(
     tmp_path, path, begins, status
 ):
-    go_on = asyncio.Event()
-
-    async def behave(request, writer):
-        await go_on.wait()
-        writer.write(http_reply({"error": {"message": "too\nlong"}}, status))
-
-    limits = Limits(heartbeat_interval=0.02)
+    go_on, limits = asyncio.Event(), Limits(heartbeat_interval=0.02)
+    behave = sends(go_on, http_reply({"error": {"message": "too\nlong"}}, status))
     async with pool_of(tmp_path, behave, limits=limits) as (server, _, _):
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", path, {**STREAM, "input": "x"}))
-            assert (await client.read_head())[0] == 200
-            assert await client.read_chunk() == b": keep-alive\n\n"
+        async with posting(server, {**STREAM, "input": "x"}, path) as client:
+            assert await client.first_chunk() == b": keep-alive\n\n"
             go_on.set()
-            rest = b""
-            while piece := await client.read_chunk():
-                rest += piece
-            assert piece is None  # no last chunk
-            rest = rest.replace(b": keep-alive\n\n", b"")
+            rest = await client.read_rest()
+            assert not client.whole
             assert rest.startswith(begins) and b"too\\nlong" in rest
             assert rest.count(b"data: ") == 1 and b"[DONE]" not in rest
 
 
+@cases("path, kind, wait, interval",
+    (CHAT_URL, b"text/event-stream", 0.05, 0), ("/v1/audio/speech", b"audio/mpeg", 0, 0.02)
+)  # fmt: skip
 @flow
-async def test_a_heartbeat_of_0_sends_no_comments(tmp_path):
-    async def behave(request, writer):
-        await asyncio.sleep(0.05)
-        content = chunk("Hi", "stop") + DONE
-        writer.write(http_reply(content, content_type="text/event-stream"))
-
-    limits = Limits(heartbeat_interval=0)
+async def test_no_comments_are_sent_at_an_interval_of_0_nor_in_audio(
+    tmp_path, path, kind, wait, interval
+):
+    data = chunk("Hi", "stop"), DONE
+    head = STREAM_HEAD.replace(b"text/event-stream", kind)
+    behave = sends(wait, head, chunked(data[0]), 0.1, chunked(data[1]) + b"0\r\n\r\n")
+    limits = Limits(heartbeat_interval=interval)
     async with pool_of(tmp_path, behave, limits=limits) as (server, _, _):
-        reply = await chat(server, stream=True)
-        assert reply.content == chunk("Hi", "stop") + DONE
-
-
-@flow
-async def test_a_silence_in_a_stream_of_audio_gets_no_comment(tmp_path):
-    async def speak(request, writer):
-        head = (
-            b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\nContent-Length: 6\r\n\r\n"
-        )
-        writer.write(head + b"one")
-        await asyncio.sleep(0.1)
-        writer.write(b"two")
-
-    limits = Limits(heartbeat_interval=0.02)
-    async with pool_of(tmp_path, speak, limits=limits) as (server, _, _):
-        body = chat_body(stream=True)
-        reply = await ask(server.port, "POST", "/v1/audio/speech", body)
-        assert reply.status == 200 and reply.content == b"onetwo"
+        reply = await ask(server.port, "POST", path, STREAM)
+        assert reply.status == 200 and reply.content == b"".join(data)
 
 
 # --- What one user can do to all
@@ -12382,43 +12001,28 @@ async def test_keyless_agents_are_for_a_server_that_listens_here_alone(
 # --- Clients that leave
 
 
-@cases("leaves", "abort", "half-close", "reset")
+@cases("leaves", connection_drop, connection_cut, lambda writer: writer.write_eof())
 @cases("phase", "before head", "after head", "in mid-stream", "in a flood", "whole")
 @flow
 async def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
-    async def behave(request, writer):
-        if request.line.startswith("GET"):
-            writer.write(http_reply({"data": [{"id": "m"}]}))
-            return
-        if phase in ("after head", "in mid-stream", "in a flood"):
-            writer.write(STREAM_HEAD)
-        if phase in ("in mid-stream", "in a flood"):
-            writer.write(chunked(chunk("Hi")))
-        while phase == "in a flood":
-            writer.write(chunked(chunk("x" * 1000)))
-            await writer.drain()
-        await asyncio.sleep(60)
-
-    log = Log()
-    async with relaying(tmp_path, behave, log=log) as (server, upstream):
-        async with Client(server.port) as client:
-            body = CHAT if phase == "whole" else STREAM
-            client.send(request_bytes("POST", CHAT_URL, body))
-            if phase in ("in mid-stream", "in a flood"):
-                await client.read_head()
-                await client.read_chunk()
+    steps = {
+        "after head": [STREAM_HEAD],
+        "in mid-stream": [STREAM_HEAD, chunked(chunk("Hi"))],
+        "in a flood": [STREAM_HEAD, *[chunked(chunk("x" * 1000))] * 100_000],
+    }.get(phase, [])
+    log, body = Log(), CHAT if phase == "whole" else STREAM
+    async with pool_of(tmp_path, sends(*steps, 60), log=log) as (
+        server,
+        (upstream,),
+        cs,
+    ):
+        async with posting(server, body) as client:
+            if len(steps) > 1:
+                await client.first_chunk()
             await until(lambda: chats(upstream))
             await until(lambda: server.requests_in_flight == 1)
             ended = upstream.ended
-            if leaves == "half-close":
-                client.writer.write_eof()
-            elif leaves == "reset":
-                sock = client.writer.get_extra_info("socket")
-                option = struct.pack("ii", 1, 0)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
-                client.writer.transport.abort()
-            else:
-                client.writer.transport.abort()
+            leaves(client.writer)
             await until(lambda: upstream.ended > ended, 1.5)
             await until(lambda: server.requests_in_flight == 0, 1)
         assert [c.in_flight for c in server.pool.controllers] == [0, 0]
@@ -12427,19 +12031,15 @@ async def test_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
 
 @flow
 async def test_clients_who_leave_at_done_leave_no_connection_behind(tmp_path):
-    async def behave(request, writer):
-        data = chunk("Hi") + chunk(None, "stop") + DONE
-        writer.write(STREAM_HEAD + chunked(data))
-        await asyncio.sleep(30)  # its last chunk never comes
-
-    async with relaying(tmp_path, behave, {"models": ["m"]}) as (server, upstream):
+    # Its last chunk never comes.
+    behave = streams(chunk("Hi") + chunk(None, "stop") + DONE, 30)
+    async with pool_of(tmp_path, behave) as (server, (upstream,), (controller,)):
         for leave in (lambda writer: None, connection_cut):
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", CHAT_URL, STREAM))
+            async with posting(server) as client:
                 await client.reader.readuntil(b"[DONE]")
                 leave(client.writer)
         await until(lambda: upstream.ended == upstream.connections == 2)
-        assert not server.pool.find(f"up-{upstream.port}").in_flight
+        assert not controller.in_flight
 
 
 @flow
@@ -12447,9 +12047,8 @@ async def test_clients_who_leave_at_done_leave_no_call_at_an_agent(server):
     head = json.dumps({"status": 200, "content_type": "text/event-stream"})
     events = (chunk("Hi") + chunk(None, "stop") + DONE).decode()
     async with Agent(server.port, hello=agent_hello()) as agent:
-        async with Client(server.port) as client:
-            await until(lambda: server.agents)
-            client.send(request_bytes("POST", CHAT_URL, STREAM))
+        await until(lambda: server.agents)
+        async with posting(server) as client:
             id, _ = await agent_call(agent)
             await agent.send(id, "ApiResponse", head)
             await agent.send(id, "ApiData", events)
@@ -12461,24 +12060,18 @@ async def test_clients_who_leave_at_done_leave_no_call_at_an_agent(server):
 
 @flow
 async def test_a_hang_up_while_asked_again_without_usage_closes_both(tmp_path):
-    async def behave(request, writer):
-        if b"stream_options" in request.content:
-            refusal = http_reply({"error": {"message": "no"}}, 400)
-            writer.write(refusal.replace(b" X\r\n", b" X\r\nConnection: close\r\n"))
-        await asyncio.sleep(30)
-
-    async with relaying(tmp_path, behave, {"models": ["m"]}) as (server, upstream):
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", CHAT_URL, STREAM))
+    refusal = error_reply(400, "no", headers=[("Connection", "close")])
+    behave = by_words({"stream_options": sends(refusal, 30)}, usual=sends(30))
+    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
+        async with posting(server):
             await until(lambda: len(upstream.requests) == 2)
         await until(lambda: upstream.ended == upstream.connections == 2)
 
 
-@cases(
-    "model, leaves",
+@cases("model, leaves",
     *[(name, False) for name in "mock/echo mock/500 none drops fails".split()],
     *[(name, leaves) for name in ("silent", "gate") for leaves in (False, True)],
-)
+)  # fmt: skip
 @flow
 async def test_what_requests_hold_is_freed_with_them(tmp_path, model, leaves):
     """Each may be 32 MiB."""
@@ -12489,8 +12082,7 @@ async def test_what_requests_hold_is_freed_with_them(tmp_path, model, leaves):
     body = json.dumps({**chat_body(model=model), "z": "x" * 1_000_000}).encode()
 
     async def one(server):
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", CHAT_URL, body))
+        async with posting(server, body) as client:
             if not leaves:
                 assert (await client.read_reply()).status
             else:
@@ -12502,8 +12094,7 @@ async def test_what_requests_hold_is_freed_with_them(tmp_path, model, leaves):
         async with beside(chat(server, model="gate")):
             await until(lambda: gate.asked)
             await one(server)  # what is made once is there
-            tracemalloc.start()
-            try:
+            with traced() as memory:
                 together = 1 if leaves else 5
                 for _ in range(15 // together):
                     await asyncio.gather(*(one(server) for _ in range(together)))
@@ -12512,9 +12103,7 @@ async def test_what_requests_hold_is_freed_with_them(tmp_path, model, leaves):
                 for upstream in ups:
                     upstream.requests.clear()
                 # The five connections of an upstream hold their last one.
-                assert tracemalloc.get_traced_memory()[0] < 8_000_000
-            finally:
-                tracemalloc.stop()
+                assert memory()[0] < 8_000_000
 
 
 # --- Administration
@@ -12530,12 +12119,11 @@ async def test_users_come_and_go(server):
     named = await handler_add_user(server.port, name="Ada", role="agent")
     reply = await ask(server.port, "GET", "/admin/users")
     assert reply.json()["users"] == [user, {**named, "name": "Ada", "role": "agent"}]
-    token = user["token"]
-    assert (await ask(server.port, "GET", "/v1/models", key=token)).status == 200
+    assert await models_status(server, user["token"]) == 200
     body = {"admin_key": KEY, "user_id": user["user_id"]}
     reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
     assert reply.json() == {"message": "User deleted"}
-    assert (await ask(server.port, "GET", "/v1/models", key=token)).status == 401
+    assert await models_status(server, user["token"]) == 401
     reply = await ask(server.port, "POST", "/admin/users/delete", body, "")
     assert reply.status == 404 and reply.json() == {"error": "User not found"}
 
@@ -12554,29 +12142,24 @@ async def test_controllers_are_shown_with_what_they_have_done(tmp_path):
 @flow
 async def test_one_users_requests_have_a_limit(tmp_path, limit):
     limits = Limits(**{limit: 2})
-    async with relaying(tmp_path, sends(60), limits=limits) as (server, upstream):
-        other = (await handler_add_user(server.port))["token"]
-        async with Client(server.port) as one, Client(server.port) as two:
-            for client in (one, two):
-                client.send(request_bytes("POST", CHAT_URL, CHAT))
+    async with pool_of(tmp_path, sends(60), limits=limits) as (server, (upstream,), _):
+        other = await add_user(server)
+        async with posting(server, CHAT), posting(server, CHAT):
             await until(lambda: len(chats(upstream)) == 2)
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+            reply = await chat(server)
             assert reply.status == 429
             assert reply.json()["error"]["type"] == "rate_limit_error"
-            echo = {**CHAT, "model": "mock/echo"}
-            reply = await ask(server.port, "POST", CHAT_URL, echo, other)
-            assert reply.status == 200
+            assert (await echo(server, key=other)).status == 200
         await until(lambda: server.requests_in_flight == 0)
-        reply = await ask(server.port, "POST", CHAT_URL, echo)
-        assert reply.status == (200 if limit == "user_requests_in_flight" else 429)
+        status = 200 if limit == "user_requests_in_flight" else 429
+        assert (await echo(server)).status == status
 
 
 @flow(behave=sends(60), limits=Limits(requests_in_flight=1))
 async def test_requests_in_flight_have_a_limit(server, upstream):
-    async with Client(server.port) as one:
-        one.send(request_bytes("POST", CHAT_URL, CHAT))
+    async with posting(server, CHAT):
         await until(lambda: chats(upstream))
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        reply = await chat(server)
         assert reply.status == 503 and reply.headers["retry-after"] == "1"
 
 
@@ -12585,15 +12168,6 @@ async def test_requests_in_flight_have_a_limit(server, upstream):
 # -----------------------------------------------------------------------------
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-
-
-def echo_body(content="Hello", model="mock/echo", **more):
-    return {"model": model, "messages": [{"role": "user", "content": content}], **more}
-
-
-async def echo(port, content="Hello", key=KEY, **more):
-    body = echo_body(content, **more)
-    return await ask(port, "POST", CHAT_URL, body, key)
 
 
 def is_refused(port, host="127.0.0.1"):
@@ -12661,7 +12235,7 @@ async def test_async_with_leaves_nothing_behind(tmp_path):
         async with Client(server.port) as idle, Agent(server.port):
             assert (await idle.request("GET", "/health")).content == b"OK"
             await until(lambda: server.agents)
-            assert (await echo(server.port)).status == 200
+            assert (await echo(server)).status == 200
     assert asyncio.all_tasks() == tasks
     assert is_refused(server.port)
     await until(lambda: len(os.listdir("/dev/fd")) <= len(files))
@@ -12669,15 +12243,9 @@ async def test_async_with_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "users.json").exists()
 
 
-def test_a_server_runs_again_and_again(tmp_path):
+@flow
+async def test_a_server_runs_again_and_again(tmp_path):
     """In a loop, in a thread, with what it holds: users, upstreams, threads."""
-
-    async def in_the_loop(server):
-        async with server:
-            for model in ("mock/echo", "plain", "up"):
-                assert (await echo(server.port, model=model)).status == 200
-            token = await add_user(server)
-            assert (await echo(server.port, key=token)).status == 200
 
     def in_a_thread(server):
         with server.running() as url:
@@ -12686,19 +12254,18 @@ def test_a_server_runs_again_and_again(tmp_path):
                 assert run(echo(port, model=model)).status == 200
         assert is_refused(port)
 
-    async def check():
-        async with Upstream() as upstream:
-            server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
-            server.model("plain")(lambda request: "Hi")
-            server.add(upstream.controller(models=["up"]))
-            for _ in range(3):
-                await in_the_loop(server)
-            for _ in range(3):
-                await asyncio.to_thread(in_a_thread, server)
-            users = json.loads((tmp_path / "users.json").read_text())["users"]
-            assert len(users) == 3
-
-    run(check())
+    async with Upstream() as upstream:
+        server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+        server.model("plain")(lambda request: "Hi")
+        server.add(upstream.controller(models=["up"]))
+        for count in (1, 2, 3):
+            async with server:
+                for model in ("mock/echo", "plain", "up"):
+                    assert (await echo(server, model=model)).status == 200
+                token = await add_user(server)
+                assert (await echo(server, key=token)).status == 200
+            await asyncio.to_thread(in_a_thread, server)
+            assert len(tokens_in(tmp_path / "users.json")) == count
     names = [t.name for t in threading.enumerate()]
     assert "server" not in names, names
 
@@ -12711,16 +12278,11 @@ def test_running_tells_why_it_could_not_start(tmp_path):
             pytest.fail("it started on a port that is taken")
         with pytest.raises(OSError):
             run(server.start())
-    with server.running() as url:
+    with pytest.raises(ZeroDivisionError), server.running() as url:
         assert url.endswith(f":{port}")
         assert fetch(port, "GET", "/health").content == b"OK"
-
-
-def test_an_error_in_the_with_block_comes_out_and_the_server_ends(tmp_path):
-    server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
-    with pytest.raises(ZeroDivisionError), server.running():
-        raise ZeroDivisionError
-    assert is_refused(server.port)
+        raise ZeroDivisionError  # it comes out of the block, and the server ends
+    assert is_refused(port)
 
 
 @flow
@@ -12796,36 +12358,23 @@ assert threading.active_count() == 1, threading.enumerate()
 
 
 def test_development_mode_has_nothing_to_say(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", SILENT],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    done = run_python("-X", "dev", "-W", "error", "-c", SILENT, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not (tmp_path / "users.json").exists()
 
 
 @flow
 async def test_ipv6_is_answered_on_the_same_port(tmp_path):
-    if not socket.has_ipv6:
-        pytest.skip("no IPv6 here")
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("no IPv6 here")
-
-    async with serving(tmp_path) as server:
-        async with Client(server.port, "::1") as client:
-            assert (await client.request("GET", "/health")).content == b"OK"
-    async with serving(tmp_path, listen="::1") as server:
-        assert server.url == f"http://[::1]:{server.port}"
-        assert is_refused(server.port)
-        async with Client(server.port, "::1") as client:
-            assert (await client.request("GET", "/health")).content == b"OK"
+    for options in ({}, {"listen": "::1"}):
+        async with serving(tmp_path, **options) as server:
+            assert not options or server.url == f"http://[::1]:{server.port}"
+            assert is_refused(server.port) is bool(options)
+            async with Client(server.port, "::1") as client:
+                assert (await client.request("GET", "/health")).content == b"OK"
 
 
 @flow
@@ -12835,7 +12384,7 @@ async def test_https_and_wss_with_a_certificate(tmp_path, certificate):
         assert server.url.startswith("https://127.0.0.1:")
         async with Client(server.port, tls=context) as client:
             for stream in (False, True):
-                body = echo_body(stream=stream)
+                body = chat_body(model="mock/echo", stream=stream)
                 reply = await client.request("POST", CHAT_URL, body)
                 assert reply.status == 200 and b"Hello" in reply.content
             about = (await client.request("GET", "/")).content
@@ -12853,16 +12402,8 @@ async def test_https_and_wss_with_a_certificate(tmp_path, certificate):
 @flow
 async def test_an_idle_connection_gives_way_and_no_more_are_taken(tmp_path):
     """Also when many come in the same turn of the loop."""
-
-    gate = asyncio.Event()
-
-    async def waits(request):
-        await gate.wait()
-        return "Hi"
-
-    limits = Limits(connections=4)
-    controller = FunctionController(waits, name="f")
-    async with serving(tmp_path, controller, limits=limits) as server:
+    gate, limits = PoolGate(), Limits(connections=4)
+    async with serving(tmp_path, gate.controller, limits=limits) as server:
         async with contextlib.AsyncExitStack() as stack:
 
             async def connect():
@@ -12872,24 +12413,24 @@ async def test_an_idle_connection_gives_way_and_no_more_are_taken(tmp_path):
             assert (await idle.request("GET", "/health")).status == 200
             busy = [await connect() for _ in range(3)]
             for client in busy:
-                body = echo_body(model="f")
-                client.send(request_bytes("POST", CHAT_URL, body))
-            await until(lambda: controller.in_flight == 3)
+                client.send(request_bytes("POST", CHAT_URL, CHAT))
+            await until(lambda: len(gate.asked) == 3)
             surplus = await asyncio.gather(*(connect() for _ in range(20)))
-            ends = [c.reader.read() for c in (*surplus, idle)]
-            done, _ = await asyncio.wait(
-                [asyncio.ensure_future(end) for end in ends], timeout=0.5
-            )
-            refused = [task for task in done if task.result()]
+            ends = [asyncio.ensure_future(c.reader.read()) for c in (*surplus, idle)]
+            await until(lambda: sum(end.done() for end in ends) == 20)
+            refused = [end for end in ends if end.done() and end.result()]
             assert len(refused) == 19, "one place was free to be had"
             assert refused[0].result().startswith(b"HTTP/1.1 503 ")
             assert len(server._handlers) == 4
-            gate.set()
+            gate.let()
             for client in busy:
                 assert (await client.read_reply()).status == 200
+            for end in ends:
+                end.cancel()
 
 
-def test_connections_that_reset_at_once_leave_nothing(tmp_path):
+@flow
+async def test_connections_that_reset_at_once_leave_nothing(tmp_path):
     """No file stays open, and the log does not tell each."""
 
     def storm(port):
@@ -12899,24 +12440,16 @@ def test_connections_that_reset_at_once_leave_nothing(tmp_path):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             sock.close()
 
-    async def check():
-        async with serving(tmp_path) as server:
-            assert (await echo(server.port)).status == 200
-            files, tasks = open_files(), len(asyncio.all_tasks())
-            await asyncio.to_thread(storm, server.port)
-            assert (await echo(server.port)).status == 200
-            await until(lambda: not server._handlers)
-            await until(lambda: open_files() <= files + 1)
-            assert len(asyncio.all_tasks()) <= tasks
-
-    run(check())
-    with program_in(tmp_path) as program:
-        port = program.port
-        lines = len(program.lines)
-        storm(port)
-        assert fetch(port, "GET", "/health").status == 200
-        program.wait_for(r"GET /health 200")
-        assert len(program.lines) <= lines + 8  # the start screen may still come
+    log = Log()
+    async with serving(tmp_path, log=log) as server:
+        assert (await echo(server)).status == 200
+        files, tasks, lines = open_files(), len(asyncio.all_tasks()), len(log.lines)
+        await asyncio.to_thread(storm, server.port)
+        assert (await echo(server)).status == 200
+        await until(lambda: not server._handlers)
+        await until(lambda: open_files() <= files + 1)
+        assert len(asyncio.all_tasks()) <= tasks
+        assert len(log.lines) <= lines + 1
 
 
 @needs_posix
@@ -12925,8 +12458,7 @@ def test_few_files_are_enough_and_the_surplus_is_told(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
     def flood(port):
-        fields = f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
-        fields += "Host: h\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+        headers = [("Content-Length", "9"), ("Expect", "100-continue")]
         with contextlib.ExitStack() as stack:
 
             def connect():
@@ -12935,23 +12467,18 @@ def test_few_files_are_enough_and_the_surplus_is_told(tmp_path):
 
             begun = [connect() for _ in range(16)]
             for sock in begun:  # each begins a request: from then on none is idle
-                sock.sendall(f"POST {CHAT_URL} HTTP/1.1\r\n{fields}".encode())
+                sock.sendall(request_bytes("POST", CHAT_URL, headers=headers))
                 assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
             for sock in [connect() for _ in range(24)]:
                 assert sock.recv(100).startswith(b"HTTP/1.1 503 ")
             assert select.select(begun, [], [], 0.1)[0] == []
 
-    async def check(port):
-        reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY})
-        assert reply.status == 200
-        assert (await echo(port, key=reply.json()["token"])).status == 200
-
     with program_in(tmp_path, preexec_fn=few_files) as program:
         flood(program.port)
-        run(check(program.port))
-        program.signal(signal.SIGTERM)
-        assert program.end() == 0
-        assert not re.search(r"EMFILE|Too many open files|Traceback", program.stderr)
+        reply = fetch(program.port, "POST", "/admin/users/add", {"admin_key": KEY})
+        assert reply.status == 200
+        assert run(echo(program.port, key=reply.json()["token"])).status == 200
+    assert not re.search(r"EMFILE|Too many open files", program.stderr)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
@@ -13025,15 +12552,13 @@ async def test_an_agent_with_the_wrong_scheme_says_so(tmp_path, scheme, hint):
             await asyncio.to_thread(agent.wait_for, rf"is it {hint}\?")
 
 
-@cases(
-    "arguments, status, part",
-    (["0"], 2, "API"),
-    (["TAKEN", KEY], 1, "in use"),
+@cases("arguments, status, part",
+    (["0"], 2, "API"), (["TAKEN", KEY], 1, "in use"),
     (["0", KEY, "--listen", "192.0.2.1"], 1, ""),
     (["0", KEY, "--users", "broken.json"], 2, "broken.json"),
     (["0", KEY, "--config_file", "missing.json"], 2, "missing.json"),
     (["0", KEY, "--tls-cert", "broken.json", "--tls-key", "broken.json"], None, ""),
-)
+)  # fmt: skip
 def test_what_cannot_be_is_one_line_and_a_status(tmp_path, arguments, status, part):
     """2 for a mistake, 1 where the system says no; never a traceback."""
     (tmp_path / "broken.json").write_text('{"users": [')
@@ -13042,14 +12567,12 @@ def test_what_cannot_be_is_one_line_and_a_status(tmp_path, arguments, status, pa
         arguments = [taken if a == "TAKEN" else a for a in arguments]
         env = {"API_KEY": "", "CHATGPT_APISERVER_API_KEY": ""}
         done = run_python(str(MODULE), *arguments, cwd=tmp_path, env=env)
-    code, stderr = done.returncode, done.stderr
-    assert code == status or (status is None and code in (1, 2)), stderr
-    last = stderr.strip().split("\n")[-1]
-    assert part.lower() in last.lower() and "Traceback" not in stderr
-    assert stderr.strip().count("\n") == 0 or "usage" in stderr.lower(), stderr
+    code, lines = done.returncode, done.stderr.strip().split("\n")
+    assert code == status or (status is None and code in (1, 2)), done.stderr
+    assert part.lower() in lines[-1].lower() and "Traceback" not in done.stderr
+    assert len(lines) == 1 or "usage" in done.stderr.lower(), done.stderr
     assert (tmp_path / "broken.json").read_text() == '{"users": ['
-    if taken in arguments:
-        assert taken in last, "it names the port"
+    assert taken not in arguments or taken in lines[-1], "it names the port"
 
 
 @flow
@@ -13057,11 +12580,9 @@ async def test_openai_api_key_in_the_environment_is_a_controller(tmp_path):
     async with Upstream() as upstream:
         env = {"OPENAI_API_KEY": "sk-UPSTREAMSECRET", "OPENAI_BASE_URL": upstream.url}
         with program_in(tmp_path, env=env) as program:
-            reply = await echo(program.port, model="m")
-            assert reply.json()["choices"][0]["message"]["content"] == "Hi there"
-            assert upstream.requests[-1].headers["authorization"] == (
-                "Bearer sk-UPSTREAMSECRET"
-            )
+            assert chat_text(await echo(program.port, model="m")) == "Hi there"
+            told = upstream.requests[-1].headers["authorization"]
+            assert told == "Bearer sk-UPSTREAMSECRET"
             program.wait_for("Controllers +openai")
             assert "OPENAI_API_KEY" in program.stderr
             assert "UPSTREAMSECRET" not in program.stderr
@@ -13070,130 +12591,73 @@ async def test_openai_api_key_in_the_environment_is_a_controller(tmp_path):
 # --- The log
 
 
-def test_the_access_line_tells_who_what_and_how_and_no_secret(tmp_path):
-    async def check():
-        async with Upstream(http_reply({"error": {"message": "no"}}, 500)) as bad:
-            async with Upstream() as good:
-                first = {"api_key": "UPSTREAMSECRET", "base_url": bad.url}
-                second = {"api_key": "UPSTREAMSECRET", "base_url": good.url}
-                controllers = [
-                    {"type": "openai", "name": "one", "config": first, "weight": 9},
-                    {"type": "openai", "name": "two", "config": second},
-                ]
-                write_config(tmp_path, controllers=controllers)
-                with program_in(tmp_path, key="ADMINSECRET") as program:
-                    await use(program.port, program)
-                    program.signal(signal.SIGTERM)
-                    assert program.end() == 0
-                    return program
-
-    async def use(port, program):
-        body = {"admin_key": "ADMINSECRET", "name": "joe"}
-        reply = await ask(port, "POST", "/admin/users/add", body, key=None)
-        token = reply.json()["token"]
-        headers = [("x-request-id", "req-1")]
-        path = "/v1/chat/completions?q=QUERYSECRET"
-        body = echo_body("PROMPTSECRET", model="m")
-        reply = await ask(port, "POST", path, body, token, headers)
-        assert reply.status == 200 and reply.headers["x-request-id"] == "req-1"
-        program.wait_for(" req-1$")
-        await ask(port, "GET", "/admin/users?admin_key=ADMINSECRET", key=None)
-        await ask(port, "GET", f"/k/{token}/v1/models", key=None)
-        await ask(port, "GET", f"/k/{token}/nothing", key=None)
-        await ask(port, "GET", "/health", key="WRONGSECRET")
-        await echo(port, key="WRONGSECRET", model="m")
-        evil = "m\n2026-01-01 00:00:00 admin POST /x 200\x1b[2J\u202e \x00"
-        await echo(port, "x", "ADMINSECRET", model=evil)
-        program.token = token
-
-    program = run(check())
-    lines = program.stderr.split("\n")
-    line = next(line for line in lines if line.endswith(" req-1"))
+@flow
+async def test_the_access_line_tells_who_what_and_how_and_no_secret(tmp_path):
+    async with Upstream(error_reply(500)) as bad, Upstream() as good:
+        one, two = entry("one", bad, weight=9), entry("two", good)
+        write_config(tmp_path, *({**e, "models": ["m"]} for e in (one, two)))
+        with program_in(tmp_path, "--verbose", key="ADMINSECRET") as program:
+            port = program.port
+            body = {"admin_key": "ADMINSECRET", "name": "joe"}
+            reply = await ask(port, "POST", "/admin/users/add", body, key=None)
+            token, headers = reply.json()["token"], [("x-request-id", "req-1")]
+            path, body = f"{CHAT_URL}?q=QUERYSECRET", chat_body("PROMPTSECRET")
+            reply = await ask(port, "POST", path, body, token, headers)
+            assert reply.status == 200 and reply.headers["x-request-id"] == "req-1"
+            line = program.wait_for(".* req-1$")[0]
+            await ask(port, "GET", "/admin/users?admin_key=ADMINSECRET", key=None)
+            await ask(port, "GET", f"/k/{token}/v1/models", key=None)
+            await ask(port, "GET", f"/k/{token}/nothing", key=None)
+            await ask(port, "GET", "/health", key="WRONGSECRET")
+            await echo(port, key="WRONGSECRET", model="m")
+            evil = "m\n2026-01-01 00:00:00 admin POST /x 200\x1b[2J\u202e \x00"
+            await echo(port, "x", "ADMINSECRET", model=evil)
     assert re.fullmatch(
         r"[0-9-]{10} [0-9:]{8} joe POST /v1/chat/completions 200 m two x2"
         r" [0-9.]+ [0-9.]+ ms [0-9]+ B 127.0.0.1 req-1",
         line,
     ), line
-    for secret in ("SECRET", program.token, "\x1b", "\u202e", "\x00"):
+    for secret in ("SECRET", token, "\x1b", "\u202e", "\x00"):
         assert secret not in program.stderr, secret
-    assert not any(line.startswith("2026-01-01") for line in lines)
-    assert len([line for line in lines if " POST /v1/chat/completions " in line]) == 3
-
-
-def test_verbose_tells_more_and_still_no_secret(tmp_path):
-    with program_in(tmp_path, "--verbose") as program:
-        run(echo(program.port, "PROMPTSECRET"))
-        program.wait_for("connection from 127.0.0.1")
-        assert "PROMPTSECRET" not in program.stderr and KEY not in program.stderr
+    assert not any(line.startswith("2026-01-01") for line in program.lines if line)
+    assert program.stderr.count(" POST /v1/chat/completions ") == 3
+    assert "connection from 127.0.0.1" in program.stderr  # as with --verbose alone
 
 
 @needs_posix
-def test_a_log_that_nobody_reads_holds_up_no_request(tmp_path):
-    reading, writing = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, str(MODULE), "0", KEY],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        stderr=writing,
-    )
-    os.close(writing)
-    try:
-        text = b""
-        while b"curl" not in text:
-            text += os.read(reading, 4096)
-        port = int(re.search(rb"listens on http://[^ ]+:(\d+)", text)[1])
-
-        async def check():
-            async with Client(port) as client:
-                for _ in range(900):  # 100 KB of access lines, into a 64 KB pipe
-                    assert (await client.request("GET", "/health")).status == 200
-
-        run(check())
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(reading)
-
-
-@needs_posix
-@cases("closed", "the pipe", "2>&-", "<&- 2>&-", "<&- >&- 2>&-")
-def test_nobody_to_talk_to_is_no_reason_to_stop(tmp_path, closed):
-    """Stdin closed, stderr a closed pipe or none: nothing lands elsewhere."""
-    port = free_port()
+@cases("closed", "held", "the pipe", "2>&-", "<&- 2>&-", "<&- >&- 2>&-")
+@flow
+async def test_nobody_to_talk_to_is_no_reason_to_stop(tmp_path, closed):
+    """Stdin closed, stderr a closed pipe or none, or one that nobody reads: nothing
+    lands elsewhere, and no request is held up."""
+    port = refusing_port()
     command = f"exec {sys.executable} {MODULE} {port} {KEY}"
     reading, writing = os.pipe()
-    redirect = "" if closed == "the pipe" else closed
+    redirect = closed if "&" in closed else ""
     process = subprocess.Popen(
         ["sh", "-c", f"{command} {redirect}"], cwd=tmp_path, stderr=writing
     )
     os.close(writing)
-    os.close(reading)
-
-    async def check():
+    if closed != "held":
+        os.close(reading)
+    try:
         await until(lambda: not is_refused(port), 10)
-        for _ in range(5):
-            data = await raw(port, b"GET /health HTTP/1.0\r\n\r\n")
-            assert data.startswith(b"HTTP/1.1 200") and data.endswith(b"\r\n\r\nOK")
+        data = await raw(port, b"GET /health HTTP/1.0\r\n\r\n")
+        assert data.startswith(b"HTTP/1.1 200") and data.endswith(b"\r\n\r\nOK")
+        async with Client(port) as client:
+            for _ in range(900 if closed == "held" else 5):  # 100 KB, into 64 KB
+                assert (await client.request("GET", "/health")).status == 200
         reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY})
         assert reply.status == 200
-        assert len((await echo(port)).json()["choices"]) == 1
-        users = json.loads((tmp_path / "users.json").read_text())
-        assert len(users["users"]) == 1
-
-    try:
-        run(check())
+        assert chat_text(await echo(port)) == "Hello"
+        assert len(tokens_in(tmp_path / "users.json")) == 1
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert await asyncio.to_thread(process.wait, 10) == 0
     finally:
         process.kill()
         process.wait()
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
+        if closed == "held":
+            os.close(reading)
 
 
 # --- Signals
@@ -13224,11 +12688,10 @@ async def test_an_idle_program_ends_at_once_and_says_goodbye(tmp_path, number):
 @needs_posix
 @flow
 async def test_a_running_stream_may_finish_and_nothing_new_begins(tmp_path):
+    body = chat_body("Hello you", "mock/slow?seconds=0.8", stream=True)
     with program_in(tmp_path) as program:
         port = program.port
-        async with Client(port) as client:
-            body = echo_body("Hello you", model="mock/slow?seconds=0.8", stream=True)
-            client.send(request_bytes("POST", CHAT_URL, body))
+        async with posting(port, body) as client:
             await echo(port)  # the server has read what came before
             program.signal(signal.SIGTERM)
             program.wait_for("at most for requests: 1")
@@ -13245,11 +12708,10 @@ async def test_what_does_not_finish_is_cut_at_the_end_or_by_a_second_signal(
     tmp_path, twice
 ):
     write_config(tmp_path, limits={"drain_timeout": 30 if twice else 0.3})
+    body = chat_body(model="mock/slow?seconds=60", stream=True)
     with program_in(tmp_path) as program:
         port = program.port
-        async with Client(port) as client:
-            body = echo_body(model="mock/slow?seconds=60", stream=True)
-            client.send(request_bytes("POST", CHAT_URL, body))
+        async with posting(port, body) as client:
             await echo(port)
             began = time.monotonic()
             program.signal(signal.SIGTERM)
@@ -13283,12 +12745,7 @@ def test_a_signal_during_the_start_ends_it_cleanly(tmp_path):
 @flow(timeout=30)
 async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
     go_on = asyncio.Event()
-
-    async def slow(request, writer):
-        if request.line.startswith("POST"):
-            await go_on.wait()
-        writer.write(http_reply(completion("old")))
-
+    slow = sends(go_on, http_reply(completion("old")))
     async with Upstream(slow) as old, Upstream() as kept, Upstream() as new:
         write_config(tmp_path, entry("old", old), entry("kept", kept))
         with program_in(tmp_path) as program:
@@ -13299,6 +12756,11 @@ async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
 
             (tmp_path / "chatgpt-apiserver.json").write_text('{"controllers": [')
             reload(program, "not reloaded: .*chatgpt-apiserver.json")
+            # No other file is taken for the one that has gone.
+            (tmp_path / "chatgpt-apiserver.json").unlink()
+            (tmp_path / "config").mkdir()
+            write_config(tmp_path / "config", controllers=[])
+            reload(program, "not reloaded: chatgpt-apiserver.json is not there")
             assert (await echo(port, model="kept")).status == 200
 
             controllers = (entry("kept", kept), entry("new", new))
@@ -13308,8 +12770,7 @@ async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
             assert (await echo(port, model="new")).status == 200
             assert (await echo(port, model="old")).status == 404
             go_on.set()
-            reply = await running
-            assert reply.status == 200 and b"old" in reply.content
+            assert chat_text(await running) == "old"
             reply = await ask(port, "GET", "/admin/controllers")
             lines = {line["name"]: line for line in reply.json()["controllers"]}
             assert set(lines) == {"mock", "kept", "new"}
@@ -13322,19 +12783,6 @@ async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
 
 @needs_posix
 @flow
-async def test_a_reload_forgets_nothing_that_a_controller_has_used(tmp_path):
-    async with Upstream() as upstream:
-        one = entry("m", upstream, limit={"requests": 1, "per": "month"})
-        write_config(tmp_path, one)
-        with program_in(tmp_path) as program:
-            assert (await echo(program.port, model="m")).status == 200
-            assert (await echo(program.port, model="m")).status == 503
-            reload(program, "reloaded; controllers: m", tmp_path, {**one, "weight": 2})
-            assert (await echo(program.port, model="m")).status == 503
-
-
-@needs_posix
-@flow
 async def test_a_reload_changes_what_a_tape_does(tmp_path):
     async with Upstream() as upstream:
         up = entry("m", upstream)
@@ -13342,13 +12790,13 @@ async def test_a_reload_changes_what_a_tape_does(tmp_path):
         write_config(tmp_path, up, tape)
         with program_in(tmp_path) as program:
             port = program.port
-            assert (await ask(port, "POST", CHAT_URL, CHAT)).status == 200
+            assert (await echo(port, model="m")).status == 200
             tape["mode"] = "replay"
             reload(program, "reloaded; controllers: tape, m", tmp_path, tape, up)
-            assert (await ask(port, "POST", CHAT_URL, CHAT)).status == 200
-            assert (await ask(port, "POST", CHAT_URL, STREAM)).status == 404
+            assert (await echo(port, model="m")).status == 200
+            assert (await echo(port, model="m", stream=True)).status == 404
             reload(program, "reloaded; controllers: m", tmp_path, up)
-            assert (await ask(port, "POST", CHAT_URL, CHAT)).status == 200
+            assert (await echo(port, model="m")).status == 200
         assert len(upstream.requests) == 2
 
 
@@ -13383,36 +12831,20 @@ async def test_sighup_loads_a_renewed_certificate_and_keeps_the_old_one_if_it_is
 
 @needs_posix
 @flow(timeout=30)
-async def test_sighup_changes_the_limits_of_what_stays(tmp_path):
-    async with Upstream(upstream_hangs) as upstream:
-        kept = entry("kept", upstream)
-        write_config(tmp_path, kept)
-        with program_in(tmp_path) as program:
-            limits = {"first_byte_timeout": 0.2, "connections": 9}
-            line = "only a restart changes limits.connections"
-            reload(program, line, tmp_path, kept, limits=limits)
-            reply = await asyncio.wait_for(echo(program.port, model="kept"), 10)
-            assert reply.status == 504
-        assert "Error" not in program.stderr
-
-
-@needs_posix
-@flow(timeout=30)
 async def test_sighup_takes_over_a_controller_with_an_agents_name_and_changes(tmp_path):
     """An agent's name is a label of its own: it must not confuse a reload."""
     async with Upstream() as one, Upstream(http_reply(completion("two"))) as two:
         write_config(tmp_path, controllers=[])
         with program_in(tmp_path) as program:
             port = program.port
-            hello = {"version": 2, "name": "gpu", "models": []}
-            async with Agent(port, hello=json.dumps(hello)):
+            async with Agent(port, hello=agent_hello(name="gpu", models=[])):
                 program.wait_for("agent gpu joined")
                 reload(program, "controllers: gpu", tmp_path, entry("gpu", one))
-                assert b"Hi there" in (await echo(port, model="gpu")).content
+                assert chat_text(await echo(port, model="gpu")) == "Hi there"
                 write_config(tmp_path, entry("gpu", two))
                 program.signal(signal.SIGHUP)
                 end = time.monotonic() + 5
-                while b"two" not in (await echo(port, model="gpu")).content:
+                while chat_text(await echo(port, model="gpu")) != "two":
                     assert time.monotonic() < end, "waited in vain"
                     await asyncio.sleep(0.02)
                 agents = (await ask(port, "GET", "/api/connections")).json()
@@ -13429,25 +12861,8 @@ async def test_a_tls_handshake_that_never_ends_is_not_left_behind(
         known = asyncio.all_tasks()
         silent = socket.create_connection(("127.0.0.1", server.port))
         await until(lambda: asyncio.all_tasks() - known)
-    left = asyncio.all_tasks() - tasks
-    silent.close()
-    if left:
-        await asyncio.wait(left, timeout=2)
-    assert not left
-
-
-@needs_posix
-@flow(timeout=30)
-async def test_sighup_takes_no_other_file_for_the_one_that_has_gone(tmp_path):
-    write_config(tmp_path, entry("kept"))
-    with program_in(tmp_path) as program:
-        port = program.port
-        (tmp_path / "chatgpt-apiserver.json").unlink()
-        (tmp_path / "config").mkdir()
-        write_config(tmp_path / "config", controllers=[])
-        reload(program, "not reloaded: chatgpt-apiserver.json is not there")
-        reply = await ask(port, "GET", "/admin/controllers")
-        assert "kept" in [line["name"] for line in reply.json()["controllers"]]
+    with silent:
+        assert not asyncio.all_tasks() - tasks
 
 
 @needs_posix
@@ -13463,20 +12878,35 @@ def test_what_only_a_restart_changes_is_compared_with_what_is_in_force(tmp_path)
 
 @needs_posix
 @flow(timeout=30)
-async def test_sighup_changes_the_page_new_tokens_and_the_default_limit(tmp_path):
-    with program_in(tmp_path) as program:
-        port = program.port
-        reply = await ask(port, "GET", "/", headers=HTML)
-        assert reply.headers["content-type"].startswith("text/html")
-        settings = {"store": "sha256", "default_limit": "1 requests/day"}
-        reload(program, "configuration reloaded", tmp_path, page=False, **settings)
-        reply = await ask(port, "GET", "/", headers=HTML)
-        assert reply.headers["content-type"].startswith("text/plain")
-        reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY})
-        token = reply.json()["token"]
-        assert token not in (tmp_path / "users.json").read_text()
-        statuses = [(await echo(port, key=token)).status for _ in range(2)]
-        assert statuses == [200, 429]
+async def test_sighup_changes_what_it_can_and_forgets_nothing(tmp_path):
+    async with Upstream(upstream_hangs) as hangs, Upstream() as upstream:
+        kept = entry("kept", hangs)
+        m = entry("m", upstream, limit={"requests": 1, "per": "month"})
+        write_config(tmp_path, kept, m)
+        with program_in(tmp_path) as program:
+            port = program.port
+            reply = await ask(port, "GET", "/", headers=HTML)
+            assert reply.headers["content-type"].startswith("text/html")
+            assert (await echo(port, model="m")).status == 200
+            assert (await echo(port, model="m")).status == 503
+            more = {
+                "page": False, "store": "sha256", "default_limit": "1 requests/day",
+                "limits": {"first_byte_timeout": 0.2, "connections": 9},
+            }  # fmt: skip
+            line = "only a restart changes limits.connections"
+            reload(program, line, tmp_path, kept, {**m, "weight": 2}, **more)
+            program.wait_for("reloaded; controllers: kept, m")
+            assert (await echo(port, model="m")).status == 503
+            reply = await asyncio.wait_for(echo(port, model="kept"), 10)
+            assert reply.status == 504
+            reply = await ask(port, "GET", "/", headers=HTML)
+            assert reply.headers["content-type"].startswith("text/plain")
+            reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY})
+            token = reply.json()["token"]
+            assert token not in (tmp_path / "users.json").read_text()
+            statuses = [(await echo(port, key=token)).status for _ in range(2)]
+            assert statuses == [200, 429]
+        assert "Error" not in program.stderr
 
 
 @needs_posix
@@ -13556,8 +12986,8 @@ def link_of(agent):
 class AgentServer:
     """A fake server that speaks bytes to one agent after the other."""
 
-    def __init__(self, hello='{"version": 2}', status=101):
-        self.status, self.hello, self.heads, self.said = status, hello, [], []
+    def __init__(self, status=101):
+        self.status, self.heads, self.said = status, [], []
 
     async def __aenter__(self):
         self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -13573,54 +13003,45 @@ class AgentServer:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         self.heads.append(head)
         self.writer = writer
-        key = head.split("Sec-WebSocket-Key: ")[1].split("\r\n")[0]
-        lines = [f"HTTP/1.1 {self.status} X", "Upgrade: websocket"]
-        lines += ["Connection: Upgrade", "Content-Length: 0"][: self.status // 101 * 1]
-        lines += ["Connection: close"] if self.status != 101 else []
-        lines.append(f"Sec-WebSocket-Accept: {apiserver.accept_key(key)}")
-        writer.write("\r\n".join([*lines, "", ""]).encode())
         if self.status != 101:
+            closing = [("Connection", "close")]
+            writer.write(http_reply(b"", self.status, headers=closing))
             writer.close()
             return
+        key = head.split("Sec-WebSocket-Key: ")[1].split("\r\n")[0]
+        writer.write(ACCEPTED.replace(b"%b", accept_key(key).encode()))
         self.protocol = WebSocketProtocol(SERVER)
         self.send("fresh-id", "Connection id")
         with contextlib.suppress(ConnectionError):
-            while True:
-                data = await reader.read(65536)
-                for event in self.protocol.receive(data):
-                    if event[0] is TEXT:
-                        self.said.append(json.loads(event[1]))
-                if not data:
-                    break
+            while data := await reader.read(65536):
+                events = self.protocol.receive(data)
+                self.said += [json.loads(e[1]) for e in events if e[0] is TEXT]
 
     def send(self, id, message, data=""):
         data = data if isinstance(data, str) else json.dumps(data)
         text = json.dumps({"id": id, "message": message, "data": data})
         self.writer.write(self.protocol.send(text))
 
-    async def heard(self, message, id=None):
-        """The first message of a kind that the agent has sent."""
-        return await until(
-            lambda: next(
-                (
-                    said
-                    for said in self.said
-                    if said["message"] == message and id in (None, said["id"])
-                ),
-                None,
-            )
-        )
+    async def heard(self, *messages, id=None):
+        """The first message of these kinds (for an id) that the agent has sent."""
+
+        def found():
+            return [
+                s
+                for s in self.said
+                if s["message"] in messages and id in (None, s["id"])
+            ]
+
+        return (await until(found))[0]
+
+    def ask(self, id, path=CHAT_URL, body=CHAT, **more):
+        data = {"method": "POST", "path": path, "body": body, **more}
+        self.send(id, "ApiRequest", data)
 
     async def request(self, id, path, body=CHAT, **more):
         """What the agent answers to an ApiRequest: the head and the content."""
-        self.send(
-            id, "ApiRequest", {"method": "POST", "path": path, "body": body, **more}
-        )
-        await until(
-            lambda: any(
-                s["id"] == id and s["message"] in ("ApiEnd", "error") for s in self.said
-            )
-        )
+        self.ask(id, path, body, **more)
+        await self.heard("ApiEnd", "error", id=id)
         mine = [said for said in self.said if said["id"] == id]
         heads = [json.loads(s["data"]) for s in mine if s["message"] == "ApiResponse"]
         content = "".join(s["data"] for s in mine if s["message"] == "ApiData")
@@ -13642,21 +13063,16 @@ async def agent_call(agent):
 
 async def agent_upstream(request, writer):
     """An upstream that has everything: a list, chats, embeddings, sound."""
-    if request.line.startswith("GET /v1/models"):
-        writer.write(http_reply({"data": [{"id": "m"}, {"id": "n"}]}))
-    elif "/speech" in request.line:
-        writer.write(http_reply(bytes(range(256)) * 300, content_type="audio/mpeg"))
-    elif "/embeddings" in request.line:
-        writer.write(
-            http_reply({"data": [{"embedding": [0.5]}], "text": "日本" * 30000})
-        )
-    elif "/transcriptions" in request.line:
-        writer.write(http_reply({"text": str(len(request.content))}))
-    elif request.json().get("stream"):
-        events = [chunk("Hi "), chunk("thé"), chunk("re"), chunk(None, "stop"), DONE]
-        writer.write(STREAM_HEAD + b"".join(map(chunked, events)) + b"0\r\n\r\n")
-    else:
-        writer.write(http_reply(completion()))
+    events = [chunk("Hi "), chunk("thé"), chunk("re"), chunk(None, "stop"), DONE]
+    for word, answer in (
+        ("/speech", http_reply(bytes(range(256)) * 300, content_type="audio/mpeg")),
+        ("/embeddings", http_reply({"data": [], "text": "日本" * 30000})),
+        ("/transcriptions", http_reply({"text": str(len(request.content))})),
+        ("/models", http_reply({"data": [{"id": "m"}, {"id": "n"}]})),
+    ):
+        if word in request.line:
+            return writer.write(answer)
+    await by_words({'"stream": true': streams(*events)})(request, writer)
 
 
 async def agent_begins(request, writer):
@@ -13710,17 +13126,13 @@ async def test_a_wrong_scheme_is_told_with_its_cure(
 
 @flow
 async def test_an_agent_answers_whole_and_streamed(tmp_path):
-    async with agent_before(tmp_path, agent_upstream, None) as (
-        server,
-        agent,
-        upstream,
-    ):
+    made = agent_before(tmp_path, agent_upstream, None)
+    async with made as (server, agent, upstream):
         assert (await chat(server)).json() == completion()
-        reply = await chat(server, stream=True)
-        texts = [json.loads(e)["choices"][0] for e in reply.events()[:-1]]
-        words = [choice["delta"].get("content", "") for choice in texts]
-        assert "".join(words) == "Hi thére" and reply.events()[-1] == "[DONE]"
-        assert agent.log.has("as box, serving m, n")
+        *events, done = (await chat(server, stream=True)).events()
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+        assert "".join(delta.get("content", "") for delta in deltas) == "Hi thére"
+        assert done == "[DONE]" and agent.log.has("as box, serving m, n")
         listed = await ask(server.port, "GET", "/v1/models")
         assert {"m", "n"} < {m["id"] for m in listed.json()["data"]}
         # One connection to the upstream: no call was cut at its end.
@@ -13763,12 +13175,10 @@ async def test_an_agents_upstream_refuses_and_the_client_learns_why(tmp_path, st
 
 @flow
 async def test_stream_options_that_an_agents_upstream_refuses_are_left_out(tmp_path):
-    async def behave(request, writer):
-        if "stream_options" in request.json():
-            writer.write(error_reply(400, "stream_options?"))
-        else:
-            await agent_upstream(request, writer)
-
+    refusal = error_reply(400, "stream_options?")
+    behave = by_words(
+        {"stream_options": refusal}, usual=streams(chunk("Hi", "stop"), DONE)
+    )
     async with agent_before(tmp_path, behave) as (server, _, upstream):
         for asked in (3, 4):  # the server and the agent learn it once each
             reply = await chat(server, stream=True)
@@ -13809,8 +13219,7 @@ async def test_a_slow_client_of_an_agent_holds_up_no_other(server):
 async def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_path):
     async with agent_before(tmp_path, agent_begins) as (server, agent, upstream):
         for count, body in ((1, CHAT), (2, STREAM)):
-            async with Client(server.port) as client:
-                client.send(request_bytes("POST", CHAT_URL, body))
+            async with posting(server, body) as client:
                 await until(lambda count=count: len(upstream.requests) == count)
                 if body is STREAM:
                     await client.read_head()
@@ -13822,8 +13231,7 @@ async def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_pat
 @flow
 async def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
     async with agent_before(tmp_path, agent_begins) as (server, agent, upstream):
-        async with Client(server.port) as client:
-            client.send(request_bytes("POST", CHAT_URL, STREAM))
+        async with posting(server) as client:
             await client.read_head()
             await until(lambda: link_of(agent).calls)
             link_of(agent).websocket.connection.reset()
@@ -13883,16 +13291,6 @@ async def test_a_refused_key_is_told_once_and_tried_again(
         assert "--key" in agent.log[0] and key not in agent.log[0]
 
 
-@flow(agents_auth="key")
-async def test_an_agents_token_registers_and_does_nothing_else(server):
-    user = await server.users.add(role="agent")
-    async with agent_of(server, says_hi(), key=user.token):
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT, key=user.token)
-        assert reply.status == 403
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-        assert reply.status == 200
-
-
 @flow
 async def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(
     server, client, constant
@@ -13921,11 +13319,9 @@ async def test_a_drained_agent_finishes_what_runs_and_gets_nothing_new(
 
 @flow
 async def test_a_second_request_to_shut_down_ends_an_agent_at_once(server):
-    async def wait(request):
-        await asyncio.sleep(20)
-
-    async with agent_of(server, FunctionController(wait, models=["m"])) as agent:
-        asking = asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, CHAT))
+    gate = PoolGate(models=["m"])
+    async with agent_of(server, gate.controller) as agent:
+        asking = asyncio.ensure_future(chat(server))
         await until(lambda: link_of(agent).calls)
         agent.request_shutdown()
         agent.request_shutdown()
@@ -14021,44 +13417,34 @@ async def test_a_malicious_server_reaches_nothing_but_the_api():
             assert {"cookie", "x-a", "x-n"}.isdisjoint(request.headers)
 
 
-@cases("message",
-    "", "[]", "{}", "7", "[" * 10_000, '{"message": 1}',
-    '{"id": [], "message": "ApiRequest", "data": {}}',
-    '{"id": "\\ud800", "message": "ping"}',
-    '{"id": "a", "message": "ApiCancel", "data": ""}',
-    '{"id": "a", "message": "ApiRequest", "data": "[["}',
-    '{"id": "a", "message": "ChatGptRequest", "data": "7"}',
-    '{"id": "a", "message": "nonsense"}',
-)  # fmt: skip
 @flow
-async def test_nonsense_from_a_server_does_not_end_an_agent(message):
-    async with AgentServer() as server:
-        async with agent_of(server.port, says_hi()):
-            await server.heard("Connection id")
+async def test_nonsense_from_a_server_does_not_end_an_agent():
+    async with AgentServer() as server, agent_of(server.port, says_hi()):
+        await server.heard("Connection id")
+        for number, message in enumerate((
+            "", "[]", "{}", "7", "[" * 10_000, '{"message": 1}',
+            '{"id": [], "message": "ApiRequest", "data": {}}',
+            '{"id": "\\ud800", "message": "ping"}',
+            '{"id": "a", "message": "ApiCancel", "data": ""}',
+            '{"id": "a", "message": "ApiRequest", "data": "[["}',
+            '{"id": "a", "message": "ChatGptRequest", "data": "7"}',
+            '{"id": "a", "message": "nonsense"}',
+        )):  # fmt: skip
             server.writer.write(server.protocol.send(message))
-            head, _ = await server.request("good", CHAT_URL)
-            assert head["status"] == 200 and len(server.heads) == 1
+            head, _ = await server.request(f"good {number}", CHAT_URL)
+            assert head["status"] == 200 and len(server.heads) == 1, message
 
 
 @flow
 async def test_an_agent_takes_no_more_calls_than_it_said():
-    async def wait(request):
-        await asyncio.sleep(20)
-
+    gate = PoolGate(models=["m"])
     async with AgentServer() as server:
-        controller = FunctionController(wait, models=["m"])
-        async with agent_of(server.port, controller, max_concurrency=2) as agent:
-            hello = await server.heard("Connection id")
-            assert json.loads(hello["data"]) == {
-                "version": 2,
-                "name": "box",
-                "models": ["m"],
-                "max_concurrency": 2,
-                "paused": False,
-            }
+        async with agent_of(server.port, gate.controller, max_concurrency=2) as agent:
+            hello = json.loads((await server.heard("Connection id"))["data"])
+            expected = {"version": 2, "name": "box", "models": ["m"], "paused": False}
+            assert hello == {**expected, "max_concurrency": 2}
             for number in range(5):
-                data = {"method": "POST", "path": CHAT_URL, "body": CHAT}
-                server.send(f"c{number}", "ApiRequest", data)
+                server.ask(f"c{number}")
             refusal = await server.heard("error")
             assert refusal["id"] == "c2" and refusal["data"] == apiserver.AGENT_FULL
             link = link_of(agent)
@@ -14082,8 +13468,7 @@ async def test_a_slow_server_slows_the_upstream():
         async with agent_of(server.port, FunctionController(flood, models=["m"])):
             await server.heard("Connection id")
             server.writer.transport.pause_reading()
-            data = {"method": "POST", "path": CHAT_URL, "body": STREAM}
-            server.send("c", "ApiRequest", data)
+            server.ask("c", body=STREAM)
             seen = -1
             while seen != made or not made:  # until it stands still
                 seen = made
@@ -14120,33 +13505,28 @@ def agent_command(script, **options):
     return FunctionController(function, name="program", models=["m"])
 
 
-@cases(
-    "script, whole, expected",
+@cases("script, whole, expected",
     ("import sys; print(sys.stdin.read()[::-1], end='')", False, "olleH"),
     ("import json, sys; print(json.load(sys.stdin)['model'])", True, "m\n"),
     ("print('é' * 99999, end='')", False, "é" * 99999),
     ("import sys; sys.stderr.write('x' * 999999); print(1)", False, "1\n"),
     ids=["text", "json", "much", "complaints"],
-)
+)  # fmt: skip
 @flow
 async def test_a_program_answers(server, monkeypatch, script, whole, expected):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
     async with agent_of(server, agent_command(script, whole=whole)):
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-        message = reply.json()["choices"][0]["message"]
-        assert message["content"] == expected
+        assert chat_text(await chat(server)) == expected
 
 
 @flow
-async def test_a_program_that_fails_tells_why(tmp_path, caplog):
+async def test_a_program_that_fails_tells_why(server, caplog):
     script = "import sys; print('Hi', flush=True); sys.exit('no model here')"
-
-    command = agent_command(script)
-    async with serving(tmp_path) as server, agent_of(server, command):
-        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+    async with agent_of(server, agent_command(script)):
+        reply = await chat(server)
         assert reply.status == 500
         assert reply.json()["error"]["message"].endswith("ended with status 1")
-        reply = await ask(server.port, "POST", CHAT_URL, STREAM)
+        reply = await chat(server, stream=True)
         assert "Hi" in reply.events()[0] and "status 1" in reply.events()[-1]
         # Its words are for whoever runs it, on its own machine.
         assert "no model here" not in str(reply.events())
@@ -14263,20 +13643,12 @@ async def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(server):
 
 @flow
 async def test_a_hundred_agents_at_once(tmp_path):
-    async def hi(request):
-        return "Hi"
-
     before = asyncio.all_tasks()
     async with serving(tmp_path) as server, contextlib.AsyncExitStack() as stack:
-        agents = [
-            agent_of(server.port, FunctionController(hi, models=["m"]))
-            for _ in range(100)
-        ]
-        for agent in agents:
-            await stack.enter_async_context(agent)
-        await until(lambda: len(server.agents) == 100)
-        asks = (ask(server.port, "POST", CHAT_URL, CHAT) for _ in range(200))
-        replies = await asyncio.gather(*asks)
+        for _ in range(100):
+            await stack.enter_async_context(agent_of(server.port, pool_function("Hi")))
+        await handler_agents(server, 100)
+        replies = await asyncio.gather(*(chat(server) for _ in range(200)))
         assert {reply.status for reply in replies} == {200}
         counts = [agent.requests for agent in server.agents.values()]
         assert counts == [2] * 100
@@ -14286,7 +13658,7 @@ async def test_a_hundred_agents_at_once(tmp_path):
             agent.websocket.connection.reset()
         # Some are back before others have been missed.
         await until(lambda: not before_cut & {*server.agents.values()})
-        await until(lambda: len(server.agents) == 100)
+        await handler_agents(server, 100)
         assert len(server.pool.controllers) == 101
     assert asyncio.all_tasks() == before
 
@@ -14328,32 +13700,20 @@ async def test_an_agent_serves_all_its_servers_and_one_that_goes_disturbs_none(
 
 @flow
 async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
-    go, running, most = asyncio.Event(), 0, 0
-
-    async def wait(request):
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        await go.wait()
-        running -= 1
-        return "Hi"
-
-    controller = FunctionController(wait, models=["m"])
+    gate = PoolGate(models=["m"])
     async with two_servers(tmp_path) as servers:
         urls = serving_urls(*servers)
-        async with agent_of_all(urls, controller, max_concurrency=2) as agent:
+        async with agent_of_all(urls, gate.controller, max_concurrency=2) as agent:
             for server in servers:
                 await until(lambda server=server: agent.id in server.agents)
-            asks = [
-                asyncio.ensure_future(ask(server.port, "POST", CHAT_URL, CHAT))
-                for server in (*servers, *servers)
-            ]
-            await until(lambda: running == 2)
+            asks = [asyncio.ensure_future(chat(s)) for s in (*servers, *servers)]
+            await until(lambda: len(gate.asked) == 2)
             await asyncio.sleep(2 * apiserver.AGENT_FULL_PAUSE)
-            assert running == 2 and agent.is_full
-            go.set()
+            assert len(gate.asked) == 2 and agent.is_full
+            gate.let()
             # Who found it full has waited, and it was nobody's failure.
-            assert {(await asked).status for asked in asks} == {200} and most == 2
+            assert {(await asked).status for asked in asks} == {200}
+            assert gate.most == 2
             for server in servers:
                 assert server.agents[agent.id].failures == 0
 
@@ -14540,20 +13900,19 @@ async def test_an_agent_says_that_its_upstream_refuses_the_key():
 
 
 @flow
-async def test_an_endless_list_of_models_does_not_hold_up_an_agent(tmp_path):
+async def test_an_endless_list_of_models_does_not_hold_up_an_agent(server):
     async def behave(request, writer):
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+        writer.write(JSON_HEAD + b"\r\n")
         while True:
             writer.write(b" ")
             await writer.drain()
             await asyncio.sleep(0.01)
 
     limits = Limits(connect_timeout=0.2)
-    async with serving(tmp_path) as server, Upstream(behave) as endless:
+    async with Upstream(behave) as endless:
         upstream = endless.controller(name="endless", limits=limits)
         async with agent_of(server, upstream, says_hi(), limits=limits):
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-            assert reply.status == 200
+            assert (await chat(server)).status == 200
 
 
 # --- As a program
@@ -14598,10 +13957,8 @@ async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
         process.wait()
 
 
-@cases(
-    "arguments, words",
-    ([], "expected the URL of a server"),
-    (["h", "--hlep"], "unknown option --hlep"),
+@cases("arguments, words",
+    ([], "expected the URL of a server"), (["h", "--hlep"], "unknown option --hlep"),
     (["h", "--command", "no-such-program"], "there is no such program in PATH"),
     (["h", "--upstream", "ftp://x"], "upstream: expected"),
     (["h", "--upstream", "x", "--command", "y"], "only one of"),
@@ -14609,20 +13966,18 @@ async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
     (["h", "--ca-file", "/nonexistent"], "ca-file: expected"),
     (["h", "--config_file", "/nonexistent"], "config_file: expected"),
     (["h", "--key", "a b"], "printable ASCII"),
-)
+)  # fmt: skip
 def test_a_mistake_in_an_agents_arguments_is_one_line(arguments, words, capsys):
     assert apiserver.main(["agent", *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
 
 
-@cases(
-    "upstream, base_url",
-    ("localhost:11434", "http://localhost:11434/v1"),
-    ("http://h:1/", "http://h:1/v1"),
+@cases("upstream, base_url",
+    ("localhost:11434", "http://localhost:11434/v1"), ("http://h:1/", "http://h:1/v1"),
     ("https://h/v1", "https://h/v1"),
     ("https://h/openai/v2/", "https://h/openai/v2"),
-)
+)  # fmt: skip
 def test_the_upstream_of_an_agent_is_written_as_people_do(upstream, base_url):
     argv = ["h", "--upstream", upstream, "--upstream-key", "K", "--models", "a, b"]
     agent = apiserver.build_agent(argv, {"API_KEY": "T"}, None)
@@ -14749,29 +14104,22 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080"], "no API key"),
     (["8080", ""], "api_key: expected a key"),
     (["8080", "<API_KEY>"], "api_key: expected a key"),
-    (["8080", "SECRET SECRET"], "printable ASCII, no space or newline"),
     (["8080", "SECRET\u00e9"], "printable ASCII, no space or newline"),
     (["8080", "SECRET\n"], "printable ASCII, no space or newline"),
-    (["70000", "k"], "port: expected a port from 0 to 65535"),
-    (["abc", "k"], "port: expected a port from 0 to 65535"),
+    (["70000", "k"], "port: expected a port from 0 to 65535"), (["", "k"], "port: expected"),
+    (["\u0668\u0660", "k"], "port: expected"), (["SECRET", "8080"], "port: expected"),
     (["-1", "k"], "command line: "),
-    (["", "k"], "port: expected"),
-    (["\u0668\u0660", "k"], "port: expected"),
-    (["SECRET", "8080"], "port: expected"),
     (["8080", "k", "SECRET"], "expected no more than a port and a key"),
     (["8080", "-SECRET"], "unknown option"),
     (["8080", "k", "--lisen", "::"], 'unknown option --lisen'),
     (["8080", "k", "-confg_file=x"], "unknown option --confg_file"),
-    (["8080", "k", "--list", "::"], "unknown option"),  # no abbreviations
-    (["8080", "k", "-list", "::"], "unknown option"),
+    (["8080", "k", "-list", "::"], "unknown option"),  # no abbreviations
     (["8080", "k", "--listen"], "--listen: expected one argument"),
     (["8080", "k", "--verbose=SECRET"], "--verbose: ignored explicit argument"),
     (["8080", "k", "--listen", "0.0.0.0:80"], "listen: expected an address without a port"),
     (["8080", "k", "--listen", "256.0.0.1"], "listen: expected an address"),
     (["8080", "k", "--listen", "a b"], "listen: expected an address"),
-    (["8080", "k", "--users", ""], "users: expected the path"),
     (["8080", "k", "--users", "a\nb"], "users: expected the path"),
-    (["8080", "k", "--tls-cert", "no.pem"], "tls_cert: expected the path of a file"),
     (["8080", "k", "--tls-cert", "."], "tls_cert: expected the path of a file"),
     (["8080", "k", "--tls-key", __file__], "tls_key: expected a tls_cert"),
     (["--config_file", "no.json"], "no.json: cannot be read: No such file"),
@@ -14834,7 +14182,6 @@ def test_version_is_printed(capsys):
 
 
 @cases("attribute, args, environ, file, expected", ("port", [], {}, {}, 8080),
-    ("port", [], {}, {"port": 1}, 1),
     ("port", [], {}, {"port": "1"}, 1),  # the seed's
     ("port", [], {"CHATGPT_APISERVER_PORT": "2"}, {"port": 1}, 2),
     ("port", [], {"CHATGPT_APISERVER_PORT": ""}, {"port": 1}, 1),
@@ -15052,7 +14399,6 @@ def openai(**config):
     (controllers(OPENAI, {"wieght": 1}), 'controllers[1].wieght: unknown key'),
     # Types
     ({"port": None}, "port: expected a port from 0 to 65535, got null"),
-    ({"port": 1.5}, "port: expected a port from 0 to 65535, got a number"),
     ({"port": True}, "port: expected a port from 0 to 65535, got a boolean"),
     ({"listen": ["::"]}, "listen: expected an address without a port, such as 0.0.0.0 or ::, got a list"),
     ({"pool": "random"}, "pool: expected an object, got a string"),
@@ -15062,17 +14408,13 @@ def openai(**config):
     (openai(api_key=12345), "or \"\" for none, got a number"),
     (openai(verify="no"), "controllers[0].config.verify: expected true or false, got a string"),
     # Values
-    ({"port": -1}, "port: expected a port from 0 to 65535"),
     ({"port": "80 "}, "port: expected a port from 0 to 65535"),
-    ({"api_key": ""}, "api_key: expected a key of your own"),
     ({"api_key": "<API_KEY>"}, "api_key: expected a key of your own"),
     ({"pool": {"type": "SECRET"}}, 'pool.type: expected "balanced" or "random" or "least_busy"'),
     ({"agents": {"auth": "none"}}, 'agents.auth: expected "local" or "key" or "open"'),
     ({"upstream_errors": ""}, 'upstream_errors: expected "map" or "pass"'),
     ({"limits": {"head_size": 1.5}}, "limits.head_size: expected a whole number from 0, got a number"),
-    ({"limits": {"head_size": -1}}, "limits.head_size: expected a whole number from 0"),
     ({"limits": {"head_timeout": "5"}}, "limits.head_timeout: expected seconds, above 0, got a string"),
-    ({"tls_key": "no.pem"}, "tls_key: expected the path of a file that can be read"),
     ({"tls_cert": "\0"}, "tls_cert: expected the path of a file that can be read"),
     # Controllers
     (controllers({"type": "claude"}), 'controllers[0].type: expected "openai"'),
@@ -15081,7 +14423,6 @@ def openai(**config):
     (controllers({"config": {}}), "controllers[0].config.api_key: expected a key"),
     (controllers({"config_file": "no.json"}), "controllers[0].config_file: expected the path"),
     (controllers({"config_file": "chatgpt-apiserver.json"}), "chatgpt-apiserver.json: controllers: unknown key"),
-    (controllers({**OPENAI, "weight": -1}), "controllers[0].weight: expected a whole number from 0"),
     (controllers({**OPENAI, "weight": 10**400}), "controllers[0].weight: expected a whole number"),
     (controllers({**OPENAI, "max_concurrency": 0}), "controllers[0].max_concurrency: expected a whole number from 1"),
     (controllers({**OPENAI, "tier": 0}), "controllers[0].tier: expected a whole number from 1"),
@@ -15090,9 +14431,7 @@ def openai(**config):
     (controllers({**OPENAI, "models": "m"}), "controllers[0].models: expected"),
     (controllers({**OPENAI, "models": ["m", 5]}), "controllers[0].models[1]: expected"),
     (controllers({**OPENAI, "models": {"a": ""}}), "controllers[0].models.a: expected"),
-    (controllers({**OPENAI, "limit": {"requests": 1}}), 'controllers[0].limit: expected a limit'),
     (controllers({**OPENAI, "limit": {"per": "day"}}), 'controllers[0].limit: expected a limit'),
-    (controllers({**OPENAI, "limit": {"per": "week"}}), "controllers[0].limit: expected a limit"),
     (controllers({**OPENAI, "name": "mock"}), "controllers[0].name: expected another name"),
     (controllers({**OPENAI, "name": "a\nb"}), "controllers[0].name: expected printable text"),
     (controllers({**OPENAI, "name": "a"}, {**OPENAI, "name": "a"}), "controllers[1].name: controllers[0] has"),
@@ -15101,14 +14440,10 @@ def openai(**config):
     (openai(api_key="env:NOT_SET"), "api_key: the environment variable NOT_SET is not set"),
     (openai(api_key="env:sk-SECRET"), "api_key: the environment variable named here is not set"),
     (openai(base_url="ftp://h"), "controllers[0].config.base_url: expected the http or https URL"),
-    (openai(base_url="api.openai.com/v1"), "base_url: expected"),
-    (openai(base_url="https://u:SECRET@h/v1"), "base_url: expected"),
-    (openai(base_url="https://h/v1?key=SECRET"), "base_url: expected"),
-    (openai(base_url="https://h:70000/v1"), "base_url: expected"),
-    (openai(base_url="https://h:0/v1"), "base_url: expected"),
-    (openai(base_url="https://[::1/v1"), "base_url: expected"),
-    (openai(base_url="https:///v1"), "base_url: expected"),
-    (openai(base_url="https://h/v1\n"), "base_url: expected"),
+    *((openai(base_url=url), "base_url: expected") for url in (
+        "api.openai.com/v1", "https://u:SECRET@h/v1", "https://h/v1?key=SECRET",
+        "https://h:70000/v1", "https://h:0/v1", "https://[::1/v1", "https:///v1",
+        "https://h/v1\n")),
     (openai(proxy="socks5://h:1"), "proxy: expected a proxy such as http://host:port"),
     (openai(proxy="http://u:SECRET@h:1/path"), "proxy: expected a proxy"),
     (openai(proxy="http://u:SEC#RET@h:1"), "proxy: expected a proxy"),
@@ -15174,15 +14509,19 @@ def test_own_proxy_wins_over_the_environments(load):
     assert config.controllers[0]["proxy"] == "http://own:1"
 
 
-@cases("no_proxy", "", "*", ".", "h.example.com", "EXAMPLE.com", ".example.com", "ample.com", "other.org",
-    "other.org, example.com", "example.com:8443", "example.com:443", "com", ",", " , ",
-    "[::1]", "::1", "x*", "h.example.com.", "..example.com", "example.com:")  # fmt: skip
 @cases("host", "h.example.com", "H.Example.Com:8443", "[::1]:443", "[::1]")
-def test_no_proxy_means_what_it_means_to_urllib(load, monkeypatch, host, no_proxy):
-    environ = {"https_proxy": "http://p:1", "NO_PROXY": no_proxy}
-    config = load(environ=environ, file=openai(base_url=f"https://{host}/v1"))
-    bypass = urllib.request.proxy_bypass_environment(host, {"no": no_proxy})
-    assert config.controllers[0]["proxy"] == (None if bypass else "http://p:1")
+def test_no_proxy_means_what_it_means_to_urllib(load, host):
+    for no_proxy in (
+        "", "*", ".", "h.example.com", "EXAMPLE.com", ".example.com", "ample.com",
+        "other.org", "other.org, example.com", "example.com:8443", "example.com:443",
+        "com", ",", " , ", "[::1]", "::1", "x*", "h.example.com.", "..example.com",
+        "example.com:",
+    ):  # fmt: skip
+        environ = {"https_proxy": "http://p:1", "NO_PROXY": no_proxy}
+        config = load(environ=environ, file=openai(base_url=f"https://{host}/v1"))
+        bypass = urllib.request.proxy_bypass_environment(host, {"no": no_proxy})
+        expected = None if bypass else "http://p:1"
+        assert config.controllers[0]["proxy"] == expected, no_proxy
 
 
 # --- Secrets and nonsense
@@ -15203,11 +14542,8 @@ def mutated(value, rng):
         changed = dict(value)
         item = changed.pop(key)
         if rng.random() < 0.9:
-            new = (
-                key
-                if rng.random() < 0.9
-                else rng.choice(["", "\n", key + "x", "\ud800"])
-            )
+            renamed = rng.choice(["", "\n", key + "x", "\ud800"])
+            new = key if rng.random() < 0.9 else renamed
             changed[new] = mutated(item, rng)
         return changed
     if isinstance(value, list) and value and rng.random() < 0.85:
@@ -15250,11 +14586,8 @@ def test_mutated_documents_are_a_config_or_one_line(load, tmp_path):
         text = json.dumps(document)
         if rng.random() < 0.2:
             cut = rng.randrange(len(text) + 1)
-            text = (
-                text[:cut]
-                + rng.choice(["", "\0", '"', "}", "\n", "9" * 99])
-                + text[cut:]
-            )
+            odd = rng.choice(["", "\0", '"', "}", "\n", "9" * 99])
+            text = text[:cut] + odd + text[cut:]
         try:
             config = load([], {"X": "x", "API_KEY": "k"}, text)
             assert 0 <= config.port <= 65535 and config.api_key and repr(config)
@@ -15562,15 +14895,7 @@ def test_the_readmes_script_runs_as_printed(tmp_path):
         "    ",
     )
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "script.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    done = run_python("-X", "dev", "-W", "error", "script.py", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "HELLO\n", "")
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
@@ -15628,14 +14953,7 @@ async def test_the_readme_names_every_metric_and_no_other(server):
 
 
 def test_the_readme_has_the_help_text_as_it_is(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(MODULE), "--help"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
-    )
+    done = run_python(str(MODULE), "--help", cwd=tmp_path)
     block = readme_block("  <port>")
     assert done.stdout.endswith(block) and f"\n{block}" in done.stdout
 
@@ -15643,15 +14961,8 @@ def test_the_readme_has_the_help_text_as_it_is(tmp_path):
 def run_pytest(folder, code):
     """Run a test file in a folder; what pytest says."""
     (folder / "test_it.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    pytest_options = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    done = run_python(*pytest_options, "test_it.py", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -15692,13 +15003,11 @@ def test_replay(base_url):
 def test_a_readme_fixture_serves_each_test(tmp_path):
     """The fixture in README.md, as it stands there."""
     code = readme_block("import pytest, chatgpt_apiserver")
-    code += """
+    code += textwrap.dedent("""
+        def test_one(base_url):
+            assert base_url.startswith("http://127.0.0.1:") and base_url.endswith("/v1")
 
-def test_one(base_url):
-    assert base_url.startswith("http://127.0.0.1:") and base_url.endswith("/v1")
-
-
-def test_two(base_url):
-    test_one(base_url)
-"""
+        def test_two(base_url):
+            test_one(base_url)
+    """)
     assert "2 passed" in run_pytest(tmp_path, code)
