@@ -6779,22 +6779,17 @@ def judge_refusal(
     )
 
 
+def home_key(request: APIRequest, kind: str, *names: str) -> bytes:
+    """16 bytes for something of a user's, which have a controller for a home."""
+    text = "\0".join((request.user, kind, *names)).encode("utf-8", "replace")
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
 def conversation_key(request: APIRequest) -> bytes:
     """What a conversation's requests have in common; never with another user's."""
     session = request.session
     kind, name = ("session", session) if session else ("start", request.turn.start)
-    return short_hash(request.user, kind, request.model or "", name)
-
-
-def response_key(request: APIRequest, response_id: str) -> bytes:
-    """A response of this user's, which a later request may continue."""
-    return short_hash(request.user, "response", response_id)
-
-
-def short_hash(*words: str) -> bytes:
-    """16 bytes that only the same words give."""
-    text = "\0".join(words)
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+    return home_key(request, kind, request.model or "", name)
 
 
 def rendezvous(key: bytes, controller: Controller) -> float:
@@ -6984,7 +6979,7 @@ class Pool:
         if not (turn.previous or session or (turn.later and turn.start)):
             return None
         key = conversation_key(request)
-        answered = response_key(request, turn.previous)
+        answered = home_key(request, "response", turn.previous)
         by_name = {c.id or c.name: c for c in free}
         homes = (self._homes.get(k, "") for k in (answered, key))
         known = [by_name[home] for home in homes if home in by_name]
@@ -7001,7 +6996,7 @@ class Pool:
         if not self.affinity or not self._several:
             return
         answer_id = request.dialect.answer_id(content)
-        keys = [response_key(request, answer_id)] if answer_id else []
+        keys = [home_key(request, "response", answer_id)] if answer_id else []
         if request.session or request.turn.start:
             keys.append(conversation_key(request))
         for key in keys:
@@ -10535,6 +10530,7 @@ class Server(Endable):
             raise ValueError("api_key must not be empty")
         self._key = api_key.encode()
         self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
+        self.admin.quotas = []  # no default is for it
         self.limits = limits
         self.listen = listen
         self.port = port
@@ -10785,8 +10781,6 @@ class Server(Endable):
     def limit_of(self, user: User) -> UsageLimit | None:
         """A user's limit, or None."""
         quotas = self.default_quotas if user.quotas is None else user.quotas
-        if user is self.admin:
-            quotas = []
         most = int(self.limits.user_requests_per_minute)
         quotas = [*quotas, Quota(most, "requests", "minute")] if most else quotas
         name = user.user_id or user.name
