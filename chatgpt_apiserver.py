@@ -10602,24 +10602,22 @@ class Server(Endable):
 
     async def start(self) -> None:
         """Open the sockets; from here on requests are answered."""
-        loop = asyncio.get_running_loop()
+        loop, limits, pool = asyncio.get_running_loop(), self.limits, self.pool
         self.users.load()
         self.ledger.load()
-        if self.pool.tape is not None:
-            self.pool.tape.load()
+        if pool.tape is not None:
+            pool.tape.load()
         listeners: list[asyncio.AbstractServer] = []
         with contextlib.ExitStack() as opened:  # closed again if something fails
             sockets = open_sockets(self.listen, self._wanted_port)
             for sock in sockets:
                 opened.callback(sock.close)
             self.load_certificate()
-            self._max_connections = connection_limit(self.limits)
+            self._max_connections = connection_limit(limits)
             self._asked, self._hurried = loop.create_future(), False
             self.draining = False
             for sock in sockets:
-                new = functools.partial(
-                    Connection, self.limits, self._accepted, self._lost
-                )
+                new = functools.partial(Connection, limits, self._accepted, self._lost)
                 listener = await loop.create_server(new, sock=sock, backlog=1024)
                 listeners.append(listener)
                 opened.callback(listener.close)
@@ -10629,10 +10627,7 @@ class Server(Endable):
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, address)
         host = f"[{host}]" if ":" in host and "[" not in host else host
         self.url = f"http{'s' if self.tls else ''}://{host}:{self.port}"
-        limits, pool = self.limits, self.pool
-        self._spawn(
-            self._repeat(self._refresh_users, lambda: limits.users_poll_interval)
-        )
+        self._spawn(self._repeat(self._poll_users, lambda: limits.users_poll_interval))
         self._spawn(self._exchange_usage())
         self._spawn(pool.refresh_models())
         self._spawn(self._repeat(pool.refresh_models, lambda: 60))
@@ -10687,10 +10682,8 @@ class Server(Endable):
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
         await self._wait_for(lambda: self._serves(True), 1.0)
-        for exchange in self.running_requests:
-            exchange.cancel(
-                APIError(503, "The server is shutting down.", retry_after=5)
-            )
+        for each in self.running_requests:
+            each.cancel(APIError(503, "The server is shutting down.", retry_after=5))
         await end_tasks(self._tasks)
         for connection in list(self._handlers):
             connection.abort()
@@ -10872,10 +10865,8 @@ class Server(Endable):
         """End the running requests with an id, the client's or ours; False for none."""
         found = [each for each in self.running_requests if each.id == request_id]
         words = "The server's administrator has cancelled this request."
-        for exchange in found:
-            exchange.cancel(
-                APIError(503, words, code="cancelled", retry_after=math.inf)
-            )
+        for each in found:
+            each.cancel(APIError(503, words, code="cancelled", retry_after=math.inf))
         return bool(found)
 
     # --- Agents
@@ -10944,15 +10935,13 @@ class Server(Endable):
         if not task.cancelled() and task.exception() is not None:
             logger.error("a task failed", exc_info=task.exception())
 
-    async def _repeat(
-        self, work: Callable[[], Any], pause: Callable[[], float]
-    ) -> None:
+    async def _repeat(self, work: Callable[[], Any], wait: Callable[[], float]) -> None:
         """Do something regularly."""
         while True:
-            await asyncio.sleep(pause())
+            await asyncio.sleep(wait())
             await work()
 
-    async def _refresh_users(self) -> None:
+    async def _poll_users(self) -> None:
         """Take over what others have changed in users.json."""
         await self.users.refresh()
         self.dismiss_agents()
@@ -12453,10 +12442,8 @@ class ServerProgram(Program):
 
 def fixed_settings(config: Config) -> dict[str, Any]:
     """What only a restart changes, by its place in the file."""
-    settings = {
-        s.place or n: getattr(config, n) for n, s in SETTINGS.items() if s.restart
-    }
-    return {**settings, "limits.connections": config.limits.connections}
+    fixed = {s.place or n: getattr(config, n) for n, s in SETTINGS.items() if s.restart}
+    return {**fixed, "limits.connections": config.limits.connections}
 
 
 def is_terminal(fd: int) -> bool:
