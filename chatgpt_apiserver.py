@@ -9135,13 +9135,13 @@ class Exchange:
     _held = 0  # bytes, for its content
 
     def __init__(
-        self, service: Server, connection: Connection, request: Request
+        self, server: Server, connection: Connection, request: Request
     ) -> None:
         path, token = request.path, ""
         if path.startswith("/k/"):  # agents that can set nothing but an endpoint
             token, slash, rest = path[3:].partition("/")
             path = slash + rest
-        self.service = service
+        self.server = server
         self.connection = connection
         self.request = request
         self.token = token
@@ -9164,7 +9164,7 @@ class Exchange:
 
     async def read_content(self, max_size: float) -> bytes:
         """The request's content; APIError(413), ProtocolError, asyncio.TimeoutError."""
-        connection, limits = self.connection, self.service.limits
+        connection, limits = self.connection, self.server.limits
         length = self.request.content_length
         coding = content_coding(self.request.headers)
         if length is not None:
@@ -9207,7 +9207,7 @@ class Exchange:
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _hold(self, size: int) -> None:
-        self.service.hold(size)
+        self.server.hold(size)
         self._held += size
 
     async def parse(self, parser: Callable[[bytes], T], content: bytes) -> T:
@@ -9218,7 +9218,7 @@ class Exchange:
         if len(content) <= PIECE_SIZE:
             return parser(content)
         size = parsed_size(content)
-        if size > self.service.limits.total_content_size:
+        if size > self.server.limits.total_content_size:
             raise APIError(413, "The request's JSON has too many values.")
         self._hold(size)
         if len(content) <= APIRequest.KEPT_SIZE:
@@ -9263,16 +9263,16 @@ class Exchange:
         the caller to send.
         """
         assert self.user is not None
-        service, connection, user = self.service, self.connection, self.user
+        server, connection, user = self.server, self.connection, self.user
         self.model = (request.model or "").partition("?")[0]  # as mocks have one
         self._check_model(request, user)
-        self.reply.limit = limit = service.limit_of(user)
-        service.begin_request(user, limit)
-        self.call = call = service.pool.call(request)
-        service.running_requests[self] = None
+        self.reply.limit = limit = server.limit_of(user)
+        server.begin_request(user, limit)
+        self.call = call = server.pool.call(request)
+        server.running_requests[self] = None
         request.user = user.user_id
         request.id = self.id
-        request.deadline = self.started + service.limits.request_timeout
+        request.deadline = self.started + server.limits.request_timeout
         connection.eof_is_hangup = True  # nobody is billed for an answer unread
         if connection.eof:
             raise ConnectionResetError("the client has left")
@@ -9297,7 +9297,7 @@ class Exchange:
         if request.model is None and request.ask is None:
             raise APIError(400, "'model' is missing.", param="model")
         if request.model is not None and not user.may_use(request.model):
-            raise self.service.pool.unknown_model(request)
+            raise self.server.pool.unknown_model(request)
 
     async def _relay_stream(self, call: Call) -> None:
         connection, reply = self.connection, self.reply
@@ -9347,7 +9347,7 @@ class Exchange:
     def send_error(self, error: APIError) -> None:
         """Send an error in the shape of its family of paths."""
         status, passed = error.status, error.upstream_status or 0
-        if self.service.upstream_errors == "pass" and (passed == 429 or passed >= 500):
+        if self.server.upstream_errors == "pass" and (passed == 429 or passed >= 500):
             status = passed
         fields = [*_JSON_FIELDS, *_ERROR_FIELDS.get(status, ())]
         seconds = error.retry_after
@@ -9377,18 +9377,18 @@ class Exchange:
 
     def end(self, counted_path: str) -> None:
         """Release what it held, write the access line and record it."""
-        service, call = self.service, self.call
+        server, call = self.server, self.call
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
-        service.hold(-self._held)
+        server.hold(-self._held)
         if call is not None and self.user is not None:
-            service.end_request(self.user)
-            del service.running_requests[self]
+            server.end_request(self.user)
+            del server.running_requests[self]
         if self.reply.status != 101:  # a websocket's line came with its 101
             self.log()
         if self.request.method == "POST" and self.path.startswith(("/v1/", "/api/ask")):
             record = self.record(self.connection.loop.time())
-            service.count(record, counted_path, None if call is None else self.user)
+            server.count(record, counted_path, None if call is None else self.user)
         self.call = None  # or its content stays as long as the connection
 
     @property
@@ -9398,7 +9398,7 @@ class Exchange:
 
     def log(self) -> None:
         """The access line: when, who, what, with what result, from whom, how long."""
-        access = self.service.access
+        access = self.server.access
         if access is None or self.path in ("/livez", "/readyz"):  # every few seconds
             return
         reply, connection, call = self.reply, self.connection, self.call
@@ -9508,7 +9508,7 @@ def authorize(exchange: Exchange, who: Who, body: JSONObject) -> None:
     """
     if who is Who.ANYBODY:
         return
-    service = exchange.service
+    server = exchange.server
     tokens = credentials(exchange)
     if who is Who.ADMIN:
         key = body.pop("admin_key", exchange.query.get("admin_key"))
@@ -9516,7 +9516,7 @@ def authorize(exchange: Exchange, who: Who, body: JSONObject) -> None:
     if not tokens:
         admit_keyless(exchange, who)
         return
-    known = filter(None, map(service.authenticate, tokens))
+    known = filter(None, map(server.authenticate, tokens))
     user = next(known, None)
     if user is not None and unix_time() >= user.expires:
         user = next((other for other in known if unix_time() < other.expires), user)
@@ -9524,7 +9524,7 @@ def authorize(exchange: Exchange, who: Who, body: JSONObject) -> None:
         name = "admin" if who is Who.ADMIN else "API"
         raise APIError(401, f"Invalid {name} key", code="invalid_api_key")
     exchange.user = user
-    if user is not service.admin:
+    if user is not server.admin:
         if user.role != who.name.lower():
             refusal = _FOR_AGENTS if who is Who.AGENT else _FOR_THE_ADMINISTRATOR
             raise APIError(403, _ROLES_ONLY.get(user.role, refusal))
@@ -9552,8 +9552,8 @@ def admit_keyless(exchange: Exchange, who: Who) -> None:
     missing = APIError(401, f"{name} key not provided", code="invalid_api_key")
     if who not in (Who.AGENT, Who.LOCAL):
         raise missing
-    service, peer = exchange.service, exchange.connection.peer
-    auth = service.agents_auth
+    server, peer = exchange.server, exchange.connection.peer
+    auth = server.agents_auth
     if who is Who.AGENT and auth == "open":
         return
     reason = not_local(exchange.request, peer)
@@ -9563,7 +9563,7 @@ def admit_keyless(exchange: Exchange, who: Who) -> None:
         return
     if who is Who.LOCAL:
         raise missing
-    service.report(
+    server.report(
         f"an agent from {peer} was refused: it has no key, and {reason}."
         " To let it in, set its endpoint to host:port/k/<token>"
     )
@@ -9622,7 +9622,7 @@ async def do_api(exchange: Exchange, content: bytes) -> None:
     else:
         body = await exchange.parse(parse_object, content)
         request = APIRequest(path, content, query=query, body=body)
-    if request.model is None and exchange.service.pool.needs_model(request):
+    if request.model is None and exchange.server.pool.needs_model(request):
         raise APIError(400, "'model' is missing.", param="model")
     await exchange.answer(request)
 
@@ -9641,7 +9641,7 @@ def list_models(exchange: Exchange) -> dict[str, JSONObject]:
     """The models that a user may use, by their names."""
     assert exchange.user is not None
     owners: dict[str, str] = {}
-    for controller in exchange.service.pool.controllers:
+    for controller in exchange.server.pool.controllers:
         for name in controller.known_models():
             if exchange.user.may_use(name):
                 owners.setdefault(name, controller.type)
@@ -9682,7 +9682,7 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
     model = optional_text(body, "model")
     conversation, messages = None, []
     if conversation_id:
-        kept = exchange.service.conversations
+        kept = exchange.server.conversations
         conversation = kept.find(exchange.user.user_id, conversation_id)
         if conversation is None:
             raise APIError(404, "Conversation doesn't exist")
@@ -9720,7 +9720,7 @@ def keep_answer(
 ) -> JSONObject:
     """The ask API's answer, and the conversation kept for the next question."""
     assert exchange.user is not None and call.controller is not None
-    kept, user_id = exchange.service.conversations, exchange.user.user_id
+    kept, user_id = exchange.server.conversations, exchange.user.user_id
     question, conversation_id, parent_id = ask
     answer = as_object(read_json(call.content or b""))
     agent_id = call.controller.id if call.controller.keeps_conversations else ""
@@ -9752,15 +9752,15 @@ def keep_answer(
 
 async def do_register(exchange: Exchange) -> None:
     """GET /client/register: an agent dials in and stays."""
-    service, connection, user = exchange.service, exchange.connection, exchange.user
-    credential = "anybody" if service.agents_auth == "open" else "this machine"
+    server, connection, user = exchange.server, exchange.connection, exchange.user
+    credential = "anybody" if server.agents_auth == "open" else "this machine"
     if user is not None:
         credential = f"token of {user.user_id}"
-    if len(service.agents) >= service.limits.agents:
+    if len(server.agents) >= server.limits.agents:
         raise APIError(503, "There are too many agents.", retry_after=30)
-    if service.draining:
+    if server.draining:
         raise APIError(503, "The server is shutting down.", retry_after=5)
-    fields = [(SERVER_ID_FIELD, service.id)]
+    fields = [(SERVER_ID_FIELD, server.id)]
     websocket = WebSocket.accept(connection, exchange.request, fields)
     exchange.reply.switch_protocols()
     exchange.log()
@@ -9775,16 +9775,16 @@ async def do_register(exchange: Exchange) -> None:
     kind = AgentController if about.get("version") == 2 else TextAgent
     agent = kind(id, websocket, credential, about)
     agent.user = user
-    agent.debug = service.debug
-    agent.on_drain = service.pool.remove
-    service.register(agent, claimed_id)
-    service.report(f"agent {agent.name} joined from {connection.peer}")
+    agent.debug = server.debug
+    agent.on_drain = server.pool.remove
+    server.register(agent, claimed_id)
+    server.report(f"agent {agent.name} joined from {connection.peer}")
     try:
         await agent.serve()
     finally:
-        service.unregister(agent)
+        server.unregister(agent)
         how = f"{websocket.close_code} {_plain(websocket.close_reason)}".strip()
-        service.report(f"agent {agent.name} left ({how})")
+        server.report(f"agent {agent.name} left ({how})")
 
 
 async def first_message(websocket: WebSocket) -> tuple[str, str] | None:
@@ -9806,7 +9806,7 @@ async def first_message(websocket: WebSocket) -> tuple[str, str] | None:
 async def do_connections(exchange: Exchange) -> JSONObject:
     """GET /api/connections: the agents, as the original listed them."""
     connections = []
-    for agent in exchange.service.agents.values():
+    for agent in exchange.server.agents.values():
         asked = rfc3339(agent.asked_at) if agent.asked_at else "0001-01-01T00:00:00Z"
         line = {"Ws": {}, "Id": agent.id, "Heartbeat": rfc3339(agent.heard_at)}
         connections.append({**line, "LastMessageTime": asked})
@@ -9818,7 +9818,7 @@ async def do_connections(exchange: Exchange) -> JSONObject:
 
 async def do_users(exchange: Exchange) -> None:
     """GET /admin/users; with ?from=0&count=100 a part of them, and the total."""
-    users, query = exchange.service.users.users, exchange.query
+    users, query = exchange.server.users.users, exchange.query
     lines, more = [], b""
     if "count" in query:
         first, count = query.get("from", "0"), query["count"]
@@ -9828,16 +9828,16 @@ async def do_users(exchange: Exchange) -> None:
         for user in users[int(first[:9]) :][: int(count[:9])]:  # as the page has them
             fields = json.loads(user.shown())
             fields.pop("token", None)
-            fields["limits"] = limits_left(exchange.service, user)
+            fields["limits"] = limits_left(exchange.server, user)
             lines.append(encode_json(fields))
     else:
         lines = [user.shown() for user in users]
     exchange.reply.send(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
 
 
-def limits_left(service: Server, user: User) -> list[JSONObject]:
+def limits_left(server: Server, user: User) -> list[JSONObject]:
     """What a user has used of each limit, and when it is reset."""
-    limit = service.limit_of(user)
+    limit = server.limit_of(user)
     return [
         {
             "limit": str(quota),
@@ -9852,28 +9852,28 @@ def limits_left(service: Server, user: User) -> list[JSONObject]:
 
 async def do_users_add(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/add: answered when it is on disk."""
-    user = await exchange.service.users.add(**body)
-    exchange.service.report(f"user {user.user_id} added")
+    user = await exchange.server.users.add(**body)
+    exchange.server.report(f"user {user.user_id} added")
     return {"user_id": user.user_id, "token": user.token}
 
 
 async def do_users_update(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/update: other settings, or a new token."""
     user_id = str(body.pop("user_id", ""))
-    user = await exchange.service.users.update(user_id, body)
-    exchange.service.report(f"user {user.user_id} changed")
+    user = await exchange.server.users.update(user_id, body)
+    exchange.server.report(f"user {user.user_id} changed")
     token = {"token": user.token} if user.token else {}
     return {"user_id": user.user_id, **token}
 
 
 async def do_users_delete(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/delete: the token stops working with the answer."""
-    service, user_id = exchange.service, body.get("user_id")
+    server, user_id = exchange.server, body.get("user_id")
     if not isinstance(user_id, str):
         raise APIError(400, "'user_id' must be a string.")
-    await service.users.delete(user_id)
-    service.dismiss_agents()
-    service.report(f"user {user_id} deleted")
+    await server.users.delete(user_id)
+    server.dismiss_agents()
+    server.report(f"user {user_id} deleted")
     return {"message": "User deleted"}
 
 
@@ -9900,7 +9900,7 @@ async def do_admin_status(exchange: Exchange) -> None:
          "address", "client": its User-Agent}],
          those that run and the last 200, the latest first}
     """
-    content, etag = exchange.service.status(exchange.connection.loop.time())
+    content, etag = exchange.server.status(exchange.connection.loop.time())
     fields = [("Content-Type", "application/json"), ("ETag", etag)]
     fields.append(("Cache-Control", "no-store"))  # a browser asks with the ETag
     known = etag in exchange.request.headers.get("if-none-match", "")  # perhaps W/
@@ -9909,7 +9909,7 @@ async def do_admin_status(exchange: Exchange) -> None:
 
 async def do_requests_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/requests/cancel: the client is told, the controller stops."""
-    if not exchange.service.cancel(str(body.get("request_id"))):
+    if not exchange.server.cancel(str(body.get("request_id"))):
         raise APIError(404, "Request not found")
     return {"message": "Request cancelled"}
 
@@ -9917,7 +9917,7 @@ async def do_requests_cancel(exchange: Exchange, body: JSONObject) -> JSONObject
 async def do_controllers(exchange: Exchange) -> JSONObject:
     """GET /admin/controllers: state and counts; never a key."""
     now = exchange.connection.loop.time()
-    controllers = exchange.service.pool.controllers
+    controllers = exchange.server.pool.controllers
     return {"controllers": [c.describe(now) for c in controllers]}
 
 
@@ -9941,11 +9941,11 @@ def switch(exchange: Exchange, body: JSONObject, off: bool) -> Controller:
 
     An agent is paused: it is told, and stays so when it comes back.
     """
-    controller = exchange.service.pool.find(str(body.get("name")))
+    controller = exchange.server.pool.find(str(body.get("name")))
     if controller is None:
         raise APIError(404, "Controller not found")
     controller.switched_off = off
-    exchange.service.pause(controller.id, off)
+    exchange.server.pause(controller.id, off)
     return controller
 
 
@@ -9957,7 +9957,7 @@ async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
     id, paused = body.get("id"), body.get("paused", True)
     if not isinstance(id, str) or not isinstance(paused, bool):
         raise APIError(400, "Expected an agent's 'id', and 'paused', true or false.")
-    if not exchange.service.pause(id, paused):
+    if not exchange.server.pause(id, paused):
         raise APIError(404, "Agent not found")
     return {"message": "Agent paused" if paused else "Agent resumed"}
 
@@ -9977,14 +9977,14 @@ async def do_usage(exchange: Exchange) -> JSONObject | None:
         if day not in ("", "9999") and not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
             raise APIError(400, "'from' and 'to' are days such as 2026-11-01.")
     own = None if user is None else user.user_id or user.name
-    report = exchange.service.ledger.report(by, *days, own)
+    report = exchange.server.ledger.report(by, *days, own)
     accept = exchange.request.headers.get("accept", "")
     if query.get("format") == "csv" or "text/csv" in accept:
         content = usage_csv([*by, *COUNTS], report["data"])
         exchange.reply.send_text(content, "text/csv; charset=utf-8")
         return None
     if user is not None:
-        report["limits"] = limits_left(exchange.service, user)
+        report["limits"] = limits_left(exchange.server, user)
     return report
 
 
@@ -10023,26 +10023,26 @@ async def do_health(exchange: Exchange) -> None:
 
 async def do_ready(exchange: Exchange) -> None:
     """GET /readyz: whether requests should be sent here; cooling is no reason."""
-    service = exchange.service
+    server = exchange.server
     reason = "no controller is available\n"
-    for c in service.pool.controllers:
+    for c in server.pool.controllers:
         if not (c.by_name_only or c.switched_off or c.paused):
             reason = ""
-    if service.draining:
+    if server.draining:
         reason = "shutting down\n"
     exchange.reply.send_text(reason or "OK", status=503 if reason else 200)
 
 
 async def do_metrics(exchange: Exchange) -> None:
     """GET /metrics, for Prometheus."""
-    text = exchange.service.metrics.text(exchange.service.gauges())
+    text = exchange.server.metrics.text(exchange.server.gauges())
     exchange.reply.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
 async def do_about(exchange: Exchange) -> None:
     """GET /: what this is, without data; to a browser, the page."""
     headers, connection = exchange.request.headers, exchange.connection
-    if exchange.service.page and "text/html" in headers.get("accept", ""):
+    if exchange.server.page and "text/html" in headers.get("accept", ""):
         exchange.reply.send(200, PAGE.encode(), PAGE_FIELDS)
         return
     scheme = "https" if connection.tls else "http"
@@ -10195,7 +10195,7 @@ async def follow_route(exchange: Exchange) -> None:
     if route.who is not Who.ADMIN:  # its key may be in the content
         authorize(exchange, route.who, {})
     if route.reads is not None:
-        limit = getattr(exchange.service.limits, route.limit)
+        limit = getattr(exchange.server.limits, route.limit)
         arguments.append(await route.reads(exchange, limit))
     if route.who is Who.ADMIN:
         authorize(exchange, route.who, arguments[0] if arguments else {})
@@ -10222,15 +10222,15 @@ class RequestHandler:
     reading = False  # it waits for a request's head, or is in the middle of it
     _served = 0
 
-    def __init__(self, service: Server, connection: Connection) -> None:
-        self.service = service
+    def __init__(self, server: Server, connection: Connection) -> None:
+        self.server = server
         self.connection = connection
 
     async def handle(self) -> None:
         """Serve requests until the connection ends."""
         connection = self.connection
         try:
-            if self.service.tls is not None and not await self._start_tls():
+            if self.server.tls is not None and not await self._start_tls():
                 return
             closing = False
             while not closing:
@@ -10238,11 +10238,11 @@ class RequestHandler:
                 if request is None:
                     break
                 self._served += 1
-                self.exchange = exchange = Exchange(self.service, connection, request)
+                self.exchange = exchange = Exchange(self.server, connection, request)
                 exchange.reply.close = (
                     not keeps_alive(request)
-                    or self._served >= self.service.limits.keep_alive_requests
-                    or self.service.draining
+                    or self._served >= self.server.limits.keep_alive_requests
+                    or self.server.draining
                 )
                 await self._respond(exchange)
                 # Before the next request, or who pipelines and does not read would
@@ -10262,18 +10262,18 @@ class RequestHandler:
     async def _start_tls(self) -> bool:
         """Do the handshake here and not in asyncio: a limit counts it, shutdown()
         ends it, and one that fails is no news."""
-        connection, service = self.connection, self.service
-        assert service.tls is not None
+        connection, server = self.connection, self.server
+        assert server.tls is not None
         peer = connection.peer
         try:
-            await connection.start_tls(service.tls)
+            await connection.start_tls(server.tls)
         except (OSError, asyncio.TimeoutError) as error:
             if getattr(error, "reason", "") == "HTTP_REQUEST":
-                service.report(f"{peer} sent http to an https port; use https://")
+                server.report(f"{peer} sent http to an https port; use https://")
             else:
-                service.debug(f"TLS handshake with {peer} failed: {error}")
+                server.debug(f"TLS handshake with {peer} failed: {error}")
             return False
-        connection.set_deadline(connection.loop.time() + service.limits.head_timeout)
+        connection.set_deadline(connection.loop.time() + server.limits.head_timeout)
         return True
 
     async def _read_request(self) -> Request | None:
@@ -10282,7 +10282,7 @@ class RequestHandler:
         One absolute deadline for the whole head: a byte now and then does not
         extend it.  What is malformed or late is answered here.
         """
-        connection, limits = self.connection, self.service.limits
+        connection, limits = self.connection, self.server.limits
         loop = connection.loop
         if self._served:
             connection.set_deadline(loop.time() + limits.keep_alive_timeout)
@@ -10316,12 +10316,12 @@ class RequestHandler:
         exchange = self.turn_away(APIError(error.status, f"Bad request: {error}."))
         exchange.log()
         peer = self.connection.peer or "a client"
-        self.service.report(f"{peer} sent something other than a request: {error}")
+        self.server.report(f"{peer} sent something other than a request: {error}")
         await self.connection.linger()
 
     def turn_away(self, error: APIError) -> Exchange:
         """Answer with an error, whatever is asked, and end the connection."""
-        self.exchange = exchange = Exchange(self.service, self.connection, _NO_REQUEST)
+        self.exchange = exchange = Exchange(self.server, self.connection, _NO_REQUEST)
         exchange.reply.close = True
         exchange.send_error(error)
         return exchange
@@ -10342,9 +10342,9 @@ class RequestHandler:
         except (ConnectionError, asyncio.CancelledError):
             exchange.outcome = "client left"
             if self.connection.stalled:
-                seconds = self.service.limits.write_timeout
+                seconds = self.server.limits.write_timeout
                 line = f"a client that read nothing for {seconds:g} s is disconnected"
-                self.service.report(line)
+                self.server.report(line)
             raise
         except Exception:
             logger.exception("request %s failed", exchange.id)
