@@ -4846,9 +4846,13 @@ class UsageLimit:
         self._most_requests, self._most_tokens = most.values()
         self._second = 0
 
-    def count(self, requests: int = 0, tokens: int = 0) -> None:
+    def count(
+        self, requests: int = 0, tokens: int = 0, now: float | None = None
+    ) -> None:
         """Add what was used now."""
-        if not self._since <= (now := unix_time()) < self._until:
+        if now is None:
+            now = unix_time()
+        if not self._since <= now < self._until:
             self._turn(now)
         self._requests += requests
         self._tokens += tokens
@@ -4977,11 +4981,11 @@ class Ledger:
         self, user: str, model: str, controller: str, failures: int, usage: Usage
     ) -> None:
         """Count one request that has ended."""
-        sent, cached, output = usage
+        (sent, cached, output), now = usage, unix_time()
         limit = self._limits["user"].get(user)
         if limit is not None:  # first: its history is what we count
-            limit.count(1, sent + output)
-        if not self._hour.start <= unix_time() < self._hour.end:
+            limit.count(1, sent + output, now)
+        if not self._hour.start <= now < self._hour.end:
             self._begin_hour()
         counts = self._recorded.get((user, model, controller))
         if counts is None:
@@ -5026,7 +5030,7 @@ class Ledger:
     def limit_of(self, user: str, quotas: list[Quota]) -> UsageLimit:
         """A user's limit; what has been used of it is kept while it is the same."""
         limit = self._limits["user"].get(user)
-        if limit is None or limit.quotas != quotas:
+        if limit is None or (limit.quotas is not quotas and limit.quotas != quotas):
             limit = UsageLimit(quotas)
             self.watch("user", user, limit)
         return limit
@@ -10774,8 +10778,9 @@ class Server(Endable):
     def limit_of(self, user: User) -> UsageLimit | None:
         """A user's limit, or None."""
         quotas = self.default_quotas if user.quotas is None else user.quotas
-        most = int(self.limits.user_requests_per_minute)
-        quotas = [*quotas, Quota(most, "requests", "minute")] if most else quotas
+        most = self.limits.user_requests_per_minute
+        if most:
+            quotas = [*quotas, Quota(int(most), "requests", "minute")]
         name = user.user_id or user.name
         return self.ledger.limit_of(name, quotas) if quotas else None
 
