@@ -10574,9 +10574,6 @@ class Server(Endable):
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.AbstractServer] = []
 
-    def __repr__(self) -> str:
-        return f"<Server {self.url or 'not started'}>"
-
     # --- What answers
 
     def add(self, controller: Controller) -> None:
