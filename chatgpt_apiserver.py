@@ -6962,13 +6962,10 @@ class Pool:
             free = [c for c in free if c.in_flight / c.weight == least]
         # Smooth weighted round robin, as in nginx: weights 5, 1, 1 give a a b a c a a.
         # It is for equally busy ones, too: else one key had all while there is little.
-        best, total = free[0], 0.0
         for controller in free:
             controller.current += controller.weight
-            total += controller.weight
-            if controller.current > best.current:
-                best = controller
-        best.current -= total
+        best = max(free, key=lambda c: c.current)
+        best.current -= sum(c.weight for c in free)
         return best
 
     def _home(self, request: APIRequest, free: list[Controller]) -> Controller | None:
