@@ -12176,23 +12176,22 @@ def agent_controllers(
         name = os.path.basename(arguments[0])
         function = command_model(arguments, "json" in options)
         return [FunctionController(function, name=name, models=names or [name])]
-    entries: list[dict[str, Any]] = []
-    file = COMMAND_LINE
     if "config_file" in options:
         path = COMMAND_LINE.check(options["config_file"], FILE, "config_file")
         file = Source(path, os.path.dirname(path), environ)
         entries = file.read(file_keys()).get("controllers", [])
+        made = read_controllers(file, entries, environ)
     elif "upstream" in options:
         url = options["upstream"].rstrip("/")
         url = url if "://" in url else f"http://{url}"
         url = COMMAND_LINE.check(url, CONFIG_KEYS["base_url"], "upstream")
         parts = urllib.parse.urlsplit(url)
-        config = {"base_url": url if parts.path else f"{url}/v1"}
-        config["api_key"] = options.get("upstream_key", "")
-        entries = [{"name": parts.netloc, "models": names or None, "config": config}]
+        settings = {"name": parts.netloc, "models": names or None}
+        settings["base_url"] = url if parts.path else f"{url}/v1"
+        settings["api_key"] = options.get("upstream_key", "")
+        made = [controller_arguments(settings, environ)]
     else:
         return None
-    made = read_controllers(file, entries, environ)
     return [make_controller(arguments, DEFAULT_LIMITS) for arguments in made]
 
 

@@ -13975,7 +13975,7 @@ def test_a_mistake_in_an_agents_arguments_is_one_line(arguments, words, capsys):
 
 @cases("upstream, base_url",
     ("localhost:11434", "http://localhost:11434/v1"), ("http://h:1/", "http://h:1/v1"),
-    ("https://h/v1", "https://h/v1"),
+    ("https://h/v1", "https://h/v1"), ("mock", "http://mock/v1"),  # no mocks here
     ("https://h/openai/v2/", "https://h/openai/v2"),
 )  # fmt: skip
 def test_the_upstream_of_an_agent_is_written_as_people_do(upstream, base_url):
