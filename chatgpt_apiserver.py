@@ -4001,6 +4001,11 @@ class User:
     def __repr__(self) -> str:
         return f"<User {self.user_id!r} name={self.name!r} role={self.role!r}>"
 
+    @property
+    def label(self) -> str:
+        """Who it is, for the log."""
+        return f"{self.name} ({self.user_id})" if self.name else self.user_id
+
     def may_use(self, model: str) -> bool:
         """Whether its models allow one."""
         return self.models is None or any(
@@ -5687,7 +5692,7 @@ class OpenAIController(Controller):
     # --- Its models
 
     async def _get(self, target: str) -> tuple[int, bytes]:
-        """The status and content of a short GET; no status where there is none.
+        """The status and content of a short GET; 0 and why if there is none.
 
         It has connect_timeout in all.
         """
@@ -5700,8 +5705,10 @@ class OpenAIController(Controller):
                     return answer.status, await answer.read_all(PIECE_SIZE * 64)
                 finally:
                     await answer.aclose()
-        except (OSError, asyncio.TimeoutError, ProtocolError):
-            return 0, b""
+        except asyncio.TimeoutError:
+            return 0, b"it was silent for too long"
+        except (OSError, ProtocolError) as error:
+            return 0, connection_problem(error).encode()
 
     async def refresh_models(self) -> None:
         status, content = await self._get("/models")
@@ -5710,7 +5717,8 @@ class OpenAIController(Controller):
         if names is not None:
             self.listed, problem = models_table(names), ""
         elif not status:
-            problem = "no answer to GET /models"
+            why = self.redact(content.decode())
+            problem = f"no answer to GET /models: {why}"
         elif status in (401, 403):
             problem = f"its key is refused (status {status})"
         elif status == 404 and (await self._get("/v1/models"))[0] in (200, 401):
@@ -6648,10 +6656,14 @@ class TapeController(Controller):
 
 
 def tape_arguments(text: str) -> dict[str, Any]:
-    """What "FILE" or "FILE:MODE" says of a TapeController."""
+    """What "FILE" or "FILE:MODE" says of a TapeController; ConfigurationError."""
     file, _, mode = text.rpartition(":")
-    has_mode = mode in TapeController.MODES
-    return {"file": file, "mode": mode} if has_mode else {"file": text}
+    if mode in TapeController.MODES:
+        return {"file": file, "mode": mode}
+    if file.endswith(".jsonl"):
+        modes = ", ".join(TapeController.MODES)
+        raise ConfigurationError(f"tape: {mode!r} is no mode, expected one of {modes}")
+    return {"file": text}
 
 
 _TAPE_HEAD = re.compile(
@@ -9851,27 +9863,34 @@ def limits_left(server: Server, user: User) -> list[JSONObject]:
     ]
 
 
+def text_field(body: JSONObject, name: str) -> str:
+    """A field that a request must have; APIError(400)."""
+    value = body.get(name)
+    if not isinstance(value, str):
+        raise APIError(400, f"'{name}' must be a string.")
+    return value
+
+
 async def do_users_add(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/add: answered when it is on disk."""
     user = await exchange.server.users.add(**body)
-    exchange.server.report(f"user {user.user_id} added")
+    exchange.server.report(f"user {user.label} added")
     return {"user_id": user.user_id, "token": user.token}
 
 
 async def do_users_update(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/update: other settings, or a new token."""
-    user_id = str(body.pop("user_id", ""))
+    user_id = text_field(body, "user_id")
+    del body["user_id"]
     user = await exchange.server.users.update(user_id, body)
-    exchange.server.report(f"user {user.user_id} changed")
+    exchange.server.report(f"user {user.label} changed")
     token = {"token": user.token} if user.token else {}
     return {"user_id": user.user_id, **token}
 
 
 async def do_users_delete(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/delete: the token stops working with the answer."""
-    server, user_id = exchange.server, body.get("user_id")
-    if not isinstance(user_id, str):
-        raise APIError(400, "'user_id' must be a string.")
+    server, user_id = exchange.server, text_field(body, "user_id")
     await server.users.delete(user_id)
     server.dismiss_agents()
     server.report(f"user {user_id} deleted")
@@ -9910,7 +9929,7 @@ async def do_admin_status(exchange: Exchange) -> None:
 
 async def do_requests_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/requests/cancel: the client is told, the controller stops."""
-    if not exchange.server.cancel(str(body.get("request_id"))):
+    if not exchange.server.cancel(text_field(body, "request_id")):
         raise APIError(404, "Request not found")
     return {"message": "Request cancelled"}
 
@@ -9942,7 +9961,7 @@ def switch(exchange: Exchange, body: JSONObject, off: bool) -> Controller:
 
     An agent is paused: it is told, and stays so when it comes back.
     """
-    controller = exchange.server.pool.find(str(body.get("name")))
+    controller = exchange.server.pool.find(text_field(body, "name"))
     if controller is None:
         raise APIError(404, "Controller not found")
     controller.switched_off = off
@@ -11020,7 +11039,7 @@ _API_FIELD = re.compile(r"[a-z0-9-]{1,64}:[\t\x20-\x7e\xa0-\xff]*")
 SERVER_LOOK_UP_INTERVAL = 30.0
 SERVER_ADDRESSES = 64  # ... and no more than this are dialled
 _CURES = {
-    401: "it does not know this key; give it an agent's token with --key",
+    401: "it wants an agent's token, with --key, and knows no such key",
     403: "this key may not register an agent; it takes an agent's token with --key",
     404: "there is no chatgpt_apiserver at this address; is a path missing?",
     **dict.fromkeys((301, 302, 307, 308), "it redirects; is it https?"),

@@ -10771,6 +10771,22 @@ async def test_each_role_may_do_what_it_may(server):
 
 
 @flow
+async def test_what_an_administrators_request_must_have_is_named(server):
+    for path, name in (
+        ("/admin/requests/cancel", "request_id"),
+        ("/admin/controllers/enable", "name"),
+        ("/admin/controllers/disable", "name"),
+        ("/admin/users/update", "user_id"),
+        ("/admin/users/delete", "user_id"),
+    ):
+        reply = await ask(server.port, "POST", path, {"id": "x"})
+        assert (reply.status, reply.json()) == (
+            400,
+            {"error": f"'{name}' must be a string."},
+        )
+
+
+@flow
 async def test_admin_key_in_body_query_or_header(server):
     add, users = ("POST", "/admin/users/add"), ("GET", "/admin/users")
     for (method, path), query, admin_key, key, said in (
@@ -14107,6 +14123,7 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "SECRET\u00e9"], "printable ASCII, no space or newline"),
     (["8080", "SECRET\n"], "printable ASCII, no space or newline"),
     (["70000", "k"], "port: expected a port from 0 to 65535"), (["", "k"], "port: expected"),
+    (["1", "k", "--tape", "a.jsonl:rec"], "tape: 'rec' is no mode, expected one of"),
     (["\u0668\u0660", "k"], "port: expected"), (["SECRET", "8080"], "port: expected"),
     (["-1", "k"], "command line: "),
     (["8080", "k", "SECRET"], "expected no more than a port and a key"),
