@@ -9220,7 +9220,12 @@ class Exchange:
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _hold(self, size: int) -> None:
-        self.server.hold(size)
+        """Take memory for the content, or give it back.  APIError(503)."""
+        held = self.server.content_size + size
+        if size > 0 and held > self.server.limits.total_content_size:
+            text = "Too much content is arriving at once; try again."
+            raise APIError(503, text, retry_after=1)
+        self.server.content_size = held
         self._held += size
 
     async def parse(self, parser: Callable[[bytes], T], content: bytes) -> T:
@@ -9393,7 +9398,7 @@ class Exchange:
         server, call = self.server, self.call
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
-        server.hold(-self._held)
+        self._hold(-self._held)
         if call is not None and self.user is not None:
             server.end_request(self.user)
             del server.running_requests[self]
@@ -9929,8 +9934,13 @@ async def do_admin_status(exchange: Exchange) -> None:
 
 async def do_requests_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/requests/cancel: the client is told, the controller stops."""
-    if not exchange.server.cancel(text_field(body, "request_id")):
+    running, id = exchange.server.running_requests, text_field(body, "request_id")
+    found = [each for each in running if each.id == id]  # the client's own, or ours
+    if not found:
         raise APIError(404, "Request not found")
+    words = "The server's administrator has cancelled this request."
+    for each in found:
+        each.cancel(APIError(503, words, code="cancelled", retry_after=math.inf))
     return {"message": "Request cancelled"}
 
 
@@ -10797,14 +10807,6 @@ class Server(Endable):
         name = user.user_id or user.name
         return self.ledger.limit_of(name, quotas) if quotas else None
 
-    def hold(self, size: int) -> None:
-        """Take memory for a request's content, or give it back.  APIError(503)."""
-        if size > 0 and self.content_size + size > self.limits.total_content_size:
-            raise APIError(
-                503, "Too much content is arriving at once; try again.", retry_after=1
-            )
-        self.content_size += size
-
     def count(self, record: RequestRecord, path: str, user: User | None) -> None:
         """Record a request that has ended: journal, metrics, ledger.
 
@@ -10878,14 +10880,6 @@ class Server(Endable):
         started = "Unix time of the start."
         yield "process_start_time_seconds", started, "", self.started
         yield from process_gauges()
-
-    def cancel(self, request_id: str) -> bool:
-        """End the running requests with an id, the client's or ours; False for none."""
-        found = [each for each in self.running_requests if each.id == request_id]
-        words = "The server's administrator has cancelled this request."
-        for each in found:
-            each.cancel(APIError(503, words, code="cancelled", retry_after=math.inf))
-        return bool(found)
 
     # --- Agents
 
@@ -12252,6 +12246,20 @@ def build_agent(
 # --- The program
 
 
+TRY_TEXT = """
+
+Try it:
+  curl {url}/v1/chat/completions -H 'Authorization: Bearer <API_KEY>' \\
+    -d '{{"model": "mock/echo", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+"""
+JOIN_TEXT = """
+To add {where} machine's models (Ollama, llama.cpp, vLLM, LM Studio), run on it:
+  curl -fsS {url}/agent.py | python3 - agent {url} --key TOKEN
+  (TOKEN: an agent's token, or the API key)
+  (SHA-256 of agent.py: {digest})
+"""
+
+
 def start_screen(server: Server, config: Config) -> str:
     """What a person wants to know first: where it listens, and what to do next."""
     url = server.url
@@ -12282,30 +12290,10 @@ def start_screen(server: Server, config: Config) -> str:
         *(f"  {name:12} {fact}" for name, fact in facts.items() if fact),
         *(f"  Note         {note}" for note in config.notes),
         *(f"  WARNING      {warning}" for warning in warnings(config)),
-        "",
-        "Try it:",
-        f"  curl {url}/v1/chat/completions -H 'Authorization: Bearer <API_KEY>' \\",
-        """    -d '{"model": "mock/echo", "messages": """
-        """[{"role": "user", "content": "Hello"}]}'""",
-        *agent_lines(away, bool(config.listen)),
-        "",
     ]
-    return "\n".join(lines)
-
-
-def agent_lines(url: str, away: bool) -> list[str]:
-    """The line that makes another machine an agent of this server."""
-    digest = own_source()[1]
-    if not digest:
-        return []
-    where = "another machine" if away else "this machine"
-    return [
-        "",
-        f"To add {where}'s models (Ollama, llama.cpp, vLLM, LM Studio), run on it:",
-        f"  curl -fsS {url}/agent.py | python3 - agent {url} --key TOKEN",
-        "  (TOKEN: an agent's token, or the API key)",
-        f"  (SHA-256 of agent.py: {digest})",
-    ]
+    where, digest = "another" if config.listen else "this", own_source()[1]
+    join = JOIN_TEXT.format(where=where, url=away, digest=digest) if digest else ""
+    return "\n".join(lines) + TRY_TEXT.format(url=url) + join
 
 
 def warnings(config: Config) -> list[str]:
