@@ -9720,14 +9720,17 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
     return keep_answer(exchange, ask, conversation, call)
 
 
-def optional_text(body: JSONObject, key: str) -> str:
-    """A field that may be left out: "" then."""
-    value = body.get(key)
-    if value in _ABSENT:
-        return ""
+def text_field(body: JSONObject, name: str) -> str:
+    """A field that a request must have; APIError(400)."""
+    value = body.get(name)
     if not isinstance(value, str):
-        raise APIError(400, f"{key!r} must be a string.")
+        raise APIError(400, f"'{name}' must be a string.")
     return value
+
+
+def optional_text(body: JSONObject, name: str) -> str:
+    """A field that may be left out: "" then."""
+    return "" if body.get(name) in _ABSENT else text_field(body, name)
 
 
 def keep_answer(
@@ -9866,14 +9869,6 @@ def limits_left(server: Server, user: User) -> list[JSONObject]:
         }
         for quota, used, end in (limit.state() if limit is not None else ())
     ]
-
-
-def text_field(body: JSONObject, name: str) -> str:
-    """A field that a request must have; APIError(400)."""
-    value = body.get(name)
-    if not isinstance(value, str):
-        raise APIError(400, f"'{name}' must be a string.")
-    return value
 
 
 async def do_users_add(exchange: Exchange, body: JSONObject) -> JSONObject:
