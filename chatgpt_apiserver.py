@@ -6873,10 +6873,18 @@ class Pool:
     # --- Who is in it
 
     def add(self, controller: Controller) -> None:
-        """Take a controller in; ValueError if its name is taken (agents may share)."""
-        taken = self.find(controller.name)
-        if not controller.transient and taken is not None and not taken.transient:
-            raise ValueError(f"there is already a controller named {controller.name!r}")
+        """Take a controller in; ValueError if one that stays has its name already.
+
+        Counts, limits and metrics go by the name: an agent of that name gets another.
+        """
+        name = controller.name
+        taken = self.find(name)
+        if taken is not None:
+            agent = controller if controller.transient else taken
+            if not agent.transient:
+                raise ValueError(f"there is already a controller named {name!r}")
+            names = (f"{name}-{number}" for number in itertools.count(2))
+            agent.name = next(other for other in names if self.find(other) is None)
         if isinstance(controller, TapeController):
             if self.tape is not None:
                 raise ValueError("there is already a tape")
@@ -6905,9 +6913,8 @@ class Pool:
                 self._left[None] = now
 
     def find(self, name: str) -> Controller | None:
-        """The controller of a name; of equal names one that stays counts first."""
-        named = [c for c in self.controllers if c.name == name]
-        return min(named, key=lambda c: c.transient, default=None)
+        """The controller of a name, or None."""
+        return next((c for c in self.controllers if c.name == name), None)
 
     def close(self) -> None:
         """Close the controllers, and end the probes of their keys."""
@@ -10892,12 +10899,7 @@ class Server(Endable):
             if current is not None:
                 self.unregister(current)
                 current.websocket.close(4000, "the agent has registered again")
-        names = {other.name for other in self.agents.values()}
-        name = agent.name = agent.name or f"agent-{agent.id[:8]}"
-        number = 1
-        while agent.name in names:
-            number += 1  # several of one machine, or of one person
-            agent.name = f"{name}-{number}"
+        agent.name = agent.name or f"agent-{agent.id[:8]}"
         agent.switched_off = agent.id in self.paused
         self.agents[agent.id] = agent
         self.pool.add(agent)

@@ -7628,11 +7628,18 @@ async def test_enabling_wakes_who_waits(tmp_path):
 
 @flow
 async def test_an_agent_cannot_take_a_controllers_name_from_it(server):
-    """An agent's name is a label: /admin/controllers means the configured one."""
-    async with Agent(server, hello=agent_hello(name="up", models=[])):
+    """By it /admin/controllers, limits and metrics mean the configured one alone."""
+    hello = agent_hello(name="up", models=[])
+    async with Agent(server, hello=hello):
         up = pool_function("up")
         server.add(up)
         assert server.pool.find("up") is up
+        async with Agent(server, hello=hello):
+            names = sorted(agent.name for agent in server.agents.values())
+            assert names == ["up-2", "up-3"] and server.pool.find("up") is up
+            text = (await ask(server.port, "GET", "/metrics")).content.decode()
+            samples = [line.rsplit(" ", 1)[0] for line in text.splitlines()]
+            assert len(samples) == len(set(samples))
 
 
 # --- Functions and mocks
