@@ -5107,10 +5107,19 @@ class Ledger:
         if write:
             pending, self._unwritten = self._unwritten, {}
         loop, exchange = asyncio.get_running_loop(), self._file.exchange
-        written, lines, anew = await loop.run_in_executor(None, exchange, pending)
+        work = loop.run_in_executor(None, exchange, pending)
+        cancelled = False
+        while not work.done():
+            try:
+                await asyncio.wait([work])
+            except asyncio.CancelledError:  # a thread goes on: what it has is not lost
+                cancelled = True
+        written, lines, anew = work.result()
         self._take([*lines.items(), *(pending.items() if anew else ())], anew)
         for key, counts in () if written else pending.items():
             _add(self._unwritten, key, counts)
+        if cancelled:
+            raise asyncio.CancelledError
 
     def _take(self, lines: Iterable[tuple[Key, list[int]]], anew: bool) -> None:
         """Count lines of the file; anew: all that are there, for it was replaced."""

@@ -9783,6 +9783,31 @@ async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
 
 
 @flow
+async def test_what_could_not_be_written_is_not_lost_when_its_task_is_cancelled(
+    usage_file, monkeypatch
+):
+    made, entered, go_on = ledger(usage_file), threading.Event(), threading.Event()
+
+    def full(path, data):
+        entered.set()
+        assert go_on.wait(10)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(apiserver, "append_to_file", full)
+    count_request(made)
+    task = asyncio.create_task(made.flush())
+    await until(entered.is_set)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    monkeypatch.undo()
+    await made.flush()
+    assert ledger_requests(ledger(usage_file)) == 1
+
+
+@flow
 async def test_a_hundred_thousand_lines_are_read_and_made_few(usage_file, clock):
     """A million take 7 s."""
     with open(usage_file, "w") as file:
