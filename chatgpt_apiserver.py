@@ -7204,7 +7204,9 @@ class Pool:
         line = self._queue.get(user, deque())
         if waiter in line:
             line.remove(waiter)
-            self._kinds -= Counter([waiter.kind])
+            self._kinds[waiter.kind] -= 1
+            if not self._kinds[waiter.kind]:
+                del self._kinds[waiter.kind]
             if not line:
                 del self._queue[user]
         if not waiter.outcome.done():
