@@ -6163,7 +6163,7 @@ class FunctionController(Controller):
         return {"id": random_id("chatcmpl-"), "created": now, "model": model}
 
     def _late(self) -> ControllerError:
-        reason = f"{self.name} was silent for too long"
+        reason = f"{self.name} took too long"
         return ControllerError(reason, Failure.NONE, status=504)
 
     async def _call(self, body: JSONObject) -> Any:
@@ -7405,7 +7405,7 @@ class Call:
         limits, began = self.pool.limits, asyncio.get_running_loop().time()
         if self.pool.tape is not None:
             await self.pool.tape.look_up(self.request)
-        while len(tried) < limits.attempts:
+        while len(tried) < limits.attempts and not (errors and self._is_late()):
             controller = await self.pool.acquire(self.request, tried)
             if controller is None:
                 break
@@ -7427,6 +7427,10 @@ class Call:
             raise errors[-1]
         finally:
             del error, errors  # they hold this frame, which holds them
+
+    def _is_late(self) -> bool:
+        """Whether the request's time is up: another would be asked, and cut off."""
+        return asyncio.get_running_loop().time() >= self.request.deadline
 
     async def _attempt(self, controller: Controller) -> ControllerError | None:
         """Ask one controller; None if its answer has begun, else why not."""
@@ -7691,6 +7695,10 @@ class Call:
         # asyncio's TimeoutError is an OSError from 3.11 on: it comes first.
         elif isinstance(caught, asyncio.TimeoutError):
             error = ControllerError(f"{name} was silent for too long", status=504)
+            if self._answer is not None and self._is_late():  # it was answering
+                seconds = self.pool.limits.request_timeout
+                text = f"{name} was not done within {seconds:g} s"
+                error = ControllerError(text, Failure.NONE, status=504)
         elif isinstance(caught, ConnectionRefusedError):
             # A proxy's refusal has words of its own; the system's have an errno.
             words = str(caught) if caught.errno is None else "nothing listens there"

@@ -6601,6 +6601,24 @@ BAD_UPSTREAMS = {
 }
 
 
+@cases("stream", True, False)
+@flow
+async def test_what_a_request_had_no_time_for_is_no_fault_of_its_controllers(
+    tmp_path, stream
+):
+    """It was talking all the time; and nobody else is asked, to be cut off at once."""
+    talks = streams(*[chunk("x"), 0.05] * 20)
+    limits = Limits(request_timeout=0.3)
+    async with pool_of(tmp_path, talks, talks, limits=limits) as (server, ups, pair):
+        for number in range(6):
+            reply = await chat(server, f"{number}", stream=stream)
+            text = "was not done within 0.3 s"
+            assert text in (reply.events()[-1] if stream else reply.content.decode())
+            assert reply.status == (200 if stream else 504)
+            assert sum(len(chats(up)) for up in ups) == number + 1
+        assert not any(controller.health.closed_by for controller in pair)
+
+
 @cases("name", *BAD_UPSTREAMS)
 @flow
 async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
