@@ -5449,7 +5449,14 @@ class Controller:
                 await self.refresh_models()
             model = chat_model(filter(request.may_use, self.known_models()))
             if model is None:
-                raise APIError(400, "Say which 'model' to use.", param="model")
+                raise ControllerError(  # somebody else may know one
+                    f"{self.name} has no model that is known",
+                    Failure.NONE,
+                    said="Say which 'model' to use.",
+                    status=400,
+                    type="invalid_request_error",
+                    param="model",
+                )
         model = self.real_name(model)
         key = (model, request.path)
         include_usage = request.counts_usage and key not in self._without_options

@@ -10977,6 +10977,24 @@ async def test_ask_says_what_is_wrong(server, body, status, text):
 
 
 @flow
+async def test_ask_without_a_model_goes_on_to_who_knows_one(tmp_path):
+    """One controller is down, and one lists nothing."""
+    async with Upstream() as gone:
+        down = gone.controller(name="down", weight=100)
+    async with Upstream(answers_posts(GOOD_REPLY, [])) as empty:
+        no_list = empty.controller(name="empty", weight=100)
+        knows = pool_function("knows", models=["some"])
+        async with serving(tmp_path, no_list, down, knows) as server:
+            for _ in range(4):
+                reply = await handler_ask(server.port)
+                assert (reply.status, reply.json()["content"]) == (200, "knows")
+            assert not chats(empty) and not no_list.health.closed_by
+            knows.switched_off = True
+            reply = await handler_ask(server.port)
+            assert reply.status == 400 and "model" in reply.json()["error"]
+
+
+@flow
 async def test_ask_waits_a_moment_for_an_agent_that_has_just_left(server):
     async with Agent(server):
         assert len(server.agents) == 1
