@@ -10981,7 +10981,7 @@ async def test_ask_without_a_model_goes_on_to_who_knows_one(tmp_path):
     """One controller is down, and one lists nothing."""
     async with Upstream() as gone:
         down = gone.controller(name="down", weight=100)
-    async with Upstream(answers_posts(GOOD_REPLY, [])) as empty:
+    async with Upstream(sends(GOOD_REPLY, models=())) as empty:
         no_list = empty.controller(name="empty", weight=100)
         knows = pool_function("knows", models=["some"])
         async with serving(tmp_path, no_list, down, knows) as server:
