@@ -8103,6 +8103,7 @@ async def test_mock_embeddings_wait_refuse_and_break_off_as_in_a_chat(server):
     for model, status in (
         ("mock/429", 429), ("mock/500", 500), ("mock/cut", 500),
         ("mock/garbage", 500), ("mock/echo?x=1", 400), ("mock/slow?seconds=x", 400),
+        ("mock/cut?events=10001", 400),  # that without end held up everybody
     ):  # fmt: skip
         assert (await asked(model)).status == status
 
