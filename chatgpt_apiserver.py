@@ -3226,9 +3226,10 @@ class Answer:
         if isinstance(content, bytes):
             self._content = b""
             return content
-        await asyncio.sleep(0)  # one that never waits must not stop all others
         async for piece in content:
-            return piece
+            await asyncio.sleep(0)  # one that never waits must not stop all others
+            if piece:
+                return piece
         return b""
 
     async def read_all(self, max_size: int) -> bytes:

@@ -7937,7 +7937,8 @@ async def test_a_mock_calls_tools_in_each_dialect(server, stream):
 @flow
 async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
     async def answer(request):
-        for delta in ({"content": "a"}, {"tool_calls": [tool_call("c")]}, "b"):
+        call = {"tool_calls": [tool_call("c")]}
+        for delta in ({"content": "a"}, "", call, "", "b", ""):  # "" ends nothing
             yield delta
 
     async with serving(tmp_path, FunctionController(answer)) as server:
