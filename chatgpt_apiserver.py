@@ -1981,8 +1981,10 @@ class ChatWriter:
         return sse_event(encode_json(self._chunk(choices, **more)))
 
     def _choice(self, delta: JSONObject, *place: Any) -> JSONObject:
-        for number, call in enumerate(delta.get("tool_calls") or ()):
-            call.setdefault("index", number)  # only streams have it
+        calls = delta.get("tool_calls") or ()
+        if calls:  # only streams have an index
+            calls = [{"index": number, **call} for number, call in enumerate(calls)]
+            delta = {**delta, "tool_calls": calls}
         return choice_of("delta", delta, *place)
 
     def delta(self, delta: JSONObject) -> bytes:
@@ -6163,7 +6165,7 @@ class FunctionController(Controller):
         if request.stream:
             head = {"content-type": EVENTS_TYPE}
             return Answer(200, head, self._events(said, writer))
-        return await self._joined(said, writer)
+        return await self._joined(said, writer, result)
 
     def head(self, model: str) -> dict[str, Any]:
         """The id, created and model of an answer."""
@@ -6223,7 +6225,7 @@ class FunctionController(Controller):
             elif hasattr(pieces, "close"):
                 self._in_thread(self._close, pieces)  # nobody waits for that
 
-    async def _joined(self, said: Pieces, writer: ChatWriter) -> Answer:
+    async def _joined(self, said: Pieces, writer: ChatWriter, result: Any) -> Answer:
         """All of it as one answer; of bytes whoever reads finds out what they are."""
         builder, deltas, raw = CompletionBuilder(), [], bytearray()
         builder.add({"choices": [{}]})
@@ -6237,8 +6239,8 @@ class FunctionController(Controller):
         if raw:
             return json_answer(bytes(raw))
         message = builder.result()["choices"][0]["message"]
-        if len(deltas) == 1:  # with all that a function has put into it
-            message = deltas[0]
+        if isinstance(result, dict):  # with all that a function has put into it
+            message = result
         usage = usage_object(self._usage(writer, deltas))
         made = {**chat_completion("", message, usage), **writer.like}
         return json_answer(writer.whole(message if "choices" in message else made))

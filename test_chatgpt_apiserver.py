@@ -7721,9 +7721,22 @@ async def test_a_function_may_call_tools(tmp_path):
     call = tool_call("call-1")
     function = FunctionController(lambda request: {"tool_calls": [call]})
     async with serving(tmp_path, function) as server:
+        streamed = (await chat(server, stream=True)).events()
+        delta = json.loads(streamed[0])["choices"][0]["delta"]
+        assert delta["tool_calls"] == [{"index": 0, **call}]
         choice = (await chat(server)).json()["choices"][0]
-        assert choice["message"]["tool_calls"] == [call]
+        assert choice["message"]["tool_calls"] == [tool_call("call-1")]
         assert choice["finish_reason"] == "tool_calls"
+
+
+@flow
+async def test_a_whole_answer_has_no_index_of_a_tool_call(tmp_path):
+    def answer(request):
+        yield {"tool_calls": [{"index": 0, **tool_call("call-1")}]}
+
+    async with serving(tmp_path, FunctionController(answer)) as server:
+        (choice,) = (await chat(server)).json()["choices"]
+        assert choice["message"]["tool_calls"] == [tool_call("call-1")]
 
 
 @cases("stream", False, True)
