@@ -5505,7 +5505,8 @@ class Controller:
 
     def real_name(self, model: str | None) -> str | None:
         """What it calls a model."""
-        return model if model is None else (self.models or {}).get(model, model)
+        models = self.models or {}
+        return models.get(model or "") or models.get(f"{model}:latest", model)
 
     def known_models(self) -> Iterable[str]:
         """The models it is known to have."""

@@ -7329,6 +7329,14 @@ async def test_who_has_a_model_is_asked_before_who_takes_any(tmp_path, how):
         assert len(chats(ups[0])) == 1
 
 
+@flow
+async def test_an_alias_of_the_latest_is_asked_by_its_name_there(tmp_path):
+    options = [{"models": {"m:latest": "real"}}]
+    async with pool_of(tmp_path, None, options=options) as (server, (upstream,), _):
+        assert (await chat(server, model="m")).status == 200
+        assert chats(upstream)[0].json()["model"] == "real"
+
+
 @cases("listed", "local", "local:latest")
 @flow
 async def test_an_agents_model_is_asked_of_nobody_else_while_it_is_away(
