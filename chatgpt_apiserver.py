@@ -6475,7 +6475,7 @@ class TapeController(Controller):
 
     type = "tape"
     final = True
-    id = "tape"
+    id = "(tape)"  # no agent can have it
     THREADS = 1
     MODES = ("replay", "record", "auto")
 

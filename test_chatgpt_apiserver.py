@@ -8592,6 +8592,17 @@ async def test_a_miss_names_the_nearest_recording_and_what_differs(tmp_path, tap
         assert (await chat(server, model="mock/echo")).status == 404
 
 
+@cases("id", "tape", apiserver.TapeController.id)
+@flow
+async def test_no_agent_takes_the_tapes_place(tmp_path, tape, id):
+    tape.write_bytes(recorded(CHAT, "taped"))
+    async with serving(tmp_path, tape=str(tape)) as server:
+        async with Agent(server.port, id=id) as agent, beside(agent.echo()):
+            await handler_agents(server, 1)
+            for _ in range(3):
+                assert chat_text(await chat(server)) == "taped"
+
+
 @flow
 async def test_auto_asks_once_and_record_asks_each_time(tmp_path, tape):
     answers = iter(range(100))
