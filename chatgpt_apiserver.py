@@ -5806,9 +5806,9 @@ class AgentController(Controller):
 
     type = "agent"
     transient = True
-    ENDS = ("ChatGptResponse", "ApiEnd", "error")  # a call has ended with them
+    ENDS = ("ApiEnd", "error")  # a call has ended with them
     # What belongs to one call; what is not of its version fails that call.
-    REPLIES = (*ENDS, "ApiResponse", "ApiData")
+    REPLIES = (*ENDS, "ApiResponse", "ApiData", "ChatGptResponse")
 
     def __init__(
         self, id: str, websocket: WebSocket, credential: str, hello: JSONObject

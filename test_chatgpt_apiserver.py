@@ -13611,6 +13611,7 @@ async def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped
     [("ApiResponse", '{"status": 200}'), ("ApiData", "<html>"), ("ApiEnd", "")],
     [("ApiResponse", '{"status": 200, "encoding": "base64"}'), ("ApiData", "é")],
     [("ApiResponse", '{"status": 200}'), ("error", "it broke")],
+    [("ApiResponse", '{"status": 200}'), ("ChatGptResponse", "{}"), ("ApiEnd", "")],
     [("ApiResponse", '{"status": 503, "retry_after": "x\\r\\ny"}'), ("ApiEnd", "")],
 )  # fmt: skip
 @flow
