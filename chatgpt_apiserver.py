@@ -5832,7 +5832,9 @@ class AgentController(Controller):
         self.asked_at: float | None = None
         self._loop = websocket.connection.loop
         self._calls: dict[str, AgentCall] = {}
-        self._asked = ""  # the call that keeps it busy, also when its client has left
+        # A call that keeps it busy: it answers no ping while it works, and works on
+        # when its client has left; it must not be given another before it is done.
+        self._asked = ""
 
     def _set_models(self, models: Any) -> None:
         """Take the models it serves: a list, or None for any."""
@@ -5922,6 +5924,9 @@ class AgentController(Controller):
             # One large request after the other: together they would be more than
             # may wait to be sent.
             await self.websocket.connection.drain()
+            if id == self._asked:
+                deadline = min(self._loop.time() + timeout, request.deadline)
+                self.websocket.busy_until = deadline
             await self.websocket.send(text)
             kind, data = await call.get(timeout)
             return call, kind, data
@@ -5970,11 +5975,7 @@ class TextAgent(AgentController):
             "parent_id": parent_id or str(uuid.uuid4()),
             "content": content,
         }
-        timeout = self.limits.ask_timeout
-        # It answers no ping while it works, and works on when its client has left:
-        # it must not be given another request before it is done.
-        self.websocket.busy_until = min(self._loop.time() + timeout, request.deadline)
-        text = _to_ascii(data)
+        timeout, text = self.limits.ask_timeout, _to_ascii(data)
         call, kind, text = await self._ask(id, "ChatGptRequest", text, timeout, request)
         await call.aclose()
         said = as_object(read_json(text))
@@ -6007,7 +6008,7 @@ class AgentCall(Answer):
         self._messages: deque[tuple[str, str]] = deque()
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._error: Exception | None = None
+        self._error: ControllerError | None = None
         self._base64 = self._ended = False
 
     # --- Messages
@@ -6022,7 +6023,7 @@ class AgentCall(Answer):
             self._agent.cancel(self._id)
         self._wake()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: ControllerError) -> None:
         """End it: whoever reads gets what is there, then the error."""
         self._error = error
         self._wake()
@@ -6049,8 +6050,10 @@ class AgentCall(Answer):
         while not self._messages:
             if self._error is not None:
                 raise self._error
+            if self._loop.time() >= deadline:
+                raise asyncio.TimeoutError
             self._waiter = self._loop.create_future()
-            timer = self._loop.call_at(deadline, self.fail, asyncio.TimeoutError())
+            timer = self._loop.call_at(deadline, self._wake)
             try:
                 await self._waiter
             finally:

@@ -13645,11 +13645,31 @@ async def test_a_content_type_of_an_agents_cannot_break_the_answer(server):
         assert reply.headers["content-type"] == "application/octet-stream"
 
 
+@cases("hello", agent_hello(), "")
 @flow(limits=Limits(agent_message_size=10_000))
-async def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(server):
+async def test_a_request_that_is_too_large_for_an_agent_does_not_end_it(server, hello):
+    """Nor does it keep it busy."""
+    async with Agent(server, hello=hello) as agent:
+        assert (await chat(server, "x" * 10_000)).status == 413
+        assert (await states(server))[server.agents[agent.id].name] == "ready"
+
+
+@flow(limits=Limits(silence_timeout=0.4))
+async def test_what_an_agent_says_as_its_time_ends_is_in_time(server):
+    """And what comes in the next of its times, too."""
+    head = json.dumps({"status": 200, "content_type": "text/event-stream"})
     async with Agent(server, hello=agent_hello()) as agent:
-        reply = await ask(server.port, "POST", CHAT_URL, {**CHAT, "more": "x" * 10_000})
-        assert reply.status == 413 and agent.id in server.agents
+        async with beside(chat(server, stream=True)) as asking:
+            id, _ = await agent_call(agent)
+            await agent.send(id, "ApiResponse", head)
+            await agent.send(id, "ApiData", chunk("a").decode())
+            await asyncio.sleep(0.1)  # the server waits for more
+            await agent.send(id, "ApiData", chunk("b").decode())
+            time.sleep(0.5)  # the loop finds the message and the timer at once
+            await asyncio.sleep(0.1)
+            await agent.send(id, "ApiData", (chunk(None, "stop") + DONE).decode())
+            await agent.send(id, "ApiEnd")
+            assert (await asking).content.endswith(DONE)
 
 
 @flow
