@@ -11124,6 +11124,9 @@ class Link:
         self.wanted = True  # its address is still one of the server's
         self.websocket: WebSocket | None = None
         self.calls: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = (
+            set()
+        )  # also of calls that were cancelled
         self.task = asyncio.get_running_loop().create_task(self.run())
         self.task.add_done_callback(lambda task: agent.links.pop((url, address)))
 
@@ -11193,7 +11196,7 @@ class Link:
         finally:
             self.websocket = None
             agent.reached.discard(server_id)
-            await end_tasks(self.calls.values())
+            await end_tasks(self._tasks)
             websocket.connection.close()
         how = "was lost"
         if websocket.close_code != 1006:
@@ -11214,15 +11217,18 @@ class Link:
         elif kind in ("Pause", "Resume"):
             self.agent.report(f"{self.server} says: {kind.lower()}")
         elif kind == "ApiCancel" and id in self.calls:
-            self.calls[id].cancel()
+            self.calls.pop(id).cancel()  # another one may come right behind
         elif kind == "ApiRequest" and id not in self.calls:
-            if self.agent.is_full:
+            # Twice: what was cancelled may still be on its way out.
+            most = 2 * self.agent.max_concurrency
+            if self.agent.is_full or len(self._tasks) >= most:
                 await self.send(id, "error", AGENT_FULL)
                 return
             task = asyncio.get_running_loop().create_task(self._call(id, data))
             self.calls[id] = task
-            # Before the server can have heard of its end, and sends the next one.
-            task.add_done_callback(lambda task: self.calls.pop(id))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda task: self.calls.pop(id, None))
 
     async def _introduce(self) -> None:
         """Say who this is."""
@@ -11262,13 +11268,15 @@ class Link:
             async with self.agent.pool.call(request) as call:
                 begun = True
                 await self._send_answer(id, call)
-                return f"{request.path} {request.model} {call.status}"
+            outcome = f"{request.path} {request.model} {call.status}"
         except APIError as error:
             if begun:
                 await self.send(id, "error", error.message[:4096])
                 return f"failed: {error.reason}"
             await self._send_refusal(id, error)
-            return f"refused ({error.status}): {error.reason}"
+            outcome = f"refused ({error.status}): {error.reason}"
+        await self.send(id, "ApiEnd")  # then the next one may come: this one has left
+        return outcome
 
     async def _send_answer(self, id: str, call: Call) -> None:
         """Send an answer as it comes."""
@@ -11279,7 +11287,6 @@ class Link:
         await self._send_head(id, call.status, headers, call.is_raw)
         while not call.ended:
             await self._send_data(id, await call.read(), call.is_raw)
-        await self.send(id, "ApiEnd")
 
     async def _send_refusal(self, id: str, error: APIError) -> None:
         """Answer as an upstream would: the server judges it and may ask another."""
@@ -11301,7 +11308,6 @@ class Link:
             is_raw = True
         await self._send_head(id, status, headers, is_raw)
         await self._send_data(id, content, is_raw)
-        await self.send(id, "ApiEnd")
 
     def _read_request(self, data: str) -> APIRequest:
         """The request in an ApiRequest; APIError(400) for what is not served."""

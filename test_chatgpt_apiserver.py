@@ -13729,6 +13729,44 @@ async def test_an_agent_serves_all_its_servers_and_one_that_goes_disturbs_none(
 
 
 @flow
+async def test_the_next_call_finds_the_one_before_it_gone(tmp_path, constant):
+    """An upstream's last chunk may come late: its agent was "full", for 250 ms."""
+    constant(AGENT_FULL_PAUSE=60.0)
+    behave = streams(chunk("Hi") + chunk(None, "stop") + DONE, 0.05)
+    async with Upstream(behave) as upstream, serving(tmp_path) as server:
+        made = upstream.controller(models=["m"])
+        async with agent_of(server, made, max_concurrency=1):
+            for _ in range(3):
+                replies = [chat(server, stream=True) for _ in range(2)]
+                for reply in await asyncio.gather(*replies):
+                    assert reply.content.endswith(DONE)
+
+
+@flow
+async def test_a_call_that_was_cancelled_stands_in_the_way_of_no_other(
+    tmp_path, constant
+):
+    constant(AGENT_FULL_PAUSE=60.0)
+
+    async def answer(request):
+        try:
+            yield "Hi"
+            if len(request["messages"][-1]["content"]) > 5:
+                await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.3)  # as to end a program
+
+    controller = FunctionController(answer, models=["m"])
+    async with serving(tmp_path) as server:
+        async with agent_of(server, controller, max_concurrency=1):
+            async with posting(server, chat_body("leaves", stream=True)) as client:
+                await client.read_head()
+                asking = asyncio.ensure_future(chat(server, "waits"))
+                await until(lambda: server.pool.waiting)
+            assert (await asyncio.wait_for(asking, 5)).status == 200
+
+
+@flow
 async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
     gate = PoolGate(models=["m"])
     async with two_servers(tmp_path) as servers:
