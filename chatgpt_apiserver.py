@@ -9835,7 +9835,8 @@ async def do_register(exchange: Exchange) -> None:
     claimed_id, hello = said
     # Version 1 says nothing there; nonsense counts as nothing.
     about = as_object(read_json(hello))
-    kind = AgentController if about.get("version") == 2 else TextAgent
+    about = about if about.get("version") == 2 else {}
+    kind = AgentController if about else TextAgent
     agent = kind(id, websocket, credential, about)
     agent.user = user
     agent.debug = server.debug

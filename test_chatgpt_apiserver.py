@@ -11318,6 +11318,15 @@ async def test_id_that_cannot_be_a_cookie_is_not_taken(server, agent, claimed):
     odd.writer.transport.abort()
 
 
+@cases("hello", "[2]", '{"paused": true, "models": ["x"], "max_concurrency": 0}')
+@flow
+async def test_nonsense_in_an_original_agents_first_message_counts_as_nothing(
+    server, hello
+):
+    async with Agent(server, hello=hello) as agent, beside(agent.echo()):
+        assert chat_text(await chat(server)) == "echo:Hello"
+
+
 @flow
 async def test_agent_that_comes_back_takes_over(server, agent):
     async with Agent(server.port, id=agent.id) as new, beside(new.echo()):
