@@ -407,7 +407,7 @@ def sends(*steps, models=("m",)):
 
 
 def streams(*steps, end=b"0\r\n\r\n"):
-    """An upstream's behaviour: a stream of these events, and what stands between them."""
+    """An upstream's behaviour: a stream of these events and what is between them."""
     steps = (chunked(step) if isinstance(step, bytes) else step for step in steps)
     return sends(STREAM_HEAD, *steps, end)
 
@@ -1091,7 +1091,8 @@ def test_rule_6_request_targets(method, target, expected):
     ("1.1", "close", False), ("1.1", "Upgrade,  CLOSE", False), ("1.1", "closed", True),
     ("1.1", "keep-alive, close", False), ("1.0", None, False), ("1.0", "", False),
     ("1.0", "Keep-Alive", True), ("1.0", "x, keep-alive", True),
-    ("1.0", "keep-alive, close", False), ("1.1", "keep-alive\r\nConnection: close", False),
+    ("1.0", "keep-alive, close", False),
+    ("1.1", "keep-alive\r\nConnection: close", False),
 )  # fmt: skip
 def test_whether_a_connection_is_kept(version, connection, expected):
     fields = () if connection is None else (f"Connection: {connection}".encode(),)
@@ -1181,11 +1182,13 @@ def http_bytewise_chunks(data):
 
 @cases("read, data",
     *((http_bytewise_head, b"GET / HTTP/1.1\r\n" + row * (32000 // len(row)))
-      for row in (b"X: " + b"a" * 300 + b"\r\n", b"a:\r\n", b"\r\ra", b"\r\n\ra", b":", b"a")),
+      for row in (b"X: " + b"a" * 300 + b"\r\n", b"a:\r\n", b"\r\ra", b"\r\n\ra", b":",
+       b"a")),
     (http_fields, b"a" * 32000 + b"\r\n"), (http_fields, b"a:" * 16000 + b"\n"),
     (http_fields, (b"a: b" + b" " * 300 + b"\r\n") * 90 + b"\x00"),
     (http_fields, b"x" + b":\t \t" * 8000), (http_fields, b"a:\r\n" * 8000 + b"b"),
-    (http_fields, b"a: b\r\n" * 5000), (http_fields, b"a:" + b" \t" * 16000 + b"\x00\r\n"),
+    (http_fields, b"a: b\r\n" * 5000),
+    (http_fields, b"a:" + b" \t" * 16000 + b"\x00\r\n"),
     (http_bytewise_chunks, b"1\r\na\r\n" * 15_000),
     (http_bytewise_chunks, b"0\r\n" + b"a: b\r\n" * 1300),
     (http_bytewise_chunks, b"1;" + b"x" * 250), ids=lambda value: repr(value)[:40],
@@ -1227,7 +1230,8 @@ def test_answer_head_may_come_cut_anywhere():
     (b"HTTP/1.1 \xb2\xb20 x", False), (b"HTTP/1.1  200 x", False),
     (b"HTTP/2 200 x", False), (b"HTTP/1.2 200 x", False), (b"http/1.1 200 OK", False),
     (b"ICY 200 OK", False), (b"GET / HTTP/1.1", False), (b" HTTP/1.1 200 OK", False),
-    (b"", False), (b"HTTP/1.1 200 OK\nA: b", False), (b"HTTP/1.1 200 OK\r\nA: b\n", False),
+    (b"", False), (b"HTTP/1.1 200 OK\nA: b", False),
+    (b"HTTP/1.1 200 OK\r\nA: b\n", False),
 )  # fmt: skip
 def test_status_line(line, good):
     assert http_answer_refusal(http_answer(line=line)) == (None if good else 502)
@@ -1816,7 +1820,8 @@ def fragments(opcode, *payloads, key=MASKING_KEY):
      [(PING, b"y" * 125), (TEXT, "x" * 100)], None),
     # A whole message is not continued; what a close cuts off is dropped.
     (frame(TEXT, b"a") + frame(CONTINUATION, b"b"), [(TEXT, "a")], 1002),
-    (frame(TEXT, b"a", fin=False) + frame(CLOSE, b"\x03\xe8"), [(CLOSE, (1000, ""))], None),
+    (frame(TEXT, b"a", fin=False) + frame(CLOSE, b"\x03\xe8"), [(CLOSE, (1000, ""))],
+     None),
     (frame(CLOSE), [(CLOSE, (1005, ""))], None),
     # Half a character is no end of a message, and does not reach the next one.
     (frame(TEXT, b"\xe2\x82", fin=False), [], None),
@@ -1890,7 +1895,8 @@ def test_limits_are_those_of_the_module_unless_given(side):
     (b"\xe0", b"\x9f"), (b"\xf0", b"\x8f"),  # overlong, at the second byte
     (b"\xed", b"\xa0"), (b"\xed", b"\xbf"),  # a surrogate, likewise
     (b"\xf4", b"\x90"),  # beyond U+10FFFF, Autobahn 6.4
-    (b"\xc3", b"("), (b"\xe2\x82", b"("), (b"\xf0\x9f", b"("), (b"\xf0\x9f\x98", b"\xf0"),
+    (b"\xc3", b"("), (b"\xe2\x82", b"("), (b"\xf0\x9f", b"("),
+    (b"\xf0\x9f\x98", b"\xf0"),
 )  # fmt: skip
 def test_bad_byte_of_text_is_refused_at_once(good, bad):
     text = good + bad + b"never read"
@@ -2003,7 +2009,8 @@ def test_close_is_sent_once():
 
 @cases("code, reason, payload",
     (1005, "why", b""), (1006, "", b""), (1015, "", b""),  # they are for programs
-    (1000, "", b"\x03\xe8"), (4000, "why", b"\x0f\xa0why"), (1000, "\ud800", b"\x03\xe8?"),
+    (1000, "", b"\x03\xe8"), (4000, "why", b"\x0f\xa0why"),
+    (1000, "\ud800", b"\x03\xe8?"),
 )  # fmt: skip
 def test_a_close_has_its_code_and_its_reason(code, reason, payload):
     wire = WebSocketProtocol(SERVER).close(code, reason)
@@ -2312,8 +2319,8 @@ def test_a_list_of_models_that_is_no_json_is_none():
 
 
 def test_a_chat_goes_to_the_first_model_that_answers_one():
-    others = """text-embedding-3-large whisper-1 tts-1-hd gpt-4o-transcribe bge-m3 sora-2
-        bge-reranker-v2 dall-e-3 omni-moderation-latest gpt-image-1 Qwen3-Rerank
+    others = """text-embedding-3-large whisper-1 tts-1-hd gpt-4o-transcribe bge-m3
+        sora-2 bge-reranker-v2 dall-e-3 omni-moderation-latest gpt-image-1 Qwen3-Rerank
         nomic-embed-text stable-diffusion-xl NV-Embed-v2"""
     assert apiserver.chat_model(others.split()) is None
     assert apiserver.chat_model([*others.split(), "qwen3", "llama3"]) == "qwen3"
@@ -2687,7 +2694,8 @@ def test_streamed_pieces_are_put_together():
     ([("1", "f", "{"), (None, None, "}"), ("2", "g", "["), (None, None, "]")],
      [("1", "f", "{}"), ("2", "g", "[]")]),
     ([("1", "f", "{"), ("1", None, "}")], [("1", "f", "{}")]),
-    ([("1", "f", "{"), ("2", "g", ""), ("1", None, "}")], [("1", "f", "{}"), ("2", "g", "")]),
+    ([("1", "f", "{"), ("2", "g", ""), ("1", None, "}")], [("1", "f", "{}"),
+    ("2", "g", "")]),
     ([(None, "f", "{}"), (None, "g", "{}")], [(None, "f", "{}"), (None, "g", "{}")]),
     ([("", "f", "{}")], [("", "f", "{}")]),
 )  # fmt: skip
@@ -2733,9 +2741,11 @@ def test_error_object_has_all_four_fields():
 
 
 @cases("content, usage",
-    (b"", ()), (b'{"usage": {"prompt_tokens": "3"}}', ()), (b'{"prompt_tokens": 3}', ()),
+    (b"", ()), (b'{"usage": {"prompt_tokens": "3"}}', ()),
+    (b'{"prompt_tokens": 3}', ()),
     (json.dumps(completion()).encode(), (3, 0, 4)),
-    (b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}', (5, 0, 6)),
+    (b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}', (5, 0,
+     6)),
     (json.dumps({"text": '"usage": {"total_tokens": 9}'}).encode(), ()),
     (b'{"usage":{"total_tokens":1},"x":{"usage":{"total_tokens":2}}}', (2,)),
     (b'{"usage":{"total_tokens":2,"more":{"total_tokens":3}}}', (2,)),
@@ -2897,7 +2907,8 @@ def api_ends_early(data, hide_usage=False):
 
 
 @cases("data",
-    chunk("He\u00e4") + b": comment\n\n" + chunk("llo\n\n") + chunk(None, "stop") + DONE,
+    chunk("He\u00e4") + b": comment\n\n" + chunk("llo\n\n") + chunk(None,
+     "stop") + DONE,
     chunk("[DONE]") + chunk("data: [DONE]\n\n", "stop") + DONE,
     chunk("Hi", error=None) + chunk('"error": {"message"}', "stop") + DONE,
 )  # fmt: skip
@@ -3141,7 +3152,8 @@ def test_a_late_error_of_responses_is_flat_or_a_failed_response():
 
 
 @cases("status, kind",
-    (400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"),
+    (400, "invalid_request_error"), (401, "authentication_error"),
+    (402, "billing_error"),
     (403, "permission_error"), (404, "not_found_error"), (405, "invalid_request_error"),
     (413, "request_too_large"), (429, "rate_limit_error"), (500, "api_error"),
     (502, "api_error"), (503, "overloaded_error"), (504, "timeout_error"),
@@ -3764,7 +3776,7 @@ def coded_reply(coding, data, framing="length"):
 @cases("end", connection_close, connection_cut)
 @flow
 async def test_a_request_is_replayed_when_its_kept_connection_has_died(end):
-    """On a reused connection, without a byte, once: a fresh one that dies is a failure."""
+    """Once, without a byte of an answer: a fresh one that dies is a failure."""
 
     async def behave(request, writer):
         await (sends(OK) if len(upstream.requests) in works else sends(end))(
@@ -3908,7 +3920,8 @@ async def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data
     (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n", b""),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999999\r\n\r\n", b""),
     (STREAM_HEAD, chunked(b"x" * 10_000)), (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 10_000),
-    ids=["fields", "field", "status-line", "interim", "201-fields", "declared", "chunked",
+    ids=["fields", "field", "status-line", "interim", "201-fields", "declared",
+     "chunked",
          "until-close"],
 )  # fmt: skip
 @flow
@@ -4518,7 +4531,8 @@ async def test_all_goes_through_the_proxys_tunnel(tmp_path, tls):
     (b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", None),  # spoke too early
     (b"HTTP/1.1 200 OK\r\n\r\n", connection_close),  # in the TLS handshake
     (b"HTTP/1.1 200 OK\r\n\r\n", connection_cut), (None, None),  # hangs
-    (None, connection_close), (None, connection_cut), (b"HTTP/1.1 200", connection_close),
+    (None, connection_close), (None, connection_cut),
+    (b"HTTP/1.1 200", connection_close),
 )  # fmt: skip
 @flow
 async def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
@@ -4961,7 +4975,8 @@ async def test_a_breach_is_answered_by_a_close_frame(side, breach, code, constan
 
 @BOTH_SIDES
 @cases("payload, code, reason, answer",
-    (b"", 1005, "", 1005), (b"\x03\xe8", 1000, "", 1000), (b"\x0f\xa0bye", 4000, "bye", 4000)
+    (b"", 1005, "", 1005), (b"\x03\xe8", 1000, "", 1000),
+    (b"\x0f\xa0bye", 4000, "bye", 4000)
 )  # fmt: skip
 @flow
 async def test_the_peers_close_is_answered(
@@ -5205,12 +5220,15 @@ def test_any_string_may_be_looked_up(path, token):
 
 
 @cases("more, of_user, place",
-    ({"version": 3}, {}, "'version'"), ({}, {"note": 1}, "users[0].note: unknown field"),
+    ({"version": 3}, {}, "'version'"),
+    ({}, {"note": 1}, "users[0].note: unknown field"),
     ({}, {"user_id": 7}, "users[0].user_id"), ({}, {"user_id": ""}, "users[0].user_id"),
     ({}, {"token": None}, "users[0].token"), ({}, {"token": ""}, "users[0].token"),
-    ({}, {"token": "ses ame"}, "users[0].token"), ({}, {"token": "é"}, "users[0].token"),
+    ({}, {"token": "ses ame"}, "users[0].token"),
+    ({}, {"token": "é"}, "users[0].token"),
     ({}, {"name": None}, "users[0].name"), ({}, {"role": "admin"}, "users[0].role"),
-    ({}, {"role": []}, "users[0].role"), ({}, {"limit": []}, "users[0].limit: expected"),
+    ({}, {"role": []}, "users[0].role"),
+    ({}, {"limit": []}, "users[0].limit: expected"),
     ({}, {"limit": "10 requests"}, "users[0].limit: expected a limit such as"),
     ({}, {"models": "gpt"}, "users[0].models: expected a list"),
     ({}, {"expires": "soon"}, "users[0].expires: expected a time"),
@@ -6036,9 +6054,16 @@ def chat_error(reply):
     return error
 
 
-async def add_user(server):
-    reply = await ask(server.port, "POST", "/admin/users/add", {"admin_key": KEY})
-    return reply.json()["token"]
+async def new_user(server, **fields):
+    """A user that the administrator has added: user_id and token."""
+    body = {"admin_key": KEY, **fields}
+    reply = await ask(server.port, "POST", "/admin/users/add", body)
+    assert reply.status == 200
+    return reply.json()
+
+
+async def add_user(server, **fields):
+    return (await new_user(server, **fields))["token"]
 
 
 async def controller_line(server, name):
@@ -6886,7 +6911,7 @@ async def test_a_code_of_the_key_or_the_account_disables_at_once(
 
 
 def by_words(answers, usual=GOOD_REPLY):
-    """An upstream's behaviour: what it does with a request that has one of these words."""
+    """An upstream's behaviour: what it does with a request with one of these words."""
 
     async def behave(request, writer):
         found = (a for word, a in answers.items() if word.encode() in request.content)
@@ -8022,7 +8047,8 @@ CLAUDE_CODE_TURN = {  # as Claude Code 2.1 sends it, but for what its texts say
             {"type": "tool_use", "id": "1", "name": "Bash", "input": {"a": 1}},
             {"type": "tool_use", "id": "2", "name": "Bash", "input": {}}]},
         {"role": "user", "content": [
-            results("1", "one"), results("2", text_parts("two")), *text_parts("go on")]},
+            results("1", "one"), results("2", text_parts("two")),
+             *text_parts("go on")]},
     ],
     "system": text_parts("You are", "it."),
     "tools": [
@@ -8033,7 +8059,8 @@ CLAUDE_CODE_TURN = {  # as Claude Code 2.1 sends it, but for what its texts say
 CODEX_TURN = {  # as Codex 0.171 sends it
     "instructions": "You are\nit.",
     "input": [
-        said("user", "<system-reminder>", "run"), said("system", "Available agent types"),
+        said("user", "<system-reminder>", "run"), said("system",
+         "Available agent types"),
         {"type": "reasoning", "summary": [], "encrypted_content": "e"},
         said("assistant", "I do.", type="output_text"),
         {"type": "function_call", "call_id": "1", "name": "Bash",
@@ -8101,22 +8128,17 @@ async def test_a_function_is_not_called_to_count_tokens(tmp_path):
 
 @flow
 async def test_mock_embeddings_are_equal_for_equal_texts(server):
-    body = {"model": "mock/echo", "input": ["a", "b", "a"]}
-    data = (await ask(server.port, "POST", "/v1/embeddings", body)).json()["data"]
-    one, two, three = (item["embedding"] for item in data)
-    assert one == three != two and len(one) == 8
-    body["encoding_format"] = "base64"
-    data = (await ask(server.port, "POST", "/v1/embeddings", body)).json()["data"]
-    packed = struct.unpack("<8f", base64.b64decode(data[0]["embedding"]))
-    assert packed == pytest.approx(one, abs=1e-6)
+    """They wait, refuse and break off as in a chat."""
 
-
-@flow
-async def test_mock_embeddings_wait_refuse_and_break_off_as_in_a_chat(server):
-    async def asked(model):
-        body = {"model": model, "input": "a"}
+    async def asked(model="mock/echo", **more):
+        body = {"model": model, "input": ["a", "b", "a"], **more}
         return await ask(server.port, "POST", "/v1/embeddings", body)
 
+    one, two, three = (e["embedding"] for e in (await asked()).json()["data"])
+    assert one == three != two and len(one) == 8
+    data = (await asked(encoding_format="base64")).json()["data"]
+    packed = struct.unpack("<8f", base64.b64decode(data[0]["embedding"]))
+    assert packed == pytest.approx(one, abs=1e-6)
     began = time.monotonic()
     assert (await asked("mock/slow?seconds=0.1")).status == 200
     assert time.monotonic() - began >= 0.1
@@ -8372,8 +8394,7 @@ def tape_lines(path):
 def recorded(content, answer="Hi there", path=CHAT_URL):
     """A line of a tape, in bytes."""
     pieces = [(0.0, json.dumps(completion(answer)).encode())]
-    kind = "application/json"
-    return apiserver.Recording(path, content, 200, kind, pieces).encode()
+    return apiserver.Recording(path, content, 200, "application/json", pieces).encode()
 
 
 USAGE = {"input_tokens": 3, "output_tokens": 4}
@@ -10090,8 +10111,7 @@ async def test_usage_is_told_as_json_and_as_csv_without_formulas(server, upstrea
     text = (await ask(server.port, "GET", path + "&format=csv")).content.decode()
     assert text.splitlines()[1].startswith("'=cmd(),1,0,3,0,4")
     for query in ("by=x", "by=day,day", "from=x"):
-        reply = await ask(server.port, "GET", f"/admin/usage?{query}")
-        assert reply.status == 400
+        assert (await ask(server.port, "GET", f"/admin/usage?{query}")).status == 400
 
 
 @cases("model, told",
@@ -10114,8 +10134,7 @@ async def test_a_hostile_name_is_one_plain_cell_and_no_label(tmp_path, model, to
 @flow
 async def test_a_stream_left_early_is_counted_as_far_as_it_came(server):
     token = (await server.users.add()).token
-    model = "mock/text?text=abcdefgh&pieces=8&delay=0.02"
-    body = chat_body(model=model, stream=True)
+    body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02", stream=True)
     image = {"url": "data:image/png;base64," + "iVBOR/0K" * 2000}  # no tokens
     image = {"role": "user", "content": [{"type": "image_url", "image_url": image}]}
     body["messages"].append(image)
@@ -10141,8 +10160,7 @@ async def test_metrics_are_for_monitors_and_their_labels_bounded(server, upstrea
     assert (await chat(server, key=monitor)).status == 403
     text, prefix = replies[-1].content.decode(), "chatgpt_apiserver_"
     assert "evil" not in text and "someone" not in text
-    sample = 'tokens_total{model="m",controller="up",type="output"} 4\n'
-    assert prefix + sample in text
+    assert prefix + 'tokens_total{model="m",controller="up",type="output"} 4\n' in text
     assert prefix + 'controller_state{controller="up",state="ready"} 1\n' in text
     assert re.search('requests_total.*model="other",status="404"} 1\n', text)
 
@@ -10180,12 +10198,6 @@ def handler_split(data):
 
 async def handler_agents(server, count):
     await until(lambda: len(server.agents) == count)
-
-
-async def handler_add_user(port, **fields):
-    reply = await ask(port, "POST", "/admin/users/add", {"admin_key": KEY, **fields})
-    assert reply.status == 200
-    return reply.json()
 
 
 # --- HTTP
@@ -10299,8 +10311,7 @@ async def test_preflight_is_answered_before_authentication(server, path):
     reply = await ask(server.port, "OPTIONS", path, key="", headers=origin)
     assert reply.status == 204 and "content-length" not in reply.headers
     assert reply.headers["access-control-allow-origin"] == "*"
-    allowed = reply.headers["access-control-allow-headers"]
-    assert allowed == "authorization, x-odd"
+    assert reply.headers["access-control-allow-headers"] == "authorization, x-odd"
     assert "access-control-allow-credentials" not in reply.headers
 
 
@@ -10500,8 +10511,7 @@ async def test_refusal_can_be_read_while_the_client_still_sends(server):
 @flow(behave=http_reply(completion("x" * 12_000_000)))
 async def test_a_slow_client_gets_the_whole_answer_before_the_end(server, constant):
     constant(LINGER_TIMEOUT=0.05)
-    close = [("Connection", "close")]
-    data = request_bytes("POST", CHAT_URL, CHAT, headers=close)
+    data = request_bytes("POST", CHAT_URL, CHAT, headers=[("Connection", "close")])
     loop, size = asyncio.get_running_loop(), 0
     with await slow_socket(server.port, data) as sock:
         await until(lambda: server.pool.controllers[-1].tokens)
@@ -10518,8 +10528,8 @@ CHUNKED_POST = (
 
 
 @cases("data, status",
-    ("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n",
-     400),
+    ("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+     "Transfer-Encoding: chunked\r\n", 400),
     ("GET / HTTP/2.0\r\nHost: x\r\n", 505), (CHUNKED_POST + "5\r\nhello\n0\r\n", 400),
     (CHUNKED_POST + "5;a\nb\r\n", 400),
 )  # fmt: skip
@@ -10736,30 +10746,28 @@ async def test_credential_travels_in_several_forms(server, fields, answer):
 
 
 @flow
-async def test_credential_in_the_path(tmp_path):
-    log = Log()
-    async with serving(tmp_path, log=log) as server:
-        agent = await handler_add_user(server.port, role="agent")
-        far = [("X-Forwarded-For", "192.0.2.1")]
-        for token in (KEY, agent["token"]):
-            path = f"/k/{token}/client/register"
-            async with Agent(server, path, headers=far):
-                assert len(server.agents) == 1
-            await handler_agents(server, 0)
-        path = "/k/WRONGTOKEN/client/register"
-        with pytest.raises(ConnectionError, match="401"):
-            await Agent(server.port, path).connect()
-        for path in ("/k/WRONGTOKEN", "/k/WRONGTOKEN/nothing", "/k/"):
-            reply = await ask(server.port, "GET", path, key="")
-            assert reply.status == 404 and b"WRONGTOKEN" not in reply.content
-    for secret in (KEY, agent["token"], "WRONGTOKEN"):
+async def test_credential_in_the_path(server, log):
+    token, far = (
+        await add_user(server, role="agent"),
+        [("X-Forwarded-For", "192.0.2.1")],
+    )
+    for good in (KEY, token):
+        async with Agent(server, f"/k/{good}/client/register", headers=far):
+            assert len(server.agents) == 1
+        await handler_agents(server, 0)
+    with pytest.raises(ConnectionError, match="401"):
+        await Agent(server.port, "/k/WRONGTOKEN/client/register").connect()
+    for path in ("/k/WRONGTOKEN", "/k/WRONGTOKEN/nothing", "/k/"):
+        reply = await ask(server.port, "GET", path, key="")
+        assert reply.status == 404 and b"WRONGTOKEN" not in reply.content
+    for secret in (KEY, token, "WRONGTOKEN"):
         assert secret not in log.text
 
 
 @flow
 async def test_each_role_may_do_what_it_may(server):
-    user = (await handler_add_user(server.port))["token"]
-    agent = (await handler_add_user(server.port, role="agent"))["token"]
+    user = await add_user(server)
+    agent = await add_user(server, role="agent")
     table = [
         ("POST", "/api/ask", {"content": "x", "model": "mock/echo"}, 200, 403),
         ("GET", "/v1/models", None, 200, 403),
@@ -10842,8 +10850,8 @@ NOT_LOCAL = [
 ]  # fmt: skip
 
 
-async def handler_status(port, request, host="127.0.0.1"):
-    async with Client(port, host) as client:
+async def handler_status(server, request):
+    async with Client(server.port) as client:
         client.send(request)
         return (await client.read_head())[0]
 
@@ -10860,7 +10868,7 @@ async def test_only_this_machines_user_needs_no_key(server, log, field):
         ("/api/connections", (key,), (200,)),
     ):
         asked = handshake(path, field, *fields)
-        assert await handler_status(server.port, asked) in statuses
+        assert await handler_status(server, asked) in statuses
     assert "/k/<token>" in log.text
 
 
@@ -10874,10 +10882,10 @@ async def test_only_this_machines_user_needs_no_key(server, log, field):
 async def test_this_machines_user_needs_no_key(server, field):
     for path, status in (("/client/register", 101), ("/api/connections", 200)):
         asked = handshake(path, field)
-        assert await handler_status(server.port, asked) == status
+        assert await handler_status(server, asked) == status
         wrong = ("x-api-key", "wrong")  # what is sent is judged
         asked = handshake(path, field, wrong)
-        assert await handler_status(server.port, asked) == 401
+        assert await handler_status(server, asked) == 401
 
 
 @cases("addresses, here",
@@ -10912,7 +10920,7 @@ async def test_peer_at_another_address_is_not_this_machine(server):
     for path, refused in (("/client/register", 403), ("/api/connections", 401)):
         asked = handshake(path)
         assert await status(asked) == refused
-        assert await handler_status(server.port, asked) in (101, 200)
+        assert await handler_status(server, asked) in (101, 200)
     assert await status(handshake(f"/k/{KEY}/client/register")) == 101
 
 
@@ -10939,12 +10947,12 @@ async def test_who_may_register_without_a_key(tmp_path, auth, near, far, listing
             ("/api/connections", (origin,), 401),
         ):
             asked = handshake(path, *fields)
-            assert await handler_status(server.port, asked) == status
+            assert await handler_status(server, asked) == status
 
 
 @flow(behave=None, verbose=True)
 async def test_no_secret_reaches_the_log(server, upstream, log):
-    user = await handler_add_user(server.port, name="Ada")
+    user = await new_user(server, name="Ada")
     token = user["token"]
     await chat(server, "PROMPT", token)
     await ask(server.port, "GET", f"/admin/users?admin_key={KEY}")
@@ -11148,7 +11156,7 @@ async def test_conversation_stays_with_its_agent(server, constant):
 
 @flow
 async def test_two_agents_may_hand_out_the_same_conversation_id(server):
-    other = (await handler_add_user(server.port))["token"]
+    other = await add_user(server)
     async with Agent(server) as first, Agent(server) as second:
         asked = []
 
@@ -11344,7 +11352,7 @@ async def test_agent_that_comes_back_takes_over(server, agent):
 
 @flow
 async def test_stranger_does_not_get_a_live_agents_id(server, agent):
-    token = (await handler_add_user(server.port, role="agent"))["token"]
+    token = await add_user(server, role="agent")
     async with Agent(server.port, f"/k/{token}/client/register", id=agent.id):
         await handler_agents(server, 2)
         assert server.agents[agent.id].credential == "this machine"
@@ -11471,8 +11479,7 @@ async def test_connections_are_listed_as_the_original_did(server):
     async with Agent(server) as agent, beside(agent.echo()):
         reply = await ask(server.port, "GET", "/api/connections")
         [row] = reply.json()["connections"]
-        names = ["Ws", "Id", "Heartbeat", "LastMessageTime"]
-        assert list(row)[:4] == names
+        assert list(row)[:4] == ["Ws", "Id", "Heartbeat", "LastMessageTime"]
         assert row["Ws"] == {} and row["Id"] == agent.id
         assert row["LastMessageTime"] == "0001-01-01T00:00:00Z"
         form = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -11982,7 +11989,8 @@ async def test_an_error_behind_a_comment_is_told_and_the_stream_never_whole(
 
 
 @cases("path, kind, wait, interval",
-    (CHAT_URL, b"text/event-stream", 0.05, 0), ("/v1/audio/speech", b"audio/mpeg", 0, 0.02)
+    (CHAT_URL, b"text/event-stream", 0.05, 0),
+    ("/v1/audio/speech", b"audio/mpeg", 0, 0.02)
 )  # fmt: skip
 @flow
 async def test_no_comments_are_sent_at_an_interval_of_0_nor_in_audio(
@@ -12144,10 +12152,10 @@ async def test_what_requests_hold_is_freed_with_them(tmp_path, model, leaves):
 async def test_users_come_and_go(server):
     reply = await ask(server.port, "GET", f"/admin/users?admin_key={KEY}", key="")
     assert reply.json() == {"users": []}
-    user = await handler_add_user(server.port)
+    user = await new_user(server)
     assert list(user) == ["user_id", "token"]
     assert all(UUID_FORM.fullmatch(value) for value in user.values())
-    named = await handler_add_user(server.port, name="Ada", role="agent")
+    named = await new_user(server, name="Ada", role="agent")
     reply = await ask(server.port, "GET", "/admin/users")
     assert reply.json()["users"] == [user, {**named, "name": "Ada", "role": "agent"}]
     assert await models_status(server, user["token"]) == 200
@@ -12902,8 +12910,7 @@ def test_what_only_a_restart_changes_is_compared_with_what_is_in_force(tmp_path)
     with program_in(tmp_path) as program:
         for name, settings in (("one", changed), ("two", changed), ("three", {})):
             reload(program, f"controllers: {name}$", tmp_path, entry(name), **settings)
-    text = "only a restart changes users, metrics.users"
-    assert program.stderr.count(text) == 2
+    assert program.stderr.count("only a restart changes users, metrics.users") == 2
 
 
 @needs_posix
@@ -13643,8 +13650,7 @@ async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
 async def test_a_content_type_of_an_agents_cannot_break_the_answer(server):
     head = {"status": 200, "content_type": "text/plain\r\nSet-Cookie: x"}
     async with Agent(server, hello=agent_hello()) as agent:
-        path = "/v1/rerank"
-        asking = asyncio.ensure_future(ask(server.port, "POST", path, CHAT))
+        asking = asyncio.ensure_future(ask(server.port, "POST", "/v1/rerank", CHAT))
         id, _ = await agent_call(agent)
         await agent.send(id, "ApiResponse", json.dumps(head))
         await agent.send(id, "ApiData", "Hi")
@@ -13940,8 +13946,7 @@ async def test_an_administrator_pauses_an_agent_also_when_it_comes_back(
     async with serving(tmp_path) as server, agent_of(server, says_hi()) as agent:
 
         async def post(path, more, key=KEY):
-            name = server.agents[agent.id].name
-            body = {"id": agent.id, "name": name, **more}
+            body = {"id": agent.id, "name": server.agents[agent.id].name, **more}
             return (await ask(server.port, "POST", f"/admin/{path}", body, key)).status
 
         assert await post(*off) == 200
@@ -14178,7 +14183,8 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "<API_KEY>"], "api_key: expected a key"),
     (["8080", "SECRET\u00e9"], "printable ASCII, no space or newline"),
     (["8080", "SECRET\n"], "printable ASCII, no space or newline"),
-    (["70000", "k"], "port: expected a port from 0 to 65535"), (["", "k"], "port: expected"),
+    (["70000", "k"], "port: expected a port from 0 to 65535"),
+    (["", "k"], "port: expected"),
     (["1", "k", "--tape", "a.jsonl:rec"], "tape: 'rec' is no mode, expected one of"),
     (["\u0668\u0660", "k"], "port: expected"), (["SECRET", "8080"], "port: expected"),
     (["-1", "k"], "command line: "),
@@ -14189,7 +14195,8 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "k", "-list", "::"], "unknown option"),  # no abbreviations
     (["8080", "k", "--listen"], "--listen: expected one argument"),
     (["8080", "k", "--verbose=SECRET"], "--verbose: ignored explicit argument"),
-    (["8080", "k", "--listen", "0.0.0.0:80"], "listen: expected an address without a port"),
+    (["8080", "k", "--listen", "0.0.0.0:80"],
+     "listen: expected an address without a port"),
     (["8080", "k", "--listen", "256.0.0.1"], "listen: expected an address"),
     (["8080", "k", "--listen", "a b"], "listen: expected an address"),
     (["8080", "k", "--users", "a\nb"], "users: expected the path"),
@@ -14465,7 +14472,8 @@ def openai(**config):
     ({"head_timeout": 1}, 'head_timeout: unknown key; it belongs in "limits"'),
     (controllers({"base_url": "http://a/v1"}), 'controllers[0].base_url: unknown key; it belongs in "config"'),
     ({"base_url": "http://a/v1"}, 'base_url: unknown key; it belongs in "config"'),
-    (openai(weight=5), 'controllers[0].config.weight: unknown key; it belongs in "controllers"'),
+    (openai(weight=5),
+     'controllers[0].config.weight: unknown key; it belongs in "controllers"'),
     ({"limits": {"__init__": 1}}, "limits.__init__: unknown key"),
     ({"pool": {"kind": "random"}}, "pool.kind: unknown key"),
     (openai(baseurl="x"), 'controllers[0].config.baseurl: unknown key'),
@@ -14473,7 +14481,8 @@ def openai(**config):
     # Types
     ({"port": None}, "port: expected a port from 0 to 65535, got null"),
     ({"port": True}, "port: expected a port from 0 to 65535, got a boolean"),
-    ({"listen": ["::"]}, "listen: expected an address without a port, such as 0.0.0.0 or ::, got a list"),
+    ({"listen": ["::"]},
+     "listen: expected an address without a port, such as 0.0.0.0 or ::, got a list"),
     ({"pool": "random"}, "pool: expected an object, got a string"),
     ({"controllers": {}}, "controllers: expected a list, got an object"),
     (controllers(OPENAI, 5), "controllers[1]: expected an object, got a number"),
@@ -14908,7 +14917,8 @@ async def test_the_readmes_blocks_do_what_it_says(tmp_path):
 @cases("program, arguments, start, file, bad",
     ("nginx", "-t -c", "# A user's token", "nginx.conf", "warn"),
     ("haproxy", "-c -f", "global", "haproxy.cfg", "WARN"),
-    ("systemd-analyze", "verify --man=no", "# /etc/systemd", "chatgpt-apiserver@.service",
+    ("systemd-analyze", "verify --man=no", "# /etc/systemd",
+     "chatgpt-apiserver@.service",
      "chatgpt-apiserver"),
 )  # fmt: skip
 def test_others_read_the_readmes_lines(tmp_path, program, arguments, start, file, bad):
