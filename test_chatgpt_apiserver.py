@@ -9799,7 +9799,12 @@ async def test_a_torn_line_is_passed_over_and_does_not_swallow_the_next(usage_fi
 @flow
 async def test_a_full_disk_loses_nothing_once_there_is_room(usage_file, monkeypatch):
     lines = []
-    made = apiserver.Ledger(str(usage_file), lines.append)
+
+    def report(line):
+        asyncio.get_running_loop()  # it is told there, whatever thread has met it
+        lines.append(line)
+
+    made = apiserver.Ledger(str(usage_file), report)
     count_request(made)
     write = os.write
     with monkeypatch.context() as patch:
