@@ -779,11 +779,17 @@ def test_limit_that_is_no_usable_number_is_refused(value):
         Limits(head_size=value)
 
 
-@cases("status, type",
-    (400, "invalid_request_error"), (401, "authentication_error"),
-    (403, "permission_error"), (404, "not_found_error"), (413, "invalid_request_error"),
-    (429, "rate_limit_error"), (500, "server_error"), (504, "server_error"),
-)  # fmt: skip
+@cases(
+    "status, type",
+    (400, "invalid_request_error"),
+    (401, "authentication_error"),
+    (403, "permission_error"),
+    (404, "not_found_error"),
+    (413, "invalid_request_error"),
+    (429, "rate_limit_error"),
+    (500, "server_error"),
+    (504, "server_error"),
+)
 def test_api_error_has_the_type_of_its_status_unless_told(status, type):
     assert APIError(status, "no").type == type
     assert APIError(status, "no", type="mine").type == "mine"
@@ -950,20 +956,32 @@ def test_rule_1_no_control_character_is_in_a_field_or_request_line(code):
     assert http_answer_refusal(http_answer(line=b"HTTP/1.1 200 " + byte) * 2) == 502
 
 
-@cases("fields, expected",
-    ([], 0), (["content-length: 5"], 5), (["Content-Length:  \t5 "], 5),
+@cases(
+    "fields, expected",
+    ([], 0),
+    (["content-length: 5"], 5),
+    (["Content-Length:  \t5 "], 5),
     (["Content-Length: 000000000000005"], 5),
     (["Content-Length: 999999999999999"], 999999999999999),
-    (["Transfer-Encoding: chunked"], None), (["Transfer-Encoding:\tChunked "], None),
+    (["Transfer-Encoding: chunked"], None),
+    (["Transfer-Encoding:\tChunked "], None),
     (["Content-Length: 0000000000000005"], 400),
-    (["Content-Length: " + "9" * 5000], 400), (["Content-Length:"], 400),
-    (["Content-Length: +5"], 400), (["Content-Length: -5"], 400),
-    (["Content-Length: 5_0"], 400), (["Content-Length: 0x5"], 400),
-    (["Content-Length: 5e1"], 400), (["Content-Length: 5 5"], 400),
-    (["Content-Length: 5,5"], 400), (["Content-Length: 5;"], 400),
-    (["Content-Length: \xb2"], 400), (["Content-Length: \xd9\xa5"], 400),
-    (["Content-Length: \xa05"], 400), (["Content-Length: 5", "Content-Length: 5"], 400),
-    (["Content-Length: 5", "CONTENT-LENGTH: 6"], 400), (["X: Content-Length: 5"], 0),
+    (["Content-Length: " + "9" * 5000], 400),
+    (["Content-Length:"], 400),
+    (["Content-Length: +5"], 400),
+    (["Content-Length: -5"], 400),
+    (["Content-Length: 5_0"], 400),
+    (["Content-Length: 0x5"], 400),
+    (["Content-Length: 5e1"], 400),
+    (["Content-Length: 5 5"], 400),
+    (["Content-Length: 5,5"], 400),
+    (["Content-Length: 5;"], 400),
+    (["Content-Length: \xb2"], 400),
+    (["Content-Length: \xd9\xa5"], 400),
+    (["Content-Length: \xa05"], 400),
+    (["Content-Length: 5", "Content-Length: 5"], 400),
+    (["Content-Length: 5", "CONTENT-LENGTH: 6"], 400),
+    (["X: Content-Length: 5"], 0),
     (["Content-Length: 5", "Transfer-Encoding: chunked"], 400),
     (["Transfer-Encoding: gzip", "Content-Length: 5"], 400),
     (["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], 400),
@@ -971,10 +989,13 @@ def test_rule_1_no_control_character_is_in_a_field_or_request_line(code):
     (["Transfer-Encoding: chunked, chunked"], 501),
     (["Transfer-Encoding: gzip, chunked"], 501),
     (["Transfer-Encoding: chunked, identity"], 501),
-    (["Transfer-Encoding: xchunked"], 501), (["Transfer-Encoding: chunked;q=1"], 501),
-    (["Transfer-Encoding: \xa0chunked"], 501), (["Transfer-Encoding:"], 501),
-    (["Transfer-Encoding : chunked"], 400), (["Transfer-Encoding: \x0bchunked"], 400),
-)  # fmt: skip
+    (["Transfer-Encoding: xchunked"], 501),
+    (["Transfer-Encoding: chunked;q=1"], 501),
+    (["Transfer-Encoding: \xa0chunked"], 501),
+    (["Transfer-Encoding:"], 501),
+    (["Transfer-Encoding : chunked"], 400),
+    (["Transfer-Encoding: \x0bchunked"], 400),
+)
 def test_rules_2_and_3_content_length(fields, expected):
     """A head that differs in its length alone and was parsed before excuses nothing."""
     data = http_head(*(field.encode("latin-1") for field in fields))
@@ -989,11 +1010,24 @@ def test_rules_2_and_3_content_length(fields, expected):
         assert http_refusal(data.replace(b"HTTP/1.1", b"HTTP/1.0")) == 400
 
 
-@cases("line",
-    b"X : y", b"X\t: y", b" X: y", b"\tX: y", b": y", b"X", b"X y: z", b'"X": y',
-    b"X(): y", b"X/: y", b"X@: y", b"X[]: y", b"X{}: y", "Ö: y".encode(),
+@cases(
+    "line",
+    b"X : y",
+    b"X\t: y",
+    b" X: y",
+    b"\tX: y",
+    b": y",
+    b"X",
+    b"X y: z",
+    b'"X": y',
+    b"X(): y",
+    b"X/: y",
+    b"X@: y",
+    b"X[]: y",
+    b"X{}: y",
+    "Ö: y".encode(),
     "ſ: y".encode(),
-)  # fmt: skip
+)
 def test_rule_5_a_header_name_is_a_token_before_its_colon(line):
     assert http_refusal(http_head(line)) == 400
     assert http_refusal(http_head(b"A: b", line, b"C: d")) == 400
@@ -1006,11 +1040,13 @@ def test_what_may_be_in_a_name_and_in_a_value():
     assert request.headers[name.lower().decode()] == "a\tb \x80\xff\xa0"
 
 
-@cases("head",
-    http_head(b"X: y", b" folded"), http_head(b"X: y", b"\tfolded"),
+@cases(
+    "head",
+    http_head(b"X: y", b" folded"),
+    http_head(b"X: y", b"\tfolded"),
     b"GET / HTTP/1.1\r\n Host: a\r\n\r\n",
     *(start + http_head() for start in (b" ", b"\t", b"\r", b"\x00", b" \r\n")),
-)  # fmt: skip
+)
 def test_rule_5_no_folded_lines_and_nothing_before_the_first(head):
     assert http_refusal(head) == 400
 
@@ -1024,59 +1060,123 @@ def test_rule_5_host_exactly_once_in_1_1():
     assert http_refusal(http_head(b"Host: a", line=b"GET / HTTP/1.0")) == 400
 
 
-@cases("name",
-    "Authorization", "Content-Length", "Content-Type", "Host", "Sec-WebSocket-Key",
-    "Sec-WebSocket-Version", "Transfer-Encoding", "Upgrade",
-)  # fmt: skip
+@cases(
+    "name",
+    "Authorization",
+    "Content-Length",
+    "Content-Type",
+    "Host",
+    "Sec-WebSocket-Key",
+    "Sec-WebSocket-Version",
+    "Transfer-Encoding",
+    "Upgrade",
+)
 def test_rule_5_a_second_one_of_a_single_field_is_refused(name):
     field = f"{name}: 1".encode()
     assert http_refusal(http_head(field, b"X: y", field.lower(), host=())) == 400
     assert http_answer_refusal(http_answer(field, field)) == 502
 
 
-@cases("host, good",
-    ("a", True), ("a.b-c_d:8080", True), ("a:", True), ("127.0.0.1:80", True),
-    ("[::1]:80", True), ("[::ffff:127.0.0.1]", True), ("a%41%C3%a4", True),
-    ("a%4", False), ("a%zz", False), ("%:80", False), ("", False), ("a b", False),
-    ("a, b", False), ("a/b", False), ("a?b", False), ("a@b", False), ("a#b", False),
-    ("a\\b", False), ("a:80:80", False), ("a:8x", False), ("a:+80", False),
-    ("a:123456", False), ("[::1", False), ("[]", False), ("[::1]a", False),
-    ("::1", False), ("\xe4", False), ("a:\xb2", False), ("<script>", False),
-)  # fmt: skip
+@cases(
+    "host, good",
+    ("a", True),
+    ("a.b-c_d:8080", True),
+    ("a:", True),
+    ("127.0.0.1:80", True),
+    ("[::1]:80", True),
+    ("[::ffff:127.0.0.1]", True),
+    ("a%41%C3%a4", True),
+    ("a%4", False),
+    ("a%zz", False),
+    ("%:80", False),
+    ("", False),
+    ("a b", False),
+    ("a, b", False),
+    ("a/b", False),
+    ("a?b", False),
+    ("a@b", False),
+    ("a#b", False),
+    ("a\\b", False),
+    ("a:80:80", False),
+    ("a:8x", False),
+    ("a:+80", False),
+    ("a:123456", False),
+    ("[::1", False),
+    ("[]", False),
+    ("[::1]a", False),
+    ("::1", False),
+    ("\xe4", False),
+    ("a:\xb2", False),
+    ("<script>", False),
+)
 def test_rule_5_syntax_of_the_host_field(host, good):
     head = http_head(host=[b"Host: " + host.encode("latin-1")])
     assert http_refusal(head) == (None if good else 400)
 
 
-@cases("line, status",
-    (b"GET / HTTP/1.1", None), (b"GET / HTTP/1.0", None), (b"get-it! / HTTP/1.1", None),
-    (b"GET / HTTP/1.2", 505), (b"GET / HTTP/0.9", 505), (b"GET / HTTP/2.0", 505),
-    (b"PRI * HTTP/2.0", 505), (b"GET / http/1.1", 400), (b"GET / HTTP/1.1 ", 400),
-    (b"GET / HTTP/1.10", 400), (b"GET / HTTP/11", 400), (b"GET / HTTP/1", 400),
-    (b"GET / HTTP/1.\xb2", 400), (b"GET / XHTTP/1.1", 400), (b"GET /", 400),
-    (b"GET", 400), (b"GET  / HTTP/1.1", 400), (b"GET /  HTTP/1.1", 400),
-    (b"GET\t/\tHTTP/1.1", 400), (b"GET / x HTTP/1.1", 400), (b" GET / HTTP/1.1", 400),
-    (b" / HTTP/1.1", 400), (b"G(T / HTTP/1.1", 400), (b"G:T / HTTP/1.1", 400),
-    (b"G\xc4T / HTTP/1.1", 400), (b"GET /\xc3\xa4 HTTP/1.1", 400),
-    (b"GET /\x7f HTTP/1.1", 400), (b"\x16\x03\x01\x02\x00", 400),
-)  # fmt: skip
+@cases(
+    "line, status",
+    (b"GET / HTTP/1.1", None),
+    (b"GET / HTTP/1.0", None),
+    (b"get-it! / HTTP/1.1", None),
+    (b"GET / HTTP/1.2", 505),
+    (b"GET / HTTP/0.9", 505),
+    (b"GET / HTTP/2.0", 505),
+    (b"PRI * HTTP/2.0", 505),
+    (b"GET / http/1.1", 400),
+    (b"GET / HTTP/1.1 ", 400),
+    (b"GET / HTTP/1.10", 400),
+    (b"GET / HTTP/11", 400),
+    (b"GET / HTTP/1", 400),
+    (b"GET / HTTP/1.\xb2", 400),
+    (b"GET / XHTTP/1.1", 400),
+    (b"GET /", 400),
+    (b"GET", 400),
+    (b"GET  / HTTP/1.1", 400),
+    (b"GET /  HTTP/1.1", 400),
+    (b"GET\t/\tHTTP/1.1", 400),
+    (b"GET / x HTTP/1.1", 400),
+    (b" GET / HTTP/1.1", 400),
+    (b" / HTTP/1.1", 400),
+    (b"G(T / HTTP/1.1", 400),
+    (b"G:T / HTTP/1.1", 400),
+    (b"G\xc4T / HTTP/1.1", 400),
+    (b"GET /\xc3\xa4 HTTP/1.1", 400),
+    (b"GET /\x7f HTTP/1.1", 400),
+    (b"\x16\x03\x01\x02\x00", 400),
+)
 def test_rule_6_the_request_line(line, status):
     assert http_refusal(http_head(line=line)) == status
 
 
-@cases("method, target, expected",
-    ("GET", "/", ("/", "")), ("GET", "/a%2Fb/../c?x=%20&y", ("/a%2Fb/../c", "x=%20&y")),
-    ("GET", "/a?", ("/a", "")), ("GET", "/?http://b/", ("/", "http://b/")),
-    ("GET", "//[", ("//[", "")), ("GET", "//b/c", ("//b/c", "")),
-    ("GET", "/a:b@c[]", ("/a:b@c[]", "")), ("OPTIONS", "*", ("*", "")),
-    ("GET", "http://a:80/b?c", ("/b", "c")), ("GET", "HTTPS://A:80", ("/", "")),
-    ("GET", "http://a:80?c/d", ("/", "c/d")), ("GET", "*", None),
-    ("OPTIONS", "**", None), ("GET", "a", None), ("GET", "?a", None),
-    ("GET", "http:/a:80/", None), ("GET", "http://", None), ("GET", "http://b/", None),
-    ("GET", "http://a/", None), ("GET", "http://x@a:80/", None),
-    ("GET", "http://a:80@b/", None), ("GET", "http://a:80#/", None),
-    ("GET", "http://[", None), ("GET", "ftp://a:80/", None), ("CONNECT", "a:80", None),
-)  # fmt: skip
+@cases(
+    "method, target, expected",
+    ("GET", "/", ("/", "")),
+    ("GET", "/a%2Fb/../c?x=%20&y", ("/a%2Fb/../c", "x=%20&y")),
+    ("GET", "/a?", ("/a", "")),
+    ("GET", "/?http://b/", ("/", "http://b/")),
+    ("GET", "//[", ("//[", "")),
+    ("GET", "//b/c", ("//b/c", "")),
+    ("GET", "/a:b@c[]", ("/a:b@c[]", "")),
+    ("OPTIONS", "*", ("*", "")),
+    ("GET", "http://a:80/b?c", ("/b", "c")),
+    ("GET", "HTTPS://A:80", ("/", "")),
+    ("GET", "http://a:80?c/d", ("/", "c/d")),
+    ("GET", "*", None),
+    ("OPTIONS", "**", None),
+    ("GET", "a", None),
+    ("GET", "?a", None),
+    ("GET", "http:/a:80/", None),
+    ("GET", "http://", None),
+    ("GET", "http://b/", None),
+    ("GET", "http://a/", None),
+    ("GET", "http://x@a:80/", None),
+    ("GET", "http://a:80@b/", None),
+    ("GET", "http://a:80#/", None),
+    ("GET", "http://[", None),
+    ("GET", "ftp://a:80/", None),
+    ("CONNECT", "a:80", None),
+)
 def test_rule_6_request_targets(method, target, expected):
     head = http_head(line=f"{method} {target} HTTP/1.1".encode(), host=[b"Host: a:80"])
     if expected is None:
@@ -1086,14 +1186,22 @@ def test_rule_6_request_targets(method, target, expected):
         assert (request.path, request.query, request.target) == (*expected, target)
 
 
-@cases("version, connection, expected",
-    ("1.1", None, True), ("1.1", "", True), ("1.1", "keep-alive", True),
-    ("1.1", "close", False), ("1.1", "Upgrade,  CLOSE", False), ("1.1", "closed", True),
-    ("1.1", "keep-alive, close", False), ("1.0", None, False), ("1.0", "", False),
-    ("1.0", "Keep-Alive", True), ("1.0", "x, keep-alive", True),
+@cases(
+    "version, connection, expected",
+    ("1.1", None, True),
+    ("1.1", "", True),
+    ("1.1", "keep-alive", True),
+    ("1.1", "close", False),
+    ("1.1", "Upgrade,  CLOSE", False),
+    ("1.1", "closed", True),
+    ("1.1", "keep-alive, close", False),
+    ("1.0", None, False),
+    ("1.0", "", False),
+    ("1.0", "Keep-Alive", True),
+    ("1.0", "x, keep-alive", True),
     ("1.0", "keep-alive, close", False),
     ("1.1", "keep-alive\r\nConnection: close", False),
-)  # fmt: skip
+)
 def test_whether_a_connection_is_kept(version, connection, expected):
     fields = () if connection is None else (f"Connection: {connection}".encode(),)
     request = http_request(http_head(*fields, line=f"GET / HTTP/{version}".encode()))
@@ -1118,13 +1226,18 @@ def test_L1_L2_L4_request_line_header_line_and_count(more, good):
     assert http_refusal(http_head(*[b"X: y"] * (99 + more))) == (None if good else 431)
 
 
-@cases("data, status, reason",
+@cases(
+    "data, status, reason",
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\n\n", 400, "https was sent to an http"),
-    (b"\x80\x2e\x01", 400, "malformed"), (b"\x00", 400, "malformed"),
-    (b"{", 400, "malformed"), (b" GET", 400, "malformed"),
-    (b"\r\nGET\t/", 400, "malformed"), (b"GET\r", 400, "malformed"),
+    (b"\x80\x2e\x01", 400, "malformed"),
+    (b"\x00", 400, "malformed"),
+    (b"{", 400, "malformed"),
+    (b" GET", 400, "malformed"),
+    (b"\r\nGET\t/", 400, "malformed"),
+    (b"GET\r", 400, "malformed"),
     (b"GET /\r\n", 400, "malformed"),  # HTTP/0.9
-    (b"GET /\n", 400, "CR LF"), (b"GET / HTTP/1.1\nHost: a", 400, "CR LF"),
+    (b"GET /\n", 400, "CR LF"),
+    (b"GET / HTTP/1.1\nHost: a", 400, "CR LF"),
     (b"GET  / HTTP/1.1\r\n", 400, "malformed"),
     (b"SSH-2.0-OpenSSH_9.6\r\n", 400, "malformed"),
     (b"PROXY TCP4 10.0.0.1 10.0.0.2 5 80\r\n", 400, "malformed"),
@@ -1132,8 +1245,9 @@ def test_L1_L2_L4_request_line_header_line_and_count(more, good):
     (b"PRI * HTTP/2.0\r\n", 505, "only HTTP/1.1"),
     (b"A" * 65 + b" / HTTP/1.1\r\n", 501, "the method is too long"),
     (b"GET /" + b"\x01" * 9, None, ""),  # until the line is whole
-    (b"\r", None, ""), (b"GET / HTTP/1.1\r\nHost", None, ""),
-)  # fmt: skip
+    (b"\r", None, ""),
+    (b"GET / HTTP/1.1\r\nHost", None, ""),
+)
 def test_what_is_no_request_is_refused_at_its_first_bytes(data, status, reason):
     assert http_refusal(data) == status
     with refused(status, match=reason):
@@ -1180,19 +1294,31 @@ def http_bytewise_chunks(data):
     http_decode(data, http_bytewise(data))
 
 
-@cases("read, data",
-    *((http_bytewise_head, b"GET / HTTP/1.1\r\n" + row * (32000 // len(row)))
-      for row in (b"X: " + b"a" * 300 + b"\r\n", b"a:\r\n", b"\r\ra", b"\r\n\ra", b":",
-       b"a")),
-    (http_fields, b"a" * 32000 + b"\r\n"), (http_fields, b"a:" * 16000 + b"\n"),
+@cases(
+    "read, data",
+    *(
+        (http_bytewise_head, b"GET / HTTP/1.1\r\n" + row * (32000 // len(row)))
+        for row in (
+            b"X: " + b"a" * 300 + b"\r\n",
+            b"a:\r\n",
+            b"\r\ra",
+            b"\r\n\ra",
+            b":",
+            b"a",
+        )
+    ),
+    (http_fields, b"a" * 32000 + b"\r\n"),
+    (http_fields, b"a:" * 16000 + b"\n"),
     (http_fields, (b"a: b" + b" " * 300 + b"\r\n") * 90 + b"\x00"),
-    (http_fields, b"x" + b":\t \t" * 8000), (http_fields, b"a:\r\n" * 8000 + b"b"),
+    (http_fields, b"x" + b":\t \t" * 8000),
+    (http_fields, b"a:\r\n" * 8000 + b"b"),
     (http_fields, b"a: b\r\n" * 5000),
     (http_fields, b"a:" + b" \t" * 16000 + b"\x00\r\n"),
     (http_bytewise_chunks, b"1\r\na\r\n" * 15_000),
     (http_bytewise_chunks, b"0\r\n" + b"a: b\r\n" * 1300),
-    (http_bytewise_chunks, b"1;" + b"x" * 250), ids=lambda value: repr(value)[:40],
-)  # fmt: skip
+    (http_bytewise_chunks, b"1;" + b"x" * 250),
+    ids=lambda value: repr(value)[:40],
+)
 def test_rule_7_no_bytes_cost_more_than_linear_time(read, data):
     """One segment for each byte once took 3 s of a processor for 29 KiB."""
     began = time.process_time()
@@ -1222,28 +1348,48 @@ def test_answer_head_may_come_cut_anywhere():
         assert rest == b"xyz"
 
 
-@cases("line, good",
-    (b"HTTP/1.1 200 OK", True), (b"HTTP/1.1 200 ", True), (b"HTTP/1.1 200", True),
-    (b"HTTP/1.1 599 x", True), (b"HTTP/1.1 099 x", False), (b"HTTP/1.1 600 x", False),
-    (b"HTTP/1.1 20 x", False), (b"HTTP/1.1 2000 x", False), (b"HTTP/1.1 200x", False),
-    (b"HTTP/1.1 +20 x", False), (b"HTTP/1.1 2_0 x", False),
-    (b"HTTP/1.1 \xb2\xb20 x", False), (b"HTTP/1.1  200 x", False),
-    (b"HTTP/2 200 x", False), (b"HTTP/1.2 200 x", False), (b"http/1.1 200 OK", False),
-    (b"ICY 200 OK", False), (b"GET / HTTP/1.1", False), (b" HTTP/1.1 200 OK", False),
-    (b"", False), (b"HTTP/1.1 200 OK\nA: b", False),
+@cases(
+    "line, good",
+    (b"HTTP/1.1 200 OK", True),
+    (b"HTTP/1.1 200 ", True),
+    (b"HTTP/1.1 200", True),
+    (b"HTTP/1.1 599 x", True),
+    (b"HTTP/1.1 099 x", False),
+    (b"HTTP/1.1 600 x", False),
+    (b"HTTP/1.1 20 x", False),
+    (b"HTTP/1.1 2000 x", False),
+    (b"HTTP/1.1 200x", False),
+    (b"HTTP/1.1 +20 x", False),
+    (b"HTTP/1.1 2_0 x", False),
+    (b"HTTP/1.1 \xb2\xb20 x", False),
+    (b"HTTP/1.1  200 x", False),
+    (b"HTTP/2 200 x", False),
+    (b"HTTP/1.2 200 x", False),
+    (b"http/1.1 200 OK", False),
+    (b"ICY 200 OK", False),
+    (b"GET / HTTP/1.1", False),
+    (b" HTTP/1.1 200 OK", False),
+    (b"", False),
+    (b"HTTP/1.1 200 OK\nA: b", False),
     (b"HTTP/1.1 200 OK\r\nA: b\n", False),
-)  # fmt: skip
+)
 def test_status_line(line, good):
     assert http_answer_refusal(http_answer(line=line)) == (None if good else 502)
 
 
-@cases("method, status, fields, expected",
-    ("GET", 200, [], apiserver.UNTIL_CLOSE), ("GET", 200, ["Content-Length: 7"], 7),
+@cases(
+    "method, status, fields, expected",
+    ("GET", 200, [], apiserver.UNTIL_CLOSE),
+    ("GET", 200, ["Content-Length: 7"], 7),
     ("GET", 200, ["Transfer-Encoding: CHUNKED"], None),
-    ("POST", 500, ["Content-Length: 0"], 0), ("HEAD", 200, ["Content-Length: 7"], 0),
-    ("HEAD", 200, ["Transfer-Encoding: chunked"], 0), ("HEAD", 200, [], 0),
-    ("GET", 204, ["Content-Length: 7"], 0), ("GET", 304, ["Content-Length: 7"], 0),
-    ("GET", 100, [], 0), ("GET", 101, [], 0),
+    ("POST", 500, ["Content-Length: 0"], 0),
+    ("HEAD", 200, ["Content-Length: 7"], 0),
+    ("HEAD", 200, ["Transfer-Encoding: chunked"], 0),
+    ("HEAD", 200, [], 0),
+    ("GET", 204, ["Content-Length: 7"], 0),
+    ("GET", 304, ["Content-Length: 7"], 0),
+    ("GET", 100, [], 0),
+    ("GET", 101, [], 0),
     ("GET", 103, ["Transfer-Encoding: chunked"], 0),
     ("GET", 200, ["Content-Length: -1"], 502),
     ("GET", 200, ["Content-Length: 1, 1"], 502),
@@ -1252,7 +1398,7 @@ def test_status_line(line, good):
     ("GET", 200, ["Transfer-Encoding: gzip, chunked"], 502),
     ("GET", 200, ["Transfer-Encoding: identity"], 502),
     ("GET", 200, ["Transfer-Encoding: chunked", "1.0"], 502),
-)  # fmt: skip
+)
 def test_length_of_an_answer(method, status, fields, expected):
     line = b"HTTP/1.%d %d x" % ("1.0" not in fields, status)
     fields = [field.encode() for field in fields if field != "1.0"]
@@ -1305,17 +1451,45 @@ def test_a_complete_decoder_takes_nothing_of_the_next_message():
         decoder.end()
 
 
-@cases("data",
-    b"g\r\n", b"\r\n", b" 1\r\na\r\n", b"1 \r\na\r\n", b"+1\r\na\r\n", b"-1\r\na\r\n",
-    b"0x1\r\na\r\n", b"1_0\r\n", b"1.0\r\n", b"1,1\r\n", b"\xd9\xa1\r\na\r\n",
-    b"1\x00\r\na\r\n", b";a\r\n", b"1;\n\r\na\r\n", b"1;a\rb\r\na\r\n",
-    b"1;a\nb\r\na\r\n", b"1;a\x00\r\na\r\n", b"1;a\x7f\r\na\r\n", b"1\n\r\na\r\n",
-    b"1\r\r\na\r\n", b"1\r\nab", b"1\r\na\n", b"1\r\na\rb", b"1\r\na\r\r\n",
-    b"1\r\na0\r\n\r\n", b"2\r\nab" + b"2\r\nab", b"0\r\nX : y\r\n\r\n",
-    b"0\r\nX\r\n\r\n", b"0\r\n X: y\r\n\r\n", b"0\r\nX: y\r\n folded\r\n\r\n",
-    b"0\r\nX: a\rb\r\n\r\n", b"0\r\nX: a\x00b\r\n\r\n", b"0\r\nX: y\n\r\n\r\n",
-    b"0\r\nX: y\n\n", b"0\r\n\n", b"0\r\nHost: a\r\nHost: b\r\n\r\n",
-)  # fmt: skip
+@cases(
+    "data",
+    b"g\r\n",
+    b"\r\n",
+    b" 1\r\na\r\n",
+    b"1 \r\na\r\n",
+    b"+1\r\na\r\n",
+    b"-1\r\na\r\n",
+    b"0x1\r\na\r\n",
+    b"1_0\r\n",
+    b"1.0\r\n",
+    b"1,1\r\n",
+    b"\xd9\xa1\r\na\r\n",
+    b"1\x00\r\na\r\n",
+    b";a\r\n",
+    b"1;\n\r\na\r\n",
+    b"1;a\rb\r\na\r\n",
+    b"1;a\nb\r\na\r\n",
+    b"1;a\x00\r\na\r\n",
+    b"1;a\x7f\r\na\r\n",
+    b"1\n\r\na\r\n",
+    b"1\r\r\na\r\n",
+    b"1\r\nab",
+    b"1\r\na\n",
+    b"1\r\na\rb",
+    b"1\r\na\r\r\n",
+    b"1\r\na0\r\n\r\n",
+    b"2\r\nab" + b"2\r\nab",
+    b"0\r\nX : y\r\n\r\n",
+    b"0\r\nX\r\n\r\n",
+    b"0\r\n X: y\r\n\r\n",
+    b"0\r\nX: y\r\n folded\r\n\r\n",
+    b"0\r\nX: a\rb\r\n\r\n",
+    b"0\r\nX: a\x00b\r\n\r\n",
+    b"0\r\nX: y\n\r\n\r\n",
+    b"0\r\nX: y\n\n",
+    b"0\r\n\n",
+    b"0\r\nHost: a\r\nHost: b\r\n\r\n",
+)
 def test_rule_4_chunks_that_are_refused(data):
     assert http_chunk_refusal(data) == 400
 
@@ -1451,11 +1625,20 @@ def test_a_bomb_is_refused_before_it_swells(coding):
             assert memory()[1] < 32 * 1024 * 1024
 
 
-@cases("field, coding",
-    (None, ""), ("", ""), ("identity", ""), ("None", ""), ("GZip", "gzip"),
-    ("x-gzip", "gzip"), ("identity, deflate", "deflate"), ("br", 415), ("zstd", 415),
-    ("gzip, gzip", 415), ("gzip;q=1", 415),
-)  # fmt: skip
+@cases(
+    "field, coding",
+    (None, ""),
+    ("", ""),
+    ("identity", ""),
+    ("None", ""),
+    ("GZip", "gzip"),
+    ("x-gzip", "gzip"),
+    ("identity, deflate", "deflate"),
+    ("br", 415),
+    ("zstd", 415),
+    ("gzip, gzip", 415),
+    ("gzip;q=1", 415),
+)
 def test_content_coding(field, coding):
     headers = apiserver.Headers({} if field is None else {"content-encoding": field})
     with refused(415 if coding == 415 else None, match=field and field[:4]):
@@ -1513,10 +1696,28 @@ HTTP_SEEDS = [
     b"3\r\nabc\r\n0\r\nA: b\r\n\r\n",
 ]
 HTTP_PIECES = [
-    b"\r", b"\n", b"\r\n", b"\r\n\r\n", b":", b" ", b"\t", b"\x00", b"0", b";", b",",
-    b"\xff", b"Host: a\r\n", b"Content-Length: 1\r\n", b"[", b"*", b"HTTP/1.1",
-    b"Transfer-Encoding: chunked\r\n", b"/", b"?", b"ffffffff",
-]  # fmt: skip
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b"\r\n\r\n",
+    b":",
+    b" ",
+    b"\t",
+    b"\x00",
+    b"0",
+    b";",
+    b",",
+    b"\xff",
+    b"Host: a\r\n",
+    b"Content-Length: 1\r\n",
+    b"[",
+    b"*",
+    b"HTTP/1.1",
+    b"Transfer-Encoding: chunked\r\n",
+    b"/",
+    b"?",
+    b"ffffffff",
+]
 
 
 def http_fuzzed(rng, seeds, pieces):
@@ -1705,25 +1906,39 @@ def test_every_first_byte_is_accepted_or_refused_at_once():
     assert accepted == {0x00, 0x01, 0x02, 0x80, 0x81, 0x82, 0x88, 0x89, 0x8A}
 
 
-@cases("illegal, code",
-    (frame(TEXT, rsv=4), 1002), (frame(TEXT, rsv=2), 1002), (frame(TEXT, rsv=1), 1002),
-    (frame(0x3), 1002), (frame(0x7), 1002), (frame(0xB), 1002), (frame(0xF), 1002),
-    (frame(PING, fin=False), 1002), (frame(PONG, fin=False), 1002),
-    (frame(CLOSE, fin=False), 1002), (frame(PING, b"x" * 126), 1002),
-    (frame(PONG, announce=65536), 1002), (frame(CLOSE, announce=5, width=2), 1002),
-    (frame(TEXT, key=None), 1002), (frame(TEXT, announce=0, width=2), 1002),
+@cases(
+    "illegal, code",
+    (frame(TEXT, rsv=4), 1002),
+    (frame(TEXT, rsv=2), 1002),
+    (frame(TEXT, rsv=1), 1002),
+    (frame(0x3), 1002),
+    (frame(0x7), 1002),
+    (frame(0xB), 1002),
+    (frame(0xF), 1002),
+    (frame(PING, fin=False), 1002),
+    (frame(PONG, fin=False), 1002),
+    (frame(CLOSE, fin=False), 1002),
+    (frame(PING, b"x" * 126), 1002),
+    (frame(PONG, announce=65536), 1002),
+    (frame(CLOSE, announce=5, width=2), 1002),
+    (frame(TEXT, key=None), 1002),
+    (frame(TEXT, announce=0, width=2), 1002),
     (frame(TEXT, announce=125, width=2), 1002),
     (frame(TEXT, announce=125, width=8), 1002),
-    (frame(TEXT, announce=65535, width=8), 1002), (frame(TEXT, announce=1 << 63), 1002),
+    (frame(TEXT, announce=65535, width=8), 1002),
+    (frame(TEXT, announce=1 << 63), 1002),
     (frame(TEXT, announce=(1 << 64) - 1), 1002),
-    (frame(TEXT, announce=(1 << 63) - 1), 1009), (frame(CONTINUATION), 1002),
+    (frame(TEXT, announce=(1 << 63) - 1), 1009),
+    (frame(CONTINUATION), 1002),
     (frame(CONTINUATION, fin=False), 1002),
     (frame(TEXT, fin=False) + frame(TEXT), 1002),
     (frame(BINARY, fin=False) + frame(TEXT, fin=False), 1002),
-    (frame(CLOSE, b"\x03"), 1002), (frame(CLOSE, b"\x03\xe8\xff"), 1007),
-    (frame(CLOSE, b"\x03\xe8\xc3"), 1007), (frame(TEXT, b"\xff"), 1007),
+    (frame(CLOSE, b"\x03"), 1002),
+    (frame(CLOSE, b"\x03\xe8\xff"), 1007),
+    (frame(CLOSE, b"\x03\xe8\xc3"), 1007),
+    (frame(TEXT, b"\xff"), 1007),
     (frame(TEXT, b"\xc3"), 1007),
-)  # fmt: skip
+)
 def test_illegal_frame_is_refused(illegal, code):
     good = frame(TEXT, b"good")
     assert receive_all(good + illegal) == ([(TEXT, "good")], code)
@@ -1736,11 +1951,14 @@ def test_server_must_not_mask():
     assert close_code(frame(TEXT, key=MASKING_KEY), CLIENT) == 1002
 
 
-@cases("head, side",
-    ("8105", SERVER), ("8185", CLIENT),  # not masked, masked
-    ("89fe", SERVER), ("81fe0001", SERVER),  # a large ping; 1, in two bytes
+@cases(
+    "head, side",
+    ("8105", SERVER),
+    ("8185", CLIENT),  # not masked, masked
+    ("89fe", SERVER),
+    ("81fe0001", SERVER),  # a large ping; 1, in two bytes
     ("82ff0000000000010000", SERVER),  # 65,536, too large
-)  # fmt: skip
+)
 def test_bad_head_is_refused_before_the_rest_of_it_has_arrived(head, side):
     with pytest.raises(WebSocketError):
         parse_frame_head(bytearray.fromhex(head), not side, 65535)
@@ -1749,7 +1967,8 @@ def test_bad_head_is_refused_before_the_rest_of_it_has_arrived(head, side):
 # --- Receiving: the examples of RFC 6455 section 5.7.
 
 
-@cases("wire, side, expected",
+@cases(
+    "wire, side, expected",
     ("810548656c6c6f", CLIENT, (TEXT, "Hello")),
     ("818537fa213d7f9f4d5158", SERVER, (TEXT, "Hello")),
     ("010348656c80026c6f", CLIENT, (TEXT, "Hello")),
@@ -1758,7 +1977,7 @@ def test_bad_head_is_refused_before_the_rest_of_it_has_arrived(head, side):
     ("827e0100" + "ab" * 256, CLIENT, (BINARY, b"\xab" * 256)),
     ("827f0000000000010000" + "ab" * 65536, CLIENT, (BINARY, b"\xab" * 65536)),
     ids=lambda value: str(value)[:24],
-)  # fmt: skip
+)
 def test_examples_of_the_rfc_may_arrive_cut_anywhere(wire, side, expected):
     data = bytes.fromhex(wire)
     cuts = range(len(data) + 1) if len(data) < 999 else (0, 1, 9, 10, 11, 40000, 65545)
@@ -1773,17 +1992,28 @@ def test_byte_by_byte_equals_whole(side):
     stream = b"".join(
         frame(opcode, payload, fin=fin, key=key)
         for opcode, payload, fin in (
-            (TEXT, "Grüße €😀".encode(), True), (TEXT, b"", True), (BINARY, b"", True),
-            (BINARY, bytes(range(256)) * 2, True), (TEXT, b"\xf0\x9f", False),
-            (PING, b"?", True), (CONTINUATION, b"\x98", False),
-            (CONTINUATION, b"\x80", True), (PONG, b"x" * 125, True),
+            (TEXT, "Grüße €😀".encode(), True),
+            (TEXT, b"", True),
+            (BINARY, b"", True),
+            (BINARY, bytes(range(256)) * 2, True),
+            (TEXT, b"\xf0\x9f", False),
+            (PING, b"?", True),
+            (CONTINUATION, b"\x98", False),
+            (CONTINUATION, b"\x80", True),
+            (PONG, b"x" * 125, True),
             (CLOSE, b"\x03\xe9bye", True),
         )
-    )  # fmt: skip
+    )
     events = [
-        (TEXT, "Grüße €😀"), (TEXT, ""), (BINARY, b""), (BINARY, bytes(range(256)) * 2),
-        (PING, b"?"), (TEXT, "😀"), (PONG, b"x" * 125), (CLOSE, (1001, "bye")),
-    ]  # fmt: skip
+        (TEXT, "Grüße €😀"),
+        (TEXT, ""),
+        (BINARY, b""),
+        (BINARY, bytes(range(256)) * 2),
+        (PING, b"?"),
+        (TEXT, "😀"),
+        (PONG, b"x" * 125),
+        (CLOSE, (1001, "bye")),
+    ]
     assert receive_all(stream, side) == (events, None)
     assert [type(e[1]) for e in events[:7]] == [
         str,
@@ -1810,25 +2040,40 @@ def fragments(opcode, *payloads, key=MASKING_KEY):
     return b"".join(frame(code, text, fin=end, key=key) for code, text, end in rows)
 
 
-@cases("data, events, code",
+@cases(
+    "data, events, code",
     (fragments(TEXT, b"a", b"", b"b", b"c") * 2, [(TEXT, "abc")] * 2, None),
     # Control frames come between fragments, also behind a message that is full.
-    (frame(PING, b"1") + frame(BINARY, b"a", fin=False) + frame(PING, b"2")
-     + frame(PONG) + frame(CONTINUATION, b"b"),
-     [(PING, b"1"), (PING, b"2"), (PONG, b""), (BINARY, b"ab")], None),
-    (frame(TEXT, b"x" * 100, fin=False) + frame(PING, b"y" * 125) + frame(CONTINUATION),
-     [(PING, b"y" * 125), (TEXT, "x" * 100)], None),
+    (
+        frame(PING, b"1")
+        + frame(BINARY, b"a", fin=False)
+        + frame(PING, b"2")
+        + frame(PONG)
+        + frame(CONTINUATION, b"b"),
+        [(PING, b"1"), (PING, b"2"), (PONG, b""), (BINARY, b"ab")],
+        None,
+    ),
+    (
+        frame(TEXT, b"x" * 100, fin=False)
+        + frame(PING, b"y" * 125)
+        + frame(CONTINUATION),
+        [(PING, b"y" * 125), (TEXT, "x" * 100)],
+        None,
+    ),
     # A whole message is not continued; what a close cuts off is dropped.
     (frame(TEXT, b"a") + frame(CONTINUATION, b"b"), [(TEXT, "a")], 1002),
-    (frame(TEXT, b"a", fin=False) + frame(CLOSE, b"\x03\xe8"), [(CLOSE, (1000, ""))],
-     None),
+    (
+        frame(TEXT, b"a", fin=False) + frame(CLOSE, b"\x03\xe8"),
+        [(CLOSE, (1000, ""))],
+        None,
+    ),
     (frame(CLOSE), [(CLOSE, (1005, ""))], None),
     # Half a character is no end of a message, and does not reach the next one.
     (frame(TEXT, b"\xe2\x82", fin=False), [], None),
     (fragments(TEXT, b"\xe2\x82", b""), [], 1007),
     (fragments(TEXT, b"\xe2", b"\x82\xac") * 3, [(TEXT, "€")] * 3, None),
     (fragments(BINARY, b"\xff", b"\xff"), [(BINARY, b"\xff\xff")], None),
-)  # fmt: skip
+)
 def test_fragments(data, events, code):
     for cuts in ((), [8], range(1, len(data))):
         assert receive_all(data, cuts=cuts, max_size=100) == (events, code)
@@ -1888,16 +2133,24 @@ def test_limits_are_those_of_the_module_unless_given(side):
 # --- UTF-8.
 
 
-@cases("good, bad",
+@cases(
+    "good, bad",
     (b"", b"\x80"),  # a continuation byte alone
-    (b"", b"\xc0"), (b"", b"\xc1"),  # overlong, at the first byte
-    (b"", b"\xf5"), (b"", b"\xff"), ("κόσμε".encode(), b"\xf5"),  # beyond U+10FFFF
-    (b"\xe0", b"\x9f"), (b"\xf0", b"\x8f"),  # overlong, at the second byte
-    (b"\xed", b"\xa0"), (b"\xed", b"\xbf"),  # a surrogate, likewise
+    (b"", b"\xc0"),
+    (b"", b"\xc1"),  # overlong, at the first byte
+    (b"", b"\xf5"),
+    (b"", b"\xff"),
+    ("κόσμε".encode(), b"\xf5"),  # beyond U+10FFFF
+    (b"\xe0", b"\x9f"),
+    (b"\xf0", b"\x8f"),  # overlong, at the second byte
+    (b"\xed", b"\xa0"),
+    (b"\xed", b"\xbf"),  # a surrogate, likewise
     (b"\xf4", b"\x90"),  # beyond U+10FFFF, Autobahn 6.4
-    (b"\xc3", b"("), (b"\xe2\x82", b"("), (b"\xf0\x9f", b"("),
+    (b"\xc3", b"("),
+    (b"\xe2\x82", b"("),
+    (b"\xf0\x9f", b"("),
     (b"\xf0\x9f\x98", b"\xf0"),
-)  # fmt: skip
+)
 def test_bad_byte_of_text_is_refused_at_once(good, bad):
     text = good + bad + b"never read"
     in_fragments = fragments(TEXT, *(text[i : i + 1] for i in range(len(text))))
@@ -1991,9 +2244,14 @@ def test_what_one_side_sends_the_other_receives(sender, receiver):
     wire += protocol.ping() + protocol.ping(b"?" * 125) + protocol.pong(b"!")
     wire += protocol.close(4000, "über")
     expected = [
-        (TEXT, "Grüße"), (BINARY, b"\xff" * 70_000), (TEXT, ""), (PING, b""),
-        (PING, b"?" * 125), (PONG, b"!"), (CLOSE, (4000, "über")),
-    ]  # fmt: skip
+        (TEXT, "Grüße"),
+        (BINARY, b"\xff" * 70_000),
+        (TEXT, ""),
+        (PING, b""),
+        (PING, b"?" * 125),
+        (PONG, b"!"),
+        (CLOSE, (4000, "über")),
+    ]
     for step in (1000, 65536, len(wire)):
         cuts = range(step, len(wire), step)
         assert receive_all(wire, receiver, cuts) == (expected, None)
@@ -2007,11 +2265,15 @@ def test_close_is_sent_once():
     assert protocol.close(1011, "again") == b""
 
 
-@cases("code, reason, payload",
-    (1005, "why", b""), (1006, "", b""), (1015, "", b""),  # they are for programs
-    (1000, "", b"\x03\xe8"), (4000, "why", b"\x0f\xa0why"),
+@cases(
+    "code, reason, payload",
+    (1005, "why", b""),
+    (1006, "", b""),
+    (1015, "", b""),  # they are for programs
+    (1000, "", b"\x03\xe8"),
+    (4000, "why", b"\x0f\xa0why"),
     (1000, "\ud800", b"\x03\xe8?"),
-)  # fmt: skip
+)
 def test_a_close_has_its_code_and_its_reason(code, reason, payload):
     wire = WebSocketProtocol(SERVER).close(code, reason)
     assert wire == frame(CLOSE, payload, key=None)
@@ -2159,30 +2421,56 @@ def api_refusal(parse, *args):
 # --- JSON as it is read
 
 
-@cases("content",
-    b"", b" ", b"{", b"{}{}", b'{"a": 1,}', b"{'a': 1}", b'{"a": NaN}',
-    b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": -1e999}',
-    b'{"a": 01}', b'{"a": "\n"}', b'{"a": "\xff"}', b'{"a": "\xed\xa0\x80"}',
-    b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"\x00",
-    b'{"a": ' + b"1" * 401 + b"}", b'{"a": -' + b"1" * 5000 + b"}",
-    b'{"a": ' + b"1" * 1_000_000 + b"}", b"[" * 200_000,
-    b"[" * 200_000 + b"]" * 200_000, b'{"a":' * 200_000, b'"a"', b"[]", b"null", b"1",
+@cases(
+    "content",
+    b"",
+    b" ",
+    b"{",
+    b"{}{}",
+    b'{"a": 1,}',
+    b"{'a': 1}",
+    b'{"a": NaN}',
+    b'{"a": Infinity}',
+    b'{"a": -Infinity}',
+    b'{"a": 1e999}',
+    b'{"a": -1e999}',
+    b'{"a": 01}',
+    b'{"a": "\n"}',
+    b'{"a": "\xff"}',
+    b'{"a": "\xed\xa0\x80"}',
+    b"\xef\xbb\xbf{}",
+    '{"a": 1}'.encode("utf-16"),
+    b"\x00",
+    b'{"a": ' + b"1" * 401 + b"}",
+    b'{"a": -' + b"1" * 5000 + b"}",
+    b'{"a": ' + b"1" * 1_000_000 + b"}",
+    b"[" * 200_000,
+    b"[" * 200_000 + b"]" * 200_000,
+    b'{"a":' * 200_000,
+    b'"a"',
+    b"[]",
+    b"null",
+    b"1",
     ids=lambda content: repr(content[:12]),
-)  # fmt: skip
+)
 def test_content_that_is_no_json_object_is_refused(content):
     began = time.process_time()
     assert len(str(api_refusal(apiserver.parse_object, content))) < 200
     assert time.process_time() - began < 1
 
 
-@cases("content, value",
-    (b' \r\n\t{"a": 0} \n', {"a": 0}), (b'{"a": 1, "a": 2}', {"a": 2}),
-    (b'{"a": "\\ud800"}', {"a": "\ud800"}), (b'{"a": "\\u0000"}', {"a": "\0"}),
-    (b'{"": []}', {"": []}), (b'{"a": ' + b"1" * 400 + b"}", {"a": int("1" * 400)}),
+@cases(
+    "content, value",
+    (b' \r\n\t{"a": 0} \n', {"a": 0}),
+    (b'{"a": 1, "a": 2}', {"a": 2}),
+    (b'{"a": "\\ud800"}', {"a": "\ud800"}),
+    (b'{"a": "\\u0000"}', {"a": "\0"}),
+    (b'{"": []}', {"": []}),
+    (b'{"a": ' + b"1" * 400 + b"}", {"a": int("1" * 400)}),
     (b'{"a": 1.5e-999}', {"a": 0.0}),
     (b'{"a": "' + b"x" * 1_000_000 + b'"}', {"a": "x" * 1_000_000}),
     ids=lambda value: repr(value)[:12],
-)  # fmt: skip
+)
 def test_odd_json_that_is_an_object(content, value):
     assert apiserver.parse_object(content) == value
 
@@ -2209,12 +2497,24 @@ def test_json_is_written_on_one_line_in_utf_8():
 JSON_TYPE, EVENTS_TYPE = "application/json", "text/event-stream"
 
 
-@cases("content, kind",
-    (b"{", JSON_TYPE), (b"[1]", JSON_TYPE), (b"data: x", EVENTS_TYPE),
-    (b"event: x", EVENTS_TYPE), (b"id: 1", EVENTS_TYPE), (b"retry: 9", EVENTS_TYPE),
-    (b": comment", EVENTS_TYPE), (b"", None), (b"dat", None), (b"retry", None),
-    (b"data; x", ""), (b"<html>", ""), (b'"text"', ""), (b"ID3", ""), (b"\x00", ""),
-)  # fmt: skip
+@cases(
+    "content, kind",
+    (b"{", JSON_TYPE),
+    (b"[1]", JSON_TYPE),
+    (b"data: x", EVENTS_TYPE),
+    (b"event: x", EVENTS_TYPE),
+    (b"id: 1", EVENTS_TYPE),
+    (b"retry: 9", EVENTS_TYPE),
+    (b": comment", EVENTS_TYPE),
+    (b"", None),
+    (b"dat", None),
+    (b"retry", None),
+    (b"data; x", ""),
+    (b"<html>", ""),
+    (b'"text"', ""),
+    (b"ID3", ""),
+    (b"\x00", ""),
+)
 @cases("before", b"", b"\xef\xbb\xbf", b"\n" * 500, b" \r\n\t")
 def test_a_body_is_what_it_begins_with(before, content, kind):
     start = apiserver.body_start(before + content)
@@ -2222,25 +2522,34 @@ def test_a_body_is_what_it_begins_with(before, content, kind):
     assert apiserver.body_type(start) == kind
 
 
-@cases("label, kind",
+@cases(
+    "label, kind",
     ("text/event-stream", EVENTS_TYPE),
-    ("Text/Event-Stream; charset=UTF-8", EVENTS_TYPE), ("application/json", JSON_TYPE),
+    ("Text/Event-Stream; charset=UTF-8", EVENTS_TYPE),
+    ("application/json", JSON_TYPE),
     ("APPLICATION/JSON ;charset=utf-8", JSON_TYPE),
-    ("application/problem+json", JSON_TYPE), ("text/plain", "text/plain"),
-    ("audio/mpeg", "audio/mpeg"), ("application/jsonl", "application/jsonl"), ("", ""),
-)  # fmt: skip
+    ("application/problem+json", JSON_TYPE),
+    ("text/plain", "text/plain"),
+    ("audio/mpeg", "audio/mpeg"),
+    ("application/jsonl", "application/jsonl"),
+    ("", ""),
+)
 def test_a_label_ignores_case_and_parameters(label, kind):
     assert apiserver.labelled_type(label) == kind
 
 
 @cases("delimited", True, False)
-@cases("content, good",
-    (b"{}", (True, True)), (b'[{"a": 1}]\r\n \n', (True, True)), (b"", (False, False)),
-    (b"  \n", (False, False)), (b'{"choices": [', (False, False)),
+@cases(
+    "content, good",
+    (b"{}", (True, True)),
+    (b'[{"a": 1}]\r\n \n', (True, True)),
+    (b"", (False, False)),
+    (b"  \n", (False, False)),
+    (b'{"choices": [', (False, False)),
     (b'{"text": "half of', (False, False)),
     (b'{"a": "b"} <!-- proxy -->', (False, False)),
     (b'{"choices": [{"a": 1}', (True, False)),  # no peer that says how long does so
-)  # fmt: skip
+)
 def test_half_an_answer_is_none(content, good, delimited):
     with refused(None if good[not delimited] else 502):
         assert apiserver.dialect_of(CHAT_URL).check(content, delimited) is None
@@ -2249,25 +2558,35 @@ def test_half_an_answer_is_none(content, good, delimited):
 # --- Errors in others' words
 
 
-@cases("value, message, words",
+@cases(
+    "value, message, words",
     ({"error": {"message": "No", "code": "X_y", "type": "t"}}, "No", {"x_y", "t"}),
     ({"type": "error", "error": {"type": "t", "message": "No"}}, "No", {"t"}),
-    ({"error": "No"}, "No", set()), ({"error": 5}, "5", set()),
+    ({"error": "No"}, "No", set()),
+    ({"error": 5}, "5", set()),
     ({"error": "No", "code": "c", "status": 500}, "No", {"c"}),
     ({"error": ["No", "no"]}, "No; no", set()),
     ({"error": {"message": {"a": 1}}}, '{"a":1}', set()),
     ({"error": {"code": 429, "status": "BUSY"}}, "", {"busy"}),
-    ({"detail": "No"}, "No", set()), ({"errors": [{"message": "No"}]}, "No", set()),
+    ({"detail": "No"}, "No", set()),
+    ({"errors": [{"message": "No"}]}, "No", set()),
     ({"detail": {"message": "No", "code": "c"}}, "No", {"c"}),
     ({"detail": {"error": {"message": "No", "code": "c"}}}, "No", {"c"}),
-    ({"detail": [{"loc": ["body", "n"], "msg": "No", "type": "t"}, {"msg": "b"}]},
-     "body.n: No; b", {"t"}),
+    (
+        {"detail": [{"loc": ["body", "n"], "msg": "No", "type": "t"}, {"msg": "b"}]},
+        "body.n: No; b",
+        {"t"},
+    ),
     ({"object": "error", "message": "No", "type": "T", "code": 4}, "No", {"t"}),
     ({"message": "No", "code": "c"}, "No", {"c"}),
     ([{"error": {"message": "No", "status": "S"}}], "No", {"s"}),
-    ({"error": {"message": "No", "details": [5, {"x": 1}, {"reason": "DEAD"}]}}, "No",
-     {"dead"}), ids=repr,
-)  # fmt: skip
+    (
+        {"error": {"message": "No", "details": [5, {"x": 1}, {"reason": "DEAD"}]}},
+        "No",
+        {"dead"},
+    ),
+    ids=repr,
+)
 def test_an_error_is_found_in_every_shape(value, message, words):
     error = apiserver.find_error(value)
     assert (error.message, error.words) == (message, words)
@@ -2283,13 +2602,16 @@ def test_what_is_no_error_is_none(value):
     assert apiserver.find_error(value) is None
 
 
-@cases("code, type, shown",
+@cases(
+    "code, type, shown",
     ("context_length_exceeded", "t", "context_length_exceeded"),
     (None, "server_error", "server_error"),
     ("the user's words", "server_error", "server_error"),
-    ("MY PASSWORD IS", "s3cret!", ""), ("hello_Alice", None, ""),
-    ("a\nb", "\u0430", ""), ("", "", ""),
-)  # fmt: skip
+    ("MY PASSWORD IS", "s3cret!", ""),
+    ("hello_Alice", None, ""),
+    ("a\nb", "\u0430", ""),
+    ("", "", ""),
+)
 def test_of_an_error_only_a_plain_word_may_be_kept(code, type, shown):
     error = apiserver.ErrorObject("the words of the one who asked", type, code)
     assert error.summary == shown
@@ -2298,16 +2620,23 @@ def test_of_an_error_only_a_plain_word_may_be_kept(code, type, shown):
 # --- Models
 
 
-@cases("value, names",
+@cases(
+    "value, names",
     ({"object": "list", "data": [{"id": "a"}, {"id": "b"}]}, ["a", "b"]),
     ({"models": [{"name": "llama3:8b", "model": "x"}]}, ["llama3:8b"]),
     ({"models": [{"name": "models/gemini-pro"}]}, ["gemini-pro"]),
-    ({"models": ["a"]}, ["a"]), ([{"id": "a", "name": "A"}, "b"], ["a", "b"]),
+    ({"models": ["a"]}, ["a"]),
+    ([{"id": "a", "name": "A"}, "b"], ["a", "b"]),
     ({"data": [{"id": "a"}, {"no": 1}, None, 3, {"id": 5}, ""]}, ["a"]),
-    ({"data": [{"id": "a"}], "models": [{"name": "b"}]}, ["a"]), ({"data": []}, []),
-    ({"data": None}, None), ({"data": {"id": "a"}}, None),
-    ({"error": {"message": "No"}}, None), ({}, None), ("a", None), ids=repr,
-)  # fmt: skip
+    ({"data": [{"id": "a"}], "models": [{"name": "b"}]}, ["a"]),
+    ({"data": []}, []),
+    ({"data": None}, None),
+    ({"data": {"id": "a"}}, None),
+    ({"error": {"message": "No"}}, None),
+    ({}, None),
+    ("a", None),
+    ids=repr,
+)
 def test_a_list_of_models_is_read_in_every_shape(value, names):
     for before in (b"", b"\xef\xbb\xbf\n "):
         assert apiserver.model_names(before + json.dumps(value).encode()) == names
@@ -2340,14 +2669,15 @@ FORM = "multipart/form-data; boundary=B"
 FORM_FILE = ('Content-Disposition: form-data; name="file"; filename="model"', "ID3")
 
 
-@cases("head",
+@cases(
+    "head",
     'Content-Disposition: form-data; name="model"',
     "Content-Disposition: form-data; name=model",
     'content-disposition:form-data;name="model"',
     'CONTENT-DISPOSITION: FORM-DATA; NAME = "model"',
     'Content-Type: text/plain\r\nContent-Disposition: form-data; name="model"',
     'Content-Disposition: form-data; x="a; name=\\"no\\""; name="model"',
-)  # fmt: skip
+)
 @cases("content_type", FORM, 'Multipart/Form-Data; charset=utf-8; BOUNDARY="B"')
 def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type):
     for parts in ([FORM_FILE, (head, "alias")], [(head, "alias"), FORM_FILE]):
@@ -2358,14 +2688,18 @@ def test_a_forms_model_is_found_and_an_alias_put_in_its_place(head, content_type
         assert request.encode("real/one") == content.replace(b"alias", b"real/one")
 
 
-@cases("content",
-    form(FORM_FILE), form(('Content-Disposition: form-data; name="model2"', "x")),
+@cases(
+    "content",
+    form(FORM_FILE),
+    form(('Content-Disposition: form-data; name="model2"', "x")),
     form(('Content-Disposition: form-data; filename="name=model"', "x")),
     form(("X: form-data; name=model", "x")),
     form(('Content-Disposition: form-data; name="model"', "x"), boundary="C"),
-    form(('Content-Disposition: form-data; name="model"', "x"))[:-8], b"--B", b"",
+    form(('Content-Disposition: form-data; name="model"', "x"))[:-8],
+    b"--B",
+    b"",
     ids=lambda content: repr(content[:50]),
-)  # fmt: skip
+)
 def test_what_is_no_field_named_model_names_none(content):
     request = APIRequest("/v1/audio/x", content, form=FORM)
     assert request.model is None and request.encode("real") == content
@@ -2407,10 +2741,14 @@ def test_a_form_of_a_million_parts_is_not_taken_apart():
 # --- Chat requests
 
 
-@cases("body, param",
-    ({"messages": []}, "model"), ({"model": "", "messages": []}, "model"),
-    ({"model": None, "messages": []}, "model"), ({"model": 5, "messages": []}, "model"),
-    ({"model": ["m"], "messages": []}, "model"), ({"model": "m"}, "messages"),
+@cases(
+    "body, param",
+    ({"messages": []}, "model"),
+    ({"model": "", "messages": []}, "model"),
+    ({"model": None, "messages": []}, "model"),
+    ({"model": 5, "messages": []}, "model"),
+    ({"model": ["m"], "messages": []}, "model"),
+    ({"model": "m"}, "messages"),
     ({"model": "m", "messages": None}, "messages"),
     ({"model": "m", "messages": "Hello"}, "messages"),
     ({"model": "m", "messages": {}}, "messages"),
@@ -2418,7 +2756,7 @@ def test_a_form_of_a_million_parts_is_not_taken_apart():
     ({"model": "m", "messages": [], "stream": 1}, "stream"),
     ({"model": "m", "messages": [], "stream": []}, "stream"),
     ({"Model": 5, "Messages": []}, "model"),
-)  # fmt: skip
+)
 def test_chat_request_with_a_wrong_field_is_refused_by_its_name(body, param):
     error = api_refusal(apiserver.parse_chat_request, json.dumps(body).encode())
     assert error.param == param
@@ -2439,11 +2777,16 @@ def test_chat_request_is_understood_and_sent_on_as_it_came():
     assert not request.counts_usage
 
 
-@cases("options, wants",
-    ({"include_usage": True}, True), ({"include_usage": False}, False),
-    ({"include_usage": 1}, False), ({}, False), (None, False), ([], False),
+@cases(
+    "options, wants",
+    ({"include_usage": True}, True),
+    ({"include_usage": False}, False),
+    ({"include_usage": 1}, False),
+    ({}, False),
+    (None, False),
+    ([], False),
     ("x", False),
-)  # fmt: skip
+)
 def test_whether_the_client_wants_the_usage(options, wants):
     body = {"model": "m", "messages": [], "stream": True, "stream_options": options}
     request = APIRequest(CHAT_URL, body=body)
@@ -2484,11 +2827,12 @@ def test_a_model_that_is_there_in_two_spellings_is_refused(other):
             assert api_refusal(apiserver.parse_chat_request, content).param == "model"
 
 
-@cases("content",
+@cases(
+    "content",
     b'{"model":"m","messages":[],"stream":true}',
     b' \n\t{ "model": "m", "messages": [ ], "stream": true, "x": 1.10 }\n ',
     b'{"stream":true,"model":"m","messages":[{"role":"user","content":"{}"}]}',
-)  # fmt: skip
+)
 def test_usage_is_asked_for_behind_the_clients_own_bytes(content):
     request = apiserver.parse_chat_request(content)
     assert request.counts_usage
@@ -2552,20 +2896,40 @@ def test_nesting_is_refused_with_400_wherever_the_stack_ends():
 # --- Messages as text
 
 
-@cases("messages, text",
-    ([], ""), ([{"role": "user", "content": "Hi"}], "Hi"),
+@cases(
+    "messages, text",
+    ([], ""),
+    ([{"role": "user", "content": "Hi"}], "Hi"),
     ([{"role": "system", "content": "S"}], "S"),
     ([{"content": "a"}, {"role": "tool", "content": "b"}], "User: a\n\nTool: b"),
     ([{"role": "user", "content": "Hi"}, 5, None, "x"], "Hi"),
-    ([{"role": "user", "content": None}], ""), ([{"role": "user"}], ""),
+    ([{"role": "user", "content": None}], ""),
+    ([{"role": "user"}], ""),
     ([{"role": 7, "content": 7}, {}], "7: \n\nUser: "),
-    ([{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"},
-      {"role": "assistant", "content": None}],
-     "System: Be brief\n\nUser: Hi\n\nAssistant: "),
-    ([{"role": "user", "content": [
-        {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}},
-        {"type": "text", "text": 5}, "x", {"type": "text", "text": "b"}]}], "a\nb"),
-)  # fmt: skip
+    (
+        [
+            {"role": "system", "content": "Be brief"},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": None},
+        ],
+        "System: Be brief\n\nUser: Hi\n\nAssistant: ",
+    ),
+    (
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "a"},
+                    {"type": "image_url", "image_url": {}},
+                    {"type": "text", "text": 5},
+                    "x",
+                    {"type": "text", "text": "b"},
+                ],
+            }
+        ],
+        "a\nb",
+    ),
+)
 def test_a_chat_as_one_text(messages, text):
     assert apiserver.messages_text(messages) == text
 
@@ -2689,16 +3053,21 @@ def test_streamed_pieces_are_put_together():
     assert second["message"]["content"] == "x"
 
 
-@cases("pieces, calls",
+@cases(
+    "pieces, calls",
     ([("1", "f", '{"a"'), (None, None, ":1}")], [("1", "f", '{"a":1}')]),
-    ([("1", "f", "{"), (None, None, "}"), ("2", "g", "["), (None, None, "]")],
-     [("1", "f", "{}"), ("2", "g", "[]")]),
+    (
+        [("1", "f", "{"), (None, None, "}"), ("2", "g", "["), (None, None, "]")],
+        [("1", "f", "{}"), ("2", "g", "[]")],
+    ),
     ([("1", "f", "{"), ("1", None, "}")], [("1", "f", "{}")]),
-    ([("1", "f", "{"), ("2", "g", ""), ("1", None, "}")], [("1", "f", "{}"),
-    ("2", "g", "")]),
+    (
+        [("1", "f", "{"), ("2", "g", ""), ("1", None, "}")],
+        [("1", "f", "{}"), ("2", "g", "")],
+    ),
     ([(None, "f", "{}"), (None, "g", "{}")], [(None, "f", "{}"), (None, "g", "{}")]),
     ([("", "f", "{}")], [("", "f", "{}")]),
-)  # fmt: skip
+)
 def test_pieces_of_tool_calls_without_an_index_belong_to_the_last(pieces, calls):
     builder = apiserver.CompletionBuilder()
     for piece in pieces:
@@ -2740,24 +3109,38 @@ def test_error_object_has_all_four_fields():
     assert error["upstream_status"] == 503
 
 
-@cases("content, usage",
-    (b"", ()), (b'{"usage": {"prompt_tokens": "3"}}', ()),
+@cases(
+    "content, usage",
+    (b"", ()),
+    (b'{"usage": {"prompt_tokens": "3"}}', ()),
     (b'{"prompt_tokens": 3}', ()),
     (json.dumps(completion()).encode(), (3, 0, 4)),
-    (b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}', (5, 0,
-     6)),
+    (
+        b'{"usage":{"input_tokens":5,"output_tokens" :\n6,"x":{"y_tokens":9}}}',
+        (5, 0, 6),
+    ),
     (json.dumps({"text": '"usage": {"total_tokens": 9}'}).encode(), ()),
     (b'{"usage":{"total_tokens":1},"x":{"usage":{"total_tokens":2}}}', (2,)),
     (b'{"usage":{"total_tokens":2,"more":{"total_tokens":3}}}', (2,)),
-    (b'{"usage":{"total_tokens":' + b"9" * 4000 + b"}}", ()), (b'{"usage": null}', ()),
+    (b'{"usage":{"total_tokens":' + b"9" * 4000 + b"}}", ()),
+    (b'{"usage": null}', ()),
     (b'{"usage":{"prompt_tokens":-1,"completion_tokens":"2"}}', ()),
-    (b'{"usage":{"prompt_tokens":9,"completion_tokens":1,'
-     b'"prompt_tokens_details":{"cached_tokens":8}}}', (9, 8, 1)),
-    (b'{"usage":{"input_tokens":9,"output_tokens":1,'
-     b'"input_tokens_details":{"cached_tokens":8}}}', (9, 8, 1)),
-    (b'{"usage":{"input_tokens":1,"output_tokens":4,'
-     b'"cache_read_input_tokens":10,"cache_creation_input_tokens":5}}', (16, 10, 4)),
-)  # fmt: skip
+    (
+        b'{"usage":{"prompt_tokens":9,"completion_tokens":1,'
+        b'"prompt_tokens_details":{"cached_tokens":8}}}',
+        (9, 8, 1),
+    ),
+    (
+        b'{"usage":{"input_tokens":9,"output_tokens":1,'
+        b'"input_tokens_details":{"cached_tokens":8}}}',
+        (9, 8, 1),
+    ),
+    (
+        b'{"usage":{"input_tokens":1,"output_tokens":4,'
+        b'"cache_read_input_tokens":10,"cache_creation_input_tokens":5}}',
+        (16, 10, 4),
+    ),
+)
 def test_usage_is_found_in_an_answers_bytes(content, usage):
     assert apiserver.find_usage(content) == apiserver.Usage(*usage)
 
@@ -2868,10 +3251,17 @@ def test_L38_one_event(size, good):
     assert apiserver.SSEDecoder(100).receive(b"data: a\n\n" * 100 + b"d")
 
 
-@cases("row, size",
-    (b"x", 10), (b"\n", 100), (b"\r", 100), (b"\r\n", 100), (b"a\r\n", 100),
-    (b"data: \n\n", 100), (b"\nx", 100), (b"\rx", 100),
-)  # fmt: skip
+@cases(
+    "row, size",
+    (b"x", 10),
+    (b"\n", 100),
+    (b"\r", 100),
+    (b"\r\n", 100),
+    (b"a\r\n", 100),
+    (b"data: \n\n", 100),
+    (b"\nx", 100),
+    (b"\rx", 100),
+)
 def test_events_in_small_pieces_cost_linear_time(row, size):
     """Four times as much of them in eight times as long at the most, not in sixteen."""
 
@@ -2906,12 +3296,16 @@ def api_ends_early(data, hide_usage=False):
     return True
 
 
-@cases("data",
-    chunk("He\u00e4") + b": comment\n\n" + chunk("llo\n\n") + chunk(None,
-     "stop") + DONE,
+@cases(
+    "data",
+    chunk("He\u00e4")
+    + b": comment\n\n"
+    + chunk("llo\n\n")
+    + chunk(None, "stop")
+    + DONE,
     chunk("[DONE]") + chunk("data: [DONE]\n\n", "stop") + DONE,
     chunk("Hi", error=None) + chunk('"error": {"message"}', "stop") + DONE,
-)  # fmt: skip
+)
 def test_a_whole_stream_is_relayed_as_it_came(data):
     """And nothing behind [DONE], which is no end where it is a text."""
     late = chunk("late") + b'data: {"error": {}}\n\n' + DONE + b"data: x"
@@ -2921,9 +3315,13 @@ def test_a_whole_stream_is_relayed_as_it_came(data):
             assert stream.error is None and stream.began and stream.ended
 
 
-@cases("done",
-    b"data:[DONE]\n\n", b"data: [DONE] \r\n\r\n", b"data: [DONE]", b"data:[DONE]\r"
-)  # fmt: skip
+@cases(
+    "done",
+    b"data:[DONE]\n\n",
+    b"data: [DONE] \r\n\r\n",
+    b"data: [DONE]",
+    b"data:[DONE]\r",
+)
 def test_done_is_known_in_every_writing(done):
     for stream, out in api_every_cut(apiserver.CompletionStream, chunk("Hi") + done):
         _, last = api_events(out)
@@ -2938,12 +3336,17 @@ def test_F26_done_is_added_behind_a_finish_reason():
     assert api_feed(apiserver.CompletionStream(), spaced) == spaced + DONE
 
 
-@cases("data",
-    b"", b": comment\n\n", chunk("Hi"), chunk("Hi") + chunk(" there"),
+@cases(
+    "data",
+    b"",
+    b": comment\n\n",
+    chunk("Hi"),
+    chunk("Hi") + chunk(" there"),
     chunk('"finish_reason": "stop"'),
     chunk("Hi") + b'data: {"usage": {"total_tokens": 1}, "choices": []}\n\n',
-    b"data: nonsense\n\n", ids=repr,
-)  # fmt: skip
+    b"data: nonsense\n\n",
+    ids=repr,
+)
 def test_F26_a_stream_without_a_finish_reason_has_failed(data):
     assert api_ends_early(data)
 
@@ -2963,10 +3366,12 @@ def test_F26_half_an_event_at_the_end_is_no_event():
     assert api_events(out) == api_events(first + last + DONE)
 
 
-@cases("error, expected",
-    ({"message": "No", "code": "x"}, ("No", "x")), (5, ("5", None)),
+@cases(
+    "error, expected",
+    ({"message": "No", "code": "x"}, ("No", "x")),
+    (5, ("5", None)),
     ("Overloaded", ("Overloaded", None)),
-)  # fmt: skip
+)
 @cases("before", b"", chunk("Hi"), ids=["first", "later"])
 def test_F40_an_error_event_ends_the_stream(before, error, expected):
     event = b"event: error\ndata: " + json.dumps({"error": error}).encode() + b"\n\n"
@@ -2993,15 +3398,21 @@ def test_usage_that_nobody_asked_for_is_counted_and_hidden():
             assert (out, stream.usage) == (relayed, apiserver.Usage(3))
 
 
-@cases("event",
+@cases(
+    "event",
     b'data: {"choices": null, "usage": null}\n\n',
-    b'data: {"choices": null, "error": null}\n\n', b'data: {"usage" "error"\n\n',
-    b'data: ["usage", "error"]\n\n', b'data: "error"\n\n',
-    b'data: "usage" \xff\xfe "error"\n\n', b'data: {"error": ' + b"[" * 5000 + b"\n\n",
+    b'data: {"choices": null, "error": null}\n\n',
+    b'data: {"usage" "error"\n\n',
+    b'data: ["usage", "error"]\n\n',
+    b'data: "error"\n\n',
+    b'data: "usage" \xff\xfe "error"\n\n',
+    b'data: {"error": ' + b"[" * 5000 + b"\n\n",
     b'data: {"usage": ' + b"1" * 5000 + b"}\n\n",
-    b'data: {"usage": [], "error": ""}\n\n', b"data: \n\n", b'event: "error"\n\n',
+    b'data: {"usage": [], "error": ""}\n\n',
+    b"data: \n\n",
+    b'event: "error"\n\n',
     ids=lambda event: repr(event[:30]),
-)  # fmt: skip
+)
 def test_F39_odd_events_are_relayed_as_they_came(event):
     data = chunk("Hi") + event + chunk(None, "stop") + DONE
     for pieces in ((), [1] * len(data), [len(data) // 2]):
@@ -3020,11 +3431,14 @@ def test_F39_other_line_ends_change_nothing(end):
         assert stream.usage == apiserver.Usage(7)
 
 
-@cases("last, whole",
-    ('"finish_reason": "stop"', True), ('"finish_reason":"tool_calls"', True),
-    ('"finish_reason": ""', False), ('"finish_reason": null', False),
+@cases(
+    "last, whole",
+    ('"finish_reason": "stop"', True),
+    ('"finish_reason":"tool_calls"', True),
+    ('"finish_reason": ""', False),
+    ('"finish_reason": null', False),
     ('"text": "\\"finish_reason\\": \\"stop\\""', False),
-)  # fmt: skip
+)
 def test_only_a_reason_that_says_something_finishes_a_choice(last, whole):
     data = b'data: {"choices": [{%b}]}\n\n' % last.encode()
     if not whole:
@@ -3117,13 +3531,23 @@ def test_words_in_a_typed_stream_end_nothing():
 LATE_ERROR = APIError(400, "too\nlong", type="t", param="p", code="c")
 
 
-@cases("paths, name, error",
-    (f"{CHAT_URL} /v1/completions", b"",
-     {"error": {"message": "too\nlong", "type": "t", "param": "p", "code": "c"}}),
-    ("/v1/messages", b"event: error\n", {"type": "error", "error":
-     {"type": "invalid_request_error", "message": "too\nlong"}}),
+@cases(
+    "paths, name, error",
+    (
+        f"{CHAT_URL} /v1/completions",
+        b"",
+        {"error": {"message": "too\nlong", "type": "t", "param": "p", "code": "c"}},
+    ),
+    (
+        "/v1/messages",
+        b"event: error\n",
+        {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "message": "too\nlong"},
+        },
+    ),
     ("/v1/embeddings /v1/audio/speech /v1/messages/count_tokens", b"", None),
-)  # fmt: skip
+)
 def test_a_late_error_is_an_event_in_its_dialect_or_nothing(paths, name, error):
     for path in paths.split():
         event = apiserver.dialect_of(path).late_error(LATE_ERROR, None)
@@ -3151,13 +3575,21 @@ def test_a_late_error_of_responses_is_flat_or_a_failed_response():
         assert json.loads(data[6:]) == expected
 
 
-@cases("status, kind",
-    (400, "invalid_request_error"), (401, "authentication_error"),
+@cases(
+    "status, kind",
+    (400, "invalid_request_error"),
+    (401, "authentication_error"),
     (402, "billing_error"),
-    (403, "permission_error"), (404, "not_found_error"), (405, "invalid_request_error"),
-    (413, "request_too_large"), (429, "rate_limit_error"), (500, "api_error"),
-    (502, "api_error"), (503, "overloaded_error"), (504, "timeout_error"),
-)  # fmt: skip
+    (403, "permission_error"),
+    (404, "not_found_error"),
+    (405, "invalid_request_error"),
+    (413, "request_too_large"),
+    (429, "rate_limit_error"),
+    (500, "api_error"),
+    (502, "api_error"),
+    (503, "overloaded_error"),
+    (504, "timeout_error"),
+)
 def test_anthropics_name_of_each_status(status, kind):
     for path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches"):
         content = apiserver.dialect_of(path).error_content(APIError(status, "No"))
@@ -3200,10 +3632,26 @@ API_SEEDS = [
     b"\xef\xbb\xbfevent: a\rdata: b\rdata: c\r\rdata: [DONE]\r\r",
 ]
 API_PIECES = [
-    b"\n", b"\r", b"\r\n", b"\n\n", b"\r\r", b"data: ", b"data:", b":", b"\xff",
-    b'"error"', b'"usage"', b"[DONE]", b'"finish_reason":"', b"{", b"}", b"\x00",
-    b'data: {"error":1}\n\n', b'data: {"usage":{},"choices":[]}\n\n', b"null",
-]  # fmt: skip
+    b"\n",
+    b"\r",
+    b"\r\n",
+    b"\n\n",
+    b"\r\r",
+    b"data: ",
+    b"data:",
+    b":",
+    b"\xff",
+    b'"error"',
+    b'"usage"',
+    b"[DONE]",
+    b'"finish_reason":"',
+    b"{",
+    b"}",
+    b"\x00",
+    b'data: {"error":1}\n\n',
+    b'data: {"usage":{},"choices":[]}\n\n',
+    b"null",
+]
 
 
 def api_outcome(make, data, pieces):
@@ -3241,9 +3689,25 @@ def test_any_bytes_are_a_chat_request_or_refused():
         b'{"model": "\\ud800", "messages": [1.5, {"role": null}], "x": {"y": []}}',
     ]
     pieces = [
-        b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\u", b"1e999", b"NaN", b"-",
-        b"null", b"true", b"1", b'"model"', b'"messages"', b'"stream": 1,', b"\xff",
-    ]  # fmt: skip
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b'"',
+        b"\\u",
+        b"1e999",
+        b"NaN",
+        b"-",
+        b"null",
+        b"true",
+        b"1",
+        b'"model"',
+        b'"messages"',
+        b'"stream": 1,',
+        b"\xff",
+    ]
     good = 0
     for _ in range(3000):
         data = http_fuzzed(rng, seeds, pieces)
@@ -3453,10 +3917,11 @@ async def test_read_returns_none_when_the_peer_ends_too_early():
         assert connection.buffer == b"GET / HT" and not connection.lost
 
 
-@cases("end, error",
+@cases(
+    "end, error",
     (lambda writer: writer.write_eof(), ProtocolError),
     (connection_cut, ConnectionResetError),
-)  # fmt: skip
+)
 @flow
 async def test_content_cut_short_is_an_error(end, error):
     async with connection_pair() as (connection, _, writer):
@@ -3735,11 +4200,12 @@ async def test_a_connection_made_for_a_caller_who_just_left_is_closed():
         assert upstream.requests == []
 
 
-@cases("answer",
+@cases(
+    "answer",
     b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
     b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
     b"HTTP/1.1 200 OK\r\n\r\nok",  # ends with the connection
-)  # fmt: skip
+)
 @flow
 async def test_a_connection_that_will_close_is_not_kept(answer):
     end = None if b"Length" in answer else connection_close
@@ -3862,12 +4328,14 @@ async def test_others_run_while_an_answer_is_inflated():
         assert turns > 20
 
 
-@cases("reply",
-    coded_reply("br", b"x"), coded_reply("gzip", b"{}"),
+@cases(
+    "reply",
+    coded_reply("br", b"x"),
+    coded_reply("gzip", b"{}"),
     coded_reply("gzip", gzip.compress(b"{}")[:-1]),
     coded_reply("gzip", gzip.compress(b"{}") + b"garbage", "chunked"),
     coded_reply("gzip", gzip.compress(b"{}")[:-5], "close"),
-)  # fmt: skip
+)
 @flow
 async def test_an_answer_in_a_coding_that_cannot_be_undone_is_broken(reply):
     end = None if b"Length" in reply or b"chunked" in reply else connection_close
@@ -3877,10 +4345,13 @@ async def test_an_answer_in_a_coding_that_cannot_be_undone_is_broken(reply):
 
 
 @cases("end", connection_close, connection_cut)
-@cases("data",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", STREAM_HEAD + chunked(b"half"),
-    STREAM_HEAD + b"9\r\nhalf", STREAM_HEAD + chunked(b"half") + b"0\r\n",
-)  # fmt: skip
+@cases(
+    "data",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+    STREAM_HEAD + chunked(b"half"),
+    STREAM_HEAD + b"9\r\nhalf",
+    STREAM_HEAD + chunked(b"half") + b"0\r\n",
+)
 @flow
 async def test_an_answer_cut_short_is_never_complete(data, end):
     async with Upstream(sends(data, end)) as upstream:
@@ -3891,14 +4362,16 @@ async def test_an_answer_cut_short_is_never_complete(data, end):
             pytest.fail("it passed as complete")
 
 
-@cases("data",
-    STREAM_HEAD + b"x\r\nok\r\n0\r\n\r\n", STREAM_HEAD + b"2\r\nokXX0\r\n\r\n",
+@cases(
+    "data",
+    STREAM_HEAD + b"x\r\nok\r\n0\r\n\r\n",
+    STREAM_HEAD + b"2\r\nokXX0\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
     STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\n") + b"ok",
     b"HTTP/1.1 OK\r\nContent-Length: 2\r\n\r\nok",
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n",
     b"\x15\x03\x01\x00\x02\x02\x16\r\n\r\n",
-)  # fmt: skip
+)
 @flow
 async def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data):
     async with Upstream(data) as upstream:
@@ -3913,17 +4386,27 @@ async def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data
             await until(lambda number=number: upstream.ended == number)
 
 
-@cases("start, more",
+@cases(
+    "start, more",
     (b"HTTP/1.1 200 OK\r\n", b"X: " + b"y" * 100 + b"\r\n"),
-    (b"HTTP/1.1 200 OK\r\nX: ", b"y" * 1000), (b"HTTP/1.1 200 ", b"O" * 1000),
+    (b"HTTP/1.1 200 OK\r\nX: ", b"y" * 1000),
+    (b"HTTP/1.1 200 ", b"O" * 1000),
     (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n", b""),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999999\r\n\r\n", b""),
-    (STREAM_HEAD, chunked(b"x" * 10_000)), (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 10_000),
-    ids=["fields", "field", "status-line", "interim", "201-fields", "declared",
-     "chunked",
-         "until-close"],
-)  # fmt: skip
+    (STREAM_HEAD, chunked(b"x" * 10_000)),
+    (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 10_000),
+    ids=[
+        "fields",
+        "field",
+        "status-line",
+        "interim",
+        "201-fields",
+        "declared",
+        "chunked",
+        "until-close",
+    ],
+)
 @flow
 async def test_nothing_endless_is_read_for_ever_or_kept(start, more):
     """A head, or content: judged by what is declared, or once it is over the limit."""
@@ -4114,11 +4597,13 @@ async def test_an_answer_that_comes_before_the_request_is_sent_is_read(
             client.close()
 
 
-@cases("tls, answer, works",
+@cases(
+    "tls, answer, works",
     (True, REFUSAL, True),
     (False, REFUSAL[:-10], True),  # what a reset cuts off does not hide its status
-    (False, b"", False), (False, b"HTTP/1.1 413 Payload Too La", False),
-)  # fmt: skip
+    (False, b"", False),
+    (False, b"HTTP/1.1 413 Payload Too La", False),
+)
 @flow
 async def test_half_an_early_answer_is_read_and_half_a_head_is_none(
     tmp_path, tls, answer, works
@@ -4163,13 +4648,15 @@ async def test_the_first_byte_is_waited_for_from_the_end_of_the_content_on():
 # --- Deadlines
 
 
-@cases("data, limits, options",
-    (b"", {"first_byte_timeout": 0.1}, {}), (b"", {}, {"first_byte_timeout": 0.1}),
+@cases(
+    "data, limits, options",
+    (b"", {"first_byte_timeout": 0.1}, {}),
+    (b"", {}, {"first_byte_timeout": 0.1}),
     (b"HTTP/1.1 200 OK\r\nContent-Le", {"first_byte_timeout": 0.1}, {}),
     (OK[:-1], {"silence_timeout": 0.1}, {}),
     (STREAM_HEAD + chunked(b"one"), {"silence_timeout": 0.1}, {}),
     ids=["hang", "hang-option", "hang-headers", "hang-body", "hang-stream"],
-)  # fmt: skip
+)
 @flow
 async def test_a_silent_upstream_is_given_up(data, limits, options):
     async with Upstream(sends(data, 60)) as upstream:
@@ -4184,11 +4671,13 @@ async def test_a_silent_upstream_is_given_up(data, limits, options):
         await until(lambda: upstream.ended == 1)
 
 
-@cases("start, more, limits, deadline",
+@cases(
+    "start, more, limits, deadline",
     (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", {"first_byte_timeout": 0.15}, 60),
     (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", {}, 0.15),
-    (STREAM_HEAD, chunked(b"x"), {}, 0.15), ids=["head", "head-deadline", "content"],
-)  # fmt: skip
+    (STREAM_HEAD, chunked(b"x"), {}, 0.15),
+    ids=["head", "head-deadline", "content"],
+)
 @flow
 async def test_a_trickle_does_not_extend_a_deadline(start, more, limits, deadline):
     async with Upstream(sends(start, *[more, 0.02] * 150)) as upstream:
@@ -4294,11 +4783,14 @@ async def test_the_next_address_is_tried_when_the_first_is_dead():
         assert upstream.requests[0].headers["host"] == (f"name.example:{upstream.port}")
 
 
-@cases("found, words",
-    (socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
-     "name.example could not be resolved: .*not known"),
+@cases(
+    "found, words",
+    (
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        "name.example could not be resolved: .*not known",
+    ),
     (None, "name.example has no address"),
-)  # fmt: skip
+)
 @flow
 async def test_a_name_without_an_address_is_told(found, words):
     def resolve(host, port):
@@ -4363,12 +4855,16 @@ def test_an_url_that_leads_nowhere_is_refused(url):
         HTTPClient(url)
 
 
-@cases("url, authority, path",
-    ("http://host", "host", ""), ("http://host:80/v1/", "host", "/v1"),
-    ("https://host:443/a/b", "host", "/a/b"), ("https://host:80", "host:80", ""),
-    ("ws://host:8080/k/x", "host:8080", "/k/x"), ("wss://host", "host", ""),
+@cases(
+    "url, authority, path",
+    ("http://host", "host", ""),
+    ("http://host:80/v1/", "host", "/v1"),
+    ("https://host:443/a/b", "host", "/a/b"),
+    ("https://host:80", "host:80", ""),
+    ("ws://host:8080/k/x", "host:8080", "/k/x"),
+    ("wss://host", "host", ""),
     ("http://[::1]:8080", "[::1]:8080", ""),
-)  # fmt: skip
+)
 def test_an_address_is_read_off_an_url(url, authority, path):
     address = apiserver.Address.of(url)
     assert (address.authority, address.path) == (authority, path)
@@ -4378,16 +4874,18 @@ def test_an_address_is_read_off_an_url(url, authority, path):
 # --- TLS
 
 
-@cases("certificate, options, works",
+@cases(
+    "certificate, options, works",
     (TEST_CERT, {"ca_file": "ca.pem"}, True),
     (TEST_CERT, {}, False),  # the system does not know this authority
     (TEST_CERT, {"ca_file": "none.pem"}, False),
     (TEST_CERT_EXPIRED, {"ca_file": "ca.pem"}, False),
     (TEST_CERT_WRONG_NAME, {"ca_file": "ca.pem"}, False),
-    (TEST_CERT, {"verify": False}, True), (TEST_CERT_EXPIRED, {"verify": False}, True),
+    (TEST_CERT, {"verify": False}, True),
+    (TEST_CERT_EXPIRED, {"verify": False}, True),
     (TEST_CERT_WRONG_NAME, {"verify": False}, True),
     ids=["ca", "unknown-ca", "no-ca", "expired", "wrong-name", "any", "any-2", "any-3"],
-)  # fmt: skip
+)
 @cases("host", "127.0.0.1", "localhost")
 @flow
 async def test_certificates_are_checked(tmp_path, certificate, options, works, host):
@@ -4523,17 +5021,20 @@ async def test_all_goes_through_the_proxys_tunnel(tmp_path, tls):
     assert "proxy-authorization" not in request.headers
 
 
-@cases("answer, end",
+@cases(
+    "answer, end",
     (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", None),
     (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", None),
     (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\n\r\n", None),
     (b"garbage\r\n\r\n", None),
     (b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", None),  # spoke too early
     (b"HTTP/1.1 200 OK\r\n\r\n", connection_close),  # in the TLS handshake
-    (b"HTTP/1.1 200 OK\r\n\r\n", connection_cut), (None, None),  # hangs
-    (None, connection_close), (None, connection_cut),
+    (b"HTTP/1.1 200 OK\r\n\r\n", connection_cut),
+    (None, None),  # hangs
+    (None, connection_close),
+    (None, connection_cut),
     (b"HTTP/1.1 200", connection_close),
-)  # fmt: skip
+)
 @flow
 async def test_a_proxy_that_fails_is_never_left_out(tmp_path, answer, end):
     proxy = Proxy(answer, end)
@@ -4640,11 +5141,14 @@ async def test_the_server_can_close_a_websocket_too():
         await until(lambda: websocket.connection.lost)
 
 
-@cases("url, target",
-    ("ws://127.0.0.1:{}", "/"), ("ws://127.0.0.1:{}/", "/"),
+@cases(
+    "url, target",
+    ("ws://127.0.0.1:{}", "/"),
+    ("ws://127.0.0.1:{}/", "/"),
     ("http://127.0.0.1:{}/k/token/client/register", "/k/token/client/register"),
-    ("ws://127.0.0.1:{}/a/?b=c&d=/e", "/a/?b=c&d=/e"), ("ws://127.0.0.1:{}?x", "/?x"),
-)  # fmt: skip
+    ("ws://127.0.0.1:{}/a/?b=c&d=/e", "/a/?b=c&d=/e"),
+    ("ws://127.0.0.1:{}?x", "/?x"),
+)
 @flow
 async def test_a_websocket_handshake_goes_where_the_url_says(url, target):
     requests = []
@@ -4686,7 +5190,8 @@ async def handshake_server(answer, end=None):
         yield f"ws://127.0.0.1:{port}"
 
 
-@cases("answer, status",
+@cases(
+    "answer, status",
     *((http_reply(b"", status), status) for status in (401, 403, 503, 200)),
     (http_reply(b"", 302, headers=[("Location", "ws://elsewhere")]), 302),
     (ACCEPTED.replace(b"%b", b"dGhlIHNhbXBsZSBub25jZQ=="), 502),
@@ -4696,7 +5201,7 @@ async def handshake_server(answer, end=None):
     (ACCEPTED[:-2] + b"Sec-WebSocket-Extensions: x\r\n\r\n", 502),
     (ACCEPTED[:-2] + b"Sec-WebSocket-Protocol: x\r\n\r\n", 502),
     (b"garbage\r\n\r\n", 502),
-)  # fmt: skip
+)
 @flow
 async def test_a_refused_handshake_tells_its_status(answer, status):
     said = None if status == 502 else f"the websocket was refused: {status} "
@@ -4705,11 +5210,13 @@ async def test_a_refused_handshake_tells_its_status(answer, status):
             await WebSocket.connect(url)
 
 
-@cases("answer, end, error",
+@cases(
+    "answer, end, error",
     (b"", connection_close, ConnectionResetError),
     (b"HTTP/1.1 101 Sw", connection_cut, ConnectionResetError),
-    (b"", None, asyncio.TimeoutError), (b"HTTP/1.1 101 Sw", None, asyncio.TimeoutError),
-)  # fmt: skip
+    (b"", None, asyncio.TimeoutError),
+    (b"HTTP/1.1 101 Sw", None, asyncio.TimeoutError),
+)
 @flow
 async def test_a_handshake_without_an_answer_is_given_up(answer, end, error):
     async with handshake_server(answer, end) as url:
@@ -4774,8 +5281,10 @@ async def test_an_end_behind_the_handshake_leaves_nothing_open():
         await until(lambda: connection.lost)
 
 
-@cases("change, status",
-    ((b"GET", b"POST"), 400), ((b"HTTP/1.1", b"HTTP/1.0"), 400),
+@cases(
+    "change, status",
+    ((b"GET", b"POST"), 400),
+    ((b"HTTP/1.1", b"HTTP/1.0"), 400),
     ((b"Upgrade: websocket", b"Upgrade: h2c"), 400),
     ((b"Connection: upgrade", b"Connection: close"), 400),
     ((b"Host: a", b"Host: a\r\nContent-Length: 1"), 400),
@@ -4785,7 +5294,7 @@ async def test_an_end_behind_the_handshake_leaves_nothing_open():
     ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZQ="), 400),
     ((b"bXBsZSBub25jZQ==", b"bXBsZSBub25jZR=="), 400),  # bits left over
     ((b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b""), 400),
-)  # fmt: skip
+)
 @flow
 async def test_a_request_that_is_no_handshake_is_refused(change, status):
     async with connection_pair() as (connection, _, writer):
@@ -4938,12 +5447,13 @@ async def test_a_peer_that_does_not_read_gets_one_pong_later(constant):
 
 
 @BOTH_SIDES
-@cases("breach, code",
+@cases(
+    "breach, code",
     (lambda key: frame(0x3, key=key), 1002),
     (lambda key: frame(TEXT, b"\xff", key=key), 1007),
     (lambda key: frame(BINARY, announce=101, key=key), 1009),
     (lambda key: b"".join(frame(n, fin=False, key=key) for n in (2, 0, 0, 0, 0)), 1008),
-)  # fmt: skip
+)
 @flow
 async def test_a_breach_is_answered_by_a_close_frame(side, breach, code, constant):
     """And what came before it is still served, in its order."""
@@ -4974,10 +5484,12 @@ async def test_a_breach_is_answered_by_a_close_frame(side, breach, code, constan
 
 
 @BOTH_SIDES
-@cases("payload, code, reason, answer",
-    (b"", 1005, "", 1005), (b"\x03\xe8", 1000, "", 1000),
-    (b"\x0f\xa0bye", 4000, "bye", 4000)
-)  # fmt: skip
+@cases(
+    "payload, code, reason, answer",
+    (b"", 1005, "", 1005),
+    (b"\x03\xe8", 1000, "", 1000),
+    (b"\x0f\xa0bye", 4000, "bye", 4000),
+)
 @flow
 async def test_the_peers_close_is_answered(
     side, payload, code, reason, answer, constant
@@ -5190,10 +5702,15 @@ async def test_a_deleted_token_is_refused(path):
     assert tokens_in(path) == {}
 
 
-@cases("arguments",
-    {"role": "admin"}, {"role": []}, {"name": 5}, {"name": "a\nb"}, {"name": "x" * 201},
+@cases(
+    "arguments",
+    {"role": "admin"},
+    {"role": []},
+    {"name": 5},
+    {"name": "a\nb"},
+    {"name": "x" * 201},
     {"name": "\ud800"},
-)  # fmt: skip
+)
 def test_a_bad_name_or_role_is_refused(tmp_path, arguments):
     with refused(400, APIError, *arguments):
         run_store(tmp_path / "users.json", lambda store: store.add(**arguments))
@@ -5206,9 +5723,17 @@ def test_repr_never_shows_a_token():
 
 
 ODD = [
-    "", "\x00", "\ud800", "\udcff\udc00", "\xff\xe9", "t1 ", " t1", "T1", "t" * 100_000,
+    "",
+    "\x00",
+    "\ud800",
+    "\udcff\udc00",
+    "\xff\xe9",
+    "t1 ",
+    " t1",
+    "T1",
+    "t" * 100_000,
     "😀",
-]  # fmt: skip
+]
 
 
 @cases("token", *ODD, ids=lambda token: ascii(token[:9]))
@@ -5219,14 +5744,18 @@ def test_any_string_may_be_looked_up(path, token):
     assert len({apiserver.token_digest(other) for other in ODD}) == len(ODD)
 
 
-@cases("more, of_user, place",
+@cases(
+    "more, of_user, place",
     ({"version": 3}, {}, "'version'"),
     ({}, {"note": 1}, "users[0].note: unknown field"),
-    ({}, {"user_id": 7}, "users[0].user_id"), ({}, {"user_id": ""}, "users[0].user_id"),
-    ({}, {"token": None}, "users[0].token"), ({}, {"token": ""}, "users[0].token"),
+    ({}, {"user_id": 7}, "users[0].user_id"),
+    ({}, {"user_id": ""}, "users[0].user_id"),
+    ({}, {"token": None}, "users[0].token"),
+    ({}, {"token": ""}, "users[0].token"),
     ({}, {"token": "ses ame"}, "users[0].token"),
     ({}, {"token": "é"}, "users[0].token"),
-    ({}, {"name": None}, "users[0].name"), ({}, {"role": "admin"}, "users[0].role"),
+    ({}, {"name": None}, "users[0].name"),
+    ({}, {"role": "admin"}, "users[0].role"),
     ({}, {"role": []}, "users[0].role"),
     ({}, {"limit": []}, "users[0].limit: expected"),
     ({}, {"limit": "10 requests"}, "users[0].limit: expected a limit such as"),
@@ -5237,7 +5766,7 @@ def test_any_string_may_be_looked_up(path, token):
     ({}, {"sha256": "00"}, "users[0].sha256: expected either"),
     ({}, {"old": {"expires": "x"}}, "users[0].old: expected"),
     ({}, {"old": {"token": "x", "expires": "soon"}}, "users[0].old: expected"),
-)  # fmt: skip
+)
 def test_what_is_not_understood_of_a_file_refuses_it(path, more, of_user, place):
     """A limit that is misspelt must not be no limit."""
     user = {"user_id": "u", "token": "t", **of_user}
@@ -5274,26 +5803,38 @@ def test_every_flipped_bit_is_refused_or_a_whole_table(path):
             assert path.read_bytes() == damaged
 
 
-@cases("content, problem",
-    ("", "empty"), ("\0" * 100, "line 1, column 1"), ("\ufeff", "line 1, column 1"),
-    ("[]", 'expected {"users": [...]}'), ("null", 'expected {"users": [...]}'),
-    ("{}", 'expected {"users": [...]}'), ('{"users": {}}', 'expected {"users": [...]}'),
+@cases(
+    "content, problem",
+    ("", "empty"),
+    ("\0" * 100, "line 1, column 1"),
+    ("\ufeff", "line 1, column 1"),
+    ("[]", 'expected {"users": [...]}'),
+    ("null", 'expected {"users": [...]}'),
+    ("{}", 'expected {"users": [...]}'),
+    ('{"users": {}}', 'expected {"users": [...]}'),
     ('{"users": [\n\n  5]}', "users[0]: expected an object"),
     ('{"users": [\n  {"user_id": "a",\n  token}]}', "line 3, column 3"),
     ('{"users": [{"token": "sesame"}]}', "users[0].user_id"),
     ('{"users": [USER, {"user_id": "u", "token": "x"}]}', "users[1].user_id"),
     ('{"users": [USER, {"user_id": "v", "token": "sesame"}]}', "users[1].token"),
-    ('{"users": [USER, {"user_id": "v", "token": "x", "old": {"token": "sesame"}}]}',
-     "users[1].old.token"),
-    ('{"users": [{"user_id": "u", "token": "a", "token": "b"}]}',
-     "users[0].token: this key appears twice"),
+    (
+        '{"users": [USER, {"user_id": "v", "token": "x", "old": {"token": "sesame"}}]}',
+        "users[1].old.token",
+    ),
+    (
+        '{"users": [{"user_id": "u", "token": "a", "token": "b"}]}',
+        "users[0].token: this key appears twice",
+    ),
     ('{"users": [], "users": []}', "users: this key appears twice"),
-    ('{"users": [{"user_id": "u", "token": "sesame", "max_concurrency": NaN}]}',
-     "whole number"),
+    (
+        '{"users": [{"user_id": "u", "token": "sesame", "max_concurrency": NaN}]}',
+        "whole number",
+    ),
     ('{"users": [], "note": ' + "[" * 200_000, "nesting"),
-    ('{"users": []} {}', "line 1, column 15"), ("{'users': []}", "line 1, column 2"),
+    ('{"users": []} {}', "line 1, column 15"),
+    ("{'users': []}", "line 1, column 2"),
     ids=lambda value: ascii(value[:40]),
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_in_one_line_with_its_place(path, content, problem):
     content = content.replace("USER", '{"user_id": "u", "token": "sesame"}')
     path.write_text(content, "utf-8")
@@ -5345,9 +5886,12 @@ def test_limits_of_a_file_that_is_read(path):
 # --- Writing
 
 
-@cases("limits, fit",
-    ({"users": 3}, 3), ({"users_file_size": 0}, 3), ({"users_file_size": -1}, 2)
-)  # fmt: skip
+@cases(
+    "limits, fit",
+    ({"users": 3}, 3),
+    ({"users_file_size": 0}, 3),
+    ({"users_file_size": -1}, 2),
+)
 def test_limits_of_added_users(path, limits, fit):
     """At the limit and one past it; what cannot be added spoils nothing."""
 
@@ -6201,10 +6745,12 @@ async def test_a_conversation_goes_on_where_it_was(tmp_path):
 
 
 @flow
-@cases("body, headers",
-    ({}, [("X-Session-Id", "s")]), ({}, [("x-claude-code-session-id", "s")]),
+@cases(
+    "body, headers",
+    ({}, [("X-Session-Id", "s")]),
+    ({}, [("x-claude-code-session-id", "s")]),
     ({"prompt_cache_key": "s"}, []),
-)  # fmt: skip
+)
 async def test_a_session_stays_at_one_controller_and_is_its_users_own(
     tmp_path, body, headers
 ):
@@ -6222,18 +6768,32 @@ async def test_a_session_stays_at_one_controller_and_is_its_users_own(
         assert len(await homes(KEY)) == 5
 
 
-@cases("path, first, second",
-    ("/v1/messages",
-     {"system": "S", "messages": [{"role": "user", "content": "Q"}]},
-     {"system": [{"type": "text", "text": "S", "cache_control": {}}], "messages": [
-         {"role": "user", "content": [{"type": "text", "text": "Q"}]},
-         {"role": "assistant", "content": "A"}, {"role": "user", "content": "Q2"}]}),
-    ("/v1/responses",
-     {"instructions": "S", "input": "Q"},
-     {"instructions": "S", "input": [
-         {"role": "user", "content": [{"type": "input_text", "text": "Q"}]},
-         {"role": "assistant", "content": "A"}]}),
-)  # fmt: skip
+@cases(
+    "path, first, second",
+    (
+        "/v1/messages",
+        {"system": "S", "messages": [{"role": "user", "content": "Q"}]},
+        {
+            "system": [{"type": "text", "text": "S", "cache_control": {}}],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                {"role": "assistant", "content": "A"},
+                {"role": "user", "content": "Q2"},
+            ],
+        },
+    ),
+    (
+        "/v1/responses",
+        {"instructions": "S", "input": "Q"},
+        {
+            "instructions": "S",
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "Q"}]},
+                {"role": "assistant", "content": "A"},
+            ],
+        },
+    ),
+)
 @cases("size", 0, apiserver.APIRequest.KEPT_SIZE)
 def test_a_conversations_turns_are_known_by_how_it_began(path, first, second, size):
     def turn(body, **more):
@@ -6246,11 +6806,13 @@ def test_a_conversations_turns_are_known_by_how_it_began(path, first, second, si
     assert turn(first).start != turn({**first, "input": "Other", "system": ""}).start
 
 
-@cases("body",
-    {"messages": 5, "system": {}, "prompt_cache_key": [], "input": None}, {},
+@cases(
+    "body",
+    {"messages": 5, "system": {}, "prompt_cache_key": [], "input": None},
+    {},
     {"messages": [None, 5, {"role": ["user"]}, {"role": "user", "content": {}}]},
     {"input": [[]], "previous_response_id": {"a": 1}, "instructions": 7},
-)  # fmt: skip
+)
 def test_a_turn_is_found_in_anything(body):
     turn = apiserver.find_turn(body)
     assert (turn.previous, turn.cache_key) == ("", "")
@@ -6718,17 +7280,24 @@ async def test_refused_connections_fail_over_at_once_and_cool(tmp_path):
 # --- Cooling, disabling and coming back
 
 
-@cases("headers, seconds",
-    ([("Retry-After", "20")], 20), ([("Retry-After", "2.5")], 2.5),
+@cases(
+    "headers, seconds",
+    ([("Retry-After", "20")], 20),
+    ([("Retry-After", "2.5")], 2.5),
     ([("retry-after-ms", "7000")], 7),
     ([("retry-after-ms", "7000"), ("Retry-After", "99")], 7),
-    ([("Retry-After", "+40")], 40), ([("Retry-After", "-40")], 10),
-    ([("Retry-After", "0")], 1), ([("Retry-After", "100000000000")], 300),
-    ([("Retry-After", "1e400")], 10), ([("Retry-After", "nan")], 10),
-    ([("Retry-After", "soon")], 10), ([("Retry-After", "-5s")], 10),
+    ([("Retry-After", "+40")], 40),
+    ([("Retry-After", "-40")], 10),
+    ([("Retry-After", "0")], 1),
+    ([("Retry-After", "100000000000")], 300),
+    ([("Retry-After", "1e400")], 10),
+    ([("Retry-After", "nan")], 10),
+    ([("Retry-After", "soon")], 10),
+    ([("Retry-After", "-5s")], 10),
     ([("Retry-After", "")], 10),
-    ([("Retry-After", "Xxx, 99 Foo 2099 99:99:99 GMT")], 10), ([], 10),
-)  # fmt: skip
+    ([("Retry-After", "Xxx, 99 Foo 2099 99:99:99 GMT")], 10),
+    ([], 10),
+)
 @flow
 async def test_retry_after_decides_how_long_a_429_cools(tmp_path, headers, seconds):
     """Clamped to 1..300 s; 10 s where nothing usable is said."""
@@ -6753,10 +7322,11 @@ def test_the_later_deadline_wins():
     assert health.until == 1090.0
 
 
-@cases("failure, before, closed",
+@cases(
+    "failure, before, closed",
     (apiserver.Failure.BROKEN, 2, [5, 10, 20, 40, 60, 60]),  # 5xx, after three in a row
     (apiserver.Failure.DISABLED, 0, [600, 1200, 2400, 4800, 9600, 19200, 21600, 21600]),
-)  # fmt: skip
+)
 def test_who_fails_is_closed_for_longer_and_longer(failure, before, closed):
     health, now = apiserver.Health(), 1000.0
     error = apiserver.ControllerError("broken", failure)
@@ -6858,9 +7428,12 @@ async def test_controllers_of_one_account_cool_together(tmp_path):
         assert chats(good) == []
 
 
-@cases("headers, retry_after",
-    ([("Retry-After", "7")], "7"), ([], "10"), ([("Retry-After", "120")], None)
-)  # fmt: skip
+@cases(
+    "headers, retry_after",
+    ([("Retry-After", "7")], "7"),
+    ([], "10"),
+    ([("Retry-After", "120")], None),
+)
 @flow
 async def test_all_cooling_is_told_at_once_with_the_soonest(
     tmp_path, headers, retry_after
@@ -6881,15 +7454,18 @@ async def test_all_cooling_is_told_at_once_with_the_soonest(
 
 
 @cases("status", 400, 402, 429)
-@cases("error, reason",
+@cases(
+    "error, reason",
     ({"error": {"code": "insufficient_quota"}}, "insufficient_quota"),
     ({"error": {"type": "billing_hard_limit_reached"}}, "its key was refused"),
     ({"error": {"code": "invalid_api_key"}}, "its key was refused"),
     ({"detail": {"code": "account_deactivated"}}, "its key was refused"),
     ({"object": "error", "code": "billing_not_active"}, "its key was refused"),
-    ([{"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}]}}],
-     "its key was refused"),
-)  # fmt: skip
+    (
+        [{"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}]}}],
+        "its key was refused",
+    ),
+)
 @flow
 async def test_a_code_of_the_key_or_the_account_disables_at_once(
     tmp_path, status, error, reason
@@ -6985,7 +7561,8 @@ def test_a_failure_has_two_texts_and_only_its_own_words_are_kept():
     assert QUOTE not in health.reason
 
 
-@cases("model, says, unknown",
+@cases(
+    "model, says, unknown",
     ("m", "The model `m` does not exist", True),
     ("m", 'model "m" not found, try pulling it first', True),
     ("llama3", "model 'llama3:latest' not found", True),
@@ -6993,7 +7570,7 @@ def test_a_failure_has_two_texts_and_only_its_own_words_are_kept():
     ("m", "The model does not exist in my memory", False),
     ("gpt-4", "The model gpt-4.1 does not exist", False),
     ("gpt-4", "The model gpt-4-turbo does not exist", False),
-)  # fmt: skip
+)
 def test_an_unknown_model_is_named_as_a_word_of_its_own(model, says, unknown):
     assert apiserver.says_unknown_model(apiserver.ErrorObject(says), model) == unknown
 
@@ -7006,8 +7583,24 @@ ANSWERS_TO_ONE = {
     **{
         str(status): error_reply(status)
         for status in (
-            302, 308, 400, 401, 402, 403, 404, 408, 409, 413, 422, 425, 499, 500, 501,
-            503, 504, 529,
+            302,
+            308,
+            400,
+            401,
+            402,
+            403,
+            404,
+            408,
+            409,
+            413,
+            422,
+            425,
+            499,
+            500,
+            501,
+            503,
+            504,
+            529,
         )
     },
     "garbage": http_reply(b"garbage"),
@@ -7019,7 +7612,7 @@ ANSWERS_TO_ONE = {
     "gone": upstream_drops,
     "too large 413": error_reply(413, **TOO_LARGE),
     "too large 429": error_reply(429, **TOO_LARGE),
-}  # fmt: skip
+}
 
 
 @cases("count", 1, 3)
@@ -7202,11 +7795,12 @@ async def test_a_long_request_that_tries_a_controller_keeps_nobody_out(
             assert (await chat(server, "x", bob)).status == 200
 
 
-@cases("answer, left",
+@cases(
+    "answer, left",
     (error_reply(429, headers=[("Retry-After", "20")]), 20),
     (error_reply(400, code="invalid_api_key"), None),
     (error_reply(429, code="insufficient_quota"), None),
-)  # fmt: skip
+)
 @flow
 async def test_the_last_one_is_not_asked_before_its_time_nor_with_a_dead_key(
     tmp_path, answer, left
@@ -7257,11 +7851,15 @@ def with_models(*names, code="model_not_found", status=404, says="does not exist
 ANY = {"models": None}
 
 
-@cases("status, code, says",
-    (404, "model_not_found", "x"), (503, "model_not_found", "x"),
-    (400, "unknown_model", ""), (404, None, "does not exist"),
-    (403, None, "not found, try pulling it first"), (400, 400, "is not supported"),
-)  # fmt: skip
+@cases(
+    "status, code, says",
+    (404, "model_not_found", "x"),
+    (503, "model_not_found", "x"),
+    (400, "unknown_model", ""),
+    (404, None, "does not exist"),
+    (403, None, "not found, try pulling it first"),
+    (400, 400, "is not supported"),
+)
 @flow
 async def test_a_model_that_is_unknown_there_is_asked_of_the_next(
     tmp_path, code, says, status
@@ -7290,9 +7888,13 @@ async def test_an_unknown_model_is_one_controllers_models_and_paths(tmp_path):
     options = [{"models": None, "weight": 9}, ANY]
     async with pool_of(tmp_path, behave, None, options=options) as (server, ups, _):
         for path, model, asked in (
-            (embeddings, "m", 1), (embeddings, "m", 1), (CHAT_URL, "x", 2),
-            (CHAT_URL, "x", 2), (CHAT_URL, "m", 3), (embeddings, "m", 4),
-        ):  # fmt: skip
+            (embeddings, "m", 1),
+            (embeddings, "m", 1),
+            (CHAT_URL, "x", 2),
+            (CHAT_URL, "x", 2),
+            (CHAT_URL, "m", 3),
+            (embeddings, "m", 4),
+        ):
             if asked == 4:
                 server.pool._unknown.clear()  # the minute is over
             reply = await ask(server.port, "POST", path, chat_body(model=model))
@@ -7405,7 +8007,8 @@ async def test_an_unreadable_list_of_models_is_a_line_in_the_log_once(tmp_path):
 
 
 @cases("status", 400, 422)
-@cases("said, again",
+@cases(
+    "said, again",
     ({"error": {"message": "unknown field"}}, True),
     ({"detail": [{"loc": ["body", "stream_options"], "msg": "extra"}]}, True),
     ({"error": {"param": "include_usage", "message": "no"}}, True),
@@ -7413,7 +8016,7 @@ async def test_an_unreadable_list_of_models_is_a_line_in_the_log_once(tmp_path):
     ({"error": {"message": "must alternate", "param": "messages"}}, False),
     ({"error": {"message": "too long", "code": "context_length_exceeded"}}, False),
     ({"detail": [{"loc": ["body", "messages"], "msg": "empty"}]}, False),
-)  # fmt: skip
+)
 @flow
 async def test_stream_options_are_taken_back_where_they_may_be_meant(
     tmp_path, said, again, status
@@ -7480,12 +8083,13 @@ async def test_json_is_json_whatever_it_is_called(tmp_path, label):
         assert (await chat(server, stream=True)).events()[-1] == "[DONE]"
 
 
-@cases("path, content, more",
+@cases(
+    "path, content, more",
     (CHAT_URL, b'{"choices": [{"message": {"content": "half', {}),
     ("/v1/embeddings", b'{"data": [{"embedding": [1, 2', {"input": "x"}),
     ("/v1/messages", b'{"content": [{"text": "half"}]', {"max_tokens": 1}),
     ("/v1/responses", b'{"output": [{}]', {"input": "x"}),
-)  # fmt: skip
+)
 @flow
 async def test_half_an_answer_is_taken_over_by_another(tmp_path, path, content, more):
     """And a whole one without a length is whole."""
@@ -7564,11 +8168,12 @@ async def test_a_reason_is_one_line_without_a_key_or_the_controllers_name(
     assert not any("\n" in line for line in log.lines)
 
 
-@cases("end, reason",
+@cases(
+    "end, reason",
     (connection_drop, "the connection ended"),
     (chunked(b'data: {"error": {"message": "out of memory"}}\n\n'), "status 500"),
     ids=["cut", "said"],
-)  # fmt: skip
+)
 @flow
 async def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path, end, reason):
     """Its access line says 200, for that was its status."""
@@ -7794,11 +8399,16 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
             assert (await controller_line(server, "first"))["state"] == "ready"
 
 
-@cases("error",
-    ValueError("at /home/secret"), FileNotFoundError(2, "No such file", "/home/secret"),
-    ConnectionRefusedError("10.0.0.7 secret"), asyncio.TimeoutError("secret"),
-    StopIteration("secret"), KeyError("secret"), ids=lambda error: type(error).__name__,
-)  # fmt: skip
+@cases(
+    "error",
+    ValueError("at /home/secret"),
+    FileNotFoundError(2, "No such file", "/home/secret"),
+    ConnectionRefusedError("10.0.0.7 secret"),
+    asyncio.TimeoutError("secret"),
+    StopIteration("secret"),
+    KeyError("secret"),
+    ids=lambda error: type(error).__name__,
+)
 @flow
 async def test_of_other_errors_the_client_learns_nothing(tmp_path, caplog, error):
     def plain(request):
@@ -8037,54 +8647,86 @@ def results(id, content):
 
 CLAUDE_CODE_TURN = {  # as Claude Code 2.1 sends it, but for what its texts say
     "messages": [
-        {"role": "user", "content": [
-            *text_parts("<system-reminder>"),
-            {"type": "text", "text": "run", "cache_control": {"type": "ephemeral"}}]},
+        {
+            "role": "user",
+            "content": [
+                *text_parts("<system-reminder>"),
+                {"type": "text", "text": "run", "cache_control": {"type": "ephemeral"}},
+            ],
+        },
         {"role": "system", "content": "Available agent types"},
-        {"role": "assistant", "content": [
-            {"type": "thinking", "thinking": "Hm", "signature": "s"},
-            *text_parts("I do."),
-            {"type": "tool_use", "id": "1", "name": "Bash", "input": {"a": 1}},
-            {"type": "tool_use", "id": "2", "name": "Bash", "input": {}}]},
-        {"role": "user", "content": [
-            results("1", "one"), results("2", text_parts("two")),
-             *text_parts("go on")]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm", "signature": "s"},
+                *text_parts("I do."),
+                {"type": "tool_use", "id": "1", "name": "Bash", "input": {"a": 1}},
+                {"type": "tool_use", "id": "2", "name": "Bash", "input": {}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                results("1", "one"),
+                results("2", text_parts("two")),
+                *text_parts("go on"),
+            ],
+        },
     ],
     "system": text_parts("You are", "it."),
     "tools": [
-        {"name": "Bash", "description": "Runs", "input_schema": {"type": "object"}}],
-    "max_tokens": 32000, "thinking": {"type": "adaptive"},
-    "output_config": {"effort": "high"}, "metadata": {"user_id": "{}"},
-}  # fmt: skip
+        {"name": "Bash", "description": "Runs", "input_schema": {"type": "object"}}
+    ],
+    "max_tokens": 32000,
+    "thinking": {"type": "adaptive"},
+    "output_config": {"effort": "high"},
+    "metadata": {"user_id": "{}"},
+}
 CODEX_TURN = {  # as Codex 0.171 sends it
     "instructions": "You are\nit.",
     "input": [
-        said("user", "<system-reminder>", "run"), said("system",
-         "Available agent types"),
+        said("user", "<system-reminder>", "run"),
+        said("system", "Available agent types"),
         {"type": "reasoning", "summary": [], "encrypted_content": "e"},
         said("assistant", "I do.", type="output_text"),
-        {"type": "function_call", "call_id": "1", "name": "Bash",
-         "arguments": '{"a": 1}'},
+        {
+            "type": "function_call",
+            "call_id": "1",
+            "name": "Bash",
+            "arguments": '{"a": 1}',
+        },
         {"type": "custom_tool_call", "call_id": "2", "name": "Bash", "input": "{}"},
         {"type": "function_call_output", "call_id": "1", "output": "one"},
-        {"type": "custom_tool_call_output", "call_id": "2",
-         "output": text_parts("two", type="input_text")},
+        {
+            "type": "custom_tool_call_output",
+            "call_id": "2",
+            "output": text_parts("two", type="input_text"),
+        },
         {"type": "message", "role": "user", "content": "go on"},
     ],
     "tools": [
         {"type": "web_search", "external_web_access": False},
-        {"type": "function", "name": "Bash", "description": "Runs", "strict": False,
-         "parameters": {"type": "object"}},
+        {
+            "type": "function",
+            "name": "Bash",
+            "description": "Runs",
+            "strict": False,
+            "parameters": {"type": "object"},
+        },
     ],
-    "store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
-}  # fmt: skip
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "k",
+}
 
 
 @flow
-@cases("path, body",
-    ("/v1/messages?beta=true", CLAUDE_CODE_TURN), ("/v1/responses", CODEX_TURN),
+@cases(
+    "path, body",
+    ("/v1/messages?beta=true", CLAUDE_CODE_TURN),
+    ("/v1/responses", CODEX_TURN),
     ids=["claude-code", "codex"],
-)  # fmt: skip
+)
 async def test_a_function_sees_a_coding_agents_turn_as_a_chat(server, path, body):
     """Texts as strings, and tools' calls with the ids that their results name."""
     seen = []
@@ -8145,10 +8787,14 @@ async def test_mock_embeddings_are_equal_for_equal_texts(server):
     times = [(await asked("mock/429?times=1")).status for _ in range(2)]
     assert times == [429, 200]
     for model, status in (
-        ("mock/429", 429), ("mock/500", 500), ("mock/cut", 500),
-        ("mock/garbage", 500), ("mock/echo?x=1", 400), ("mock/slow?seconds=x", 400),
+        ("mock/429", 429),
+        ("mock/500", 500),
+        ("mock/cut", 500),
+        ("mock/garbage", 500),
+        ("mock/echo?x=1", 400),
+        ("mock/slow?seconds=x", 400),
         ("mock/cut?events=10001", 400),  # that without end held up everybody
-    ):  # fmt: skip
+    ):
         assert (await asked(model)).status == status
 
 
@@ -8158,15 +8804,21 @@ async def test_a_name_of_a_mock_is_asked_of_nobody_else(tmp_path):
     fits = "mock/text?text=".ljust(2048, "x")
     async with pool_of(tmp_path, None, options=[ANY]) as (server, (upstream,), _):
         for model, status in (
-            ("mock/echo", 200), ("mock/echo2", 404), (fits, 200), (fits + "x", 404)
-        ):  # fmt: skip
+            ("mock/echo", 200),
+            ("mock/echo2", 404),
+            (fits, 200),
+            (fits + "x", 404),
+        ):
             assert (await chat(server, model=model)).status == status
         assert chats(upstream) == []
 
 
-@cases("model, stream",
-    ("mock/echo", False), ("mock/echo", True), ("mock/cut?events=5000", True),
-)  # fmt: skip
+@cases(
+    "model, stream",
+    ("mock/echo", False),
+    ("mock/echo", True),
+    ("mock/cut?events=5000", True),
+)
 @flow
 async def test_a_mock_that_says_much_holds_up_nobody(server, model, stream):
     long = asyncio.ensure_future(
@@ -8512,9 +9164,13 @@ async def test_a_tape_holds_no_secret_and_no_header(tmp_path, tape):
     ((_, piece),) = good.pop("pieces")
     assert json.loads(piece) == completion()
     assert list(good.items()) == [
-        ("tape", 1), ("path", CHAT_URL), ("sha256", digest), ("content", CHAT),
-        ("status", 200), ("content_type", "application/json"),
-    ]  # fmt: skip
+        ("tape", 1),
+        ("path", CHAT_URL),
+        ("sha256", digest),
+        ("content", CHAT),
+        ("status", 200),
+        ("content_type", "application/json"),
+    ]
     written = tape.read_bytes().lower()
     for secret in (KEY, "UPSTREAMSECRET", "HEADER", "authorization", "bearer", "sk-1"):
         assert secret.lower().encode() not in written
@@ -8529,12 +9185,18 @@ async def test_what_fails_is_not_recorded(tmp_path, tape):
     """A 429, a 500, a cut stream, one whose client has left, half a JSON, an error."""
     begun = [STREAM_HEAD, chunked(chunk("Hel"))]
     error = chunked(b'data: {"error": {"message": "no"}}\n\n')
-    behave = by_words({
-        "401": error_reply(401), "429": error_reply(429), "500": error_reply(500),
-        "half": http_reply(b'{"choices": ['), "cut": sends(*begun, connection_drop),
-        "wrong": sends(*begun, error, b"0\r\n\r\n"),
-        "no-finish": sends(*begun, b"0\r\n\r\n"), "held": sends(*begun, 60),
-    })  # fmt: skip
+    behave = by_words(
+        {
+            "401": error_reply(401),
+            "429": error_reply(429),
+            "500": error_reply(500),
+            "half": http_reply(b'{"choices": ['),
+            "cut": sends(*begun, connection_drop),
+            "wrong": sends(*begun, error, b"0\r\n\r\n"),
+            "no-finish": sends(*begun, b"0\r\n\r\n"),
+            "held": sends(*begun, 60),
+        }
+    )
     made = pool_of(tmp_path, behave, tape=f"{tape}:record")
     async with made as (server, (upstream,), (controller,)):
         for kind in ("401", "429", "500", "half", "cut", "wrong", "no-finish"):
@@ -8677,10 +9339,12 @@ def test_a_file_that_is_no_tape_stops_the_start_and_stays_as_it_is(
     tape.write_bytes(content)
     bad = "it is no tape of version 1"
     for file, says in (
-        (f"{tape}:replay", bad), (f"{tape}:record", bad), (f"{tape}:auto", bad),
+        (f"{tape}:replay", bad),
+        (f"{tape}:record", bad),
+        (f"{tape}:auto", bad),
         (f"{tmp_path}/none.jsonl", 'No such file or directory.*"auto" records'),
         (f"{tmp_path}/none/chat.jsonl:record", "No such file or directory$"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ConfigurationError, match=says):
             run(Server(KEY, port=0, tape=file).start())
     assert tape.read_bytes() == content
@@ -9468,30 +10132,56 @@ def used_of(limit):
     return [used for _, used, _ in limit.state()]
 
 
-@cases("written, quotas",
+@cases(
+    "written, quotas",
     ("1000 requests/day", [(1000, "requests", "day")]),
     (" 5 tokens / month ", [(5, "tokens", "month")]),
     ({"tokens": 9, "per": "week"}, [(9, "tokens", "week")]),
-    ({"requests": 1, "tokens": 2, "per": "hour"},
-     [(1, "requests", "hour"), (2, "tokens", "hour")]),
-    (["1 requests/minute", {"tokens": 2, "per": "day"}],
-     [(1, "requests", "minute"), (2, "tokens", "day")]),
-)  # fmt: skip
+    (
+        {"requests": 1, "tokens": 2, "per": "hour"},
+        [(1, "requests", "hour"), (2, "tokens", "hour")],
+    ),
+    (
+        ["1 requests/minute", {"tokens": 2, "per": "day"}],
+        [(1, "requests", "minute"), (2, "tokens", "day")],
+    ),
+)
 def test_a_limit_may_be_written_in_several_forms(written, quotas):
     assert apiserver.parse_quotas(written) == [apiserver.Quota(*q) for q in quotas]
 
 
-@cases("written", "", "10 request/day", "x requests/day", "-1 requests/day", "0 tokens/day",
-        "0.5 requests/day", "10 requests", "10 requests/year", "10 apples/day",
-        {}, {"requests": 5}, {"per": "day"}, {"requests": "5", "per": "day"},
-        {"requests": True, "per": "day"}, {"requests": 5, "per": "day", "x": 1},
-        {"requests": 0, "per": "day"}, [], [[]], [["1 requests/day"]], 5, True, None)  # fmt: skip
+@cases(
+    "written",
+    "",
+    "10 request/day",
+    "x requests/day",
+    "-1 requests/day",
+    "0 tokens/day",
+    "0.5 requests/day",
+    "10 requests",
+    "10 requests/year",
+    "10 apples/day",
+    {},
+    {"requests": 5},
+    {"per": "day"},
+    {"requests": "5", "per": "day"},
+    {"requests": True, "per": "day"},
+    {"requests": 5, "per": "day", "x": 1},
+    {"requests": 0, "per": "day"},
+    [],
+    [[]],
+    [["1 requests/day"]],
+    5,
+    True,
+    None,
+)
 def test_a_limit_that_is_misspelt_is_refused(written):
     with pytest.raises(ValueError, match="expected a limit"):
         apiserver.parse_quotas(written)
 
 
-@cases("per, now, start, end",
+@cases(
+    "per, now, start, end",
     ("minute", "2026-12-31 23:59:59", "2026-12-31 23:59:00", "2027-01-01 00:00:00"),
     ("hour", "2026-11-27 09:59:59", "2026-11-27 09:00:00", "2026-11-27 10:00:00"),
     ("day", "2026-02-28 12:00:00", "2026-02-28 00:00:00", "2026-03-01 00:00:00"),
@@ -9499,7 +10189,7 @@ def test_a_limit_that_is_misspelt_is_refused(written):
     ("week", "2026-11-30 00:00:00", "2026-11-30 00:00:00", "2026-12-07 00:00:00"),
     ("month", "2026-12-31 23:00:00", "2026-12-01 00:00:00", "2027-01-01 00:00:00"),
     ("month", "2028-02-29 00:00:00", "2028-02-01 00:00:00", "2028-03-01 00:00:00"),
-)  # fmt: skip
+)
 def test_windows_are_those_of_the_calendar_in_utc(per, now, start, end):
     form = "%Y-%m-%d %H:%M:%S"
     times = [calendar.timegm(time.strptime(t, form)) for t in (now, start, end)]
@@ -10119,10 +10809,16 @@ async def test_usage_is_told_as_json_and_as_csv_without_formulas(server, upstrea
         assert (await ask(server.port, "GET", f"/admin/usage?{query}")).status == 400
 
 
-@cases("model, told",
-    ("=1+1", "'=1+1"), ("@SUM(A1)", "'@SUM(A1)"), ("+1", "'+1"), ("-1", "'-1"),
-    ("\t=1", "'\t=1"), ('a"b,c\nd', 'a"b,c\nd'), ("m\u202e\ud83d", "m\u202e?"),
-)  # fmt: skip
+@cases(
+    "model, told",
+    ("=1+1", "'=1+1"),
+    ("@SUM(A1)", "'@SUM(A1)"),
+    ("+1", "'+1"),
+    ("-1", "'-1"),
+    ("\t=1", "'\t=1"),
+    ('a"b,c\nd', 'a"b,c\nd'),
+    ("m\u202e\ud83d", "m\u202e?"),
+)
 @flow
 async def test_a_hostile_name_is_one_plain_cell_and_no_label(tmp_path, model, told):
     function = pool_function("any", models=None)
@@ -10251,10 +10947,13 @@ async def test_who_pipelines_and_does_not_read_gets_one_answer_buffered(server):
         assert connection.unsent < 2 * len(apiserver.own_source()[0])
 
 
-@cases("line, kept",
-    ("HTTP/1.1\r\nHost: x", True), ("HTTP/1.1\r\nHost: x\r\nConnection: close", False),
-    ("HTTP/1.0", False), ("HTTP/1.0\r\nConnection: keep-alive", True),
-)  # fmt: skip
+@cases(
+    "line, kept",
+    ("HTTP/1.1\r\nHost: x", True),
+    ("HTTP/1.1\r\nHost: x\r\nConnection: close", False),
+    ("HTTP/1.0", False),
+    ("HTTP/1.0\r\nConnection: keep-alive", True),
+)
 @flow
 async def test_connection_is_kept_or_closed_as_the_client_wants(client, line, kept):
     client.send(f"GET /health {line}\r\n\r\n".encode())
@@ -10285,15 +10984,18 @@ async def test_public_routes(server):
     assert answer.endswith(b'{"status": "ok"}')
 
 
-@cases("method, path, status, allow",
-    ("GET", "/nothing", 404, None), ("POST", "/", 405, "GET, HEAD, OPTIONS"),
+@cases(
+    "method, path, status, allow",
+    ("GET", "/nothing", 404, None),
+    ("POST", "/", 405, "GET, HEAD, OPTIONS"),
     ("PUT", "/admin/users/add", 405, "POST, OPTIONS"),
     ("GET", "/v1/chat/completions", 405, "POST, OPTIONS"),
     ("GET", "/chat/completions", 405, "POST, OPTIONS"),
     ("POST", "/v1/models/x", 405, "GET, HEAD, OPTIONS"),
-    ("GET", "/v1/responses", 404, None), ("DELETE", "/v1/files/x", 404, None),
+    ("GET", "/v1/responses", 404, None),
+    ("DELETE", "/v1/files/x", 404, None),
     ("GET", "/v1", 404, None),
-)  # fmt: skip
+)
 @flow
 async def test_unknown_path_and_method_in_the_shape_of_the_family(
     server, method, path, status, allow
@@ -10430,10 +11132,13 @@ async def test_idle_connection_is_closed_without_a_word(server):
 
 
 @cases("chunked_body", False, True)
-@cases("path, limit",
-    ("/v1/chat/completions", "content_size"), ("/v1/embeddings", "content_size"),
-    ("/api/ask", "ask_content_size"), ("/admin/users/add", "admin_content_size"),
-)  # fmt: skip
+@cases(
+    "path, limit",
+    ("/v1/chat/completions", "content_size"),
+    ("/v1/embeddings", "content_size"),
+    ("/api/ask", "ask_content_size"),
+    ("/admin/users/add", "admin_content_size"),
+)
 @flow
 async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body, constant):
     """At the limit it is read, one byte more is 413."""
@@ -10477,11 +11182,13 @@ async def test_content_that_is_only_announced_takes_no_room(server):
         assert (await ask(server.port, "POST", "/api/ask", body)).status == 503
 
 
-@cases("trickles, limits",
-    (False, {"content_read_timeout": 0.3}), (True, {"content_rate": 10_000}),
+@cases(
+    "trickles, limits",
+    (False, {"content_read_timeout": 0.3}),
+    (True, {"content_rate": 10_000}),
     (True, {"content_rate": 0, "request_timeout": 0.3}),
     ids=["silence", "too slow", "too late"],
-)  # fmt: skip
+)
 @cases("chunked_body", False, True)
 @flow
 async def test_slow_content_is_answered_408(
@@ -10532,12 +11239,17 @@ CHUNKED_POST = (
 )
 
 
-@cases("data, status",
-    ("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
-     "Transfer-Encoding: chunked\r\n", 400),
-    ("GET / HTTP/2.0\r\nHost: x\r\n", 505), (CHUNKED_POST + "5\r\nhello\n0\r\n", 400),
+@cases(
+    "data, status",
+    (
+        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+        "Transfer-Encoding: chunked\r\n",
+        400,
+    ),
+    ("GET / HTTP/2.0\r\nHost: x\r\n", 505),
+    (CHUNKED_POST + "5\r\nhello\n0\r\n", 400),
     (CHUNKED_POST + "5;a\nb\r\n", 400),
-)  # fmt: skip
+)
 @flow
 async def test_a_request_behind_a_broken_one_is_never_read(
     server, constant, data, status
@@ -10567,10 +11279,14 @@ JSON_BODIES = [
 ]
 
 
-@cases("path",
-    "/v1/chat/completions", "/v1/embeddings", "/api/ask", "/admin/users/add",
+@cases(
+    "path",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    "/api/ask",
+    "/admin/users/add",
     "/admin/users/delete",
-)  # fmt: skip
+)
 @flow
 async def test_odd_json_is_refused_and_never_an_internal_error(client, path):
     for body in JSON_BODIES:
@@ -10580,9 +11296,9 @@ async def test_odd_json_is_refused_and_never_an_internal_error(client, path):
         assert reply.json()["error"]
 
 
-@cases("content",
-    "\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]'
-)  # fmt: skip
+@cases(
+    "content", "\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]'
+)
 @flow
 async def test_odd_text_is_served(server, content):
     """Lone surrogates, a megabyte, control characters."""
@@ -10666,10 +11382,16 @@ async def test_bytes_behind_a_handshake_are_its_first_frame(server, client):
     await until(lambda: "early-bird" in server.agents)
 
 
-@cases("own, kept",
-    ("abc-123", True), ("x" * 128, True), ("two words", True), ("x" * 129, False),
-    ("tab\tbed", False), ("\u00fc", False), ("", False),
-)  # fmt: skip
+@cases(
+    "own, kept",
+    ("abc-123", True),
+    ("x" * 128, True),
+    ("two words", True),
+    ("x" * 129, False),
+    ("tab\tbed", False),
+    ("\u00fc", False),
+    ("", False),
+)
 @flow
 async def test_request_id_is_the_clients_own_if_it_can_be(server, own, kept):
     seen = set()
@@ -10722,9 +11444,12 @@ async def test_reset_between_refusal_and_close_leaves_no_trace(
 # --- Trust
 
 
-@cases("fields, answer",
-    ([("Authorization", "KEY")], 200), ([("authorization", "bearer   KEY")], 200),
-    ([("x-api-key", "KEY")], 200), ([("api-key", "KEY")], 200),
+@cases(
+    "fields, answer",
+    ([("Authorization", "KEY")], 200),
+    ([("authorization", "bearer   KEY")], 200),
+    ([("x-api-key", "KEY")], 200),
+    ([("api-key", "KEY")], 200),
     ([("x-goog-api-key", "KEY")], 200),
     ([("Authorization", "Bearer oauth"), ("x-api-key", "KEY")], 200),
     ([("Authorization", "Basic eDp5"), ("x-goog-api-key", "KEY")], 200),
@@ -10735,7 +11460,7 @@ async def test_reset_between_refusal_and_close_leaves_no_trace(
     ([("Authorization", "Bearer KE")], "Invalid API key"),
     ([("Authorization", "")], "API key not provided"),
     ([("Cookie", "KEY")], "API key not provided"),
-)  # fmt: skip
+)
 @flow
 async def test_credential_travels_in_several_forms(server, fields, answer):
     body = {"content": "hi", "model": "mock/echo"}
@@ -10846,13 +11571,19 @@ async def test_no_number_of_wrong_keys_locks_anybody_out(client):
 
 
 NOT_LOCAL = [
-    ("Origin", "https://evil.example"), ("Origin", "null"),
-    ("Origin", "http://localhost:8080"), ("Origin", "https://chatgpt.com.evil.example"),
-    ("Host", "rebound.example:8080"), ("Host", "localhost.evil.example"),
-    ("Host", "192.0.2.2"), ("Host", "127.0.0.1.evil.example"),
-    ("Forwarded", "for=192.0.2.1"), ("X-Forwarded-For", "127.0.0.1"),
-    ("X-Real-IP", "127.0.0.1"), ("via", ""),
-]  # fmt: skip
+    ("Origin", "https://evil.example"),
+    ("Origin", "null"),
+    ("Origin", "http://localhost:8080"),
+    ("Origin", "https://chatgpt.com.evil.example"),
+    ("Host", "rebound.example:8080"),
+    ("Host", "localhost.evil.example"),
+    ("Host", "192.0.2.2"),
+    ("Host", "127.0.0.1.evil.example"),
+    ("Forwarded", "for=192.0.2.1"),
+    ("X-Forwarded-For", "127.0.0.1"),
+    ("X-Real-IP", "127.0.0.1"),
+    ("via", ""),
+]
 
 
 async def handler_status(server, request):
@@ -10877,12 +11608,18 @@ async def test_only_this_machines_user_needs_no_key(server, log, field):
     assert "/k/<token>" in log.text
 
 
-@cases("field",
-    ("Origin", "https://chat.openai.com"), ("Origin", "https://chatgpt.com"),
-    ("Origin", "moz-extension://2f0d9cd2"), ("Origin", "chrome-extension://abcdef"),
-    ("Host", "127.0.0.1:8080"), ("Host", "[::1]:8080"), ("Host", "LOCALHOST:8080"),
-    ("Host", "127.9.9.9"), ids=": ".join,
-)  # fmt: skip
+@cases(
+    "field",
+    ("Origin", "https://chat.openai.com"),
+    ("Origin", "https://chatgpt.com"),
+    ("Origin", "moz-extension://2f0d9cd2"),
+    ("Origin", "chrome-extension://abcdef"),
+    ("Host", "127.0.0.1:8080"),
+    ("Host", "[::1]:8080"),
+    ("Host", "LOCALHOST:8080"),
+    ("Host", "127.9.9.9"),
+    ids=": ".join,
+)
 @flow
 async def test_this_machines_user_needs_no_key(server, field):
     for path, status in (("/client/register", 101), ("/api/connections", 200)):
@@ -10893,10 +11630,11 @@ async def test_this_machines_user_needs_no_key(server, field):
         assert await handler_status(server, asked) == 401
 
 
-@cases("addresses, here",
+@cases(
+    "addresses, here",
     ("127.0.0.1 ::1 ::ffff:127.0.0.1 [::1] localhost", True),
     ("192.0.2.2 ::ffff:192.0.2.2 :: 0.0.0.0 fd00::2", False),
-)  # fmt: skip
+)
 def test_loopback_in_every_spelling(addresses, here):
     for address in addresses.split():
         assert apiserver.is_loopback(address) is here
@@ -10938,9 +11676,12 @@ async def test_http_1_0_is_a_proxys_and_not_this_machines_user(server):
         assert (await raw(server.port, request)).split()[1] == status
 
 
-@cases("auth, near, far, listing",
-    ("local", 101, 403, 200), ("key", 401, 401, 401), ("open", 101, 101, 200)
-)  # fmt: skip
+@cases(
+    "auth, near, far, listing",
+    ("local", 101, 403, 200),
+    ("key", 401, 401, 401),
+    ("open", 101, 101, 200),
+)
 @flow
 async def test_who_may_register_without_a_key(tmp_path, auth, near, far, listing):
     origin = ("Origin", "https://evil.example")
@@ -10991,9 +11732,12 @@ async def test_ask_is_answered_by_an_agent(server, agent):
         reply = await asking
     assert reply.status == 200
     assert list(reply.json().items()) == [
-        ("id", ""), ("response_id", "resp"), ("conversation_id", "conv"),
-        ("content", "Hi"), ("error", ""),
-    ]  # fmt: skip
+        ("id", ""),
+        ("response_id", "resp"),
+        ("conversation_id", "conv"),
+        ("content", "Hi"),
+        ("error", ""),
+    ]
     ids = {"conversation_id": "conv", "parent_id": "resp"}
     async with beside(handler_ask(server.port, **ids)) as asking:
         id, data = await agent.request()
@@ -11002,8 +11746,10 @@ async def test_ask_is_answered_by_an_agent(server, agent):
         assert (await asking).json()["content"] == "Ho"
 
 
-@cases("body, status, text",
-    (b"{", 400, "JSON"), ({"content": ""}, 400, "content"),
+@cases(
+    "body, status, text",
+    (b"{", 400, "JSON"),
+    ({"content": ""}, 400, "content"),
     ({"content": ["x"]}, 400, "content"),
     ({"content": "x", "conversation_id": "c"}, 400, "together"),
     ({"content": "x", "parent_id": "p"}, 400, "together"),
@@ -11014,7 +11760,7 @@ async def test_ask_is_answered_by_an_agent(server, agent):
     ({"content": "x", "conversation_id": None, "parent_id": ""}, 503, "No ava"),
     ({"content": "x", "model": "mock/500"}, 500, "fails"),
     ({"content": "x", "model": "mock/429"}, 429, "busy"),
-)  # fmt: skip
+)
 @flow
 async def test_ask_says_what_is_wrong(server, body, status, text):
     began = time.monotonic()
@@ -11201,10 +11947,12 @@ async def test_conversation_kept_here_may_go_on_at_a_browser_agent(server):
     assert reply.status == 200 and reply.json()["content"] == "three"
 
 
-@cases("models, names, model",
+@cases(
+    "models, names, model",
     (None, ("text-embedding-3-large", "whisper-1", "qwen3", "llama"), "qwen3"),
-    ({"alias": "real"}, (), "real"), (None, (), None),
-)  # fmt: skip
+    ({"alias": "real"}, (), "real"),
+    (None, (), None),
+)
 @flow
 async def test_model_of_an_ask_is_the_first_of_who_answers(
     tmp_path, models, names, model
@@ -11268,12 +12016,18 @@ async def test_silent_agent_is_replaced_and_its_late_answer_dropped(server, agen
         assert (await asking).json()["content"] == "third"
 
 
-@cases("message, data, more",
-    ("error", "It broke", {"error": {}}), ("error", {"a": 1}, {"error": {}}),
-    ("ChatGptResponse", "no JSON", {}), ("ChatGptResponse", "[]", {}),
-    ("ChatGptResponse", '{"content": 5}', {}), ("ChatGptResponse", None, {}),
-    ("ApiEnd", "", {}), ("ApiResponse", "{}", {}), ("error", "x" * 100_000, {}),
-)  # fmt: skip
+@cases(
+    "message, data, more",
+    ("error", "It broke", {"error": {}}),
+    ("error", {"a": 1}, {"error": {}}),
+    ("ChatGptResponse", "no JSON", {}),
+    ("ChatGptResponse", "[]", {}),
+    ("ChatGptResponse", '{"content": 5}', {}),
+    ("ChatGptResponse", None, {}),
+    ("ApiEnd", "", {}),
+    ("ApiResponse", "{}", {}),
+    ("error", "x" * 100_000, {}),
+)
 @flow
 async def test_failed_answer_fails_one_request(server, agent, message, data, more):
     """The agent stays, and is asked again."""
@@ -11296,7 +12050,12 @@ async def test_failed_answer_fails_one_request(server, agent, message, data, mor
 @flow
 async def test_malformed_messages_harm_nobody(server, agent, log):
     messages = [
-        "no JSON", "[]", "5", "null", "", "[" * 100_000,
+        "no JSON",
+        "[]",
+        "5",
+        "null",
+        "",
+        "[" * 100_000,
         '{"message": "ChatGptResponse"}',
         '{"id": {}, "message": "ChatGptResponse", "data": {}}',
         '{"id": [], "message": [], "data": []}',
@@ -11305,8 +12064,9 @@ async def test_malformed_messages_harm_nobody(server, agent, log):
         '{"id": 5, "message": "error", "data": ' + "1" * 5000 + "}",
         '{"id": "x", "message": "Connection id", "data": "again"}',
         '{"id": "\\ud800", "message": "ChatGptResponse", "data": "\\ud800"}',
-        b"\xff\xfe binary", b'{"id": "x", "message": "ping"}',
-    ]  # fmt: skip
+        b"\xff\xfe binary",
+        b'{"id": "x", "message": "ping"}',
+    ]
     async with beside(handler_ask(server.port)) as asking:
         id, _ = await agent.request()
         for message in messages:
@@ -11567,10 +12327,13 @@ async def test_unknown_fields_arrive_byte_for_byte(server, upstream):
 @flow(behave=b"")
 async def test_header_fields_travel_both_ways_but_for_private_ones(server, upstream):
     on = {
-        "anthropic-version": "2023-06-01", "OpenAI-Beta": "assistants=v2",
-        "Idempotency-Key": "abc", "User-Agent": "sdk/1", "X-Request-Id": "mine",
+        "anthropic-version": "2023-06-01",
+        "OpenAI-Beta": "assistants=v2",
+        "Idempotency-Key": "abc",
+        "User-Agent": "sdk/1",
+        "X-Request-Id": "mine",
         "X-Latin": "caf\u00e9",
-    }  # fmt: skip
+    }
     names = """Cookie Origin Referer Forwarded X-Forwarded-For X-Forwarded-Odd X-Real-IP
         Via x-api-key api-key x-goog-api-key OpenAI-Organization OpenAI-Project TE
         Keep-Alive Proxy-Authorization Accept-Encoding X-Hop"""
@@ -11607,10 +12370,13 @@ async def test_header_fields_travel_both_ways_but_for_private_ones(server, upstr
     assert reply.headers["x-request-id"] == "mine"
 
 
-@cases("change, param",
-    ({"model": None}, "model"), ({"messages": "Hello"}, "messages"),
-    ({"stream": "true"}, "stream"), (b"", None),
-)  # fmt: skip
+@cases(
+    "change, param",
+    ({"model": None}, "model"),
+    ({"messages": "Hello"}, "messages"),
+    ({"stream": "true"}, "stream"),
+    (b"", None),
+)
 @flow
 async def test_invalid_chat_request_is_400_and_names_the_field(
     server, upstream, change, param
@@ -11880,12 +12646,15 @@ async def test_a_compressed_request_is_read(server, upstream, coding):
     assert reply.json()["content"] == "Hi"
 
 
-@cases("coding, content, status",
-    ("zstd", b"x", 415), ("br", b"x", 415), ("gzip, gzip", b"x", 415),
+@cases(
+    "coding, content, status",
+    ("zstd", b"x", 415),
+    ("br", b"x", 415),
+    ("gzip, gzip", b"x", 415),
     ("gzip", b"garbage", 400),
     ("gzip", gzip.compress(json.dumps(CHAT).encode())[:-9], 400),
     ("gzip", gzip.compress(b"{" + b" " * 30_000_000, 9), 413),
-)  # fmt: skip
+)
 @flow(limits=Limits(content_size=1_000_000))
 async def test_what_cannot_be_decompressed_is_refused(server, coding, content, status):
     coded = [("Content-Encoding", coding)]
@@ -11898,14 +12667,15 @@ async def test_what_cannot_be_decompressed_is_refused(server, coding, content, s
 
 
 @cases("path", "/v1/messages", "/v1/messages/count_tokens")
-@cases("body, key, status, kind",
+@cases(
+    "body, key, status, kind",
     ({"model": "none", "messages": []}, KEY, 404, "not_found_error"),
     (b"{", KEY, 400, "invalid_request_error"),
     ({"model": 5}, KEY, 400, "invalid_request_error"),
     ({"model": "m"}, "wrong", 401, "authentication_error"),
     ({"model": "down"}, KEY, 503, "overloaded_error"),
     ({"model": "bad"}, KEY, 500, "api_error"),
-)  # fmt: skip
+)
 @flow
 async def test_errors_of_messages_are_anthropics_from_every_cause(
     tmp_path, path, body, key, status, kind
@@ -11972,11 +12742,13 @@ async def test_who_names_two_models_is_refused(tmp_path, kind):
 
 
 @cases("status", 400, 403, 404, 429, 500)
-@cases("path, begins",
-    (CHAT_URL, b'data: {"error"'), ("/v1/completions", b'data: {"error"'),
+@cases(
+    "path, begins",
+    (CHAT_URL, b'data: {"error"'),
+    ("/v1/completions", b'data: {"error"'),
     ("/v1/messages", b'event: error\ndata: {"type": "error", "error": {'),
     ("/v1/responses", b'event: error\ndata: {"type": "error", "sequence_number"'),
-)  # fmt: skip
+)
 @flow
 async def test_an_error_behind_a_comment_is_told_and_the_stream_never_whole(
     tmp_path, path, begins, status
@@ -11993,10 +12765,11 @@ async def test_an_error_behind_a_comment_is_told_and_the_stream_never_whole(
             assert rest.count(b"data: ") == 1 and b"[DONE]" not in rest
 
 
-@cases("path, kind, wait, interval",
+@cases(
+    "path, kind, wait, interval",
     (CHAT_URL, b"text/event-stream", 0.05, 0),
-    ("/v1/audio/speech", b"audio/mpeg", 0, 0.02)
-)  # fmt: skip
+    ("/v1/audio/speech", b"audio/mpeg", 0, 0.02),
+)
 @flow
 async def test_no_comments_are_sent_at_an_interval_of_0_nor_in_audio(
     tmp_path, path, kind, wait, interval
@@ -12112,10 +12885,11 @@ async def test_a_hang_up_while_asked_again_without_usage_closes_both(tmp_path):
         await until(lambda: upstream.ended == upstream.connections == 2)
 
 
-@cases("model, leaves",
+@cases(
+    "model, leaves",
     *[(name, False) for name in "mock/echo mock/500 none drops fails".split()],
     *[(name, leaves) for name in ("silent", "gate") for leaves in (False, True)],
-)  # fmt: skip
+)
 @flow
 async def test_what_requests_hold_is_freed_with_them(tmp_path, model, leaves):
     """Each may be 32 MiB."""
@@ -12596,13 +13370,15 @@ async def test_an_agent_with_the_wrong_scheme_says_so(tmp_path, scheme, hint):
             await asyncio.to_thread(agent.wait_for, rf"is it {hint}\?")
 
 
-@cases("arguments, status, part",
-    (["0"], 2, "API"), (["TAKEN", KEY], 1, "in use"),
+@cases(
+    "arguments, status, part",
+    (["0"], 2, "API"),
+    (["TAKEN", KEY], 1, "in use"),
     (["0", KEY, "--listen", "192.0.2.1"], 1, ""),
     (["0", KEY, "--users", "broken.json"], 2, "broken.json"),
     (["0", KEY, "--config_file", "missing.json"], 2, "missing.json"),
     (["0", KEY, "--tls-cert", "broken.json", "--tls-key", "broken.json"], None, ""),
-)  # fmt: skip
+)
 def test_what_cannot_be_is_one_line_and_a_status(tmp_path, arguments, status, part):
     """2 for a mistake, 1 where the system says no; never a traceback."""
     (tmp_path / "broken.json").write_text('{"users": [')
@@ -12932,9 +13708,11 @@ async def test_sighup_changes_what_it_can_and_forgets_nothing(tmp_path):
             assert (await echo(port, model="m")).status == 200
             assert (await echo(port, model="m")).status == 503
             more = {
-                "page": False, "store": "sha256", "default_limit": "1 requests/day",
+                "page": False,
+                "store": "sha256",
+                "default_limit": "1 requests/day",
                 "limits": {"first_byte_timeout": 0.2, "connections": 9},
-            }  # fmt: skip
+            }
             line = "only a restart changes limits.connections"
             reload(program, line, tmp_path, kept, {**m, "weight": 2}, **more)
             program.wait_for("reloaded; controllers: kept, m")
@@ -13145,11 +13923,12 @@ def agent_program(tmp_path, *options, command=f"{sys.executable} -c print(1)"):
             yield server, agent
 
 
-@cases("scheme, tls, words",
+@cases(
+    "scheme, tls, words",
     ("https", False, "it speaks no TLS ("),
     ("http", True, "it closed the connection without an answer; is it https?"),
     ("https", True, "its certificate is not trusted (unable to get local issuer"),
-)  # fmt: skip
+)
 @flow
 async def test_a_wrong_scheme_is_told_with_its_cure(
     tmp_path, certificate, scheme, tls, words
@@ -13401,7 +14180,8 @@ def test_an_agent_finds_the_programs_on_this_machine(monkeypatch):
     assert len(agent.pool.controllers) == 4
 
 
-@cases("url, expected",
+@cases(
+    "url, expected",
     ("http://h:8080", "http://h:8080/client/register"),
     ("https://h/", "https://h/client/register"),
     ("ws://h:1", "http://h:1/client/register"),
@@ -13409,10 +14189,15 @@ def test_an_agent_finds_the_programs_on_this_machine(monkeypatch):
     ("h:8080", "http://h:8080/client/register"),
     ("[::1]:8080", "http://[::1]:8080/client/register"),
     ("http://h/k/T", "http://h/k/T/client/register"),
-    ("ws://h/client/register", "http://h/client/register"), ("", None),
-    ("ftp://h", None), ("http://", None), ("http://h:x", None), ("http://u:p@h", None),
-    ("http://h/\r\nX: y", None), ("http://h/?q", None),
-)  # fmt: skip
+    ("ws://h/client/register", "http://h/client/register"),
+    ("", None),
+    ("ftp://h", None),
+    ("http://", None),
+    ("http://h:x", None),
+    ("http://u:p@h", None),
+    ("http://h/\r\nX: y", None),
+    ("http://h/?q", None),
+)
 def test_where_an_agent_dials_in(url, expected):
     if expected is None:
         with pytest.raises(ValueError, match="expected the URL of a server"):
@@ -13422,13 +14207,36 @@ def test_where_an_agent_dials_in(url, expected):
 
 
 PATH_ATTACKS = [
-    "/api/tags", "/v1", "/v1/", "/v1/../api/tags", "/v1/x/../../api/tags", "/v1/..",
-    "/v1/.", "/v1//evil.example/x", "//evil.example/v1/x", "http://evil.example/v1/x",
-    "/v1/%2e%2e/api/tags", "/v1/..%2fapi", "/v1/%252e%252e/x", "/v1/x%00", "/v1/..;/x",
-    "/v1/x;/../../y", "/v1/\\..\\x", "/v1/x y", "/v1/x\r\nHost: evil",
-    "/v1/x HTTP/1.1\r\n\r\nGET /api/tags", "/v1/x#y", "/v1/x?a\nb", "/v1/ｘ", "/V1/x",
-    "@evil.example/v1/x", "", None, 7, {"v1": 1},
-]  # fmt: skip
+    "/api/tags",
+    "/v1",
+    "/v1/",
+    "/v1/../api/tags",
+    "/v1/x/../../api/tags",
+    "/v1/..",
+    "/v1/.",
+    "/v1//evil.example/x",
+    "//evil.example/v1/x",
+    "http://evil.example/v1/x",
+    "/v1/%2e%2e/api/tags",
+    "/v1/..%2fapi",
+    "/v1/%252e%252e/x",
+    "/v1/x%00",
+    "/v1/..;/x",
+    "/v1/x;/../../y",
+    "/v1/\\..\\x",
+    "/v1/x y",
+    "/v1/x\r\nHost: evil",
+    "/v1/x HTTP/1.1\r\n\r\nGET /api/tags",
+    "/v1/x#y",
+    "/v1/x?a\nb",
+    "/v1/ｘ",
+    "/V1/x",
+    "@evil.example/v1/x",
+    "",
+    None,
+    7,
+    {"v1": 1},
+]
 
 
 @flow
@@ -13455,15 +14263,22 @@ async def test_a_malicious_server_reaches_nothing_but_the_api():
 async def test_nonsense_from_a_server_does_not_end_an_agent():
     async with AgentServer() as server, agent_of(server.port, says_hi()):
         await server.heard("Connection id")
-        for number, message in enumerate((
-            "", "[]", "{}", "7", "[" * 10_000, '{"message": 1}',
-            '{"id": [], "message": "ApiRequest", "data": {}}',
-            '{"id": "\\ud800", "message": "ping"}',
-            '{"id": "a", "message": "ApiCancel", "data": ""}',
-            '{"id": "a", "message": "ApiRequest", "data": "[["}',
-            '{"id": "a", "message": "ChatGptRequest", "data": "7"}',
-            '{"id": "a", "message": "nonsense"}',
-        )):  # fmt: skip
+        for number, message in enumerate(
+            (
+                "",
+                "[]",
+                "{}",
+                "7",
+                "[" * 10_000,
+                '{"message": 1}',
+                '{"id": [], "message": "ApiRequest", "data": {}}',
+                '{"id": "\\ud800", "message": "ping"}',
+                '{"id": "a", "message": "ApiCancel", "data": ""}',
+                '{"id": "a", "message": "ApiRequest", "data": "[["}',
+                '{"id": "a", "message": "ChatGptRequest", "data": "7"}',
+                '{"id": "a", "message": "nonsense"}',
+            )
+        ):
             server.writer.write(server.protocol.send(message))
             head, _ = await server.request(f"good {number}", CHAT_URL)
             assert head["status"] == 200 and len(server.heads) == 1, message
@@ -13539,13 +14354,14 @@ def agent_command(script, **options):
     return FunctionController(function, name="program", models=["m"])
 
 
-@cases("script, whole, expected",
+@cases(
+    "script, whole, expected",
     ("import sys; print(sys.stdin.read()[::-1], end='')", False, "olleH"),
     ("import json, sys; print(json.load(sys.stdin)['model'])", True, "m\n"),
     ("print('é' * 99999, end='')", False, "é" * 99999),
     ("import sys; sys.stderr.write('x' * 999999); print(1)", False, "1\n"),
     ids=["text", "json", "much", "complaints"],
-)  # fmt: skip
+)
 @flow
 async def test_a_program_answers(server, monkeypatch, script, whole, expected):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
@@ -13624,17 +14440,22 @@ async def test_a_call_that_has_ended_is_not_cancelled_and_late_words_are_dropped
         assert agent.id in server.agents
 
 
-@cases("messages",
-    [("ApiResponse", "nonsense")], [("ApiResponse", '{"status": "200"}')],
-    [("ApiResponse", '{"status": true}')], [("ApiResponse", '{"status": 101}')],
-    [("ApiResponse", '{"status": 99999}')], [("ApiEnd", "")], [("ApiData", "{}")],
+@cases(
+    "messages",
+    [("ApiResponse", "nonsense")],
+    [("ApiResponse", '{"status": "200"}')],
+    [("ApiResponse", '{"status": true}')],
+    [("ApiResponse", '{"status": 101}')],
+    [("ApiResponse", '{"status": 99999}')],
+    [("ApiEnd", "")],
+    [("ApiData", "{}")],
     [("ApiResponse", '{"status": 200}'), ("ApiEnd", "")],
     [("ApiResponse", '{"status": 200}'), ("ApiData", "<html>"), ("ApiEnd", "")],
     [("ApiResponse", '{"status": 200, "encoding": "base64"}'), ("ApiData", "é")],
     [("ApiResponse", '{"status": 200}'), ("error", "it broke")],
     [("ApiResponse", '{"status": 200}'), ("ChatGptResponse", "{}"), ("ApiEnd", "")],
     [("ApiResponse", '{"status": 503, "retry_after": "x\\r\\ny"}'), ("ApiEnd", "")],
-)  # fmt: skip
+)
 @flow
 async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
     async with Upstream() as upstream, serving(tmp_path) as server:
@@ -14042,8 +14863,10 @@ async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
         process.wait()
 
 
-@cases("arguments, words",
-    ([], "expected the URL of a server"), (["h", "--hlep"], "unknown option --hlep"),
+@cases(
+    "arguments, words",
+    ([], "expected the URL of a server"),
+    (["h", "--hlep"], "unknown option --hlep"),
     (["h", "--command", "no-such-program"], "there is no such program in PATH"),
     (["h", "--upstream", "ftp://x"], "upstream: expected"),
     (["h", "--upstream", "x", "--command", "y"], "only one of"),
@@ -14051,18 +14874,21 @@ async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
     (["h", "--ca-file", "/nonexistent"], "ca-file: expected"),
     (["h", "--config_file", "/nonexistent"], "config_file: expected"),
     (["h", "--key", "a b"], "printable ASCII"),
-)  # fmt: skip
+)
 def test_a_mistake_in_an_agents_arguments_is_one_line(arguments, words, capsys):
     assert apiserver.main(["agent", *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
 
 
-@cases("upstream, base_url",
-    ("localhost:11434", "http://localhost:11434/v1"), ("http://h:1/", "http://h:1/v1"),
-    ("https://h/v1", "https://h/v1"), ("mock", "http://mock/v1"),  # no mocks here
+@cases(
+    "upstream, base_url",
+    ("localhost:11434", "http://localhost:11434/v1"),
+    ("http://h:1/", "http://h:1/v1"),
+    ("https://h/v1", "https://h/v1"),
+    ("mock", "http://mock/v1"),  # no mocks here
     ("https://h/openai/v2/", "https://h/openai/v2"),
-)  # fmt: skip
+)
 def test_the_upstream_of_an_agent_is_written_as_people_do(upstream, base_url):
     argv = ["h", "--upstream", upstream, "--upstream-key", "K", "--models", "a, b"]
     agent = apiserver.build_agent(argv, {"API_KEY": "T"}, None)
@@ -14158,11 +14984,14 @@ def test_two_arguments_are_enough_and_the_rest_has_defaults(load):
 # --- Arguments
 
 
-@cases("args", ["8080", "k", "-listen", "0.0.0.0"],  # the seed's docker-compose
+@cases(
+    "args",
+    ["8080", "k", "-listen", "0.0.0.0"],  # the seed's docker-compose
     ["8080", "k", "--listen", "0.0.0.0"],
     ["-listen=0.0.0.0", "8080", "k"],
     ["8080", "--listen", "0.0.0.0", "k"],
-    ["--listen=0.0.0.0", "8080", "--", "k"])  # fmt: skip
+    ["--listen=0.0.0.0", "8080", "--", "k"],
+)
 def test_options_go_anywhere_with_one_dash_or_two(load, args):
     config = load(args)
     assert (config.port, config.api_key, config.listen) == (8080, "k", "0.0.0.0")
@@ -14176,13 +15005,15 @@ def test_dash_as_key_is_the_environment_variable(load):
     assert load(["8080", "--", "-abc"]).api_key == "-abc"  # after two dashes
 
 
-@cases("option", "-config_file", "--config_file", "--config-file", "-config-file")  # fmt: skip
+@cases("option", "-config_file", "--config_file", "--config-file", "-config-file")
 def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, option):
     (tmp_path / "a.json").write_text('{"port": 1}')
     assert load([option, "a.json"], {"API_KEY": "k"}).port == 1
 
 
-@cases("args, expected", ([], "python3 chatgpt_apiserver.py 8080 <"),
+@cases(
+    "args, expected",
+    ([], "python3 chatgpt_apiserver.py 8080 <"),
     (["8080"], "no API key"),
     (["8080", ""], "api_key: expected a key"),
     (["8080", "<API_KEY>"], "api_key: expected a key"),
@@ -14191,31 +15022,42 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["70000", "k"], "port: expected a port from 0 to 65535"),
     (["", "k"], "port: expected"),
     (["1", "k", "--tape", "a.jsonl:rec"], "tape: 'rec' is no mode, expected one of"),
-    (["\u0668\u0660", "k"], "port: expected"), (["SECRET", "8080"], "port: expected"),
+    (["\u0668\u0660", "k"], "port: expected"),
+    (["SECRET", "8080"], "port: expected"),
     (["-1", "k"], "command line: "),
     (["8080", "k", "SECRET"], "expected no more than a port and a key"),
     (["8080", "-SECRET"], "unknown option"),
-    (["8080", "k", "--lisen", "::"], 'unknown option --lisen'),
+    (["8080", "k", "--lisen", "::"], "unknown option --lisen"),
     (["8080", "k", "-confg_file=x"], "unknown option --confg_file"),
     (["8080", "k", "-list", "::"], "unknown option"),  # no abbreviations
     (["8080", "k", "--listen"], "--listen: expected one argument"),
     (["8080", "k", "--verbose=SECRET"], "--verbose: ignored explicit argument"),
-    (["8080", "k", "--listen", "0.0.0.0:80"],
-     "listen: expected an address without a port"),
+    (
+        ["8080", "k", "--listen", "0.0.0.0:80"],
+        "listen: expected an address without a port",
+    ),
     (["8080", "k", "--listen", "256.0.0.1"], "listen: expected an address"),
     (["8080", "k", "--listen", "a b"], "listen: expected an address"),
     (["8080", "k", "--users", "a\nb"], "users: expected the path"),
     (["8080", "k", "--tls-cert", "."], "tls_cert: expected the path of a file"),
     (["8080", "k", "--tls-key", __file__], "tls_key: expected a tls_cert"),
     (["--config_file", "no.json"], "no.json: cannot be read: No such file"),
-    (["--config_file", ""], "config_file: expected the path of a file"))  # fmt: skip
+    (["--config_file", ""], "config_file: expected the path of a file"),
+)
 def test_mistaken_arguments_are_one_line(load, args, expected):
     assert expected in mistake(load, args)
 
 
-@cases("listen, expected", ("", ""), ("0.0.0.0", "0.0.0.0"), ("::", "::"), ("[::1]", "::1"),
-    ("localhost", "localhost"), ("my_host.example-1.com", "my_host.example-1.com"),
-    ("fe80::1%eth0", "fe80::1%eth0"))  # fmt: skip
+@cases(
+    "listen, expected",
+    ("", ""),
+    ("0.0.0.0", "0.0.0.0"),
+    ("::", "::"),
+    ("[::1]", "::1"),
+    ("localhost", "localhost"),
+    ("my_host.example-1.com", "my_host.example-1.com"),
+    ("fe80::1%eth0", "fe80::1%eth0"),
+)
 def test_listen_takes_addresses_and_names(load, listen, expected):
     assert load(["80", "k", "--listen", listen]).listen == expected
 
@@ -14235,11 +15077,16 @@ def test_help_is_short_and_names_each_option_with_its_default(capsys):
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
     for option, default in [
-        ("<port>", "8080"), ("<API_KEY>", "API_KEY"), ("--listen", "this machine only"),
-        ("--users", "users.json"), ("--tls-cert", "http"), ("--tls-key", "certificate"),
-        ("--config_file", "none"), ("--config_path", "/etc/chatgpt-apiserver"),
+        ("<port>", "8080"),
+        ("<API_KEY>", "API_KEY"),
+        ("--listen", "this machine only"),
+        ("--users", "users.json"),
+        ("--tls-cert", "http"),
+        ("--tls-key", "certificate"),
+        ("--config_file", "none"),
+        ("--config_path", "/etc/chatgpt-apiserver"),
         ("-v, --verbose", "off"),
-    ]:  # fmt: skip
+    ]:
         assert default in text.split(f" {option} ")[-1].split(" --")[0]
     assert "--version" in text and "--help" in text
     assert text.count("python3 chatgpt_apiserver.py") == 4
@@ -14266,7 +15113,9 @@ def test_version_is_printed(capsys):
 # --- Arguments over environment over file over defaults
 
 
-@cases("attribute, args, environ, file, expected", ("port", [], {}, {}, 8080),
+@cases(
+    "attribute, args, environ, file, expected",
+    ("port", [], {}, {}, 8080),
     ("port", [], {}, {"port": "1"}, 1),  # the seed's
     ("port", [], {"CHATGPT_APISERVER_PORT": "2"}, {"port": 1}, 2),
     ("port", [], {"CHATGPT_APISERVER_PORT": ""}, {"port": 1}, 1),
@@ -14283,12 +15132,18 @@ def test_version_is_printed(capsys):
     ("api_key", ["1", "a"], {"API_KEY": "not a key"}, {"api_key": "f"}, "a"),
     ("pool", [], {}, {"pool": {"type": "random"}}, "random"),
     ("pool", [], {}, {"pool": {}}, "balanced"),
-    ("pool", [], {"CHATGPT_APISERVER_POOL_TYPE": "least_busy"},
-     {"pool": {"type": "random"}}, "least_busy"),
+    (
+        "pool",
+        [],
+        {"CHATGPT_APISERVER_POOL_TYPE": "least_busy"},
+        {"pool": {"type": "random"}},
+        "least_busy",
+    ),
     ("agents_auth", [], {}, {"agents": {"auth": "open"}}, "open"),
     ("upstream_errors", [], {}, {"upstream_errors": "pass"}, "pass"),
     ("verbose", ["-v"], {}, {}, True),
-    ("verbose", ["-verbose"], {}, {}, True))  # fmt: skip
+    ("verbose", ["-verbose"], {}, {}, True),
+)
 def test_arguments_win_over_environment_over_file(
     load, attribute, args, environ, file, expected
 ):
@@ -14296,15 +15151,29 @@ def test_arguments_win_over_environment_over_file(
     assert getattr(load(args, environ, file), attribute) == expected
 
 
-@cases("environ, expected", ({"CHATGPT_APISERVER_PORT": "SECRET"}, "environment: CHATGPT_APISERVER_PORT: expected"),
-    ({"CHATGPT_APISERVER_LISTEN": ":80"}, "CHATGPT_APISERVER_LISTEN: expected an address"),
+@cases(
+    "environ, expected",
+    (
+        {"CHATGPT_APISERVER_PORT": "SECRET"},
+        "environment: CHATGPT_APISERVER_PORT: expected",
+    ),
+    (
+        {"CHATGPT_APISERVER_LISTEN": ":80"},
+        "CHATGPT_APISERVER_LISTEN: expected an address",
+    ),
     ({"CHATGPT_APISERVER_POOL_TYPE": "SECRET"}, 'expected "balanced" or "random" or'),
     ({"API_KEY": "<API_KEY>"}, "environment: API_KEY: expected a key"),
     ({"OPENAI_API_KEY": "SECRET two"}, "environment: OPENAI_API_KEY: expected a key"),
-    ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "api"}, "OPENAI_BASE_URL: expected the"),
-    ({"OPENAI_API_KEY": "k", "https_proxy": "socks5://u:SECRET@h:1"},
-     "environment: https_proxy: expected a proxy such as http://host:port"),
-    ({"CONFIG_FILE": "no.json"}, "no.json: cannot be read"))  # fmt: skip
+    (
+        {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "api"},
+        "OPENAI_BASE_URL: expected the",
+    ),
+    (
+        {"OPENAI_API_KEY": "k", "https_proxy": "socks5://u:SECRET@h:1"},
+        "environment: https_proxy: expected a proxy such as http://host:port",
+    ),
+    ({"CONFIG_FILE": "no.json"}, "no.json: cannot be read"),
+)
 def test_mistaken_environment_is_one_line(load, environ, expected):
     assert expected in mistake(load, [], environ)
 
@@ -14321,15 +15190,24 @@ def test_the_file_is_searched_in_order(load, tmp_path):
     assert load([], {"API_KEY": "k"}).path == "chatgpt-apiserver.json"
 
 
-@cases("args, environ, expected", (["--config_path", "p1"], {"CONFIG_PATH": "p2"}, 1),
+@cases(
+    "args, environ, expected",
+    (["--config_path", "p1"], {"CONFIG_PATH": "p2"}, 1),
     (["--config_path", "p1"], {"CONFIG_FILE": "p2/chatgpt-apiserver.json"}, 1),
     (["--config_path", "p1", "--config_file", "p2/chatgpt-apiserver.json"], {}, 2),
     ([], {"CONFIG_PATH": "p2"}, 2),
     ([], {"CONFIG_PATH": "p2", "CHATGPT_APISERVER_CONFIG_PATH": "p1"}, 1),
     ([], {"CONFIG_FILE": "p2/chatgpt-apiserver.json", "CONFIG_PATH": "p1"}, 2),
     ([], {"CONFIG_FILE": "", "CONFIG_PATH": ""}, 3),
-    ([], {"CHATGPT_APISERVER_CONFIG_FILE": "p1/chatgpt-apiserver.json",
-          "CONFIG_FILE": "p2/chatgpt-apiserver.json"}, 1))  # fmt: skip
+    (
+        [],
+        {
+            "CHATGPT_APISERVER_CONFIG_FILE": "p1/chatgpt-apiserver.json",
+            "CONFIG_FILE": "p2/chatgpt-apiserver.json",
+        },
+        1,
+    ),
+)
 def test_a_named_file_or_folder_goes_before_the_search(
     load, tmp_path, args, environ, expected
 ):
@@ -14365,8 +15243,11 @@ def test_paths_in_a_file_are_relative_to_the_servers_file(load, tmp_path):
     (folder / "keys").mkdir(parents=True)
     (folder / "ca.pem").write_text("")
     (folder / "keys" / "a.json").write_text('{"api_key": "a", "ca_file": "ca.pem"}')
-    file = {"users": "u.json", "tls_cert": "ca.pem", "controllers": [
-        {"type": "openai", "config_file": "keys/a.json"}]}  # fmt: skip
+    file = {
+        "users": "u.json",
+        "tls_cert": "ca.pem",
+        "controllers": [{"type": "openai", "config_file": "keys/a.json"}],
+    }
     (folder / "chatgpt-apiserver.json").write_text(json.dumps(file))
     config = load()
     assert config.users == os.path.join("config", "u.json")
@@ -14386,11 +15267,16 @@ def test_the_seeds_example_is_read(load, tmp_path):
     one, two = load(file=text).controllers
     assert (one["name"], one["weight"], one["api_key"]) == ("openai-1", 5, "first")
     assert two == {
-        "type": "openai", "name": "openai-2", "api_key": "second", "proxy": None,
-    }  # fmt: skip
+        "type": "openai",
+        "name": "openai-2",
+        "api_key": "second",
+        "proxy": None,
+    }
 
 
-@cases("entry, expected", ({"weight": 0}, {"weight": 0}),
+@cases(
+    "entry, expected",
+    ({"weight": 0}, {"weight": 0}),
     ({"name": "gpu"}, {"name": "gpu"}),
     ({"models": ["a", "b"]}, {"models": ["a", "b"]}),
     ({"models": {"a": "real"}}, {"models": {"a": "real"}}),
@@ -14400,12 +15286,19 @@ def test_the_seeds_example_is_read(load, tmp_path):
     ({"limit": {"tokens": 9, "per": "day"}}, {"limit": {"tokens": 9, "per": "day"}}),
     ({"config": {"api_key": ""}}, {"api_key": ""}),
     ({"config": {"api_key": "env:KEY"}}, {"api_key": "from-env"}),
-    ({"config": {"api_key": "k", "base_url": "http://[::1]:11434/v1//"}},
-     {"base_url": "http://[::1]:11434/v1//"}),
-    ({"config": {"api_key": "k", "proxy": "http://u:p@proxy:3128/"}},
-     {"proxy": "http://u:p@proxy:3128"}),
-    ({"config": {"api_key": "k", "verify": False, "first_byte_timeout": 5}},
-     {"verify": False, "first_byte_timeout": 5}))  # fmt: skip
+    (
+        {"config": {"api_key": "k", "base_url": "http://[::1]:11434/v1//"}},
+        {"base_url": "http://[::1]:11434/v1//"},
+    ),
+    (
+        {"config": {"api_key": "k", "proxy": "http://u:p@proxy:3128/"}},
+        {"proxy": "http://u:p@proxy:3128"},
+    ),
+    (
+        {"config": {"api_key": "k", "verify": False, "first_byte_timeout": 5}},
+        {"verify": False, "first_byte_timeout": 5},
+    ),
+)
 def test_a_controller_has_what_was_written_and_nothing_else_changes(
     load, entry, expected
 ):
@@ -14457,85 +15350,168 @@ def openai(**config):
     return controllers({"type": "openai", "config": {"api_key": "SECRET", **config}})
 
 
-@cases("file, expected", 
+@cases(
+    "file, expected",
     # The document
     ("", "line 1, column 1: not JSON"),
     ('{"port": 1,\n "listen" "::"}', "line 2, column 11: not JSON"),
     ("[]", "expected an object, got a list"),
     ('{"port": 1, "port": 2}', "port: this key appears twice"),
-    ('{"controllers": [{"config": {"api_key": "SECRET", "api_key": "SECRET"}}]}',
-     "controllers[0].config.api_key: this key appears twice"),
+    (
+        '{"controllers": [{"config": {"api_key": "SECRET", "api_key": "SECRET"}}]}',
+        "controllers[0].config.api_key: this key appears twice",
+    ),
     ('{"port": ' + "9" * 5000 + "}", ""),  # 3.9 and later differ in what
     ("[" * 200_000, "nesting too deep"),
     ('{"limits": {"head_timeout": NaN}}', "limits.head_timeout: expected seconds"),
     ('{"limits": {"head_timeout": 1e999}}', "limits.head_timeout: expected seconds"),
     # Keys
-    ({"prot": 1}, 'prot: unknown key'),
-    ({"API_KEY": "SECRET"}, 'API_KEY: unknown key'),
+    ({"prot": 1}, "prot: unknown key"),
+    ({"API_KEY": "SECRET"}, "API_KEY: unknown key"),
     ({"x\ny": 1}, r'"x\ny": unknown key'),
-    ({"limits": {"head_timeuot": 1}}, 'limits.head_timeuot: unknown key'),
+    ({"limits": {"head_timeuot": 1}}, "limits.head_timeuot: unknown key"),
     ({"head_timeout": 1}, 'head_timeout: unknown key; it belongs in "limits"'),
-    (controllers({"base_url": "http://a/v1"}), 'controllers[0].base_url: unknown key; it belongs in "config"'),
+    (
+        controllers({"base_url": "http://a/v1"}),
+        'controllers[0].base_url: unknown key; it belongs in "config"',
+    ),
     ({"base_url": "http://a/v1"}, 'base_url: unknown key; it belongs in "config"'),
-    (openai(weight=5),
-     'controllers[0].config.weight: unknown key; it belongs in "controllers"'),
+    (
+        openai(weight=5),
+        'controllers[0].config.weight: unknown key; it belongs in "controllers"',
+    ),
     ({"limits": {"__init__": 1}}, "limits.__init__: unknown key"),
     ({"pool": {"kind": "random"}}, "pool.kind: unknown key"),
-    (openai(baseurl="x"), 'controllers[0].config.baseurl: unknown key'),
-    (controllers(OPENAI, {"wieght": 1}), 'controllers[1].wieght: unknown key'),
+    (openai(baseurl="x"), "controllers[0].config.baseurl: unknown key"),
+    (controllers(OPENAI, {"wieght": 1}), "controllers[1].wieght: unknown key"),
     # Types
     ({"port": None}, "port: expected a port from 0 to 65535, got null"),
     ({"port": True}, "port: expected a port from 0 to 65535, got a boolean"),
-    ({"listen": ["::"]},
-     "listen: expected an address without a port, such as 0.0.0.0 or ::, got a list"),
+    (
+        {"listen": ["::"]},
+        "listen: expected an address without a port, such as 0.0.0.0 or ::, got a list",
+    ),
     ({"pool": "random"}, "pool: expected an object, got a string"),
     ({"controllers": {}}, "controllers: expected a list, got an object"),
     (controllers(OPENAI, 5), "controllers[1]: expected an object, got a number"),
-    (controllers(OPENAI, {"config": {"api_key": 5}}), "controllers[1].config.api_key: expected a key"),
-    (openai(api_key=12345), "or \"\" for none, got a number"),
-    (openai(verify="no"), "controllers[0].config.verify: expected true or false, got a string"),
+    (
+        controllers(OPENAI, {"config": {"api_key": 5}}),
+        "controllers[1].config.api_key: expected a key",
+    ),
+    (openai(api_key=12345), 'or "" for none, got a number'),
+    (
+        openai(verify="no"),
+        "controllers[0].config.verify: expected true or false, got a string",
+    ),
     # Values
     ({"port": "80 "}, "port: expected a port from 0 to 65535"),
     ({"api_key": "<API_KEY>"}, "api_key: expected a key of your own"),
-    ({"pool": {"type": "SECRET"}}, 'pool.type: expected "balanced" or "random" or "least_busy"'),
+    (
+        {"pool": {"type": "SECRET"}},
+        'pool.type: expected "balanced" or "random" or "least_busy"',
+    ),
     ({"agents": {"auth": "none"}}, 'agents.auth: expected "local" or "key" or "open"'),
     ({"upstream_errors": ""}, 'upstream_errors: expected "map" or "pass"'),
-    ({"limits": {"head_size": 1.5}}, "limits.head_size: expected a whole number from 0, got a number"),
-    ({"limits": {"head_timeout": "5"}}, "limits.head_timeout: expected seconds, above 0, got a string"),
+    (
+        {"limits": {"head_size": 1.5}},
+        "limits.head_size: expected a whole number from 0, got a number",
+    ),
+    (
+        {"limits": {"head_timeout": "5"}},
+        "limits.head_timeout: expected seconds, above 0, got a string",
+    ),
     ({"tls_cert": "\0"}, "tls_cert: expected the path of a file that can be read"),
     # Controllers
     (controllers({"type": "claude"}), 'controllers[0].type: expected "openai"'),
-    (controllers({"type": "openai"}), 'controllers[0]: expected either "config" or "config_file"'),
-    (controllers({**OPENAI, "config_file": "chatgpt-apiserver.json"}), "controllers[0]: expected either"),
+    (
+        controllers({"type": "openai"}),
+        'controllers[0]: expected either "config" or "config_file"',
+    ),
+    (
+        controllers({**OPENAI, "config_file": "chatgpt-apiserver.json"}),
+        "controllers[0]: expected either",
+    ),
     (controllers({"config": {}}), "controllers[0].config.api_key: expected a key"),
-    (controllers({"config_file": "no.json"}), "controllers[0].config_file: expected the path"),
-    (controllers({"config_file": "chatgpt-apiserver.json"}), "chatgpt-apiserver.json: controllers: unknown key"),
-    (controllers({**OPENAI, "weight": 10**400}), "controllers[0].weight: expected a whole number"),
-    (controllers({**OPENAI, "max_concurrency": 0}), "controllers[0].max_concurrency: expected a whole number from 1"),
-    (controllers({**OPENAI, "tier": 0}), "controllers[0].tier: expected a whole number from 1"),
+    (
+        controllers({"config_file": "no.json"}),
+        "controllers[0].config_file: expected the path",
+    ),
+    (
+        controllers({"config_file": "chatgpt-apiserver.json"}),
+        "chatgpt-apiserver.json: controllers: unknown key",
+    ),
+    (
+        controllers({**OPENAI, "weight": 10**400}),
+        "controllers[0].weight: expected a whole number",
+    ),
+    (
+        controllers({**OPENAI, "max_concurrency": 0}),
+        "controllers[0].max_concurrency: expected a whole number from 1",
+    ),
+    (
+        controllers({**OPENAI, "tier": 0}),
+        "controllers[0].tier: expected a whole number from 1",
+    ),
     ({"affinity": "no"}, "affinity: expected true or false"),
     (controllers({**OPENAI, "models": []}), "controllers[0].models: expected"),
     (controllers({**OPENAI, "models": "m"}), "controllers[0].models: expected"),
     (controllers({**OPENAI, "models": ["m", 5]}), "controllers[0].models[1]: expected"),
     (controllers({**OPENAI, "models": {"a": ""}}), "controllers[0].models.a: expected"),
-    (controllers({**OPENAI, "limit": {"per": "day"}}), 'controllers[0].limit: expected a limit'),
-    (controllers({**OPENAI, "name": "mock"}), "controllers[0].name: expected another name"),
-    (controllers({**OPENAI, "name": "a\nb"}), "controllers[0].name: expected printable text"),
-    (controllers({**OPENAI, "name": "a"}, {**OPENAI, "name": "a"}), "controllers[1].name: controllers[0] has"),
-    (controllers({**OPENAI, "name": "openai-2"}, OPENAI), "controllers[1].name: controllers[0] has"),
-    (openai(api_key="SECRET two"), "controllers[0].config.api_key: expected a key of printable ASCII"),
-    (openai(api_key="env:NOT_SET"), "api_key: the environment variable NOT_SET is not set"),
-    (openai(api_key="env:sk-SECRET"), "api_key: the environment variable named here is not set"),
-    (openai(base_url="ftp://h"), "controllers[0].config.base_url: expected the http or https URL"),
-    *((openai(base_url=url), "base_url: expected") for url in (
-        "api.openai.com/v1", "https://u:SECRET@h/v1", "https://h/v1?key=SECRET",
-        "https://h:70000/v1", "https://h:0/v1", "https://[::1/v1", "https:///v1",
-        "https://h/v1\n")),
+    (
+        controllers({**OPENAI, "limit": {"per": "day"}}),
+        "controllers[0].limit: expected a limit",
+    ),
+    (
+        controllers({**OPENAI, "name": "mock"}),
+        "controllers[0].name: expected another name",
+    ),
+    (
+        controllers({**OPENAI, "name": "a\nb"}),
+        "controllers[0].name: expected printable text",
+    ),
+    (
+        controllers({**OPENAI, "name": "a"}, {**OPENAI, "name": "a"}),
+        "controllers[1].name: controllers[0] has",
+    ),
+    (
+        controllers({**OPENAI, "name": "openai-2"}, OPENAI),
+        "controllers[1].name: controllers[0] has",
+    ),
+    (
+        openai(api_key="SECRET two"),
+        "controllers[0].config.api_key: expected a key of printable ASCII",
+    ),
+    (
+        openai(api_key="env:NOT_SET"),
+        "api_key: the environment variable NOT_SET is not set",
+    ),
+    (
+        openai(api_key="env:sk-SECRET"),
+        "api_key: the environment variable named here is not set",
+    ),
+    (
+        openai(base_url="ftp://h"),
+        "controllers[0].config.base_url: expected the http or https URL",
+    ),
+    *(
+        (openai(base_url=url), "base_url: expected")
+        for url in (
+            "api.openai.com/v1",
+            "https://u:SECRET@h/v1",
+            "https://h/v1?key=SECRET",
+            "https://h:70000/v1",
+            "https://h:0/v1",
+            "https://[::1/v1",
+            "https:///v1",
+            "https://h/v1\n",
+        )
+    ),
     (openai(proxy="socks5://h:1"), "proxy: expected a proxy such as http://host:port"),
     (openai(proxy="http://u:SECRET@h:1/path"), "proxy: expected a proxy"),
     (openai(proxy="http://u:SEC#RET@h:1"), "proxy: expected a proxy"),
     (openai(first_byte_timeout=0), "first_byte_timeout: expected seconds, above 0"),
-    (openai(ca_file="no.pem"), "ca_file: expected the path of a file"))  # fmt: skip
+    (openai(ca_file="no.pem"), "ca_file: expected the path of a file"),
+)
 def test_mistaken_file_is_one_line_with_its_place(load, file, expected):
     line = mistake(load, file=file)
     assert line.startswith("chatgpt-apiserver.json: ") and expected in line
@@ -14569,15 +15545,22 @@ def test_openai_api_key_is_a_controller_when_the_file_has_none(load):
     assert same.controllers == plain.controllers
 
 
-@cases("url, environ, expected", ("https://h/v1", {}, None),
+@cases(
+    "url, environ, expected",
+    ("https://h/v1", {}, None),
     ("https://h/v1", {"https_proxy": "http://p:1/"}, "http://p:1"),
     ("https://h/v1", {"HTTPS_PROXY": "http://p:1"}, "http://p:1"),
-    ("https://h/v1", {"https_proxy": "http://p:1", "HTTPS_PROXY": "http://q:1"}, "http://p:1"),
+    (
+        "https://h/v1",
+        {"https_proxy": "http://p:1", "HTTPS_PROXY": "http://q:1"},
+        "http://p:1",
+    ),
     ("https://h/v1", {"https_proxy": "", "HTTPS_PROXY": "http://q:1"}, None),
     ("https://h/v1", {"https_proxy": "p:1"}, "http://p:1"),
     ("https://h/v1", {"http_proxy": "http://p:1"}, None),
     ("http://h/v1", {"https_proxy": "http://p:1"}, None),
-    ("http://h/v1", {"https_proxy": "socks5://not:used"}, None))  # fmt: skip
+    ("http://h/v1", {"https_proxy": "socks5://not:used"}, None),
+)
 def test_https_proxy_holds_for_https_urls(load, url, environ, expected):
     config = load(environ=environ, file=openai(base_url=url))
     assert config.controllers[0]["proxy"] == expected
@@ -14594,11 +15577,27 @@ def test_own_proxy_wins_over_the_environments(load):
 @cases("host", "h.example.com", "H.Example.Com:8443", "[::1]:443", "[::1]")
 def test_no_proxy_means_what_it_means_to_urllib(load, host):
     for no_proxy in (
-        "", "*", ".", "h.example.com", "EXAMPLE.com", ".example.com", "ample.com",
-        "other.org", "other.org, example.com", "example.com:8443", "example.com:443",
-        "com", ",", " , ", "[::1]", "::1", "x*", "h.example.com.", "..example.com",
+        "",
+        "*",
+        ".",
+        "h.example.com",
+        "EXAMPLE.com",
+        ".example.com",
+        "ample.com",
+        "other.org",
+        "other.org, example.com",
+        "example.com:8443",
+        "example.com:443",
+        "com",
+        ",",
+        " , ",
+        "[::1]",
+        "::1",
+        "x*",
+        "h.example.com.",
+        "..example.com",
         "example.com:",
-    ):  # fmt: skip
+    ):
         environ = {"https_proxy": "http://p:1", "NO_PROXY": no_proxy}
         config = load(environ=environ, file=openai(base_url=f"https://{host}/v1"))
         bypass = urllib.request.proxy_bypass_environment(host, {"no": no_proxy})
@@ -14617,8 +15616,26 @@ def test_repr_shows_no_secret(load):
 
 def mutated(value, rng):
     """A JSON document with one thing in it exchanged, renamed or taken away."""
-    odd = [None, True, 0, -1, 1e400, 10**30, "", "env:X", "env:", "\ud800", "x\ny",
-           [], {}, [[]], {"a": []}, "http://[", "<API_KEY>", float("nan")]  # fmt: skip
+    odd = [
+        None,
+        True,
+        0,
+        -1,
+        1e400,
+        10**30,
+        "",
+        "env:X",
+        "env:",
+        "\ud800",
+        "x\ny",
+        [],
+        {},
+        [[]],
+        {"a": []},
+        "http://[",
+        "<API_KEY>",
+        float("nan"),
+    ]
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         changed = dict(value)
@@ -14646,19 +15663,37 @@ def test_tiers_and_affinity_are_settings(load, tmp_path):
 def test_mutated_documents_are_a_config_or_one_line(load, tmp_path):
     rng = random.Random(50)
     whole = {
-        "port": "8080", "listen": "::", "api_key": "k", "users": "u.json",
-        "pool": {"type": "random"}, "agents": {"auth": "key"}, "limits": {"agents": 1},
-        "upstream_errors": "pass", "tls_cert": __file__, "tls_key": __file__,
+        "port": "8080",
+        "listen": "::",
+        "api_key": "k",
+        "users": "u.json",
+        "pool": {"type": "random"},
+        "agents": {"auth": "key"},
+        "limits": {"agents": 1},
+        "upstream_errors": "pass",
+        "tls_cert": __file__,
+        "tls_key": __file__,
         "controllers": [
-            {"type": "openai", "name": "a", "weight": 2, "models": {"a": "b"},
-             "max_concurrency": 2, "account": "x",
-             "limit": {"requests": 1, "tokens": 2, "per": "hour"},
-             "config": {"api_key": "SECRET", "base_url": "https://h:1/v1",
-                        "proxy": "http://u:SECRET@p:1", "ca_file": __file__,
-                        "verify": False, "first_byte_timeout": 3.5}},
+            {
+                "type": "openai",
+                "name": "a",
+                "weight": 2,
+                "models": {"a": "b"},
+                "max_concurrency": 2,
+                "account": "x",
+                "limit": {"requests": 1, "tokens": 2, "per": "hour"},
+                "config": {
+                    "api_key": "SECRET",
+                    "base_url": "https://h:1/v1",
+                    "proxy": "http://u:SECRET@p:1",
+                    "ca_file": __file__,
+                    "verify": False,
+                    "first_byte_timeout": 3.5,
+                },
+            },
             {"type": "openai", "models": ["m", "n"], "config": {"api_key": ""}},
         ],
-    }  # fmt: skip
+    }
     assert len(load(file=whole).controllers) == 2
     outcomes = set()
     for _ in range(600):
@@ -14919,13 +15954,18 @@ async def test_the_readmes_blocks_do_what_it_says(tmp_path):
             newcomer.close()
 
 
-@cases("program, arguments, start, file, bad",
+@cases(
+    "program, arguments, start, file, bad",
     ("nginx", "-t -c", "# A user's token", "nginx.conf", "warn"),
     ("haproxy", "-c -f", "global", "haproxy.cfg", "WARN"),
-    ("systemd-analyze", "verify --man=no", "# /etc/systemd",
-     "chatgpt-apiserver@.service",
-     "chatgpt-apiserver"),
-)  # fmt: skip
+    (
+        "systemd-analyze",
+        "verify --man=no",
+        "# /etc/systemd",
+        "chatgpt-apiserver@.service",
+        "chatgpt-apiserver",
+    ),
+)
 def test_others_read_the_readmes_lines(tmp_path, program, arguments, start, file, bad):
     if not shutil.which(program):
         pytest.skip(f"there is no {program}")
