@@ -6190,7 +6190,8 @@ class FunctionController(Controller):
         if any(is_kind(function) for is_kind in kinds):
             result = function(body)  # nothing of it has run yet
         else:
-            result = await self._in_thread(function, body)
+            # By next(): StopIteration cannot leave a thread's future.
+            result = await self._next(map(function, [body]))
         return await result if inspect.isawaitable(result) else result
 
     @staticmethod
@@ -6276,7 +6277,7 @@ class FunctionController(Controller):
             return _END
 
 
-_END = object()  # of a plain iterator: StopIteration cannot leave a thread's future
+_END = object()  # of a plain iterator
 
 
 # --- Mock models: always there, asked only by name

@@ -8418,7 +8418,7 @@ async def test_of_other_errors_the_client_learns_nothing(tmp_path, caplog, error
         raise error
         yield
 
-    for function in (plain, generator)[isinstance(error, StopIteration) :]:
+    for function in (plain, generator):
         controller = FunctionController(function, name="f")
         async with serving(tmp_path, controller) as server:
             for stream in (False, True, False, False):
