@@ -5431,7 +5431,7 @@ class Controller:
         self.switched_off = False  # by the administrator
         self.paused = False  # by its owner, of an agent
         self.current = 0.0  # of smooth weighted round robin
-        self.in_flight = 0  # also those whose client has gone, but their work has not
+        self.in_flight = 0  # requests that have a slot of it
         self.requests = 0
         self.failures = 0
         self.tokens = 0
