@@ -1972,6 +1972,7 @@ class ChatWriter:
         self.like = {**like, "id": like["id"].replace("chatcmpl-", self.ID)}
         self.sent = sent
         self._role = {"role": "assistant"}
+        self._calls = 0  # of tools, that have begun
 
     def _chunk(self, choices: list[JSONObject], **more: Any) -> JSONObject:
         start = {"id": None, "object": self.OBJECT, **self.like}
@@ -1981,9 +1982,12 @@ class ChatWriter:
         return sse_event(encode_json(self._chunk(choices, **more)))
 
     def _choice(self, delta: JSONObject, *place: Any) -> JSONObject:
-        calls = delta.get("tool_calls") or ()
+        calls = []
+        for call in delta.get("tool_calls") or ():
+            begins = call.get("id") or as_object(call.get("function")).get("name")
+            self._calls += bool(begins)
+            calls.append({"index": max(0, self._calls - 1), **call})
         if calls:  # only streams have an index
-            calls = [{"index": number, **call} for number, call in enumerate(calls)]
             delta = {**delta, "tool_calls": calls}
         return choice_of("delta", delta, *place)
 
@@ -2007,7 +2011,7 @@ class ChatWriter:
         self.like.update({k: completion[k] for k in keys if completion.get(k)})
         events = []
         for choice in completion.get("choices") or []:
-            index = choice.get("index", 0)
+            index, self._calls = choice.get("index", 0), 0
             delta = {k: v for k, v in choice["message"].items() if v is not None}
             whole = self._choice(delta, None, index, choice.get("logprobs"))
             last = self._choice({}, choice.get("finish_reason"), index)

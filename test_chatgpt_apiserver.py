@@ -8368,6 +8368,19 @@ async def test_a_function_may_call_tools(tmp_path):
 
 
 @flow
+async def test_tool_calls_that_come_one_by_one_are_not_taken_for_one(tmp_path):
+    def answer(request):
+        for id in ("call-1", "call-2"):
+            yield {"tool_calls": [tool_call(id, arguments="{")]}
+            yield {"tool_calls": [{"function": {"arguments": "}"}}]}
+
+    async with serving(tmp_path, FunctionController(answer)) as server:
+        *events, _ = (await chat(server, stream=True)).events()
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:4]]
+        assert [d["tool_calls"][0]["index"] for d in deltas] == [0, 0, 1, 1]
+
+
+@flow
 async def test_a_whole_answer_has_no_index_of_a_tool_call(tmp_path):
     def answer(request):
         yield {"tool_calls": [{"index": 0, **tool_call("call-1")}]}
