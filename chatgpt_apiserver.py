@@ -1505,9 +1505,10 @@ def read_usage(value: Any) -> Usage:
     """The token counts of a usage object in any dialect."""
     fields = as_object(value)
     details = fields.get("prompt_tokens_details") or fields.get("input_tokens_details")
+    found = {"cached_tokens": as_object(details).get("cached_tokens"), **fields}
     counts = {
         key: count
-        for key, count in {**as_object(details), **fields}.items()
+        for key, count in found.items()
         if type(count) is int and 0 < count < 1 << 48
     }.get
     sent = counts("prompt_tokens") or counts("input_tokens", 0)

@@ -3140,6 +3140,12 @@ def test_error_object_has_all_four_fields():
         b'"cache_read_input_tokens":10,"cache_creation_input_tokens":5}}',
         (16, 10, 4),
     ),
+    # DashScope's: prompt_tokens are all of them.
+    (
+        b'{"usage":{"prompt_tokens":9,"completion_tokens":1,"prompt_tokens_details":'
+        b'{"cached_tokens":2,"cache_creation_input_tokens":7}}}',
+        (9, 2, 1),
+    ),
 )
 def test_usage_is_found_in_an_answers_bytes(content, usage):
     assert apiserver.find_usage(content) == apiserver.Usage(*usage)
