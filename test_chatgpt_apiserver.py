@@ -2721,6 +2721,7 @@ FORM_MODEL = ('Content-Disposition: form-data; name="model"', "mine")
     (FORM, [("X: y\r\nContent-Disposition : form-data; name=model", "theirs")]),
     (FORM, [("Content-Disposition: x; name=x\r\n" + FORM_MODEL[0], "theirs")]),
     (FORM, [(FORM_MODEL[0], "theirs" + " " * 1000)]),
+    (FORM, [("Content-Disposition: form-data; name=x; y=" + "z" * 9000, "theirs")]),
     ('multipart/form-data; x="; boundary=B"; boundary=C', []),
     ("multipart/form-data; boundary=B; boundary*=''C", []),
 )
