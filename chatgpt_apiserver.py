@@ -1763,10 +1763,11 @@ class SSEDecoder:
         rest = self._rest
         if self._began and not self._by_line and not rest and data.endswith(b"\n\n"):
             return data
-        searched = max(0, len(rest) - 3)  # a huge event is not searched again
+        searched = max(0, len(rest) - 7)  # a huge event is not searched again
         rest += data
-        if not self._began and (b"\n" in data or b"\r" in data):  # once for a line
-            self._look_at_first_event()
+        ends = (b"\n", b"\r")
+        if not self._began and any(rest.find(end, searched) >= 0 for end in ends):
+            self._look_at_first_event()  # a few times for a line
         if self._by_line:
             end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1
         elif rest.find(b"\r", searched) >= 0:
@@ -1806,6 +1807,8 @@ def split_events(block: bytes) -> Iterator[tuple[bytes, bytes | None]]:
         raw = block[at : match.end()]
         at = match.end()
         yield raw, event_data(raw)
+    if at < len(block):  # by line, the next event's name may be the last
+        yield block[at:], None
 
 
 def event_data(raw: bytes) -> bytes | None:

@@ -3239,6 +3239,24 @@ def test_events_that_end_in_one_newline_are_events_however_cut(names, end):
         assert api_events(out) == events and stream.began
 
 
+@cases("end", b"\n", b"\r\n", b"\r")
+def test_events_that_end_in_one_newline_keep_their_names_however_cut(end):
+    """Anthropic's SDK passes over events without one."""
+    start, stop = b'{"type": "message_start"}', b'{"type": "message_stop"}'
+    lines = b"event: message_start", b"data: " + start, b"event: message_stop"
+    data = end.join((*lines, b"data: " + stop, b""))
+    for _, out in api_every_cut(apiserver.MessagesStream, data):
+        events = re.findall(rb"event: (\w+)\s+data: (.*)", out)
+        assert events == [(b"message_start", start), (b"message_stop", stop)]
+
+
+def test_two_events_without_a_last_newline_are_two_however_cut():
+    events = [b'{"choices": [{"finish_reason": "stop"}]}', b"[DONE]"]
+    data = b"data: " + b"\ndata: ".join(events)
+    for _, out in api_every_cut(apiserver.CompletionStream, data):
+        assert api_events(out) == events
+
+
 def test_one_event_of_many_lines_stays_one():
     """Half of a JSON text is none: its lines are no events."""
     data = b'data: {"a":\ndata: [1,\ndata: 2]}\n\ndata: {"b": 1}\n\n'
