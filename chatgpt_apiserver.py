@@ -2302,7 +2302,8 @@ class Dialect:
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
         """What looks at the stream that answers a request."""
-        return self.stream(request.counts_usage, request.choices, max_size)
+        stream = self.stream if self.generates else EventStream
+        return stream(request.counts_usage, request.choices, max_size)
 
     def events(self, answer: JSONObject) -> bytes | None:
         """A whole answer as the stream that was asked for; None: as it is."""

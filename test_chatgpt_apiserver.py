@@ -3629,6 +3629,12 @@ def test_anthropics_name_of_each_status(status, kind):
     assert json.loads(content)["error"]["type"] == "api_error"
 
 
+@cases("path", "/v1/messages/other", "/v1/messages/count_tokens")
+def test_a_stream_below_messages_has_no_last_event(path):
+    stream = apiserver.dialect_of(path).open_stream(APIRequest(path), 1000)
+    assert stream.receive(b"data: a\n\n") + stream.end() == b"data: a\n\n"
+
+
 # --- Requests
 
 
