@@ -2547,6 +2547,14 @@ def find_turn(body: JSONObject) -> Turn:
     )
 
 
+def plain_form(content: bytes) -> bytes:
+    """content, but a form with the same boundary: SDKs draw it anew."""
+    if content[:2] != b"--":
+        return content
+    boundary = content[:72].partition(b"\r\n")[0]
+    return content.replace(boundary, b"--boundary")
+
+
 class APIRequest:
     """A request to a controller, understood as far as routing needs.
 
@@ -2640,21 +2648,13 @@ class APIRequest:
         """What an upstream is asked for: path and query."""
         return f"{self.path}?{self.query}" if self.query else self.path
 
-    @property
-    def plain_content(self) -> bytes:
-        """The content, but a form with the same boundary: SDKs draw it anew."""
-        if self.content[:2] != b"--":
-            return self.content
-        boundary = self.content[:72].partition(b"\r\n")[0]
-        return self.content.replace(boundary, b"--boundary")
-
     @functools.cached_property
     def digest(self) -> bytes:
         """A SHA-256 of the content: what is sent again has the same one."""
-        content, size = self.plain_content, self.KEPT_SIZE // 2
+        content, size = self.content, self.KEPT_SIZE // 2
         if len(content) > 2 * size:  # 32 MiB would hold up all others for 0.1 s
-            content = b"%d" % len(content) + content[:size] + content[-size:]
-        return hashlib.sha256(content).digest()
+            content = content[:size] + content[-size:] + b"%d" % len(content)
+        return hashlib.sha256(plain_form(content)).digest()
 
     @functools.cached_property
     def turn(self) -> Turn:
@@ -6592,7 +6592,7 @@ class TapeController(Controller):
         """What was asked, as it is recorded."""
         if request.is_json:
             return request.body
-        return base64.b64encode(request.plain_content).decode()
+        return base64.b64encode(plain_form(request.content)).decode()
 
     def _comparable(self, content: Any) -> Any:
         if not self.ignore or not isinstance(content, dict):

@@ -2739,6 +2739,16 @@ def test_a_form_of_a_million_parts_is_not_taken_apart():
         assert memory()[1] < 2 * len(content)
 
 
+def test_a_long_form_sent_again_is_known_by_its_start_and_end():
+    """All of it would hold up the others, and take six times its memory."""
+    one, other = (b"--%b\r\n" % name + b"-" * 20_000_000 for name in (b"a", b"b"))
+    with traced() as memory:
+        digest = APIRequest("/v1/audio/x", one).digest
+        assert memory()[1] < 10_000_000
+    assert APIRequest("/v1/audio/x", other).digest == digest
+    assert APIRequest("/v1/audio/x", one + b"-").digest != digest
+
+
 # --- Chat requests
 
 
