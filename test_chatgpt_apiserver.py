@@ -7146,6 +7146,37 @@ async def test_who_waits_is_woken_when_a_controller_opens_again(clock, why):
 
 
 @flow
+async def test_a_user_with_many_kinds_of_request_in_the_queue_slows_nobody():
+    """Each slot that is given back looks at a few of them, the next look at all."""
+    looks = []
+
+    class Busy(FunctionController):
+        def serves(self, model):
+            looks.append(model)
+            return super().serves(model)
+
+    busy = Busy(
+        str, name="busy", models=["*", *map(str, range(300))], max_concurrency=1
+    )
+    pool = pool_with(busy, pool_function("other", models=["other"]))
+    await pool_acquire(pool, model="0")
+    waiting = [
+        asyncio.ensure_future(pool_acquire(pool, model=str(number), user="many"))
+        for number in range(300)
+    ]
+    await until(lambda: pool.waiting == 300)
+    looks.clear()
+    request = pool_request(model="other")
+    pool.release(await pool.acquire(request, []), request)
+    assert len(looks) < 150, len(looks)
+    pool.add(pool_function("late", models=["299"]))
+    assert (await asyncio.wait_for(waiting[299], 2)).name == "late"
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@flow
 async def test_a_controller_may_be_added_from_another_thread():
     pool = pool_with(pool_function("busy", max_concurrency=1))
     await pool_acquire(pool)
