@@ -9086,13 +9086,13 @@ class Reply:
         self.fields = fields  # of each head, whatever the answer
 
     @property
-    def content_is_here(self) -> bool:
+    def content_buffered(self) -> bool:
         """Whether the whole of the request's content is in the buffer."""
         length = self.request.content_length
         return length is not None and length <= len(self.connection.buffer)
 
     def _make_head(self, status: int, fields: list[tuple[str, str]]) -> bytes:
-        if self.content_left and not self.content_is_here:
+        if self.content_left and not self.content_buffered:
             self.close = True  # what is left of it would be taken for a request
         fields += self.fields
         now = unix_time()
@@ -9563,7 +9563,7 @@ An OpenAI-compatible API in front of upstreams, agents and Python functions.
 # --- Who may ask
 
 
-class Who(enum.Enum):
+class Access(enum.Enum):
     """Whose requests a route serves; see authorize()."""
 
     ANYBODY = "no key is needed"
@@ -9583,32 +9583,32 @@ _FOR_AGENTS = "A user's token cannot register an agent."
 _FOR_THE_ADMINISTRATOR = "This is for the administrator's key."
 
 
-def authorize(exchange: Exchange, who: Who, body: JSONObject) -> None:
+def authorize(exchange: Exchange, access: Access, body: JSONObject) -> None:
     """Check that whoever asks may use a route, and set exchange.user.
 
     Raise APIError: 401 for no or a wrong key, 403 for one that may not.
     """
-    if who is Who.ANYBODY:
+    if access is Access.ANYBODY:
         return
     server = exchange.server
     tokens = credentials(exchange)
-    if who is Who.ADMIN:
+    if access is Access.ADMIN:
         key = body.pop("admin_key", exchange.query.get("admin_key"))
         tokens = [key] if isinstance(key, str) else tokens
     if not tokens:
-        admit_keyless(exchange, who)
+        admit_keyless(exchange, access)
         return
     known = filter(None, map(server.authenticate, tokens))
     user = next(known, None)
     if user is not None and unix_time() >= user.expires:
         user = next((other for other in known if unix_time() < other.expires), user)
     if user is None:
-        name = "admin" if who is Who.ADMIN else "API"
+        name = "admin" if access is Access.ADMIN else "API"
         raise APIError(401, f"Invalid {name} key", code="invalid_api_key")
     exchange.user = user
     if user is not server.admin:
-        if user.role != who.name.lower():
-            refusal = _FOR_AGENTS if who is Who.AGENT else _FOR_THE_ADMINISTRATOR
+        if user.role != access.name.lower():
+            refusal = _FOR_AGENTS if access is Access.AGENT else _FOR_THE_ADMINISTRATOR
             raise APIError(403, _ROLES_ONLY.get(user.role, refusal))
         if unix_time() >= user.expires:
             text = f"This token expired at {rfc3339(user.expires)}; ask for another."
@@ -9628,22 +9628,22 @@ def credentials(exchange: Exchange) -> list[str]:
     return [token for token in (*tokens, exchange.token) if token]
 
 
-def admit_keyless(exchange: Exchange, who: Who) -> None:
+def admit_keyless(exchange: Exchange, access: Access) -> None:
     """Accept a request without a key where that is allowed; APIError 401 or 403."""
-    name = "Admin" if who is Who.ADMIN else "API"
+    name = "Admin" if access is Access.ADMIN else "API"
     missing = APIError(401, f"{name} key not provided", code="invalid_api_key")
-    if who not in (Who.AGENT, Who.LOCAL):
+    if access not in (Access.AGENT, Access.LOCAL):
         raise missing
     server, peer = exchange.server, exchange.connection.peer
     auth = server.agents_auth
-    if who is Who.AGENT and auth == "open":
+    if access is Access.AGENT and auth == "open":
         return
     reason = not_local(exchange.request, peer)
     if not reason and auth == "key":
         reason = "every agent needs a key here"
     if not reason:
         return
-    if who is Who.LOCAL:
+    if access is Access.LOCAL:
         raise missing
     server.report(
         f"an agent from {peer} was refused: it has no key, and {reason}."
@@ -9992,7 +9992,7 @@ async def do_admin_status(exchange: Exchange) -> None:
     exchange.reply.send(304 if known else 200, content, fields)
 
 
-async def do_requests_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
+async def do_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/requests/cancel: the client is told, the controller stops."""
     running, id = exchange.server.running_requests, text_field(body, "request_id")
     found = [each for each in running if each.id == id]  # the client's own, or ours
@@ -10192,14 +10192,14 @@ class Route(NamedTuple):
     """A route, and what is settled before it runs.
 
     method  of HTTP; HEAD goes where GET goes
-    who     may ask
+    access  who may use it
     answer  sends an answer, or gives what is sent as JSON
     reads   the request's content, raw or parsed; None: it has none
     limit   name of the limit on the content's size
     """
 
     method: str
-    who: Who
+    access: Access
     answer: Callable[..., Coroutine[Any, Any, JSONObject | None]]
     reads: Callable[[Exchange, float], Coroutine[Any, Any, Any]] | None = None
     limit: str = "admin_content_size"
@@ -10212,34 +10212,34 @@ class Route(NamedTuple):
 
 # By path; one that ends in a slash stands for all below it.
 ROUTES = {
-    "/": Route("GET", Who.ANYBODY, do_about),
-    "/agent.py": Route("GET", Who.ANYBODY, do_source),
-    "/health": Route("GET", Who.ANYBODY, do_health),
-    "/status": Route("GET", Who.ANYBODY, do_status),
-    "/livez": Route("GET", Who.ANYBODY, do_health),
-    "/readyz": Route("GET", Who.ANYBODY, do_ready),
-    "/metrics": Route("GET", Who.MONITOR, do_metrics),
-    "/client/register": Route("GET", Who.AGENT, do_register),
-    "/api/connections": Route("GET", Who.LOCAL, do_connections),
-    "/api/ask": Route("POST", Who.USER, do_ask, read_body, "ask_content_size"),
-    "/admin/users": Route("GET", Who.ADMIN, do_users),
-    "/admin/users/add": Route("POST", Who.ADMIN, do_users_add, read_body),
-    "/admin/users/update": Route("POST", Who.ADMIN, do_users_update, read_body),
-    "/admin/users/delete": Route("POST", Who.ADMIN, do_users_delete, read_body),
-    "/admin/usage": Route("GET", Who.ADMIN, do_usage),
-    "/admin/status": Route("GET", Who.ADMIN, do_admin_status),
-    "/admin/requests/cancel": Route("POST", Who.ADMIN, do_requests_cancel, read_body),
-    "/admin/controllers": Route("GET", Who.ADMIN, do_controllers),
-    "/admin/controllers/enable": Route("POST", Who.ADMIN, do_enable, read_body),
-    "/admin/controllers/disable": Route("POST", Who.ADMIN, do_disable, read_body),
-    "/admin/agents/pause": Route("POST", Who.ADMIN, do_agents_pause, read_body),
+    "/": Route("GET", Access.ANYBODY, do_about),
+    "/agent.py": Route("GET", Access.ANYBODY, do_source),
+    "/health": Route("GET", Access.ANYBODY, do_health),
+    "/status": Route("GET", Access.ANYBODY, do_status),
+    "/livez": Route("GET", Access.ANYBODY, do_health),
+    "/readyz": Route("GET", Access.ANYBODY, do_ready),
+    "/metrics": Route("GET", Access.MONITOR, do_metrics),
+    "/client/register": Route("GET", Access.AGENT, do_register),
+    "/api/connections": Route("GET", Access.LOCAL, do_connections),
+    "/api/ask": Route("POST", Access.USER, do_ask, read_body, "ask_content_size"),
+    "/admin/users": Route("GET", Access.ADMIN, do_users),
+    "/admin/users/add": Route("POST", Access.ADMIN, do_users_add, read_body),
+    "/admin/users/update": Route("POST", Access.ADMIN, do_users_update, read_body),
+    "/admin/users/delete": Route("POST", Access.ADMIN, do_users_delete, read_body),
+    "/admin/usage": Route("GET", Access.ADMIN, do_usage),
+    "/admin/status": Route("GET", Access.ADMIN, do_admin_status),
+    "/admin/requests/cancel": Route("POST", Access.ADMIN, do_cancel, read_body),
+    "/admin/controllers": Route("GET", Access.ADMIN, do_controllers),
+    "/admin/controllers/enable": Route("POST", Access.ADMIN, do_enable, read_body),
+    "/admin/controllers/disable": Route("POST", Access.ADMIN, do_disable, read_body),
+    "/admin/agents/pause": Route("POST", Access.ADMIN, do_agents_pause, read_body),
     "/v1/chat/completions": Route(
-        "POST", Who.USER, do_chat_completions, Exchange.read_content, "content_size"
+        "POST", Access.USER, do_chat_completions, Exchange.read_content, "content_size"
     ),
-    "/v1/usage": Route("GET", Who.USER, do_usage),
-    "/v1/models": Route("GET", Who.USER, do_models),
-    "/v1/models/": Route("GET", Who.USER, do_model),
-    "/v1/": Route("POST", Who.USER, do_api, Exchange.read_content, "content_size"),
+    "/v1/usage": Route("GET", Access.USER, do_usage),
+    "/v1/models": Route("GET", Access.USER, do_models),
+    "/v1/models/": Route("GET", Access.USER, do_model),
+    "/v1/": Route("POST", Access.USER, do_api, Exchange.read_content, "content_size"),
 }
 
 
@@ -10282,13 +10282,13 @@ async def follow_route(exchange: Exchange) -> None:
         return
     route = check_method(exchange, found)
     arguments: list[Any] = []
-    if route.who is not Who.ADMIN:  # its key may be in the content
-        authorize(exchange, route.who, {})
+    if route.access is not Access.ADMIN:  # its key may be in the content
+        authorize(exchange, route.access, {})
     if route.reads is not None:
         limit = getattr(exchange.server.limits, route.limit)
         arguments.append(await route.reads(exchange, limit))
-    if route.who is Who.ADMIN:
-        authorize(exchange, route.who, arguments[0] if arguments else {})
+    if route.access is Access.ADMIN:
+        authorize(exchange, route.access, arguments[0] if arguments else {})
     value = await route.answer(exchange, *arguments)
     if value is not None:
         exchange.reply.send(200, encode_json(value))
@@ -10444,7 +10444,7 @@ class RequestHandler:
         finally:
             known = exchange.path in ROUTES or exchange.path in DIALECTS
             exchange.end(exchange.path if known else "other")
-        if reply.content_left and reply.content_is_here:
+        if reply.content_left and reply.content_buffered:
             del self.connection.buffer[: exchange.request.content_length]
         elif reply.content_left:  # nobody has read it: it was refused before that
             reply.close = True
@@ -10511,7 +10511,7 @@ def connection_limit(limits: Limits) -> int:
     return int(limits.connections) or min(4096, most)
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
+async def cancel_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
     """Cancel tasks, and wait until they have let go of what they hold."""
     running = set(tasks)
     # Again if one was lost: wait_for() loses some before Python 3.12, and a function
@@ -10523,7 +10523,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
             _, running = await asyncio.wait(running, timeout=1)
 
 
-class Endable:
+class Stoppable:
     """What runs until it is asked to end: once gently, twice at once."""
 
     _asked: asyncio.Future[None] | None = None  # done once it was; made at the start
@@ -10542,14 +10542,14 @@ class Endable:
         """Whether it has been asked to end."""
         return self._asked is not None and self._asked.done()
 
-    async def _wait_for(self, running: Callable[[], object], seconds: float) -> None:
+    async def _wait_while(self, running: Callable[[], object], seconds: float) -> None:
         """Wait until nothing runs, the time is over, or somebody is in a hurry."""
         end = time.monotonic() + seconds
         while running() and not self._hurried and time.monotonic() < end:
             await asyncio.sleep(0.01)
 
 
-class Server(Endable):
+class Server(Stoppable):
     """The whole server.  Nothing happens before it is started.
 
         server = Server(api_key="secret", port=0)
@@ -10765,13 +10765,13 @@ class Server(Endable):
         if self.requests_in_flight:
             count = self.requests_in_flight
             self.report(f"waiting {seconds:.0f} s at most for requests: {count}")
-        await self._wait_for(lambda: self._serves(False), seconds)
+        await self._wait_while(lambda: self._serves(False), seconds)
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
-        await self._wait_for(lambda: self._serves(True), 1.0)
+        await self._wait_while(lambda: self._serves(True), 1.0)
         for each in self.running_requests:
             each.cancel(APIError(503, "The server is shutting down.", retry_after=5))
-        await end_tasks(self._tasks)
+        await cancel_tasks(self._tasks)
         for connection in list(self._handlers):
             connection.abort()
         self.pool.close()
@@ -11033,7 +11033,7 @@ class Server(Endable):
     def _accepted(self, connection: Connection) -> None:
         handler = RequestHandler(self, connection)
         self.debug(f"connection from {connection.peer}")
-        if not self._has_room(connection):
+        if not self._make_room(connection):
             if self.tls is None:
                 handler.turn_away(APIError(503, "Too many connections.", retry_after=1))
             connection.close()
@@ -11041,7 +11041,7 @@ class Server(Endable):
         self._handlers[connection] = handler
         connection.on_hangup = self._spawn(handler.handle()).cancel
 
-    def _has_room(self, connection: Connection) -> bool:
+    def _make_room(self, connection: Connection) -> bool:
         """Whether one more connection is within the limits; an idle one gives way."""
         if len(self._handlers) < self._max_connections:
             return True
@@ -11218,7 +11218,7 @@ class Link:
         finally:
             self.websocket = None
             agent.reached.discard(server_id)
-            await end_tasks(self._tasks)
+            await cancel_tasks(self._tasks)
             websocket.connection.close()
         how = "was lost"
         if websocket.close_code != 1006:
@@ -11384,7 +11384,7 @@ class Link:
             await self.send(id, "ApiData", text)
 
 
-class Agent(Endable):
+class Agent(Stoppable):
     """The dial-in side: makes controllers on this machine part of servers' pools.
 
         agent = Agent("http://my-server:8080", key="...", controllers=[...])
@@ -11478,7 +11478,7 @@ class Agent(Endable):
                 await asyncio.gather(*work)
             await self._drain()
         finally:
-            await end_tasks(work | {link.task for link in self.links.values()})
+            await cancel_tasks(work | {link.task for link in self.links.values()})
             for controller in self.pool.controllers:
                 controller.close()
 
@@ -11489,7 +11489,7 @@ class Agent(Endable):
         running = self._running()
         if running:
             self.report(f"waiting {seconds:.0f} s at most for calls: {len(running)}")
-        await self._wait_for(self._running, seconds)
+        await self._wait_while(self._running, seconds)
         joined = [(x.task, x.websocket) for x in self.links.values() if x.websocket]
         for _, websocket in joined:
             websocket.close(1001, "the agent is shutting down")
