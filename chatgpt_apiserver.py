@@ -6603,8 +6603,8 @@ class TapeController(Controller):
         digest = hashlib.sha256(canonical_json(self._comparable(content))).digest()
         return digest + path.encode("utf-8", "replace")
 
-    def _line_key(self, line: bytes) -> bytes | None:
-        """What a line is found by; None if it is no recording.
+    def _line_key(self, line: bytes) -> tuple[bytes, Any] | None:
+        """The key of a line's recording and its model; None if it holds none.
 
         One that is as we wrote it is not parsed: 100 MB would take seconds.
         """
@@ -6613,9 +6613,13 @@ class TapeController(Controller):
             content = line[head.end() : line.find(_TAPE_CONTENT_END)]
             digest = hashlib.sha256(content).digest()
             if digest.hex().encode() == head[2]:
-                return digest + head[1]
+                model = _TAPE_MODEL.match(content, max(0, content.rfind(b'"model":"')))
+                return digest + head[1], model and json.loads(model[1])
         found = Recording.parse(line)
-        return found and self._key(found.path, found.content)
+        if found is None:
+            return None
+        model = as_object(found.content).get("model")
+        return self._key(found.path, found.content), model
 
     def _load(self) -> list[int]:
         """Index the file if it has changed: others may write to it, and people.
@@ -6628,13 +6632,15 @@ class TapeController(Controller):
         if stamp == self._stamp:
             return []
         index: dict[bytes, int] = {}
+        models: dict[Any, None] = {}
         others: list[int] = []
         at = 0
         with open(self.file, "rb") as file:
             for number, line in enumerate(file, 1):
-                key = self._line_key(line)
-                if key is not None:
-                    index[key] = at
+                found = self._line_key(line)
+                if found is not None:
+                    index[found[0]] = at
+                    models[found[1]] = None
                 elif line.strip():
                     others.append(number)
                 at += len(line)
@@ -6642,6 +6648,8 @@ class TapeController(Controller):
             text = f"it is no tape of version {TAPE_VERSION}"
             raise OSError(errno.EINVAL, text)
         self._index, self._stamp = index, stamp
+        if self.alone:  # else the others may not have them any more
+            self.listed = models_table(m for m in models if isinstance(m, str))
         return others
 
     def _find(self, request: APIRequest) -> Recording | None:
@@ -6706,6 +6714,7 @@ _TAPE_HEAD = re.compile(
     rb'\{"tape": %d, "path": "([^"\\]+)", "sha256": "([0-9a-f]{64})", "content": '
     % TAPE_VERSION
 )
+_TAPE_MODEL = re.compile(rb'"model":("(?:[^"\\]|\\.)*")')
 _TAPE_CONTENT_END = b', "status": '  # with a blank, and unescaped: not in the content
 
 
@@ -6950,6 +6959,12 @@ class Pool:
                 left = {m: at for m, at in self._left.items() if at > oldest}
                 self._left = {**left, **dict.fromkeys(controller.models or (), now)}
                 self._left[None] = now
+
+    @property
+    def reachable(self) -> list[Controller]:
+        """The controllers that can get requests: only the tape while it replays."""
+        alone = self.tape is not None and self.tape.alone
+        return [c for c in self.controllers if c is self.tape or not alone]
 
     def find(self, name: str) -> Controller | None:
         """The controller of a name, or None."""
@@ -9723,7 +9738,7 @@ def list_models(exchange: Exchange) -> dict[str, JSONObject]:
     """The models that a user may use, by their names."""
     assert exchange.user is not None
     owners: dict[str, str] = {}
-    for controller in exchange.server.pool.controllers:
+    for controller in exchange.server.pool.reachable:
         for name in controller.known_models():
             if exchange.user.may_use(name):
                 owners.setdefault(name, controller.type)
@@ -12352,8 +12367,10 @@ def start_screen(server: Server, config: Config) -> str:
         *(f"  WARNING      {warning}" for warning in warnings(config)),
     ]
     where, digest = "another" if config.listen else "this", own_source()[1]
+    mocked = any(c.type == MockController.type for c in server.pool.reachable)
+    try_it = TRY_TEXT.format(url=url) if mocked else "\n"
     join = JOIN_TEXT.format(where=where, url=away, digest=digest) if digest else ""
-    return "\n".join(lines) + TRY_TEXT.format(url=url) + join
+    return "\n".join(lines) + try_it + join
 
 
 def warnings(config: Config) -> list[str]:

@@ -9660,12 +9660,18 @@ def test_a_tape_in_the_configuration(load, tmp_path):
         apiserver.TapeController("a", mode="x")
 
 
-def test_the_start_screen_tells_of_a_tape(tmp_path, tape):
-    tape.write_bytes(recorded(CHAT))
+def test_only_what_a_tape_has_is_shown_while_it_replays(tmp_path, tape):
+    quoted = {**CHAT, "model": 'a "b"', "tools": [{"name": '"model":"x"'}]}
+    edited = recorded({**CHAT, "model": "first"}).replace(b'"first"', b'"edited"')
+    tape.write_bytes(recorded(CHAT) + recorded(quoted) + edited)
     with Program("0", KEY, "--tape", "chat.jsonl", cwd=tmp_path) as program:
         line = program.wait_for("^  Tape +(.*)")[1]
-        assert line == f"{tape} (replay, nobody else is asked; recordings: 1)"
+        assert line == f"{tape} (replay, nobody else is asked; recordings: 3)"
         assert fetch(program.port, "POST", CHAT_URL, CHAT).json() == completion()
+        models = fetch(program.port, "GET", "/v1/models").json()["data"]
+        assert {model["id"] for model in models} == {"m", 'a "b"', "edited"}
+        program.wait_for("SHA-256")  # the last line of the start screen
+        assert not any("mock/echo" in line for line in program.lines)
     tape.write_bytes(b"no tape")
     done = run_python(str(MODULE), "0", KEY, "--tape", "chat.jsonl:auto", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
