@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """An OpenAI-compatible API in front of upstreams, agents and Python functions.
 
-    python chatgpt_apiserver.py 8080 my-secret-key        the server
-    python chatgpt_apiserver.py --help                    its options
+    python chatgpt_apiserver.py 8080 my-secret-key        start the server
+    python chatgpt_apiserver.py --help                    list its options
 
-One file, standard library only, Python 3.9 and newer.  It can be imported too:
+One file, standard library only, Python 3.9 or newer.  It can also be imported:
 
     server = Server(api_key="secret", port=0)
 
@@ -13,41 +13,40 @@ One file, standard library only, Python 3.9 and newer.  It can be imported too:
         return request["messages"][-1]["content"].upper()
 
     with server.running() as url:
-        ...                               # url + "/v1" is any client's base URL
+        ...                               # clients use url + "/v1" as base URL
 
-The file reads downward; each section uses only what stands above it:
+The file reads downward; a section uses only names defined above it:
 
     Limits and timeouts      every bound, with its reason
-    Errors                   what is raised, and answered in one place
+    Errors                   raised anywhere, answered in one place
     HTTP/1.1 messages        bytes in, messages and bytes out; no I/O
     WebSocket                the same for RFC 6455, in both roles
     API messages, events     the same for the OpenAI API's JSON and streams
     Connections              Connection, HTTPClient, WebSocket on asyncio
-    Users, limits, usage     users.json, usage.jsonl: the Ledger counts
-    Controllers              upstream, agent, function, tape: one shape
+    Users, limits, usage     users.json; usage.jsonl, counted by the Ledger
+    Controllers              upstream, agent, function, tape: one interface
     Pool                     balance, queue, fail over, cool down
-    Metrics                  the last requests, and what Prometheus is told
-    The page                 what a browser is shown
-    The log                  lines that never wait for their reader
-    Conversations            what /api/ask goes on with
-    Exchange                 one request and its answer
-    Routes                   who may ask for what, and how it is answered
+    Metrics                  recent requests, and the text for Prometheus
+    The page                 what browsers get
+    The log                  never blocks on a slow reader
+    Conversations            the history behind /api/ask
+    Exchange                 one request and its reply
+    Routes                   who may call what, and the code behind it
     Request handler          a connection's requests, one after the other
-    Server                   what requests share; sockets, tasks, start and stop
+    Server                   shared state; sockets, tasks, start and stop
     Agent                    the side that dials in: the handler's mirror
     Configuration            file, environment, command line; main
 
-A request goes one way down: Connection receives bytes, parse_request_head() makes
-a Request of them, RequestHandler an Exchange; follow_route() authenticates and reads
-the content, the route makes an APIRequest; Pool.call() finds a Controller, whose
-answer() asks an upstream (HTTPClient), an agent (its WebSocket) or a function.  It
-comes back the same way: Answer.read() gives bytes as they come, Call.read() judges
-and counts them, Reply writes them, and Exchange waits where the client is slow.
+A request takes one path: Connection receives bytes, parse_request_head() parses
+them into a Request, RequestHandler makes it an Exchange, follow_route() authenticates
+and reads the content, the route builds an APIRequest, Pool.call() picks a Controller,
+and its answer() asks an upstream (HTTPClient), an agent (WebSocket) or a function.
+The answer comes back the same way: Answer.read() returns bytes as they arrive,
+Call.read() checks and counts them, Reply writes them, Exchange waits for a slow client.
 
-The first event of a stream is awaited before the status goes out; until then a
-failure is answered by another controller, or by a true HTTP status.  A client that
-leaves cancels the task that serves it, and on its way out that task closes what it
-had opened.
+The first event of a stream is awaited before the status is sent: until then, a failed
+attempt moves on to another controller or becomes a true HTTP status.  When a client
+hangs up, the task serving it is cancelled and closes everything it has opened.
 """
 
 from __future__ import annotations
@@ -133,38 +132,38 @@ logger = logging.getLogger("chatgpt_apiserver")
 # Limits and timeouts
 # -----------------------------------------------------------------------------
 #
-# Each limit is checked before anything is stored.  All can be changed: in Python
-# with Limits(head_timeout=5.0), in the configuration file under "limits".  Sizes
-# are bytes, timeouts and intervals are seconds; 0 turns off only what says so.
+# Sizes are checked before anything is stored.  Every limit can be changed: in Python
+# with Limits(head_timeout=5.0), in the configuration file under "limits".  Sizes are
+# in bytes, timeouts and intervals in seconds; 0 means "off" only where noted.
 
 
 class Limits:
-    """The limits and timeouts of one server, each with its reason beside it.
+    """The limits and timeouts of one server.
 
     Keyword arguments change them by name.  Raise TypeError for an unknown name,
-    and ValueError for a value that is not a number, or is negative.
+    and ValueError for a value that is not a number or is out of range.
     """
 
-    # --- A request's head.  Read before anything is known about its sender, so
-    # kept small; h11 takes 16 KiB, nginx 32.
+    # --- Request head.  Read before anything is known about the sender, so kept
+    # small; h11 takes 16 KiB, nginx 32.
     head_size = 32 * 1024
-    # The whole head, from its first byte (or from accept) to the blank line.  One
-    # absolute deadline: a byte now and then does not extend it (slowloris).
+    # From accept, or the first byte, to the blank line.  One absolute deadline:
+    # a byte now and then does not extend it (slowloris).
     head_timeout = 10.0
 
-    # --- A request's content.
-    content_size = 32 * 1024 * 1024  # /v1: images and audio travel inline
-    ask_content_size = 1024 * 1024  # /api/ask: one message of text
+    # --- Request content.
+    content_size = 32 * 1024 * 1024  # /v1: images and audio come inline
+    ask_content_size = 1024 * 1024  # /api/ask: one text message
     admin_content_size = 64 * 1024
-    total_content_size = 256 * 1024 * 1024  # of all requests together, then 503
+    total_content_size = 256 * 1024 * 1024  # all requests together; above it, 503
     content_read_timeout = 15.0  # between two reads
-    content_rate = 512  # bytes per second on average, once 10 s have gone
+    content_rate = 512  # bytes per second on average, enforced after 10 s
 
     # --- Connections from clients.
     keep_alive_timeout = 75.0  # as nginx: longer than the proxies in front
     keep_alive_requests = 1000
-    write_timeout = 30.0  # a peer that takes no byte for so long is cut
-    connections = 0  # 0: from the limit on open files, at most 4,096
+    write_timeout = 30.0  # a peer that takes no byte for this long is cut off
+    connections = 0  # 0: derived from the open file limit, at most 4,096
     requests_in_flight = 4096
     user_requests_in_flight = 0  # 0: off
     user_requests_per_minute = 0  # 0: off
@@ -176,42 +175,42 @@ class Limits:
     # --- Websockets and agents.
     agents = 4096
     message_size = 4 * 1024 * 1024  # accepted from an agent
-    agent_message_size = 48 * 1024 * 1024  # accepted by one: a request's content
+    agent_message_size = 48 * 1024 * 1024  # accepted by an agent: request content
     ping_interval = 20.0  # shorter than the 60 s of NATs and proxies
     pong_timeout = 20.0  # any byte counts as an answer
-    ask_timeout = 120.0  # a version 1 agent's silence; the original's
+    ask_timeout = 120.0  # silence of a version 1 agent; the original's value
 
     # --- Upstreams.
-    connect_timeout = 10.0  # with DNS; also for a proxy's answer, a list of models
+    connect_timeout = 10.0  # includes DNS; also for CONNECT and lists of models
     tls_timeout = 10.0
     first_byte_timeout = 300.0
     silence_timeout = 120.0  # between two reads of an answer
-    heartbeat_interval = 15.0  # comments to a streaming client who waits; 0: none
+    heartbeat_interval = 15.0  # comments to a waiting streaming client; 0: off
     request_timeout = 900.0  # from reading a request to the end of its answer
     response_size = 64 * 1024 * 1024  # an answer that is not streamed
-    event_size = 8 * 1024 * 1024  # one event; an agent's answer that waits unread
-    idle_upstream_timeout = 30.0  # most servers close theirs after 60 s and more
+    event_size = 8 * 1024 * 1024  # one event; the unread part of an agent's answer
+    idle_upstream_timeout = 30.0  # most servers close idle ones after 60 s or more
 
     # --- Failing over and cooling down.
-    attempts = 3  # different controllers asked for one request
+    attempts = 3  # different controllers tried for one request
     cool_rate_limited = 10.0  # after a 429 without a usable Retry-After
     cool_rate_limited_max = 300.0
-    cool_refused = 5.0  # refused connection
+    cool_refused = 5.0  # after a refused connection
     cool_failures = 3  # failures in a row before cooling
     cool_first = 5.0  # doubling each time ...
     cool_max = 60.0  # ... up to this
-    disabled_first = 600.0  # quota or key: asked again after, doubling ...
+    disabled_first = 600.0  # quota or key: retried after this, doubling ...
     disabled_max = 6 * 3600.0  # ... up to this
 
-    # --- What is kept.
-    conversations = 10_000  # of /api/ask with controllers that keep none
+    # --- Stored data.
+    conversations = 10_000  # of /api/ask, where the controller keeps none
     conversations_size = 64 * 1024 * 1024
     conversation_lifetime = 24 * 3600.0
     users = 100_000
     users_file_size = 32 * 1024 * 1024
-    users_poll_interval = 0.5  # for changes by hand or by another server
+    users_poll_interval = 0.5  # for edits by hand or by another server
 
-    # docker kills 10 s after SIGTERM: what runs may finish until then.
+    # Docker kills 10 s after SIGTERM; requests in flight may finish before.
     drain_timeout = 8.0
 
     def __init__(self, **changes: float) -> None:
@@ -221,15 +220,15 @@ class Limits:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number")
             if not 0 <= value < 1e12:  # also refuses NaN
-                raise ValueError(f"{name} must be a number from 0 up")
+                raise ValueError(f"{name} must be a number from 0 to 1e12")
             if isinstance(getattr(Limits, name), int) and value != int(value):
                 raise ValueError(f"{name} must be a whole number")
             if value == 0 and name in ABOVE_ZERO:
-                raise ValueError(f"{name} must be above 0")
+                raise ValueError(f"{name} must be greater than 0")
             setattr(self, name, value)
 
 
-# Nothing waits for no time, or looks again without a pause.
+# A timeout of 0 would let nothing finish, an interval of 0 would be a busy loop.
 ABOVE_ZERO = frozenset(
     name
     for name in vars(Limits)
@@ -238,7 +237,7 @@ ABOVE_ZERO = frozenset(
 
 DEFAULT_LIMITS = Limits()
 
-# Largest piece of an answer read or written at once, where we choose.
+# Bytes of content handled at once, where the choice is ours.
 PIECE_SIZE = 64 * 1024
 
 
@@ -246,12 +245,12 @@ PIECE_SIZE = 64 * 1024
 # Errors
 # -----------------------------------------------------------------------------
 #
-# Raised where they are seen, answered in one place.  Their texts go to people:
-# they say what happened and what to do, and hold no key and no prompt.
+# Raised where the problem is seen, answered in one place.  Messages are for people:
+# what happened and what to do.  None contains a key.
 
 
 class ProtocolError(Exception):
-    """The peer broke HTTP (RFC 9110, 9112); status is the answer it gets."""
+    """The peer broke HTTP (RFC 9110, 9112); status is for the response."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -259,7 +258,7 @@ class ProtocolError(Exception):
 
 
 class WebSocketError(Exception):
-    """The peer broke RFC 6455; close_code (section 7.4.1) is what it is told."""
+    """The peer broke RFC 6455; close_code (section 7.4.1) is for our close frame."""
 
     def __init__(self, close_code: int, message: str) -> None:
         super().__init__(message)
@@ -267,16 +266,16 @@ class WebSocketError(Exception):
 
 
 class APIError(Exception):
-    """A request is refused: the answer's status and error object.
+    """A refused request: the status and error object of the response.
 
-    status       the HTTP status, 400 to 599
-    message      for the person: what happened and what to do
-    type         OpenAI's error type; by default the usual one of the status
+    status       HTTP status, 400 to 599
+    message      for people: what happened and what to do
+    type         OpenAI's error type; by default the usual one for the status
     param, code  OpenAI's fields, or None
-    retry_after  seconds after which trying again makes sense, or None
-    upstream_status  what an upstream answered, where that is the reason
+    retry_after  seconds until a retry makes sense, or None
+    upstream_status  the upstream's status, if that is the reason
 
-    Its reason is what a log may say: never the message, which may quote a prompt.
+    The log gets reason, never message: that may quote the prompt.
     """
 
     TYPES: ClassVar = {
@@ -311,29 +310,28 @@ class APIError(Exception):
 
 
 class Failure(enum.Enum):
-    """What a failed attempt says about the controller that was asked."""
+    """What a failed attempt says about its controller."""
 
-    NONE = "nothing: a fresh request might be answered"
-    RATE_LIMITED = "it said when to come back"
-    REFUSED = "nothing listens there"
-    BROKEN = "a 5xx, a timeout or an unreadable answer: maybe an accident"
-    DISABLED = "its key or its quota is no good"
-    KEY_DOUBTED = "it refused this request: for what it asked, or for the key"
+    NONE = "nothing: the next request might succeed"
+    RATE_LIMITED = "it is rate limited"
+    REFUSED = "it refuses connections"
+    BROKEN = "it sent a 5xx, timed out or was unreadable: perhaps an accident"
+    DISABLED = "its key is invalid or its quota is used up"
+    KEY_DOUBTED = "it refused the request, because of the prompt or of the key"
     UNKNOWN_MODEL = "it does not have this model"
-    FULL = "nothing: others keep it busy, and it has room again in a moment"
+    FULL = "nothing: it is busy and will have room again in a moment"
 
 
 class ControllerError(APIError):
-    """A controller failed; until the client got something, another may be asked.
+    """A controller failed.  Before any output, another one may be tried.
 
-    The client's status is 500, or 504 where the controller was silent too long.
+    The client's status is 500, or 504 if the controller was silent for too long.
 
-    reason   our own words, which anybody may read: they are kept, shown to other
-             users and logged
-    said     others' words, if there are any: only whoever asked reads them, for
-             they may quote what was asked
-    refusal  status, headers and content of an answer that refused the request: it
-             goes to the client if every other controller refuses it, too
+    reason   our own words: kept, logged and shown to other users
+    detail   the controller's words, if any.  They may quote the request, so only
+             its client sees them
+    refusal  status, headers and content of an answer that refused the request; the
+             client gets it if all other controllers refuse, too
     """
 
     def __init__(
@@ -341,20 +339,20 @@ class ControllerError(APIError):
         reason: str,
         failure: Failure = Failure.BROKEN,
         *,
-        said: str = "",
+        detail: str = "",
         status: int = 500,
         type: str | None = None,
         **fields: Any,
     ) -> None:
         type = type or "upstream_error"
-        super().__init__(status, said or reason, type=type, **fields)
+        super().__init__(status, detail or reason, type=type, **fields)
         self.reason = reason
         self.failure = failure
         self.refusal: tuple[int, dict[str, str], bytes] | None = None
 
 
 class ConfigurationError(Exception):
-    """What a person wrote (arguments, a file) cannot be used: one line, exit 2."""
+    """Arguments or a file cannot be used: print one line and exit with 2."""
 
 
 # -----------------------------------------------------------------------------
@@ -5465,7 +5463,7 @@ class Controller:
                 raise ControllerError(  # somebody else may know one
                     f"{self.name} has no model that is known",
                     Failure.NONE,
-                    said="Say which 'model' to use.",
+                    detail="Say which 'model' to use.",
                     status=400,
                     type="invalid_request_error",
                     param="model",
@@ -6048,7 +6046,7 @@ class AgentCall(Answer):
         said = data[:4096] if kind == "error" else "its answer is unreadable"
         reason = f"{self._agent.name} failed"
         text = f"{reason}: {said}"
-        return ControllerError(reason, says, said=text, code="agent_error")
+        return ControllerError(reason, says, detail=text, code="agent_error")
 
     async def get(self, timeout: float) -> tuple[str, str]:
         """The next message: kind and data.
@@ -6835,7 +6833,7 @@ def judge_refusal(
     return ControllerError(
         f"{name}: {reason}",
         failure,
-        said=said and f"{name}: {said}",
+        detail=said and f"{name}: {said}",
         type=error.type,
         code=error.code,
         retry_after=parse_retry_after(headers),
