@@ -155,7 +155,7 @@ class Limits:
     content_size = 32 * 1024 * 1024  # /v1: images and audio come inline
     ask_content_size = 1024 * 1024  # /api/ask: one text message
     admin_content_size = 64 * 1024
-    total_content_size = 256 * 1024 * 1024  # all requests together; above it, 503
+    total_content_size = 256 * 1024 * 1024  # all requests; half of it for one user
     content_read_timeout = 15.0  # between two reads
     content_rate = 512  # bytes per second on average, enforced after 10 s
 
@@ -9222,7 +9222,7 @@ class Exchange:
     cancelled: APIError | None = None  # why it was, other than by a hang-up
     error = ("", "")  # what went wrong: its code, and words that quote nobody
     outcome = ""  # in a word or two, where the status does not tell
-    _held = 0  # bytes, for its content
+    held = 0  # bytes of memory, for its content
 
     def __init__(
         self, server: Server, connection: Connection, request: Request
@@ -9296,14 +9296,26 @@ class Exchange:
         if not self.connection.buffer:
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
+    @property
+    def _content_share(self) -> float:
+        """How much of the memory for content this user may hold, in bytes.
+
+        Half of it, or one user's slow uploads could shut out all others.
+        """
+        total = self.server.limits.total_content_size
+        return total if self.user in (None, self.server.admin) else total / 2
+
     def _hold(self, size: int) -> None:
         """Take memory for the content, or give it back.  APIError(503)."""
-        held = self.server.content_size + size
-        if size > 0 and held > self.server.limits.total_content_size:
-            text = "Too much content is arriving at once; try again."
-            raise APIError(503, text, retry_after=1)
-        self.server.content_size = held
-        self._held += size
+        server, share = self.server, self._content_share
+        held = server.content_size + size
+        if size > 0 and held > share:
+            own = sum(e.held for e in server.exchanges if e.user is self.user)
+            if own + size > share or held > server.limits.total_content_size:
+                text = "Too much content is arriving at once; try again."
+                raise APIError(503, text, retry_after=1)
+        server.content_size = held
+        self.held += size
 
     async def parse(self, parser: Callable[[bytes], T], content: bytes) -> T:
         """Parse content: large JSON in a thread, for it takes 10 ms a MiB.
@@ -9313,7 +9325,7 @@ class Exchange:
         if len(content) <= PIECE_SIZE:
             return parser(content)
         size = parsed_size(content)
-        if size > self.server.limits.total_content_size:
+        if size > self._content_share:
             raise APIError(413, "The request's JSON has too many values.")
         self._hold(size)
         if len(content) <= APIRequest.KEPT_SIZE:
@@ -9475,7 +9487,7 @@ class Exchange:
         server, call = self.server, self.call
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
-        self._hold(-self._held)
+        self._hold(-self.held)
         if call is not None and self.user is not None:
             server.end_request(self.user)
             del server.running_requests[self]
@@ -10795,8 +10807,13 @@ class Server(Stoppable):
 
     def _serves(self, websockets: bool) -> bool:
         """Whether a websocket is being served, or a request."""
-        exchanges = (handler.exchange for handler in self._handlers.values())
-        return any((e.reply.status == 101) == websockets for e in exchanges if e)
+        return any((e.reply.status == 101) == websockets for e in self.exchanges)
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """The requests that are being read or answered."""
+        found = (handler.exchange for handler in self._handlers.values())
+        return [exchange for exchange in found if exchange is not None]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:

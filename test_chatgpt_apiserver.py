@@ -11260,6 +11260,25 @@ async def test_all_contents_together_have_a_limit(server, constant):
     await until(lambda: server.content_size == 0)
 
 
+@flow(limits=Limits(total_content_size=1000))
+async def test_one_users_uploads_leave_room_for_the_others(server, constant):
+    constant(LINGER_TIMEOUT=0.05)
+    ada, bob = [(await server.users.add(name=name)).token for name in ("ada", "bob")]
+
+    async def status(token, size):
+        content = b"x" * size
+        return (await ask(server.port, "POST", "/api/ask", content, token)).status
+
+    async with Client(server.port) as client:
+        client.send(request_bytes("POST", "/api/ask", b"x" * 500, ada)[:-100])
+        await until(lambda: server.content_size == 400)
+        assert await status(ada, 101) == 503
+        assert await status(ada, 100) == 400  # no JSON
+        assert await status(bob, 501) == 503
+        assert await status(bob, 500) == 400
+        assert await status(KEY, 600) == 400
+
+
 @flow(limits=Limits(total_content_size=300))
 async def test_content_that_is_only_announced_takes_no_room(server):
     async with Client(server.port) as idle:
