@@ -2728,7 +2728,7 @@ FORM_MODEL = ('Content-Disposition: form-data; name="model"', "mine")
 def test_a_form_that_others_could_read_otherwise_is_refused(content_type, parts):
     """A user may have the model in it that we see, and not that of the upstream."""
     content = form(FORM_MODEL, *parts)
-    with pytest.raises(APIError, match="unclear what this form says of 'model'"):
+    with pytest.raises(APIError, match="field 'model' is ambiguous or malformed"):
         APIRequest("/v1/audio/x", content, form=content_type)
 
 
