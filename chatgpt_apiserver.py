@@ -7762,36 +7762,35 @@ class Call:
 # Metrics
 # -----------------------------------------------------------------------------
 #
-# What the server reports of itself, to people and to monitoring.  Nothing of a
-# request's content is kept here.
+# What the server reports about itself, to people and to monitoring.  No content of
+# requests is kept here.
 
 
 class RequestRecord(NamedTuple):
-    """What is kept of a request: where it went and how it ended, and no content.
+    """Where a request went and how it ended, without its content.
 
-    time is its beginning on the wall clock, in Unix seconds; all others are the
-    event loop's.
+    time is when it started, in Unix seconds; all other times are the event loop's.
     """
 
     request_id: str
     time: float
     started: float
-    ended: float | None  # None as long as it runs
-    user: str  # "" of a stranger
+    ended: float | None  # None while it runs
+    user: str  # "" without a valid key
     method: str
     path: str
     model: str
     status: int
-    error: tuple[str, str]  # its code, and words that quote nobody
-    failed: bool  # whether its client got an error; one that left got none
+    error: tuple[str, str]  # its code, and a message that does not quote the request
+    failed: bool  # whether the client got an error; not if it disconnected
     attempts: list[tuple[str, float, str]]  # see Call.tries
-    began_at: float  # its answer, or 0
+    began_at: float  # when its answer began, or 0
     usage: Usage
     address: str
     client: str
 
     def as_json(self) -> dict[str, Any]:
-        """What GET /admin/status says of it; times are seconds since it began."""
+        """Return it as in GET /admin/status; times are seconds since its start."""
 
         def since(when: float | None) -> float | None:
             return round(when - self.started, 3) if when else None
@@ -7806,11 +7805,11 @@ class RequestRecord(NamedTuple):
             "controller": self.attempts[-1][0] if self.began_at else "",
             "attempts": [
                 {
-                    "controller": n,
-                    "asked": since(at),
-                    "reason": why.removeprefix(f"{n}: "),
+                    "controller": name,
+                    "asked": since(asked),
+                    "reason": reason.removeprefix(f"{name}: "),
                 }
-                for n, at, why in self.attempts
+                for name, asked, reason in self.attempts
             ],
             "first_byte": since(self.began_at),
             "duration": since(self.ended),
@@ -7825,22 +7824,22 @@ class RequestRecord(NamedTuple):
 
 
 class Journal:
-    """The last requests, and how busy the last ten minutes were."""
+    """The last requests, and the activity of the last ten minutes."""
 
-    REQUESTS = 200  # that are kept
-    # Requests without a valid key that are kept: strangers push nobody else out.
+    REQUESTS = 200
+    # Requests without a valid key are kept apart, so that they evict no others.
     STRANGERS = 20
-    SLOT = 10.0  # seconds that are counted together
+    SLOT = 10.0  # seconds
     SLOTS = 60
 
     def __init__(self) -> None:
         self._requests: deque[RequestRecord] = deque(maxlen=self.REQUESTS)
         self._strangers: deque[RequestRecord] = deque(maxlen=self.STRANGERS)
-        # By number since the clock's beginning: requests, failures, tokens.
+        # By the loop's time // SLOT: requests, failures, tokens.
         self._slots: dict[int, list[int]] = {}
 
     def add(self, record: RequestRecord) -> None:
-        """Keep a request that has ended."""
+        """Add a request that has ended."""
         assert record.ended is not None
         (self._requests if record.user else self._strangers).append(record)
         slot = self._slots.setdefault(int(record.ended / self.SLOT), [0, 0, 0])
@@ -7851,19 +7850,19 @@ class Journal:
             del self._slots[min(self._slots)]
 
     def requests(self) -> list[RequestRecord]:
-        """Those that are kept, the latest first."""
+        """Return the requests kept, latest first."""
         both = [*self._requests, *self._strangers]
         return sorted(both, key=lambda record: record.started, reverse=True)
 
     def activity(self, now: float) -> dict[str, list[int]]:
-        """Requests, failures and tokens in each slot but the current one."""
+        """Return requests, failures and tokens for each slot before the current one."""
         current = int(now / self.SLOT)
         numbers = range(current - self.SLOTS, current)
         counts = zip(*(self._slots.get(number, (0, 0, 0)) for number in numbers))
         return dict(zip(("requests", "failures", "tokens"), map(list, counts)))
 
     def first_bytes(self) -> dict[str, float]:
-        """By controller: the median of the seconds to an answer's first byte."""
+        """Return each controller's median time to first byte, in seconds."""
         times: dict[str, list[float]] = {}
         for record in self._requests:
             if record.began_at:
@@ -7873,7 +7872,7 @@ class Journal:
 
 
 class Histogram:
-    """How often a value was at most each of some bounds, as Prometheus counts it."""
+    """A Prometheus histogram with fixed bounds."""
 
     BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -7887,7 +7886,7 @@ class Histogram:
         self._sum += value
 
     def lines(self, name: str, labels: str) -> Iterator[str]:
-        """Its samples; none as long as nothing was counted."""
+        """Yield its samples; none before the first value."""
         if not any(self._counts):
             return
         total = 0
@@ -7902,32 +7901,32 @@ _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def metric_labels(**labels: str) -> str:
-    """Labels as the text format writes them, without braces."""
+    """Return labels in the text format, without braces."""
     pairs = ((name, value.translate(_ESCAPES)) for name, value in labels.items())
     return ",".join(f'{name}="{value}"' for name, value in pairs)
 
 
 class Metrics:
-    """What GET /metrics answers: Prometheus text, version 0.0.4.
+    """The content of GET /metrics: Prometheus text, version 0.0.4.
 
-    Labels are bounded: a model that nobody lists is "other", and so is a path.
+    The number of labels is bounded: unknown models and paths are "other".
 
-    users  whether there are counts for each user, too
+    users  whether to count by user, too
     """
 
     PREFIX = "chatgpt_apiserver_"
-    # What ends in _seconds is a histogram.
+    # A name that ends in _seconds is a histogram.
     METRICS: ClassVar = {
-        "requests_total": "Requests that have ended.",
-        "tokens_total": "Tokens; input holds cached_input.",
-        "attempts_total": "Controllers asked, by what came of it.",
-        "rejected_total": "Requests refused before a controller was asked.",
-        "user_requests_total": "Requests that have ended, by user.",
+        "requests_total": "Finished requests.",
+        "tokens_total": "Tokens; input includes cached_input.",
+        "attempts_total": "Attempts at a controller, by result.",
+        "rejected_total": "Requests refused before any attempt, by reason.",
+        "user_requests_total": "Finished requests, by user.",
         "user_tokens_total": "Tokens, by user.",
         "request_duration_seconds": "From a request's head to the end of its answer.",
-        "time_to_first_token_seconds": "From asking a controller to its first byte.",
-        "time_per_output_token_seconds": "From the first byte on, for each token.",
-        "queue_wait_seconds": "From a request's head until a controller is asked.",
+        "time_to_first_token_seconds": "From an attempt's start to its first byte.",
+        "time_per_output_token_seconds": "Time per token after the first byte.",
+        "queue_wait_seconds": "From a request's head to its first attempt.",
     }
 
     MAX_NAMES = 200  # controllers, and models, with labels of their own
@@ -7978,7 +7977,7 @@ class Metrics:
     def _series_of(
         self, path: str, model: str, status: int, name: str, result: str
     ) -> list[Any]:
-        """What requests of one kind are counted in: looked up once, and kept."""
+        """Look up the series for one kind of request, and cache them."""
         request, find = (path, model, status, name, result), self._find
         model = bounded(model, self._models, self.MAX_NAMES)
         series = [
@@ -7995,7 +7994,7 @@ class Metrics:
                 find("time_per_output_token_seconds", **both),
                 *(find("tokens_total", **both, type=kind) for kind in Usage._fields),
             ]
-        if len(self._kinds) >= 1000:  # the names are not bounded yet
+        if len(self._kinds) >= 1000:  # its names are not bounded
             self._kinds.clear()
         self._kinds[request] = series
         return series
@@ -8004,35 +8003,35 @@ class Metrics:
         return self._series[metric][metric_labels(**labels)]
 
     def text(self, gauges: Iterable[tuple[str, str, str, float]]) -> str:
-        """All of it; gauges are (name, help, labels, value), of one name together."""
+        """Return all of it; gauges are (name, help, labels, value), grouped by name."""
         lines: list[str] = []
 
-        def add(name: str, told: str, kind: str, samples: list[str]) -> None:
-            head = [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
+        def add(name: str, help: str, kind: str, samples: list[str]) -> None:
+            head = [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
             lines.extend(head + samples if samples else [])
 
-        for metric, told in self.METRICS.items():
+        for metric, help in self.METRICS.items():
             name = self.PREFIX + metric
             samples: list[str] = []
-            for labels, seen in self._series[metric].items():
-                if isinstance(seen, Histogram):
-                    samples += seen.lines(name, labels)
+            for labels, series in self._series[metric].items():
+                if isinstance(series, Histogram):
+                    samples += series.lines(name, labels)
                 else:
-                    samples.append(f"{name}{{{labels}}} {seen[0]}")
+                    samples.append(f"{name}{{{labels}}} {series[0]}")
             kind = "counter" if name.endswith("_total") else "histogram"
-            add(name, told, kind, samples)
-        for (name, told), group in itertools.groupby(gauges, lambda gauge: gauge[:2]):
+            add(name, help, kind, samples)
+        for (name, help), group in itertools.groupby(gauges, lambda gauge: gauge[:2]):
             kind = "counter" if name.endswith("_total") else "gauge"
             samples = [
                 (f"{name}{{{labels}}}" if labels else name) + f" {number:.15g}"
                 for _, _, labels, number in group
             ]
-            add(name, told, kind, samples)
+            add(name, help, kind, samples)
         return "\n".join(lines) + "\n"
 
 
 def process_gauges() -> Iterator[tuple[str, str, str, float]]:
-    """What Prometheus' own libraries report of a process, where the system tells."""
+    """Yield the process metrics of Prometheus' own libraries, as far as available."""
     cpu = os.times()
     yield "process_cpu_seconds_total", "User and system time.", "", cpu[0] + cpu[1]
     with contextlib.suppress(OSError, ValueError, IndexError):  # Linux
@@ -8788,18 +8787,18 @@ PAGE_FIELDS = (
 # -----------------------------------------------------------------------------
 #
 # Lines for people and access lines go to standard error.  A request never waits for
-# its log, and nothing that others wrote breaks a line or moves a cursor.
+# the log, and text from outside cannot break a line or move a cursor.
 
 
 class Log:
-    """Lines to standard error, written once per turn of the loop, never waiting.
+    """Writes lines to standard error once per turn of the loop, and never blocks.
 
-    Where nobody reads (a full pipe), lines are dropped and counted: requests must
-    not stand still for the sake of their log.
+    If a pipe is full, lines are dropped and counted: a stuck reader must not block
+    requests.
     """
 
-    MAX_SIZE = 1024 * 1024  # bytes that wait for the reader
-    PIECE_SIZE = 4096  # of PIPE_BUF: a pipe that polls as writable takes it whole
+    MAX_SIZE = 1024 * 1024  # bytes buffered
+    PIECE_SIZE = 4096  # PIPE_BUF: a pipe that polls as writable takes it whole
 
     def __init__(self, fd: int = 2) -> None:
         self._fd = fd
@@ -8817,17 +8816,17 @@ class Log:
             try:
                 asyncio.get_running_loop().call_soon(self.flush)
                 self._scheduled = True
-            except RuntimeError:  # no loop: before the start, after the end
+            except RuntimeError:  # no loop runs yet, or any more
                 self.flush()
 
     def report(self, line: str) -> None:
-        """Add a line for people, with the time; what others wrote stays in it."""
-        if not line.isprintable():  # an upstream's message, say
+        """Add a line for people, with the time, on one line whatever it contains."""
+        if not line.isprintable():  # from an upstream's message, say
             line = "".join(char if char.isprintable() else " " for char in line)
         self.write(f"{clock_text(int(unix_time()))} {line}")
 
     def flush(self) -> None:
-        """Write as much as the reader takes now; try the rest later."""
+        """Write as much as the reader takes now; retry the rest later."""
         self._scheduled = False
         waiting = self._waiting
         if self._dropped and len(waiting) < self.MAX_SIZE // 2:
@@ -8835,7 +8834,7 @@ class Log:
             self._dropped = 0
         while waiting:
             size = waiting.rfind(b"\n", 0, self.PIECE_SIZE) + 1 or self.PIECE_SIZE
-            with contextlib.suppress(OSError, ValueError):  # closed: nobody to tell
+            with contextlib.suppress(OSError, ValueError):  # closed: drop it
                 if os.name == "posix" and not select.select([], [self._fd], [], 0)[1]:
                     break
                 os.write(self._fd, waiting[:size])
@@ -8847,9 +8846,9 @@ class Log:
 
 
 class LogHandler(logging.Handler):
-    """Writes the records of logging to a Log: a line each, with the error's place.
+    """Writes logging records to a Log, one line each, with where an error occurred.
 
-    An exception is named by its type alone: its text may quote a request.
+    Of an exception only the type is logged: its text may quote a request.
     """
 
     def __init__(self, log: Log) -> None:
@@ -8870,27 +8869,27 @@ class LogHandler(logging.Handler):
 
 @functools.lru_cache(maxsize=2)
 def clock_text(timestamp: int) -> str:
-    """Local date and time, for people."""
+    """Format a Unix time as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(timestamp))
 
 
 def _plain(text: str) -> str:
-    """text for the log: short, and nothing that moves a cursor."""
+    """Return text for the log: short and without control characters."""
     text = " ".join(text[:80].split())
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _word(text: str) -> str:
-    """text for the log, as one word."""
+    """Return text for the log, as one word."""
     return _plain(text).replace(" ", "_")
 
 
-@functools.lru_cache(maxsize=256)  # most lines say the same of their requests
+@functools.lru_cache(maxsize=256)  # most requests have the same words
 def access_words(
     user: str, method: str, path: str, status: int, model: str, controller: str
 ) -> str:
-    """What an access line says of a request: who, what, with what result, by whom."""
-    path = re.sub("/k/[^/]*", "/k/***", path)  # a token
+    """Return what an access line contains of a request."""
+    path = re.sub("/k/[^/]*", "/k/***", path)  # hide the token
     texts = (_word(user), method, path, str(status), _word(model), _word(controller))
     return " ".join(text or "-" for text in texts)
 
@@ -8899,14 +8898,14 @@ def access_words(
 # Conversations
 # -----------------------------------------------------------------------------
 #
-# /api/ask takes one question at a time: what was said before is kept here, or at the
-# agent that keeps it itself.
+# /api/ask takes one question at a time.  The earlier ones, and their answers, are
+# kept here or by the agent.
 
 
 class Conversation:
     """A conversation of /api/ask.
 
-    agent_id  the agent that keeps it, or None: then it is kept here, as a tree of
+    agent_id  the agent that keeps it, or None if it is kept here, as a tree of
               questions with their answers
     """
 
@@ -8917,7 +8916,7 @@ class Conversation:
         self.turns: dict[str, tuple[str, ...]] = {}  # parent's id, question, answer
 
     def messages(self, id: str) -> list[dict[str, str]]:
-        """The chat up to an answer; [] where the agent has it.  APIError(404)."""
+        """Return the chat up to an answer; [] if the agent has it; APIError(404)."""
         if self.agent_id is not None:
             return []
         if id not in self.turns:
@@ -8931,10 +8930,10 @@ class Conversation:
 
 
 class Conversations:
-    """The conversations of /api/ask, by user and id; the least recently used go.
+    """The conversations of /api/ask, by user and id, the least recently used first.
 
     A conversation belongs to the user who began it: two agents may hand out the same
-    id, and nobody may continue somebody else's.
+    id, and no user may continue another's conversation.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -8943,8 +8942,8 @@ class Conversations:
         self._size = 0
 
     def find(self, user_id: str, id: str) -> Conversation | None:
-        """The conversation, or None if the user has none of this id."""
-        self._forget_old()
+        """Return the user's conversation with this id, or None."""
+        self._evict()
         conversation = self._kept.get((user_id, id))
         if conversation is not None:
             conversation.used_at = time.monotonic()
@@ -8954,26 +8953,25 @@ class Conversations:
     def add(
         self, user_id: str, id: str, agent_id: str | None, turn_id: str = "", *turn: str
     ) -> None:
-        """Keep an answer's turn: the parent's id, question and answer.
+        """Add a turn: the parent's id, question and answer; then apply the limits.
 
-        An agent keeps its turns itself: there is one here, without an id or texts.
-        What is beyond the limits is forgotten.
+        An agent keeps its turns itself; a single empty one stands for them here.
         """
         conversation = self.find(user_id, id)
         if conversation is None or conversation.agent_id != agent_id:
             if turn and turn[0]:
-                return  # the parent was forgotten while this was being answered
-            self._forget((user_id, id))
+                return  # the parent was evicted while this was being answered
+            self._remove((user_id, id))
             conversation = self._kept[user_id, id] = Conversation(agent_id)
         if turn_id not in conversation.turns:
             size = 200 + sum(map(len, turn))
             conversation.size += size
             self._size += size
         conversation.turns[turn_id] = turn
-        self._forget_old()
+        self._evict()
 
-    def _forget_old(self) -> None:
-        """Forget what is beyond the limits."""
+    def _evict(self) -> None:
+        """Remove the least recently used conversations beyond the limits."""
         limits = self._limits
         while self._kept:
             key, oldest = next(iter(self._kept.items()))
@@ -8982,9 +8980,9 @@ class Conversations:
             age = time.monotonic() - oldest.used_at
             if few and small and age <= limits.conversation_lifetime:
                 break
-            self._forget(key)
+            self._remove(key)
 
-    def _forget(self, key: tuple[str, str]) -> None:
+    def _remove(self, key: tuple[str, str]) -> None:
         conversation = self._kept.pop(key, None)
         self._size -= 0 if conversation is None else conversation.size
 
