@@ -8053,9 +8053,8 @@ def process_gauges() -> Iterator[tuple[str, str, str, float]]:
 # The page
 # -----------------------------------------------------------------------------
 #
-# What a browser is shown at "/".  Nothing is filled in: the text is the same for
-# all, so its policy names it by digest, and whatever else is on the page comes from
-# the routes of the API, with the key that was typed.
+# What a browser shows at "/".  The text is constant, so that its policy can name it
+# by digest; all data come from the API's routes, with the key that was entered.
 
 PAGE = r"""<!DOCTYPE html>
 <html lang="en">
@@ -8177,7 +8176,7 @@ dialog form, summary { margin: .875rem 0 .5rem; }
 <form id="door" method="dialog" hidden>
   <h1>chatgpt_apiserver</h1>
   <input type="password" autocomplete="current-password" required
-    aria-label="Key" placeholder="API key, or a user's token">
+    aria-label="Key" placeholder="API key or user token">
   <button class="main">Open</button><small role="status"></small>
 </form>
 <div id="room" hidden>
@@ -8224,7 +8223,7 @@ dialog form, summary { margin: .875rem 0 .5rem; }
     <form id="settings">
       <label>Model <input name="model" list="models" value="mock/echo"></label>
       <datalist id="models"></datalist>
-      <label>System text <textarea name="system" rows="4"></textarea></label>
+      <label>System prompt <textarea name="system" rows="4"></textarea></label>
       <label>Temperature <input name="temperature" type="number" step="0.1"></label>
       <label><input name="stream" type="checkbox" checked> stream</label>
       <details><summary>as curl</summary><pre id="curl"></pre></details>
@@ -8254,7 +8253,7 @@ dialog form, summary { margin: .875rem 0 .5rem; }
     <div id="limits"></div>
     <div id="plot" role="img" aria-label="Tokens by day"></div>
     <small id="since"></small>
-    <table id="sums" data-empty="Nothing was used."><thead><tr>
+    <table id="sums" data-empty="No usage yet."><thead><tr>
       <th class="wide">Name<th class="num">Requests<th class="num">Failed
       <th class="num">Input<th class="num">Cached<th class="num">Output
     </table>
@@ -8276,7 +8275,7 @@ dialog form, summary { margin: .875rem 0 .5rem; }
   <small class="grow" role="status"></small><button class="main">Done</button>
 </form></dialog>
 <script type="module">
-// What others wrote becomes text here, never markup: put() and make() see to that.
+// Data become text here, never markup: put() and make() see to that.
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 const base = location.pathname.replace(/\/*$/, "/"); // behind a proxy: its prefix
@@ -8284,9 +8283,9 @@ const origin = (location.origin + base).slice(0, -1);
 const whole = new Intl.NumberFormat("en").format;
 const short = new Intl.NumberFormat("en", {notation: "compact"}).format;
 let key = sessionStorage.getItem("key"), admin = false, timer = 0;
-let status = null, etag = ""; // what /admin/status said last
-let awaited = ""; // the machine that is to join
-let heard = 0, skew = 0; // when, and how far the server's clock is ahead, in seconds
+let status = null, etag = ""; // of the last /admin/status
+let awaited = ""; // the machine expected to join
+let heard = 0, skew = 0; // seconds: time of the last answer, lead of the server's clock
 const now = () => Date.now() / 1000 + skew;
 
 async function call(path, body, options = {}) {
@@ -8299,10 +8298,10 @@ async function call(path, body, options = {}) {
   throw Object.assign(Error(error?.message ?? error), {status: answer.status});
 }
 const ask = async (path, body) => (await call(path, body)).json();
-onunhandledrejection = ({reason}) => alert(reason.message); // of what a click asked for
+onunhandledrejection = ({reason}) => alert(reason.message); // from a click
 
 // --- Elements, tables, drawings, times
-function put(element, text) { // what stays the same stays selected
+function put(element, text) { // unchanged text stays selected
   if (element.textContent !== String(text)) element.textContent = text;
   return element;
 }
@@ -8325,7 +8324,7 @@ const valuesOf = form => Object.fromEntries(new FormData(form));
 const drawing = (viewBox, ...shapes) =>
   draw("svg", {viewBox, preserveAspectRatio: "none"}, ...shapes);
 
-// A row as the table's head has it: a text under each word, or buttons.
+// A row for the heads of a table: a text under each heading, or buttons.
 function newRow(heads) {
   const body = make("tbody"), row = body.insertRow();
   row.onclick = ({target}) => target.tagName === "BUTTON" || $(".story", row)?.click();
@@ -8343,8 +8342,8 @@ function newRow(heads) {
   return body;
 }
 
-// A row for each item; one that is there stays, with its focus.  show() gives its
-// texts, each perhaps with a colour, and may do more to it.
+// A row for each item; existing rows keep their focus.  show() returns a row's texts,
+// some with a colour, and may change the row itself.
 function table(id, items, idOf, show) {
   const parent = $(id);
   const rows = new Map([...parent.tBodies].map(body => [body.id, body]));
@@ -8355,8 +8354,8 @@ function table(id, items, idOf, show) {
     rows.delete(id);
     if (last.nextElementSibling !== body) last.after(body);
     last = body;
-    for (const [name, said] of Object.entries(show(item, body))) {
-      const [text, colour] = [said].flat(), place = put($(`.${name}`, body), text);
+    for (const [name, value] of Object.entries(show(item, body))) {
+      const [text, colour] = [value].flat(), place = put($(`.${name}`, body), text);
       place.title = String(text).length > 12 ? text : "";
       if (colour !== undefined) paint(place, colour);
     }
@@ -8386,7 +8385,7 @@ const isOff = controller => ["cooling", "disabled"].includes(controller.state);
 const verb = controller => isOff(controller) ? "Enable" : "Disable";
 
 function showControllers(all) {
-  all.sort((a, b) => isOff(b) - isOff(a)); // what needs a look comes first
+  all.sort((a, b) => isOff(b) - isOff(a)); // those that need attention first
   table("#controllers", all, c => c.id, c => {
     const left = c.until && Date.parse(c.until) / 1000 - now();
     const state = c.state + (left > 0 ? `, back in ${age(left)}` : "");
@@ -8401,7 +8400,7 @@ function showControllers(all) {
   });
 }
 
-// How it goes with a request: words, and a colour.
+// The state of a request: words and a colour.
 function outcome(r) {
   const [words, colour] = r.attempts.length ? ["running", "run"] : ["waiting", ""];
   if (r.duration === null) return [`${words}, ${age(now() - r.time)}`, colour];
@@ -8414,7 +8413,7 @@ function showCalls() {
   table("#calls", shown, r => r.time + r.request_id, (r, body) => {
     const writing = r.duration - r.first_byte, tries = r.attempts.length;
     $(".cancel", body).hidden = r.duration !== null;
-    if (body.rows[1]) tell(body.rows[1].cells[0], r);
+    if (body.rows[1]) showStory(body.rows[1].cells[0], r);
     return {
       story: age(now() - r.time), User: r.user || "–", Model: r.model || "–",
       Controller: (r.controller || "–") + (tries > 1 ? ` ×${tries}` : ""),
@@ -8425,8 +8424,8 @@ function showCalls() {
   });
 }
 
-// The story of a request: where its time went, to scale, and each step in words.
-function tell(cell, r) {
+// The story of a request: a bar of where its time went, and each step in words.
+function showStory(cell, r) {
   const end = Math.max(r.duration ?? now() - r.time, .001), bars = [], steps = [];
   const bar = (x, to, colour) => bars.push(draw(
     "rect", {x, width: Math.max(to - x, 0), height: 1, fill: `var(--${colour})`}));
@@ -8438,14 +8437,14 @@ function tell(cell, r) {
     const first = reason ? next : Math.min(r.first_byte ?? end, end);
     bar(asked, first, reason ? "bad" : "quiet");
     bar(first, next, "run");
-    step(took(asked), `asked ${controller}${reason && `, which failed: ${reason}`}`);
+    step(took(asked), `sent to ${controller}${reason && `, which failed: ${reason}`}`);
   });
   if (r.first_byte !== null) step(took(r.first_byte), "first byte");
   if (r.duration !== null) step(took(end), outcome(r)[0] + (r.error && `: ${r.error}`));
   if (tokens(r)) step("tokens",
     `${whole(r.input)} in (${whole(r.cached_input)} cached), ${whole(r.output)} out`);
   step("id", r.request_id);
-  if (cell.ended) return; // somebody may be copying from it
+  if (cell.ended) return; // keep a selection
   cell.ended = r.duration !== null;
   cell.replaceChildren(drawing(`0 0 ${end} 1`, ...bars), ...steps);
 }
@@ -8459,7 +8458,7 @@ function show() {
     : status.draining ? ["warn", "shutting down"]
     : !own.length ? ["", "nothing is connected"]
     : open === own.length ? ["ok", "working"]
-    : [open ? "warn" : "bad", `${open} of ${own.length} controllers can be asked`];
+    : [open ? "warn" : "bad", `${open} of ${own.length} controllers available`];
   paint(put($("#health"), words), colour);
   for (const id of ["version", "in_flight", "waiting"]) put($(`#${id}`), status[id]);
   put($("#uptime"), age(now() - status.started));
@@ -8490,8 +8489,8 @@ async function poll() {
 }
 
 // --- Try it
-const turns = []; // that were answered
-let stopping = null; // the AbortController of the one that is not
+const turns = []; // the chat so far, as messages
+let stopping = null; // the AbortController of the question not yet answered
 
 function chat(question) {
   const {model, system, temperature, stream} = valuesOf($("#settings"));
@@ -8513,7 +8512,7 @@ async function* eventsOf(answer) {
   }
 }
 
-async function speak(question) {
+async function send(question) {
   const body = chat(question), began = performance.now();
   const text = make("span"), note = make("small", {}, "…");
   $("#turns").append(make("p", {}, question), make("p", {}, text, note));
@@ -8524,13 +8523,13 @@ async function speak(question) {
     const answer = await call("v1/chat/completions", body, {signal: stopping.signal});
     for await (const event of body.stream ? eventsOf(answer) : [await answer.json()]) {
       if (event.error) throw new Error(event.error.message);
-      const said = event.choices?.[0]?.delta ?? event.choices?.[0]?.message;
-      text.append(said?.content || said?.reasoning_content || "");
+      const delta = event.choices?.[0]?.delta ?? event.choices?.[0]?.message;
+      text.append(delta?.content || delta?.reasoning_content || "");
       first ||= text.textContent && performance.now();
       count = event.usage?.completion_tokens ?? count + 1;
       const speed = count / (performance.now() - first) * 1000;
       put(note, `first token after ${took((first - began) / 1000)}, ${count} tokens`
-        + (first && speed < 1e4 ? `, ${speed.toFixed(1)} a second` : ""));
+        + (first && speed < 1e4 ? `, ${speed.toFixed(1)} per second` : ""));
       note.scrollIntoView({block: "nearest"});
     }
     const content = text.textContent;
@@ -8576,7 +8575,7 @@ async function showUsers() {
   });
 }
 
-// How much of a limit is used, in words and to scale.
+// How much of a limit is used, in words and as a bar.
 function limitBar({limit, used, maximum, reset}) {
   const width = Math.min(used / maximum, 1), fill = width < 1 ? "ink" : "bad";
   const until = width < 1 ? "" : `, resets in ${age(Date.parse(reset) / 1000 - now())}`;
@@ -8592,7 +8591,7 @@ function openAccount(title, user, save) {
   }
   $("#account form").onsubmit = async event => {
     if (event.submitter?.formNoValidate) return;
-    event.preventDefault(); // it stays open if that fails
+    event.preventDefault(); // stay open if saving fails
     const {name, limit, models, expires} = valuesOf(event.target);
     const list = text => text ? text.split(/ *, */) : null;
     const lists = {limit: list(limit), models: list(models)};
@@ -8602,10 +8601,10 @@ function openAccount(title, user, save) {
   $("#account").showModal();
 }
 
-function tellOnce(title, texts, machine = "") {
+function showOnce(title, texts, machine = "") {
   awaited = machine;
   put($("#result h2"), title);
-  put($("#result small"), machine ? `waiting for ${machine}` : "shown this once")
+  put($("#result small"), machine ? `waiting for ${machine}` : "shown only once")
     .className = "grow";
   $("#result div").replaceChildren(...Object.entries(texts).map(([name, text], i) => {
     const summary = make("summary", {}, name);
@@ -8614,8 +8613,8 @@ function tellOnce(title, texts, machine = "") {
   $("#result").showModal();
 }
 
-async function tellToken(name, {token}) {
-  tellOnce(`A token for ${name}`, {
+async function showToken(name, {token}) {
+  showOnce(`A token for ${name}`, {
     "Token": token,
     "Python": `client = openai.OpenAI(base_url="${origin}/v1", api_key="${token}")`,
     "curl": `curl ${origin}/v1/models -H "Authorization: Bearer ${token}"`,
@@ -8629,14 +8628,14 @@ codex -c model_provider=own -c 'model_providers.own={name="own", wire_api="respo
 
 async function addMachine({name}) {
   const {token} = await ask("admin/users/add", {name, role: "agent"});
-  tellOnce("Run this on the machine", {"It dials out; no port is opened": `\
+  showOnce("Run this on the machine", {"It dials out; no port is opened": `\
 curl -fsS ${origin}/agent.py -o agent.py &&
 python3 -c "import hashlib, sys; sys.exit('${status.agent_sha256}' !=
   hashlib.sha256(open('agent.py', 'rb').read()).hexdigest())" &&
 python3 agent.py agent ${origin} --key ${token}`}, name);
 }
 
-const later = () => setTimeout(poll, 1000); // the status is up to a second old
+const later = () => setTimeout(poll, 1000); // a status may be a second old
 const act = (path, body, then = later) => ask(`admin/${path}`, body).then(() => then());
 const actions = {
   turn: c => act(`controllers/${verb(c).toLowerCase()}`, {name: c.name}),
@@ -8646,13 +8645,13 @@ const actions = {
   edit: user => openAccount(`Edit ${user.name}`, user, fields =>
     act("users/update", {user_id: user.user_id, ...fields}, showUsers)),
   async rotate({user_id, name}) {
-    if (confirm(`A new token for ${name || user_id}? The old one lives one more hour.`))
-      await tellToken(name, await ask("admin/users/update", {user_id, rotate: 3600}));
+    if (confirm(`A new token for ${name || user_id}? The old one works one more hour.`))
+      await showToken(name, await ask("admin/users/update", {user_id, rotate: 3600}));
   },
   story(r, body) {
     if (body.rows[1]) return body.deleteRow(1);
     const cell = body.insertRow().insertCell();
-    tell(Object.assign(cell, {colSpan: 9, className: "tale"}), r);
+    showStory(Object.assign(cell, {colSpan: 9, className: "tale"}), r);
   },
 };
 
@@ -8699,12 +8698,12 @@ async function saveCSV() {
   make("a", {href, download: "usage.csv"}).click();
 }
 
-// --- Coming, going, and where one is
+// --- Signing in and out, navigation
 async function enter(typed) {
   sessionStorage.setItem("key", key = typed);
-  const said = await call("admin/status").catch(error => error);
-  admin = said.status === 200;
-  if (!admin && said.status !== 403) return leave(said.message); // 403: a user's token
+  const answer = await call("admin/status").catch(error => error);
+  admin = answer.status === 200;
+  if (!admin && answer.status !== 403) return leave(answer.message); // 403: a user
   for (const element of $$(".admin")) element.hidden = !admin;
   $("#door").hidden = true;
   $("#room").hidden = false;
@@ -8741,13 +8740,13 @@ $("#csv").onclick = saveCSV;
 $("#add_machine").onclick = () =>
   openAccount("Add a machine", {role: "agent", name: "gpu-box"}, addMachine);
 $("#add_user").onclick = () => openAccount("Add a user", {}, async fields =>
-  tellToken(fields.name, await ask("admin/users/add", fields)));
+  showToken(fields.name, await ask("admin/users/add", fields)));
 $("#door").onsubmit = () => enter($("#door input").value.trim());
 $("#ask").onsubmit = () => {
   const question = $("#ask textarea").value.trim();
   if (stopping) return stopping.abort();
   $("#ask textarea").value = "";
-  if (question) speak(question);
+  if (question) send(question);
 };
 $("#ask textarea").onkeydown = event => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -8761,7 +8760,7 @@ else leave("Your key stays in this tab and is forgotten when it closes.");
 
 
 def _page_policy() -> str:
-    """The Content-Security-Policy: the page's own style and script, and no others."""
+    """Return the Content-Security-Policy: only the page's own style and script."""
     texts = re.findall(r"<(?:style|script)[^>]*>(.*?)</(?:style|script)>", PAGE, re.S)
     digests = [hashlib.sha256(text.encode()).digest() for text in texts]
     style, script = (base64.b64encode(digest).decode() for digest in digests)

@@ -10038,10 +10038,10 @@ async def test_page_shows_a_controller_that_fails_and_cools(tmp_path, browser):
     async with made as (server, _, _), Tab(browser, server.url) as tab:
         await tab.sees("working")
         assert (await chat(server)).status == 500
-        await tab.sees("0 of 1 controllers can be asked")
+        await tab.sees("0 of 1 controllers available")
         await tab.sees("cooling, back in 1")
         await tab.click("#calls .story")
-        await tab.sees("asked up0, which failed: ")
+        await tab.sees("sent to up0, which failed: ")
         await tab.click("#controllers .turn")  # Enable
         await tab.sees("working")
 
@@ -10087,14 +10087,14 @@ async def test_page_streams_a_chat_and_stops_it(tmp_path, browser):
     made = pool_of(tmp_path, talk)
     async with made as (server, (upstream,), _):
         async with Tab(browser, f"{server.url}/#try") as tab:
-            await tab.sees("System text")
+            await tab.sees("System prompt")
             await tab.fill("[name=model]", "m")
             await tab.fill("#ask textarea", "<script>Hello</script>")
             await tab.js("document.querySelector('#ask textarea').focus()")
             key = {"key": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
             await tab.do("Input.dispatchKeyEvent", type="keyDown", **key)
             await tab.sees("word word word")
-            await tab.sees("a second")
+            await tab.sees("per second")
             await tab.click("#ask button")
             await tab.sees("stopped; first token after")
             await until(lambda: upstream.ended)
