@@ -359,10 +359,10 @@ class ConfigurationError(Exception):
 # HTTP/1.1 messages (RFC 9110, 9112). No I/O
 # -----------------------------------------------------------------------------
 #
-# One parser for both directions: requests from clients and answers from upstreams
-# differ only in their start line.  It is strict, for every tolerance has been
-# somebody's request smuggling: two readers must never disagree on where a message
-# ends.  A parser takes from the front of a buffer; None means that it needs more.
+# One parser for both directions: requests from clients and responses from upstreams
+# differ only in the start line.  It is strict, since leniency leads to request
+# smuggling: two readers must never disagree on where a message ends.  A parser takes
+# bytes off the front of a buffer and returns None when it needs more.
 
 # Sizes are bytes.  nginx takes lines of 8 KiB, Envoy and http.client 100 fields.
 REQUEST_LINE_SIZE = 8 * 1024
@@ -372,10 +372,11 @@ HEADER_COUNT = 100
 RESPONSE_HEAD_SIZE = 64 * 1024
 RESPONSE_HEADER_COUNT = 200
 CHUNK_LINE_SIZE = 256  # a chunk's size with its extensions
-CHUNK_EXTENSIONS_SIZE = 16 * 1024  # all of one message; they are ignored
+CHUNK_EXTENSIONS_SIZE = 16 * 1024  # in one message; they are ignored
 TRAILER_SIZE = 8 * 1024
 TRAILER_COUNT = 32
-KNOWN_HEAD_SIZE = 2048  # larger heads are not remembered
+CACHED_HEAD_SIZE = 2048  # larger heads are not cached
+CACHED_LINE_SIZE = 256  # longer lines are not: they would let anybody fill the memory
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])", re.ASCII)
@@ -383,9 +384,8 @@ _LINE_START = re.compile(rf"({_TOKEN}( |$)|\r?$)".encode())
 _STATUS_LINE = re.compile(
     r"(HTTP/1\.[01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?", re.ASCII
 )
-# It refuses obs-fold, a space before the colon, bare CR and LF, NUL and the other
-# control characters but HTAB.  Nothing can match in two ways, so a mismatch is
-# found in linear time.
+# Rejects obs-fold, a space before the colon, bare CR or LF, NUL and all other control
+# characters but HTAB.  Unambiguous, so a mismatch is found in linear time.
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)", re.ASCII)
 _CONTROLS = bytes((*range(9), *range(10, 32), 127))  # all but HTAB
 _LENGTH = re.compile(r"[0-9]{1,15}", re.ASCII)
@@ -398,12 +398,12 @@ _HOST = re.compile(
 _ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)", re.ASCII | re.IGNORECASE)
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
-# Fields of which a second one, even an equal one, makes a message ambiguous.
+# Fields that make a message ambiguous when repeated, even with equal values.
 _SINGLE_FIELDS = frozenset(
     "authorization content-length content-type host sec-websocket-key"
     " sec-websocket-version transfer-encoding upgrade".split()
 )
-# RFC 9110 section 7.6.1: these speak to the next hop alone.
+# Fields for the next hop only (RFC 9110 section 7.6.1).
 HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection"
     " te trailer transfer-encoding upgrade".split()
@@ -412,12 +412,12 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 class Headers(dict[str, str]):
-    """Header fields by name in lower case; repeated ones are joined by ", "."""
+    """Header fields by name in lower case; repeated ones are joined with ", "."""
 
-    relayed: dict[str, str] | None = None  # those that travel on, once that is known
+    relayed: dict[str, str] | None = None  # the fields to forward, once computed
 
     def tokens(self, name: str) -> list[str]:
-        """The members of a comma-separated field, in lower case."""
+        """Return the members of a comma-separated field, in lower case."""
         return [item.strip().lower() for item in self.get(name, "").split(",")]
 
 
@@ -427,14 +427,14 @@ class Request(NamedTuple):
     method: str
     target: str
     version: str  # "HTTP/1.1" or "HTTP/1.0"
-    path: str  # the target's, still percent-encoded
+    path: str  # still percent-encoded
     query: str
-    headers: Headers  # but for Content-Length; equal requests share them
+    headers: Headers  # without Content-Length; shared by equal requests
     content_length: int | None  # bytes, or None if the content is chunked
 
 
 class Response(NamedTuple):
-    """The head of an answer."""
+    """The head of a response."""
 
     version: str
     status: int
@@ -442,7 +442,7 @@ class Response(NamedTuple):
 
 
 def keeps_alive(head: Request | Response) -> bool:
-    """Whether the connection may stay open behind a message (RFC 9112 section 9.3)."""
+    """Whether the connection may stay open after a message (RFC 9112 section 9.3)."""
     headers = head.headers
     tokens = headers.tokens("connection") if "connection" in headers else ()
     if head.version == "HTTP/1.1":
@@ -452,11 +452,11 @@ def keeps_alive(head: Request | Response) -> bool:
 
 
 def _take_head(buffer: bytearray, max_size: int) -> list[str] | None:
-    """Take the lines of a head (or of trailers); ProtocolError if they are large."""
-    # A head may arrive byte by byte, and all of it is searched for each byte.
-    # rfind takes 4 us for 32 KiB; find takes 14, a regex 200.
+    """Take the lines of a complete head (or trailers); ProtocolError if too large."""
+    # A head may arrive byte by byte, and each byte searches all of it: rfind takes
+    # 4 us for 32 KiB, find 14, a regex 200.
     if buffer.rfind(b"\r\n\r\n", 0, max_size) < 0:
-        # With any other blank line its sender takes the head for complete.
+        # After any other blank line, the sender believes that the head is complete.
         blank = (buffer.rfind(line, 0, max_size) for line in (b"\n\n", b"\n\r\n"))
         if buffer.startswith(b"\n") or max(blank) >= 0:
             raise ProtocolError(400, "lines must end in CR LF")
@@ -476,24 +476,22 @@ def _parse_field(line: str) -> tuple[str, str]:
     return match[1].lower(), match[2].strip("\t ")
 
 
-# A client repeats most lines in each of its requests: a known one takes 0.1 us, not
-# 0.5.  Long ones are not kept: anybody could fill the memory with them.
-_known_field = functools.lru_cache(maxsize=1024)(_parse_field)
-KNOWN_LINE_SIZE = 256
+# Clients repeat most lines in every request: from the cache, one takes 0.1 us, not 0.5.
+_cached_field = functools.lru_cache(maxsize=1024)(_parse_field)
 
 
 def parse_fields(lines: list[str], max_count: int, max_line: int) -> Headers:
-    """Headers from field lines without their CRLF (RFC 9112 section 5).
+    """Parse field lines, given without CRLF (RFC 9112 section 5).
 
-    Raise ProtocolError(400) for a line that is no field and for a repeated field
-    that may not be, ProtocolError(431) for too many or too long ones.
+    Raise ProtocolError(400) for a malformed line and for a field that must not be
+    repeated, ProtocolError(431) for too many fields or a too long one.
     """
     if len(lines) > max_count:
         raise ProtocolError(431, f"more than {max_count} header fields")
     if sum(map(len, lines)) > max_line and max(map(len, lines)) > max_line:
         raise ProtocolError(431, f"a header field is over {max_line} bytes")
     fields = [
-        _known_field(line) if len(line) <= KNOWN_LINE_SIZE else _parse_field(line)
+        _cached_field(line) if len(line) <= CACHED_LINE_SIZE else _parse_field(line)
         for line in lines
     ]
     headers = Headers(fields)
@@ -518,10 +516,10 @@ def _parse_request_line(line: str) -> tuple[str, str, str]:
     return method, target, f"HTTP/{version}"
 
 
-def _judge_first_line(buffer: bytearray) -> None:
-    """Refuse what a request cannot begin with, at its first bytes.
+def _check_start(buffer: bytearray) -> None:
+    """Raise ProtocolError as soon as buffer cannot become a request.
 
-    Its sender would otherwise wait for head_timeout, and never learn why.
+    Otherwise the client would wait for head_timeout and never learn why.
     """
     if buffer.startswith(b"\x16"):  # a TLS handshake record
         raise ProtocolError(400, "https was sent to an http port; use http://")
@@ -550,34 +548,35 @@ def _parse_request(head: bytes) -> Request:
     return Request(method, target, version, path, query, headers, length)
 
 
-_parse_known_request = functools.lru_cache(maxsize=512)(_parse_request)
+_cached_request = functools.lru_cache(maxsize=512)(_parse_request)
 
 
 def parse_request_head(
     buffer: bytearray, max_size: int = DEFAULT_LIMITS.head_size
 ) -> Request | None:
-    """Take a request's head off the front of buffer; None when more is needed.
+    """Take a request head off the front of buffer, or return None if it needs more.
 
-    max_size is that of the whole head, in bytes.
-
-    Raise ProtocolError: 400 malformed, 414 and 431 too large, 501 a transfer
-    coding we do not have, 505 another version (RFC 9112 sections 3 and 6).
+    max_size limits the whole head, in bytes.  Raise ProtocolError: 400 malformed,
+    414 and 431 too large, 501 unsupported transfer coding or overlong method, 505
+    another version (RFC 9112 sections 3 and 6).
     """
-    while buffer.startswith(b"\r\n"):  # section 2.2: after a sloppy client's content
+    while buffer.startswith(
+        b"\r\n"
+    ):  # section 2.2: some clients send one after content
         del buffer[:2]
     size = buffer.find(b"\r\n\r\n", 0, max_size) + 4
     if size < 4:
-        _judge_first_line(buffer)
-        _take_head(buffer, max_size)  # refuses what can be none
+        _check_start(buffer)
+        _take_head(buffer, max_size)  # raises if it can no longer become a head
         return None
-    # Most of a client's heads differ in nothing but their Content-Length: to know
-    # one again takes 1.6 us, and to parse it 4.7.
+    # Most heads of a client differ only in their Content-Length.  The cache takes
+    # 1.6 us, parsing 4.7.
     head = bytes(buffer[:size])
     length = _LENGTH_LINE.search(head)
     if length is not None:
         head = head[: length.start(1)] + b"0" + head[length.end(1) :]
-    is_short = size <= KNOWN_HEAD_SIZE
-    request = _parse_known_request(head) if is_short else _parse_request(head)
+    is_short = size <= CACHED_HEAD_SIZE
+    request = _cached_request(head) if is_short else _parse_request(head)
     del buffer[:size]
     return request if length is None else Request(*request[:-1], int(length[1]))
 
@@ -591,7 +590,7 @@ def _parse_status_line(line: str) -> tuple[str, int]:
 
 
 def parse_response_head(buffer: bytearray) -> Response | None:
-    """Take an answer's head off the front of buffer; None when more is needed.
+    """Take a response head off the front of buffer, or return None if it needs more.
 
     Raise ProtocolError(502) if it is malformed or too large.
     """
@@ -607,11 +606,11 @@ def parse_response_head(buffer: bytearray) -> Response | None:
 
 
 def split_target(method: str, target: str, headers: Headers) -> tuple[str, str]:
-    """Path and query of a request target (RFC 9112 section 3.2).
+    """Return path and query of a request target (RFC 9112 section 3.2).
 
-    Raise ProtocolError(400) for a form that is none of section 3.2, for an
-    absolute form whose authority is not the Host, and for a malformed Host.
-    By hand: urllib.parse.urlsplit raises ValueError on targets such as "//[".
+    Raise ProtocolError(400) for a malformed target or Host, and for an absolute form
+    whose authority is not the Host.  Not urllib.parse.urlsplit(): it raises
+    ValueError on targets such as "//[".
     """
     host = headers.get("host")
     if host is not None and not _HOST.fullmatch(host):
@@ -630,13 +629,11 @@ def split_target(method: str, target: str, headers: Headers) -> tuple[str, str]:
 
 
 def content_length(headers: Headers, version: str = "HTTP/1.1") -> int | None:
-    """Length of a request's content in bytes, or None if it is chunked.
+    """Return the length of a request's content in bytes, or None if it is chunked.
 
-    Without Content-Length and Transfer-Encoding a request has no content, and
-    the length is 0 (RFC 9112 section 6.3).
-
-    Raise ProtocolError(400) when two readers could disagree on where the message
-    ends (request smuggling, section 11.2): both fields present, a length that is
+    Without either field there is no content (RFC 9112 section 6.3).  Raise
+    ProtocolError(400) if two readers could disagree on where the message ends
+    (request smuggling, section 11.2): both fields present, a length that is
     repeated, signed or not decimal, a coding in HTTP/1.0; ProtocolError(501) for
     a transfer coding other than chunked (section 6.1).
     """
@@ -650,20 +647,20 @@ def content_length(headers: Headers, version: str = "HTTP/1.1") -> int | None:
         return None
     if length is None:
         return 0
-    # int() alone would take '+5', '5_0' and non-ASCII digits, and raises
-    # ValueError beyond 4300 digits.
+    # int() alone accepts '+5', '5_0' and non-ASCII digits, and raises ValueError
+    # beyond 4300 digits.
     if not _LENGTH.fullmatch(length):
         raise ProtocolError(400, "the Content-Length field is malformed")
     return int(length)
 
 
-UNTIL_CLOSE = sys.maxsize  # the length of content that ends with its connection
+UNTIL_CLOSE = sys.maxsize  # the length of content that ends when its connection does
 
 
 def response_length(method: str, response: Response) -> int | None:
-    """Length of an answer's content: bytes, None if chunked, or UNTIL_CLOSE.
+    """Return a response's content length: bytes, None if chunked, or UNTIL_CLOSE.
 
-    Raise ProtocolError(502) where RFC 9112 section 6.3 leaves a doubt.
+    Raise ProtocolError(502) if it is ambiguous (RFC 9112 section 6.3).
     """
     headers = response.headers
     if method == "HEAD" or response.status < 200 or response.status in (204, 304):
@@ -677,20 +674,20 @@ def response_length(method: str, response: Response) -> int | None:
 
 
 class ContentDecoder:
-    """Takes a message's content off a buffer, as far as it has arrived.
+    """Takes a message's content off a buffer as it arrives.
 
     This one: content of a length in bytes (RFC 9112 section 6.2), or UNTIL_CLOSE.
     """
 
-    complete = False  # the last byte was taken: what is left is the next message's
-    pending = False  # decode() may give more although nothing new has arrived
+    complete = False  # the last byte was taken; the next message follows in the buffer
+    pending = False  # decode() may return more without new input
 
     def __init__(self, length: int) -> None:
         self._left = length
         self.complete = length == 0
 
     def decode(self, buffer: bytearray) -> bytes:
-        """What has arrived, possibly nothing; ProtocolError(400) for bad chunks."""
+        """Return what has arrived, maybe b""; ProtocolError(400) for bad chunks."""
         piece = bytes(buffer[: self._left])
         del buffer[: self._left]
         if self._left != UNTIL_CLOSE:
@@ -699,13 +696,13 @@ class ContentDecoder:
         return piece
 
     def end(self) -> None:
-        """The connection has ended: ProtocolError(400) if that is too early."""
+        """Note that the connection ended; ProtocolError(400) if that is too early."""
         self.complete = self.complete or self._left == UNTIL_CLOSE
         if not self.complete:
             raise ProtocolError(400, "the connection ended too early")
 
 
-@functools.lru_cache(maxsize=256)  # the same few sizes come again and again
+@functools.lru_cache(maxsize=256)  # the same few sizes recur
 def _chunk_size(line: bytes) -> int:
     match = _CHUNK_LINE.fullmatch(line)
     if match is None:
@@ -716,8 +713,8 @@ def _chunk_size(line: bytes) -> int:
 class ChunkedDecoder(ContentDecoder):
     """Chunked content (RFC 9112 section 7.1); extensions and trailers are dropped.
 
-    Each CR LF is checked byte by byte: readers that only skipped two bytes after
-    a chunk could be made to see another message than their neighbour.
+    Each CR LF is verified: a reader that just skips two bytes after a chunk can be
+    tricked into seeing another message than its neighbour.
     """
 
     def __init__(self) -> None:
@@ -726,14 +723,14 @@ class ChunkedDecoder(ContentDecoder):
         self._trailers = False  # the last chunk has been read
 
     def decode(self, buffer: bytearray) -> bytes:
-        data = bytes(buffer)  # its slices are the pieces: 0.4 us a chunk, not 0.7
+        data = bytes(buffer)  # slicing bytes: 0.4 us a chunk, not 0.7
         pieces: list[bytes] = []
         at = 0
         while not self._trailers:
             if not self._left:
                 end = data.find(b"\r\n", at, at + CHUNK_LINE_SIZE + 2)
                 if end < 0:
-                    if len(data) - at > CHUNK_LINE_SIZE + 1:  # one more may be its CR
+                    if len(data) - at > CHUNK_LINE_SIZE + 1:  # 1 for a CR without LF
                         raise ProtocolError(400, "a chunk's size line is too long")
                     break
                 line = data[at:end]
@@ -744,7 +741,7 @@ class ChunkedDecoder(ContentDecoder):
                 self._left = _chunk_size(line) + 2
                 if self._left == 2:
                     self._trailers = True
-                    at = end  # as if the trailers were a head's fields
+                    at = end  # leave the CR LF: trailers parse like a head's fields
                     break
                 at = end + 2
             end = at + self._left
@@ -754,7 +751,7 @@ class ChunkedDecoder(ContentDecoder):
             pieces.append(content)
             at += len(content)
             self._left -= len(content)
-            if tail != b"\r\n":  # it waits to be whole
+            if tail != b"\r\n":  # incomplete
                 break
             at = end
             self._left = 0
@@ -767,29 +764,29 @@ class ChunkedDecoder(ContentDecoder):
         return b"".join(pieces)
 
 
-# Inflated content may be so many times its size; Apache's mod_deflate has 200, too.
-# JSON reaches 10 to 50.  The first bytes are free: a long line of blanks is no bomb.
+# Content may inflate to this many times its size, as with Apache's mod_deflate; JSON
+# reaches 10 to 50.  The first bytes are free: a long line of blanks is no bomb.
 INFLATED_RATIO = 200
 INFLATED_FREE = 8 * 1024 * 1024
 
 
 class InflatingDecoder(ContentDecoder):
-    """Content in a coding, gzip or deflate, undone as it arrives (RFC 9110, 8.4.1).
+    """Inflates gzip or deflate content as it arrives (RFC 9110 section 8.4.1).
 
-    framing takes the coded content off the buffer.  At most PIECE_SIZE bytes come
-    out at once, so that a slow reader holds back whatever it would swell to.
+    framing takes the compressed content off the buffer.  decode() returns at most
+    PIECE_SIZE bytes, so a slow reader holds back the inflation, too.
 
-    decode() and end() raise ProtocolError: 400 for damaged content, a cut one, or
-    bytes behind its end; 413 for one that swells to INFLATED_RATIO times its size.
+    decode() and end() raise ProtocolError: 400 for content that is damaged, cut short
+    or followed by more bytes, 413 for more than INFLATED_RATIO times its size.
     """
 
     def __init__(self, coding: str, framing: ContentDecoder) -> None:
-        self.complete = framing.complete  # there is no content at all
+        self.complete = framing.complete  # true if there is no content at all
         self._coding = coding
         self._framing = framing
         self._stream: Any = None  # zlib's
-        self._coded = b""  # has arrived, and is to be inflated
-        self._taken = self._given = 0  # bytes
+        self._compressed = b""  # received, not yet inflated
+        self._bytes_in = self._bytes_out = 0
 
     def decode(self, buffer: bytearray) -> bytes:
         piece = self._inflate(b"") or self._inflate(self._framing.decode(buffer))
@@ -800,54 +797,53 @@ class InflatingDecoder(ContentDecoder):
 
     def end(self) -> None:
         self._framing.end()
-        if self._coded or not (self._stream is None or self._stream.eof):
+        if self._compressed or not (self._stream is None or self._stream.eof):
             raise ProtocolError(400, f"the {self._coding} content is cut short")
         self.complete = True
 
     def _inflate(self, data: bytes) -> bytes:
-        """The next bytes of what has arrived, data last; b"" when more has to."""
-        self._taken += len(data)
-        self._coded += data
+        """Add data to the input and return the next bytes, b"" if it needs more."""
+        self._bytes_in += len(data)
+        self._compressed += data
         piece = b""
         while not piece:
             if self._stream is None or self._stream.eof:
-                if len(self._coded) < 2:
+                if len(self._compressed) < 2:
                     return b""
                 self._stream = self._next_stream()
             try:
-                piece = self._stream.decompress(self._coded, PIECE_SIZE)
+                piece = self._stream.decompress(self._compressed, PIECE_SIZE)
             except zlib.error:
-                raise ProtocolError(
-                    400, f"the {self._coding} content is damaged"
-                ) from None
-            self._coded = self._stream.unconsumed_tail or self._stream.unused_data
-            if not self._coded:
+                reason = f"the {self._coding} content is damaged"
+                raise ProtocolError(400, reason) from None
+            self._compressed = self._stream.unconsumed_tail or self._stream.unused_data
+            if not self._compressed:
                 break
-        self._given += len(piece)
-        if self._given > INFLATED_FREE + INFLATED_RATIO * self._taken:
+        self._bytes_out += len(piece)
+        if self._bytes_out > INFLATED_FREE + INFLATED_RATIO * self._bytes_in:
             reason = f"the content inflates to over {INFLATED_RATIO} times its size"
             raise ProtocolError(413, reason)
         return piece
 
     def _next_stream(self) -> Any:
-        if self._coding == "gzip":  # may be several, one after the other (RFC 1952)
+        if self._coding == "gzip":  # may have several members (RFC 1952)
             return zlib.decompressobj(31)
         if self._stream is not None:
             raise ProtocolError(400, "bytes follow the end of the deflate content")
-        # "deflate" means zlib's format, but some send it bare (section 8.4.1.2).
-        start = self._coded[:2]
+        # "deflate" means zlib's format, but some send it raw (section 8.4.1.2).
+        start = self._compressed[:2]
         is_zlib = start[0] & 15 == 8 and int.from_bytes(start, "big") % 31 == 0
         return zlib.decompressobj(15 if is_zlib else -15)
 
 
 def content_coding(headers: Headers) -> str:
-    """The coding that has to be undone: "gzip", "deflate", or "" for none.
+    """Return the coding to undo: "gzip", "deflate", or "" for none.
 
-    Raise ProtocolError(415) for any other, and for several.
+    Raise ProtocolError(415) for any other, and for more than one.
     """
     if "content-encoding" not in headers:
         return ""
-    # "none" is no coding, but a widespread way to tell proxies not to compress.
+    # "none" is not a coding, but widely sent to keep proxies from compressing.
     plain = ("identity", "none", "")
     names = [name for name in headers.tokens("content-encoding") if name not in plain]
     coding = ", ".join(names).replace("x-gzip", "gzip")
@@ -857,8 +853,7 @@ def content_coding(headers: Headers) -> str:
 
 
 def content_decoder(length: int | None, coding: str = "") -> ContentDecoder:
-    """The decoder for a length (bytes, None for chunked, or UNTIL_CLOSE) and a coding
-    (as content_coding() names it)."""
+    """Return a decoder for a length (None for chunked) and a content_coding()."""
     decoder = ChunkedDecoder() if length is None else ContentDecoder(length)
     return InflatingDecoder(coding, decoder) if coding else decoder
 
@@ -866,10 +861,10 @@ def content_decoder(length: int | None, coding: str = "") -> ContentDecoder:
 def end_to_end(
     headers: dict[str, str], private: frozenset[str], prefixes: tuple[str, ...]
 ) -> dict[str, str]:
-    """The fields of a message that travel on through a gateway.
+    """Return the fields of a message that a gateway forwards.
 
-    Not those that Connection names (RFC 9110 section 7.6.1), nor the private
-    ones: HOP_BY_HOP among them, and all that begin with one of the prefixes.
+    Left out are those named by Connection (RFC 9110 section 7.6.1), the private
+    ones, HOP_BY_HOP among them, and all that begin with one of the prefixes.
     """
     fields = {
         name: value
@@ -885,19 +880,19 @@ def end_to_end(
 def encode_head(
     start_line: str, fields: Iterable[tuple[str, str]], ready: bytes = b""
 ) -> bytes:
-    """The bytes of a head: the one place that writes fields.
+    """Return the bytes of a head.  All header fields are written here.
 
-    ready  more fields, as lines that we have made
+    ready  further fields, as trusted lines
 
-    Raise ProtocolError(500) for a control character anywhere in it (header
-    injection) and for what Latin-1 cannot say.
+    Raise ProtocolError(500) for any other line with a control character (header
+    injection) or one that is not Latin-1.
     """
     lines = [start_line, *map(": ".join, fields), ""]
     try:
         head = "\r\n".join(lines).encode("latin-1")
     except UnicodeEncodeError:
         raise ProtocolError(500, "a header field is not Latin-1") from None
-    # Two behind each line are ours.  0.3 us; a search for others takes 2.
+    # Two after each line are ours.  Counting takes 0.3 us, a search for others 2.
     controls = len(head) - len(head.translate(None, _CONTROLS))
     if controls != 2 * (len(lines) - 1):
         raise ProtocolError(500, "a header field has a control character")
@@ -905,7 +900,7 @@ def encode_head(
 
 
 def encode_chunk(data: bytes) -> bytes:
-    """One chunk; data must not be empty, for that would end the content."""
+    """Return data as one chunk; an empty one would end the content."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
@@ -914,7 +909,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 @functools.lru_cache(maxsize=2)
 def http_date(timestamp: int) -> str:
-    """A Unix time as a Date field (RFC 9110 section 5.6.7), in any locale."""
+    """Return a Unix time as a Date value (RFC 9110 section 5.6.7), in any locale."""
     day, month, date, clock, year = time.asctime(time.gmtime(timestamp)).split()
     return f"{day}, {date:0>2} {month} {year} {clock} GMT"
 

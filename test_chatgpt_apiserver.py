@@ -1328,7 +1328,7 @@ def test_rule_7_no_bytes_cost_more_than_linear_time(read, data):
 
 
 def test_long_lines_are_not_remembered():
-    known = apiserver._known_field.cache_info
+    known = apiserver._cached_field.cache_info
     for size, more in ((256, 1), (257, 0)):
         line, before = "x-long: ".ljust(size, "b"), known().currsize
         for _ in range(2):
