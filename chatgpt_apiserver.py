@@ -31,7 +31,7 @@ The file reads downward; a section uses only names defined above it:
     The log                  never blocks on a slow reader
     Conversations            the history behind /api/ask
     Exchange                 one request and its reply
-    Routes                   who may call what, and the code behind it
+    Routes                   access rules and handlers
     Request handler          a connection's requests, one after the other
     Server                   shared state; sockets, tasks, start and stop
     Agent                    the side that dials in: the handler's mirror
@@ -8982,22 +8982,22 @@ class Conversations:
 
 
 # -----------------------------------------------------------------------------
-# Exchange: one request and its answer
+# Exchange: one request and its reply
 # -----------------------------------------------------------------------------
 #
-# An Exchange is made for each request: it reads the content, has the pool answer,
-# and tells the log, the journal and the ledger how it ended.  Its Reply writes the
-# answer.  Neither knows what a path means: that is for the routes, below.
+# Each request gets an Exchange.  It reads the content, sends the request through the
+# pool, and reports the result to the log, the journal and the ledger.  Its Reply
+# writes the response.  Neither knows what a path means; the routes below do.
 
-# Content may begin slowly: its rate is looked at after so many seconds.
+# Seconds of grace before the rate of arriving content is checked.
 CONTENT_RATE_AFTER = 10.0
 
-# What of a client's request does not travel on to an upstream, and of an
-# upstream's answer not to the client.
+# Request fields that are not forwarded to an upstream, and response fields that are
+# not forwarded to the client.
 _PRIVATE_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
     "accept-encoding api-key authorization content-encoding content-length cookie"
     " expect forwarded host x-goog-api-key"
-    # They name an account, and the key that travels is another one's.
+    # These name the client's account; the forwarded key belongs to another.
     " openai-organization openai-project origin referer via x-api-key x-real-ip".split()
 )
 _PRIVATE_REQUEST_PREFIXES = ("x-forwarded-",)
@@ -9005,7 +9005,7 @@ _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
     "alt-svc content-length date openai-organization server set-cookie"
     " strict-transport-security x-request-id".split()
 )
-# The last two speak to a proxy in front of us: send this file instead.
+# The last two tell a proxy in front of us to send a file instead.
 _PRIVATE_RESPONSE_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
 _LIMITED_PREFIXES = (*_PRIVATE_RESPONSE_PREFIXES, "x-ratelimit-")
 Fields = Iterable[tuple[str, str]]
@@ -9021,14 +9021,14 @@ _EVENT_FIELDS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # nginx would collect events
 }
-_NO_CORS = ("/admin", "/api/connections")  # no other origin's page may read these
+_NO_CORS = ("/admin", "/api/connections")  # pages of other origins may not read these
 _ODD_PATHS = ("/v1/v1/", "/chat/")
 
 
 def normal_path(path: str) -> str:
-    """A path under /v1/ as the API has it; any other is taken as it is.
+    """Return the canonical form of a path under /v1/, and any other path unchanged.
 
-    Base URLs are copied with a slash too many, and with the /v1 that a client adds.
+    Base URLs are pasted with an extra slash, or with the /v1 that a client adds.
     """
     if "//" not in path and path[-1:] != "/" and not path.startswith(_ODD_PATHS):
         return path
@@ -9040,39 +9040,33 @@ def normal_path(path: str) -> str:
     return plain if plain.startswith("/v1/") else path
 
 
-def parsed_size(content: bytes) -> int:
-    """Roughly the memory that JSON takes once it is parsed, in bytes, at the most.
-
-    "{},{},..." takes 30 times its size: each value is an object of some 100 bytes.
-    """
-    return 100 * sum(map(content.count, (b",", b"[", b"{")))
-
-
 def refusal_error(status: int, content: bytes) -> APIError:
-    """The error in an answer that refuses a request, to be told in another shape."""
-    said = find_error(read_json(content)) or ErrorObject()
-    message = said.message or f"The upstream answered with status {status}."
-    return APIError(status, message, type=said.type, param=said.param, code=said.code)
+    """Return the error in an answer that refuses a request."""
+    error = find_error(read_json(content)) or ErrorObject()
+    message = error.message or f"The upstream answered with status {status}."
+    return APIError(
+        status, message, type=error.type, param=error.param, code=error.code
+    )
 
 
 class Sent(enum.Enum):
     """How much of a reply has been written."""
 
-    NOTHING = "nothing: it may have any status"
+    NOTHING = "nothing: any status is possible"
     HEAD = "the head, and perhaps some content: the status is fixed"
-    ALL = "all of it: a byte more would begin the next reply"
+    ALL = "all of it: another byte would begin the next reply"
 
 
 class Reply:
-    """Writes the answer to one request: whole, or as a stream."""
+    """Writes the response to one request: whole, or as a stream."""
 
     sent = Sent.NOTHING
-    status = 0  # of its head; 0 before that
-    close = False  # the connection ends with it
-    limit: UsageLimit | None = None  # what the user may use, for x-ratelimit fields
+    status = 0  # 0 until its head is made
+    close = False  # the connection closes after it
+    limit: UsageLimit | None = None  # the user's, for x-ratelimit fields
     content_left = True  # the request's content has not been read
     first_byte_at = 0.0  # when its head was made, on the loop's clock
-    _head = b""  # made, and not yet written
+    _head = b""  # not yet written
     _heartbeat: asyncio.TimerHandle | None = None
     _written_at = 0.0
 
@@ -9081,27 +9075,27 @@ class Reply:
     ) -> None:
         self.connection = connection
         self.request = request
-        self.fields = fields  # of each head, whatever the answer
+        self.fields = fields  # sent whatever the response
 
     @property
     def content_buffered(self) -> bool:
-        """Whether the whole of the request's content is in the buffer."""
+        """Whether all of the request's content is in the buffer."""
         length = self.request.content_length
         return length is not None and length <= len(self.connection.buffer)
 
     def _make_head(self, status: int, fields: list[tuple[str, str]]) -> bytes:
         if self.content_left and not self.content_buffered:
-            self.close = True  # what is left of it would be taken for a request
+            self.close = True  # the rest of it would be taken for a request
         fields += self.fields
         now = unix_time()
         fields.append(("Date", http_date(int(now))))
-        connection = ["Upgrade"] if status == 426 else []  # it has an Upgrade field
+        options = ["Upgrade"] if status == 426 else []  # RFC 9110 section 7.8
         if self.close:
-            connection.append("close")
-        elif self.request.version == "HTTP/1.0" and not connection:
-            connection.append("keep-alive")
-        if connection:
-            fields.append(("Connection", ", ".join(connection)))
+            options.append("close")
+        elif self.request.version == "HTTP/1.0" and not options:
+            options.append("keep-alive")
+        if options:
+            fields.append(("Connection", ", ".join(options)))
         limit = b"" if self.limit is None else self.limit.fields(now)
         line = f"HTTP/1.1 {status} {REASONS.get(status, '')}"
         head = encode_head(line, fields, limit)
@@ -9111,7 +9105,7 @@ class Reply:
         return head
 
     def send(self, status: int, content: bytes, fields: Fields = _JSON_FIELDS) -> None:
-        """Send a whole answer in one write."""
+        """Send a whole response in one write."""
         head = [*fields]
         has_content = status not in (204, 304)
         if has_content:
@@ -9125,7 +9119,7 @@ class Reply:
     def send_text(
         self, text: str | bytes, type: str = "text/plain", status: int = 200
     ) -> None:
-        """Send a text of a type."""
+        """Send text with a content type."""
         content = text.encode("utf-8", "replace") if isinstance(text, str) else text
         self.send(status, content, [("Content-Type", type)])
 
@@ -9154,7 +9148,7 @@ class Reply:
     # --- Heartbeats
 
     def start_heartbeat(self) -> None:
-        """From now on, send a comment in each long silence: proxies would hang up."""
+        """Send a comment in every long silence from now on, or proxies hang up."""
         interval = self.connection.limits.heartbeat_interval
         if self._heartbeat is None and interval:
             loop = self.connection.loop
@@ -9177,12 +9171,12 @@ class Reply:
         self._heartbeat = connection.loop.call_at(due, self._beat)
 
     def stop_heartbeat(self) -> None:
-        """Send no more comments."""
+        """Stop sending comments."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
 
     def switch_protocols(self) -> None:
-        """A 101 has been sent: what follows is no reply, and no request."""
+        """Note that a 101 was sent: no reply and no other request can follow."""
         self.status = 101
         self.sent = Sent.ALL
         self.content_left = False
@@ -9190,7 +9184,7 @@ class Reply:
 
 
 def request_id_of(request: Request) -> str:
-    """The client's own x-request-id, if it is usable, or a new one."""
+    """Return the client's own x-request-id if it is usable, else a new one."""
     own = request.headers.get("x-request-id")
     if own and len(own) <= 128 and own.isascii() and own.isprintable():
         return own
@@ -9198,22 +9192,22 @@ def request_id_of(request: Request) -> str:
 
 
 class Exchange:
-    """One request, and what becomes of it."""
+    """One request and what came of it."""
 
-    user: User | None = None  # whose it is, once that is known
-    allowed = ""  # methods of its path
-    model = ""  # that was asked for
-    call: Call | None = None  # through the pool, from when it is counted to its end
-    cancelled: APIError | None = None  # why it was, other than by a hang-up
-    error = ("", "")  # what went wrong: its code, and words that quote nobody
-    outcome = ""  # in a word or two, where the status does not tell
-    held = 0  # bytes of memory, for its content
+    user: User | None = None  # set once authenticated
+    allowed = ""  # the methods of its path
+    model = ""  # as requested
+    call: Call | None = None  # its way through the pool, from admission to end()
+    cancelled: APIError | None = None  # why, unless the client hung up
+    error = ("", "")  # what went wrong: a code, and a message that quotes nobody
+    outcome = ""  # for the access line, where the status does not tell
+    reserved = 0  # bytes of memory, for its content
 
     def __init__(
         self, server: Server, connection: Connection, request: Request
     ) -> None:
         path, token = request.path, ""
-        if path.startswith("/k/"):  # agents that can set nothing but an endpoint
+        if path.startswith("/k/"):  # for agents that can only set an endpoint
             token, slash, rest = path[3:].partition("/")
             path = slash + rest
         self.server = server
@@ -9232,13 +9226,13 @@ class Exchange:
 
     @property
     def query(self) -> dict[str, str]:
-        """The parameters behind "?", by name; empty ones are left out."""
+        """The query's parameters by name, without empty ones."""
         return dict(urllib.parse.parse_qsl(self.request.query))
 
     # --- Reading
 
     async def read_content(self, max_size: float) -> bytes:
-        """The request's content; APIError(413), ProtocolError, asyncio.TimeoutError."""
+        """Read the content; APIError(413, 503), ProtocolError, asyncio.TimeoutError."""
         connection, limits = self.connection, self.server.limits
         length = self.request.content_length
         coding = content_coding(self.request.headers)
@@ -9249,7 +9243,7 @@ class Exchange:
                 content = bytes(connection.buffer[:length])
                 del connection.buffer[:length]
                 self.reply.content_left = False
-                self._hold(length)
+                self._reserve(length)
                 return content
         self._continue()
         decoder = content_decoder(length, coding)
@@ -9263,7 +9257,7 @@ class Exchange:
             pieces += piece
             if len(pieces) > max_size:
                 raise APIError(413, f"The content is over {max_size:.0f} bytes.")
-            self._hold(len(piece))  # as it comes: to announce much costs nothing
+            self._reserve(len(piece))  # as it arrives: any length can be announced
             seconds = connection.loop.time() - began
             slow = len(pieces) < seconds * limits.content_rate
             if slow and seconds > CONTENT_RATE_AFTER:
@@ -9283,61 +9277,60 @@ class Exchange:
 
     @property
     def _content_share(self) -> float:
-        """How much of the memory for content this user may hold, in bytes.
+        """Bytes of the memory for content that the user may take up.
 
         Half of it, or one user's slow uploads could shut out all others.
         """
         total = self.server.limits.total_content_size
         return total if self.user in (None, self.server.admin) else total / 2
 
-    def _hold(self, size: int) -> None:
-        """Take memory for the content, or give it back.  APIError(503)."""
+    def _reserve(self, size: int) -> None:
+        """Reserve memory for content, or release it (negative size).  APIError(503)."""
         server, share = self.server, self._content_share
-        held = server.content_size + size
-        if size > 0 and held > share:
-            own = sum(e.held for e in server.exchanges if e.user is self.user)
-            if own + size > share or held > server.limits.total_content_size:
+        total = server.content_size + size
+        if size > 0 and total > share:
+            own = sum(e.reserved for e in server.exchanges if e.user is self.user)
+            if own + size > share or total > server.limits.total_content_size:
                 text = "Too much content is arriving at once; try again."
                 raise APIError(503, text, retry_after=1)
-        server.content_size = held
-        self.held += size
+        server.content_size = total
+        self.reserved += size
 
     async def parse(self, parser: Callable[[bytes], T], content: bytes) -> T:
-        """Parse content: large JSON in a thread, for it takes 10 ms a MiB.
-
-        What it takes in memory is held like the content itself.
-        """
+        """Parse content, in a thread if it is large: JSON takes 10 ms a MiB."""
         if len(content) <= PIECE_SIZE:
             return parser(content)
-        size = parsed_size(content)
+        # An upper bound once it is parsed: each value is an object of some 100 bytes,
+        # so "{},{},..." takes 30 times its size.
+        size = 100 * sum(map(content.count, (b",", b"[", b"{")))
         if size > self._content_share:
             raise APIError(413, "The request's JSON has too many values.")
-        self._hold(size)
+        self._reserve(size)
         if len(content) <= APIRequest.KEPT_SIZE:
             return parser(content)
         try:
             loop = self.connection.loop
             return await loop.run_in_executor(None, parser, content)
         finally:
-            self._hold(-size)  # it is not kept
+            self._reserve(-size)  # the request does not keep it
 
     # --- Controllers' answers
 
     async def answer(self, request: APIRequest) -> None:
-        """Have the pool answer a request of the client's, and send the answer."""
+        """Send a request through the pool, and its answer to the client."""
         headers = self.request.headers
-        if headers.relayed is None:  # equal requests share them
+        if headers.relayed is None:  # identical heads share a Headers
             headers.relayed = end_to_end(
                 headers, _PRIVATE_REQUEST_FIELDS, _PRIVATE_REQUEST_PREFIXES
             )
         request.headers = dict(headers.relayed)
         request.headers.setdefault("content-type", "application/json")
-        if request.is_json:  # curl -d says it is a form
+        if request.is_json:  # curl -d labels it a form
             request.headers["content-type"] = "application/json"
         call = await self.relay(request)
         if call.content is None:
             return
-        if self.reply.sent is not Sent.NOTHING:  # a heartbeat: the status is fixed
+        if self.reply.sent is not Sent.NOTHING:  # a heartbeat has fixed the status
             if call.status >= 300:
                 raise refusal_error(call.status, call.content)
             self.reply.close = True
@@ -9345,18 +9338,18 @@ class Exchange:
             self.reply.write(sse_event(event), last=True)
             return
         if call.status >= 400:
-            self._note(refusal_error(call.status, call.content))
+            self._note_error(refusal_error(call.status, call.content))
         self.reply.send(call.status, call.content, self._relayed_fields(call).items())
 
     async def relay(self, request: APIRequest) -> Call:
-        """Have the pool answer a request; the call that is returned has ended.
+        """Send a request through the pool; return its call once it has ended.
 
-        A stream has been sent as it came.  A whole answer is in call.content, for
+        A stream is sent on as it arrives.  A whole answer is in call.content, for
         the caller to send.
         """
         assert self.user is not None
         server, connection, user = self.server, self.connection, self.user
-        self.model = (request.model or "").partition("?")[0]  # as mocks have one
+        self.model = (request.model or "").partition("?")[0]  # mocks take parameters
         self._check_model(request, user)
         self.reply.limit = limit = server.limit_of(user)
         server.begin_request(user, limit)
@@ -9365,9 +9358,9 @@ class Exchange:
         request.user = user.user_id
         request.id = self.id
         request.deadline = self.started + server.limits.request_timeout
-        connection.eof_is_hangup = True  # nobody is billed for an answer unread
+        connection.eof_is_hangup = True  # do not pay for an answer that nobody reads
         if connection.eof:
-            raise ConnectionResetError("the client has left")
+            raise ConnectionResetError("the client disconnected")
         if request.stream:
             request.on_asked = self.reply.start_heartbeat
         try:
@@ -9382,7 +9375,7 @@ class Exchange:
         return call
 
     def _check_model(self, request: APIRequest, user: User) -> None:
-        """APIError(404) for a model that a user may not use, as for one not there."""
+        """Raise APIError(404) for a model that the user may not use, as if unknown."""
         if user.models is None:
             return
         request.may_use = user.may_use
@@ -9393,7 +9386,7 @@ class Exchange:
 
     async def _relay_stream(self, call: Call) -> None:
         connection, reply = self.connection, self.reply
-        if call.is_raw:  # a comment would be a part of it
+        if call.is_raw:  # a comment would corrupt it
             reply.stop_heartbeat()
         while not call.ended:
             block = await call.read()
@@ -9405,13 +9398,13 @@ class Exchange:
                 await connection.drain()
 
     def _relayed_fields(self, call: Call) -> dict[str, str]:
-        """The fields of a controller's answer that travel on to the client."""
-        limited = self.reply.limit is not None  # then it has fields of its own
+        """Return the fields of an answer that are forwarded to the client."""
+        limited = self.reply.limit is not None  # then the x-ratelimit fields are ours
         prefixes = _LIMITED_PREFIXES if limited else _PRIVATE_RESPONSE_PREFIXES
         return end_to_end(call.headers, _PRIVATE_RESPONSE_FIELDS, prefixes)
 
     def cancel(self, why: APIError) -> None:
-        """End the request as if its client had left, and tell the client why."""
+        """End the request as if the client had hung up, but tell the client why."""
         if self.connection.on_hangup is not None:
             self.cancelled = why
             self.connection.on_hangup()
@@ -9419,15 +9412,15 @@ class Exchange:
     # --- Errors
 
     def fail(self, error: APIError) -> None:
-        """Answer an error: with a status, or as the last event of a stream."""
-        self._note(error)
+        """Answer with an error: as a status, or as the last event of a stream."""
+        self._note_error(error)
         error.with_traceback(None)  # as in Call._explain()
         reply, call = self.reply, self.call
         if reply.sent is Sent.NOTHING:
             self.send_error(error)
             return
-        # Behind its last event the connection ends before the last chunk: whoever
-        # does not know the event sees at least that.
+        # Close without the last chunk: a client that does not know the event still
+        # sees that the stream is incomplete.
         reply.close = True
         self.outcome = "broken off"
         if call is not None and not call.is_raw and reply.sent is Sent.HEAD:
@@ -9437,7 +9430,7 @@ class Exchange:
         self.connection.close()
 
     def send_error(self, error: APIError) -> None:
-        """Send an error in the shape of its family of paths."""
+        """Send an error in the shape that clients of its path expect."""
         status, passed = error.status, error.upstream_status or 0
         if self.server.upstream_errors == "pass" and (passed == 429 or passed >= 500):
             status = passed
@@ -9455,43 +9448,43 @@ class Exchange:
             content = encode_json({"error": error.message})
         self.reply.send(status, content, fields)
 
-    def _note(self, error: APIError) -> None:
-        """Keep for the journal what went wrong, in no words but our own."""
-        words = f"status {error.status}"
+    def _note_error(self, error: APIError) -> None:
+        """Note for the journal what went wrong, in our own words only."""
+        text = f"status {error.status}"
         if self.call is None or not self.call.tries:
-            words = error.message[:200]
+            text = error.message[:200]
         elif isinstance(error, ControllerError):
-            words = error.reason
+            text = error.reason
         code = ErrorObject(type=error.type, code=error.code).summary
-        self.error = (code, words)
+        self.error = (code, text)
 
     # --- The end
 
     def end(self, counted_path: str) -> None:
-        """Release what it held, write the access line and record it."""
+        """Release its resources, write the access line and record the request."""
         server, call = self.server, self.call
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
-        self._hold(-self.held)
+        self._reserve(-self.reserved)
         if call is not None and self.user is not None:
             server.end_request(self.user)
             del server.running_requests[self]
-        if self.reply.status != 101:  # a websocket's line came with its 101
+        if self.reply.status != 101:  # a websocket's was written with the 101
             self.log()
         if self.request.method == "POST" and self.path.startswith(("/v1/", "/api/ask")):
             record = self.record(self.connection.loop.time())
             server.count(record, counted_path, None if call is None else self.user)
-        self.call = None  # or its content stays as long as the connection
+        self.call = None  # or its content would live as long as the connection
 
     @property
     def user_name(self) -> str:
-        """What the log and the journal call the user; "" for a stranger."""
+        """The user's name in the log and the journal; "" if unknown."""
         return "" if self.user is None else self.user.name or self.user.user_id
 
     def log(self) -> None:
-        """The access line: when, who, what, with what result, from whom, how long."""
+        """Write the access line: time, user, request, result, controller, duration."""
         access = self.server.access
-        if access is None or self.path in ("/livez", "/readyz"):  # every few seconds
+        if access is None or self.path in ("/livez", "/readyz"):  # frequent probes
             return
         reply, connection, call = self.reply, self.connection, self.call
         now = connection.loop.time()
@@ -9503,7 +9496,7 @@ class Exchange:
             self.user_name[:80],
             self.request.method,
             self.path,
-            reply.status or 499,  # nginx's word for a client who has left
+            reply.status or 499,  # as nginx: the client closed the request
             self.model[:80],
             controller[:80],
         )
@@ -9516,7 +9509,7 @@ class Exchange:
         )
 
     def record(self, ended_at: float | None = None) -> RequestRecord:
-        """What the journal keeps of the request."""
+        """Return the request's entry in the journal."""
         call = self.call
         left = self.outcome == "client left"
         return RequestRecord(
@@ -9540,22 +9533,22 @@ class Exchange:
 
 
 # -----------------------------------------------------------------------------
-# Routes: who may ask for what, and how it is answered
+# Routes: access rules and handlers
 # -----------------------------------------------------------------------------
 #
-# A route is a function of an Exchange.  What it returns is sent as JSON, unless it
-# has answered by itself; what it raises is answered by RequestHandler.  Who may ask
-# and what is read is settled before that, by the table at the end.
+# A route is a function that takes an Exchange.  It sends a response, or returns JSON
+# to send; RequestHandler answers what it raises.  The table at the end says who may
+# use a route and what is read before it runs.
 
-# A websocket in which nobody has said who it is for so many seconds is closed.
+# Seconds in which an agent has to introduce itself on its new websocket.
 FIRST_MESSAGE_TIMEOUT = 10.0
 
 _KEY_FIELDS = ("x-api-key", "api-key", "x-goog-api-key")  # beside Authorization
 _FORWARDING_FIELDS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
-# Pages of the original browser agents: no other page may become an agent.
+# Where the original browser agents run.  No other web page may become an agent.
 _AGENT_ORIGINS = ("https://chat.openai.com", "https://chatgpt.com")
 _AGENT_ORIGIN_SCHEMES = ("moz-extension://", "chrome-extension://")
-# The quickstart of the original, pasted as it stands, says "<optional>".
+# The original's quickstart, pasted verbatim, sends "<optional>".
 _ABSENT = (None, "", "<optional>")
 
 _ABOUT = """chatgpt_apiserver {version}
@@ -9570,11 +9563,11 @@ An OpenAI-compatible API in front of upstreams, agents and Python functions.
 """
 
 
-# --- Who may ask
+# --- Access
 
 
 class Access(enum.Enum):
-    """Whose requests a route serves; see authorize()."""
+    """Who may use a route; see authorize()."""
 
     ANYBODY = "no key is needed"
     USER = "the API key, or a user's token"
@@ -9584,19 +9577,20 @@ class Access(enum.Enum):
     ADMIN = "the API key, also as admin_key in the query or the content"
 
 
-# What a role's token is told that asks for what is another's.
+# Why a token of such a role is refused everywhere else.
 _ROLES_ONLY = {
     "agent": "An agent's token can only register an agent.",
     "monitor": "A monitor's token can only read /metrics.",
 }
 _FOR_AGENTS = "A user's token cannot register an agent."
-_FOR_THE_ADMINISTRATOR = "This is for the administrator's key."
+_FOR_THE_ADMINISTRATOR = "This needs the administrator's key."
 
 
 def authorize(exchange: Exchange, access: Access, body: JSONObject) -> None:
-    """Check that whoever asks may use a route, and set exchange.user.
+    """Check that a request may use a route, and set exchange.user.
 
-    Raise APIError: 401 for no or a wrong key, 403 for one that may not.
+    Raise APIError: 401 for a missing, wrong or expired key, 403 for a valid one that
+    may not use the route.
     """
     if access is Access.ANYBODY:
         return
@@ -9608,10 +9602,13 @@ def authorize(exchange: Exchange, access: Access, body: JSONObject) -> None:
     if not tokens:
         admit_keyless(exchange, access)
         return
-    known = filter(None, map(server.authenticate, tokens))
-    user = next(known, None)
-    if user is not None and unix_time() >= user.expires:
-        user = next((other for other in known if unix_time() < other.expires), user)
+    user, now = None, unix_time()
+    for token in tokens:
+        found = server.authenticate(token)
+        user = user or found  # an expired one, unless another is valid
+        if found is not None and now < found.expires:
+            user = found
+            break
     if user is None:
         name = "admin" if access is Access.ADMIN else "API"
         raise APIError(401, f"Invalid {name} key", code="invalid_api_key")
@@ -9620,15 +9617,15 @@ def authorize(exchange: Exchange, access: Access, body: JSONObject) -> None:
         if user.role != access.name.lower():
             refusal = _FOR_AGENTS if access is Access.AGENT else _FOR_THE_ADMINISTRATOR
             raise APIError(403, _ROLES_ONLY.get(user.role, refusal))
-        if unix_time() >= user.expires:
+        if now >= user.expires:
             text = f"This token expired at {rfc3339(user.expires)}; ask for another."
             raise APIError(401, text, code="expired")
 
 
 def credentials(exchange: Exchange) -> list[str]:
-    """The tokens that a request carries, in the order in which they are tried.
+    """Return the tokens of a request, in the order in which they are tried.
 
-    Clients add their own to ours: an OAuth token of theirs, a proxy's password.
+    Some are not for us: a client may add its own OAuth token, or a proxy's password.
     """
     headers = exchange.request.headers
     value = headers.get("authorization", "")
@@ -9639,7 +9636,7 @@ def credentials(exchange: Exchange) -> list[str]:
 
 
 def admit_keyless(exchange: Exchange, access: Access) -> None:
-    """Accept a request without a key where that is allowed; APIError 401 or 403."""
+    """Admit a request without a key where that is allowed; APIError(401, 403)."""
     name = "Admin" if access is Access.ADMIN else "API"
     missing = APIError(401, f"{name} key not provided", code="invalid_api_key")
     if access not in (Access.AGENT, Access.LOCAL):
@@ -9664,11 +9661,11 @@ def admit_keyless(exchange: Exchange, access: Access) -> None:
 
 
 def not_local(request: Request, peer: str) -> str:
-    """Why a request does not come from this machine's user; "" if it does."""
+    """Return why a request is not from this machine's own user, "" if it is."""
     headers = request.headers
     if not is_loopback(peer):
         return "it comes from another machine"
-    if request.version == "HTTP/1.0":  # nginx as it comes adds no header
+    if request.version == "HTTP/1.0":  # nginx's default, without a forwarding field
         return "it came in HTTP/1.0, as from a proxy"
     if any(name in headers for name in _FORWARDING_FIELDS):
         return "it was forwarded by a proxy"
@@ -9676,8 +9673,8 @@ def not_local(request: Request, peer: str) -> str:
     if not is_loopback(re.sub(r":[0-9]*$", "", host)):
         return "its Host header names another machine"  # DNS rebinding
     origin = headers.get("origin")
-    # Python's websocket-client sends the server's own origin.  Our page has it,
-    # too: it runs no script but its own (Content-Security-Policy).
+    # Python's websocket-client sends the server's own origin.  So does our page, but
+    # it runs only its own script (Content-Security-Policy).
     good = (*_AGENT_ORIGINS, f"http://{host}", f"https://{host}")
     if origin is None or origin in good or origin.startswith(_AGENT_ORIGIN_SCHEMES):
         return ""
@@ -9706,7 +9703,7 @@ async def do_chat_completions(exchange: Exchange, content: bytes) -> None:
 
 
 async def do_api(exchange: Exchange, content: bytes) -> None:
-    """POST /v1/...: handed through to a controller of its model."""
+    """POST /v1/...: passed through to a controller that has the model."""
     content_type = exchange.request.headers.get("content-type", "")
     path, query = exchange.path, exchange.request.query
     if content_type.lower().startswith("multipart/form-data"):
@@ -9720,7 +9717,7 @@ async def do_api(exchange: Exchange, content: bytes) -> None:
 
 
 async def do_models(exchange: Exchange) -> JSONObject:
-    """GET /v1/models: what the controllers name, in the client's own dialect."""
+    """GET /v1/models: the controllers' models, in the client's dialect."""
     models = list_models(exchange)
     more = {}
     if "anthropic-version" in exchange.request.headers:
@@ -9730,7 +9727,7 @@ async def do_models(exchange: Exchange) -> JSONObject:
 
 
 def list_models(exchange: Exchange) -> dict[str, JSONObject]:
-    """The models that a user may use, by their names."""
+    """Return the models that the user may use, by name."""
     assert exchange.user is not None
     owners: dict[str, str] = {}
     for controller in exchange.server.pool.reachable:
@@ -9753,7 +9750,7 @@ async def do_model(exchange: Exchange) -> JSONObject:
     return model
 
 
-# --- For clients: one question, one answer
+# --- For clients: the ask API
 
 
 async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
@@ -9761,13 +9758,13 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
     assert exchange.user is not None
     question = body.get("content")
     if not isinstance(question, str) or not question:
-        raise APIError(400, "'content' must be a text that is not empty.")
+        raise APIError(400, "'content' must be a non-empty string.")
     conversation_id = optional_text(body, "conversation_id")
     parent_id = optional_text(body, "parent_id")
     if bool(conversation_id) != bool(parent_id):
         raise APIError(
             400,
-            "conversation_id and parent_id come together: the conversation_id"
+            "conversation_id and parent_id go together: send the conversation_id"
             " and the response_id of the answer to continue from.",
         )
     ask = (question, conversation_id, parent_id)
@@ -9795,7 +9792,7 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
 
 
 def text_field(body: JSONObject, name: str) -> str:
-    """A field that a request must have; APIError(400)."""
+    """Return a required string; APIError(400)."""
     value = body.get(name)
     if not isinstance(value, str):
         raise APIError(400, f"'{name}' must be a string.")
@@ -9803,7 +9800,7 @@ def text_field(body: JSONObject, name: str) -> str:
 
 
 def optional_text(body: JSONObject, name: str) -> str:
-    """A field that may be left out: "" then."""
+    """Return an optional string, "" if it is absent; APIError(400)."""
     return "" if body.get(name) in _ABSENT else text_field(body, name)
 
 
@@ -9813,7 +9810,7 @@ def keep_answer(
     conversation: Conversation | None,
     call: Call,
 ) -> JSONObject:
-    """The ask API's answer, and the conversation kept for the next question."""
+    """Keep the conversation for the next question; return the ask API's answer."""
     assert exchange.user is not None and call.controller is not None
     kept, user_id = exchange.server.conversations, exchange.user.user_id
     question, conversation_id, parent_id = ask
@@ -9824,9 +9821,9 @@ def keep_answer(
     except (LookupError, TypeError):
         raise APIError(500, "The answer is not a chat.completion.") from None
     if agent_id and (conversation is None or conversation.agent_id is not None):
-        response_id = answer["response_id"]  # the agent keeps it
+        response_id = answer["response_id"]  # the agent keeps the conversation
         conversation_id = answer["conversation_id"]
-        if 0 < len(conversation_id) <= 200:  # not what would fill the memory
+        if 0 < len(conversation_id) <= 200:  # a long one would fill the memory
             kept.add(user_id, conversation_id, agent_id)
     else:
         response_id = str(uuid.uuid4())
@@ -9861,11 +9858,11 @@ async def do_register(exchange: Exchange) -> None:
     exchange.log()
     id = str(uuid.uuid4())
     websocket.write(envelope(id, "Connection id"))
-    said = await first_message(websocket)
-    if said is None:
+    first = await first_message(websocket)
+    if first is None:
         return
-    claimed_id, hello = said
-    # Version 1 says nothing there; nonsense counts as nothing.
+    claimed_id, hello = first
+    # Version 1 sends nothing here; what cannot be parsed counts as nothing.
     about = as_object(read_json(hello))
     about = about if about.get("version") == 2 else {}
     kind = AgentController if about else TextAgent
@@ -9884,7 +9881,7 @@ async def do_register(exchange: Exchange) -> None:
 
 
 async def first_message(websocket: WebSocket) -> tuple[str, str] | None:
-    """The id and the data with which a server or an agent begins, or None."""
+    """Return the id and the data of the peer's first message; None if none came."""
     loop = websocket.connection.loop
     timer = loop.call_later(FIRST_MESSAGE_TIMEOUT, websocket.close, 1008, "no id")
     try:
@@ -9913,7 +9910,7 @@ async def do_connections(exchange: Exchange) -> JSONObject:
 
 
 async def do_users(exchange: Exchange) -> None:
-    """GET /admin/users; with ?from=0&count=100 a part of them, and the total."""
+    """GET /admin/users; with ?from=0&count=100 some of them, and the total."""
     users, query = exchange.server.users.users, exchange.query
     lines, more = [], b""
     if "count" in query:
@@ -9932,7 +9929,7 @@ async def do_users(exchange: Exchange) -> None:
 
 
 def limits_left(server: Server, user: User) -> list[JSONObject]:
-    """What a user has used of each limit, and when it is reset."""
+    """Return what a user has used of each limit, and when it resets."""
     limit = server.limit_of(user)
     return [
         {
@@ -9954,7 +9951,7 @@ async def do_users_add(exchange: Exchange, body: JSONObject) -> JSONObject:
 
 
 async def do_users_update(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/users/update: other settings, or a new token."""
+    """POST /admin/users/update: new settings or a new token."""
     user_id = text_field(body, "user_id")
     del body["user_id"]
     user = await exchange.server.users.update(user_id, body)
@@ -9964,7 +9961,7 @@ async def do_users_update(exchange: Exchange, body: JSONObject) -> JSONObject:
 
 
 async def do_users_delete(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/users/delete: the token stops working with the answer."""
+    """POST /admin/users/delete: once answered, the token no longer works."""
     server, user_id = exchange.server, text_field(body, "user_id")
     await server.users.delete(user_id)
     server.dismiss_agents()
@@ -9975,42 +9972,42 @@ async def do_users_delete(exchange: Exchange, body: JSONObject) -> JSONObject:
 async def do_admin_status(exchange: Exchange) -> None:
     """GET /admin/status: what the page shows, for scripts too.
 
-    One snapshot a second for all who ask, with an ETag.  Times are seconds since
-    1970, and seconds since the request came where a request is told of:
+    One snapshot a second serves everybody, with an ETag.  Times are Unix seconds; but
+    in a request all except "time" are seconds since it arrived:
 
     {"version", "started", "draining", "in_flight", "waiting",
      "agent_sha256": of /agent.py, or null,
      "activity": {"requests": [60 numbers], "failures": [...], "tokens": [...]},
-         in slots of ten seconds, the oldest first
-     "controllers": [as /admin/controllers has them, and {"id",
-         "max_concurrency", "first_byte": median of seconds, or null,
-         "user": whose token an agent came with}],
+         in slots of ten seconds, oldest first
+     "controllers": [as in /admin/controllers, and {"id",
+         "max_concurrency", "first_byte": median in seconds, or null,
+         "user": whose token an agent used}],
      "requests": [{"request_id", "time", "user", "method", "path", "model",
-         "controller": who answered, or "",
+         "controller": the one that answered, or "",
          "attempts": [{"controller", "asked", "reason": why it failed, or ""}],
-         "first_byte": when the answer had begun, or null,
-         "duration", "status": null as long as it runs,
+         "first_byte": when the answer began, or null,
+         "duration", "status": null while it runs,
          "failed": bool, "code", "error": why, or "",
          "input", "cached_input", "output": tokens,
          "address", "client": its User-Agent}],
-         those that run and the last 200, the latest first}
+         those running and the last 200, latest first}
     """
     content, etag = exchange.server.status(exchange.connection.loop.time())
-    fields = [("Content-Type", "application/json"), ("ETag", etag)]
-    fields.append(("Cache-Control", "no-store"))  # a browser asks with the ETag
+    # The page itself keeps the ETag; a browser need not store anything.
+    fields = [*_JSON_FIELDS, ("ETag", etag), ("Cache-Control", "no-store")]
     known = etag in exchange.request.headers.get("if-none-match", "")  # perhaps W/
     exchange.reply.send(304 if known else 200, content, fields)
 
 
 async def do_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/requests/cancel: the client is told, the controller stops."""
+    """POST /admin/requests/cancel: the client gets an error, the controller stops."""
     running, id = exchange.server.running_requests, text_field(body, "request_id")
-    found = [each for each in running if each.id == id]  # the client's own, or ours
+    found = [each for each in running if each.id == id]  # clients may repeat theirs
     if not found:
         raise APIError(404, "Request not found")
-    words = "The server's administrator has cancelled this request."
+    text = "The server's administrator cancelled this request."
     for each in found:
-        each.cancel(APIError(503, words, code="cancelled", retry_after=math.inf))
+        each.cancel(APIError(503, text, code="cancelled", retry_after=math.inf))
     return {"message": "Request cancelled"}
 
 
@@ -10022,7 +10019,7 @@ async def do_controllers(exchange: Exchange) -> JSONObject:
 
 
 async def do_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/controllers/enable: it may be asked again at once."""
+    """POST /admin/controllers/enable: it gets requests again at once."""
     controller = switch(exchange, body, off=False)
     controller.health.reset()
     if controller.limit is not None and controller.limit.exceeded():
@@ -10031,15 +10028,15 @@ async def do_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
 
 
 async def do_disable(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/controllers/disable: until it is enabled."""
+    """POST /admin/controllers/disable: it gets no requests until it is enabled."""
     switch(exchange, body, off=True)
     return {"message": "Controller disabled"}
 
 
 def switch(exchange: Exchange, body: JSONObject, off: bool) -> Controller:
-    """Switch the controller that a body names off or on; APIError(404).
+    """Switch the controller named in a body off or on; APIError(404).
 
-    An agent is paused: it is told, and stays so when it comes back.
+    An agent is paused: it is notified, and stays paused when it reconnects.
     """
     controller = exchange.server.pool.find(text_field(body, "name"))
     if controller is None:
@@ -10050,7 +10047,7 @@ def switch(exchange: Exchange, body: JSONObject, off: bool) -> Controller:
 
 
 async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/agents/pause {"id", "paused"}: connected, and asked for nothing.
+    """POST /admin/agents/pause {"id", "paused"}: it stays connected, but idle.
 
     "paused" is true by default; false ends the pause.
     """
@@ -10065,17 +10062,17 @@ async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
 async def do_usage(exchange: Exchange) -> JSONObject | None:
     """GET /admin/usage?from=&to=&by=day,user,model: sums, as JSON or CSV.
 
-    GET /v1/usage: the sums of whoever asks, and what is left of the limits.
+    GET /v1/usage: the user's own sums, and what is left of the limits.
     """
     user = None if exchange.path == "/admin/usage" else exchange.user
     query = exchange.query
     by = query.get("by", "day,user,model").split(",")
     days = query.get("from", ""), query.get("to", "9999")
     if not set(by) <= set(COLUMNS) or len(set(by)) < len(by):
-        raise APIError(400, f"'by' takes one or more of {', '.join(COLUMNS)}.")
+        raise APIError(400, f"'by' must be one or more of {', '.join(COLUMNS)}.")
     for day in days:
         if day not in ("", "9999") and not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
-            raise APIError(400, "'from' and 'to' are days such as 2026-11-01.")
+            raise APIError(400, "'from' and 'to' must be days such as 2026-11-01.")
     own = None if user is None else user.user_id or user.name
     report = exchange.server.ledger.report(by, *days, own)
     accept = exchange.request.headers.get("accept", "")
@@ -10089,10 +10086,9 @@ async def do_usage(exchange: Exchange) -> JSONObject | None:
 
 
 def usage_csv(columns: list[str], rows: list[JSONObject]) -> str:
-    """Rows as CSV (RFC 4180).
+    """Return rows as CSV (RFC 4180).
 
-    A spreadsheet takes a text that begins with "=" for a formula: a quote before it
-    makes it a text.
+    A quote goes in front of "=" and its like, or a spreadsheet would run a formula.
     """
     import csv
     import io
@@ -10108,7 +10104,7 @@ def usage_csv(columns: list[str], rows: list[JSONObject]) -> str:
     return file.getvalue()
 
 
-# --- For monitors, and for whoever comes along
+# --- For monitors, and for anybody
 
 
 async def do_status(exchange: Exchange) -> JSONObject:
@@ -10122,7 +10118,7 @@ async def do_health(exchange: Exchange) -> None:
 
 
 async def do_ready(exchange: Exchange) -> None:
-    """GET /readyz: whether requests should be sent here; cooling is no reason."""
+    """GET /readyz: whether requests should be sent here; cooling does not matter."""
     server = exchange.server
     reason = "no controller is available\n"
     for c in server.pool.controllers:
@@ -10140,14 +10136,14 @@ async def do_metrics(exchange: Exchange) -> None:
 
 
 async def do_about(exchange: Exchange) -> None:
-    """GET /: what this is, without data; to a browser, the page."""
+    """GET /: what this is, without data; for a browser, the page."""
     headers, connection = exchange.request.headers, exchange.connection
     if exchange.server.page and "text/html" in headers.get("accept", ""):
         exchange.reply.send(200, PAGE.encode(), PAGE_FIELDS)
         return
     scheme = "https" if connection.tls else "http"
     host = headers.get("host", "localhost")
-    if is_loopback(connection.peer):  # a proxy on this machine, for people only
+    if is_loopback(connection.peer):  # a proxy on this machine; only displayed
         scheme = headers.get("x-forwarded-proto", scheme)
         host = headers.get("x-forwarded-host", host)
     ws = scheme.replace("http", "ws")
@@ -10158,7 +10154,7 @@ async def do_about(exchange: Exchange) -> None:
 
 @functools.lru_cache(maxsize=1)
 def own_source() -> tuple[bytes, str]:
-    """This file's bytes and their SHA-256; both empty if it is no file."""
+    """Return this file's bytes and their SHA-256, both empty if it cannot be read."""
     try:
         with open(__file__, "rb") as file:
             source = file.read()
@@ -10176,7 +10172,7 @@ async def do_source(exchange: Exchange) -> None:
 
 
 def do_preflight(exchange: Exchange) -> None:
-    """OPTIONS: any page may ask, with any header fields (CORS)."""
+    """OPTIONS: pages of any origin may send any header fields (CORS)."""
     fields = [("Allow", exchange.allowed)]
     if not exchange.path.startswith(_NO_CORS):
         headers = exchange.request.headers
@@ -10193,18 +10189,18 @@ def do_preflight(exchange: Exchange) -> None:
 
 
 async def read_body(exchange: Exchange, max_size: float) -> JSONObject:
-    """The JSON object in a request's content; without content {}."""
+    """Read a request's JSON object, {} if there is no content."""
     content = await exchange.read_content(max_size)
     return parse_object(content) if content.strip() else {}
 
 
 class Route(NamedTuple):
-    """A route, and what is settled before it runs.
+    """A route, and what is checked and read before it runs.
 
-    method  of HTTP; HEAD goes where GET goes
+    method  HTTP method; GET serves HEAD too
     access  who may use it
-    answer  sends an answer, or gives what is sent as JSON
-    reads   the request's content, raw or parsed; None: it has none
+    answer  sends the response, or returns the JSON to send
+    reads   reads the request's content, raw or parsed; None: it takes none
     limit   name of the limit on the content's size
     """
 
@@ -10216,11 +10212,11 @@ class Route(NamedTuple):
 
     @property
     def allowed(self) -> str:
-        """The methods of its path."""
+        """The methods of its path, as in Allow."""
         return "GET, HEAD, OPTIONS" if self.method == "GET" else "POST, OPTIONS"
 
 
-# By path; one that ends in a slash stands for all below it.
+# By path; /v1/ and /v1/models/ stand for all paths below them.
 ROUTES = {
     "/": Route("GET", Access.ANYBODY, do_about),
     "/agent.py": Route("GET", Access.ANYBODY, do_source),
@@ -10254,20 +10250,20 @@ ROUTES = {
 
 
 def find_route(path: str) -> Route | None:
-    """The route of a path, or None."""
+    """Return the route of a path, or None."""
     if path in ROUTES or not path.startswith("/v1/"):
         return ROUTES.get(path)
     if path.startswith("/v1/models/"):
         return ROUTES["/v1/models/"]
-    # An upstream's key is for what is below its base URL.
-    # As the most lenient server reads it: decoded twice, "\" for "/", "..;x".
+    # An upstream's key is only for paths below its base URL: no dot segment, as the
+    # most lenient server would read the path (decoded twice, "\" for "/", "..;x").
     plain = urllib.parse.unquote(urllib.parse.unquote(path))
     steps = re.split(r"[/\\;]", plain)
     return None if "." in steps or ".." in steps else ROUTES["/v1/"]
 
 
 def check_method(exchange: Exchange, route: Route | None) -> Route:
-    """The route, if it is there for a request's method; APIError 404, 405, 426, 501."""
+    """Return the route if it serves the method; APIError(404, 405, 426, 501)."""
     request, path = exchange.request, exchange.path
     method = "GET" if request.method == "HEAD" else request.method
     if route is not None and route.method == method:
@@ -10278,16 +10274,16 @@ def check_method(exchange: Exchange, route: Route | None) -> Route:
     if path == "/v1/realtime":
         raise APIError(501, "The realtime API is not supported.")
     if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
-        # Codex then speaks HTTP at once.
+        # Codex then falls back to HTTP at once.
         raise APIError(426, f"Websockets are not supported here; use POST {path}.")
     raise APIError(404, f"There is nothing at {request.method} {path}.")
 
 
 async def follow_route(exchange: Exchange) -> None:
-    """Apply the policy of a request's route, then have the route answer."""
+    """Apply the policy of a request's route, then run the route."""
     found = find_route(exchange.path)
     exchange.allowed = "GET, HEAD, OPTIONS" if found is None else found.allowed
-    if exchange.request.method == "OPTIONS":  # CORS: before anything is asked of it
+    if exchange.request.method == "OPTIONS":  # a CORS preflight carries no key
         do_preflight(exchange)
         return
     route = check_method(exchange, found)
@@ -10308,18 +10304,18 @@ async def follow_route(exchange: Exchange) -> None:
 # Request handler: a connection's requests, one after the other
 # -----------------------------------------------------------------------------
 #
-# It reads heads, makes an Exchange of each, and answers whatever a route raises.  It
-# decides whether the connection is kept, and cuts who is too slow to ask.
+# It reads request heads, makes an Exchange of each, and answers what a route raises.
+# It decides whether to keep the connection, and times out slow clients.
 
-# What is answered where no head could be read.
+# Stands in for a request whose head could not be read.
 _NO_REQUEST = Request("-", "", "HTTP/1.1", "", "", Headers(), None)
 
 
 class RequestHandler:
     """Serves the requests of one connection."""
 
-    exchange: Exchange | None = None  # the request that is being answered
-    reading = False  # it waits for a request's head, or is in the middle of it
+    exchange: Exchange | None = None  # in progress
+    reading = False  # waiting for a request's head, or in the middle of one
     _served = 0
 
     def __init__(self, server: Server, connection: Connection) -> None:
@@ -10345,12 +10341,12 @@ class RequestHandler:
                     or self.server.draining
                 )
                 await self._respond(exchange)
-                # Before the next request, or who pipelines and does not read would
-                # fill the memory; and before the end, which waits only a moment.
+                # A client that pipelines and never reads would fill the memory; and
+                # close() waits only a moment for what is unsent.
                 if not connection.writable and not connection.closing:
                     await connection.drain()
                 elif connection.buffer:
-                    await asyncio.sleep(0)  # a long pipeline takes turns with others
+                    await asyncio.sleep(0)  # a long pipeline must not starve others
                 closing = exchange.reply.close
                 self.exchange = None
         except ConnectionError:
@@ -10360,8 +10356,11 @@ class RequestHandler:
             connection.close()
 
     async def _start_tls(self) -> bool:
-        """Do the handshake here and not in asyncio: a limit counts it, shutdown()
-        ends it, and one that fails is no news."""
+        """Do the TLS handshake; return whether it succeeded.
+
+        Here and not in asyncio: a limit counts it, shutdown() ends it, and a failure
+        is no error in the log.
+        """
         connection, server = self.connection, self.server
         assert server.tls is not None
         peer = connection.peer
@@ -10377,10 +10376,10 @@ class RequestHandler:
         return True
 
     async def _read_request(self) -> Request | None:
-        """The next request's head; None if there will be none.
+        """Read the next request's head; None if there will be none.
 
         One absolute deadline for the whole head: a byte now and then does not
-        extend it.  What is malformed or late is answered here.
+        extend it.  A malformed or late head is answered here.
         """
         connection, limits = self.connection, self.server.limits
         loop = connection.loop
@@ -10411,7 +10410,7 @@ class RequestHandler:
         return None
 
     async def _refuse(self, error: ProtocolError) -> None:
-        """Answer broken HTTP once, and read nothing of what follows it."""
+        """Answer broken HTTP once, and ignore all that follows it."""
         error.with_traceback(None)  # as in Call._explain()
         exchange = self.turn_away(APIError(error.status, f"Bad request: {error}."))
         exchange.log()
@@ -10420,7 +10419,7 @@ class RequestHandler:
         await self.connection.linger()
 
     def turn_away(self, error: APIError) -> Exchange:
-        """Answer with an error, whatever is asked, and end the connection."""
+        """Send an error whatever the request is, and end the connection."""
         self.exchange = exchange = Exchange(self.server, self.connection, _NO_REQUEST)
         exchange.reply.close = True
         exchange.send_error(error)
@@ -10443,20 +10442,20 @@ class RequestHandler:
             exchange.outcome = "client left"
             if self.connection.stalled:
                 seconds = self.server.limits.write_timeout
-                line = f"a client that read nothing for {seconds:g} s is disconnected"
+                line = f"disconnected a client that read nothing for {seconds:g} s"
                 self.server.report(line)
             raise
         except Exception:
             logger.exception("request %s failed", exchange.id)
             reply.close = True
-            text = f"Internal error; the log has more under {exchange.id}."
+            text = f"Internal error; look for {exchange.id} in the log."
             exchange.fail(APIError(500, text))
         finally:
             known = exchange.path in ROUTES or exchange.path in DIALECTS
             exchange.end(exchange.path if known else "other")
         if reply.content_left and reply.content_buffered:
             del self.connection.buffer[: exchange.request.content_length]
-        elif reply.content_left:  # nobody has read it: it was refused before that
+        elif reply.content_left:  # the request was refused before it was read
             reply.close = True
             await self.connection.linger()
 
@@ -10466,12 +10465,12 @@ class RequestHandler:
 # -----------------------------------------------------------------------------
 #
 # Server holds what requests share: keys and limits, agents, conversations, memory.
-# It opens the sockets and starts one task for each connection.  Everything that it
-# starts, it holds: after shutdown() no task and no socket is left.
+# It opens the sockets and starts one task per connection.  It keeps track of all that
+# it starts: after shutdown() no task and no socket is left.
 
 
 def open_sockets(listen: str, port: int) -> list[socket.socket]:
-    """Sockets that listen at an address or name; "" is this machine only.
+    """Open the sockets that listen at an address or name; "" is this machine only.
 
     That is 127.0.0.1 and, where there is IPv6, ::1 on the same port; "::" takes
     both families.  Raise OSError.
@@ -10501,17 +10500,17 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
                 continue  # no IPv6 here
             for sock in sockets:
                 sock.close()
-            if sockets and port == 0:  # free for one family only: once more
+            if sockets and port == 0:  # free in one family only: try another
                 return open_sockets(listen, 0)
             reason = f"{address} port {same_port}: {os.strerror(error.errno or 0)}"
             if in_use:
-                reason += "; choose another port, or stop what listens there"
+                reason += "; choose another port, or stop the program that uses it"
             raise OSError(reason) from None
     return sockets
 
 
 def connection_limit(limits: Limits) -> int:
-    """How many connections fit the limit on open files: a stream needs two."""
+    """Return how many connections the limit on open files allows, two per stream."""
     files = 8192
     if os.name == "posix":
         import resource
@@ -10522,10 +10521,10 @@ def connection_limit(limits: Limits) -> int:
 
 
 async def cancel_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks, and wait until they have let go of what they hold."""
+    """Cancel tasks, and wait until they have cleaned up."""
     running = set(tasks)
-    # Again if one was lost: wait_for() loses some before Python 3.12, and a function
-    # may swallow them, but not us.
+    # More than once: before Python 3.12 wait_for() loses cancellations, and a user's
+    # function may swallow one.
     for _ in range(3):
         for task in running:
             task.cancel()
@@ -10534,13 +10533,13 @@ async def cancel_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
 
 
 class Stoppable:
-    """What runs until it is asked to end: once gently, twice at once."""
+    """Runs until a shutdown is requested: once ends it gracefully, twice at once."""
 
-    _asked: asyncio.Future[None] | None = None  # done once it was; made at the start
+    _asked: asyncio.Future[None] | None = None  # done once a shutdown is requested
     _hurried = False
 
     def request_shutdown(self) -> None:
-        """Have serve_forever() end: once gently, twice at once.  For signals."""
+        """Make serve_forever() end, at once on the second call.  For signals."""
         assert self._asked is not None
         if self._asked.done():
             self._hurried = True
@@ -10549,11 +10548,11 @@ class Stoppable:
 
     @property
     def ending(self) -> bool:
-        """Whether it has been asked to end."""
+        """Whether a shutdown has been requested."""
         return self._asked is not None and self._asked.done()
 
     async def _wait_while(self, running: Callable[[], object], seconds: float) -> None:
-        """Wait until nothing runs, the time is over, or somebody is in a hurry."""
+        """Wait while running(), but not beyond the time or a second request."""
         end = time.monotonic() + seconds
         while running() and not self._hurried and time.monotonic() < end:
             await asyncio.sleep(0.01)
@@ -10576,20 +10575,20 @@ class Server(Stoppable):
     agents_auth      who may register an agent without a key: "local" (from this
                      machine), "key" (nobody) or "open" (anybody)
     upstream_errors  "map" (to 500) or "pass" (429 and 5xx as they are)
-    affinity         a conversation goes on at the controller that had it last
-    page             show a browser a page at "/"
+    affinity         a conversation stays with the controller that had it last
+    page             serve browsers a page at "/"
     tape             "FILE" or "FILE:MODE" of a TapeController
-    mocks            have the mock models
-    store            what is kept of new tokens: "token" or "sha256"
+    mocks            serve the mock models
+    store            what is stored of new tokens: "token" or "sha256"
     usage            path of usage.jsonl; None: beside the users; "-": none
     default_limit    of users without one, as parse_quotas() takes it
-    metrics_users    count for each user in /metrics, too
+    metrics_users    label /metrics by user, too
     limits           Limits
     log              a Log for lines and access lines; None: warnings go to logging
-    verbose          log each connection, attempt and agent's message too
+    verbose          log every connection, attempt and agent message, too
 
-    Raise ValueError for arguments that cannot be; starting raises OSError when the
-    port is taken, and ConfigurationError for a damaged users.json.
+    Raise ValueError for invalid arguments; starting raises OSError if the port is
+    taken, and ConfigurationError for a damaged users.json.
     """
 
     ADMIN_ID = ""  # no user in users.json can have it
@@ -10598,7 +10597,7 @@ class Server(Stoppable):
     tls: ssl.SSLContext | None = None  # for https and wss
     draining = False
     requests_in_flight = 0
-    content_size = 0  # bytes held for them
+    content_size = 0  # bytes reserved for content
     _status = (-math.inf, b"", "")  # when it was made, content, ETag
     _max_connections = 0
 
@@ -10630,7 +10629,7 @@ class Server(Stoppable):
             raise ValueError("api_key must not be empty")
         self._key = api_key.encode()
         self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
-        self.admin.quotas = []  # no default is for it
+        self.admin.quotas = []  # the default limit does not apply
         self.limits = limits
         self.listen = listen
         self.port = port
@@ -10638,7 +10637,7 @@ class Server(Stoppable):
         self.report = (lambda line: None) if log is None else report
         self.access = None if log is None else log.write
         self.debug = log.report if log is not None and verbose else lambda line: None
-        self.id = random_id("server-")  # of this run; agents compare it
+        self.id = random_id("server-")  # new in each run; agents compare it
         self.started = unix_time()
         self.users = UserStore(users, store=store, limits=limits, report=report)
         self.pool = Pool(
@@ -10661,8 +10660,7 @@ class Server(Stoppable):
         self.paused: set[str] = set()  # ids of agents, by the administrator
         self.conversations = Conversations(limits)
         self.journal = Journal()
-        # Exchanges that controllers answer, in their order.
-        self.running_requests: dict[Exchange, None] = {}
+        self.running_requests: dict[Exchange, None] = {}  # oldest first
         self._running: dict[str, int] = {}  # how many, by user_id
         self._wanted_port = port
         self._certificate = (tls_cert, tls_key)
@@ -10679,7 +10677,7 @@ class Server(Stoppable):
             self.ledger.watch("controller", controller.name, controller.limit)
 
     def model(self, name: str, **options: Any) -> Callable[[F], F]:
-        """Decorate a function that answers for a model; see FunctionController.
+        """Decorate a function that answers for a model.
 
         options are FunctionController's.  Raise TypeError without a name in
         parentheses, ValueError for an empty one.
@@ -10698,7 +10696,7 @@ class Server(Stoppable):
     # --- Life
 
     async def start(self) -> None:
-        """Open the sockets; from here on requests are answered."""
+        """Open the sockets and serve requests from now on."""
         loop, limits, pool = asyncio.get_running_loop(), self.limits, self.pool
         self.users.load()
         self.ledger.load()
@@ -10730,12 +10728,12 @@ class Server(Stoppable):
         self._spawn(self._repeat(pool.refresh_models, lambda: 60))
 
     def load_certificate(self) -> None:
-        """Use the certificate as it is on the disk now; OSError if it is no good."""
+        """Load the certificate from disk as it is now; OSError if it is unusable."""
         cert, key = self._certificate
         if cert is not None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             try:
-                # A key under a password is refused: nobody is there to be asked for it.
+                # An encrypted key is refused: nobody is there to enter its password.
                 context.load_cert_chain(cert, key, password="")
             except ssl.SSLError:
                 raise OSError(f"{cert}: not a PEM certificate with its key") from None
@@ -10751,7 +10749,7 @@ class Server(Stoppable):
         await self.shutdown()
 
     async def serve_forever(self) -> None:
-        """Start, if that is not done, serve until request_shutdown(), shut down."""
+        """Start unless started, serve until request_shutdown(), shut down."""
         if not self._listeners:
             await self.start()
         assert self._asked is not None
@@ -10761,7 +10759,7 @@ class Server(Stoppable):
             await self.shutdown()
 
     async def shutdown(self) -> None:
-        """Stop: nothing new, what runs may finish for drain_timeout seconds."""
+        """Accept nothing new; let requests finish for drain_timeout seconds; stop."""
         self.draining = True
         for listener in self._listeners:
             listener.close()
@@ -10774,7 +10772,9 @@ class Server(Stoppable):
         seconds = self.limits.drain_timeout
         if self.requests_in_flight:
             count = self.requests_in_flight
-            self.report(f"waiting {seconds:.0f} s at most for requests: {count}")
+            self.report(
+                f"waiting up to {seconds:.0f} s for requests in flight: {count}"
+            )
         await self._wait_while(lambda: self._serves(False), seconds)
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
@@ -10787,22 +10787,22 @@ class Server(Stoppable):
         self.pool.close()
         await self._flush_usage()
         await self.users.aclose()
-        await asyncio.sleep(0)  # transports say goodbye in the next turn
+        await asyncio.sleep(0)  # transports close in the loop's next turn
         self.url = ""
 
     def _serves(self, websockets: bool) -> bool:
-        """Whether a websocket is being served, or a request."""
+        """Whether any websocket, or else any request, is being served."""
         return any((e.reply.status == 101) == websockets for e in self.exchanges)
 
     @property
     def exchanges(self) -> list[Exchange]:
-        """The requests that are being read or answered."""
+        """The requests in progress."""
         found = (handler.exchange for handler in self._handlers.values())
         return [exchange for exchange in found if exchange is not None]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:
-        """Run in a thread of its own, with its own event loop; gives the URL."""
+        """Run in a thread with its own event loop; yield the URL."""
         started: Future[asyncio.AbstractEventLoop] = Future()
 
         async def serve() -> None:
@@ -10824,34 +10824,34 @@ class Server(Stoppable):
                 loop.call_soon_threadsafe(self.request_shutdown)
             thread.join()
 
-    # --- Who may do what
+    # --- Access and usage
 
     def authenticate(self, token: str) -> User | None:
-        """The user of a token, None for a wrong one."""
-        # Both ways take the same time for all wrong tokens: one compares in
-        # constant time, the other looks up a digest.
+        """Return the user of a token, None for a wrong one."""
+        # All wrong tokens take the same time: the key is compared in constant time,
+        # and users are looked up by digest.
         if hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._key):
             return self.admin
         return self.users.find(token)
 
     @property
     def agents_auth(self) -> str:
-        """Who may register an agent without a key; not said: whatever is safe.
+        """Who may register an agent without a key; by default what is safe.
 
-        Where a port is open to others, or TLS ends in it, what looks like this
-        machine's own user may be anybody who comes through a forwarder.
+        On a port that others can reach, or that terminates TLS, anybody behind a
+        forwarder looks like this machine's own user.
         """
         here = is_loopback(self.listen or "localhost") and self.tls is None
         return self.keyless_agents or ("local" if here else "key")
 
     def begin_request(self, user: User, limit: UsageLimit | None) -> None:
-        """Count a user's request until end_request().  Raise APIError: 429, 503."""
+        """Admit a user's request, until end_request(); APIError(429, 503)."""
         if self.requests_in_flight >= self.limits.requests_in_flight:
             raise APIError(503, "The server is too busy; try again.", retry_after=1)
         running = self._running.get(user.user_id, 0)
         most = user.max_concurrency or self.limits.user_requests_in_flight
         if most and running >= most:
-            text = f"You have {running} requests running, the most allowed at once."
+            text = f"You have {running} requests in flight, the most allowed at once."
             raise APIError(429, text, code="user_limit_exceeded", retry_after=1)
         over = None if limit is None else limit.over(running)
         if over is not None:
@@ -10867,14 +10867,14 @@ class Server(Stoppable):
         self.requests_in_flight += 1
 
     def end_request(self, user: User) -> None:
-        """Count it no longer."""
+        """Count a user's request as no longer in flight."""
         self.requests_in_flight -= 1
         left = self._running.pop(user.user_id) - 1
         if left:
             self._running[user.user_id] = left
 
     def limit_of(self, user: User) -> UsageLimit | None:
-        """A user's limit, or None."""
+        """Return a user's limit, or None."""
         quotas = self.default_quotas if user.quotas is None else user.quotas
         most = self.limits.user_requests_per_minute
         if most:
@@ -10885,8 +10885,8 @@ class Server(Stoppable):
     def count(self, record: RequestRecord, path: str, user: User | None) -> None:
         """Record a request that has ended: journal, metrics, ledger.
 
-        path  for /metrics, where it is one of a few
-        user  whose it was, unless it was refused before begin_request()
+        path  its label in /metrics, one of a few
+        user  its user, or None if begin_request() did not admit it
         """
         self.journal.add(record)
         model = known = record.model
@@ -10898,7 +10898,7 @@ class Server(Stoppable):
         self.metrics.observe(record, path, known)
         if user is not None:
             name = record.attempts[-1][0] if record.attempts else ""
-            # Names that nobody has would fill the memory, and are nobody's usage.
+            # Unknown names would fill the memory, and are nobody's usage.
             model = known if record.failed else model
             user_id = user.user_id or user.name
             self.ledger.record(user_id, model, name, int(record.failed), record.usage)
@@ -10906,23 +10906,17 @@ class Server(Stoppable):
     # --- What is shown
 
     def status(self, now: float) -> tuple[bytes, str]:
-        """What GET /admin/status answers and its ETag: made at most once a second."""
+        """Return GET /admin/status's content and ETag, made at most once a second."""
         made_at, content, etag = self._status
-        if now - made_at >= 1:
-            new = self._describe(now)
-            if new != content:
-                content, etag = new, f'"{secrets.token_hex(8)}"'
-            self._status = (now, content, etag)
-        return content, etag
-
-    def _describe(self, now: float) -> bytes:
+        if now - made_at < 1:
+            return content, etag
         first_bytes = self.journal.first_bytes()
         controllers = [controller.status(now) for controller in self.pool.controllers]
         for line in controllers:
             line["first_byte"] = first_bytes.get(line["name"])
         running = [exchange.record() for exchange in reversed(self.running_requests)]
         ended = self.journal.requests()
-        value = {
+        status = {
             "version": __version__,
             "started": round(self.started, 3),
             "draining": self.draining,
@@ -10933,14 +10927,18 @@ class Server(Stoppable):
             "controllers": controllers,
             "requests": [record.as_json() for record in (*running, *ended)],
         }
-        return encode_json(value)
+        new = encode_json(status)
+        if new != content:
+            content, etag = new, f'"{secrets.token_hex(8)}"'
+        self._status = (now, content, etag)
+        return content, etag
 
     def gauges(self) -> Iterator[tuple[str, str, str, float]]:
-        """The gauges of GET /metrics, as of now."""
+        """Yield the gauges of GET /metrics."""
         prefix, pool = Metrics.PREFIX, self.pool
         now = asyncio.get_running_loop().time()
         build = metric_labels(version=__version__)
-        yield f"{prefix}build_info", "The version that runs.", build, 1
+        yield f"{prefix}build_info", "The running version.", build, 1
         yield f"{prefix}waiting", "Requests in the queue.", "", pool.waiting
         yield f"{prefix}agents_connected", "Agents.", "", len(self.agents)
         for c in pool.controllers:
@@ -10950,20 +10948,18 @@ class Server(Stoppable):
             state = c.describe(now)["state"]
             for each in ("ready", "busy", "cooling", "disabled", "paused"):
                 labels = metric_labels(controller=c.name, state=each)
-                help = "1 for the state that it is in."
+                help = "1 for the controller's current state."
                 yield f"{prefix}controller_state", help, labels, int(each == state)
-        started = "Unix time of the start."
-        yield "process_start_time_seconds", started, "", self.started
+        help = "Unix time of the start."
+        yield "process_start_time_seconds", help, "", self.started
         yield from process_gauges()
 
     # --- Agents
 
     def register(self, agent: AgentController, claimed_id: str) -> None:
-        """Add an agent, under the id that it remembers if that is its own.
+        """Add an agent; it may claim an id that is free or has the same credential.
 
-        An id is its own if nobody has it, or if whoever has it registered with the same
-        credential: then the newer socket wins, for the older may be dead without
-        anybody having noticed.
+        The newer socket wins: the older one may be dead without anybody noticing.
         """
         current = self.agents.get(claimed_id)
         usable = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", claimed_id, re.ASCII)
@@ -10978,7 +10974,7 @@ class Server(Stoppable):
         self.pool.add(agent)
 
     def pause(self, id: str, paused: bool) -> bool:
-        """Pause or resume an agent, also one that will return; False for no agent."""
+        """Pause or resume an agent, even one that is away; False for an unknown id."""
         agent = self.agents.get(id)
         if agent is None and id not in self.paused:
             return False
@@ -10989,7 +10985,7 @@ class Server(Stoppable):
         return True
 
     def unregister(self, agent: AgentController) -> None:
-        """Remove an agent; its id may be another's by now."""
+        """Remove an agent; another one may have its id by now."""
         if self.agents.get(agent.id) is agent:
             del self.agents[agent.id]
         self.pool.remove(agent)
@@ -11018,24 +11014,24 @@ class Server(Stoppable):
             logger.error("a task failed", exc_info=task.exception())
 
     async def _repeat(self, work: Callable[[], Any], wait: Callable[[], float]) -> None:
-        """Do something regularly."""
+        """Do some work regularly."""
         while True:
             await asyncio.sleep(wait())
             await work()
 
     async def _poll_users(self) -> None:
-        """Take over what others have changed in users.json."""
+        """Take over changes that others made to users.json."""
         await self.users.refresh()
         self.dismiss_agents()
 
     async def _exchange_usage(self) -> None:
-        """Tell others what was used, and see what they tell."""
+        """Share usage with the servers that write the same file."""
         for turn in itertools.count(1):
             await asyncio.sleep(USAGE_READ_INTERVAL)
             await self._flush_usage(write=turn % USAGE_WRITE_TURNS == 0)
 
     async def _flush_usage(self, write: bool = True) -> None:
-        """Write and read what was used, if anybody has a token or a limit.
+        """Write and read usage.jsonl if there is a user or a limit, or it is wanted.
 
         A file that nobody needs surprises people.
         """
@@ -11057,11 +11053,11 @@ class Server(Stoppable):
         connection.on_hangup = self._spawn(handler.handle()).cancel
 
     def _make_room(self, connection: Connection) -> bool:
-        """Whether one more connection is within the limits; an idle one gives way."""
+        """Return whether one more connection is allowed; close an idle one for it."""
         if len(self._handlers) < self._max_connections:
             return True
         for other, handler in self._handlers.items():
-            if handler.reading and not other.buffer:  # it is between two requests
+            if handler.reading and not other.buffer:  # between two requests
                 other.abort()
                 del self._handlers[other]  # at once: more may come in this turn
                 return True
@@ -11069,7 +11065,9 @@ class Server(Stoppable):
 
     def _lost(self, connection: Connection) -> None:
         self._handlers.pop(connection, None)
-        connection.on_hangup = None  # its task may hold an error that holds all frames
+        connection.on_hangup = (
+            None  # or its task, which may hold an error, keeps frames
+        )
         self.debug(f"connection from {connection.peer} ended")
 
 
