@@ -3947,31 +3947,32 @@ class WebSocket:
 # Users, limits, usage
 # -----------------------------------------------------------------------------
 #
-# What is in force is what is on disk: a change is made to a copy, the copy is
-# written (lock, temporary file, fsync, replace, fsync of the folder), and only then
-# is it in force and answered.  Changes that come during a write go into the next
-# one together.  People and other servers change the file too, so it is looked at
-# before each write and twice a second; what cannot be read is never overwritten.
+# users.json is the truth.  A change is made to a copy, the copy is written (lock,
+# temporary file, fsync, replace, fsync of the folder), and only then does it take
+# effect and get its answer.  Changes that arrive during a write share the next one.
+# People and other servers edit the file too, so it is checked before each write and
+# twice a second; a file that cannot be read is never overwritten.
 #
-# The Ledger is told once of each request that has ended.  Limits of users and of
-# controllers, reports and the page read it; it writes increments, a line each.
+# The Ledger records each finished request once.  User and controller limits, reports
+# and the page read from it; usage.jsonl gets one increment a line.
 
 ROLES = ("user", "agent", "monitor")
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
-Stamp = tuple[int, int, int]  # mtime_ns, size, inode: another one, another content
+# Windows has the second only, all others the first.
+OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+Stamp = tuple[int, int, int]  # mtime_ns, size, inode: changes with the content
 ABSENT: Stamp = (0, 0, 0)
 
 
 class User:
-    """Whose a token is: what users.json says of it, already checked by user_problem().
+    """A user: an entry of users.json that has passed user_problem().
 
     user_id, name, role   role is "user", "agent" or "monitor"
-    token, digest         token is "" where only its SHA-256 is kept
-    quotas                of "limit"; None: the default's
-    models                patterns of the models it may use ("gpt-4o*"), or None
+    token, digest         token is "" if only its SHA-256 is stored
+    quotas                from "limit"; None: the default limit applies
+    models                patterns of the allowed models ("gpt-4o*"); None: all
     expires               Unix time, or infinity
-    max_concurrency       its requests at once, or 0 for any number
-    old_digest, old_until  the token before, and when it ends
+    max_concurrency       concurrent requests, 0 for no limit
+    old_digest, old_until  the previous token, and when it expires
     """
 
     __slots__ = tuple(
@@ -3994,7 +3995,7 @@ class User:
         old = fields.get("old") or {}
         self.old_digest = stored_digest(old) if old else b""
         self.old_until = parse_time(old.get("expires"))
-        # Encoded once, so that a write of 100,000 users is one join.
+        # Encoded once, so that writing 100,000 users is one join.
         self.line = encode_json(fields)
 
     def __repr__(self) -> str:
@@ -4002,18 +4003,18 @@ class User:
 
     @property
     def label(self) -> str:
-        """Who it is, for the log."""
+        """Name and id, for the log."""
         return f"{self.name} ({self.user_id})" if self.name else self.user_id
 
     def may_use(self, model: str) -> bool:
-        """Whether its models allow one."""
+        """Whether the user may use a model."""
         return self.models is None or any(
             fnmatch.fnmatchcase(model, pattern.replace("[", "[[]"))  # "sonnet[1m]"
             for pattern in self.models
         )
 
-    def shown(self) -> bytes:
-        """Its line in GET /admin/users: of a digest only the beginning."""
+    def public_json(self) -> bytes:
+        """Return the user for GET /admin/users, any digest truncated."""
         if self.token and "old" not in self.fields:
             return self.line
         fields = {key: value for key, value in self.fields.items() if key != "old"}
@@ -4023,20 +4024,17 @@ class User:
 
 
 def with_token(user: User, token: str) -> User:
-    """A user as whoever has asked for a token is told of it."""
-    told = User(user.fields)
-    told.token = token
-    return told
+    """Return a copy of the user with its token, of which it may have only a digest."""
+    copy = User(user.fields)
+    copy.token = token
+    return copy
 
 
-TIME_WORDS = 'a time such as "2027-01-31T12:00:00Z"'
-
-
-@functools.lru_cache(maxsize=1024)  # many users have the same
+@functools.lru_cache(maxsize=1024)  # many users share one value
 def parse_time(value: str | None) -> float:
-    """A date or time of RFC 3339 as Unix time; None is infinity.  ValueError.
+    """Parse an RFC 3339 date or time into Unix time; None is infinity.
 
-    Without an offset it is UTC; a day alone ends with it.
+    Without an offset it is UTC; a date alone is its end.  Raise ValueError.
     """
     if value is None:
         return math.inf
@@ -4048,25 +4046,25 @@ def parse_time(value: str | None) -> float:
 
 
 def token_digest(token: str) -> bytes:
-    """The SHA-256 of a token, by which users are looked up.
+    """Return the SHA-256 of a token, the key for user lookups.
 
-    A lookup by the token itself compares secrets byte by byte, and its time tells
-    how much of a guess was right.  The time of a digest's comparison tells nothing:
-    nobody can steer towards a digest whose token they do not know.
+    Looking up the token itself would compare secrets byte by byte, and the timing
+    would reveal how much of a guess is right.  Comparing digests reveals nothing:
+    nobody can steer towards a digest without knowing its token.
     """
-    # Any str has one: header values may hold what UTF-8 refuses.
+    # Header values may contain surrogates, which UTF-8 refuses.
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
 def stored_digest(fields: dict[str, Any]) -> bytes:
-    """The digest of what stands as "token" or as "sha256"."""
+    """Return the digest of the "token", or the one stored as "sha256"."""
     if "token" in fields:
         return token_digest(fields["token"])
     return bytes.fromhex(fields["sha256"])
 
 
 class Quota(NamedTuple):
-    """So many requests or tokens in each calendar window, in UTC."""
+    """An amount of requests or tokens per calendar window, in UTC."""
 
     amount: int
     unit: str  # "requests" or "tokens"
@@ -4086,9 +4084,9 @@ QUOTA_WORDS = (
 )
 
 
-@functools.lru_cache(maxsize=1024)  # many users have the same
+@functools.lru_cache(maxsize=1024)  # many users share one value
 def parse_quota(text: str) -> Quota:
-    """The quota that is written as "1000 requests/day"; ValueError."""
+    """Parse a quota such as "1000 requests/day".  Raise ValueError."""
     match = _QUOTA.fullmatch(text)
     if match is None:
         raise ValueError(f"expected a limit {QUOTA_WORDS}")
@@ -4096,45 +4094,47 @@ def parse_quota(text: str) -> Quota:
 
 
 def parse_quotas(value: Any) -> list[Quota]:
-    """The quotas of "limit": a text, an object, or a list of them; ValueError.
+    """Parse "limit": a string, an object, or a list of them.  Raise ValueError.
 
-    {"requests": n, "tokens": n, "per": "day"} is the object's form.
+    The object is {"requests": n, "tokens": n, "per": "day"}.
     """
     texts: list[Any] = []
     for item in value if isinstance(value, list) and value else [value]:
         if isinstance(item, dict):
             units = [(unit, n) for unit, n in item.items() if unit != "per"]
-            # What is no whole number has no such repr.
+            # parse_quota() refuses the repr of anything but a whole number.
             texts += [f"{n!r} {unit}/{item.get('per')}" for unit, n in units] or [""]
         else:
             texts.append(item)
     return [parse_quota(text if isinstance(text, str) else "") for text in texts]
 
 
-class Expected(NamedTuple):
-    """What a single value has to be."""
+def has_type(value: Any, types: Any) -> bool:
+    """As isinstance(), but True is not a number."""
+    return isinstance(value, types) and (type(value) is not bool or types is bool)
 
-    words: str  # after "expected"
-    test: Callable[[Any], Any]  # of a value of these types; ValueError is no, too
+
+class Expected(NamedTuple):
+    """The check for a single value."""
+
+    words: str  # follow "expected" in a message
+    test: Callable[[Any], Any]  # for values of these types; may raise ValueError
     types: Any = str  # one or a tuple, as for isinstance
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is so.  To isinstance, true is a number."""
-        if isinstance(value, self.types) and (
-            type(value) is not bool or self.types is bool
-        ):
-            with contextlib.suppress(ValueError):
-                return bool(self.test(value))
+        """Whether a value passes the check."""
+        with contextlib.suppress(ValueError):
+            return has_type(value, self.types) and bool(self.test(value))
         return False
 
 
 def one_of(*words: str) -> Expected:
-    """A string that is one of these words."""
+    """Expect one of these strings."""
     return Expected(" or ".join(map(json.dumps, words)), words.__contains__)
 
 
 def whole_number(least: int) -> Expected:
-    """A whole number, within reason."""
+    """Expect a whole number, within reason."""
     words = f"a whole number from {least}"
     return Expected(words, lambda value: least <= value < 10**12, int)
 
@@ -4142,7 +4142,7 @@ def whole_number(least: int) -> Expected:
 LIMIT = Expected(f"a limit {QUOTA_WORDS}", parse_quotas, (str, dict, list))
 USER_FIELDS = {
     "user_id": Expected("a string that is not empty", bool),
-    # No header could carry another token; an empty one would let everybody in.
+    # A header could carry no other token; an empty one would let everybody in.
     "token": Expected(
         "a string of visible ASCII characters", re.compile("[!-~]+").fullmatch
     ),
@@ -4160,23 +4160,21 @@ USER_FIELDS = {
         lambda models: all(isinstance(model, str) and model for model in models),
         list,
     ),
-    "expires": Expected(TIME_WORDS, parse_time),
+    "expires": Expected('a time such as "2027-01-31T12:00:00Z"', parse_time),
     "max_concurrency": whole_number(1),
     "old": Expected(
         "a token and when it expires", lambda old: not user_problem(old), dict
     ),
 }
 NEVER_NULL = ("user_id", "token", "sha256", "name", "role")
-# What the administrator says of a user.  Ids and tokens are ours: one that is there
-# already would be taken from its user, and the file with both could not be read again.
+# What the administrator may set.  Ids and tokens are generated: a duplicate would
+# take over another user's, and the file could not be read again.
 SETTABLE = ("name", "role", "limit", "models", "expires", "max_concurrency")
-
-
 Users = dict[str, User]  # by user_id, in the file's order
 
 
 def encode_users(users: Users) -> bytes:
-    """users.json: one user a line, for editors and for diff."""
+    """Encode users.json: one user a line, for editors and diff."""
     lines = b",\n".join([user.line for user in users.values()])
     return b'{"users": [\n' + lines + b"\n]}\n"
 
@@ -4185,35 +4183,34 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Users:
     """Parse users.json: {"users": [{"user_id": "...", "token": "..."}, ...]}.
 
     Raise ConfigurationError with the line and column, or the place (users[3].token),
-    and what was expected; it never repeats a token.
+    and what was expected, but never a token.
     """
     if not data:
-        # What a crash without fsync leaves: it does not mean "no users".
+        # A crash without fsync leaves this; it does not mean "no users".
         raise ConfigurationError('the file is empty, expected {"users": []}')
     document = load_json(data)
     document = document if isinstance(document, dict) else {}
     if None in document:
-        raise ConfigurationError(f"{shown(document[None])}: this key appears twice")
+        raise ConfigurationError(f"{quote_key(document[None])}: duplicate key")
     entries = document.pop("users", None)
     if not isinstance(entries, list):
         raise ConfigurationError('expected {"users": [...]}')
     if len(entries) > limits.users:
         raise ConfigurationError(f"users: expected at most {limits.users:,}")
     for key in document:
-        raise ConfigurationError(f'expected only "users", and not {key!r}')
+        raise ConfigurationError(f'expected only "users", got {key!r} as well')
     users: Users = {}
-    owners: dict[bytes, str] = {}  # of tokens, by their digests
+    owners: dict[bytes, str] = {}  # user_ids by token digest
     for index, fields in enumerate(entries):
         problem = user_problem(fields, "user_id")
         if not problem:
             user = User(fields)
             if user.user_id in users:
-                problem = f".user_id: expected another than {user.user_id!r}, which is"
-                problem += " there already"
+                problem = f".user_id: another user has the id {user.user_id!r}"
             for place, digest in ("token", user.digest), ("old.token", user.old_digest):
                 owner = owners.setdefault(digest, user.user_id)
                 if digest and owner != user.user_id:
-                    problem = f".{place}: expected another than that of user {owner!r}"
+                    problem = f".{place}: user {owner!r} has the same token"
         if problem:
             raise ConfigurationError(f"users[{index}]{problem}")
         users[user.user_id] = user
@@ -4221,11 +4218,11 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Users:
 
 
 def user_problem(fields: Any, *needed: str) -> str:
-    """Why these cannot be a user's fields, or ""; a token or its digest is needed."""
+    """Return what is wrong with fields, or "".  They need a token or its digest."""
     if not isinstance(fields, dict):
         return ": expected an object"
     if None in fields:
-        return f".{shown(fields[None])}: this key appears twice"
+        return f".{quote_key(fields[None])}: duplicate key"
     if "token" in fields and "sha256" in fields:
         return '.sha256: expected either "token" or "sha256"'
     credential = "sha256" if "sha256" in fields else "token"
@@ -4239,26 +4236,26 @@ def user_problem(fields: Any, *needed: str) -> str:
 
 
 def load_json(data: bytes) -> Any:
-    """Parse a file's JSON, of UTF-8; objects as distinct() has them.
+    """Parse a file's UTF-8 JSON, its objects built by unique_keys().
 
-    Raise ConfigurationError, with line and column where they are known.
+    Raise ConfigurationError, with line and column if known.
     """
     try:
         text = data.decode("utf-8-sig")  # editors on Windows write a byte order mark
-        return json.loads(text, object_pairs_hook=distinct)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        place, problem = (error.lineno, error.colno), f"not JSON: {error.msg}"
+        line, column, problem = error.lineno, error.colno, f"not JSON: {error.msg}"
     except UnicodeDecodeError as error:
-        before = data[: error.start].split(b"\n")
-        place, problem = (len(before), len(before[-1]) + 1), "not UTF-8"
+        lines = data[: error.start].split(b"\n")
+        line, column, problem = len(lines), len(lines[-1]) + 1, "not UTF-8"
     except (ValueError, RecursionError):  # 5,000 digits, 1,000 brackets
-        text = "a number is too long or nesting too deep"
+        text = "a number is too long or the nesting too deep"
         raise ConfigurationError(text) from None
-    raise ConfigurationError(f"line {place[0]}, column {place[1]}: {problem}")
+    raise ConfigurationError(f"line {line}, column {column}: {problem}")
 
 
-def distinct(pairs: list[tuple[str, Any]]) -> dict[str | None, Any]:
-    """An object of a JSON file; under None a key that comes twice, if one does."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str | None, Any]:
+    """Return a JSON object as a dict, or {None: key} if a key is repeated."""
     content: dict[str | None, Any] = {}
     for key, value in pairs:
         if key in content:
@@ -4267,8 +4264,8 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str | None, Any]:
     return content
 
 
-def shown(key: str) -> str:
-    """A key as it stands in a message: short, and on one line."""
+def quote_key(key: str) -> str:
+    """Return a key for a message: short, and on one line."""
     return key if re.fullmatch("[A-Za-z0-9_-]{1,40}", key) else json.dumps(key[:40])
 
 
@@ -4276,10 +4273,10 @@ def shown(key: str) -> str:
 def file_lock(path: str, timeout: float = 5.0) -> Iterator[None]:
     """Hold the lock file at path, which all servers on one users.json share.
 
-    It is never removed: somebody may just be waiting for it.  Raise OSError, also
-    if another process (stopped?) holds it for longer than timeout seconds.
+    The file is never removed: another process may be waiting for it.  Raise OSError,
+    also if another process (stopped?) holds the lock for more than timeout seconds.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
     try:
         deadline = time.monotonic() + timeout
         while not try_lock(fd):
@@ -4289,11 +4286,11 @@ def file_lock(path: str, timeout: float = 5.0) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.close(fd)  # gives the lock back, as does a process that dies
+            os.close(fd)  # releases the lock, as does the end of the process
 
 
 def try_lock(fd: int) -> bool:
-    """Take the lock if it is free; whether it was."""
+    """Take the lock if it is free.  Return whether it was."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
@@ -4305,9 +4302,9 @@ def try_lock(fd: int) -> bool:
 
 
 def sync(fd: int) -> None:
-    """Return when what was written to a file or folder is on the disk itself."""
+    """Flush a file or folder to the disk itself."""
     if sys.platform == "darwin":
-        # fsync there leaves it in the drive's cache.  Some file systems can only that.
+        # fsync stops at the drive's cache there; some file systems have only that.
         with contextlib.suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
@@ -4315,8 +4312,8 @@ def sync(fd: int) -> None:
 
 
 def sync_folder(folder: str) -> None:
-    """Make a replaced name last: after a power cut the old one could be back."""
-    if sys.platform != "win32":  # which has nothing for it
+    """Make a replaced name durable: a power cut could bring the old one back."""
+    if sys.platform != "win32":  # which has no such call
         fd = os.open(folder, os.O_RDONLY)
         try:
             sync(fd)
@@ -4325,28 +4322,28 @@ def sync_folder(folder: str) -> None:
 
 
 def replace_file(path: str, data: bytes, newer_than: int) -> Stamp:
-    """Put a new file of mode 0600 in the place of path, whole or not at all.
+    """Atomically replace path by a new file of mode 0600.
 
-    Return its stamp, with an mtime_ns above newer_than.  Raise OSError, and then
-    the old file is still there and no temporary one.
+    Return its stamp, with an mtime_ns above newer_than.  After an OSError the old
+    file is still in place, and no temporary file remains.
     """
     temporary = f"{path}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
-    # O_EXCL, O_NOFOLLOW: who may write to the folder cannot lay out a name before us
-    # that has us write to another file, or into one they can read.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW
-    fd = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o600)
+    # O_EXCL, O_NOFOLLOW: another user with write access to the folder cannot plant
+    # this name to redirect the write, or to read what is written.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
+    fd = os.open(temporary, flags, 0o600)
     try:
         try:
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(fd, rest) :]
             if os.fstat(fd).st_mtime_ns <= newer_than:
-                # File systems' clocks tick in milliseconds and freed inodes are used
-                # again at once: without this, two versions may have one stamp.
+                # File system clocks tick in milliseconds, and freed inodes are reused
+                # at once: without this, two versions may have the same stamp.
                 os.utime(temporary, ns=(newer_than + 1, newer_than + 1))
-            # Before the replace, or a power cut may leave the name and lose the data.
-            # If it fails the pages are gone, and a second fsync would succeed for
-            # nothing: another try is another file.
+            # Before the replace, or a power cut may keep the name and lose the data.
+            # A failed fsync drops the dirty pages, and a second one would succeed
+            # without writing them: never retry on the same file.
             sync(fd)
             stamp = stamp_of(os.fstat(fd))
         finally:
@@ -4360,7 +4357,7 @@ def replace_file(path: str, data: bytes, newer_than: int) -> Stamp:
 
 
 def replace_name(source: str, target: str) -> None:
-    """os.replace; on Windows it fails while somebody is reading the target."""
+    """Call os.replace(); on Windows, retry while the target is being read."""
     for _ in range(5 if sys.platform == "win32" else 0):
         try:
             os.replace(source, target)
@@ -4371,27 +4368,18 @@ def replace_name(source: str, target: str) -> None:
 
 
 def stamp_of(found: os.stat_result) -> Stamp:
-    """What tells one version of a file from another."""
+    """Return what distinguishes one version of a file from another."""
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def stamp_at(path: str) -> Stamp:
-    """The stamp of the file that is there now; ABSENT if there is none."""
-    try:
-        return stamp_of(os.stat(path))
-    except FileNotFoundError:
-        return ABSENT
-
-
 def append_to_file(path: str, lines: bytes) -> Stamp:
-    """Append lines in one write, or none; a new file has mode 0600.  Its stamp then."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_FOLLOW
-    fd = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o600)
+    """Append lines, all or none, and return the new stamp; a new file is mode 0600."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | OPEN_FLAGS, 0o600)
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
         if lines and size:
             os.lseek(fd, -1, os.SEEK_END)
-            # What a crash has left of a line must not swallow the next one.
+            # The rest of a line torn by a crash must not swallow the next one.
             lines = lines if os.read(fd, 1) == b"\n" else b"\n" + lines
         if os.write(fd, lines) < len(lines):  # a full disk
             os.ftruncate(fd, size)
@@ -4401,20 +4389,20 @@ def append_to_file(path: str, lines: bytes) -> Stamp:
         os.close(fd)
 
 
-Change = Callable[[Users], User]  # made to a copy; raises APIError
-GONE_AFTER = 5.0  # seconds, until a file that is missing means that there are no users
+Change = Callable[[Users], User]  # applied to a copy; raises APIError
+GONE_AFTER = 5.0  # seconds until a missing file means that there are no users
 
 
 class UserStore:
-    """The users in force, and the file they are kept in.
+    """The users in memory, and the file that holds them.
 
     path    users.json, or a symlink to it; the file may be missing, its folder not
-    store   what is kept of new tokens: "token" or "sha256"
-    report  called in the event loop with one line on what people want to know
+    store   what to keep of new tokens: "token" or "sha256"
+    report  called in the event loop with one line for people
 
-    Making one touches nothing, and nothing is written until a user is added.  All
-    but load() touches the file in one thread, one after the other; that thread
-    replaces the users as a whole, so that readers need no lock.
+    The constructor touches no file, and nothing is written until a user is added.
+    Apart from load(), one thread does all file access; it replaces the users as a
+    whole, so that readers need no lock.
     """
 
     def __init__(
@@ -4426,14 +4414,14 @@ class UserStore:
         report: Callable[[str], object] = lambda line: None,
     ) -> None:
         self.store = store
-        self.path = os.path.abspath(path)  # a later chdir shall not move it
+        self.path = os.path.abspath(path)  # a later chdir must not move it
         self.limits = limits
         self._name = os.path.basename(path)
         self._report = report
         self._users: Users = {}
         self._by_digest: dict[bytes, User] = {}
         self._seen: Stamp | None = None  # the version read last; None: read again
-        self._broken = ""  # why the file cannot be read, and so is not written
+        self._broken = ""  # why the file cannot be read, and so must not be written
         self._waiting: deque[tuple[Change, Future[User]]] = deque()  # thread-safe
         self._executor: Executor | None = None
         self._closed = False
@@ -4445,55 +4433,58 @@ class UserStore:
         return list(self._users.values())
 
     def find(self, token: str) -> User | None:
-        """The user with this token, or None.  Any str may be asked for."""
+        """Return the user with this token, or None.  Any str is accepted."""
         digest = token_digest(token)
         user = self._by_digest.get(digest)
-        if user is not None and digest != user.digest:  # that before the present one
+        if user is not None and digest != user.digest:  # the previous token
             return user if unix_time() < user.old_until else None
         return user
 
     def get(self, user_id: str) -> User | None:
-        """The user with this id, or None."""
+        """Return the user with this id, or None."""
         return self._users.get(user_id)
 
     def load(self) -> None:
-        """Read the file for the start, without touching it.
+        """Read the file at startup, without writing to it.
 
         Raise ConfigurationError, one line, if it or its folder cannot be used.
         """
         self._closed = False
         self._seen, self._broken = None, ""
-        self._gone_at = -math.inf  # it may never have been there
+        self._gone_at = -math.inf  # at startup a missing file means no users at once
         self._remove_temporary_files()
-        self._use(self._look() or {})
+        self._adopt(self._read_changed() or {})
         if not os.access(os.path.dirname(self._target), os.W_OK | os.X_OK):
             self._report(
-                f"{self.path}: its folder cannot be written to: no user"
-                " can be added or deleted"
+                f"{self.path}: its folder is not writable: users cannot be"
+                " added, changed or deleted"
             )
 
     async def add(self, /, **settings: Any) -> User:
-        """Add a user with a new id and token; it is on disk when this returns.
+        """Add a user with a new id and token, on disk when this returns.
 
-        settings are those of SETTABLE.  What is returned has its token, whatever is
-        kept of it.  Raise APIError: 400 for a setting that cannot be, 507 past a limit,
-        500 if the file cannot be written; nothing has changed then.
+        settings are those of SETTABLE.  The user returned carries its token, even if
+        only a digest is kept.  Raise APIError, with nothing changed: 400 for an invalid
+        setting, 507 past a limit, 500 if the file cannot be written.
         """
-        token = str(uuid.uuid4())  # 122 bits from the system's randomness for keys
-        user = self._made({"user_id": str(uuid.uuid4()), **self._kept(token)}, settings)
+        token = str(uuid.uuid4())  # 122 bits from os.urandom()
+        fields = {"user_id": str(uuid.uuid4()), **self._credential(token)}
+        user = self._build(fields, settings)
         return with_token(
             await self._change(lambda users: self._put(users, user)), token
         )
 
     async def update(self, user_id: str, settings: dict[str, Any]) -> User:
-        """Change a user's settings; null takes one away.
+        """Change a user's settings; None removes one.
 
-        {"rotate": seconds} makes a new token, and the old one lives so long; else
-        what is returned has none.  Raise APIError as add() does, and 404.
+        {"rotate": seconds} issues a new token and keeps the old one valid that long.
+        Otherwise the user returned carries no token.  Raise APIError as add() does,
+        and 404.
         """
         seconds = settings.pop("rotate", None)
         if seconds is not None and (type(seconds) is not int or not 0 <= seconds < 1e9):
-            raise APIError(400, "rotate must be a number of seconds", param="rotate")
+            text = "rotate must be a whole number of seconds"
+            raise APIError(400, text, param="rotate")
         token = "" if seconds is None else str(uuid.uuid4())
 
         def change(users: Users) -> User:
@@ -4502,20 +4493,20 @@ class UserStore:
                 until = rfc3339(unix_time() + seconds + (seconds > 0))  # 0: at once
                 keys = {"token", "sha256"} & fields.keys()
                 old = {key: fields.pop(key) for key in keys}
-                fields.update(self._kept(token), old={**old, "expires": until})
-            return self._put(users, self._made(fields, settings))
+                fields.update(self._credential(token), old={**old, "expires": until})
+            return self._put(users, self._build(fields, settings))
 
         return with_token(await self._change(change), token)
 
-    def _kept(self, token: str) -> dict[str, str]:
-        """How a new token is kept."""
+    def _credential(self, token: str) -> dict[str, str]:
+        """Return the field that stores a new token."""
         if self.store == "sha256":
             return {"sha256": token_digest(token).hex()}
         return {"token": token}
 
     @staticmethod
-    def _made(fields: dict[str, Any], settings: dict[str, Any]) -> User:
-        """The user of fields with other settings; APIError(400) names a wrong one."""
+    def _build(fields: dict[str, Any], settings: dict[str, Any]) -> User:
+        """Build a user from fields and new settings.  APIError(400) names a bad one."""
         for key in settings:
             if key not in SETTABLE:
                 raise APIError(400, f"{key[:100]}: unknown field", param=key[:100])
@@ -4527,16 +4518,15 @@ class UserStore:
         return User(fields)
 
     def _put(self, users: Users, user: User) -> User:
-        """Add a user or change one, if limits and names allow it; APIError 400, 507."""
+        """Add or replace a user.  APIError 400: the name is taken; 507: past a limit."""
         known = users.get(user.user_id)
         if known is None and len(users) >= self.limits.users:
-            text = f"There are {self.limits.users:,} users, the most allowed"
-            raise APIError(507, text)
+            raise APIError(507, f"The limit of {self.limits.users:,} users is reached")
         lines = [other.line for other in users.values() if other is not known]
         size = len(encode_users({})) + sum(map(len, lines)) + len(lines) * len(",\n")
         if size + len(user.line) > self.limits.users_file_size:
-            raise APIError(507, f"{self._name} is as large as is allowed")
-        # A name in the log must mean one user.
+            raise APIError(507, f"{self._name} has reached its maximum size")
+        # A name in the log must identify one user.
         taken = user.name == "admin" or any(
             other.name == user.name and other is not known for other in users.values()
         )
@@ -4546,33 +4536,33 @@ class UserStore:
         return user
 
     async def delete(self, user_id: str) -> None:
-        """Delete a user; its token is refused from now on, whatever happens.
+        """Delete a user.  From then on its token is refused, even after a crash.
 
         Raise APIError: 404 for an unknown id, 500 if the file cannot be written.
         """
         if user_id not in self._users:
-            await self.refresh()  # nothing is written, no lock made, for such an id
+            await self.refresh()  # an unknown id causes no write and no lock file
             known_user(self._users, user_id)
         await self._change(lambda users: users.pop(known_user(users, user_id).user_id))
 
     async def refresh(self) -> None:
-        """Adopt what a person or another server has written.
+        """Load what a person or another server has written.
 
-        A bad file is reported once; until it is good the users read before stay in
-        force and none can be added or deleted.
+        A broken file is reported once; until it is repaired the previous users stay
+        in force, and none can be added, changed or deleted.
         """
         if not self._closed:
             await self._in_thread(self._reread)
 
     async def aclose(self) -> None:
-        """Finish the changes that wait and end the thread; load() opens again."""
+        """Finish pending changes and end the thread; load() reopens the store."""
         self._closed = True
         executor, self._executor = self._executor, None
         if executor is not None:
             try:
-                # First in, first out: when this is through, so is all before it.
+                # First in, first out: all earlier work is done once this has run.
                 await asyncio.get_running_loop().run_in_executor(executor, int)
-                executor.shutdown()  # joins a thread that has nothing left to do
+                executor.shutdown()  # joins an idle thread
             finally:
                 executor.shutdown(wait=False)
 
@@ -4587,18 +4577,18 @@ class UserStore:
             raise APIError(503, "The server is shutting down")
         answer: Future[User] = Future()
         self._waiting.append((change, answer))
-        self._in_thread(self._commit)  # does nothing if the one before has taken it
-        # A cancelled caller takes its own change back, if it still waits.
+        self._in_thread(self._commit)  # a no-op if the previous commit has taken it
+        # Cancelling the caller withdraws its change if that is still queued.
         return await asyncio.wrap_future(answer)
 
     # --- In the thread.
 
-    def _tell(self, line: str) -> None:
+    def _report_in_loop(self, line: str) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._report, line)
 
     def _commit(self) -> None:
-        """Take all changes that wait into one write, then answer each of them."""
+        """Apply all waiting changes in one write, then answer each of them."""
         batch = []
         while self._waiting:
             change, answer = self._waiting.popleft()
@@ -4613,10 +4603,10 @@ class UserStore:
                     answer.set_exception(error)
 
     def _write(self, batch: list[tuple[Change, Future[User]]]) -> None:
-        """Make changes durable, put them in force and answer them.
+        """Write changes, put them in force and answer them.
 
-        A change that cannot be made is refused here and does not spoil the others.
-        Raise APIError(500) if nothing could be written.
+        An invalid change is refused alone.  Raise APIError(500) if the file could not
+        be written.
         """
         done = []
         try:
@@ -4634,9 +4624,9 @@ class UserStore:
                     self._save(users)
         except OSError as error:
             reason = error.strerror or str(error)
-            if error.errno == errno.EBUSY:  # what replacing a mount point gives
-                reason = "it is mounted by itself; mount the folder, not the file"
-            self._tell(self._not_written(reason).message)
+            if error.errno == errno.EBUSY:  # from replacing a mount point
+                reason = "it is a mount point; mount its folder, not the file"
+            self._report_in_loop(self._not_written(reason).message)
             raise self._not_written(reason) from error
         for answer, user in done:
             answer.set_result(user)
@@ -4646,85 +4636,85 @@ class UserStore:
         return APIError(500, message)
 
     def _save(self, users: Users) -> None:
-        """Replace the file by users.  Raise OSError, and then it is as it was."""
+        """Write users to the file; after an OSError it is unchanged."""
         target, old = self._target, self._seen or ABSENT
         self._seen = None
         seen = replace_file(target, encode_users(users), newer_than=old[0])
         try:
             sync_folder(os.path.dirname(target))
         except OSError as error:
-            # The new file is there, but may not outlast a power cut: put the old back.
+            # The new file may not survive a power cut: put the old one back.
             try:
                 if old == ABSENT:
                     os.unlink(target)
                 else:
                     replace_file(target, encode_users(self._users), newer_than=seen[0])
-            except OSError:  # the next refresh sees what is there
+            except OSError:  # the next refresh reads whatever is there
                 message = f"{self._name} may or may not have changed: {error.strerror}"
                 raise APIError(500, message) from error
             raise
         self._seen = seen
-        self._use(users)
+        self._adopt(users)
 
-    def _use(self, users: Users) -> None:
+    def _adopt(self, users: Users) -> None:
         """Put users in force."""
         self._users = users
         self._by_digest = {user.old_digest: user for user in users.values()}
         self._by_digest.update({user.digest: user for user in users.values()})
 
     def _reread(self) -> None:
-        """Adopt the file if it is not the version read last.  Never raises."""
+        """Adopt the file if it has changed.  Never raises."""
         try:
-            users = self._look()
+            users = self._read_changed()
         except ConfigurationError as error:
             if str(error) != self._broken:
                 self._broken = str(error)
-                self._tell(f"{error}; the users read before stay in force")
+                self._report_in_loop(f"{error}; the previous users stay in force")
             return
         if users is None:
             return
         old, new = self._users, users
         added, removed = len(new.keys() - old.keys()), len(old.keys() - new.keys())
         edited = sum(old[key].line != new[key].line for key in new.keys() & old.keys())
-        self._use(users)
+        self._adopt(users)
         if added or removed or edited or self._broken:
             counts = f"{added:,} added, {removed:,} removed"
             counts += f", {edited:,} edited" if edited else ""
             what = "was removed" if self._seen == ABSENT else "changed"
-            self._tell(f"{self._name} {what}: {len(new):,} users ({counts})")
+            self._report_in_loop(f"{self._name} {what}: {len(new):,} users ({counts})")
         self._broken = ""
 
     # --- The file as it is.
 
     @property
     def _target(self) -> str:
-        """What is replaced: of a symlink, where it leads now."""
+        """The file to replace: a symlink's current target."""
         return os.path.realpath(self.path)
 
     def _stat(self) -> Stamp:
-        """The stamp of what is there now.  Raise ConfigurationError, OSError."""
+        """Return the file's stamp.  Raise ConfigurationError or OSError."""
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
-            # A folder that is gone (unmounted?) does not mean that all users are.
+            # A missing folder (unmounted?) does not mean that there are no users.
             if os.path.isdir(os.path.dirname(self._target)):
                 return ABSENT
             raise ConfigurationError("its folder does not exist") from None
-        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would block for ever
             raise ConfigurationError("expected a regular file")
         return stamp_of(found)
 
-    def _look(self) -> Users | None:
-        """The users in the file; None as long as it is the version read last.
+    def _read_changed(self) -> Users | None:
+        """Return the users in the file, or None if it has not changed.
 
         Raise ConfigurationError, one line that names the file.
         """
-        seen, self._seen = self._seen, None  # what fails is tried again
+        seen, self._seen = self._seen, None  # a failed read is tried again
         try:
             found, now = self._stat(), time.monotonic()
             gone = found == ABSENT
             self._gone_at = min(self._gone_at, now) if gone else math.inf
-            # Editors move it aside for a moment.
+            # Editors briefly move the file away.
             if found == seen or (gone and now - self._gone_at < GONE_AFTER):
                 self._seen = seen
                 return None
@@ -4744,35 +4734,35 @@ class UserStore:
             raise ConfigurationError(f"{self.path}: {reason}") from None
 
     def _remove_temporary_files(self) -> None:
-        """Remove what crashes have left beside the file, if anything."""
+        """Remove temporary files that crashes have left beside the file."""
         folder, name = os.path.split(self._target)
         ours = re.compile(re.escape(name) + r"\.[0-9]+\.[0-9a-f]{16}\.tmp").fullmatch
         with contextlib.suppress(OSError):
             if any(map(ours, os.listdir(folder))):
-                # Another server's may be in use; none is while we hold the lock.
+                # Another server may be using one, but not while we hold the lock.
                 with file_lock(self._target + ".lock"):
                     for entry in filter(ours, os.listdir(folder)):
                         os.unlink(os.path.join(folder, entry))
 
 
 def known_user(users: Users, user_id: str) -> User:
-    """The user with an id; APIError(404)."""
+    """Return the user with this id.  Raise APIError(404)."""
     if user_id not in users:
         raise APIError(404, "User not found")
     return users[user_id]
 
 
-# --- Limits, and what was used
+# --- Limits and usage
 
 
-def window(per: str, now: float) -> tuple[int, int]:
-    """When the calendar window around now began, and when it ends; Unix times."""
+def window_bounds(per: str, now: float) -> tuple[int, int]:
+    """Return the start and end of the calendar window around now, as Unix times."""
     day = int(now // 86400)
     if per == "month":
         date = time.gmtime(now)
-        later = date.tm_mon // 12
-        month = (date.tm_year + later, date.tm_mon % 12 + 1, 1, 0, 0, 0)
-        return (day - date.tm_mday + 1) * 86400, calendar.timegm((*month, 0, 0, 0))
+        year, month = date.tm_year + date.tm_mon // 12, date.tm_mon % 12 + 1
+        end = calendar.timegm((year, month, 1, 0, 0, 0))
+        return (day - date.tm_mday + 1) * 86400, end
     if per == "week":  # 1970 began on a Thursday
         start = (day - (day + 3) % 7) * 86400
         return start, start + 7 * 86400
@@ -4782,61 +4772,60 @@ def window(per: str, now: float) -> tuple[int, int]:
 
 
 class Window:
-    """One calendar window: when it is, and the counts that it began with."""
+    """One calendar window: its bounds, and the counts at its start."""
 
     __slots__ = ("before", "end", "first_hour", "last_hour", "start")
 
     def __init__(
         self, per: str, now: float, requests: int = 0, tokens: int = 0
     ) -> None:
-        self.start, self.end = window(per, now)
+        self.start, self.end = window_bounds(per, now)
         self.first_hour = hour_text(self.start // 3600)
         self.last_hour = hour_text((self.end - 1) // 3600)
         self.before = {"requests": requests, "tokens": tokens}
 
-    def use(self, requests: int, tokens: int) -> None:
-        """Take over what was used in it, and is in no count here."""
+    def add(self, requests: int, tokens: int) -> None:
+        """Add usage in this window that the limit itself has not counted."""
         self.before["requests"] -= requests
         self.before["tokens"] -= tokens
 
 
 class UsageLimit:
-    """What a user or a controller may use, and has used, in calendar windows.
+    """The quotas of a user or a controller, and what it has used of them.
 
-    history  tells what had been used in a window before this was made
+    history  returns the earlier usage in a new window, as requests and tokens
 
-    Counts only grow, and a window knows those that it began with.  So until one turns
-    there is a count of requests and one of tokens that use the first quota up: a
-    request looks at these alone.
+    Counts only grow, and each window remembers its starting counts.  Until a window
+    ends, the first quotas to run out are thus one fixed count of requests and one of
+    tokens; a request is checked against these two alone.
     """
 
     def __init__(self, quotas: list[Quota]) -> None:
         self.quotas = quotas
         self.history: Callable[[str, Window], tuple[int, int]] = lambda *_: (0, 0)
-        self.reported = False  # to a person, in this window
+        self.reported = False  # that it is used up; once per window
         self._windows: dict[str, Window] = {}  # by period
-        self._since = self._until = 0.0  # between these times no window turns
-        self._requests = self._tokens = 0  # since this was made
+        self._since = self._until = 0.0  # the windows hold between these times
+        self._requests = self._tokens = 0  # in this object's lifetime
         self._tightest: dict[str, Quota] = {}  # with the least left, by unit
-        self._most_requests = self._most_tokens = sys.maxsize  # that use these up
-        self._fields = b""  # of HTTP, for one second, with places for what is left
+        self._most_requests = self._most_tokens = sys.maxsize  # that exhaust these
+        self._fields = b""  # HTTP fields for one second, with %d for what is left
         self._second = 0
         units = [unit in {quota.unit for quota in quotas} for unit in UNITS]
         self._units = slice(not units[0], 1 + units[1])  # of (requests, tokens)
 
-    def _turn(self, now: float) -> None:
-        """Have the windows of this moment."""
+    def _renew_windows(self, now: float) -> None:
+        """Replace the windows that have ended."""
         for per in dict.fromkeys(quota.per for quota in self.quotas):
             known = self._windows.get(per)
-            # A clock that is set back goes on with the window that it has come from,
-            # unless it had been wrong by more than a day.
+            # A clock set back by up to a day stays in the present window.
             if known is not None and known.start - 86400 <= now < known.end:
                 continue
-            self._windows[per] = made = Window(per, now, self._requests, self._tokens)
+            self._windows[per] = new = Window(per, now, self._requests, self._tokens)
             self.reported = False
-            # A minute's is not known: what is kept is kept by the hour.
+            # Usage is stored by the hour, so a minute's is unknown.
             if per != "minute" and (known is None or now < known.start):
-                made.use(*self.history(per, made))
+                new.add(*self.history(per, new))
         self._since = max(w.start for w in self._windows.values()) - 86400
         self._until = min(w.end for w in self._windows.values())
         self._find_tightest()
@@ -4853,49 +4842,46 @@ class UsageLimit:
     def count(
         self, requests: int = 0, tokens: int = 0, now: float | None = None
     ) -> None:
-        """Add what was used now."""
+        """Add current usage."""
         if now is None:
             now = unix_time()
         if not self._since <= now < self._until:
-            self._turn(now)
+            self._renew_windows(now)
         self._requests += requests
         self._tokens += tokens
 
-    def count_of_others(self, hour: str, requests: int, tokens: int) -> None:
-        """Add what another server has counted in an hour."""
+    def count_elsewhere(self, hour: str, requests: int, tokens: int) -> None:
+        """Add what another server counted in an hour."""
         self.count()
-        for turn in self._windows.values():
-            if turn.first_hour <= hour <= turn.last_hour:
-                turn.use(requests, tokens)
+        for window in self._windows.values():
+            if window.first_hour <= hour <= window.last_hour:
+                window.add(requests, tokens)
         self._find_tightest()
 
     def state(self) -> list[tuple[Quota, int, int]]:
-        """Each quota, how much of it is used, and the Unix time when it begins anew."""
+        """Return each quota, how much of it is used, and the Unix time of its reset."""
         self.count()
         counts = {"requests": self._requests, "tokens": self._tokens}
         windows = [(quota, self._windows[quota.per]) for quota in self.quotas]
-        return [
-            (q, counts[q.unit] - turn.before[q.unit], turn.end) for q, turn in windows
-        ]
+        return [(q, counts[q.unit] - w.before[q.unit], w.end) for q, w in windows]
 
     def over(self, running: int = 0) -> tuple[Quota, int, int] | None:
-        """The quota that is used up, as in state(), or None.
+        """Return the exhausted quota, as in state(), or None.
 
-        running  requests that are admitted and not yet counted
+        running  admitted requests that are not yet counted
         """
         if not self._since <= (now := unix_time()) < self._until:
-            self._turn(now)
+            self._renew_windows(now)
         requests = self._requests + running
         if requests < self._most_requests and self._tokens < self._most_tokens:
             return None
         coming = {"requests": running, "tokens": 0}
-        # None: the window has turned between the two looks.
-        state = self.state()
+        state = self.state()  # a window may have ended since: then None
         return next((s for s in state if s[1] + coming[s[0].unit] >= s[0].amount), None)
 
     def fields(self, now: float) -> bytes:
-        """OpenAI's x-ratelimit fields: of several quotas the one with least left."""
-        if not self._second <= now < self._second + 1:  # no window turns in between
+        """Return OpenAI's x-ratelimit fields, for the quotas with the least left."""
+        if not self._second <= now < self._second + 1:  # windows end on full seconds
             self.count()
             self._second = second = int(now)
             self._fields = "".join(
@@ -4904,48 +4890,47 @@ class UsageLimit:
                 f"x-ratelimit-reset-{unit}: {self._windows[q.per].end - second}s\r\n"
                 for unit, q in self._tightest.items()
             ).encode()
-        # This request has begun, and is counted when it ends.
+        # The present request is counted when it ends; show it as used.
         requests = self._most_requests - self._requests - 1
         tokens = self._most_tokens - self._tokens
         left = (requests if requests > 0 else 0, tokens if tokens > 0 else 0)
         return self._fields % left[self._units]
 
-    def forgive(self) -> None:
-        """Have all of it left again, before its windows turn."""
-        for turn in self._windows.values():
-            turn.before.update(requests=self._requests, tokens=self._tokens)
+    def reset(self) -> None:
+        """Restore the full quotas before their windows end."""
+        for window in self._windows.values():
+            window.before.update(requests=self._requests, tokens=self._tokens)
         self.reported = False
         self._find_tightest()
 
     def exceeded(self) -> str:
-        """What is used up, as a sentence; "" if nothing is."""
+        """Return which limit is used up, in words, or ""."""
         over = self.over()
         return "" if over is None else f"its limit of {over[0]} is used up"
 
     def seconds_left(self) -> float:
-        """Until what is used up begins anew."""
+        """Return the seconds until the exhausted quota is reset."""
         over = self.over()
         return 0.0 if over is None else max(0.0, over[2] - unix_time())
 
 
 COUNTS = ("requests", "failures", "input", "cached_input", "output")
-# What one server has counted, the others know 5 s later: it is written within 4.5 s,
-# which is all that a kill loses, and the others look twice a second.
+# Servers that share the file see each other's counts within 5 s: they write within
+# 4.5 s, which bounds what a kill loses, and read twice a second.
 USAGE_READ_INTERVAL = 0.5  # seconds
-USAGE_WRITE_TURNS = 9  # of these
-USAGE_FILE_SIZE = 16 * 1024 * 1024  # above it the file is rewritten, if that helps
+USAGE_WRITE_TURNS = 9  # reads per write
+USAGE_FILE_SIZE = 16 * 1024 * 1024  # above it the file is compacted, if that helps
 USAGE_LIFETIME = 400  # days
-HOURLY_MODELS = 100  # of a user's, that are told apart: each is a line that stays
+HOURLY_MODELS = 100  # per user; each model is a line kept for good, the rest "other"
 COLUMNS = ("day", "user", "model", "controller")
 Key = tuple[str, str, str, str]  # hour (UTC, "2026-11-27T09"), user, model, controller
 Sums = dict[Key, list[int]]  # one number for each of COUNTS
 
 
 def bounded(name: str, names: set[str], most: int) -> str:
-    """A name as it is counted under: "other" for one too many.
+    """Return the name to count under: "other" once there are too many names.
 
-    Clients choose the names of models, and agents their own: ever new ones would fill
-    the memory.
+    Clients choose model names and agents their own; new ones must not fill memory.
     """
     if len(names) < most:
         names.add(name)
@@ -4955,12 +4940,12 @@ def bounded(name: str, names: set[str], most: int) -> str:
 class Ledger:
     """Who used what: the one place that counts, for limits, reports and people.
 
-    path    usage.jsonl: one JSON object a line, increments.  None: only in memory
-    report  takes lines that a person wants to know
+    path    usage.jsonl: increments, one JSON object a line.  None: only in memory
+    report  called with lines for people
 
-    record() is one store; whoever reads adds up first.  Every 4.5 s what has come
-    together is appended to the file.  Sums are by day: hours matter only to limits
-    by the hour, and those look at the present one alone.
+    record() only notes counts; readers add them up first.  Every 4.5 s new counts are
+    appended to the file.  Sums are daily: hours matter only to hourly limits, which
+    need the present hour alone.
     """
 
     def __init__(
@@ -4968,26 +4953,26 @@ class Ledger:
     ) -> None:
         self._file = None if path is None else UsageFile(os.path.abspath(path))
         self._report = report
-        self._problem = ""  # with the file, as it was reported last
+        self._problem = ""  # the file's, as last reported
         # By day and user, then by model and controller.
         self._days: dict[str, dict[str, dict[tuple[str, str], list[int]]]] = {}
-        # Of this hour, by user, model and controller; not yet added up.
+        # This hour's, by user, model and controller; not yet added up.
         self._recorded: dict[tuple[str, str, str], list[int]] = {}
-        self._unwritten: Sums = {}  # added up, and not yet in the file
+        self._unwritten: Sums = {}  # added up, but not yet in the file
         self._limits: dict[str, dict[str, UsageLimit]] = {"user": {}, "controller": {}}
         self._hour = Window("hour", 0)  # the present one
-        self._this_hour: dict[tuple[str, str], list[int]] = {}  # ("user", its id)
-        self._models: dict[str, set[str]] = {}  # of this hour, by user
+        self._this_hour: dict[tuple[str, str], list[int]] = {}  # by kind and name
+        self._models: dict[str, set[str]] = {}  # this hour's, by user
 
     # --- Counting
 
     def record(
         self, user: str, model: str, controller: str, failures: int, usage: Usage
     ) -> None:
-        """Count one request that has ended."""
+        """Count one finished request."""
         (sent, cached, output), now = usage, unix_time()
         limit = self._limits["user"].get(user)
-        if limit is not None:  # first: its history is what we count
+        if limit is not None:  # first: its history reads these sums
             limit.count(1, sent + output, now)
         if not self._hour.start <= now < self._hour.end:
             self._begin_hour()
@@ -5010,12 +4995,12 @@ class Ledger:
         for (hour, *names), counts in unwritten.items():
             key = (kept_hour(hour, self._hour.first_hour), *names)
             _add(self._unwritten, key, counts)
-        # Not by the clock, which may be wrong for a moment.
+        # By number, not by the clock, which may be wrong for a moment.
         while len(self._days) > USAGE_LIFETIME:
             del self._days[min(self._days)]
 
     def _add_up(self) -> None:
-        """Add what was recorded to the sums."""
+        """Add the recorded counts to the sums."""
         recorded, self._recorded = self._recorded, {}
         for names, counts in recorded.items():
             key = (self._hour.first_hour, *names)
@@ -5032,7 +5017,7 @@ class Ledger:
             _add(self._this_hour, ("controller", controller), counts)
 
     def limit_of(self, user: str, quotas: list[Quota]) -> UsageLimit:
-        """A user's limit; what has been used of it is kept while it is the same."""
+        """Return a user's limit, a new one if its quotas have changed."""
         limit = self._limits["user"].get(user)
         if limit is None or (limit.quotas is not quotas and limit.quotas != quotas):
             limit = UsageLimit(quotas)
@@ -5040,19 +5025,19 @@ class Ledger:
         return limit
 
     def watch(self, kind: str, name: str, limit: UsageLimit) -> None:
-        """Tell a user's or controller's limit what was used before, and by others."""
+        """Feed a user's or controller's limit with earlier and other servers' usage."""
         self._limits[kind][name] = limit
         limit.history = functools.partial(self._used, kind, name)
 
-    def _used(self, kind: str, name: str, per: str, turn: Window) -> tuple[int, int]:
-        """The requests and tokens in a window, of a user or by a controller."""
+    def _used(self, kind: str, name: str, per: str, window: Window) -> tuple[int, int]:
+        """Return a user's or controller's requests and tokens in a window."""
         if not self._hour.start <= unix_time() < self._hour.end:
             self._begin_hour()
         self._add_up()
         if per == "hour":
             found = [self._this_hour.get((kind, name), [0] * len(COUNTS))]
         else:
-            days = turn.first_hour[:10], turn.last_hour[:10]
+            days = window.first_hour[:10], window.last_hour[:10]
             rows = self._rows(*days, name if kind == "user" else None)
             found = [c for key, c in rows if kind == "user" or key[3] == name]
         return sum(c[0] for c in found), sum(c[2] + c[4] for c in found)
@@ -5060,7 +5045,7 @@ class Ledger:
     def _rows(
         self, first: str, last: str, user: str | None
     ) -> Iterator[tuple[Key, list[int]]]:
-        """What all users or one have used, from one day to another; by day."""
+        """Yield the counts of all users, or one, from first day to last."""
         for day, users in self._days.items():
             if first <= day <= last:
                 for name in users if user is None else users.keys() & {user}:
@@ -5070,7 +5055,7 @@ class Ledger:
     def report(
         self, by: list[str], first: str, last: str, user: str | None = None
     ) -> dict[str, Any]:
-        """Sums of the days from first to last, by some of day, user, model, controller.
+        """Sum up the days from first to last, grouped by some of COLUMNS.
 
         {"data": [{"day", "user", "model", ...counts}], "total": {...counts}}
         """
@@ -5087,18 +5072,18 @@ class Ledger:
         ]
         return {"data": data, "total": dict(zip(COUNTS, total))}
 
-    # --- What is kept
+    # --- The file
 
     def load(self) -> None:
-        """Read what was used before, for the start."""
+        """Read earlier usage at startup."""
         self._begin_hour()
         if self._file is not None:
             self._file.read_to = ABSENT
             _, lines, _ = self._file.exchange({})
-            self._take(lines.items(), anew=True)
+            self._count_lines(lines.items(), replaced=True)
 
     async def flush(self, write: bool = True) -> None:
-        """Take over what others have written, and write what has come together."""
+        """Read what other servers have appended, and append our own new counts."""
         self._add_up()
         if self._file is None:
             return
@@ -5111,76 +5096,80 @@ class Ledger:
         while not work.done():
             try:
                 await asyncio.wait([work])
-            except asyncio.CancelledError:  # a thread goes on: what it has is not lost
+            except asyncio.CancelledError:  # the thread keeps running: wait for it
                 cancelled = True
-        written, lines, anew = work.result()
-        self._take([*lines.items(), *(pending.items() if anew else ())], anew)
+        written, lines, replaced = work.result()
+        own = pending.items() if replaced else ()
+        self._count_lines([*lines.items(), *own], replaced)
         for key, counts in () if written else pending.items():
             _add(self._unwritten, key, counts)
         if cancelled:
             raise asyncio.CancelledError
 
-    def _take(self, lines: Iterable[tuple[Key, list[int]]], anew: bool) -> None:
-        """Count lines of the file; anew: all that are there, for it was replaced."""
+    def _count_lines(
+        self, lines: Iterable[tuple[Key, list[int]]], replaced: bool
+    ) -> None:
+        """Count lines of the file; if it was replaced, they are all of it."""
         assert self._file is not None
         problem = self._file.problem
         if problem and problem != self._problem:
             self._report(problem)
         self._problem = problem
-        if anew:
+        if replaced:
             self._days.clear()
             self._this_hour.clear()
             lines = [*lines, *self._unwritten.items()]
         for key, counts in lines:
             hour, user, _, controller = key
-            for kind, name in (
-                () if anew else (("user", user), ("controller", controller))
-            ):
+            names = () if replaced else (("user", user), ("controller", controller))
+            for kind, name in names:
                 limit = self._limits[kind].get(name)
-                if limit is not None:  # first: its history is what we count
-                    limit.count_of_others(hour, counts[0], counts[2] + counts[4])
+                if limit is not None:  # first: its history reads these sums
+                    limit.count_elsewhere(hour, counts[0], counts[2] + counts[4])
             self._count(key, counts)
 
 
 class UsageFile:
-    """usage.jsonl, as a thread sees it: others append to it, and rewrite it."""
+    """usage.jsonl, used from a thread; other servers append to and compact it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.read_to = ABSENT  # the stamp of what was read
+        self.read_to = ABSENT  # the stamp of what was read; its size is the position
         self.problem = ""  # why it could not be read or written
 
     def exchange(self, pending: Sums) -> tuple[bool, Sums, bool]:
-        """Append lines, and read those of others.
+        """Read what other servers have appended, then append pending.
 
-        Whether they were written, what was read, and whether that is all there is, of
-        a file that is not the one read before.
+        Return whether pending was written, what was read, and whether the file was
+        replaced, so that this is all of it.
         """
-        written, lines, anew = False, Sums(), False
+        written, lines, replaced = False, Sums(), False
         try:
             # Reading whole lines needs no lock.
             lock = file_lock(f"{self.path}.lock")
             with lock if pending else contextlib.nullcontext():
-                lines, anew = self._read()
+                lines, replaced = self._read()
                 if pending:
                     self.read_to = append_to_file(self.path, encode_usage(pending))
                     written = True
                     self.problem = ""
-                    self._shorten()
+                    self._compact()
         except OSError as error:
             reason = error.strerror or error
             self.problem = f"{self.path}: {reason}; usage is kept in memory"
-        return written, lines, anew
+        return written, lines, replaced
 
     def _read(self) -> tuple[Sums, bool]:
-        """The lines behind those that were read; True: all, of another file.
+        """Return the new lines, or all lines and True if the file was replaced.
 
-        Another server may have rewritten it, or somebody removed it.
+        Another server may have compacted it, or somebody removed it.
         """
-        at_time, size, inode = stamp_at(self.path)
+        at_time, size, inode = ABSENT
+        with contextlib.suppress(FileNotFoundError):
+            at_time, size, inode = stamp_of(os.stat(self.path))
         _, at, known = self.read_to
-        anew = known != inode or size < at
-        at = 0 if anew else at
+        replaced = known != inode or size < at
+        at = 0 if replaced else at
         data = b""
         if size > at:
             with open(self.path, "rb") as file:
@@ -5188,10 +5177,10 @@ class UsageFile:
                 data = file.read(size - at)
         whole = data.rfind(b"\n") + 1
         self.read_to = (at_time, at + whole, inode)
-        return parse_usage(data[:whole]), anew and known != 0
+        return parse_usage(data[:whole]), replaced and known != 0
 
-    def _shorten(self) -> None:
-        """Make one line of each day that is over, if that halves a large file."""
+    def _compact(self) -> None:
+        """Merge the lines of each past day, if that halves a large file."""
         if self.read_to[1] <= USAGE_FILE_SIZE:
             return
         with open(self.path, "rb") as file:
@@ -5203,15 +5192,14 @@ class UsageFile:
 
 
 def parse_usage(data: bytes) -> Sums:
-    """What the lines of usage.jsonl add up to.
+    """Add up the lines of usage.jsonl, ignoring torn and expired ones.
 
-    A torn line is passed over, and days long gone; of a day that is over the hour
-    does not matter any more.  4 us a line: a start may have a million.
+    Past days lose their hours.  4 us a line: startup may read a million.
     """
     now = int(unix_time() // 3600)
     present, first = hour_text(now), hour_text(now - 24 * USAGE_LIFETIME)
     sums: Sums = {}
-    same: dict[str, str] = {}  # each name is there once, and not once a line
+    same: dict[str, str] = {}  # interned names: one string each, not one per line
     for line in data.splitlines():
         try:
             fields = json.loads(line)
@@ -5226,7 +5214,7 @@ def parse_usage(data: bytes) -> Sums:
 
 
 def kept_hour(hour: str, present: str) -> str:
-    """The hour that a line is kept with: of a day that is over it is the first."""
+    """Return the hour to store: of a past day it is the first."""
     return hour if hour >= present[:10] else hour[:10] + "T00"
 
 
@@ -5237,12 +5225,12 @@ def _add(sums: dict[Any, list[int]], key: Any, counts: Iterable[int]) -> None:
 
 @functools.lru_cache(maxsize=4)
 def hour_text(hour: int) -> str:
-    """An hour since 1970 as a line of usage.jsonl has it: "2026-11-27T09"."""
+    """Format an hour since 1970 as in usage.jsonl: "2026-11-27T09"."""
     return time.strftime("%Y-%m-%dT%H", time.gmtime(hour * 3600))
 
 
 def encode_usage(sums: Sums) -> bytes:
-    """The lines of usage.jsonl."""
+    """Encode sums as lines of usage.jsonl."""
     keys = ("t", *COLUMNS[1:], *COUNTS)
     rows = [dict(zip(keys, (*names, *counts))) for names, counts in sums.items()]
     return b"".join([encode_json(row) + b"\n" for row in rows])
@@ -9919,12 +9907,12 @@ async def do_users(exchange: Exchange) -> None:
             raise APIError(400, "'from' and 'count' must be numbers.")
         more = b', "total": %d' % len(users)
         for user in users[int(first[:9]) :][: int(count[:9])]:  # as the page has them
-            fields = json.loads(user.shown())
+            fields = json.loads(user.public_json())
             fields.pop("token", None)
             fields["limits"] = limits_left(exchange.server, user)
             lines.append(encode_json(fields))
     else:
-        lines = [user.shown() for user in users]
+        lines = [user.public_json() for user in users]
     exchange.reply.send(200, b'{"users": [' + b", ".join(lines) + b"]" + more + b"}")
 
 
@@ -10023,7 +10011,7 @@ async def do_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
     controller = switch(exchange, body, off=False)
     controller.health.reset()
     if controller.limit is not None and controller.limit.exceeded():
-        controller.limit.forgive()
+        controller.limit.reset()
     return {"message": "Controller enabled"}
 
 
