@@ -4518,7 +4518,7 @@ class UserStore:
         return User(fields)
 
     def _put(self, users: Users, user: User) -> User:
-        """Add or replace a user.  APIError 400: the name is taken; 507: past a limit."""
+        """Add or replace a user.  APIError: 400 for a taken name, 507 past a limit."""
         known = users.get(user.user_id)
         if known is None and len(users) >= self.limits.users:
             raise APIError(507, f"The limit of {self.limits.users:,} users is reached")
@@ -4625,7 +4625,7 @@ class UserStore:
         except OSError as error:
             reason = error.strerror or str(error)
             if error.errno == errno.EBUSY:  # from replacing a mount point
-                reason = "it is a mount point; mount its folder, not the file"
+                reason = "it is a mount point; mount the folder, not the file"
             self._report_in_loop(self._not_written(reason).message)
             raise self._not_written(reason) from error
         for answer, user in done:
@@ -11064,43 +11064,42 @@ class Server(Stoppable):
 # -----------------------------------------------------------------------------
 #
 # The mirror of RequestHandler: it dials out to a server, reads requests from a
-# websocket and answers them out of a pool of its own.  It trusts the server no
-# further than that: what it is sent can reach its own upstreams' API and nothing
-# else.  Tasks answer the calls; the one that reads the socket waits for none.
+# websocket and answers them from a pool of its own.  It trusts the server no
+# further: a request reaches the API of the agent's upstreams and nothing else.  Each
+# call has a task; the task that reads the socket waits for none of them.
 
-# Seconds until an agent dials again: at random up to the first, which doubles up to
-# the last; after a refused key the last.  A server that is started again has its
-# agents back soon: for a minute they dial after at most the second.
+# Seconds until an agent redials: random, up to a cap that doubles from FIRST to MAX;
+# after a refused key MAX.  For the first minute the cap is SOON, so that a restarted
+# server has its agents back quickly.
 REDIAL_FIRST = 0.5
 REDIAL_SOON = 2.0
 REDIAL_SOON_TIME = 60.0
 REDIAL_MAX = 30.0
-# Seconds between two searches for an upstream, and between two looks at its models.
+# Seconds between reads of the upstreams' models, until one is found and afterwards.
 LOOK_INTERVAL = 3.0
 MODELS_INTERVAL = 30.0
 
-# Where common programs listen on this machine.
+# Default ports of common programs.
 LOCAL_PORTS = {11434: "Ollama", 8080: "llama.cpp", 8000: "vLLM", 1234: "LM Studio"}
-# Strict, for a server chooses it: no dot begins a segment, and nothing is encoded.
+# Strict, as the server chooses it: no segment begins with a dot or is encoded.
 _SEGMENT = r"/[A-Za-z0-9_][A-Za-z0-9._~:@-]*"
 _API_TARGET = re.compile(rf"/v1(?:{_SEGMENT})+(?:\?[A-Za-z0-9._~:@/?&=+,%-]*)?")
 _API_FIELD = re.compile(r"[a-z0-9-]{1,64}:[\t\x20-\x7e\xa0-\xff]*")
-# The addresses of a server's name are looked up again after this many seconds ...
-SERVER_LOOK_UP_INTERVAL = 30.0
-SERVER_ADDRESSES = 64  # ... and no more than this are dialled
-_CURES = {
-    401: "it needs an agent's token that it knows; give it one with --key",
-    403: "this key may not register an agent; it takes an agent's token with --key",
+SERVER_LOOK_UP_INTERVAL = 30.0  # seconds between DNS lookups of a server's name
+SERVER_ADDRESSES = 64  # dialled at most, for each name
+_HINTS = {
+    401: "it requires a valid agent's token; pass one with --key",
+    403: "this key may not register an agent; pass an agent's token with --key",
     404: "there is no chatgpt_apiserver at this address; is a path missing?",
     **dict.fromkeys((301, 302, 307, 308), "it redirects; is it https?"),
 }
 
 
 def register_url(url: str) -> str:
-    """Where an agent dials in to a server: http, https, ws, wss or host:port.
+    """Return where to register at a server: http, https, ws, wss or host:port.
 
-    A path prefix (a proxy's, or /k/<token>) is kept.  Raise ValueError, which does
-    not repeat the URL.
+    A path prefix (a proxy's, or /k/<token>) is kept.  Raise ValueError without
+    repeating the URL.
     """
     whole = url if "://" in url else f"http://{url}"
     try:
@@ -11114,11 +11113,11 @@ def register_url(url: str) -> str:
     return f"{scheme}://{address.authority}{path}/client/register"
 
 
-def explain_no_link(server: str, error: Exception) -> str:
-    """Why a server could not be joined, and what to do about it."""
+def join_problem(server: str, error: Exception) -> str:
+    """Return why a server could not be joined, and what to do about it."""
     if isinstance(error, ProtocolError):
-        cure = _CURES.get(error.status, str(error))
-        return f"{server} refused this agent ({error.status}): {cure}"
+        hint = _HINTS.get(error.status, str(error))
+        return f"{server} refused this agent ({error.status}): {hint}"
     if isinstance(error, asyncio.TimeoutError):  # an OSError from 3.11 on
         return f"{server} does not answer"
     return f"{server} cannot be reached: {connection_problem(error)}"
@@ -11127,36 +11126,33 @@ def explain_no_link(server: str, error: Exception) -> str:
 class Link:
     """An agent's connection to one address of one server, redialled for ever.
 
-    Its task only reads the socket: each call has a task of its own.
-
-    url        of the server
+    url        the server's
     address    an IP address of the server's name; "" for whichever answers
-    id         what the server knows the agent by
-    joined_at  when the server was told of the agent, on the loop's clock; 0: not
-    calls      tasks of the calls that run, by their ids
+    id         what the server calls this agent
+    joined_at  loop time at which the agent introduced itself; 0: not yet
+    calls      tasks of running calls, by id
     """
 
     def __init__(self, agent: Agent, url: str, address: str) -> None:
         self.agent = agent
         self.url = url
         self.address = address
-        self.server = Address.of(url).authority  # for people: without a token
+        self.server = Address.of(url).authority  # for messages: holds no token
         if address not in ("", Address.of(url).host):
             self.server += f" ({address})"
         self.id = agent.id
         self.joined_at = 0.0
-        self.wanted = True  # its address is still one of the server's
+        self.wanted = True  # the address still belongs to the server's name
         self.websocket: WebSocket | None = None
         self.calls: dict[str, asyncio.Task[None]] = {}
-        # Also of calls that were cancelled, and are on their way out.
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # cancelled calls' as well
         self.task = asyncio.get_running_loop().create_task(self.run())
         self.task.add_done_callback(lambda task: agent.links.pop((url, address)))
 
     # --- Life
 
     async def run(self) -> None:
-        """Dial, serve until the connection ends, and again, for ever."""
+        """Dial and serve, again and again, until the address is unwanted."""
         loop = asyncio.get_running_loop()
         delay, lost_at = REDIAL_FIRST, loop.time()
         while self.wanted:
@@ -11164,32 +11160,32 @@ class Link:
             try:
                 problem = await self._serve_connection()
             except (OSError, asyncio.TimeoutError, ProtocolError) as error:
-                problem = explain_no_link(self.server, error)
+                problem = join_problem(self.server, error)
                 refused = getattr(error, "status", 0) in (401, 403)
             if self.agent.ending:
                 return
-            # An address that never worked is no problem while another one does: many
-            # names have an IPv6 address that not everybody can reach.
+            # Do not report an address that never worked while another one does: many
+            # names have an IPv6 address that not every network can reach.
             links = (link for link in self.agent.links.values() if link.url == self.url)
             alone = not any(link.websocket for link in links)
             if problem and (self.joined_at or joined_before or alone):
-                self.agent.tell_once(self.server, f"{problem} (dialling again)")
+                self.agent.report_problem(self.server, f"{problem} (redialling)")
             if self.joined_at:
                 lost_at = loop.time()
                 if lost_at - self.joined_at > delay:
-                    delay = REDIAL_FIRST  # the connection had held
+                    delay = REDIAL_FIRST  # the connection was stable
             soon = loop.time() - lost_at < REDIAL_SOON_TIME
             delay = min(delay, REDIAL_SOON if soon else REDIAL_MAX, REDIAL_MAX)
-            # Full jitter: a thousand agents must not come back in one moment.
+            # Full jitter: a thousand agents must not redial at the same moment.
             await asyncio.sleep(REDIAL_MAX if refused else random.uniform(0, delay))
             delay *= 2
 
     # --- The connection
 
     async def _serve_connection(self) -> str:
-        """Dial and serve until the connection ends; how it did.
+        """Dial, serve until the connection ends, and return how it ended.
 
-        Raise what WebSocket.connect() does.
+        Raise what WebSocket.connect() raises.
         """
         agent = self.agent
         websocket = await WebSocket.connect(
@@ -11201,7 +11197,7 @@ class Link:
             resolve=(lambda *_: [self.address]) if self.address else look_up,
         )
         server_id = websocket.headers.get(SERVER_ID_FIELD, "")
-        if server_id in agent.reached:  # by another of its addresses
+        if server_id in agent.reached:  # through another of its addresses
             websocket.connection.close()
             while server_id in agent.reached:
                 await asyncio.sleep(REDIAL_FIRST)
@@ -11214,8 +11210,8 @@ class Link:
                 if await first_message(websocket):
                     await self._introduce()
                 async for message in websocket:
-                    await self._take(*open_envelope(message))
-                    del message  # it may be large, and the next one far
+                    await self._handle(*open_envelope(message))
+                    del message  # it may be large, and the next one far off
         finally:
             self.websocket = None
             agent.reached.discard(server_id)
@@ -11228,21 +11224,21 @@ class Link:
         return f"the connection to {self.server} {how}"
 
     async def send(self, id: str, message: str, data: str = "") -> None:
-        """Send one message, waiting for a slow server; ConnectionError."""
+        """Send one message, waiting for a slow server.  Raise ConnectionError."""
         if self.websocket is None:
             raise ConnectionResetError("the server is gone")
         await self.websocket.send(envelope(id, message, data))
 
-    async def _take(self, id: str, kind: str, data: str) -> None:
-        """Do what one message of the server's asks for."""
+    async def _handle(self, id: str, kind: str, data: str) -> None:
+        """Handle one message from the server."""
         if kind == "Connection id":
-            self.id = id  # what it calls this agent
+            self.id = id
         elif kind in ("Pause", "Resume"):
-            self.agent.report(f"{self.server} says: {kind.lower()}")
+            self.agent.report(f"{kind.lower()}d by {self.server}")
         elif kind == "ApiCancel" and id in self.calls:
-            self.calls.pop(id).cancel()  # another one may come right behind
+            self.calls.pop(id).cancel()  # makes room at once: the next may follow
         elif kind == "ApiRequest" and id not in self.calls:
-            # Twice: what was cancelled may still be on its way out.
+            # Twice as many tasks: cancelled ones may take a while to end.
             most = 2 * self.agent.max_concurrency
             if self.agent.is_full or len(self._tasks) >= most:
                 await self.send(id, "error", AGENT_FULL)
@@ -11254,13 +11250,13 @@ class Link:
             task.add_done_callback(lambda task: self.calls.pop(id, None))
 
     async def _introduce(self) -> None:
-        """Say who this is."""
+        """Tell the server what this agent is and serves."""
         agent = self.agent
         hello = {"version": 2, "name": agent.name, "models": agent.serves}
-        more = {"max_concurrency": agent.max_concurrency, "paused": agent.paused}
-        await self.send(self.id, "Connection id", _to_ascii({**hello, **more}))
+        hello.update(max_concurrency=agent.max_concurrency, paused=agent.paused)
+        await self.send(self.id, "Connection id", _to_ascii(hello))
         self.joined_at = asyncio.get_running_loop().time()
-        agent.tell_once(self.server, "")
+        agent.report_problem(self.server, "")
         what = f"as {agent.name}, serving {agent.models_text()}"
         paused = "; paused" if agent.paused else ""
         agent.report(f"connected to {self.server} {what}{paused}")
@@ -11284,7 +11280,7 @@ class Link:
             self.agent.debug(f"call {_word(id)} {outcome}, {milliseconds:.0f} ms")
 
     async def _answer(self, id: str, data: str) -> str:
-        """Put an ApiRequest through the pool, send its answer; how that went."""
+        """Pass an ApiRequest to the pool, send the answer, and return the outcome."""
         begun = False
         try:
             request = self._read_request(data)
@@ -11298,11 +11294,11 @@ class Link:
                 return f"failed: {error.reason}"
             await self._send_refusal(id, error)
             outcome = f"refused ({error.status}): {error.reason}"
-        await self.send(id, "ApiEnd")  # then the next one may come: this one has left
+        await self.send(id, "ApiEnd")  # only now: the slot is free for the next call
         return outcome
 
     async def _send_answer(self, id: str, call: Call) -> None:
-        """Send an answer as it comes."""
+        """Send an answer as it arrives."""
         if call.content is not None:
             await self._send_whole(id, call.status, call.headers, call.content)
             return
@@ -11312,7 +11308,7 @@ class Link:
             await self._send_data(id, await call.read(), call.is_raw)
 
     async def _send_refusal(self, id: str, error: APIError) -> None:
-        """Answer as an upstream would: the server judges it and may ask another."""
+        """Answer as an upstream would, so that the server may fail over."""
         passed = error.upstream_status or 0
         status = passed if passed == 429 or passed >= 500 else error.status
         seconds = error.retry_after
@@ -11323,7 +11319,7 @@ class Link:
     async def _send_whole(
         self, id: str, status: int, headers: dict[str, str], content: bytes
     ) -> None:
-        """Send an answer that is there: what is not text as base64."""
+        """Send a complete answer, as base64 unless it is text."""
         is_raw = False
         try:
             content.decode()
@@ -11333,15 +11329,15 @@ class Link:
         await self._send_data(id, content, is_raw)
 
     def _read_request(self, data: str) -> APIRequest:
-        """The request in an ApiRequest; APIError(400) for what is not served."""
-        said = as_object(read_json(data))
-        body, target = said.get("body"), str(said.get("path"))
-        if said.get("method") != "POST" or not _API_TARGET.fullmatch(target):
-            raise APIError(400, "An agent takes only POST, to plain paths under /v1/.")
+        """Parse an ApiRequest.  Raise APIError(400) for what is not served."""
+        fields = as_object(read_json(data))
+        body, target = fields.get("body"), str(fields.get("path"))
+        if fields.get("method") != "POST" or not _API_TARGET.fullmatch(target):
+            raise APIError(400, "An agent takes only POST to plain paths under /v1/.")
         path, _, query = target.partition("?")
         headers = {
             name: value
-            for name, value in as_object(said.get("headers")).items()
+            for name, value in as_object(fields.get("headers")).items()
             if _API_FIELD.fullmatch(f"{name}:{value}")
             and isinstance(value, str)
             and name not in _PRIVATE_REQUEST_FIELDS
@@ -11355,7 +11351,7 @@ class Link:
                 kind = headers.get("content-type", "")
                 request = APIRequest(path, content, query=query, form=kind)
         except (ValueError, RecursionError):
-            raise APIError(400, "The agent could not read the call.") from None
+            raise APIError(400, "The agent could not decode the request.") from None
         request.headers = headers
         if request.model is None and self.agent.pool.needs_model(request):
             raise APIError(400, "'model' is missing.", param="model")
@@ -11377,7 +11373,7 @@ class Link:
         await self.send(id, "ApiResponse", _to_ascii(head))
 
     async def _send_data(self, id: str, content: bytes, is_raw: bool) -> None:
-        """Send a piece of an answer, cut between characters (base64: fours)."""
+        """Send a piece of an answer, split between characters (base64: fours)."""
         content = base64.b64encode(content) if is_raw else content
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for at in range(0, len(content), PIECE_SIZE):
@@ -11391,23 +11387,23 @@ class Agent(Stoppable):
         agent = Agent("http://my-server:8080", key="...", controllers=[...])
         await agent.serve_forever()  # until request_shutdown()
 
-    urls             of servers, as register_url() takes them; every address that a
-                     name has is dialled
+    urls             servers, as register_url() accepts them; every address of a
+                     name is dialled
     key              an agent's token or the server's API key; "" for none
-    controllers      what answers; None: whatever comes up on LOCAL_PORTS.  Of an
-                     OpenAIController without models all that it lists is served
-    models           serve only these of what the upstreams list; None: all
+    controllers      what answers; None: whatever appears on LOCAL_PORTS.  An
+                     OpenAIController without models serves all that it lists
+    models           of the listed models, serve only these; None: all
     name             a label for people; None: this machine's name
-    max_concurrency  calls at once, of all servers together
-    paused           connected, but asked for nothing until pause(False)
+    max_concurrency  concurrent calls, of all servers together
+    paused           connected, but given no calls until pause(False)
     ca_file          certificates to trust (PEM) in place of the system's
     log              a Log for lines to people; None: they go to logging
 
-    id      what servers know it by, from connection to connection
-    serves  the models it tells the servers, None for any
+    id      its id at the servers, kept across connections
+    serves  the models announced to the servers; None: any
     links   its connections, or attempts at them, by URL and address
 
-    Raise ValueError for a url that is none.
+    Raise ValueError for an invalid URL.
     """
 
     def __init__(
@@ -11438,20 +11434,20 @@ class Agent(Stoppable):
         self.report = logger.info if log is None else log.report
         self.warn = logger.warning if log is None else log.report
         self.debug = log.report if log is not None and verbose else logger.debug
-        self._only = None if models is None else set(models)
+        self._allowed = None if models is None else set(models)
         self.pool = Pool(limits=limits, report=self.warn)
         for controller in self._local() if controllers is None else controllers:
             self.pool.add(controller)
         own = self.pool.controllers
         self._upstreams = [c for c in own if c.lists_models and c.models is None]
-        for upstream in self._upstreams:  # people are told of all in one line
+        for upstream in self._upstreams:  # _watch_models() reports them in one line
             upstream.report = self.debug
-        self._told: dict[str, str] = {}  # problems that last, by what they are of
+        self._problems: dict[str, str] = {}  # reported and lasting, by their source
 
     def _local(self) -> list[Controller]:
-        """What may be running on this machine, but for the servers themselves."""
+        """Return controllers for LOCAL_PORTS, except the servers' own ports."""
         servers = map(Address.of, self.urls)
-        own = {server.port for server in servers if is_loopback(server.host)}
+        taken = {server.port for server in servers if is_loopback(server.host)}
         return [
             OpenAIController(
                 "",
@@ -11460,13 +11456,13 @@ class Agent(Stoppable):
                 limits=self.limits,
             )
             for port, program in LOCAL_PORTS.items()
-            if port not in own
+            if port not in taken
         ]
 
     # --- Life
 
     async def serve_forever(self) -> None:
-        """Serve until request_shutdown(), whatever becomes of the servers."""
+        """Serve until request_shutdown(), whatever happens to the servers."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()  # there is something to serve
         self._asked, self._hurried = loop.create_future(), False
@@ -11475,8 +11471,8 @@ class Agent(Stoppable):
         try:
             ends = {*work, self._asked}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if not self.ending:  # none ends but by a fault of its own
-                await asyncio.gather(*work)
+            if not self.ending:
+                await asyncio.gather(*work)  # raises: a task ends only by a bug
             await self._drain()
         finally:
             await cancel_tasks(work | {link.task for link in self.links.values()})
@@ -11484,8 +11480,8 @@ class Agent(Stoppable):
                 controller.close()
 
     async def _drain(self) -> None:
-        """Take no new calls; what runs may finish for drain_timeout seconds."""
-        self._tell_servers("Drain")
+        """Take no new calls, and give running ones drain_timeout seconds to finish."""
+        self._broadcast("Drain")
         seconds = self.limits.drain_timeout
         running = self._running()
         if running:
@@ -11494,18 +11490,18 @@ class Agent(Stoppable):
         joined = [(x.task, x.websocket) for x in self.links.values() if x.websocket]
         for _, websocket in joined:
             websocket.close(1001, "the agent is shutting down")
-        if joined:  # the servers close, too
+        if joined:  # the servers answer with their own close
             await asyncio.wait({task for task, _ in joined}, timeout=1)
 
     # --- What it serves
 
     async def _watch_models(self, ready: asyncio.Event) -> None:
-        """Read what the upstreams list, now and regularly; tell when it changes."""
+        """Read the upstreams' models regularly, and announce changes."""
         while True:
             await asyncio.gather(*(u.refresh_models() for u in self._upstreams))
             for upstream in self._upstreams:
-                listed = upstream.listed
-                wanted = (name for name in listed if name in (self._only or listed))
+                allowed = self._allowed or upstream.listed
+                wanted = (name for name in upstream.listed if name in allowed)
                 upstream.models = models_table(wanted)
             tables = [controller.models for controller in self.pool.controllers]
             names = dict.fromkeys(name for table in tables for name in table or ())
@@ -11516,26 +11512,26 @@ class Agent(Stoppable):
                     f"{u.name}: {u.list_problem or 'it lists no models'}"
                     for u in self._upstreams
                 )
-                self.tell_once("", f"nothing to serve yet, and looking again: {why}")
+                self.report_problem("", f"nothing to serve yet, still looking: {why}")
             elif changed and ready.is_set():
                 self.report(f"now serving {self.models_text()}")
-                self._tell_servers("Models", _to_ascii(models))
+                self._broadcast("Models", _to_ascii(models))
             else:
                 ready.set()
             await asyncio.sleep(MODELS_INTERVAL if ready.is_set() else LOOK_INTERVAL)
 
     def models_text(self) -> str:
-        """What it serves, for people."""
+        """Return the models it serves, for people."""
         if self.serves is None:
             return "any model"
         more = [f"and {len(self.serves) - 5} more"] if len(self.serves) > 5 else []
         return ", ".join([*self.serves[:5], *more]) or "no model"
 
-    def tell_once(self, about: str, problem: str) -> None:
-        """Tell people of a problem, once while it lasts; "" is that it is over."""
-        if problem and problem != self._told.get(about):
+    def report_problem(self, source: str, problem: str) -> None:
+        """Report a problem once while it lasts; "" clears it."""
+        if problem and problem != self._problems.get(source):
             self.warn(problem)
-        self._told[about] = problem
+        self._problems[source] = problem
 
     # --- Calls and pauses
 
@@ -11544,17 +11540,17 @@ class Agent(Stoppable):
 
     @property
     def is_full(self) -> bool:
-        """Whether as many calls run as may: each server knows only of its own."""
+        """Whether max_concurrency calls run; each server knows only its own."""
         return len(self._running()) >= self.max_concurrency
 
     def pause(self, paused: bool = True) -> None:
-        """Have the servers ask for nothing more, or again; what runs goes on."""
+        """Stop the servers' calls, or resume them; running ones continue."""
         if paused != self.paused:
             self.paused = paused
             self.report("paused" if paused else "resumed")
-            self._tell_servers("Pause" if paused else "Resume")
+            self._broadcast("Pause" if paused else "Resume")
 
-    def _tell_servers(self, message: str, data: str = "") -> None:
+    def _broadcast(self, message: str, data: str = "") -> None:
         for link in self.links.values():
             if link.joined_at and link.websocket is not None:
                 with contextlib.suppress(ConnectionError):
@@ -11563,21 +11559,19 @@ class Agent(Stoppable):
     # --- The servers
 
     async def _watch_server(self, url: str, ready: asyncio.Event) -> None:
-        """Keep a link to each address of a server's name, as they come and go."""
+        """Keep a link to each current address of a server's name."""
         await ready.wait()
         host = Address.of(url).host
         client = HTTPClient(url, limits=self.limits)
         while True:
-            found = [address for of, address in self.links if of == url]
+            found = [address for server, address in self.links if server == url]
             pause = SERVER_LOOK_UP_INTERVAL
-            try:  # this machine's name is one server, whichever family it takes
+            try:  # localhost is one server, with IPv4 and IPv6
                 found = [""] if is_loopback(host) else await client.addresses()
             except (OSError, asyncio.TimeoutError) as error:
                 pause = REDIAL_SOON
                 if not found:
-                    self.tell_once(
-                        url, f"{explain_no_link(host, error)} (looking again)"
-                    )
+                    self.report_problem(url, f"{join_problem(host, error)} (retrying)")
             for address in found[:SERVER_ADDRESSES]:
                 if (url, address) not in self.links:
                     self.links[url, address] = Link(self, url, address)
@@ -11585,27 +11579,26 @@ class Agent(Stoppable):
                 if link.url == url:
                     link.wanted = link.address in found
                     if not link.wanted and link.websocket is None:
-                        link.task.cancel()  # it may wait for days for another's end
+                        link.task.cancel()  # it may be waiting on another link
             await asyncio.sleep(pause)
 
 
 def command_model(
     arguments: list[str], whole: bool = False
 ) -> Callable[[dict[str, Any]], AsyncGenerator[str, None]]:
-    """A function for FunctionController that runs a program for each request.
+    """Return a function for FunctionController that runs a program per request.
 
-    Its input is the last user message (whole: the request's JSON); its output is
-    the answer, as it comes.  If its status is not 0, the end of what it says on
-    standard error is logged.  It is killed, with what it has started, when nobody
-    waits for it any more.
+    The program reads the last user message (whole: the request's JSON), and its
+    output is streamed as the answer.  If it fails, the end of its standard error is
+    logged.  It is killed, with its children, if the call is cancelled.
     """
-    import tempfile  # 5 ms, for those who serve a program
+    import tempfile  # 5 ms that only this needs
 
     async def answer(request: dict[str, Any]) -> AsyncGenerator[str, None]:
         messages = [*map(as_object, as_list(request.get("messages")))]
         asked = [m.get("content") for m in messages if m.get("role") == "user"]
         last = content_text(asked[-1] if asked else "").encode("utf-8", "replace")
-        # Files cannot fill up and stop it, as pipes that nobody serves would.
+        # Files, as an unserved pipe would fill up and block the program.
         with tempfile.TemporaryFile() as question, tempfile.TemporaryFile() as errors:
             question.write(encode_json(request) if whole else last)
             question.seek(0)
@@ -11614,7 +11607,7 @@ def command_model(
                 stdin=question,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
-                start_new_session=True,  # Ctrl-C is for us; and _kill() gets them all
+                start_new_session=True,  # no Ctrl-C, and _kill() reaches its children
             )
             assert process.stdout is not None
             decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -11630,16 +11623,16 @@ def command_model(
                 await _kill(process)
             if status:
                 errors.seek(max(0, errors.seek(0, os.SEEK_END) - 2048))
-                said = errors.read().decode("utf-8", "replace").strip()
-                reason = f"{os.path.basename(arguments[0])} ended with status {status}"
-                logger.warning("%s: %s", reason, said or "no word on standard error")
+                tail = errors.read().decode("utf-8", "replace").strip()
+                reason = f"{os.path.basename(arguments[0])} exited with status {status}"
+                logger.warning("%s: %s", reason, tail or "no output on standard error")
                 raise ControllerError(reason, Failure.NONE, code="agent_error")
 
     return answer
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
-    """End a program, if it runs, and what it has started."""
+    """Kill a program that is still running, and its children."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if sys.platform == "win32":
@@ -11653,10 +11646,10 @@ async def _kill(process: asyncio.subprocess.Process) -> None:
 # Configuration and command line
 # -----------------------------------------------------------------------------
 #
-# Arguments win over the environment, the environment over the file, the file over
-# the defaults.  Everything is checked before anything starts, and what is wrong is
-# one ConfigurationError of one line, FILE: controllers[1].config.api_key: what was
-# expected.  It never repeats a value: any value may be a key in the wrong place.
+# Arguments override the environment, the environment the file, and the file the
+# defaults.  Everything is checked before anything starts.  A mistake is one line,
+# FILE: controllers[1].config.api_key: expected ..., in a ConfigurationError.  It
+# never repeats a value: any value may be a key in the wrong place.
 
 HELP = """\
 usage: chatgpt_apiserver.py <port> <API_KEY> [options]
@@ -11665,15 +11658,15 @@ usage: chatgpt_apiserver.py <port> <API_KEY> [options]
 An OpenAI-compatible API, with keys and limits for its users, in front of other
 APIs (OpenAI's, Ollama's, ...), agents that dial in, and Python functions.
 
-try it, and ask the model mock/echo:
+try it with the built-in model mock/echo:
   python3 chatgpt_apiserver.py 8080 my-key
 put OpenAI behind it, or the API at OPENAI_BASE_URL:
   OPENAI_API_KEY=sk-... python3 chatgpt_apiserver.py 8080 my-key
-open it to the network, encrypted:
+open it to the network, with TLS:
   python3 chatgpt_apiserver.py 8080 my-key --listen :: --tls-cert cert.pem
 give a colleague a key:
   curl localhost:8080/admin/users/add -d '{"admin_key":"my-key","name":"ada"}'
-add the models of another machine, there:
+add another machine's models (run it there):
   python3 chatgpt_apiserver.py agent https://my-server:8080 --key TOKEN
 
   <port>              where clients connect (default: 8080; 0: any free one)
@@ -11711,7 +11704,7 @@ serve what is found on the usual ports:
   python3 chatgpt_apiserver.py agent https://my-server:8080 --key TOKEN
 
   <URL>               a server: http, https, ws, wss or host:port; every address
-                      that its name has is dialled
+                      of its name is dialled
 
 options, with one dash or two:
   --key TOKEN         an agent's token or the server's API key (default: the
@@ -11722,10 +11715,10 @@ options, with one dash or two:
   --command 'PROG A'  serve a program: it reads the last message and prints the
                       answer; --json gives it the whole request
   --config_file FILE  serve the controllers of this configuration file
-  --models A,B        the models (default: all that is found; the program)
+  --models A,B        the models (default: all found, or the program's name)
   --name NAME         a label for people (default: this machine's name)
   --max-concurrency N calls at once, of all servers together (default: 8)
-  --pause             start paused: connected, but asked for nothing; the signal
+  --pause             start paused: connected, but given no calls; the signal
                       USR1 pauses and resumes
   --ca-file FILE      certificates to trust (default: the system's)
   -v, --verbose       log each call (default: off)
@@ -11733,15 +11726,15 @@ options, with one dash or two:
 """
 
 
-# An option with a value, as HELP and AGENT_HELP list it: what they list is taken.
+# An option with a value; HELP and AGENT_HELP list all that are accepted.
 HELP_OPTION = re.compile("^  --([a-z_-]+) [A-Z']", re.MULTILINE)
 
 
 class Config(SimpleNamespace):
-    """All of SETTINGS by name, checked, with limits and controllers.
+    """The checked SETTINGS by name, with limits and controllers.
 
-    Also: path of the file read, notes for the start screen, and verbose.  Equal
-    dicts in controllers are controllers that a reload leaves alone.
+    Also path (of the file), notes (for the start screen) and verbose.  A reload
+    leaves a controller alone if its dict is equal.
     """
 
     def __repr__(self) -> str:
@@ -11750,20 +11743,20 @@ class Config(SimpleNamespace):
         return f"<Config {where} controllers={names}>"
 
 
-# --- What may be written
+# --- What is valid
 
 
 def is_address(value: str) -> bool:
-    """Whether value is "", an IP address, [::1] too, or could be a host's name."""
+    """Whether value is "", an IP address (also [::1]) or a possible host name."""
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(re.sub(r"^\[(.*)\]$", r"\1", value)))
-    # 256.0.0.1 is no name: a last label of digits is a mistyped address.
+    # A last label of digits is a mistyped address (256.0.0.1), not a name.
     name = r"|(?=.{1,253}$)([A-Za-z0-9_-]{1,63}\.)*(?![0-9]+$)[A-Za-z0-9_-]{1,63}"
     return re.fullmatch(name, value) is not None
 
 
 def is_key(value: str) -> bool:
-    """Whether value can travel in a header, and is not the placeholder."""
+    """Whether a header can carry value, and it is not the placeholder."""
     return re.fullmatch("[!-~]+", value) is not None and value != "<API_KEY>"
 
 
@@ -11776,27 +11769,27 @@ def is_url(value: str) -> bool:
 
 
 def is_proxy(value: str) -> bool:
-    """Whether value is http://host:port, maybe with user:password@ before host."""
+    """Whether value is http://host:port, with or without user:password@."""
     plain = re.sub("^http://[!-~]+@", "http://", value)
     return re.match(r"http://[^/?#\\]+/?$", value) is not None and is_url(plain)
 
 
 def is_readable(path: str) -> bool:
-    """Whether path is that of a file we may read."""
+    """Whether path is a file that we may read."""
     return path.isprintable() and os.access(path, os.R_OK) and not os.path.isdir(path)
 
 
 def models_shape(value: Any) -> Any:
-    """The shape of "models": ["name", ...] or {"alias": "name", ...}."""
+    """Return the shape of "models": ["name", ...] or {"alias": "name", ...}."""
     if value and isinstance(value, (list, dict)):
         return [NAME] if isinstance(value, list) else dict.fromkeys(value, NAME)
     return Expected('["name"] or {"alias": "name"}, not empty', bool, (list, dict))
 
 
 NAME = Expected("printable text", lambda text: text != "" and text.isprintable())
-# Relative to the folder of the server's file, in whichever file it is written.
+# Relative to the folder of the server's file, even if written in another file.
 PATH = Expected("the path of a file", NAME.test)
-FILE = Expected("the path of a file that can be read", is_readable)
+FILE = Expected("the path of a readable file", is_readable)
 NUMBER = Expected("a number from 0", lambda value: 0 <= value < 1e12, (int, float))
 ABOVE_0 = Expected("seconds, above 0", lambda value: 0 < value < 1e12, (int, float))
 PORT = Expected(
@@ -11809,7 +11802,7 @@ KEY = Expected(
     "a key of your own: printable ASCII, no space or newline, not <API_KEY>", is_key
 )
 TRUE_OR_FALSE = Expected("true or false", lambda value: True, bool)
-# Limits that the file could set once, and constants now: no server is run with others.
+# Limits that the file could set before they became constants: accepted and ignored.
 RETIRED_LIMITS = frozenset(
     "request_line_size header_line_size header_count chunk_line_size"
     " chunk_extensions_size trailer_size trailer_count pipelined_size write_high_water"
@@ -11823,8 +11816,8 @@ RETIRED_LIMITS = frozenset(
 )
 
 
-# A shape is an object {key: shape}, a list [shape], one Expected value, or a function
-# that looks at what is written and tells its shape.
+# A shape is an object {key: shape}, a list [shape], an Expected, or a function from a
+# value to its shape.
 CONFIG_KEYS = {
     "api_key": Expected(
         'a key of printable ASCII without spaces or newlines, or "" for none',
@@ -11866,7 +11859,7 @@ TAPE_KEYS = {
 
 
 def controller_shape(value: Any) -> dict[str, Any]:
-    """The shape of a controller."""
+    """Return the shape of a controller."""
     return TAPE_KEYS if as_object(value).get("type") == "tape" else CONTROLLER_KEYS
 
 
@@ -11885,17 +11878,17 @@ LIMITS.update(dict.fromkeys(RETIRED_LIMITS, NUMBER))
 
 
 class Setting(NamedTuple):
-    """Something that a person can set."""
+    """One setting: its check, its default and where it may be set."""
 
-    shape: Any  # of what is written
+    shape: Any
     default: Any = None
     variables: tuple[str, ...] = ()  # the first that is set and not empty counts
-    place: str = ""  # in the file, "pool.type"; "": its name
-    restart: bool = False  # what runs keeps what it had
+    place: str = ""  # in the file, such as "pool.type"; "": its name
+    restart: bool = False  # only a restart changes it
 
 
-# All that can be set, by the name of Server's argument.  To add one is to add a line
-# here, and where it is an option, to HELP.
+# All settings, by the name of Server's argument.  A new one is a line here and, if it
+# is an option, a line in HELP.
 SETTINGS = {
     "port": Setting(PORT, 8080, ("CHATGPT_APISERVER_PORT",), restart=True),
     "listen": Setting(ADDRESS, "", ("CHATGPT_APISERVER_LISTEN",), restart=True),
@@ -11917,15 +11910,15 @@ SETTINGS = {
     "tape": Setting(PATH),
     "page": Setting(TRUE_OR_FALSE, True),
 }
-# Where to look for the file.
-FINDING = {
+# Where to find the file.
+LOCATION_SETTINGS = {
     name: Setting(PATH, variables=(f"CHATGPT_APISERVER_{name.upper()}", name.upper()))
     for name in ("config_file", "config_path")
 }
 
 
 def file_keys() -> dict[str, Any]:
-    """The shape of chatgpt-apiserver.json."""
+    """Return the shape of chatgpt-apiserver.json."""
     keys: dict[str, Any] = {"limits": LIMITS, "controllers": [controller_shape]}
     for name, setting in SETTINGS.items():
         *outer, key = (setting.place or name).split(".")
@@ -11940,18 +11933,18 @@ KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
 
 
 class Source(NamedTuple):
-    """Where values are written: a file, the environment or the command line."""
+    """Where values come from: a file, the environment or the command line."""
 
     name: str  # begins each message; a file's is its path
-    folder: str = ""  # relative paths are relative to it
-    environ: Mapping[str, str] | None = None  # for "env:NAME"; None: it means nothing
+    folder: str = ""  # the base of relative paths
+    environ: Mapping[str, str] | None = None  # resolves "env:NAME"; None: not here
 
     def mistake(self, place: str, text: str) -> ConfigurationError:
         parts = [self.name, place.lstrip("."), text]
         return ConfigurationError(": ".join(filter(None, parts)))
 
     def read(self, shape: Any) -> Any:
-        """The file's content, checked."""
+        """Read and check the file."""
         try:
             with open(self.name, "rb") as file:
                 content = load_json(file.read())
@@ -11962,15 +11955,14 @@ class Source(NamedTuple):
         return self.check(content, shape)
 
     def check(self, value: Any, shape: Any, place: str = "") -> Any:
-        """Return value as it is to be used, or raise ConfigurationError."""
+        """Return the value to use, or raise ConfigurationError."""
         if isinstance(value, str) and value.startswith("env:"):
             value = self.variable(value, place)
         if callable(shape):
             shape = shape(value)
         words = KINDS.get(type(shape)) or shape.words
         types = type(shape) if type(shape) in KINDS else shape.types
-        # To isinstance, true is a number.
-        if not isinstance(value, types) or (type(value) is bool and types is not bool):
+        if not has_type(value, types):
             kind = "null" if value is None else KINDS.get(type(value), "a number")
             raise self.mistake(place, f"expected {words}, got {kind}")
         if isinstance(shape, list):
@@ -11982,31 +11974,31 @@ class Source(NamedTuple):
             return dict(self.check_items(value, shape, place))
         if shape in (PATH, FILE) and value and value != "-":
             value = os.path.join(self.folder, os.path.expanduser(value))
-        with contextlib.suppress(ValueError):
-            if shape.test(value):
-                return value
-        raise self.mistake(place, f"expected {shape.words}")
+        if not shape.fits(value):
+            raise self.mistake(place, f"expected {shape.words}")
+        return value
 
     def check_items(
         self, items: dict[Any, Any], shape: dict[str, Any], place: str
     ) -> Iterator[tuple[str, Any]]:
         for key, value in items.items():
-            if key is None:  # see distinct
-                raise self.mistake(f"{place}.{shown(value)}", "this key appears twice")
+            if key is None:  # see unique_keys()
+                raise self.mistake(f"{place}.{quote_key(value)}", "duplicate key")
+            inner = f"{place}.{quote_key(key)}"
             if key not in shape:
                 homes = {**shape, "config": CONFIG_KEYS, "controllers": CONTROLLER_KEYS}
                 home = next((n for n in homes if key in as_object(homes[n])), None)
                 hint = f'; it belongs in "{home}"' if home else ""
-                raise self.mistake(f"{place}.{shown(key)}", f"unknown key{hint}")
-            yield key, self.check(value, shape[key], f"{place}.{shown(key)}")
+                raise self.mistake(inner, f"unknown key{hint}")
+            yield key, self.check(value, shape[key], inner)
 
     def variable(self, value: str, place: str) -> str:
-        """What "env:NAME" stands for."""
+        """Resolve "env:NAME"."""
         if self.environ is None:
             return value
         name = value[4:]
         if not self.environ.get(name):
-            # "env:sk-..." is a key in the wrong place: only a usual name is repeated.
+            # Repeat only a usual name: "env:sk-..." is a key in the wrong place.
             name = name if re.fullmatch("[A-Z][A-Z0-9_]*", name) else "named here"
             raise self.mistake(place, f"the environment variable {name} is not set")
         return self.environ[name]
@@ -12020,23 +12012,23 @@ ENVIRONMENT = Source("environment")
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An argparse with our help, and one line for a mistake."""
+    """An ArgumentParser with our help text and one-line errors."""
 
     def format_help(self) -> str:
         return self.description or ""
 
     def error(self, message: str) -> NoReturn:
-        # What argparse quotes was written by the person, and may be a key.
+        # argparse quotes the argument, which may be a key.
         raise COMMAND_LINE.mistake("", message.partition(" '")[0])
 
 
 def read_arguments(
     argv: list[str], help: str, flags: Iterable[str] = ()
 ) -> tuple[list[str], dict[str, Any]]:
-    """The words of a command line, and those of its options and flags that are there.
+    """Return a command line's words, and the options and flags given.
 
-    Options go anywhere, with one dash (as in the seeds, and in Go) or two.  Raise
-    ConfigurationError, which repeats no value, and SystemExit for --help.
+    Options may stand anywhere, with one dash (as in the originals, and in Go) or two.
+    Raise ConfigurationError, which repeats no value, or SystemExit for --help.
     """
     parser = CommandLine(description=help, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
@@ -12050,24 +12042,23 @@ def read_arguments(
     parser.add_argument("--version", action="version", version=version)
     end = argv.index("--") if "--" in argv else len(argv)
     arguments = [re.sub("^-(?=[a-z]{2})", "--", a) for a in argv[:end]] + argv[end:]
-    # argparse's own takes the key in "8080 --users FILE KEY" for one too many.
+    # parse_args() would refuse KEY in "8080 --users FILE KEY".
     parsed, extra = parser.parse_known_intermixed_args(arguments)
     for option in (e.partition("=")[0] for e in extra if e.startswith("-")):
-        usual = re.fullmatch("--?[a-z][a-z_-]{0,20}", option)  # and no key
-        parser.error(f"unknown option {option if usual else 'there'}; see --help")
-    there = vars(parsed)
-    words = there.pop("words")
-    return words, {k: v for k, v in there.items() if v not in (None, False)}
+        usual = re.fullmatch("--?[a-z][a-z_-]{0,20}", option)  # it cannot be a key
+        parser.error(f"unknown option{f' {option}' if usual else ''}; see --help")
+    options = {k: v for k, v in vars(parsed).items() if v not in (None, False)}
+    return options.pop("words"), options
 
 
-def given(
+def find_setting(
     name: str,
     options: dict[str, str],
     environ: Mapping[str, str],
     content: dict[str, Any] | None = None,
 ) -> Any:
-    """A setting as argument, environment or the file's content have it, checked."""
-    setting = SETTINGS.get(name) or FINDING[name]
+    """Return a setting, checked, from options, environment or the file's content."""
+    setting = SETTINGS.get(name) or LOCATION_SETTINGS[name]
     value = options.get(name)
     if name == "api_key" and value == "-":
         value = COMMAND_LINE._replace(environ=environ).variable("env:API_KEY", name)
@@ -12085,10 +12076,9 @@ def given(
 
 
 def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
-    """What arguments, environment and file say together.
+    """Merge arguments, environment and file.  Raise ConfigurationError.
 
-    Raise ConfigurationError if anything is wrong.  Nothing is kept between calls,
-    so a reload is another call.
+    Nothing is kept between calls, so a reload is another call.
     """
     words, options = read_arguments(argv, HELP)
     if len(words) > 2:
@@ -12097,17 +12087,17 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     path = find_file(options, environ)
     file = Source(path or "", os.path.dirname(path or ""), environ)
     content = file.read(file_keys()) if path else {}
-    if given("tls_cert", options, environ):
-        content.pop("tls_key", None)  # it belongs to another certificate
+    if find_setting("tls_cert", options, environ):
+        content.pop("tls_key", None)  # it belongs to the file's own certificate
     config = Config(path=path, notes=[], verbose="verbose" in options)
     for name in SETTINGS:
-        setattr(config, name, given(name, options, environ, content))
+        setattr(config, name, find_setting(name, options, environ, content))
     config.port = int(config.port)
     config.listen = config.listen.strip("[]")
     limits = content.get("limits", {})
     retired = sorted(RETIRED_LIMITS & limits.keys())
     if retired:
-        config.notes.append(f"no longer settings, and ignored: {', '.join(retired)}")
+        config.notes.append(f"no longer settings, ignored: {', '.join(retired)}")
     config.limits = Limits(**{k: limits[k] for k in limits if k not in retired})
     entries = content.get("controllers", [])
     if config.tape:
@@ -12121,42 +12111,42 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
         config.notes.append(note)
     config.controllers = read_controllers(file, entries, environ)
     if config.tls_key and not config.tls_cert:
-        raise ConfigurationError("tls_key: expected a tls_cert beside it")
+        raise ConfigurationError("tls_key: expected a tls_cert, too")
     if not config.api_key:
         raise ConfigurationError(
-            "there is no API key: python3 chatgpt_apiserver.py 8080 <your own key>,"
-            ' or set API_KEY, or write "api_key" into chatgpt-apiserver.json'
+            "there is no API key: run python3 chatgpt_apiserver.py 8080 <your own key>,"
+            ' set API_KEY, or write "api_key" into chatgpt-apiserver.json'
         )
     return config
 
 
 def find_file(options: dict[str, str], environ: Mapping[str, str]) -> str | None:
-    """The path of the configuration file: the one named, else the first found."""
+    """Find the configuration file: the one named, else the first in a folder."""
     name = "chatgpt-apiserver.json"
-    path: str | None = given("config_file", options, environ)
-    folder = given("config_path", options, environ)
+    path: str | None = find_setting("config_file", options, environ)
+    folder = find_setting("config_path", options, environ)
     if folder and not os.path.isdir(folder):
         raise ConfigurationError("config_path: expected a folder that exists")
     if path and ("config_file" in options or "config_path" not in options):
         return path
     folders = [folder or ".", ".", ".config", "config", "/etc/chatgpt-apiserver"]
     paths = [os.path.normpath(os.path.join(folder, name)) for folder in folders]
-    # A folder of that name counts too, and is a mistake: docker makes one when what
-    # is to be mounted is not there.
+    # A folder of that name counts, and fails to open: docker makes one if the file
+    # to be mounted is missing.
     return next(filter(os.path.lexists, paths), None)
 
 
 def read_controllers(
     file: Source, entries: list[Any], environ: Mapping[str, str]
 ) -> Any:
-    """The controllers of a file, names given and unique."""
+    """Return make_controller()'s arguments for each entry, with unique names."""
     result: dict[str, dict[str, Any]] = {}
     for index, entry in enumerate(entries):
         place = f"controllers[{index}]"
         is_tape = entry.get("type") == "tape"
         name = entry.setdefault("name", "tape" if is_tape else f"openai-{index + 1}")
         if name == MockController.type:
-            text = f'expected another name: "{name}" is that of the mock models'
+            text = f'expected another name: "{name}" is reserved for the mock models'
             raise file.mistake(f"{place}.name", text)
         if name in result:
             text = f"controllers[{list(result).index(name)}] has the same name"
@@ -12174,7 +12164,7 @@ def read_controllers(
 
 
 def read_upstream(file: Source, entry: dict[str, Any], place: str) -> dict[str, Any]:
-    """A controller's "config", written in place or in a file of its own."""
+    """Return a controller's "config", inline or from its "config_file"."""
     config = entry.pop("config", None)
     path = entry.pop("config_file", None)
     if (config is None) == (path is None):
@@ -12190,7 +12180,7 @@ def read_upstream(file: Source, entry: dict[str, Any], place: str) -> dict[str, 
 
 
 def upstream_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The "config" that OPENAI_API_KEY stands for."""
+    """Return the "config" from OPENAI_API_KEY and OPENAI_BASE_URL."""
     names = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
     return {
         key: ENVIRONMENT.check(environ[name], CONFIG_KEYS[key], name)
@@ -12202,7 +12192,7 @@ def upstream_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 def controller_arguments(
     settings: dict[str, Any], environ: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What make_controller() takes, from what was written: equal for equal ones."""
+    """Return make_controller()'s arguments, equal for equal settings."""
     arguments = {"type": "openai", **settings}
     url = arguments.get("base_url", UPSTREAM_URLS[arguments["type"]])
     proxy = arguments.get("proxy") or environment_proxy(url, environ)
@@ -12210,13 +12200,13 @@ def controller_arguments(
 
 
 def make_controller(arguments: dict[str, Any], limits: Limits) -> Controller:
-    """The controller that read_controllers() describes."""
+    """Create the controller that read_controllers() describes."""
     options = {key: value for key, value in arguments.items() if key != "type"}
     return CONTROLLER_TYPES[arguments["type"]](**options, limits=limits)
 
 
 def environment_proxy(url: str, environ: Mapping[str, str]) -> str | None:
-    """The proxy that https_proxy and no_proxy give to an https URL, as for urllib."""
+    """Return the proxy of an https URL by https_proxy and no_proxy, as urllib does."""
     proxy = environ.get("https_proxy", environ.get("HTTPS_PROXY", ""))
     scheme, host = urllib.parse.urlsplit(url.lower())[:2]
     if not proxy or scheme != "https":
@@ -12236,7 +12226,7 @@ def environment_proxy(url: str, environ: Mapping[str, str]) -> str | None:
 def agent_controllers(
     options: dict[str, str], names: list[str], environ: Mapping[str, str]
 ) -> list[Controller] | None:
-    """What an agent serves; None for what there is on this machine."""
+    """Return what an agent serves; None: whatever runs on this machine."""
     if len({"upstream", "command", "config_file"} & options.keys()) > 1:
         text = "expected only one of --upstream, --command and --config_file"
         raise COMMAND_LINE.mistake("", text)
@@ -12272,7 +12262,7 @@ def agent_controllers(
 def build_agent(
     argv: list[str], environ: Mapping[str, str], log: Log | None = None
 ) -> Agent:
-    """The agent that a command line describes; ConfigurationError."""
+    """Create the agent of a command line.  Raise ConfigurationError."""
     urls, options = read_arguments(argv, AGENT_HELP, ("json", "pause"))
     most = options.get("max_concurrency", "8")
     if not re.fullmatch("[1-9][0-9]{0,3}", most):
@@ -12322,7 +12312,7 @@ To add {where} machine's models (Ollama, llama.cpp, vLLM, LM Studio), run on it:
 
 
 def start_screen(server: Server, config: Config) -> str:
-    """What a person wants to know first: where it listens, and what to do next."""
+    """Return the start screen: where it listens, and what to do next."""
     url = server.url
     kinds = [c for c in server.pool.controllers if not c.by_name_only]
     names = ", ".join(f"{c.name} (weight {c.weight:g})" for c in kinds[:20])
@@ -12360,28 +12350,28 @@ def start_screen(server: Server, config: Config) -> str:
 
 
 def warnings(config: Config) -> list[str]:
-    """What is dangerous in a configuration."""
+    """Return the dangers of a configuration."""
     is_open = not is_loopback(config.listen or "localhost")
     lines = []
     if is_open and not config.tls_cert:
-        lines.append("KEYS AND PROMPTS TRAVEL UNENCRYPTED: use --tls-cert, or a proxy")
+        lines.append("KEYS AND PROMPTS TRAVEL UNENCRYPTED: use --tls-cert or a proxy")
     if is_open and config.agents_auth == "open":
         what = "REGISTER AN AGENT AND READ PROMPTS"
         lines.append(f"ANYBODY CAN {what} (agents.auth: open)")
     names = [c["name"] for c in config.controllers if not c.get("verify", True)]
-    return [*lines, *(f"{n} TAKES ANY CERTIFICATE (verify: false)" for n in names)]
+    return [*lines, *(f"{n} ACCEPTS ANY CERTIFICATE (verify: false)" for n in names)]
 
 
 def build_server(config: Config, log: Log) -> Server:
-    """The server that a configuration describes."""
+    """Create the server that a configuration describes."""
     settings = {name: getattr(config, name) for name in SETTINGS}
     server = Server(**settings, limits=config.limits, log=log, verbose=config.verbose)
-    use_controllers(server, [], config)
+    update_controllers(server, [], config)
     return server
 
 
-def use_controllers(server: Server, old: list[Any], config: Config) -> None:
-    """Put a configuration's controllers in place of the old ones; equal ones stay."""
+def update_controllers(server: Server, old: list[Any], config: Config) -> None:
+    """Replace the old controllers by a configuration's; equal ones stay."""
     for arguments in old:
         controller = server.pool.find(arguments["name"])
         if arguments not in config.controllers and controller is not None:
@@ -12393,20 +12383,20 @@ def use_controllers(server: Server, old: list[Any], config: Config) -> None:
 
 
 class Program:
-    """A server or an agent as a program: its log, its signals.
+    """A server or an agent as a process, with its log and signals.
 
-    signals  what each of them calls, by its name
+    signals  handlers, by the signal's name
     """
 
-    def __init__(self, runs: Server | Agent, log: Log) -> None:
-        self._runs = runs
+    def __init__(self, service: Server | Agent, log: Log) -> None:
+        self._service = service
         self._log = log
         self.signals: dict[str, Callable[[], None]] = {
             name: functools.partial(self._stop, name) for name in ("SIGINT", "SIGTERM")
         }
 
     async def run(self) -> None:
-        """Serve until a signal says otherwise."""
+        """Serve until a signal ends it."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: self._log_error(**context))
         for number in signal.Signals:
@@ -12430,27 +12420,26 @@ class Program:
         self._log.flush()
 
     async def _serve(self) -> None:
-        await self._runs.serve_forever()
+        await self._service.serve_forever()
 
     def _stop(self, name: str) -> None:
-        if self._runs.ending:
+        if self._service.ending:
             self._log.report(f"ending at once ({name})")
         else:
             self._log.report(f"shutting down ({name}); a second signal ends it at once")
-        self._runs.request_shutdown()
+        self._service.request_shutdown()
 
     def _log_error(self, message: str, exception: Any = None, **_: Any) -> None:
         self._log.report(f"{message}: {type(exception).__name__}")
 
 
 class ServerProgram(Program):
-    """The server as a program: the start screen, reloading."""
+    """The server as a process, with its start screen and reloads."""
 
     def __init__(self, argv: list[str], log: Log) -> None:
         self._argv = argv
         self._config = config = load_config(argv, os.environ)
-        # What is in force is what the start has read.
-        self._fixed = fixed_settings(config)
+        self._fixed = fixed_settings(config)  # in force until the next start
         self._server = build_server(config, log)
         super().__init__(self._server, log)
         self._terminals = [fd for fd in (0, 2) if is_terminal(fd)]
@@ -12463,7 +12452,7 @@ class ServerProgram(Program):
         await super()._serve()
 
     def _hang_up(self) -> None:
-        """SIGHUP: read the configuration again; end if it came of a closed terminal."""
+        """Reload on SIGHUP; shut down if it comes from a closed terminal."""
         if not all(map(is_terminal, self._terminals)):
             self._stop("SIGHUP")
             return
@@ -12473,21 +12462,21 @@ class ServerProgram(Program):
             self._log.report(f"configuration not reloaded: {error}")
 
     def _reload(self) -> None:
-        """Read the configuration again, and put in force what needs no restart.
+        """Read the configuration again, and apply what needs no restart.
 
-        Raise ConfigurationError: then nothing has changed.
+        After a ConfigurationError nothing has changed.
         """
         new, old = load_config(self._argv, os.environ), self._config
         server = self._server
         if old.path and old.path != new.path and not os.path.lexists(old.path):
-            # Nothing, or a file in a later folder, was found in its place.
+            # Do not fall back to a file in a later folder, or to none.
             raise ConfigurationError(f"{old.path} is not there")
         try:
             server.load_certificate()
         except OSError as error:
             self._log.report(f"certificate not reloaded: {error}")
         fixed, limits = fixed_settings(new), vars(new.limits)
-        # All share one Limits: what is changed in it is changed for all.
+        # Everything shares one Limits object: change it in place.
         new.limits = old.limits
         vars(new.limits).clear()
         vars(new.limits).update(limits)
@@ -12499,7 +12488,7 @@ class ServerProgram(Program):
         server.default_quotas = parse_quotas(limit) if limit else []
         server.pool.type = new.pool
         server.pool.affinity = new.affinity
-        use_controllers(server, old.controllers, new)
+        update_controllers(server, old.controllers, new)
         self._config = new
         names = ", ".join(controller["name"] for controller in new.controllers)
         self._log.report(f"configuration reloaded; controllers: {names or 'none'}")
@@ -12509,13 +12498,13 @@ class ServerProgram(Program):
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """What only a restart changes, by its place in the file."""
+    """Return what only a restart changes, by place in the file."""
     fixed = {s.place or n: getattr(config, n) for n, s in SETTINGS.items() if s.restart}
     return {**fixed, "limits.connections": config.limits.connections}
 
 
 def is_terminal(fd: int) -> bool:
-    """Whether a file descriptor is a terminal that is still there."""
+    """Whether a file descriptor is a terminal that still exists."""
     try:
         return os.isatty(fd) and os.ttyname(fd) != ""
     except (OSError, AttributeError):
@@ -12523,27 +12512,24 @@ def is_terminal(fd: int) -> bool:
 
 
 def raise_file_limit() -> None:
-    """Take as many open files as the system allows: each connection is one."""
+    """Allow as many open files as the system permits: each connection is one."""
     if os.name == "posix":
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # macOS: its hard one is too much.
+        # macOS refuses its own hard limit.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def look_less_for_garbage() -> None:
-    """Have the collector disturb requests more rarely: 5 % less CPU time for each.
-
-    What is here now stays for good: no full collection need look at it again.
-    """
-    gc.freeze()
+def tune_garbage_collector() -> None:
+    """Collect garbage less often: 5 % less CPU time for each request."""
+    gc.freeze()  # what exists now stays for good: no full collection need look at it
     gc.set_threshold(5_000, 20, 20)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 after a shutdown, 1 if it cannot run, 2 for a mistake."""
+    """Run a command line.  Return 0 after a shutdown, 2 for a mistake, else 1."""
     try:
         arguments = sys.argv[1:] if argv is None else argv
         log = Log()
@@ -12554,7 +12540,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             program = ServerProgram(arguments, log)
         raise_file_limit()
-        look_less_for_garbage()
+        tune_garbage_collector()
         asyncio.run(program.run())
     except (ConfigurationError, OSError) as error:
         words = re.sub(r"^\[Errno -?[0-9]+\] ", "", str(error))

@@ -14196,7 +14196,7 @@ async def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
             await until(lambda: list(again.agents) == [id])
             assert (await chat(again)).status == 200
         closed = [line for line in agent.log if "the connection to" in line]
-        assert "1001" in closed[0] and "dialling again" in closed[0]
+        assert "1001" in closed[0] and "redialling" in closed[0]
 
 
 @cases("role, words", (None, "(401)"), ("user", "(403)"))
@@ -14485,7 +14485,7 @@ async def test_a_program_that_fails_tells_why(server, caplog):
     async with agent_of(server, agent_command(script)):
         reply = await chat(server)
         assert reply.status == 500
-        assert reply.json()["error"]["message"].endswith("ended with status 1")
+        assert reply.json()["error"]["message"].endswith("exited with status 1")
         reply = await chat(server, stream=True)
         assert "Hi" in reply.events()[0] and "status 1" in reply.events()[-1]
         # Its words are for whoever runs it, on its own machine.
@@ -14828,7 +14828,7 @@ async def test_an_agent_that_ends_does_not_wait_to_dial_again(
     urls = [f"127.0.0.1:{server.port}", f"127.0.0.1:{port}"]
     async with agent_of_all(urls, says_hi()) as agent:
         await until(lambda: agent.id in server.agents)
-        await until(lambda: agent.log.has("dialling again"))
+        await until(lambda: agent.log.has("redialling"))
         began = time.monotonic()
         agent.request_shutdown()
         await agent.task
@@ -14893,8 +14893,8 @@ async def test_an_administrator_pauses_an_agent_also_when_it_comes_back(
         assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 503
         assert await post(*on) == 200
         assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 200
-        await until(lambda: agent.log.has("says: resume"))
-        assert agent.log.has("says: pause")
+        await until(lambda: agent.log.has("resumed by"))
+        assert agent.log.has("paused by")
         for wrong, status in [
             ({"id": "x"}, 404),
             ({"id": None}, 400),
@@ -15032,7 +15032,7 @@ def test_an_agent_that_sleeps_is_found_and_comes_back(tmp_path):
         agent.signal(signal.SIGSTOP)
         server.wait_for(r"left \(1011 no answer to a ping\)")
         agent.signal(signal.SIGCONT)
-        agent.wait_for("dialling again")
+        agent.wait_for("redialling")
         run(until(lambda: server.stderr.count(" joined from ") == 2, 10))
         assert chat_text(fetch(server.port, "POST", CHAT_URL, CHAT)) == "1\n"
 
@@ -15149,7 +15149,7 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "k", "--listen", "256.0.0.1"], "listen: expected an address"),
     (["8080", "k", "--listen", "a b"], "listen: expected an address"),
     (["8080", "k", "--users", "a\nb"], "users: expected the path"),
-    (["8080", "k", "--tls-cert", "."], "tls_cert: expected the path of a file"),
+    (["8080", "k", "--tls-cert", "."], "tls_cert: expected the path of a readable file"),
     (["8080", "k", "--tls-key", __file__], "tls_key: expected a tls_cert"),
     (["--config_file", "no.json"], "no.json: cannot be read: No such file"),
     (["--config_file", ""], "config_file: expected the path of a file"),
@@ -15434,7 +15434,7 @@ def test_reading_again_gives_equal_controllers(load):
 
 def test_a_limit_that_is_no_setting_any_more_is_named_once_and_not_used(load):
     config = load(file={"limits": {"redial_max": 3, "header_count": 7, "agents": 3}})
-    text = "no longer settings, and ignored: header_count, redial_max"
+    text = "no longer settings, ignored: header_count, redial_max"
     assert config.notes == [text] and config.limits.agents == 3
     assert not hasattr(config.limits, "header_count")
     assert not apiserver.RETIRED_LIMITS & set(vars(Limits))
@@ -15530,7 +15530,7 @@ def openai(**config):
         {"limits": {"head_timeout": "5"}},
         "limits.head_timeout: expected seconds, above 0, got a string",
     ),
-    ({"tls_cert": "\0"}, "tls_cert: expected the path of a file that can be read"),
+    ({"tls_cert": "\0"}, "tls_cert: expected the path of a readable file"),
     # Controllers
     (controllers({"type": "claude"}), 'controllers[0].type: expected "openai"'),
     (
@@ -15620,7 +15620,7 @@ def openai(**config):
     (openai(proxy="http://u:SECRET@h:1/path"), "proxy: expected a proxy"),
     (openai(proxy="http://u:SEC#RET@h:1"), "proxy: expected a proxy"),
     (openai(first_byte_timeout=0), "first_byte_timeout: expected seconds, above 0"),
-    (openai(ca_file="no.pem"), "ca_file: expected the path of a file"),
+    (openai(ca_file="no.pem"), "ca_file: expected the path of a readable file"),
 )
 def test_mistaken_file_is_one_line_with_its_place(load, file, expected):
     line = mistake(load, file=file)
