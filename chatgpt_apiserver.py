@@ -1385,10 +1385,8 @@ class ErrorObject(NamedTuple):
     @property
     def summary(self) -> str:
         """The code or type if it is a plain word, and so safe to store and show."""
-        for word in (self.code, self.type):
-            if word is not None and _PLAIN_WORD.fullmatch(word):
-                return word
-        return ""
+        words = (self.code or "", self.type or "")
+        return next(filter(_PLAIN_WORD.fullmatch, words), "")
 
 
 # The form of the APIs' own codes.  Anything else may quote the request.
@@ -1451,7 +1449,7 @@ def error_object(error: APIError) -> JSONObject:
 
 
 def model_names(content: bytes) -> list[str] | None:
-    """Return the models in a response to GET /v1/models, or None without a list.
+    """Return the models in a response to GET /v1/models, or None if it has no list.
 
     The response is {"data": [{"id": ...}]} (OpenAI), {"models": [{"name": ...}]}
     (Ollama, Gemini) or a bare list (Together).
@@ -1497,20 +1495,20 @@ def read_usage(value: Any) -> Usage:
     """Return the token counts in a usage object of any dialect."""
     fields = as_object(value)
     details = fields.get("prompt_tokens_details") or fields.get("input_tokens_details")
-    found = {"cached_tokens": as_object(details).get("cached_tokens"), **fields}
-    counts = {
-        key: count
-        for key, count in found.items()
-        if type(count) is int and 0 < count < 1 << 48
-    }.get
-    sent = counts("prompt_tokens") or counts("input_tokens", 0)
-    output = counts("completion_tokens") or counts("output_tokens", 0)
-    # Anthropic's input_tokens exclude those read from the cache or written to it.
-    read = counts("cache_read_input_tokens", 0)
-    hits = counts("cached_tokens", 0)
+    fields = {"cached_tokens": as_object(details).get("cached_tokens"), **fields}
+
+    def count(key: str) -> int:
+        number = fields.get(key)
+        return number if type(number) is int and 0 < number < 1 << 48 else 0
+
+    sent = count("prompt_tokens") or count("input_tokens")
+    output = count("completion_tokens") or count("output_tokens")
     if not sent and not output:
-        sent = counts("total_tokens", 0)  # some report only this of embeddings
-    all_sent = sent + read + counts("cache_creation_input_tokens", 0)
+        sent = count("total_tokens")  # some report only this for embeddings
+    # Anthropic's input_tokens exclude those read from the cache or written to it.
+    read = count("cache_read_input_tokens")
+    hits = count("cached_tokens")
+    all_sent = sent + read + count("cache_creation_input_tokens")
     return Usage(all_sent, hits if 0 < hits <= sent else read, output)
 
 
@@ -1587,14 +1585,13 @@ def find_form_field(content: bytes, content_type: str, name: str) -> slice | Non
             raise unclear
         parameters = _PARAMETER.findall(b"".join(_DISPOSITION.findall(head[0])))
         names = [found for found in parameters if found[0][:4].lower() == b"name"]
-        if len(names) > 1 or any(
-            b"*" in key or b"\\" in text for key, text, _ in names
-        ):
-            raise unclear
-        if names and (names[0][1] or names[0][2]) == name.encode():
-            if field is not None or end - head.end() > 1000:
+        for key, quoted, token in names:
+            if len(names) > 1 or b"*" in key or b"\\" in quoted:
                 raise unclear
-            field = slice(head.end(), end)
+            if (quoted or token) == name.encode():
+                if field is not None or end - head.end() > 1000:
+                    raise unclear
+                field = slice(head.end(), end)
         at = end + 2
     raise APIError(400, f"A form may have at most {_MAX_PARTS} parts.", param=name)
 
@@ -1834,7 +1831,7 @@ class EventStream:
         self.events = 0  # number of events so far, roughly
         self.whole: JSONObject = {}  # the first WHOLE
         self._hide_usage = hide_usage
-        self._unfinished = choices if self.WORDS else 0  # choices
+        self._unfinished = choices if self.WORDS else 0  # choices still to finish
         self._decoder = SSEDecoder(max_size)
 
     def receive(self, data: bytes) -> bytes:
@@ -1885,15 +1882,15 @@ class EventStream:
         """
         rest = b"" if self.ended else self._decoder.end()
         data = event_data(rest) or b""
-        # Half an event does not count, and nor does its finish_reason.
+        # Half an event does not count, nor does its finish_reason.
         whole = data.strip() == b"[DONE]" or read_json(data) is not None
         block = self.receive(rest) if whole or not self.WORDS else b""
-        last = b"" if self.ended else self.LAST
-        whole = self.ended or self._unfinished <= 0
+        if self.ended:
+            return block
         self.ended = True
-        if not whole:
+        if self._unfinished > 0:
             raise ProtocolError(502, "the stream ended before the answer was complete")
-        return block + last
+        return block + self.LAST
 
 
 _NO_USAGE = '"usage":null'  # in each event but the last, from some servers
@@ -2037,11 +2034,11 @@ Templates = dict[str, list[tuple[str, list[str]]]]
 
 
 def parse_templates(text: str, prefix: str = "", more: str = "") -> Templates:
-    """Parse templates: a moment, the event to send then, and its fields.
+    """Parse lines of templates: when to send an event, its name, and its fields.
 
-    $name stands for a value, or for the template that a line "name = ..." defines.
-    Such a line at a moment defines the item that is then complete.  prefix goes
-    before each event's name, more after its type.
+    $name stands for a value, or for the template of a line "name = ...".  Where name
+    is a moment, that is the item then complete.  Each event's name gets the prefix,
+    and each event has more, behind its type.
     """
     templates: Templates = defaultdict(list)
     lines = text.replace("\n    ", " ")
@@ -2074,7 +2071,7 @@ call content_block_start, "index": $index,
 call content_block_delta, "index": $index,
     "delta": {"type": "input_json_delta", "partial_json": $text}
 call content_block_stop, "index": $index
-call = {"type": "tool_use", "id": $item, "input": $given, "name": $name}
+call = {"type": "tool_use", "id": $item, "input": $args, "name": $name}
 end message_delta, "delta": {"stop_reason": $reason, "stop_sequence": null},
     "usage": $counts
 end message_stop
@@ -2123,8 +2120,8 @@ end = $answer
         for call in as_list(delta.get("tool_calls")):
             self._close_text()
             name, text = call["function"]["name"], call["function"]["arguments"]
-            given = as_object(read_json(text))
-            self._emit("call", item=call.get("id"), name=name, text=text, given=given)
+            args = as_object(read_json(text))
+            self._emit("call", item=call.get("id"), name=name, text=text, args=args)
         events, self._events = self._events, []
         return b"".join(events)
 
@@ -2272,8 +2269,9 @@ class Dialect:
     asks_usage = False  # a stream has usage only if stream_options asks for it
     gathers = False  # a stream that was not asked for is assembled into one answer
     continues = False  # a request may name an earlier answer to continue
-    stream: ClassVar[type[EventStream]] = EventStream  # of a dialect that generates
-    writer: ClassVar[type[ChatWriter]] = ChatWriter  # the same
+    # What parses the stream of an answer, and what writes generated text as one.
+    stream: ClassVar[type[EventStream]] = EventStream
+    writer: ClassVar[type[ChatWriter]] = ChatWriter
     # A request's fields with the messages and the system text, unless it is a chat.
     messages = system = ""
     error_event = ""  # the name of an error event, if it needs one
@@ -2383,7 +2381,7 @@ class ResponsesDialect(Dialect):
 
 
 class MessagesDialect(Dialect):
-    """/v1/messages, and all paths below it: they share the Anthropic API's errors."""
+    """/v1/messages, and its errors for all paths below it."""
 
     stream = MessagesStream
     writer = MessagesWriter
@@ -2467,7 +2465,7 @@ class Recording(NamedTuple):
     def parse(cls, line: bytes) -> Recording | None:
         """Return the recording in a line; None if invalid or of another version."""
         fields = as_object(read_json(line))
-        try:
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
             path, content, status, kind, pieces = (fields[key] for key in cls._fields)
             pieces = [
                 (float(seconds), base64.b64decode(text) if coding else text.encode())
@@ -2476,8 +2474,6 @@ class Recording(NamedTuple):
             known = fields["tape"] == TAPE_VERSION and isinstance(path, str)
             if known and 200 <= status < 600 and kind.isascii() and kind.isprintable():
                 return cls(path, content, status, kind, pieces)
-        except (LookupError, TypeError, ValueError, AttributeError):
-            pass
         return None
 
 
@@ -7932,7 +7928,7 @@ class Metrics:
         name, asked, reason = attempts[-1] if attempts else ("", 0.0, "")
         result = ("failed" if reason else "ok") if attempts else ""
         kind = (path, model, record.status, name, result)
-        requests, duration, *of_answer = self._kinds.get(kind) or self._series_of(*kind)
+        requests, duration, *of_answer = self._kinds.get(kind) or self._series_of(kind)
         requests[0] += 1
         duration.observe(ended - record.started)
         if attempts:
@@ -7957,11 +7953,9 @@ class Metrics:
             self._find("user_requests_total", user=record.user)[0] += 1
             self._find("user_tokens_total", user=record.user)[0] += record.usage.total
 
-    def _series_of(
-        self, path: str, model: str, status: int, name: str, result: str
-    ) -> list[Any]:
+    def _series_of(self, kind: tuple[str, str, int, str, str]) -> list[Any]:
         """Look up the series for one kind of request, and cache them."""
-        request, find = (path, model, status, name, result), self._find
+        (path, model, status, name, result), find = kind, self._find
         model = bounded(model, self._models, self.MAX_NAMES)
         series = [
             find("requests_total", path=path, model=model, status=str(status)),
@@ -7975,11 +7969,11 @@ class Metrics:
                 find("queue_wait_seconds", model=model),
                 find("time_to_first_token_seconds", **both),
                 find("time_per_output_token_seconds", **both),
-                *(find("tokens_total", **both, type=kind) for kind in Usage._fields),
+                *(find("tokens_total", **both, type=type) for type in Usage._fields),
             ]
         if len(self._kinds) >= 1000:  # its names are not bounded
             self._kinds.clear()
-        self._kinds[request] = series
+        self._kinds[kind] = series
         return series
 
     def _find(self, metric: str, **labels: str) -> Any:
@@ -7990,6 +7984,7 @@ class Metrics:
         lines: list[str] = []
 
         def add(name: str, help: str, kind: str, samples: list[str]) -> None:
+            kind = "counter" if name.endswith("_total") else kind
             head = [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
             lines.extend(head + samples if samples else [])
 
@@ -8001,15 +7996,13 @@ class Metrics:
                     samples += series.lines(name, labels)
                 else:
                     samples.append(f"{name}{{{labels}}} {series[0]}")
-            kind = "counter" if name.endswith("_total") else "histogram"
-            add(name, help, kind, samples)
+            add(name, help, "histogram", samples)
         for (name, help), group in itertools.groupby(gauges, lambda gauge: gauge[:2]):
-            kind = "counter" if name.endswith("_total") else "gauge"
             samples = [
                 (f"{name}{{{labels}}}" if labels else name) + f" {number:.15g}"
                 for _, _, labels, number in group
             ]
-            add(name, help, kind, samples)
+            add(name, help, "gauge", samples)
         return "\n".join(lines) + "\n"
 
 
