@@ -5237,43 +5237,43 @@ def encode_usage(sums: Sums) -> bytes:
 # -----------------------------------------------------------------------------
 #
 # A controller answers API requests: an upstream, an agent or a Python function.
-# They differ only in answer(); how they are chosen, cool down and come back is
-# the same for all.  Whatever goes wrong inside is raised as it is: the pool is
-# the one place that judges it.
+# They differ only in answer(); selection, cooldown and recovery are the same for
+# all.  Exceptions leave a controller unchanged: only the pool judges them.
 
 
-# How long a request that has failed is remembered: sent again, it fails again.
+# How long a failed request is remembered: its retries are no new evidence.
 EVIDENCE_TIME = 60.0  # seconds
-# How long others wait for the one request that tries a controller again: an answer
-# that takes minutes and is not streamed must not keep everybody out.
+# How long a trial request keeps others out: an answer that is not streamed may take
+# minutes.
 TRIAL_TIME = 5.0  # seconds
 
 
 class Health:
-    """Whether a controller, or all controllers of one account, may be asked.
+    """Whether a controller, or all controllers of one account, may get requests.
 
-    A failure closes it until some time; then one real request is let through, and
-    only its success opens it again.
+    A failure closes it for some time.  Then one real request is let through as a
+    trial, and the next answer opens it again.
 
+    until      when the trial may begin, on the loop's clock
     closed_by  the failure that closed it, or None while it is open
     reason     why, in our own words: everybody may read it
-    trial      the request that is let through; at trial_until another one is
+    trial      the trial request; after trial_until there may be another
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits = limits
-        self.until = 0.0  # on the loop's clock
+        self.until = 0.0
         self.closed_by: Failure | None = None
         self.reason = ""
         self.trial: APIRequest | None = None
         self.trial_until = 0.0
         self._failures = 0  # in a row
-        self._seen: dict[tuple[str, bytes], float] = {}  # failed requests, and when
-        self._times = 0  # closed without a success between
-        self._disabled_times = 0
+        self._seen: dict[tuple[str, bytes], float] = {}  # when each request failed
+        self._cooldowns = 0  # since the last success; so the next
+        self._disablings = 0
 
     def fail(self, error: ControllerError, request: APIRequest, now: float) -> float:
-        """Take a failure into account; the seconds for which it asks to close it."""
+        """Record a failure; return the seconds it should close for, 0 for none."""
         limits = self.limits
         seconds = 0.0
         if error.failure is Failure.RATE_LIMITED:
@@ -5283,19 +5283,19 @@ class Health:
         elif error.failure is Failure.REFUSED:
             seconds = limits.cool_refused
         elif error.failure is Failure.DISABLED:
-            # What was under way when it was disabled says nothing new: a burst of
-            # failures doubles the time once.
+            # Requests in flight when it was disabled fail, too: a burst of failures
+            # doubles the time once.
             if self.closed_by is not Failure.DISABLED or now >= self.until:
-                doubled = limits.disabled_first * 2**self._disabled_times
+                doubled = limits.disabled_first * 2**self._disablings
                 seconds = min(doubled, limits.disabled_max)
-                self._disabled_times = min(self._disabled_times + 1, 30)
-        elif error.failure is Failure.BROKEN and self._is_evidence(request, now):
+                self._disablings = min(self._disablings + 1, 30)
+        elif error.failure is Failure.BROKEN and self._is_new(request, now):
             self._failures += 1
-            # While it is being tried again, one failure is enough.
+            # After a cooldown, one failure is enough.
             enough = self._failures >= limits.cool_failures or self.closed_by
             if enough and now >= self.until:
-                seconds = min(limits.cool_first * 2**self._times, limits.cool_max)
-                self._times = min(self._times + 1, 30)
+                seconds = min(limits.cool_first * 2**self._cooldowns, limits.cool_max)
+                self._cooldowns = min(self._cooldowns + 1, 30)
         if seconds and now + seconds > self.until:  # the later deadline wins
             self.until = now + seconds
             self.closed_by = error.failure
@@ -5303,27 +5303,26 @@ class Health:
             self.trial = None
         return seconds
 
-    def _is_evidence(self, request: APIRequest, now: float) -> bool:
-        """Whether a failed request tells anything new about the controller.
+    def _is_new(self, request: APIRequest, now: float) -> bool:
+        """Whether a failed request is new evidence: not a retry of one that counted.
 
-        A request that makes every controller fail is retried by its client, and
-        fails again: that is the same evidence.  Otherwise one user's broken request
-        would close them all.
+        Otherwise one user's request that breaks every controller would close them
+        all once its client retries it.
         """
         key, seen = (request.user, request.digest), self._seen
         if seen.get(key, -math.inf) > now - EVIDENCE_TIME:
             return False
-        seen.pop(key, None)  # to the end: the oldest is the first
+        seen.pop(key, None)  # reinserted at the end: the first is the oldest
         seen[key] = now
         if len(seen) > 1000:  # clients can make any number of requests fail
             del seen[next(iter(seen))]
         return True
 
     def begin(self, request: APIRequest, now: float) -> bool:
-        """An answer has begun: perhaps open again; whether it was closed.
+        """Record that an answer has begun; return whether that opened it.
 
-        What was asked before it closed says nothing: it stays closed until its
-        time has come, but for the one that is its trial.
+        Before its time is up only the trial can: other answers are to requests that
+        were sent before it closed.
         """
         if not self.closed_by or (now < self.until and self.trial is not request):
             return False
@@ -5331,13 +5330,13 @@ class Health:
         return True
 
     def succeed(self) -> None:
-        """An answer is complete: if it is open, earlier failures count no more."""
+        """Record a complete answer: it clears earlier failures, unless closed."""
         if not self.closed_by:
-            self._failures = self._times = self._disabled_times = 0
+            self._failures = self._cooldowns = self._disablings = 0
             self._seen = {}
 
-    def is_tried(self, now: float) -> bool:
-        """Whether a request is out that may show that it is back."""
+    def on_trial(self, now: float) -> bool:
+        """Whether a trial is under way that keeps other requests out."""
         return self.trial is not None and now < self.trial_until
 
     def _open(self) -> None:
@@ -5347,41 +5346,41 @@ class Health:
         self.trial = None
 
     def reset(self) -> None:
-        """As new."""
+        """Open it, and forget all failures."""
         self._open()
         self.succeed()
 
 
 NOT, ANY, NAMED = range(3)  # how a controller serves a model
-# Pieces of keys, and the ids of accounts and organisations.
+# Fragments of API keys; the ids of organisations and projects.
 _SECRETS = re.compile(r"\b(?:sk-|org-|proj_)[\w*.…-]{4,}")
 
 
 class Controller:
-    """Answers API requests; the base of the three kinds.
+    """Answers API requests; the base class of all kinds.
 
     name             unique in its pool
     weight           share of requests, relative to the others
-    models           names it answers for: a list, or {alias: its name there};
+    models           names it answers for: a list, or {alias: its own name};
                      None for any
-    max_concurrency  requests it takes at once, or None
-    limit            "1000 requests/day", or any other that parse_quotas() takes
+    max_concurrency  requests in flight at once, or None for no limit
+    limit            "1000 requests/day", or whatever else parse_quotas() takes
     account          controllers with the same account cool down together
-    tier             asked only when all of a lower tier are full, closed or have
-                     not the model: paid keys behind machines of one's own
+    tier             gets a request only when every lower tier is full, closed or
+                     lacks the model: paid keys behind machines of one's own
     """
 
     type = "controller"
-    by_name_only = False  # it serves only who asks for its models by name
-    transient = False  # it comes and goes by itself, and others may share its name
+    by_name_only = False  # only for requests that name one of its models
+    transient = False  # comes and goes; is renamed where its name is taken
     keeps_conversations = False  # those of /api/ask
-    own_code = False  # what it raises was written by the program that embeds us
-    lists_models = False  # it can be asked for its own list of models
-    final = False  # a refusal is its answer, and says nothing about it
-    id = ""  # what conversations that it keeps itself are kept under
-    base_url = "/v1"  # where it is asked, for people
-    secret = ""  # its key
-    THREADS = 32  # its own, at most
+    own_code = False  # its exceptions come from the program that embeds us
+    lists_models = False  # its list of models can be read
+    final = False  # a refusal is its answer, and never counts as a failure
+    id = ""  # what APIRequest.agent_id refers to
+    base_url = "/v1"  # shown to people
+    secret = ""  # its API key
+    THREADS = 32  # of its own, at most
 
     def __init__(
         self,
@@ -5402,28 +5401,28 @@ class Controller:
         self.weight = weight or 1
         self.models = None if models is None else dict(models_table(models))
         self.listed: dict[str, str] = {}  # its own list of models, once read
-        self.list_problem = ""  # why it could not be read: said once
+        self.list_problem = ""  # why it could not be read: reported once
         self.max_concurrency = max_concurrency
         self.limit = UsageLimit(parse_quotas(limit)) if limit else None
         self.account = account
         self.tier = tier
         self.health = Health()
         self.switched_off = False  # by the administrator
-        self.paused = False  # by its owner, of an agent
+        self.paused = False  # by an agent's owner
         self.current = 0.0  # of smooth weighted round robin
-        self.in_flight = 0  # requests that have a slot of it
+        self.in_flight = 0  # requests that hold a slot
         self.requests = 0
         self.failures = 0
         self.tokens = 0
         self.report: Callable[[str], None] = lambda line: None  # the pool's
-        # (model, path) for which it refused stream_options.
+        # (model, path) that it answers only without stream_options.
         self._without_options: set[tuple[str | None, str]] = set()
         self._threads: ThreadPoolExecutor | None = None  # its own, if it needs any
 
     async def answer(self, request: APIRequest) -> Answer:
-        """Ask it; return once the answer's head is there.
+        """Send a request; return once the head of the answer has arrived.
 
-        This is for what speaks the API itself, and has only to _send(); others
+        This is for controllers that speak the API: they implement _send().  Others
         override it.  Raise APIError, OSError, asyncio.TimeoutError or ProtocolError.
         """
         model = request.model
@@ -5432,8 +5431,8 @@ class Controller:
                 await self.refresh_models()
             model = chat_model(filter(request.may_use, self.known_models()))
             if model is None:
-                raise ControllerError(  # somebody else may know one
-                    f"{self.name} has no model that is known",
+                raise ControllerError(  # another controller may have one
+                    f"no model of {self.name} is known",
                     Failure.NONE,
                     detail="Say which 'model' to use.",
                     status=400,
@@ -5453,29 +5452,29 @@ class Controller:
         if not may_be_about_stream_options(content):
             return Answer(answer.status, answer.headers, content)
         again = await self._send(request, await encoded(request, model, False))
-        # That alone shows that it was our own addition; and names come from clients.
+        # Only this proves that our own field was refused.  Clients choose the names.
         if again.status < 300 and len(self._without_options) < 1000:
             self._without_options.add(key)
         return again
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
-        """Ask it once, with this content."""
+        """Send a request once, with this content."""
         raise NotImplementedError
 
     async def probe(self) -> int:
-        """Ask for nothing but its key; the status, or 0 where that cannot be."""
+        """Test its key with a plain request; return the status, or 0 for none."""
         return 0
 
     def answers(self, path: str) -> bool:
-        """Whether it knows what to do with requests to a path."""
+        """Whether it handles requests to a path."""
         return True
 
     def serves(self, model: str | None) -> int:
-        """How it answers for a model: NOT, as it takes ANY, or NAMED; see Pool.
+        """How it serves a model: NOT, because it takes ANY, or NAMED; see Pool.
 
-        None is for whatever it has.
+        None stands for any model it has.
         """
-        if self.models is None:  # any, but the mocks' names are theirs alone
+        if self.models is None:  # any, but only the mocks serve the mocks' names
             if model is not None and model.startswith("mock/"):
                 return NOT
             return NAMED if has_model(self.listed, model) else ANY
@@ -5484,17 +5483,17 @@ class Controller:
         return NAMED if has_model(self.models, model) else NOT
 
     def real_name(self, model: str | None) -> str | None:
-        """What it calls a model."""
+        """Return its own name for a model."""
         models = self.models or {}
         return models.get(model or "") or models.get(f"{model}:latest", model)
 
     def known_models(self) -> Iterable[str]:
-        """The models it is known to have."""
+        """Return the models it is known to have."""
         return self.models or self.listed
 
     @property
     def has_room(self) -> bool:
-        """Whether nothing but its health can keep it from being asked."""
+        """Whether it could take a request, its health aside."""
         most = self.max_concurrency
         full = most is not None and self.in_flight >= most
         if full or self.switched_off or self.paused:
@@ -5502,29 +5501,29 @@ class Controller:
         return self.limit is None or not self.limit.exceeded()
 
     def available(self, now: float) -> bool:
-        """Whether it may be asked this moment."""
+        """Whether it can take a request now."""
         health = self.health
-        # While it is being tried again, by one request and not by a crowd.
-        if health.closed_by and (now < health.until or health.is_tried(now)):
+        # After a cooldown one request goes through as the trial, not a crowd.
+        if health.closed_by and (now < health.until or health.on_trial(now)):
             return False
         return self.has_room
 
     @property
     def last_resort(self) -> bool:
-        """Whether it is closed for a reason that may have gone by itself.
+        """Whether it is closed for a reason that may have passed by itself.
 
-        It is asked where nothing else could answer, as nginx does with a single
-        server; not before a 429's time, nor with a key that is dead.
+        Then it gets what nothing else could answer, as nginx does with a single
+        server; but not before a 429's time is up, nor with a dead key.
         """
         perhaps = self.health.closed_by in (Failure.BROKEN, Failure.REFUSED)
         return perhaps and self.has_room
 
     def closed_for(self, now: float) -> float:
-        """Seconds until it may be asked again; 0 if it may now."""
+        """Return the seconds until it may get requests again; 0 if it may now."""
         return self._closed(now)[0]
 
     def _closed(self, now: float) -> tuple[float, str, str]:
-        """closed_for(), and the state and the reason that people are told of."""
+        """Return closed_for(), with the state and the reason to show."""
         if self.switched_off:
             return math.inf, "disabled", "disabled by the administrator"
         if self.paused:
@@ -5538,7 +5537,7 @@ class Controller:
         return max(0.0, health.until - now), state, reason
 
     def describe(self, now: float) -> dict[str, Any]:
-        """Its line in GET /admin/controllers: never a key."""
+        """Return its entry in GET /admin/controllers, without its key."""
         closed, state, reason = self._closed(now)
         if not closed:
             state, reason = "ready" if self.available(now) else "busy", ""
@@ -5558,15 +5557,15 @@ class Controller:
         }
 
     def status(self, now: float) -> dict[str, Any]:
-        """Its line in GET /admin/status."""
+        """Return its entry in GET /admin/status."""
         more = {"max_concurrency": self.max_concurrency, "tier": self.tier}
         return {**self.describe(now), "id": self.name, **more}
 
     async def refresh_models(self) -> None:
-        """Read its list of models, if it has one; what fails leaves the old one."""
+        """Read its list of models, if it has one; on failure keep the old list."""
 
     def redact(self, text: str) -> str:
-        """text without secrets: a key, and what servers repeat of one."""
+        """Return text without secrets: its key, and the parts that servers repeat."""
         if self.secret:
             text = text.replace(self.secret, "***")
         return _SECRETS.sub("***", text)
@@ -5579,14 +5578,14 @@ class Controller:
         return asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     def close(self) -> None:
-        """Let go of what it holds: idle connections, threads."""
+        """Release idle connections and threads."""
         threads, self._threads = self._threads, None
         if threads is not None:
-            threads.shutdown(wait=self.THREADS == 1)  # of a file: until it is written
+            threads.shutdown(wait=self.THREADS == 1)  # the tape's still writes
 
 
 async def encoded(request: APIRequest, model: str | None, include_usage: bool) -> bytes:
-    """request.encode(), of a large request in a thread."""
+    """Return request.encode(), done in a thread for a large request."""
     if len(request.content) <= APIRequest.KEPT_SIZE:
         return request.encode(model, include_usage)
     loop = asyncio.get_running_loop()
@@ -5594,24 +5593,24 @@ async def encoded(request: APIRequest, model: str | None, include_usage: bool) -
 
 
 def may_be_about_stream_options(content: bytes) -> bool:
-    """Whether a refusal may be due to the field we added: it names it, or none."""
+    """Whether a refusal may concern the field we added: it names it, or no cause."""
     error = find_error(read_json(content)) or ErrorObject()
     named = b"stream_options" in content or b"include_usage" in content
     return named or (error.param is None and error.code is None)
 
 
 def has_model(models: dict[str, str], model: str | None) -> bool:
-    """Whether a model is there; Ollama's "llama3.1" is its "llama3.1:latest"."""
+    """Whether models has a model; Ollama's "llama3.1" means "llama3.1:latest"."""
     return model in models or f"{model}:latest" in models
 
 
 def models_table(models: Iterable[str] | dict[str, str]) -> dict[str, str]:
-    """Names to real names, from either form of "models"."""
+    """Return {name: real name} from either form of "models"."""
     return models if isinstance(models, dict) else {name: name for name in models}
 
 
 def json_answer(value: Any) -> Answer:
-    """An answer made here: JSON, or bytes as they are."""
+    """Return an answer made here: value as JSON, or bytes as they are."""
     content = value if isinstance(value, bytes) else encode_json(value)
     return Answer(200, {"content-type": JSON_TYPE}, content)
 
@@ -5624,7 +5623,7 @@ ANTHROPIC_URL = "https://api.anthropic.com/v1"
 
 
 def normal_base_url(url: str) -> str:
-    """A base URL as the OpenAI SDKs take it, out of what people copy."""
+    """Return a base URL as the OpenAI SDKs take it, from what people paste."""
     url = url.rstrip("/")
     return url.removesuffix("/chat/completions").rstrip("/")
 
@@ -5632,11 +5631,11 @@ def normal_base_url(url: str) -> str:
 class OpenAIController(Controller):
     """An upstream: an OpenAI-compatible API and its key.
 
-    api_key             "" for a server that wants none
+    api_key             "" for a server that needs none
     base_url            as for the OpenAI SDK: "/chat/completions" is appended
-    auth                how the key travels: "bearer", or "x-api-key" (Anthropic's)
+    auth                how the key is sent: "bearer", or "x-api-key" (Anthropic's)
     proxy, ca_file, verify  as for HTTPClient
-    first_byte_timeout  seconds until it begins to answer
+    first_byte_timeout  seconds until the answer begins
 
     The other arguments are Controller's.
     """
@@ -5682,7 +5681,7 @@ class OpenAIController(Controller):
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
         return await self._client.request(
             "POST",
-            request.target[3:],  # the base URL has the "/v1"
+            request.target[3:],  # without "/v1", which the base URL has
             [*self._fields, *request.headers.items()],
             content,
             first_byte_timeout=self.first_byte_timeout,
@@ -5692,9 +5691,9 @@ class OpenAIController(Controller):
     # --- Its models
 
     async def _get(self, target: str) -> tuple[int, bytes]:
-        """The status and content of a short GET; 0 and why if there is none.
+        """Return the status and content of a short GET; 0 and the reason on failure.
 
-        It has connect_timeout in all.
+        It may take connect_timeout in all.
         """
         end = asyncio.get_running_loop().time() + self.limits.connect_timeout
         fields = [*self._fields, *self.LIST_FIELDS]
@@ -5717,8 +5716,7 @@ class OpenAIController(Controller):
         if names is not None:
             self.listed, problem = models_table(names), ""
         elif not status:
-            why = self.redact(content.decode())
-            problem = f"no answer to GET /models: {why}"
+            problem = f"no answer to GET /models: {self.redact(content.decode())}"
         elif status in (401, 403):
             problem = f"its key is refused (status {status})"
         elif status == 404 and (await self._get("/v1/models"))[0] in (200, 401):
@@ -5735,14 +5733,14 @@ class OpenAIController(Controller):
 
 
 class AnthropicController(OpenAIController):
-    """An upstream that speaks messages and nothing else: Anthropic's API."""
+    """Anthropic's API: an upstream that speaks messages and nothing else."""
 
     type = "anthropic"
     LIST_FIELDS: ClassVar = [("anthropic-version", "2023-06-01")]
 
     def __init__(self, api_key: str, **options: Any) -> None:
-        usual = {"name": "anthropic", "base_url": ANTHROPIC_URL, "auth": "x-api-key"}
-        super().__init__(api_key, **{**usual, **options})
+        own = {"name": "anthropic", "base_url": ANTHROPIC_URL, "auth": "x-api-key"}
+        super().__init__(api_key, **{**own, **options})
 
     def answers(self, path: str) -> bool:
         return path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")
@@ -5752,8 +5750,8 @@ class AnthropicController(OpenAIController):
 
 
 def envelope(id: str, message: str, data: str = "") -> str:
-    """One message between server and agent, as JSON."""
-    # json builds an encoder anew for each object, in 3 us; a text takes it 0.2.
+    """Return a message between server and agent, as JSON."""
+    # json takes 3 us to build an encoder for each object, and 0.2 us for a string.
     return (
         f'{{"id":{_to_ascii(id)},"message":{_to_ascii(message)},'
         f'"data":{_to_ascii(data)}}}'
@@ -5761,33 +5759,32 @@ def envelope(id: str, message: str, data: str = "") -> str:
 
 
 def open_envelope(text: str | bytes) -> tuple[str, str, str]:
-    """A message's id, what it is, and its data; "" for what is not understood."""
-    said = as_object(read_json(text))
-    id, data = said.get("id"), said.get("data")
-    return str(id or ""), str(said.get("message")), data if type(data) is str else ""
+    """Return a message's id, kind and data; "" for an unusable id or data."""
+    message = as_object(read_json(text))
+    id, data = message.get("id"), message.get("data")
+    return str(id or ""), str(message.get("message")), data if type(data) is str else ""
 
 
-# What an agent says in "error" if it has as many calls as it may, those of other
-# servers counted: that is no failure.
+# The "error" of an agent that is full, maybe with other servers' calls: no failure.
 AGENT_FULL = "the agent has as many calls as it may"
-AGENT_FULL_PAUSE = 0.25  # seconds until it is asked again
-# Which server it is, in its answer to an agent's handshake: by this an agent tells
-# two ways to one server.
+AGENT_FULL_PAUSE = 0.25  # seconds until the agent is tried again
+# The server's id, in its response to an agent's handshake.  An agent that finds it at
+# two addresses keeps one connection.
 SERVER_ID_FIELD = "x-server-id"
 
 
 class AgentController(Controller):
-    """This file as agent (version 2): it dialled in, and takes any API request.
+    """An agent of version 2, this file's: it dialed in, and takes any API request.
 
-    id          what conversations with it are kept under
-    credential  what it registered with; who comes back with an id needs the same
-    hello       what it said of itself in its first message
+    id          its own; a conversation is bound to it
+    credential  what it registered with; an agent that reclaims an id needs the same
+    hello       how it described itself in its first message
     """
 
     type = "agent"
     transient = True
-    ENDS = ("ApiEnd", "error")  # a call has ended with them
-    # What belongs to one call; what is not of its version fails that call.
+    ENDS = ("ApiEnd", "error")  # these end a call
+    # Messages that belong to a call; one of the other version fails it.
     REPLIES = (*ENDS, "ApiResponse", "ApiData", "ChatGptResponse")
 
     def __init__(
@@ -5805,19 +5802,19 @@ class AgentController(Controller):
         self.websocket = websocket
         self.user: User | None = None  # whose token that is, if it is one
         self.limits = websocket.limits
-        # It wants no new calls.
+        # Called when it wants no new calls.
         self.on_drain: Callable[[Controller], None] = lambda controller: None
         self.debug: Callable[[str], None] = lambda line: None
         self.heard_at = unix_time()
         self.asked_at: float | None = None
         self._loop = websocket.connection.loop
         self._calls: dict[str, AgentCall] = {}
-        # A call that keeps it busy: it answers no ping while it works, and works on
-        # when its client has left; it must not be given another before it is done.
-        self._asked = ""
+        # The call of a version 1 agent.  While it works it answers no ping, and it
+        # works on when the client disconnects: no other call before it is done.
+        self._busy_with = ""
 
     def _set_models(self, models: Any) -> None:
-        """Take the models it serves: a list, or None for any."""
+        """Set the models it serves; without a list it serves any."""
         if isinstance(models, list):
             self.models = models_table([m for m in models if isinstance(m, str)][:1000])
 
@@ -5826,40 +5823,40 @@ class AgentController(Controller):
         return self._loop.time() >= self.websocket.busy_until and super().has_room
 
     def status(self, now: float) -> JSONObject:
-        """Its line in GET /admin/status: its name is a label, the id is its own."""
+        """Return its entry in GET /admin/status, with its id and its user."""
         user = "" if self.user is None else self.user.name or self.user.user_id
         return {**super().status(now), "id": self.id, "user": user}
 
     def tell(self, message: str, data: str = "", id: str = "") -> None:
-        """Send what belongs to no call, or ends one; where it has left, that is all."""
-        self.debug(f"{self.name} is sent {message!r}")
+        """Send a message that needs no reply; do nothing if the agent has left."""
+        self.debug(f"to {self.name}: {message!r}")
         with contextlib.suppress(ConnectionError):
             self.websocket.write(envelope(id or self.id, message, data))
 
     async def serve(self) -> None:
         """Read the agent's messages until it leaves."""
-        # The id it got.  That of an agent without this word is the one it was sent.
+        # The id under which it is registered: maybe not the one sent at first.
         self.tell("Connection id", '{"version": 2}')
         try:
             async for message in self.websocket:
-                self._hear(*open_envelope(message))
-                del message  # it may be large, and the next one far
+                self._receive(*open_envelope(message))
+                del message  # may be large, and the next may take long to arrive
         finally:
-            self.websocket.heartbeat = None  # it would hold us, as we hold it
+            self.websocket.heartbeat = None  # else a reference cycle
             reason = f"{self.name} has left"
             for call in self._calls.values():
                 call.fail(ControllerError(reason, Failure.NONE, code="agent_lost"))
 
-    def _hear(self, id: str, kind: str, data: str) -> None:
-        """Take one message; what is not understood is dropped."""
+    def _receive(self, id: str, kind: str, data: str) -> None:
+        """Handle one message; unknown ones are dropped."""
         self.heard_at = unix_time()
-        self.debug(f"{self.name} says {kind[:40]!r}")
+        self.debug(f"from {self.name}: {kind[:40]!r}")
         if kind in self.REPLIES:
             ended = kind in self.ENDS
             call = self._calls.pop(id, None) if ended else self._calls.get(id)
-            if call is not None:  # or nobody waits for it any more: late is not wrong
+            if call is not None:  # else it was cancelled: a late reply is no error
                 call.put(kind, data)
-            if id == self._asked:
+            if id == self._busy_with:
                 self.websocket.busy_until = 0.0
         elif kind == "Models":
             self._set_models(read_json(data))
@@ -5871,18 +5868,18 @@ class AgentController(Controller):
             self.report(f"agent {self.name} is {how}")
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
-        """Ask it: any request, any answer, streamed."""
-        about = {"method": "POST", "path": request.target, "headers": request.headers}
-        if request.is_json:  # the client's own JSON goes in as it came
-            text = f'{_to_ascii(about)[:-1]},"body":{content.decode()}}}'
+        """Send any request; return the answer once its head is there."""
+        head = {"method": "POST", "path": request.target, "headers": request.headers}
+        if request.is_json:  # JSON goes in as it is
+            text = f'{_to_ascii(head)[:-1]},"body":{content.decode()}}}'
         else:
             body = base64.b64encode(content).decode()
-            text = _to_ascii({**about, "encoding": "base64", "body": body})
+            text = _to_ascii({**head, "encoding": "base64", "body": body})
         id, timeout = random_id("call-"), self.limits.first_byte_timeout
         call, kind, data = await self._ask(id, "ApiRequest", text, timeout, request)
         if (kind, data) == ("error", AGENT_FULL):  # leave it alone for a moment
             self.websocket.busy_until = self._loop.time() + AGENT_FULL_PAUSE
-            reason = f"{self.name} is busy with what other servers ask"
+            reason = f"{self.name} is busy with requests from other servers"
             raise ControllerError(
                 reason, Failure.FULL, status=503, code="agent_full", retry_after=1
             )
@@ -5892,19 +5889,19 @@ class AgentController(Controller):
     async def _ask(
         self, id: str, message: str, data: str, timeout: float, request: APIRequest
     ) -> tuple[AgentCall, str, str]:
-        """A call, and what the agent says to it first: kind and data."""
+        """Begin a call; return it with the kind and data of the first reply."""
         text = envelope(id, message, data)
-        if len(text) > self.limits.agent_message_size:  # it would close the socket
+        if len(text) > self.limits.agent_message_size:  # the agent would hang up
             reason = "The request is too large for an agent."
             raise ControllerError(reason, Failure.NONE, status=413)
         call = self._calls[id] = AgentCall(self, id, request.deadline)
         self.asked_at = unix_time()
-        self.debug(f"{self.name} is sent {message!r}")
+        self.debug(f"to {self.name}: {message!r}")
         try:
-            # One large request after the other: together they would be more than
-            # may wait to be sent.
+            # One large request after another: together they could exceed what may
+            # be buffered.
             await self.websocket.connection.drain()
-            if id == self._asked:
+            if id == self._busy_with:
                 deadline = min(self._loop.time() + timeout, request.deadline)
                 self.websocket.busy_until = deadline
             await self.websocket.send(text)
@@ -5915,13 +5912,13 @@ class AgentController(Controller):
             raise
 
     def cancel(self, id: str) -> None:
-        """Forget a call, and have the agent stop working on it."""
+        """Forget a call, and tell the agent to stop working on it."""
         if self._calls.pop(id, None) is not None:
             self.tell("ApiCancel", id=id)
 
 
 class TextAgent(AgentController):
-    """An original agent, version 1: takes one text, and keeps conversations itself."""
+    """An original agent (version 1): takes one string, and keeps conversations."""
 
     keeps_conversations = True
 
@@ -5934,21 +5931,21 @@ class TextAgent(AgentController):
         return path == CHAT_PATH
 
     def tell(self, message: str, data: str = "", id: str = "") -> None:
-        """Nothing: it would not understand it."""
+        """Do nothing: it understands none of these messages."""
 
     def _ping(self) -> None:
-        """Ping it in its own words, as the original server did."""
+        """Ping the websocket and, as the original server did, by a message."""
         self.websocket.ping()
         super().tell("ping", id=str(uuid.uuid4()))
 
     async def answer(self, request: APIRequest) -> Answer:
-        """Ask for one text; there is one answer."""
+        """Send one string, and wait for one string."""
         conversation_id = parent_id = ""
         if request.ask is not None and (request.agent_id or not request.ask[1]):
             content, conversation_id, parent_id = request.ask
-        else:  # no conversation of its own: all of it as one text
+        else:  # it does not keep this conversation: send all of it as one string
             content = messages_text(request.body["messages"])
-        self._asked = id = str(uuid.uuid4())
+        self._busy_with = id = str(uuid.uuid4())
         data = {
             "message_id": id,
             "conversation_id": conversation_id,
@@ -5958,8 +5955,8 @@ class TextAgent(AgentController):
         timeout, text = self.limits.ask_timeout, _to_ascii(data)
         call, kind, text = await self._ask(id, "ChatGptRequest", text, timeout, request)
         await call.aclose()
-        said = as_object(read_json(text))
-        answer = said.get("content")
+        reply = as_object(read_json(text))
+        answer = reply.get("content")
         if kind != "ChatGptResponse" or not isinstance(answer, str):
             raise call.failure(kind, text)
         usage = Usage(estimate_tokens(content), 0, estimate_tokens(answer))
@@ -5967,19 +5964,19 @@ class TextAgent(AgentController):
         body = chat_completion(request.model or "", message, usage_object(usage))
         if request.ask is not None:
             for key in ("response_id", "conversation_id"):
-                body[key] = str(said.get(key) or "")
+                body[key] = str(reply.get(key) or "")
         return json_answer(body)
 
 
 class AgentCall(Answer):
-    """One request on an agent's socket, and what the agent has said to it.
+    """One call on an agent's socket, and the agent's replies.
 
-    Messages wait here until they are read, at most event_size bytes of them: the
-    socket is shared, and must never wait for one slow client.  Once begun it is the
-    answer: ApiResponse, any number of ApiData, ApiEnd.
+    Replies wait here until they are read, at most event_size bytes of them: the
+    socket is shared, and must never wait for one slow client.  Once begun, the call
+    is the answer: ApiResponse, any number of ApiData, ApiEnd.
     """
 
-    MESSAGE_COST = 128  # bytes of memory for each, even for one without data
+    MESSAGE_COST = 128  # bytes of memory for each, even without data
 
     def __init__(self, agent: AgentController, id: str, deadline: float) -> None:
         super().__init__(0, {})
@@ -5994,17 +5991,17 @@ class AgentCall(Answer):
     # --- Messages
 
     def put(self, kind: str, data: str) -> None:
-        """Add a message; one too many ends the call."""
+        """Add a message; fail the call if too much is waiting."""
         self._messages.append((kind, data))
         self._size += len(data) + self.MESSAGE_COST
         if self._size > self._agent.limits.event_size + self.MESSAGE_COST:
-            reason = "the client was too slow: too much of the answer is waiting"
+            reason = "the client read too slowly: too much of the answer is waiting"
             self.fail(ControllerError(reason, Failure.NONE, code="client_too_slow"))
             self._agent.cancel(self._id)
         self._wake()
 
     def fail(self, error: ControllerError) -> None:
-        """End it: whoever reads gets what is there, then the error."""
+        """Have get() raise an error once it has returned what is waiting."""
         self._error = error
         self._wake()
 
@@ -6013,18 +6010,18 @@ class AgentCall(Answer):
             self._waiter.set_result(None)
 
     def failure(self, kind: str, data: str) -> ControllerError:
-        """What it has failed by: the agent's words are for whoever asked."""
-        says = Failure.BROKEN if self.status else Failure.NONE
-        said = data[:4096] if kind == "error" else "its answer is unreadable"
+        """Return the error for a reply; only this call's client reads its words."""
+        failure = Failure.BROKEN if self.status else Failure.NONE
+        words = data[:4096] if kind == "error" else "its answer is unreadable"
         reason = f"{self._agent.name} failed"
-        text = f"{reason}: {said}"
-        return ControllerError(reason, says, detail=text, code="agent_error")
+        detail = f"{reason}: {words}"
+        return ControllerError(reason, failure, detail=detail, code="agent_error")
 
     async def get(self, timeout: float) -> tuple[str, str]:
-        """The next message: kind and data.
+        """Return the kind and data of the next message.
 
-        Raise asyncio.TimeoutError then or at the deadline, ControllerError once the
-        agent is gone.
+        Raise asyncio.TimeoutError after timeout seconds or at the deadline, and
+        ControllerError if the call has failed.
         """
         deadline = min(self._loop.time() + timeout, self._deadline)
         while not self._messages:
@@ -6046,7 +6043,7 @@ class AgentCall(Answer):
     # --- The answer
 
     def begin(self, kind: str, data: str) -> None:
-        """Take the first message: the answer's head.  Raise ControllerError."""
+        """Take the head of the answer from the first reply; ControllerError."""
         head = as_object(read_json(data))
         status = head.get("status")
         if kind != "ApiResponse" or type(status) is not int or not 200 <= status < 600:
@@ -6072,7 +6069,7 @@ class AgentCall(Answer):
         return b""
 
     async def finish(self) -> None:
-        """Wait a moment for ApiEnd: a call that is left before it is cancelled."""
+        """Wait a moment for ApiEnd: before that, aclose() cancels the call."""
         self._deadline = min(self._deadline, self._loop.time() + 0.2)
         with contextlib.suppress(asyncio.TimeoutError, APIError):
             while await self.read():
@@ -6083,11 +6080,11 @@ class AgentCall(Answer):
             return data.encode("utf-8", "replace")
         try:
             return base64.b64decode(data, validate=True)
-        except ValueError:  # binascii's own, and that of what is not ASCII
+        except ValueError:  # or its subclass binascii.Error
             raise ControllerError(f"{self._agent.name} sent bad base64") from None
 
     async def aclose(self) -> None:
-        self._agent.cancel(self._id)  # nothing, if it has ended
+        self._agent.cancel(self._id)  # a no-op once it has ended
 
 
 # --- Python functions
@@ -7057,7 +7054,7 @@ class Pool:
         left = [c for c in suitable if c not in tried]
         if any(not c.closed_for(now) for c in left):
             return None  # one is only busy: wait for that
-        closed = [c for c in left if c.last_resort and not c.health.is_tried(now)]
+        closed = [c for c in left if c.last_resort and not c.health.on_trial(now)]
         return min(closed, key=lambda c: c.health.until, default=None)
 
     def needs_model(self, request: APIRequest) -> bool:
