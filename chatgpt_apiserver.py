@@ -5814,7 +5814,7 @@ class AgentController(Controller):
         self._busy_with = ""
 
     def _set_models(self, models: Any) -> None:
-        """Set the models it serves; without a list it serves any."""
+        """Set the models it serves; until it sends a list, it serves any."""
         if isinstance(models, list):
             self.models = models_table([m for m in models if isinstance(m, str)][:1000])
 
@@ -6094,20 +6094,20 @@ Pieces = AsyncGenerator[Any, None]
 
 
 class FunctionController(Controller):
-    """A Python function that answers chats, in whichever dialect they are asked.
+    """A Python function that answers chats in any dialect.
 
-    function(request) takes the request's parsed JSON; "messages" (and "tools") are as
-    chat completions have them on every path.  It may be plain (then it
-    runs in a thread), async, a generator or an async generator.  It gives
+    function(request) takes the request's parsed JSON; on every path, "messages" and
+    "tools" have the form of chat completions.  It may be plain (then it runs in a
+    thread), async, a generator or an async generator.  Its result is
 
     - a string: the answer's text;
     - an iterator or a list of strings, streamed as they come (or of dicts: deltas);
     - a dict: a whole message, such as {"tool_calls": [...]}, or a whole
       chat.completion with "choices";
-    - bytes: the answer's JSON, or whole events of its stream, sent as they are;
+    - bytes: the answer's JSON, or whole events of its stream, sent as they are.
 
-    or raises: APIError is the answer as it is; of anything else the client learns
-    only that it failed.  The other arguments are Controller's.
+    An APIError that it raises is the answer.  Of any other exception the client
+    learns only that the function failed.  The other arguments are Controller's.
     """
 
     type = "function"
@@ -6133,7 +6133,7 @@ class FunctionController(Controller):
         # Its own copy: the same request may go to another controller.
         body = {**request.dialect.chat(request.body), "model": model}
         sent = estimate_tokens(messages_text(body.get("messages")))
-        # Refused, Claude Code asks for one token of an answer, only to count.
+        # Without this, Claude Code has one token generated, only to count.
         if request.dialect.counts:
             sent += estimate_tokens(_to_ascii(body["tools"])) if body["tools"] else 0
             return json_answer({"input_tokens": sent})
@@ -6142,14 +6142,14 @@ class FunctionController(Controller):
             result = await self._call(body)
         if isinstance(result, bytes):
             return json_answer(result)
-        said = self._said(request, result)
+        pieces = self._pieces(request, result)
         if request.stream:
             head = {"content-type": EVENTS_TYPE}
-            return Answer(200, head, self._events(said, writer))
-        return await self._joined(said, writer, result)
+            return Answer(200, head, self._events(pieces, writer))
+        return await self._joined(pieces, writer, result)
 
     def head(self, model: str) -> dict[str, Any]:
-        """The id, created and model of an answer."""
+        """Return the id, created and model of an answer."""
         now = int(unix_time())
         return {"id": random_id("chatcmpl-"), "created": now, "model": model}
 
@@ -6159,21 +6159,20 @@ class FunctionController(Controller):
 
     async def _call(self, body: JSONObject) -> Any:
         function = self._function
-        kinds = (
-            inspect.isasyncgenfunction,
-            inspect.isgeneratorfunction,
-            inspect.iscoroutinefunction,
-        )
-        if any(is_kind(function) for is_kind in kinds):
-            result = function(body)  # nothing of it has run yet
+        if (
+            inspect.isasyncgenfunction(function)
+            or inspect.isgeneratorfunction(function)
+            or inspect.iscoroutinefunction(function)
+        ):
+            result = function(body)  # runs none of its code yet
         else:
-            # By next(): StopIteration cannot leave a thread's future.
+            # Through next(): a future cannot carry a StopIteration that it raises.
             result = await self._next(map(function, [body]))
         return await result if inspect.isawaitable(result) else result
 
     @staticmethod
     def _close(pieces: Any) -> None:
-        """Close a plain generator; its next() may still run in another thread."""
+        """Close a plain generator, once next() in another thread has returned."""
         while getattr(pieces, "gi_running", False):
             time.sleep(0.05)
         pieces.close()
@@ -6184,8 +6183,8 @@ class FunctionController(Controller):
         texts += [_to_ascii(d["tool_calls"]) for d in deltas if d.get("tool_calls")]
         return Usage(writer.sent, 0, estimate_tokens("".join(texts)))
 
-    async def _said(self, request: APIRequest, result: Any) -> Pieces:
-        """What a function gave, as pieces of a message, or bytes as they are."""
+    async def _pieces(self, request: APIRequest, result: Any) -> Pieces:
+        """Yield a function's result as pieces of a message, or bytes as they are."""
         if isinstance(result, (str, dict)):
             yield {"content": result} if isinstance(result, str) else result
             return
@@ -6205,14 +6204,14 @@ class FunctionController(Controller):
             if hasattr(pieces, "aclose"):
                 await pieces.aclose()
             elif hasattr(pieces, "close"):
-                self._in_thread(self._close, pieces)  # nobody waits for that
+                self._in_thread(self._close, pieces)  # not awaited
 
-    async def _joined(self, said: Pieces, writer: ChatWriter, result: Any) -> Answer:
-        """All of it as one answer; of bytes whoever reads finds out what they are."""
+    async def _joined(self, pieces: Pieces, writer: ChatWriter, result: Any) -> Answer:
+        """Return all pieces as one answer; bytes may be JSON or events."""
         builder, deltas, raw = CompletionBuilder(), [], bytearray()
         builder.add({"choices": [{}]})
-        async for piece in said:
-            await asyncio.sleep(0)  # one that never waits must not stop all others
+        async for piece in pieces:
+            await asyncio.sleep(0)  # it may never await, and would block the loop
             if isinstance(piece, bytes):
                 raw += piece
             else:
@@ -6221,17 +6220,17 @@ class FunctionController(Controller):
         if raw:
             return json_answer(bytes(raw))
         message = builder.result()["choices"][0]["message"]
-        if isinstance(result, dict):  # with all that a function has put into it
+        if isinstance(result, dict):  # with every field that the function has set
             message = result
         usage = usage_object(self._usage(writer, deltas))
         made = {**chat_completion("", message, usage), **writer.like}
         return json_answer(writer.whole(message if "choices" in message else made))
 
-    async def _events(self, said: Pieces, writer: ChatWriter) -> Pieces:
-        """All of it as the events of a stream."""
+    async def _events(self, pieces: Pieces, writer: ChatWriter) -> Pieces:
+        """Yield the pieces as the events of a stream."""
         deltas = []
         try:
-            async for piece in said:
+            async for piece in pieces:
                 if isinstance(piece, bytes):
                     yield piece
                 elif "choices" in piece:  # a whole chat.completion
@@ -6241,7 +6240,7 @@ class FunctionController(Controller):
                     deltas.append(piece)
                     yield writer.delta(piece)
         finally:
-            await said.aclose()
+            await pieces.aclose()
         reason = "tool_calls" if any(d.get("tool_calls") for d in deltas) else "stop"
         yield writer.end(reason, self._usage(writer, deltas))
 
@@ -6254,18 +6253,17 @@ class FunctionController(Controller):
             return _END
 
 
-_END = object()  # of a plain iterator
+_END = object()  # of an iterator
 
 
-# --- Mock models: always there, asked only by name
+# --- Mock models: always there, used only by name
 
 
 class MockController(FunctionController):
     """The mock models: to try the server with, and to test clients against.
 
-    They answer for their own names and never for another.  Parameters stand in
-    the name, as in "mock/slow?seconds=3"; with "id" and "created" an answer is
-    the same each time.
+    They answer only for their own names.  Parameters are part of the name, as in
+    "mock/slow?seconds=3"; with "id" and "created" an answer is always the same.
     """
 
     type = "mock"
@@ -6276,35 +6274,35 @@ class MockController(FunctionController):
         self._refused: Counter[str] = Counter()  # by name with parameters
 
     def serves(self, model: str | None) -> int:
-        # Not of any length: names are taken apart here, and some are kept.
+        # Of bounded length: names are parsed, and some are kept.
         if model is None or not model.startswith("mock/") or len(model) > 2048:
             return NOT
         return NAMED if model.partition("?")[0] in self.MODELS else NOT
 
     async def _say(self, body: JSONObject) -> Pieces:
-        generate, usual = self.MODELS[body["model"].partition("?")[0]]
-        return generate(self, body, {**usual, **self._parameters(body["model"])})
+        generate, defaults = self.MODELS[body["model"].partition("?")[0]]
+        return generate(self, body, {**defaults, **self._parameters(body["model"])})
 
     def _parameters(self, model: str) -> JSONObject:
-        """What stands behind "?"; APIError(400) if it cannot be."""
+        """Parse the parameters behind "?"; APIError(400)."""
         name, _, query = model.partition("?")
-        said: JSONObject = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        for key in said:
+        values: JSONObject = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        for key in values:
             mistake = ""
             if key not in {**self.MODELS[name][1], "id": "", "created": 0}:
                 mistake = f"{name} has no parameter {key[:40]!r}."
             elif key not in ("text", "id"):
                 try:
-                    said[key] = float(said[key])
+                    values[key] = float(values[key])
                 except ValueError:
-                    said[key] = math.nan
-                # Each takes that much time, or so many pieces: not for ever.
+                    values[key] = math.nan
+                # The others are seconds or counts: no answer may take for ever.
                 most = 1e12 if key == "created" else 10_000
-                if not 0 <= said[key] <= most:  # nor is NaN
+                if not 0 <= values[key] <= most:  # refuses NaN, too
                     mistake = f"{key!r} must be a number from 0 to {most:.0f}."
             if mistake:
                 raise APIError(400, mistake, param="model")
-        return said
+        return values
 
     def answers(self, path: str) -> bool:
         return super().answers(path) or path == EMBEDDINGS_PATH
@@ -6316,14 +6314,14 @@ class MockController(FunctionController):
             async for piece in await self._say({"model": request.model}):
                 if isinstance(piece, bytes):
                     return json_answer(piece)
-                # It waits, refuses or breaks off as in a chat.
+                # Delays, refusals and failures are as in a chat.
         return json_answer(self._embeddings(request))
 
     @staticmethod
     def _embeddings(request: APIRequest) -> JSONObject:
-        """A vector of eight numbers for each text: equal ones for equal texts."""
-        asked = request.body.get("input")
-        texts = [str(text) for text in (asked if isinstance(asked, list) else [asked])]
+        """Return a vector of eight numbers for each text, the same for equal texts."""
+        value = request.body.get("input")
+        texts = [str(text) for text in (value if isinstance(value, list) else [value])]
         is_packed = request.body.get("encoding_format") == "base64"
         data = []
         for index, text in enumerate(texts[:2048]):
@@ -6338,23 +6336,23 @@ class MockController(FunctionController):
         return {**answer, "usage": usage}
 
     def head(self, model: str) -> JSONObject:
-        said, head = self._parameters(model), super().head(model)
-        head["id"] = said.get("id") or head["id"]
-        head["created"] = int(said.get("created", head["created"]))
+        options, head = self._parameters(model), super().head(model)
+        head["id"] = options.get("id") or head["id"]
+        head["created"] = int(options.get("created", head["created"]))
         return head
 
-    async def echo(self, body: JSONObject, said: JSONObject) -> Pieces:
-        """Say again what was said last, word by word; given tools, call the first.
+    async def echo(self, body: JSONObject, options: JSONObject) -> Pieces:
+        """Repeat the last message word by word; given tools, call the first one.
 
-        But begin only after "?seconds=5", and refuse "?times=2" in all.
+        "?seconds=5" delays the answer; "?times=2" refuses two requests in all.
         """
-        await asyncio.sleep(said.get("seconds", 0))
-        if self._refused[body["model"]] < said.get("times", 0):
-            if len(self._refused) < 10_000:  # names come from clients
+        await asyncio.sleep(options.get("seconds", 0))
+        if self._refused[body["model"]] < options.get("times", 0):
+            if len(self._refused) < 10_000:  # clients choose the names
                 self._refused[body["model"]] += 1
             raise APIError(429, "This mock is busy.", retry_after=1)
         messages = [*map(as_object, as_list(body.get("messages")))] or [{}]
-        # Claude Code puts a system's message behind what was said.
+        # Claude Code sends a system message after the user's.
         own = ("system", "developer")
         last = ([m for m in messages if m.get("role") not in own] or messages)[-1]
         text = content_text(last.get("content"))
@@ -6363,43 +6361,43 @@ class MockController(FunctionController):
             properties = (function.get("parameters") or {}).get("properties") or {}
             arguments = encode_json({next(iter(properties), "text"): text}).decode()
             call = {"name": function["name"], "arguments": arguments}
-            id = said.get("id") or random_id("call_")
+            id = options.get("id") or random_id("call_")
             yield {"tool_calls": [{"id": id, "type": "function", "function": call}]}
             return
         at, words = 0, re.finditer(r"\s*\S+", text)
-        for word in itertools.islice(words, 10_000):  # and the rest of a book as one
+        for word in itertools.islice(words, 10_000):  # the rest is one piece
             yield word[0]
             at = word.end()
         if not at or text[at:].strip():
             yield text[at:]
 
-    async def text(self, body: JSONObject, said: JSONObject) -> Pieces:
-        """Say "?text=...", in "pieces=3", with a "delay=0.5" before each."""
-        text, count = said["text"], max(1, int(said["pieces"]))
+    async def text(self, body: JSONObject, options: JSONObject) -> Pieces:
+        """Answer "?text=..." in "pieces=3", each after "delay=0.5" seconds."""
+        text, count = options["text"], max(1, int(options["pieces"]))
         size = max(1, -(-len(text) // count))
         for at in range(0, len(text) or 1, size):
-            await asyncio.sleep(said["delay"])
+            await asyncio.sleep(options["delay"])
             yield text[at : at + size]
 
-    async def fail(self, body: JSONObject, said: JSONObject) -> Pieces:
+    async def fail(self, body: JSONObject, options: JSONObject) -> Pieces:
         """Fail with 500."""
         raise APIError(500, "This mock always fails.")
         yield
 
-    async def cut(self, body: JSONObject, said: JSONObject) -> Pieces:
+    async def cut(self, body: JSONObject, options: JSONObject) -> Pieces:
         """Break off after "?events=3" events."""
-        for number in range(int(said["events"])):
+        for number in range(int(options["events"])):
             yield f"{number} "
         raise ControllerError("This mock always breaks off.", Failure.NONE)
 
-    async def garbage(self, body: JSONObject, said: JSONObject) -> Pieces:
-        """Half a JSON object; streamed, as the data of an event."""
+    async def garbage(self, body: JSONObject, options: JSONObject) -> Pieces:
+        """Answer half a JSON object; in a stream, as the data of an event."""
         garbage = b'{"id": "chatcmpl-garbage", "choices": [{'
-        # With a name: Anthropic's SDK passes over events without one.
+        # Anthropic's SDK skips events without a name.
         event = sse_event(garbage, "message_start")
         yield event if body.get("stream") else garbage
 
-    # What generates each, and its parameters as they are where a name says nothing.
+    # The generator of each, and the defaults of its parameters.
     MODELS: ClassVar[dict[str, tuple[Callable[..., Pieces], JSONObject]]] = {
         "mock/echo": (echo, {}),
         "mock/text": (text, {"text": "Hello from the mock.", "pieces": 1, "delay": 0}),
@@ -6415,12 +6413,12 @@ class MockController(FunctionController):
 
 
 class RecordedAnswer(Answer):
-    """An answer on its way through; at most size bytes are kept, until it is good."""
+    """An answer being relayed; up to size bytes of it are kept for the recording."""
 
     def __init__(self, answer: Answer, size: int, write: Callable[..., None]) -> None:
         super().__init__(answer.status, answer.headers)
         self.delimited = answer.delimited
-        self.pieces: list[tuple[float, bytes]] = []  # and the loop's time of each
+        self.pieces: list[tuple[float, bytes]] = []  # with the loop's time of each
         self.room = size
         self._answer, self._write = answer, write
 
@@ -6442,16 +6440,16 @@ class RecordedAnswer(Answer):
 
 
 class TapeController(Controller):
-    """Records what the others answer, and replays it without them.
+    """Records the answers of the other controllers, and replays them.
 
     file    one JSON object a line: text to be read, edited and kept in git
-    mode    "replay": nobody else is asked; "record": what all others answer is
-            added, and of equal requests the last one counts; "auto": what is there
-            is replayed, and the rest asked for and added
-    speed   0 replays at once, 1 in the time that it took, 2 in half of it
+    mode    "replay": no other controller gets a request; "record": every answer is
+            added, and for equal requests the last one counts; "auto": recorded
+            answers are replayed, others fetched and added
+    speed   0 replays at once, 1 in the original time, 2 in half of it
     ignore  fields of a request that make no difference
 
-    All work with the file is done in one thread, in the order in which it came up.
+    One thread does all work with the file, in order.
     """
 
     type = "tape"
@@ -6472,25 +6470,25 @@ class TapeController(Controller):
     ) -> None:
         super().__init__(name)
         if mode not in self.MODES:
-            raise ValueError(f"mode is one of {', '.join(self.MODES)}")
+            raise ValueError(f"mode must be one of {', '.join(self.MODES)}")
         self.file = os.path.abspath(file)
         self.mode = mode
         self.speed = speed
         self.ignore = frozenset(ignore)
         self.limits = limits
-        self.alone = mode == "replay"  # nobody else is asked
+        self.alone = mode == "replay"  # no other controller gets a request
         self.by_name_only = not self.alone
         self._index: dict[bytes, int] = {}  # where the line of each key begins
-        self._stamp = ABSENT  # of the file that it is of
+        self._stamp = ABSENT  # of the file when it was indexed
 
     def __str__(self) -> str:
-        alone = ", nobody else is asked" if self.alone else ""
-        return f"{self.file} ({self.mode}{alone}; recordings: {len(self._index)})"
+        mode = "replay only" if self.alone else self.mode
+        return f"{self.file} ({mode}; recordings: {len(self._index)})"
 
     # --- In the loop
 
     def load(self) -> None:
-        """Look what is there; ConfigurationError if it cannot be used."""
+        """Index the file; ConfigurationError if it cannot be used."""
         try:
             others = ", ".join(map(str, self._load()[:10]))
         except OSError as error:
@@ -6499,13 +6497,13 @@ class TapeController(Controller):
                 text += '; a tape in mode "auto" records one'
             raise ConfigurationError(text) from None
         if others:
-            self.report(f"{self.file}: skipped what is not a recording: line {others}")
+            self.report(f"{self.file}: skipped lines that are not recordings: {others}")
 
     def serves(self, model: str | None) -> int:
         return NOT  # see look_up()
 
     async def look_up(self, request: APIRequest) -> None:
-        """Find the recording of a request, and see to it that it is replayed."""
+        """Find the recording of a request, and direct the request to the tape."""
         if self.mode != "record":
             request.recording = await self._in_thread(self._find, request)
         if self.alone or request.recording is not None:
@@ -6527,10 +6525,10 @@ class TapeController(Controller):
             yield piece
 
     async def ask(self, controller: Controller, request: APIRequest) -> Answer:
-        """Have a controller answer; what is whole and good is written down."""
+        """Have a controller answer; record the answer if it is whole and good."""
         asked = asyncio.get_running_loop().time()
         answer = await controller.answer(request)
-        is_ask = request.ask is not None  # it can go on at that browser agent only
+        is_ask = request.ask is not None  # a browser agent alone can continue it
         if controller is self or (is_ask and controller.keeps_conversations):
             return answer
 
@@ -6539,16 +6537,16 @@ class TapeController(Controller):
                 self.report(f"{self.name}: an answer is too large to be recorded")
                 return
             pieces = [(round(at - asked, 3), piece) for at, piece in good.pieces]
-            if good.status >= 300:  # it may repeat a piece of the key
+            if good.status >= 300:  # it may repeat part of the key
                 text = b"".join(piece for _, piece in pieces).decode("utf-8", "replace")
                 pieces = [(0.0, controller.redact(text).encode())]
             kind = good.headers.get("content-type", "")
             done = self._in_thread(self._write, request, good.status, kind, pieces)
-            done.add_done_callback(self._tell)
+            done.add_done_callback(self._report_failure)
 
         return RecordedAnswer(answer, int(self.limits.response_size), write)
 
-    def _tell(self, done: asyncio.Future[None]) -> None:
+    def _report_failure(self, done: asyncio.Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
         if error is not None:
             self.report(f"{self.name}: an answer was not recorded: {error}")
@@ -6556,7 +6554,7 @@ class TapeController(Controller):
     # --- In the thread
 
     def _content(self, request: APIRequest) -> Any:
-        """What was asked, as it is recorded."""
+        """Return the content of a request as it is recorded."""
         if request.is_json:
             return request.body
         return base64.b64encode(plain_form(request.content)).decode()
@@ -6571,9 +6569,9 @@ class TapeController(Controller):
         return digest + path.encode("utf-8", "replace")
 
     def _line_key(self, line: bytes) -> tuple[bytes, Any] | None:
-        """The key of a line's recording and its model; None if it holds none.
+        """Return the key and the model of a line, or None if it is not a recording.
 
-        One that is as we wrote it is not parsed: 100 MB would take seconds.
+        A line as we write it is not parsed: 100 MB would take seconds.
         """
         head = None if self.ignore else _TAPE_HEAD.match(line)
         if head is not None and line.endswith(b"]}\n"):
@@ -6589,12 +6587,12 @@ class TapeController(Controller):
         return self._key(found.path, found.content), model
 
     def _load(self) -> list[int]:
-        """Index the file if it has changed: others may write to it, and people.
+        """Index the file if it has changed: people and other servers write to it.
 
-        Return the numbers of the lines that are no recordings.
+        Return the numbers of the lines that are not recordings.
         """
         if not self.alone:
-            append_to_file(self.file, b"")  # there must be one to add to
+            append_to_file(self.file, b"")  # creates it
         stamp = stamp_of(os.stat(self.file))
         if stamp == self._stamp:
             return []
@@ -6611,8 +6609,8 @@ class TapeController(Controller):
                 elif line.strip():
                     others.append(number)
                 at += len(line)
-        if others and not index:  # nothing is to be added to a file that is no tape
-            text = f"it is no tape of version {TAPE_VERSION}"
+        if others and not index:  # never append to a file that is not a tape
+            text = f"it is not a tape of version {TAPE_VERSION}"
             raise OSError(errno.EINVAL, text)
         self._index, self._stamp = index, stamp
         if self.alone:  # else the others may not have them any more
@@ -6627,7 +6625,7 @@ class TapeController(Controller):
         with open(self.file, "rb") as file:
             file.seek(self._index[key])
             found = Recording.parse(file.readline())
-        if found is None:  # somebody has edited its pieces
+        if found is None:  # its pieces have been edited, and do not parse
             del self._index[key]
         return found
 
@@ -6636,15 +6634,15 @@ class TapeController(Controller):
         content = self._content(request)
         key = self._key(request.path, content)
         if self.mode == "auto" and key in self._index:
-            return  # two asked for the same at once
+            return  # an equal request was first
         line = Recording(request.path, content, *answer).encode()
         before, now = self._stamp, append_to_file(self.file, line)
-        if now[1] - before[1] in (len(line), len(line) + 1):  # nobody else has written
+        if now[1] - before[1] in (len(line), len(line) + 1):  # no other has written
             self._index[key] = now[1] - len(line)
             self._stamp = now
 
     def _miss(self, request: APIRequest) -> APIError:
-        """The answer where there is no recording: which is the nearest."""
+        """Return the error for a missing recording, which names the nearest one."""
         wanted, least = self._comparable(self._content(request)), 1000
         nearest = broken = ""
         with open(self.file, "rb") as file:
@@ -6667,13 +6665,13 @@ class TapeController(Controller):
 
 
 def tape_arguments(text: str) -> dict[str, Any]:
-    """What "FILE" or "FILE:MODE" says of a TapeController; ConfigurationError."""
+    """Return a TapeController's arguments from "FILE[:MODE]"; ConfigurationError."""
     file, _, mode = text.rpartition(":")
     if mode in TapeController.MODES:
         return {"file": file, "mode": mode}
     if file.endswith(".jsonl"):
-        modes = ", ".join(TapeController.MODES)
-        raise ConfigurationError(f"tape: {mode!r} is no mode, expected one of {modes}")
+        modes = " or ".join(TapeController.MODES)
+        raise ConfigurationError(f"tape: {mode!r} is not a mode, expected {modes}")
     return {"file": text}
 
 
@@ -6682,7 +6680,7 @@ _TAPE_HEAD = re.compile(
     % TAPE_VERSION
 )
 _TAPE_MODEL = re.compile(rb'"model":("(?:[^"\\]|\\.)*")')
-_TAPE_CONTENT_END = b', "status": '  # with a blank, and unescaped: not in the content
+_TAPE_CONTENT_END = b', "status": '  # the content has no such blanks or bare quotes
 
 
 # -----------------------------------------------------------------------------

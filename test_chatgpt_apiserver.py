@@ -9406,7 +9406,7 @@ async def test_what_is_no_recording_is_passed_over_and_told(tmp_path, tape):
     before = whole + later + b"<<<<<<< ours\n"
     tape.write_bytes(before + torn[:-20])
     async with taping(tmp_path, log=log) as (server, (upstream,), _):
-        assert "skipped what is not a recording: line 2, 3, 4" in log.text
+        assert "skipped lines that are not recordings: 2, 3, 4" in log.text
         for text in ("whole", "later", "torn", "torn"):
             assert (await chat(server, text)).status == 200
         assert len(upstream.requests) == 2
@@ -9422,7 +9422,7 @@ def test_a_file_that_is_no_tape_stops_the_start_and_stays_as_it_is(
     tmp_path, tape, content
 ):
     tape.write_bytes(content)
-    bad = "it is no tape of version 1"
+    bad = "it is not a tape of version 1"
     for file, says in (
         (f"{tape}:replay", bad),
         (f"{tape}:record", bad),
@@ -9666,7 +9666,7 @@ def test_only_what_a_tape_has_is_shown_while_it_replays(tmp_path, tape):
     tape.write_bytes(recorded(CHAT) + recorded(quoted) + edited)
     with Program("0", KEY, "--tape", "chat.jsonl", cwd=tmp_path) as program:
         line = program.wait_for("^  Tape +(.*)")[1]
-        assert line == f"{tape} (replay, nobody else is asked; recordings: 3)"
+        assert line == f"{tape} (replay only; recordings: 3)"
         assert fetch(program.port, "POST", CHAT_URL, CHAT).json() == completion()
         models = fetch(program.port, "GET", "/v1/models").json()["data"]
         assert {model["id"] for model in models} == {"m", 'a "b"', "edited"}
@@ -15131,7 +15131,7 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "SECRET\n"], "printable ASCII, no space or newline"),
     (["70000", "k"], "port: expected a port from 0 to 65535"),
     (["", "k"], "port: expected"),
-    (["1", "k", "--tape", "a.jsonl:rec"], "tape: 'rec' is no mode, expected one of"),
+    (["1", "k", "--tape", "a.jsonl:rec"], "tape: 'rec' is not a mode, expected "),
     (["\u0668\u0660", "k"], "port: expected"),
     (["SECRET", "8080"], "port: expected"),
     (["-1", "k"], "command line: "),
