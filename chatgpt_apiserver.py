@@ -6687,20 +6687,20 @@ _TAPE_CONTENT_END = b', "status": '  # the content has no such blanks or bare qu
 # Pool
 # -----------------------------------------------------------------------------
 #
-# The pool chooses a controller for each request, has requests wait fairly while
-# all are busy, and asks another controller while nothing has reached the client.
-# It judges whose fault a failure is: what one request brings about is that
-# request's; only what a fresh, plain request would meet too is the controller's.
-# `async with pool.call(request)` is a slot, an answer that has begun, and the
-# promise that both are given back.
+# The pool chooses a controller for each request, queues requests fairly while all
+# controllers are busy, and fails over as long as nothing has reached the client.
+# It judges whose fault a failure is: what one request causes is that request's;
+# only what a fresh, plain request would meet too is the controller's.
+# `async with pool.call(request)` holds a slot and an answer that has begun, and
+# releases both.
 
-# Codes that say that the key or the account is no good, whatever the status.
+# Codes of a dead key or account, whatever the status.
 _DEAD_KEY_CODES = frozenset(
     "insufficient_quota billing_hard_limit_reached invalid_api_key api_key_invalid"
     " account_deactivated billing_not_active access_terminated".split()
 )
 _UNKNOWN_MODEL_CODES = frozenset(["model_not_found", "unknown_model"])
-# What is continued may have been made at another controller.
+# Another controller may have made the response that is continued.
 _ELSEWHERE_CODES = frozenset(["previous_response_not_found"])
 _CONTENT_CODES = frozenset(["content_policy_violation", "content_filter"])
 _UNKNOWN_MODEL = re.compile(
@@ -6708,34 +6708,34 @@ _UNKNOWN_MODEL = re.compile(
     r"|unsupported|not available|not loaded",
     re.IGNORECASE,
 )
-# Statuses below 500 that are no fault of the request's.
+# Statuses below 500 that are not the request's fault.
 _BROKEN_STATUSES = frozenset([407, 408, 425])
-# How long a model that a controller does not have is not asked of it again.
+# How long a controller gets no requests for a model that it does not have.
 UNKNOWN_MODEL_TIME = 60.0  # seconds
 PROBE_INTERVAL = 60.0  # seconds between two probes of one controller's key
-# How long an ask waits for an agent that has just left; one that left longer ago
-# is not expected back.
+# How long a request waits for an agent that has just left, and how long ago that
+# may have been.
 AGENT_RETURN_TIMEOUT = 5.0  # seconds
 AGENT_RETURN_WINDOW = 30.0  # seconds
 CONVERSATIONS_KEPT = 10_000  # whose controllers are remembered
-# How often the queue is looked at besides, for what opens by the clock or is added.
+# The queue is also served at this interval: cooldowns end, controllers are added.
 QUEUE_INTERVAL = 0.1  # seconds
-# How many kinds of each user's requests are tried when a slot is given back.  One user
-# had a thousand kinds wait, and each request of all others took 2.8 ms, not 0.4.
+# Kinds of requests tried for each user when a slot is released.  While a thousand
+# kinds of one user waited, each request of all others took 2.8 ms instead of 0.4.
 QUEUE_KINDS = 32
-# A conversation leaves its controller where that has so many more requests in
-# flight than another: one user's must not all go to one that others need, too.
+# A conversation leaves its controller when that has this many more requests in flight
+# than another: one user must not fill a controller that others need.
 CONVERSATION_LEAD = 16
 
 
 def parse_retry_after(headers: dict[str, str]) -> float | None:
-    """Seconds to wait, from Retry-After (seconds or a date) or retry-after-ms."""
+    """Return the seconds of Retry-After (a number or a date) or retry-after-ms."""
     text = headers.get("retry-after", "")
     try:
         if "retry-after-ms" in headers:
             seconds = float(headers["retry-after-ms"]) / 1000
         elif text[-3:] == "GMT":
-            import email.utils  # 10 ms, and hardly anybody sends a date
+            import email.utils  # takes 10 ms, and hardly any server sends a date
 
             date = email.utils.parsedate_to_datetime(text)
             seconds = date.timestamp() - unix_time()
@@ -6747,13 +6747,13 @@ def parse_retry_after(headers: dict[str, str]) -> float | None:
 
 
 def says_unknown_model(error: ErrorObject, model: str | None) -> bool:
-    """Whether an error says in words that the model is not there."""
+    """Whether an error's message says that the model does not exist."""
     text = error.message[:500]
     if model is None or "model" not in text.lower():
         return False
-    if error.param not in (None, "model"):  # what is unsupported is another field
+    if error.param not in (None, "model"):  # another field is not supported
         return False
-    # As a word of its own: "a" is not named by "that model cannot".
+    # As a word of its own: "that model cannot" does not name a model "a".
     word = rf"(?<![\w.-]){re.escape(model)}(?![\w-]|\.\w)"
     return re.search(word, text) is not None and (
         "not_found_error" in error.words or _UNKNOWN_MODEL.search(text) is not None
@@ -6767,20 +6767,20 @@ def judge_refusal(
     error: ErrorObject,
     model: str | None,
 ) -> ControllerError | None:
-    """What an answer of 300 and above says; None if it is about the request.
+    """Classify an answer of 300 and above; None if the fault is the request's.
 
-    Codes and statuses decide.  Words do so only for a model that is not there,
-    and for a request that alone is over the minute's tokens: it is refused with
-    the code of a rate limit (OpenAI 429, Groq 413), but others would not be.
+    Codes and statuses decide.  The message does so only for an unknown model, and
+    for a single request over the minute's tokens: that is refused with the code of
+    a rate limit (OpenAI 429, Groq 413), but others would not be.
     """
     words = error.words
     unknown = status in (400, 403, 404) and says_unknown_model(error, model)
     rules = (  # the first that applies decides
-        # A passed-on code speaks of the key of one of its upstreams.
+        # A passed-on code is about the key of one of its upstreams.
         (words & _DEAD_KEY_CODES and not error.passed_on, Failure.DISABLED),
         (error.message.startswith("Request too large"), Failure.NONE),
         (status == 429 or "rate_limit_exceeded" in words, Failure.RATE_LIMITED),
-        # one-api says so with a 503.
+        # one-api sends this with a 503.
         (unknown or words & _UNKNOWN_MODEL_CODES, Failure.UNKNOWN_MODEL),
         (status in (401, 402, 403) and not words & _CONTENT_CODES, Failure.KEY_DOUBTED),
         (status < 400 or status == 501 or words & _ELSEWHERE_CODES, Failure.NONE),
@@ -6794,7 +6794,7 @@ def judge_refusal(
     if status < 400:
         reason = said = f"it answered with a redirect ({status}), which is not followed"
     elif status == 401 or failure is Failure.DISABLED:
-        said = ""  # it may repeat a piece of the key
+        said = ""  # it may repeat part of the key
         if status == 401 or "quota" not in reason:
             reason = f"its key was refused ({reason})"
     return ControllerError(
@@ -6809,22 +6809,23 @@ def judge_refusal(
 
 
 def home_key(request: APIRequest, kind: str, *names: str) -> bytes:
-    """16 bytes for something of a user's, which have a controller for a home."""
+    """Return 16 bytes that stand for a user's conversation or response."""
     text = "\0".join((request.user, kind, *names)).encode("utf-8", "replace")
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def conversation_key(request: APIRequest) -> bytes:
-    """What a conversation's requests have in common; never with another user's."""
+    """Return the key shared by a conversation's requests, and no other user's."""
     session = request.session
     kind, name = ("session", session) if session else ("start", request.turn.start)
     return home_key(request, kind, request.model or "", name)
 
 
 def rendezvous(key: bytes, controller: Controller) -> float:
-    """How well a controller suits a key: the best one changes only when it leaves.
+    """Return how well a controller suits a key.
 
-    Each is the best for a share of keys that is its share of the weight.
+    Where one controller leaves, only the keys that it suited best move.  Each is the
+    best for a share of the keys that equals its share of the weight.
     """
     name = (controller.id or controller.name).encode("utf-8", "replace")
     digest = hashlib.blake2b(key + name, digest_size=8).digest()
@@ -6836,9 +6837,9 @@ class Waiter(NamedTuple):
     """A request in the queue."""
 
     request: APIRequest
-    tried: list[Controller]  # that it has been to
-    kind: tuple[Any, ...]  # who can serve it: equal ones can be served by the same
-    # The controller with a slot for it, or why it gets none.
+    tried: list[Controller]  # where it has failed
+    kind: tuple[Any, ...]  # requests of equal kinds fit the same controllers
+    # The controller where it holds a slot now, or the error that it gets.
     outcome: asyncio.Future[Controller | APIError]
 
 
@@ -6847,9 +6848,9 @@ class Pool:
 
     type    "balanced" (smooth weighted round robin), "random" or "least_busy"
             (fewest requests in flight per weight)
-    affinity  a conversation goes on where it was: the prompt is in a cache there
-    report  takes lines that a person wants to know
-    debug   takes lines on each attempt
+    affinity  a conversation stays at its controller: its prompt is cached there
+    report  called with each line for people
+    debug   called with a line for each attempt
     """
 
     TYPES = ("balanced", "random", "least_busy")
@@ -6864,7 +6865,7 @@ class Pool:
         debug: Callable[[str], None] = lambda line: None,
     ) -> None:
         if type not in self.TYPES:
-            raise ValueError(f"a pool is one of {', '.join(self.TYPES)}")
+            raise ValueError(f"type must be one of {', '.join(self.TYPES)}")
         self.type = type
         self.affinity = affinity
         self.limits = limits
@@ -6872,23 +6873,24 @@ class Pool:
         self.debug = debug
         self.controllers: list[Controller] = []
         self.tape: TapeController | None = None  # one of them
-        self._queue: dict[str, deque[Waiter]] = {}  # by user; who is next is first
-        self._kinds: Counter[tuple[Any, ...]] = Counter()  # of those in the queue
-        self._timer: asyncio.TimerHandle | None = None  # see _look()
-        # When agents left: by model, and the last one, under None.
+        self._queue: dict[str, deque[Waiter]] = {}  # by user, in turn order
+        self._kinds: Counter[tuple[Any, ...]] = Counter()  # of the queued requests
+        self._timer: asyncio.TimerHandle | None = None  # see _serve_queue()
+        # When the last agent with each model left, and under None the last of all.
         self._left: dict[str | None, float] = {}
-        # (controller, model, path, user or "" for all) that is not asked until then.
+        # (controller, model, path, user or "" for all): until when it lacks the model.
         self._unknown: dict[tuple[Controller, str | None, str, str], float] = {}
         self._probes: dict[Controller, asyncio.Task[None]] = {}  # of their keys
-        self._homes: dict[bytes, str] = {}  # of conversations; the oldest is first
-        self._several = False  # controllers between which to choose
+        self._homes: dict[bytes, str] = {}  # of conversations, oldest first
+        self._several = False  # controllers to choose from
 
-    # --- Who is in it
+    # --- Its controllers
 
     def add(self, controller: Controller) -> None:
-        """Take a controller in; ValueError if one that stays has its name already.
+        """Add a controller; ValueError if its name is taken.
 
-        Counts, limits and metrics go by the name: an agent of that name gets another.
+        Counts, limits and metrics go by name: of two agents, or of an agent and a
+        configured controller, an agent is renamed.
         """
         name = controller.name
         taken = self.find(name)
@@ -6910,7 +6912,7 @@ class Pool:
         self._several = sum(not c.by_name_only for c in self.controllers) > 1
 
     def remove(self, controller: Controller) -> None:
-        """Let a controller go; its requests in flight end by themselves."""
+        """Remove a controller; its requests in flight run to their end."""
         if controller in self.controllers:
             self.controllers.remove(controller)
             self.tape = None if controller is self.tape else self.tape
@@ -6932,11 +6934,11 @@ class Pool:
         return [c for c in self.controllers if c is self.tape or not alone]
 
     def find(self, name: str) -> Controller | None:
-        """The controller of a name, or None."""
+        """Return the controller with this name, or None."""
         return next((c for c in self.controllers if c.name == name), None)
 
     def close(self) -> None:
-        """Close the controllers, and end the probes of their keys."""
+        """Close all controllers, and cancel the probes of their keys."""
         for probe in self._probes.values():
             probe.cancel()
         self._probes.clear()
@@ -6944,20 +6946,20 @@ class Pool:
             controller.close()
 
     async def refresh_models(self) -> None:
-        """Ask all controllers for their models, side by side."""
+        """Read the lists of models of all controllers, concurrently."""
         if self.tape is not None and self.tape.alone:
             return
-        asked = [c for c in self.controllers if c.models is None]
-        await asyncio.gather(*(c.refresh_models() for c in asked))
+        unlisted = [c for c in self.controllers if c.models is None]
+        await asyncio.gather(*(c.refresh_models() for c in unlisted))
 
     # --- Choosing
 
     def _suitable(self, request: APIRequest, now: float) -> list[Controller]:
-        """The controllers that could serve a request, were they free.
+        """Return the controllers that could serve a request if they were free.
 
-        Who names its model, or lists it, is asked and nobody else: what is meant
-        for the machine in the next room must not go to an API for it.  Who takes
-        anything gets what nobody names.
+        Those that name or list its model exclude all others: what is meant for the
+        machine in the next room must not go to an outside API.  A model that none
+        of them names goes to those that take any.
         """
         if request.agent_id is not None:
             return [c for c in self.controllers if c.id == request.agent_id]
@@ -6974,13 +6976,14 @@ class Pool:
         return able
 
     def _is_unknown(self, c: Controller, request: APIRequest, now: float) -> bool:
-        """Whether a controller has said that it does not have the model."""
+        """Whether a controller is known to lack the model."""
         keys = ((c, request.model, request.path, user) for user in ("", request.user))
         return any(self._unknown.get(key, 0.0) > now for key in keys)
 
     def _choose(
         self, request: APIRequest, tried: list[Controller], now: float
     ) -> Controller | None:
+        """Return the controller that gets a request now, or None."""
         suitable = self._suitable(request, now)
         free = [c for c in suitable if c.available(now) and c not in tried]
         if not free:
@@ -6999,7 +7002,7 @@ class Pool:
             least = min(c.in_flight / c.weight for c in free)
             free = [c for c in free if c.in_flight / c.weight == least]
         # Smooth weighted round robin, as in nginx: weights 5, 1, 1 give a a b a c a a.
-        # It is for equally busy ones, too: else one key had all while there is little.
+        # Equally busy ones take turns, too: else one key would get all light load.
         for controller in free:
             controller.current += controller.weight
         best = max(free, key=lambda c: c.current)
@@ -7007,12 +7010,12 @@ class Pool:
         return best
 
     def _home(self, request: APIRequest, free: list[Controller]) -> Controller | None:
-        """Of free controllers the one that a conversation prefers, or None.
+        """Return the free controller that a conversation prefers, or None.
 
-        That is who had it last.  After a restart, or at another server, it is who
-        comes first by rendezvous hashing: each server finds the same, and a
-        controller that leaves moves its own conversations only.  What begins
-        without a name is balanced: its prompt is in no cache yet.
+        That is the one that had it last.  After a restart, or on another server, it
+        is the first by rendezvous hashing: every server finds the same one, and a
+        controller that leaves moves only its own conversations.  The first request
+        of a conversation without a name is balanced: no cache has its prompt yet.
         """
         turn, session = request.turn, request.session
         if not (turn.previous or session or (turn.later and turn.start)):
@@ -7031,7 +7034,7 @@ class Pool:
     def remember(
         self, controller: Controller, request: APIRequest, content: bytes
     ) -> None:
-        """Keep who has a conversation; content is what its answer begins with."""
+        """Remember which controller has a conversation; content starts the answer."""
         if not self.affinity or not self._several:
             return
         answer_id = request.dialect.answer_id(content)
@@ -7048,15 +7051,15 @@ class Pool:
     def _last_standing(
         suitable: list[Controller], tried: list[Controller], now: float
     ) -> Controller | None:
-        """Of controllers that are all closed, the one to be asked all the same."""
+        """Return the controller to try although all are closed, or None."""
         left = [c for c in suitable if c not in tried]
         if any(not c.closed_for(now) for c in left):
-            return None  # one is only busy: wait for that
+            return None  # one is only busy: wait for it
         closed = [c for c in left if c.last_resort and not c.health.on_trial(now)]
         return min(closed, key=lambda c: c.health.until, default=None)
 
     def needs_model(self, request: APIRequest) -> bool:
-        """Whether a request without a model could mean more than one controller."""
+        """Whether a request must name a model: no single controller is meant."""
         own = [c for c in self.controllers if not c.by_name_only]
         able = sum(c.answers(request.path) for c in own)
         return able != 1 and not request.dialect.default_model
@@ -7064,11 +7067,11 @@ class Pool:
     async def acquire(
         self, request: APIRequest, tried: list[Controller]
     ) -> Controller | None:
-        """A slot at a controller, perhaps after waiting; release() it.
+        """Take a slot at a controller, maybe after waiting; release() it.
 
-        None when nothing is left that has not been tried.  Raise APIError: 404
-        when no controller has the model, 503 when there is nobody, all are
-        closed, the queue is full or the wait was too long, 500 when the agent
+        Return None when every controller that is left has been tried.  Raise
+        APIError: 404 when no controller has the model, 503 when there is none, all
+        are closed, the queue is full or the wait was too long, 500 when the agent
         of the conversation is gone.
         """
         now = asyncio.get_running_loop().time()
@@ -7085,10 +7088,10 @@ class Pool:
     def _may_wait(
         self, request: APIRequest, tried: list[Controller], now: float
     ) -> tuple[float, APIError] | None:
-        """How many seconds a request may wait for a slot, and the error after them.
+        """Return how many seconds a request may wait, and the error after them.
 
-        None if only an earlier attempt's error is left; raise APIError if there
-        never was anything to wait for.
+        Return None if an earlier attempt's error is all that is left.  Raise APIError
+        if there is nothing to wait for.
         """
         suitable = self._suitable(request, now)
         left = [c for c in suitable if c not in tried]
@@ -7102,7 +7105,7 @@ class Pool:
             raise self._all_closed(suitable, now)
         if request.agent_id is not None:
             raise APIError(500, "Connection no longer exists", code="agent_lost")
-        error = self._nobody(request)
+        error = self._no_controller(request)
         if request.model and self._has_just_left(request.model, now):
             text = f"The agent that has the model {request.model!r} has just left."
             error = APIError(503, text, code="agent_lost", retry_after=5)
@@ -7111,11 +7114,12 @@ class Pool:
         return AGENT_RETURN_TIMEOUT, error
 
     def _has_just_left(self, model: str | None, now: float) -> bool:
-        """Whether a model was an agent's that may be back in a moment; None: any."""
+        """Whether an agent that may return in a moment had a model; None: any."""
         at = self._left.get(model) or self._left.get(f"{model}:latest", -math.inf)
         return now - at < AGENT_RETURN_WINDOW
 
-    def _nobody(self, request: APIRequest) -> APIError:
+    def _no_controller(self, request: APIRequest) -> APIError:
+        """Return the error for a request that no controller could serve."""
         cure = (
             "connect an agent, or configure a controller (the start screen shows how)"
         )
@@ -7124,7 +7128,7 @@ class Pool:
                 text = f"No available clients: {cure}."
                 return APIError(503, text, code="no_controllers")
         elif any(c.serves(request.model) for c in self.controllers):
-            what = f"The model {request.model!r} is here, but nothing that has it"
+            what = f"The model {request.model!r} is here, but no controller with it"
             text = f"{what} answers {request.path}."
             return APIError(404, text, param="model")
         else:
@@ -7135,7 +7139,7 @@ class Pool:
     def unknown_model(
         request: APIRequest, cure: str = "GET /v1/models lists those that do"
     ) -> APIError:
-        """The answer to a request for a model that is not here."""
+        """Return the error for a model that no controller has."""
         return APIError(
             404,
             f"The model {request.model!r} does not exist here: {cure}.",
@@ -7171,23 +7175,24 @@ class Pool:
         timeout: float,
         error: APIError,
     ) -> Controller:
+        """Wait in the queue for a slot; raise error after timeout seconds."""
         loop = asyncio.get_running_loop()
         kind = (request.model, request.path, request.agent_id, *tried)
         waiter = Waiter(request, tried, kind, loop.create_future())
         self._queue.setdefault(request.user, deque()).append(waiter)
         self._kinds[waiter.kind] += 1
         if self.waiting == 1:
-            self._look()
+            self._serve_queue()
         timer = loop.call_later(timeout, self._settle, waiter, error)
         try:
             outcome = await waiter.outcome
         except asyncio.CancelledError:
             if waiter.outcome.cancelled():
                 self._settle(waiter, error)
-            else:  # in the moment its client left
-                given = waiter.outcome.result()
-                if isinstance(given, Controller):
-                    self.release(given, request)
+            else:  # it was settled just before its client disconnected
+                unused = waiter.outcome.result()
+                if isinstance(unused, Controller):
+                    self.release(unused, request)
             raise
         finally:
             timer.cancel()
@@ -7196,7 +7201,7 @@ class Pool:
         return outcome
 
     def _make_room(self, request: APIRequest) -> None:
-        """Keep the queue bounded: the user with most requests in it loses one."""
+        """If the queue is full, the user with most requests in it loses the last."""
         if self.waiting < self.limits.queue_size:
             return
         full = APIError(
@@ -7222,19 +7227,19 @@ class Pool:
         if not waiter.outcome.done():
             waiter.outcome.set_result(outcome)
 
-    def _look(self) -> None:
-        """Serve the queue, and again soon as long as there is one."""
+    def _serve_queue(self) -> None:
+        """Serve the queue now, and at intervals until it is empty."""
         if self._timer is not None:
             self._timer.cancel()
         self.wake()
         if self._queue:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(QUEUE_INTERVAL, self._look)
+            self._timer = loop.call_later(QUEUE_INTERVAL, self._serve_queue)
 
     def wake(self, kinds: int = sys.maxsize) -> None:
-        """Give free slots to the queue: to one request of each user in turn.
+        """Give free slots to queued requests, one to each user in turn.
 
-        kinds  of each user's that are tried; the next look finds the others
+        kinds  of requests to try for each user; _serve_queue() finds the others
         """
         now = asyncio.get_running_loop().time()
         unservable: set[tuple[Any, ...]] = set()
@@ -7251,7 +7256,7 @@ class Pool:
         for waiter in self._queue[user]:
             if len(unservable) >= most:
                 break
-            if waiter.outcome.done() or waiter.kind in unservable:  # done: leaving
+            if waiter.outcome.done() or waiter.kind in unservable:  # done: cancelled
                 continue
             controller = self._choose(waiter.request, waiter.tried, now)
             if controller is None:
@@ -7272,19 +7277,19 @@ class Pool:
             health.trial, health.trial_until = request, now + TRIAL_TIME
 
     def release(self, controller: Controller, request: APIRequest) -> None:
-        """Give a slot back."""
+        """Release a slot, and serve the queue with it."""
         controller.in_flight -= 1
         if controller.health.trial is request:
             controller.health.trial = None
         if self._queue:
             self.wake(QUEUE_KINDS)
 
-    # --- What answers and failures say
+    # --- Judging answers and failures
 
     def failed(
         self, controller: Controller, error: ControllerError, request: APIRequest
     ) -> None:
-        """Take a failed attempt into account."""
+        """Record a failed attempt."""
         if error.failure is Failure.FULL:
             return
         controller.failures += 1
@@ -7298,11 +7303,11 @@ class Pool:
     def _close(
         self, controller: Controller, error: ControllerError, request: APIRequest
     ) -> None:
-        """Cool a controller down, or disable it, if the failure says so."""
+        """Cool a controller down, or disable it, if the failure calls for it."""
         health, now = controller.health, asyncio.get_running_loop().time()
         before = (health.until > now, health.closed_by)
         seconds = health.fail(error, request, now)
-        # Once, not for each request that was under way.
+        # Report it once, not for every request in flight.
         if seconds and before != (health.until > now, health.closed_by):
             disabled = health.closed_by is Failure.DISABLED
             state = "disabled" if disabled else "cooling down"
@@ -7312,12 +7317,13 @@ class Pool:
     def _remember_unknown(
         self, controller: Controller, error: ControllerError, request: APIRequest
     ) -> None:
-        """Do not ask a controller again soon for a model that it does not have.
+        """Remember for a while that a controller does not have the model.
 
-        Words may be quoted from the request: they count for its user alone.
+        A code counts for all users.  A message may quote the request, so it counts
+        for that user only.
         """
         now = asyncio.get_running_loop().time()
-        if len(self._unknown) >= 1000:  # models' names come from clients
+        if len(self._unknown) >= 1000:  # clients choose the names of models
             self._unknown = {k: at for k, at in self._unknown.items() if at > now}
         if len(self._unknown) < 1000:
             user = "" if error.code in _UNKNOWN_MODEL_CODES else request.user
@@ -7325,16 +7331,16 @@ class Pool:
             self._unknown[key] = now + UNKNOWN_MODEL_TIME
 
     def _probe(self, controller: Controller, request: APIRequest) -> None:
-        """Find out with a plain request of our own whether it is the key.
+        """Probe the key with a plain request of our own.
 
-        A 403 may be about what was asked, or about what the key may do: whoever
-        can bring it about must not close the key for all others.
+        A 403 may concern the prompt or the key.  A user who can provoke one must not
+        disable the key for everybody.
         """
         if controller not in self._probes:
-            work = self._ask_for_key(controller, request)
+            work = self._check_key(controller, request)
             self._probes[controller] = asyncio.get_running_loop().create_task(work)
 
-    async def _ask_for_key(self, controller: Controller, request: APIRequest) -> None:
+    async def _check_key(self, controller: Controller, request: APIRequest) -> None:
         status = await controller.probe()
         if status in (401, 402, 403) and controller in self.controllers:
             reason = f"{controller.name}: its key was refused (status {status})"
@@ -7344,17 +7350,14 @@ class Pool:
         self._probes.pop(controller, None)
 
     def began(self, controller: Controller, request: APIRequest) -> None:
-        """Take an answer's beginning into account: perhaps it is back."""
-        health = controller.health
-        if health.closed_by:
-            now = asyncio.get_running_loop().time()
-            if health.begin(request, now):
-                self.report(f"{controller.name} is back")
+        """Record that an answer has begun: the controller may be back."""
+        if controller.health.begin(request, asyncio.get_running_loop().time()):
+            self.report(f"{controller.name} is back")
 
     def succeeded(
         self, controller: Controller, request: APIRequest, usage: Usage
     ) -> None:
-        """Take a complete answer into account, and its usage."""
+        """Record a complete answer and its usage."""
         self.began(controller, request)
         controller.tokens += usage.total
         if controller.limit is not None:
@@ -7363,36 +7366,36 @@ class Pool:
         controller.health.succeed()
 
     def report_limit(self, controller: Controller) -> None:
-        """Say that a controller's own limit is used up, once in each window."""
+        """Report that a controller's own limit is used up, once in each window."""
         limit = controller.limit
         if limit is not None and not limit.reported and limit.exceeded():
             limit.reported = True
             why = f"for {limit.seconds_left():.0f} s: {limit.exceeded()}"
-            self.report(f"{controller.name} is not asked {why}")
+            self.report(f"{controller.name} gets no requests {why}")
 
     def call(self, request: APIRequest) -> Call:
-        """The way of one request: `async with pool.call(request) as call`."""
+        """Return the Call of a request: `async with pool.call(request) as call`."""
         return Call(self, request)
 
 
-# An image, a sound or a file inside of a request: its bytes are no tokens.
+# An image, a sound or a file inside a request: its bytes are not tokens.
 _INLINE = re.compile(rb'[",][A-Za-z0-9+/_\\-]{1000,}')  # some write \/ for /
 
 
 class Call:
-    """A request's way through the pool; entered, its answer has begun.
+    """A request's way through the pool; once entered, its answer has begun.
 
     status      of the answer; 0 until it has begun
     headers     of the answer, by name in lower case
-    content     the whole content, or None: then read() gives it piece by piece
-    stream      what looks at its events, or None if it is no stream of events
-    controller  who answered, or was asked last
-    attempts    how many were asked
-    tries       of each that was asked: its name, when, and why it failed or ""
-    ended       read() has given all there is
+    content     the whole content, or None: then read() returns it piece by piece
+    stream      follows the events of a stream; None for other answers
+    controller  the one that answered, or was tried last
+    attempts    how many controllers were tried
+    tries       of each one: its name, when, and why it failed or ""
+    ended       whether read() has returned everything
     usage       the tokens it took, as far as they are known
 
-    Entering raises APIError; so does read(), for an answer that breaks off.
+    Entering raises APIError; so does read() when the answer breaks off.
     """
 
     def __init__(self, pool: Pool, request: APIRequest) -> None:
@@ -7405,12 +7408,12 @@ class Call:
         self.controller: Controller | None = None
         self.attempts = 0
         self.tries: list[tuple[str, float, str]] = []
-        self.began_at = 0.0  # when the answer had; of a stream, its first event
+        self.began_at = 0.0  # when the answer began; of a stream, its first event
         self.ended = False
         self.usage = Usage()
-        self._slot: Controller | None = None  # to be given back
+        self._slot: Controller | None = None  # to be released
         self._answer: Answer | None = None
-        self._first = b""  # read, and not yet given
+        self._first = b""  # read from the answer, not yet returned
 
     @property
     def is_raw(self) -> bool:
@@ -7433,7 +7436,7 @@ class Call:
                 return self
             waited = asyncio.get_running_loop().time() - began
             if error.failure is Failure.FULL and waited < limits.queue_timeout:
-                tried.pop()  # it is one of those to wait for
+                tried.pop()  # wait for it as for any busy one
                 self.tries.pop()
                 self.attempts -= 1
                 continue
@@ -7447,11 +7450,11 @@ class Call:
             del error, errors  # they hold this frame, which holds them
 
     def _is_late(self) -> bool:
-        """Whether the request's time is up: another would be asked, and cut off."""
+        """Whether the deadline has passed: another attempt would be cut off."""
         return asyncio.get_running_loop().time() >= self.request.deadline
 
     async def _attempt(self, controller: Controller) -> ControllerError | None:
-        """Ask one controller; None if its answer has begun, else why not."""
+        """Try one controller; return None once its answer has begun, or its error."""
         request = self.request
         self.controller = self._slot = controller
         self.attempts += 1
@@ -7466,26 +7469,26 @@ class Call:
         self.pool.debug(f"attempt {self.attempts}: {controller.name}")
         try:
             tape = self.pool.tape
-            asking = (
-                tape.ask(controller, request) if tape else controller.answer(request)
-            )
-            self._answer = await asking
-            self.content = self.stream = None  # of an attempt before this one
+            if tape is None:
+                self._answer = await controller.answer(request)
+            else:
+                self._answer = await tape.ask(controller, request)
+            self.content = self.stream = None  # left by an earlier attempt
             self._first = b""
             await self._begin(controller, self._answer)
-            self.status = self._answer.status  # nobody else will be asked
+            self.status = self._answer.status  # no failover from here on
             if self.status < 300:
                 self.pool.remember(controller, request, self.content or self._first)
             self.began_at = asyncio.get_running_loop().time()
             return None
         except asyncio.CancelledError:
-            await self._leave()
+            await self._release()
             raise
         except Exception as caught:
             try:
                 error = self._explain(controller, caught)
             finally:
-                await self._leave()
+                await self._release()
             if not isinstance(error, ControllerError):
                 raise error from None
             if error.failure is not Failure.FULL:
@@ -7495,22 +7498,22 @@ class Call:
             return error
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self.stream is not None and not self.ended:  # left early, or broken off
-            self.usage = self._complete(self.stream.usage, self.stream.events)
-        await self._leave()
+        if self.stream is not None and not self.ended:  # cut short, by either side
+            self.usage = self._estimate(self.stream.usage, self.stream.events)
+        await self._release()
 
-    def _complete(self, usage: Usage, output: int) -> Usage:
-        """usage, its gaps filled with an estimate where tokens are what is used.
+    def _estimate(self, usage: Usage, output: int) -> Usage:
+        """Return usage with estimates for its gaps, where text is generated.
 
-        output  tokens that have come, as far as we can tell
+        output  tokens received, roughly
         """
         if not self.request.dialect.generates:
             return usage
         sent = usage.input or len(_INLINE.sub(b"", self.request.content)) // 4
         return Usage(sent, usage.cached_input, usage.output or output)
 
-    async def _leave(self) -> None:
-        """Give everything back: the answer, then the slot."""
+    async def _release(self) -> None:
+        """Release the answer, then the slot."""
         answer, self._answer = self._answer, None
         slot, self._slot = self._slot, None
         try:
@@ -7518,7 +7521,7 @@ class Call:
                 try:
                     if self.ended:
                         await answer.finish()
-                finally:  # many clients leave at [DONE]: that cancels finish()
+                finally:  # many clients hang up at [DONE]: that cancels finish()
                     await answer.aclose()
         finally:
             if slot is not None:
@@ -7532,9 +7535,8 @@ class Call:
         max_size = int(self.pool.limits.response_size)
         self.headers = answer.headers
         if answer.status >= 300:
-            self.content = self._judge(
-                controller, answer, await answer.read_all(max_size)
-            )
+            content = await answer.read_all(max_size)
+            self.content = self._judge(controller, answer, content)
         else:
             kind = await self._kind(answer)
             if kind == EVENTS_TYPE:
@@ -7545,10 +7547,10 @@ class Call:
                 if error is not None:
                     raise self._event_error(error)
                 self.content = content
-                if request.dialect.judged:  # it may have been labelled as anything
+                if request.dialect.judged:  # its label may be wrong
                     self.headers["content-type"] = JSON_TYPE
                 if request.stream:
-                    self._make_stream(self.content)
+                    self._make_stream(content)
             elif request.dialect.judged:
                 raise ProtocolError(502, "it sent neither JSON nor events")
             else:
@@ -7560,12 +7562,12 @@ class Call:
             self._first = b""
             self.usage = find_usage(self.content)
             if answer.status < 300 and not any(self.usage):
-                self.usage = self._complete(self.usage, len(self.content) // 4)
+                self.usage = self._estimate(self.usage, len(self.content) // 4)
             self.pool.succeeded(controller, request, self.usage)
             answer.keep()
 
     async def _kind(self, answer: Answer) -> str:
-        """What an answer is: told by its first bytes where we know what to expect."""
+        """Return the media type of an answer, by its first bytes if we know the API."""
         if not self.request.dialect.judged:
             return labelled_type(answer.headers.get("content-type", ""))
         kind = None
@@ -7576,7 +7578,7 @@ class Call:
         return kind
 
     async def _begin_events(self, max_size: int) -> None:
-        """Read up to the first event, or to the end if events were not asked for."""
+        """Read up to the first event, or to the end if the client wants no stream."""
         request = self.request
         self.stream = stream = request.dialect.open_stream(request, max_size)
         self._first = stream.receive(self._first)
@@ -7591,7 +7593,7 @@ class Call:
             raise self._event_error(stream.error)
 
     def _judge(self, controller: Controller, answer: Answer, content: bytes) -> bytes:
-        """content, if it refuses the request; else raise ControllerError."""
+        """Return content if the request is at fault; else raise ControllerError."""
         if controller.final:
             return content
         text = controller.redact(content.decode("utf-8", "surrogateescape"))
@@ -7609,7 +7611,7 @@ class Call:
         )
         if error is None:
             return content
-        # Not a 401: the client would take it for its own key.
+        # Never a 401: the client would blame its own key.
         closes_nothing = (Failure.KEY_DOUBTED, Failure.UNKNOWN_MODEL, Failure.NONE)
         perhaps = 400 <= answer.status < 500 and answer.status != 401
         if perhaps and error.failure in closes_nothing:
@@ -7617,7 +7619,7 @@ class Call:
         raise error
 
     def _event_error(self, error: ErrorObject) -> ControllerError:
-        """The error object in an answer that began with 200."""
+        """Return the error for an error object in an answer with status 200."""
         assert self.controller is not None
         name = self.controller.name
         model = self.controller.real_name(self.request.model)
@@ -7631,7 +7633,7 @@ class Call:
     async def _gather(
         self, stream: EventStream, builder: CompletionBuilder, max_size: int
     ) -> bytes:
-        """A stream that nobody asked for, put together to one answer."""
+        """Return a stream that the client did not ask for as one answer."""
         block, size = self._first, 0
         while True:
             size += len(block)
@@ -7657,7 +7659,7 @@ class Call:
             raise ProtocolError(502, "its stream has a broken event") from None
 
     def _make_stream(self, content: bytes) -> None:
-        """A whole answer, as the stream that was asked for."""
+        """Turn a whole answer into the stream that the client asked for."""
         try:
             request = self.request
             events = request.dialect.events(parse_object(content))
@@ -7671,9 +7673,9 @@ class Call:
             self._first = self.stream.receive(events)
 
     async def read(self) -> bytes:
-        """The next bytes for the client; b"" at the end.
+        """Return the next bytes for the client; b"" at the end.
 
-        Raise ControllerError if it breaks off: what was read is then all there is.
+        Raise ControllerError if the answer breaks off: nothing follows then.
         """
         block, self._first = self._first, b""
         stream = self.stream
@@ -7694,41 +7696,42 @@ class Call:
         if whole and not self.ended:
             self.ended = True
             if stream is not None:
-                self.usage = self._complete(stream.usage, stream.events)
+                self.usage = self._estimate(stream.usage, stream.events)
             self.pool.succeeded(self.controller, self.request, self.usage)
             self._answer.keep()
         return block
 
     def _explain(self, controller: Controller, caught: Exception) -> APIError:
-        """What went wrong, in words for the client; the controller's state with it."""
+        """Turn an exception into an error for the client, and record the failure."""
         name = controller.name
         if isinstance(caught, ControllerError):
             error = caught
             error.message = controller.redact(error.message)
         elif isinstance(caught, APIError):
             return caught
-        elif controller.own_code:  # it may say anything: only its log is told
+        elif controller.own_code:  # the log alone repeats its words
             logger.warning("%s failed: %s", name, caught, exc_info=caught)
-            error = ControllerError(f"{name} failed; the log tells why", Failure.NONE)
-        # asyncio's TimeoutError is an OSError from 3.11 on: it comes first.
+            error = ControllerError(f"{name} failed; see the log", Failure.NONE)
+        # First: asyncio.TimeoutError is an OSError from Python 3.11 on.
         elif isinstance(caught, asyncio.TimeoutError):
             error = ControllerError(f"{name} was silent for too long", status=504)
             if self._answer is not None and self._is_late():  # it was answering
                 seconds = self.pool.limits.request_timeout
-                text = f"{name} was not done within {seconds:g} s"
+                text = f"{name} did not finish within {seconds:g} s"
                 error = ControllerError(text, Failure.NONE, status=504)
         elif isinstance(caught, ConnectionRefusedError):
-            # A proxy's refusal has words of its own; the system's have an errno.
+            # A proxy's refusal has its own words; the system's has an errno.
             words = str(caught) if caught.errno is None else "nothing listens there"
             error = ControllerError(f"{name}: {words}", Failure.REFUSED)
         elif isinstance(caught, (OSError, ProtocolError)):
             error = ControllerError(f"{name}: {connection_problem(caught)}")
         else:
             logger.warning("%s failed", name, exc_info=caught)
-            error = ControllerError(f"{name} failed; the log tells why", Failure.NONE)
+            error = ControllerError(f"{name} failed; see the log", Failure.NONE)
         self.pool.failed(controller, error, self.request)
-        # It leads to frames that hold the request's content, and lead back to it.
-        caught.with_traceback(None)  # a frozen dataclass lets nobody assign it
+        # Its frames hold the request's content, in a reference cycle.  By a method:
+        # a frozen dataclass refuses assignment.
+        caught.with_traceback(None)
         return error
 
 

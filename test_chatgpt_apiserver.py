@@ -7271,7 +7271,7 @@ async def test_what_a_request_had_no_time_for_is_no_fault_of_its_controllers(
     async with pool_of(tmp_path, talks, talks, limits=limits) as (server, ups, pair):
         for number in range(6):
             reply = await chat(server, f"{number}", stream=stream)
-            text = "was not done within 0.3 s"
+            text = "did not finish within 0.3 s"
             assert text in (reply.events()[-1] if stream else reply.content.decode())
             assert reply.status == (200 if stream else 504)
             assert sum(len(chats(up)) for up in ups) == number + 1
@@ -8266,7 +8266,7 @@ async def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
     async with pool_of(tmp_path, None, options=options, log=log) as (server, _, _):
         assert [(await chat(server)).status for _ in range(3)] == [200, 503, 503]
     ((unit, count),) = limit.items()
-    said = rf"up0 is not asked for \d+ s: its limit of {count} {unit}/day"
+    said = rf"up0 gets no requests for \d+ s: its limit of {count} {unit}/day"
     assert len(re.findall(said, log.text)) == 1
 
 
@@ -9656,7 +9656,7 @@ def test_a_tape_in_the_configuration(load, tmp_path):
     ]:
         with pytest.raises(ConfigurationError, match=re.escape(place)):
             load(["1", "k"], file={"controllers": entries, **more})
-    with pytest.raises(ValueError, match="mode is one of"):
+    with pytest.raises(ValueError, match="mode must be one of"):
         apiserver.TapeController("a", mode="x")
 
 
