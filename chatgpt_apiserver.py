@@ -919,9 +919,9 @@ def http_date(timestamp: int) -> str:
 # -----------------------------------------------------------------------------
 #
 # Bytes in, messages out, and bytes to send back.  A WebSocketProtocol never sees
-# a socket or a clock: feed it what was received, write what its methods return.
-# One class serves both sides, which differ in who masks: the client does, the server
-# does not.  No extensions, so no compression and no bombs.
+# a socket or a clock: feed it received bytes and write what its methods return.  One
+# class serves both sides, which differ only in masking: the client masks, the server
+# does not.  No extensions, hence no compression bombs.
 
 MESSAGE_FRAGMENTS = 1024  # frames of one message
 CONTROL_BIT = 0x8  # of an opcode: a control frame (section 5.5) ...
@@ -955,7 +955,7 @@ def handshake_key() -> str:
 
 def apply_mask(data: bytes | bytearray, masking_key: bytes) -> bytes:
     """Mask or unmask data with a key of 4 bytes (section 5.3): the same operation."""
-    # As two big numbers: 0.4 us for 64 bytes and 1.8 ms for 1 MiB, on 3.9 and 3.11.
+    # As two big integers: 0.4 us for 64 bytes and 1.8 ms for 1 MiB, on 3.9 and 3.11.
     size = len(data)
     mask = (masking_key * (size // 4 + 1))[:size]
     number = int.from_bytes(data, "big") ^ int.from_bytes(mask, "big")
@@ -963,7 +963,7 @@ def apply_mask(data: bytes | bytearray, masking_key: bytes) -> bytes:
 
 
 class FrameHead(NamedTuple):
-    """What stands before a frame's payload (section 5.2)."""
+    """The part of a frame before its payload (section 5.2)."""
 
     fin: bool  # the last frame of its message
     opcode: Opcode
@@ -971,8 +971,8 @@ class FrameHead(NamedTuple):
     masking_key: bytes | None  # 4 bytes from a client, None from a server
 
 
-# First bytes that may begin a frame.  What is missing here is refused: a reserved
-# bit, an unknown opcode, a control frame in fragments (sections 5.2 and 5.4).
+# The valid first bytes of a frame.  All others are refused: a reserved bit, an unknown
+# opcode, a fragmented control frame (sections 5.2 and 5.4).
 FIRST_BYTES = {
     fin << 7 | opcode: (fin, opcode)
     for fin in (False, True)
@@ -980,8 +980,8 @@ FIRST_BYTES = {
     if fin or not opcode & CONTROL_BIT
 }
 
-# Lengths that announce a longer one: the bytes it has, the smallest value that
-# needs them, and the first that is too large (the top bit must be 0).
+# Lengths that announce an extended one: its size in bytes, the smallest value that
+# needs it, and the first value that is too large (the top bit must be 0).
 EXTENDED_LENGTHS = {126: (2, 126, 1 << 16), 127: (8, 1 << 16, 1 << 63)}
 
 
@@ -992,14 +992,13 @@ def parse_frame_head(
 
     buffer    bytes received and not yet parsed; a complete head is removed,
               an incomplete one is left untouched
-    masked    whether it has to be: a client's is, a server's is not (section 5.1)
+    masked    whether it must be masked: a client's is, a server's is not (section 5.1)
     max_size  largest payload accepted in a data frame, in bytes; a control frame
-              has its own limit, for it may come between the last fragments
+              has its own limit, since it may arrive between the last fragments
 
-    Return the head, or None when more bytes are needed.  Raise
-    WebSocketError(1002) if the peer broke section 5, and WebSocketError(1009) if
-    the announced payload is too large: each byte is judged without waiting for
-    the next, those of a longer length together.
+    Return the head, or None when more bytes are needed.  Raise WebSocketError(1002)
+    if the peer broke section 5, WebSocketError(1009) if the announced payload is too
+    large.  Each byte is checked as it arrives, an extended length once complete.
     """
     if not buffer:
         return None
@@ -1037,7 +1036,7 @@ def parse_frame_head(
 
 
 def encode_frame(opcode: Opcode, payload: bytes, masks: bool) -> bytes:
-    """Return one unfragmented frame, as one bytes object for one write."""
+    """Return one unfragmented frame, as one bytes object for a single write."""
     first, mask_bit = 0x80 | opcode, 0x80 if masks else 0
     length = len(payload)
     if length < 126:
@@ -1045,10 +1044,10 @@ def encode_frame(opcode: Opcode, payload: bytes, masks: bool) -> bytes:
     else:
         short, width = (126, 2) if length < 1 << 16 else (127, 8)
         head = bytes((first, mask_bit | short)) + length.to_bytes(width, "big")
-    if not mask_bit:
+    if not masks:
         return head + payload
-    # With a key that can be foreseen, whoever chooses the payload chooses the bytes
-    # on the wire, and could speak HTTP to a proxy in between (section 10.3).
+    # With a predictable key, an attacker who chooses the payload chooses the bytes
+    # on the wire and could speak HTTP to a proxy in between (section 10.3).
     masking_key = secrets.token_bytes(4)
     return b"".join((head, masking_key, apply_mask(payload, masking_key)))
 
@@ -1056,32 +1055,32 @@ def encode_frame(opcode: Opcode, payload: bytes, masks: bool) -> bytes:
 def is_close_code(code: int) -> bool:
     """Whether a close frame may carry code (section 7.4 and IANA's registry).
 
-    1004 is reserved; 1005, 1006 and 1015 are for programs, never on the wire.
+    1004 is reserved; 1005, 1006 and 1015 are for local use, never on the wire.
     """
     return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """Code and reason of a close frame; 1005 if it has none (section 7.1.5).
+    """Return code and reason of a close frame; 1005 if it is empty (section 7.1.5).
 
-    Raise WebSocketError(1002) for a code that must not be sent, or half a code,
-    and UnicodeDecodeError for a reason that is not UTF-8.
+    Raise WebSocketError(1002) for an invalid code or half a code, and
+    UnicodeDecodeError for a reason that is not UTF-8.
     """
     if not payload:
         return 1005, ""
-    code = int.from_bytes(payload[:2], "big")  # half a one is less than 256
+    code = int.from_bytes(payload[:2], "big")  # below 256 if there is only one byte
     if not is_close_code(code):
         raise WebSocketError(1002, "close frame without a valid code")
     return code, payload[2:].decode()
 
 
-# An opcode and what came with it.  TEXT: a whole message, str; BINARY: one, bytes;
-# PING and PONG: at most 125 bytes; CLOSE: (code, reason).
+# Opcode and payload.  TEXT: a whole message as str, BINARY: as bytes; PING and PONG:
+# at most 125 bytes; CLOSE: (code, reason).
 WebSocketEvent = tuple[Opcode, Any]
 
 
 def take_payload(buffer: bytearray, frame: FrameHead, taken: int) -> bytes | bytearray:
-    """Take what is there of a frame's payload, unmasked; taken: bytes before it."""
+    """Take and unmask what has arrived of a payload, after taken bytes of it."""
     missing = frame.length - taken
     piece = buffer[:missing]
     del buffer[:missing]
@@ -1094,13 +1093,13 @@ def take_payload(buffer: bytearray, frame: FrameHead, taken: int) -> bytes | byt
 def parse_messages(
     buffer: bytearray, masked: bool, max_size: int
 ) -> Iterator[WebSocketEvent | None]:
-    """The events that the bytes in buffer complete; None when it needs more.
+    """Yield the events that the bytes in buffer complete, and None when it needs more.
 
-    Raise WebSocketError and UnicodeDecodeError.  Text is judged as it arrives, and
-    sizes before their payload does.
+    Raise WebSocketError and UnicodeDecodeError.  Text is checked as it arrives, sizes
+    before the payload arrives.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    # Unmasked, so far: a list of tiny pieces takes many times the size allowed.
+    # Unmasked, so far.  A list of tiny pieces would take many times max_size.
     message = bytearray()
     kind = Opcode.BINARY  # of that message
     fragments = 0  # frames of it; 0 between messages
@@ -1134,7 +1133,7 @@ def parse_messages(
                 if not at:
                     decoder.reset()  # it never sees the end of a message
                 decoder.decode(message[at:])
-                # It waits for a surrogate's third byte; the second is bad already.
+                # It waits for a surrogate's third byte; the second is invalid already.
                 if b"\xed\xa0" <= decoder.getstate()[0] < b"\xee":
                     raise WebSocketError(1007, "text is not valid UTF-8")
             if len(message) == end:
@@ -1162,23 +1161,22 @@ class WebSocketProtocol:
         self, masks: bool, max_size: int = DEFAULT_LIMITS.message_size
     ) -> None:
         self.masks = masks
-        self.error: WebSocketError | None = None  # a breach: it ended receiving
-        self.close_received = False  # that ended receiving, too
-        self.close_sent = False  # and this, sending
+        self.error: WebSocketError | None = None  # a violation: ends receiving
+        self.close_received = False  # ends receiving, too
+        self.close_sent = False  # ends sending
         self._buffer = bytearray()  # received, not yet parsed
         self._events = parse_messages(self._buffer, not masks, max_size)
 
     # --- Receiving.
 
     def receive(self, data: bytes) -> list[WebSocketEvent]:
-        """Take bytes as they arrived, cut anywhere, and return what they complete.
+        """Return the events that data, cut anywhere, completes.
 
-        This never raises for what a peer sent.  What breaks the rules ends the
-        list and sets self.error, so that what came before it is still served:
-        look at error after each call.  After it, and after a CLOSE, all further
-        bytes are ignored and the list is empty.
+        Never raises for what the peer sent: a violation ends the list and sets error,
+        so that the events before it are still served.  Look at error after each call.
+        After an error or a CLOSE, all further bytes are ignored.
 
-        error.close_code is 1002 for a breach of section 5, 1007 for text that is
+        error.close_code is 1002 for a violation of section 5, 1007 for text that is
         not UTF-8, 1008 for too many fragments and 1009 for a message too large.
         """
         events: list[WebSocketEvent] = []
@@ -1195,24 +1193,24 @@ class WebSocketProtocol:
         except UnicodeDecodeError:
             self.error = WebSocketError(1007, "text is not valid UTF-8")
         except WebSocketError as error:
-            # Its traceback leads to this frame, and so to itself and all our bytes.
+            # Its traceback would hold this frame, and so the error and our buffer.
             self.error = error.with_traceback(None)
         return events
 
-    # --- Sending.  Each method returns bytes to write.  What answers the peer is
-    # b"" after our close frame; to send anything else is a ConnectionError then.
+    # --- Sending.  Each method returns bytes to write.  After our close frame, pong()
+    # and close() return b"", the others raise ConnectionError.
 
     def send(self, data: str | bytes) -> bytes:
         """Return data as one message: str as text, bytes as binary.
 
-        Raise UnicodeEncodeError for half a surrogate pair, which UTF-8 has not.
+        Raise UnicodeEncodeError for a lone surrogate.
         """
         if isinstance(data, str):
             return self._encode(Opcode.TEXT, data.encode())
         return self._encode(Opcode.BINARY, data)
 
     def ping(self, payload: bytes = b"") -> bytes:
-        """Return a ping, with at most 125 bytes that its pong shall repeat."""
+        """Return a ping, with at most 125 bytes for the pong to repeat."""
         return self._encode(Opcode.PING, payload)
 
     def pong(self, payload: bytes) -> bytes:
@@ -1220,11 +1218,11 @@ class WebSocketProtocol:
         return b"" if self.close_sent else self._encode(Opcode.PONG, payload)
 
     def close(self, code: int = 1000, reason: str = "") -> bytes:
-        """Return our close frame, first or in answer to the peer's, or b"" if sent.
+        """Return our close frame, or b"" if it has been sent.
 
-        The reason is cut where it does not fit, between two characters.  1005,
-        1006 and 1015 never go on the wire (section 7.4.1): the frame is empty.
-        Raise ValueError for any other code that must not be sent.
+        A reason that does not fit is cut between two characters.  The frame is empty
+        for 1005, 1006 and 1015, which never go on the wire (section 7.4.1).  Raise
+        ValueError for any other code that must not be sent.
         """
         if self.close_sent:
             return b""
