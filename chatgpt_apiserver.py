@@ -2724,22 +2724,22 @@ def parse_chat_request(content: bytes) -> APIRequest:
 # Connections: the one place where asyncio meets the wire formats
 # -----------------------------------------------------------------------------
 #
-# Connection is under everything: accepted sockets, upstream sockets, websockets.
-# It owns the buffer that the parsers take from, writes, waits for a slow peer,
-# keeps one absolute deadline, and notices the end.  It is a Protocol and not a
-# pair of streams, for those cost 12.4 us a request where this costs 8.7, and see
-# a hang-up only when somebody happens to read.
+# Everything stands on Connection: accepted sockets, upstream sockets, websockets.  It
+# owns the buffer that the parsers take from, writes, waits for a slow peer, keeps one
+# absolute deadline and notices the end.  It is a Protocol and not a pair of streams:
+# streams cost 12.4 us a request instead of 8.7, and notice a hang-up only while
+# something reads.
 
 
 PIPELINED_SIZE = 64 * 1024  # bytes read ahead while a request is served
-# Bytes buffered for a slow peer when we begin to wait for it, and when we go on.
+# Bytes buffered for a slow peer when we start to wait for it, and when we go on.
 WRITE_HIGH_WATER = 64 * 1024
 WRITE_LOW_WATER = 16 * 1024
-# Bytes unsent in the kernel, which takes megabytes by itself, and then nothing until
-# a third has gone: a client at 30 KB/s looked like one that takes no byte.
+# Bytes unsent in the kernel.  By default it takes megabytes, and then nothing until a
+# third is gone: a client at 30 KB/s looked stalled.
 WRITE_UNSENT_SIZE = 16 * 1024
-# After an error answer the rest of the request is read and thrown away for a moment:
-# closing with unread bytes sends RST, which can destroy the answer.
+# After an error response, the rest of the request is read and discarded for a moment:
+# closing with unread bytes sends an RST, which can destroy the response.
 LINGER_TIMEOUT = 2.0  # seconds
 LINGER_SIZE = 256 * 1024
 
@@ -2748,29 +2748,29 @@ LINGER_SIZE = 256 * 1024
 def time_limit(when: float, error: Exception) -> Iterator[None]:
     """Raise error in the body at a time on the loop's clock.
 
-    asyncio.timeout_at() is of Python 3.11.  wait_for() loses a cancellation now and
-    then before 3.12, and runs the body in a task of its own: generators that hold a
+    asyncio.timeout_at() needs Python 3.11.  Before 3.12, wait_for() can lose a
+    cancellation, and it runs the body in a task of its own: generators that hold a
     cancel scope, as those of HTTP clients do, cannot be resumed from another task.
 
     Before 3.11, a cancellation in the same turn of the loop is taken for the timer's:
-    the body's task gets error, and finds out by itself that its client has left.
+    the task gets error, and has to notice by itself that its client is gone.
     """
     task = asyncio.current_task()
     assert task is not None
-    late = False
+    expired = False
 
-    def cancel() -> None:
-        nonlocal late
-        late = True
+    def expire() -> None:
+        nonlocal expired
+        expired = True
         task.cancel()
 
-    timer = asyncio.get_running_loop().call_at(when, cancel)
+    timer = asyncio.get_running_loop().call_at(when, expire)
     try:
         yield
     except asyncio.CancelledError:
-        if not late:
+        if not expired:
             raise
-        if hasattr(task, "uncancel") and task.uncancel():  # Python 3.11: two of them
+        if hasattr(task, "uncancel") and task.uncancel():  # another cancellation
             raise
         raise error from None
     finally:
@@ -2782,16 +2782,16 @@ class Connection(asyncio.Protocol):
 
     buffer        bytes received and not yet parsed
     eof           the peer has sent its last byte
-    lost          the connection is gone, for the reason in error, if any
+    lost          the connection is gone; error is the reason, if there is one
     writable      drain() would return at once
-    stalled       it was cut, for the peer took no byte for write_timeout
+    stalled       it was reset because the peer took no byte for write_timeout
     tls           it is encrypted
-    peer          the peer's IP address, or "" where there is none
-    on_hangup     called once when the peer has left while nobody is reading
-    eof_is_hangup  whether it has left when it has sent its last byte: it may still be
-                  waiting for an answer, or may have been killed
+    peer          the peer's IP address, or "" if there is none
+    on_hangup     called once if the peer hangs up while no task is reading
+    eof_is_hangup  whether an EOF counts as a hang-up: the peer may still be waiting
+                  for a response, or may have been killed
 
-    Only one task reads.  Several may write, each write is whole.
+    Only one task may read.  Several may write; writes do not mix.
     """
 
     def __init__(
@@ -2816,15 +2816,15 @@ class Connection(asyncio.Protocol):
         self.peer = ""
         self._on_made = on_made
         self._on_lost = on_lost
-        # Their result is whether the deadline has come: with an exception they would
-        # hold its traceback, and so the frames that hold them.
+        # The result is whether the deadline has passed.  An exception would hold its
+        # traceback, and so the frames that hold the future.
         self._reader: asyncio.Future[bool] | None = None
         self._writers: list[asyncio.Future[bool]] = []
         self._reading = True
         self._deadline = self.loop.time() + limits.head_timeout
         self._timer: asyncio.TimerHandle | None = None
 
-    # --- What asyncio calls
+    # --- Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._use(transport)
@@ -2832,7 +2832,7 @@ class Connection(asyncio.Protocol):
             self._on_made(self)
 
     def _use(self, transport: asyncio.BaseTransport) -> None:
-        # Not asserted: uvloop's transports inherit from none of asyncio's.
+        # Not asserted: uvloop's transports do not inherit from asyncio's.
         self.transport = transport = cast(asyncio.Transport, transport)
         transport.set_write_buffer_limits(WRITE_HIGH_WATER, WRITE_LOW_WATER)
         name = transport.get_extra_info("peername")
@@ -2848,8 +2848,8 @@ class Connection(asyncio.Protocol):
             if not reader.done():
                 reader.set_result(False)
         elif len(self.buffer) > PIPELINED_SIZE and self._reading:
-            # Nobody reads: hold the peer back.  Not earlier, for behind a pause
-            # neither a FIN nor an RST is seen.
+            # No task is reading: hold the peer back.  Not earlier, since a paused
+            # transport sees neither FIN nor RST.
             self._reading = False
             self.transport.pause_reading()
 
@@ -2871,7 +2871,7 @@ class Connection(asyncio.Protocol):
             self._on_lost(self)
 
     def _wake(self) -> None:
-        """Tell whoever waits that the peer has ended or the connection is gone."""
+        """Wake the waiting tasks at the peer's EOF or the connection's end."""
         reader, self._reader = self._reader, None
         if reader is not None:
             if not reader.done():
@@ -2896,13 +2896,13 @@ class Connection(asyncio.Protocol):
         self._writers.clear()
 
     async def start_tls(self, context: ssl.SSLContext, host: str | None = None) -> None:
-        """Encrypt it from here on, within tls_timeout: as the client of host, if given.
+        """Start TLS within tls_timeout: as the client of host, or else as a server.
 
-        Raise OSError (ssl.SSLError is one) or asyncio.TimeoutError; the connection
-        is gone then.
+        Raise OSError (ssl.SSLError is one) or asyncio.TimeoutError, with the connection
+        closed.
         """
         try:
-            if self.buffer:  # it would be read as if it had come encrypted
+            if self.buffer:  # these bytes would pass for decrypted ones
                 raise ConnectionResetError("it sent bytes before the TLS handshake")
             transport = await self.loop.start_tls(
                 self.transport,
@@ -2915,7 +2915,7 @@ class Connection(asyncio.Protocol):
             if transport is None:
                 raise ConnectionResetError("it was lost during the TLS handshake")
         except BaseException:
-            # asyncio tells only the caller that a handshake has failed.
+            # asyncio reports a failed handshake to its caller only.
             self.transport.abort()
             if not self.lost:
                 self.connection_lost(None)
@@ -2925,10 +2925,9 @@ class Connection(asyncio.Protocol):
     # --- Reading
 
     def set_deadline(self, when: float) -> None:
-        """Set the loop time at which receive() gives up.
+        """Set the loop time at which receive() times out.
 
-        Costs next to nothing where it is only moved back: the timer that is
-        running looks again when it fires.
+        Postponing costs next to nothing: the running timer looks again when it fires.
         """
         self._deadline = when
         if self._timer is not None and when < self._timer.when():
@@ -2945,7 +2944,7 @@ class Connection(asyncio.Protocol):
             self._reader.set_result(True)
 
     async def receive(self) -> bool:
-        """Wait for more bytes in the buffer; False if there will be none.
+        """Wait for more bytes in the buffer; return False if there will be none.
 
         Raise asyncio.TimeoutError at the deadline.
         """
@@ -2966,7 +2965,7 @@ class Connection(asyncio.Protocol):
         return len(self.buffer) > size or not self.eof
 
     async def read(self, parse: Callable[[bytearray], T | None]) -> T | None:
-        """What parse takes off the buffer; None if the peer ends before it is whole.
+        """Return what parse takes off the buffer, or None if the peer ends before.
 
         Raise what parse raises, and asyncio.TimeoutError at the deadline.
         """
@@ -2978,17 +2977,17 @@ class Connection(asyncio.Protocol):
     async def read_content(
         self, decoder: ContentDecoder, timeout: float, deadline: float = math.inf
     ) -> bytes:
-        """The next piece of a message's content; b"" once it is complete.
+        """Return the next piece of a message's content; b"" once it is complete.
 
         timeout   longest silence, in seconds
-        deadline  when to give up in any case, on the loop's clock
+        deadline  latest loop time
 
-        Raise ProtocolError for malformed content and for an end that comes too
-        early, and asyncio.TimeoutError.
+        Raise ProtocolError for malformed or incomplete content, ConnectionResetError
+        and asyncio.TimeoutError.
         """
         while True:
-            some = self.buffer or decoder.pending
-            piece = decoder.decode(self.buffer) if some else b""
+            ready = self.buffer or decoder.pending
+            piece = decoder.decode(self.buffer) if ready else b""
             if decoder.pending:  # 64 MiB inflate from 320 KiB, in 60 ms: let others run
                 await asyncio.sleep(0)
             if piece or decoder.complete:
@@ -3002,7 +3001,7 @@ class Connection(asyncio.Protocol):
     # --- Writing
 
     def write(self, data: bytes) -> None:
-        """Send data, as far as the socket takes it now; see drain().
+        """Send data; what the socket does not take now is buffered, see drain().
 
         Raise ConnectionResetError if the peer is gone.
         """
@@ -3014,12 +3013,12 @@ class Connection(asyncio.Protocol):
     async def drain(self, *, or_receive: bool = False) -> None:
         """Wait until the peer has taken enough of what was written.
 
-        Raise ConnectionResetError when it leaves, or takes no byte for
-        write_timeout: the connection is then cut.
+        Raise ConnectionResetError if it hangs up, or is reset because it takes no byte
+        for write_timeout.
 
-        or_receive  wait no longer than until the peer answers, or ends: that is for
-                    receive() to say.  Raise asyncio.TimeoutError in place of a cut,
-                    and at the deadline
+        or_receive  return as well when the peer answers, ends or hangs up, for
+                    receive() to handle; raise asyncio.TimeoutError for a peer that
+                    takes no byte, and at the deadline
         """
         while not self.writable and not self.lost:
             if or_receive and (self.buffer or self.eof):
@@ -3047,7 +3046,7 @@ class Connection(asyncio.Protocol):
             raise ConnectionResetError("the connection was closed")
 
     def _cut_if_stalled(self, taken: int, writer: asyncio.Future[bool]) -> None:
-        # Not by the size of the buffer: another writer may have filled it up.
+        # The buffer's size does not tell: another task may have filled it up.
         if self.bytes_sent - self.unsent <= taken:
             self.stalled = True
             self.reset()
@@ -3059,7 +3058,7 @@ class Connection(asyncio.Protocol):
         """Bytes written that the socket has not taken yet."""
         try:
             return 0 if self.lost else self.transport.get_write_buffer_size()
-        except AttributeError:  # TLS up to Python 3.10, a moment before it is lost
+        except AttributeError:  # TLS up to Python 3.10, just before it is lost
             return 0
 
     @property
@@ -3070,22 +3069,22 @@ class Connection(asyncio.Protocol):
     # --- The end
 
     def close(self) -> None:
-        """Close once everything written is sent, or LINGER_TIMEOUT is over."""
+        """Close once everything is sent, after LINGER_TIMEOUT at the latest."""
         if self.lost:
             return
         if self.unsent or self.tls:
             self.loop.call_later(LINGER_TIMEOUT, self.abort)
-        if not self.closing:  # closed twice, TLS of Python 3.11 cannot be aborted
+        if not self.closing:  # after a second close, Python 3.11 cannot abort TLS
             self.transport.close()
 
     def abort(self) -> None:
-        """Close at once; nothing to do for one that was never made."""
+        """Close at once; do nothing if it was never made."""
         if not self.lost and self.transport is not _NO_TRANSPORT:
             self.transport.abort()
 
     def reset(self) -> None:
-        """Close with an RST: a plain abort leaves what was not sent to the kernel,
-        which goes on keeping it for a peer that does not read (2.8 MB measured)."""
+        """Close with an RST: after a plain abort, the kernel keeps what it has not sent
+        for a peer that does not read (2.8 MB measured)."""
         sock = self.transport.get_extra_info("socket")
         if sock is not None and not self.lost:
             on = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
@@ -3094,12 +3093,9 @@ class Connection(asyncio.Protocol):
         self.abort()
 
     async def linger(self) -> None:
-        """Let the peer read a last answer although it is still sending.
-
-        Closing with unread bytes would send an RST, which can overtake it.
-        """
+        """Close after a last response to a peer that may still be sending."""
         if not self.lost and self.transport.can_write_eof():
-            with contextlib.suppress(OSError):  # it has been reset this moment
+            with contextlib.suppress(OSError):  # it has just been reset
                 self.transport.write_eof()
         self.set_deadline(self.loop.time() + LINGER_TIMEOUT)
         taken = len(self.buffer)
@@ -3117,7 +3113,7 @@ class Connection(asyncio.Protocol):
 _NO_TRANSPORT = asyncio.Transport()
 
 
-# A peer that vanished is found after 60 s, by four probes, 15 s each.
+# After 60 s of silence, four probes 15 s apart find out whether the peer has vanished.
 _TCP_OPTIONS = {
     "KEEPIDLE": 60,
     "KEEPINTVL": 15,
@@ -3129,19 +3125,19 @@ _TCP_OPTIONS = {
 
 
 def tune(sock: Any) -> None:
-    """Set a connection's options in the kernel, as far as it knows them."""
+    """Set a socket's options, as far as the system supports them."""
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _TCP_OPTIONS.items():
         option = getattr(socket, f"TCP_{name}", None)
         if option is not None:
-            with contextlib.suppress(OSError):  # we do without what it refuses
+            with contextlib.suppress(OSError):  # all are optional
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Address(NamedTuple):
-    """Where a URL leads: scheme ("http" or "https"), host, port, path prefix."""
+    """A URL's scheme ("http" or "https"), host, port and path prefix."""
 
     scheme: str
     host: str
@@ -3150,7 +3146,7 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """Read an http, https, ws or wss URL; ValueError if it is none."""
+        """Parse an http, https, ws or wss URL; ValueError if it is none."""
         parts = urllib.parse.urlsplit(url)
         scheme = {"ws": "http", "wss": "https"}.get(parts.scheme, parts.scheme)
         if scheme not in ("http", "https") or not parts.hostname:
@@ -3160,33 +3156,33 @@ class Address(NamedTuple):
 
     @property
     def authority(self) -> str:
-        """Host and port as a Host field has them: the scheme's own port left out."""
+        """Host and port as in a Host field: without the scheme's default port."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        usual = 443 if self.scheme == "https" else 80
-        return host if self.port == usual else f"{host}:{self.port}"
+        default = 443 if self.scheme == "https" else 80
+        return host if self.port == default else f"{host}:{self.port}"
 
     def unanswered(self) -> ConnectionResetError:
-        """What it means that a new connection ends before a byte has come."""
+        """Return the error for a new connection that ends without a byte."""
         hint = "" if self.scheme == "https" else "; is it https?"
         return ConnectionResetError(f"it closed the connection without an answer{hint}")
 
 
 def connection_problem(error: Exception) -> str:
-    """Why a connection failed, in words for people, and what to do about it."""
+    """Return why a connection failed, in words for people, and what to do about it."""
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = error.verify_message
-        return f"its certificate is not trusted ({reason}); ca_file takes one to trust"
+        return f"its certificate is not trusted ({reason}); to trust it, set ca_file"
     if isinstance(error, ssl.SSLError):
-        return f"it speaks no TLS ({error.reason}); is it http?"
+        return f"it does not speak TLS ({error.reason}); is it http?"
     if isinstance(error, socket.gaierror):
         return error.strerror or str(error)
     if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)  # asyncio's own words are of addresses
+        return os.strerror(error.errno)  # asyncio's message has addresses, too
     return str(error)
 
 
 def look_up(host: str, port: int) -> list[str]:
-    """A name's addresses as the system resolves it; OSError if it has none."""
+    """Return a host's addresses from the system's resolver; OSError if none."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(item[4][0]) for item in found))
 
@@ -3196,8 +3192,8 @@ class Answer:
 
     status     HTTP status
     headers    by name in lower case
-    content    all of it, of an answer that is there at once, or what generates it
-    delimited  whether its framing tells where it ends
+    content    the whole content, or a generator of its pieces
+    delimited  whether its framing marks its end
     """
 
     delimited = True
@@ -3213,19 +3209,19 @@ class Answer:
         self._content = content
 
     async def read(self) -> bytes:
-        """The next bytes as they come; b"" at the end."""
+        """Return the next bytes as they arrive; b"" at the end."""
         content = self._content
         if isinstance(content, bytes):
             self._content = b""
             return content
         async for piece in content:
-            await asyncio.sleep(0)  # one that never waits must not stop all others
+            await asyncio.sleep(0)  # if it never awaits, it must not block the loop
             if piece:
                 return piece
         return b""
 
     async def read_all(self, max_size: int) -> bytes:
-        """The whole content; ProtocolError(502) if it is over max_size bytes."""
+        """Return the whole content; ProtocolError(502) if it is over max_size bytes."""
         pieces: list[bytes] = []
         size = 0
         while size <= max_size:
@@ -3237,29 +3233,30 @@ class Answer:
         raise ProtocolError(502, f"the answer is over {max_size} bytes")
 
     def keep(self) -> None:
-        """It was whole and good: what records it may keep it."""
+        """Keep the recording, if there is one: the answer was complete and valid."""
 
     async def finish(self) -> None:
-        """Read what little may follow behind a stream's last event."""
+        """Read the little that may follow a stream's last event."""
 
     async def aclose(self) -> None:
-        """Stop the work behind an answer that is not read to its end."""
+        """Stop an answer that is not read to its end."""
         if not isinstance(self._content, bytes):
             await self._content.aclose()
 
 
 NEXT_ADDRESS_DELAY = 0.25  # seconds, as RFC 8305 section 8 advises
-INTERIM_RESPONSES = 16  # 1xx before an answer
-IDLE_CONNECTIONS = 1024  # kept for each upstream; to reopen one costs 155 us and TLS
+INTERIM_RESPONSES = 16  # 1xx before the final response
+IDLE_CONNECTIONS = 1024  # kept per upstream; a new one costs 155 us, and TLS
 
 
 @functools.lru_cache(maxsize=16)
 def client_tls_context(
     ca_file: str | None, changed: int, verify: bool
 ) -> ssl.SSLContext:
-    """What checks servers' certificates; changed is when ca_file last was, in ns.
+    """Return a context that checks servers' certificates.
 
-    Shared by all who trust the same: making one takes 20 ms and 900 KiB.
+    changed is ca_file's mtime in ns: a renewed file gets a new context.  All others
+    are shared, as making one takes 20 ms and 900 KiB.
     """
     context = ssl.create_default_context(cafile=ca_file)
     if not verify:
@@ -3269,17 +3266,17 @@ def client_tls_context(
 
 
 class HTTPClient:
-    """HTTP/1.1 to one address, over connections that are kept.
+    """An HTTP/1.1 client for one address, with keep-alive.
 
     base_url   "https://host[:port][/prefix]"
-    proxy      "http://[user:password@]host:port", asked to CONNECT (RFC 9110
-               section 9.3.6); never left out
-    ca_file    certificates to trust (PEM) in place of the system's
-    verify     False takes any certificate
-    resolve    look_up(host, port), in a thread; for tests
+    proxy      "http://[user:password@]host:port", which gets a CONNECT (RFC 9110
+               section 9.3.6); never bypassed
+    ca_file    certificates to trust (PEM) instead of the system's
+    verify     False accepts any certificate
+    resolve    look_up() or a replacement, called in a thread
 
-    Nothing is opened before the first request.  No redirect is followed: keys
-    must not travel where a server sends them.
+    Connects at the first request.  Follows no redirects: an upstream must not
+    choose where keys are sent.
     """
 
     def __init__(
@@ -3296,7 +3293,7 @@ class HTTPClient:
         self.limits = limits
         self._host = ("Host", self.address.authority)
         self._proxy = Address.of(proxy) if proxy else None
-        self._via = self._proxy or self.address
+        self._next_hop = self._proxy or self.address
         self._proxy_fields: list[tuple[str, str]] = []
         self._ca_file = ca_file
         self._verify = verify
@@ -3323,7 +3320,7 @@ class HTTPClient:
         first_byte_timeout: float | None = None,
         deadline: float = math.inf,
     ) -> ClientResponse:
-        """Send a request and return its answer, once its head is there.
+        """Send a request and return its response once the head has arrived.
 
         target is appended to the base URL's prefix.  Raise OSError (also for TLS
         and certificates), asyncio.TimeoutError, ProtocolError(502).
@@ -3341,7 +3338,7 @@ class HTTPClient:
             )
             if answer is not None:
                 return answer
-            # It was closed while it was idle: that is nobody's failure.
+            # The upstream closed an idle connection, which is no failure.
         connection = await self.open()
         answer = await self._exchange(connection, method, message, timeout, deadline)
         if answer is None:
@@ -3356,9 +3353,9 @@ class HTTPClient:
         timeout: float,
         deadline: float,
     ) -> ClientResponse | None:
-        """One request, one answer; None if the connection ends without a byte.
+        """Send a request, return its response; None if the connection ends first.
 
-        An answer may come before the request is sent: 413, 401 and 429 do, and are
+        A response may come before the request is sent: 413, 401 and 429 do, and are
         often followed by a reset (RFC 9112 section 9.5).
         """
         answer = None
@@ -3377,14 +3374,14 @@ class HTTPClient:
                 head = await connection.read(parse_response_head)
                 if head is None:
                     if connection.buffer or interim:
-                        raise ConnectionResetError("its answer's head is incomplete")
+                        raise ConnectionResetError("its response head is incomplete")
                     return None
                 if head.status >= 200:
                     answer = ClientResponse(self, connection, method, head, deadline)
                     return answer
                 if head.status == 101:
                     break
-            raise ProtocolError(502, "it sent only interim answers")
+            raise ProtocolError(502, "it sent only interim responses")
         finally:
             if answer is None:
                 connection.abort()
@@ -3397,15 +3394,15 @@ class HTTPClient:
             connection.on_hangup = None
             if not connection.buffer:
                 return connection
-            connection.abort()  # bytes that nobody asked for are no answer of ours
+            connection.abort()  # unsolicited bytes are not our response
         return None
 
     def keep(self, connection: Connection) -> None:
-        """Keep a connection whose last answer is complete for another request."""
+        """Keep a connection for other requests after a complete response."""
         if (
             connection.eof
             or connection.buffer
-            or connection.unsent  # of a request that was answered before its end
+            or connection.unsent  # the response came before the whole request was sent
             or len(self._idle) >= IDLE_CONNECTIONS
         ):
             connection.abort()
@@ -3433,7 +3430,7 @@ class HTTPClient:
             self._drop(connection)
 
     def close(self) -> None:
-        """Close the idle connections; those in use end with their answers."""
+        """Close the idle connections; those in use close after their responses."""
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -3441,7 +3438,7 @@ class HTTPClient:
             self._drop(connection)
 
     async def open(self) -> Connection:
-        """A new connection to the address, through the proxy if there is one.
+        """Return a new connection to the address, through the proxy if there is one.
 
         Raise OSError and asyncio.TimeoutError.
         """
@@ -3465,20 +3462,20 @@ class HTTPClient:
         return connection
 
     async def _dial(self) -> Connection:
-        """A connection to whichever of a host's addresses answers first.
+        """Return a connection to whichever of the host's addresses answers first.
 
         While one does not, the next is tried beside it (RFC 8305 section 5).
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + self.limits.connect_timeout
-        failure = OSError(f"{self._via.host} has no address")
+        failure = OSError(f"{self._next_hop.host} has no address")
         attempts: set[asyncio.Task[Connection]] = set()
         try:
             with time_limit(end, asyncio.TimeoutError()):
                 addresses = await self.addresses()
                 while addresses or attempts:
                     if addresses:
-                        attempt = self._connect(addresses.pop(0), self._via.port)
+                        attempt = self._connect(addresses.pop(0))
                         attempts.add(loop.create_task(attempt))
                     done, _ = await asyncio.wait(
                         attempts,
@@ -3493,23 +3490,23 @@ class HTTPClient:
                             failure = error
             raise failure
         finally:
-            for task in attempts:  # one may have been made in the same moment
+            for task in attempts:  # another one may have connected just now
                 if not task.cancel() and task.exception() is None:
                     task.result().abort()
 
-    async def _connect(self, address: str, port: int) -> Connection:
-        connection = Connection(self.limits)
+    async def _connect(self, address: str) -> Connection:
+        connection, port = Connection(self.limits), self._next_hop.port
         await connection.loop.create_connection(lambda: connection, address, port)
         return connection
 
     async def addresses(self) -> list[str]:
-        """All addresses of its host, or its proxy's; OSError, asyncio.TimeoutError."""
-        host, port = self._via.host, self._via.port
+        """Return the addresses of host or proxy; OSError, asyncio.TimeoutError."""
+        host, port = self._next_hop.host, self._next_hop.port
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(host))]
         if self._lookup is None or self._lookup.done():
-            # A thread of its own, and a daemon: a resolver that hangs must keep
-            # neither others waiting nor the process alive.  One at a time.
+            # One at a time, in a daemon thread of its own: a resolver that hangs must
+            # neither delay other lookups nor keep the process alive.
             self._lookup = Future()
             self._lookup.set_running_or_notify_cancel()  # cannot be cancelled
             arguments = (self._lookup, host, port)
@@ -3528,9 +3525,8 @@ class HTTPClient:
             lookup.set_result(connection_problem(error))
 
     async def _tunnel(self, connection: Connection) -> None:
-        authority = f"{self.address.host}:{self.address.port}"
-        if ":" in self.address.host:
-            authority = f"[{self.address.host}]:{self.address.port}"
+        host, port = self.address.host, self.address.port
+        authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         fields = [("Host", authority), *self._proxy_fields]
         connection.write(encode_head(f"CONNECT {authority} HTTP/1.1", fields))
         timeout = self.limits.connect_timeout
@@ -3542,7 +3538,7 @@ class HTTPClient:
 
 
 class ClientResponse(Answer):
-    """An upstream's answer; read to its end, its connection is kept, else cut."""
+    """An upstream's answer; its connection is kept if it is read to the end."""
 
     def __init__(
         self,
@@ -3558,10 +3554,10 @@ class ClientResponse(Answer):
         self._deadline = deadline
         self._length = response_length(method, head)
         self.delimited = self._length != UNTIL_CLOSE
-        self._keep_alive = keeps_alive(head) and self._length != UNTIL_CLOSE
+        self._keep_alive = keeps_alive(head) and self.delimited
         coding = ""
         if "content-encoding" in head.headers:
-            # Undone here although not asked for: some compress whatever one accepts.
+            # Some compress whatever the client accepts.
             try:
                 coding = content_coding(head.headers)
             except ProtocolError as error:
@@ -3571,9 +3567,9 @@ class ClientResponse(Answer):
         self._decoder = content_decoder(self._length, coding)
 
     async def read(self) -> bytes:
-        """The next bytes of the content as they come; b"" at its end.
+        """Return the next bytes of the content as they arrive; b"" at its end.
 
-        Raise ProtocolError if it is malformed or cut, OSError, and
+        Raise ProtocolError if it is malformed or incomplete, OSError, and
         asyncio.TimeoutError after silence_timeout.
         """
         if self._connection is None:
@@ -3585,7 +3581,7 @@ class ClientResponse(Answer):
         except ConnectionResetError:
             if self.status < 400:
                 raise
-            piece = b""  # a reset for content it did not want: its head said why
+            piece = b""  # it refused our content with a reset; the head says why
             self._release()
         if self._decoder.complete:
             self._release()
@@ -3598,15 +3594,15 @@ class ClientResponse(Answer):
             raise ProtocolError(502, f"the answer is over {max_size} bytes")
         if self._connection is None:
             return b""
-        piece = self._decoder.decode(self._connection.buffer)  # mostly all of it
+        piece = self._decoder.decode(self._connection.buffer)  # usually all of it
         if not self._decoder.complete:
             return piece + await super().read_all(max_size)
         self._release()
         return piece
 
     async def finish(self) -> None:
-        """Wait a moment for the last chunk behind [DONE]: it may be a segment of
-        its own, and a connection cut before it costs a new one."""
+        """Wait a moment for the last chunk after [DONE], which may come in a segment of
+        its own: without it, the connection could not be kept."""
         deadline = asyncio.get_running_loop().time() + 0.2
         self._deadline = min(self._deadline, deadline)
         with contextlib.suppress(OSError, asyncio.TimeoutError, ProtocolError):
@@ -3627,9 +3623,9 @@ class ClientResponse(Answer):
 
 
 CLOSE_TIMEOUT = 5.0  # seconds, for the closing handshake
-UNREAD_SIZE = 64 * 1024 * 1024  # bytes waiting for a peer that does not read them
+UNREAD_SIZE = 64 * 1024 * 1024  # bytes buffered for a peer that does not read
 CONTROL_FRAME_RATE = 20  # pings and pongs a second ...
-CONTROL_FRAME_BURST = 100  # ... after so many at once
+CONTROL_FRAME_BURST = 100  # ... after this many at once
 
 
 class WebSocket:
@@ -3638,13 +3634,13 @@ class WebSocket:
         async for message in websocket:  # str for text, bytes for binary
             await websocket.send(message)
 
-    The loop ends when the peer closes, leaves or breaks the protocol; close_code
-    then tells how (RFC 6455 section 7.1.5).  Whoever iterates also answers the
-    peer's pings and finds out that it has vanished: one task has to.
+    The loop ends when the peer closes, hangs up or breaks the protocol; close_code
+    is the reason (RFC 6455 section 7.1.5).  Iterating also answers pings and detects a
+    vanished peer, so one task has to do it all the time.
 
-    busy_until  on the loop's clock: the peer may be too busy to answer pings
-    heartbeat  sends something into a silence; None is for a ping
-    headers    of the server's answer to our handshake
+    busy_until  loop time until which the peer may be too busy to answer pings
+    heartbeat  called after a silence, in place of ping()
+    headers    of the server's response to our handshake
     """
 
     def __init__(
@@ -3665,11 +3661,11 @@ class WebSocket:
         self._protocol = WebSocketProtocol(
             masks, limits.message_size if max_size is None else max_size
         )
-        # Received and not yet served, the next one last: a deque is 600 bytes.
+        # Received and not yet served, the next one last: a deque takes 600 bytes.
         self._events: list[WebSocketEvent] = []
         self._ended = False
         self._silences = 0  # intervals without a byte
-        self._late_pong: bytes | None = None
+        self._pending_pong: bytes | None = None
         self._control_frames = float(CONTROL_FRAME_BURST)  # a token bucket
         self._refilled = connection.loop.time()
         connection.eof_is_hangup = True
@@ -3686,13 +3682,13 @@ class WebSocket:
     ) -> WebSocket:
         """Answer a client's handshake with 101 (RFC 6455 section 4.2).
 
-        fields are further header fields of the answer.  Raise ProtocolError: 400
-        for a handshake that is none, 426 for another version than 13.
+        fields are further header fields of the response.  Raise ProtocolError: 400
+        for an invalid handshake, 426 for another version than 13.
         """
         headers = request.headers
         key = headers.get("sec-websocket-key", "")
         if request.method != "GET" or request.version != "HTTP/1.1":
-            raise ProtocolError(400, "a websocket handshake is a GET in HTTP/1.1")
+            raise ProtocolError(400, "a websocket handshake must be an HTTP/1.1 GET")
         if (
             "websocket" not in headers.tokens("upgrade")
             or "upgrade" not in headers.tokens("connection")
@@ -3700,7 +3696,7 @@ class WebSocket:
         ):
             raise ProtocolError(400, "this address is for websockets only")
         if headers.get("sec-websocket-version") != "13":
-            raise ProtocolError(426, "only version 13 of websocket is supported")
+            raise ProtocolError(426, "only websocket version 13 is supported")
         if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
             raise ProtocolError(400, "the Sec-WebSocket-Key field is malformed")
         answer = [
@@ -3727,9 +3723,9 @@ class WebSocket:
         """Open a websocket to a ws, wss, http or https URL (RFC 6455 section 4.1).
 
         fields are further header fields of the handshake; it offers no extension
-        and no subprotocol.  Raise ProtocolError with the status of an answer that
-        is not 101 (401, 403: not with this key), ProtocolError(502) for one that
-        cannot be trusted, OSError (also for TLS), and asyncio.TimeoutError.
+        and no subprotocol.  Raise ProtocolError with the response's status if it is
+        not 101 (401 and 403: the key is refused), ProtocolError(502) if it is invalid,
+        OSError (also for TLS), and asyncio.TimeoutError.
         """
         client = HTTPClient(
             url, ca_file=ca_file, verify=verify, limits=limits, resolve=resolve
@@ -3763,7 +3759,7 @@ class WebSocket:
 
     @staticmethod
     def _check_handshake(answer: Response, key: str) -> None:
-        """Raise ProtocolError unless a server's answer agrees to a websocket."""
+        """Raise ProtocolError unless the server's response accepts our handshake."""
         status, headers = answer.status, answer.headers
         if status != 101:
             reason = f"{status} {REASONS.get(status, '')}".rstrip()
@@ -3773,7 +3769,7 @@ class WebSocket:
             or "upgrade" not in headers.tokens("connection")
             or headers.get("sec-websocket-accept") != accept_key(key)
         ):
-            raise ProtocolError(502, "its answer to the handshake is not for this key")
+            raise ProtocolError(502, "its handshake response does not fit our key")
         if "sec-websocket-extensions" in headers or "sec-websocket-protocol" in headers:
             raise ProtocolError(502, "it chose an extension that was not offered")
 
@@ -3787,9 +3783,9 @@ class WebSocket:
         return message
 
     async def receive(self) -> str | bytes | None:
-        """The next message, or None when there will be no more."""
-        # Events are served in their order, so what came before the peer's close
-        # or breach is still answered.
+        """Return the next message, or None when there will be no more."""
+        # Events are served in order: what came before a close or a violation is
+        # still answered.
         while not self._ended:
             if self._events:
                 opcode, payload = self._events.pop()
@@ -3797,8 +3793,10 @@ class WebSocket:
                     message: str | bytes = payload
                     return message
                 self._take_control(opcode, payload)
-            elif self._protocol.error is not None:
-                await self._fail(self._protocol.error)
+            elif (error := self._protocol.error) is not None:
+                self._end(error.close_code, str(error))
+                self._write(self._protocol.close(error.close_code, str(error)))
+                await self.connection.linger()
             else:
                 await self._read()
         return None
@@ -3806,7 +3804,7 @@ class WebSocket:
     async def _read(self) -> None:
         connection = self.connection
         if not connection.buffer:
-            self._send_late_pong()
+            self._send_pong()
             limits = self.limits
             wait = limits.pong_timeout if self._silences else limits.ping_interval
             connection.set_deadline(connection.loop.time() + wait)
@@ -3824,7 +3822,7 @@ class WebSocket:
         self._events = self._protocol.receive(data)[::-1]
 
     def _on_silence(self) -> None:
-        """An interval without a byte: ask for a sign of life, then give up."""
+        """Handle an interval without a byte: ping the peer, then give up."""
         self._silences += 1
         busy = self.connection.loop.time() < self.busy_until
         if self._silences > 1 and not busy:
@@ -3838,44 +3836,36 @@ class WebSocket:
 
     def _take_control(self, opcode: Opcode, payload: Any) -> None:
         if opcode is Opcode.CLOSE:
-            self._closed_by_peer(*payload)
+            self._end(*payload)
+            self._write(self._protocol.close(payload[0]))
+            if self._protocol.masks:  # section 7.1.1: the server closes TCP
+                self._abort_later()
+            else:
+                self.connection.close()
         elif self._flooded():
             self._protocol.error = WebSocketError(1008, "too many control frames")
-            self._events.clear()  # what came behind is not served any more
+            self._events.clear()  # later ones are not served
         elif opcode is Opcode.PING:
-            # A peer that does not read gets one answer later, to the latest
-            # ping (section 5.5.3), and not a buffer full of them.
-            self._late_pong = payload
-            self._send_late_pong()
+            # A peer that does not read gets one pong later, for its latest ping
+            # (section 5.5.3), and not a buffer full of them.
+            self._pending_pong = payload
+            self._send_pong()
 
     def _flooded(self) -> bool:
-        """Count a ping or pong; whether they are too many."""
+        """Count a ping or pong; return whether there are too many."""
         now = self.connection.loop.time()
         self._control_frames += (now - self._refilled) * CONTROL_FRAME_RATE
         self._control_frames = min(self._control_frames, CONTROL_FRAME_BURST) - 1
         self._refilled = now
         return self._control_frames < 0
 
-    def _send_late_pong(self) -> None:
-        if self._late_pong is not None and self.connection.writable:
-            self._write(self._protocol.pong(self._late_pong))
-            self._late_pong = None
-
-    def _closed_by_peer(self, code: int, reason: str) -> None:
-        self._end(code, reason)
-        self._write(self._protocol.close(code))
-        if self._protocol.masks:  # section 7.1.1: it is the server that closes TCP
-            self._abort_later()
-        else:
-            self.connection.close()
-
-    async def _fail(self, error: WebSocketError) -> None:
-        self._end(error.close_code, str(error))
-        self._write(self._protocol.close(error.close_code, str(error)))
-        await self.connection.linger()
+    def _send_pong(self) -> None:
+        if self._pending_pong is not None and self.connection.writable:
+            self._write(self._protocol.pong(self._pending_pong))
+            self._pending_pong = None
 
     def _end(self, code: int, reason: str = "") -> None:
-        """Note how it ended; what ends it first is the reason."""
+        """Record how it ended; only the first reason counts."""
         if not self._ended:
             self._ended = True
             self.close_code = code
@@ -3886,7 +3876,7 @@ class WebSocket:
         loop.call_later(CLOSE_TIMEOUT, self.connection.abort)
 
     def _write(self, frame: bytes) -> None:
-        """Write a frame; where the peer has left, nobody misses it."""
+        """Write a frame, or drop it if the peer is gone."""
         with contextlib.suppress(ConnectionResetError):
             self.connection.write(frame)
 
@@ -3896,15 +3886,15 @@ class WebSocket:
         return self._protocol.close_sent
 
     def ping(self) -> None:
-        """Ask for a sign of life."""
+        """Send a ping."""
         if not self._protocol.close_sent:
             self._write(self._protocol.ping())
 
     def write(self, message: str | bytes) -> None:
         """Send a message without waiting for a slow peer.
 
-        Raise ConnectionError when the websocket is closed.  A peer with more than
-        UNREAD_SIZE bytes waiting for it is cut.
+        Raise ConnectionError if the websocket is closed.  A peer that leaves more than
+        UNREAD_SIZE bytes unread is cut off.
         """
         if self.connection.unsent > UNREAD_SIZE:
             self._end(1008, "it has stopped reading")
@@ -3912,20 +3902,20 @@ class WebSocket:
         self.connection.write(self._protocol.send(message))
 
     async def send(self, message: str | bytes) -> None:
-        """Send a message, and wait for a slow peer; ConnectionError when closed."""
+        """Send a message, and wait for a slow peer; ConnectionError if closed."""
         self.write(message)
         if not self.connection.writable:
             await self.connection.drain()
-            self._send_late_pong()
+            self._send_pong()
 
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Start the closing handshake; whoever iterates sees its end."""
+        """Start the closing handshake; the task that iterates sees its end."""
         if not self.connection.lost and not self._protocol.close_sent:
             self._write(self._protocol.close(code, reason))
             self._abort_later()
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
-        """Close, and wait for the peer to do so for at most CLOSE_TIMEOUT."""
+        """Close, and wait at most CLOSE_TIMEOUT for the peer to close, too."""
         self.close(code, reason)
         while await self.receive() is not None:
             pass

@@ -5474,7 +5474,7 @@ async def test_a_peer_that_does_not_read_gets_one_pong_later(constant):
         for number in (b"1", b"2", b"3"):
             peer.send(PING, number)
         peer.send(TEXT, b"pinged")
-        await until(lambda: websocket._late_pong == b"3")
+        await until(lambda: websocket._pending_pong == b"3")
         assert (await peer.event())[0] is BINARY
         await big
         assert await peer.event() == (PONG, b"3")  # at once
@@ -14035,7 +14035,7 @@ def agent_program(tmp_path, *options, command=f"{sys.executable} -c print(1)"):
 
 @cases(
     "scheme, tls, words",
-    ("https", False, "it speaks no TLS ("),
+    ("https", False, "it does not speak TLS ("),
     ("http", True, "it closed the connection without an answer; is it https?"),
     ("https", True, "its certificate is not trusted (unable to get local issuer"),
 )
