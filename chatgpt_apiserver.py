@@ -9253,9 +9253,9 @@ class Exchange:
 
     def _reserve(self, size: int) -> None:
         """Reserve memory for content, or release it (negative size).  APIError(503)."""
-        server, share = self.server, self._content_share
+        server = self.server
         total = server.content_size + size
-        if size > 0 and total > share:
+        if size > 0 and total > (share := self._content_share):
             own = sum(e.reserved for e in server.exchanges if e.user is self.user)
             if own + size > share or total > server.limits.total_content_size:
                 text = "Too much content is arriving at once; try again."
@@ -9544,7 +9544,7 @@ class Access(enum.Enum):
     ADMIN = "the API key, also as admin_key in the query or the content"
 
 
-# Why a token of such a role is refused everywhere else.
+# Why a token of such a role is refused on all other routes.
 _ROLES_ONLY = {
     "agent": "An agent's token can only register an agent.",
     "monitor": "A monitor's token can only read /metrics.",
@@ -9721,13 +9721,13 @@ async def do_model(exchange: Exchange) -> JSONObject:
 
 
 async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /api/ask: one question, one answer, perhaps in a conversation."""
+    """POST /api/ask: answer one question, perhaps within a conversation."""
     assert exchange.user is not None
     question = body.get("content")
     if not isinstance(question, str) or not question:
         raise APIError(400, "'content' must be a non-empty string.")
-    conversation_id = optional_text(body, "conversation_id")
-    parent_id = optional_text(body, "parent_id")
+    conversation_id = optional_string(body, "conversation_id")
+    parent_id = optional_string(body, "parent_id")
     if bool(conversation_id) != bool(parent_id):
         raise APIError(
             400,
@@ -9735,7 +9735,7 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
             " and the response_id of the answer to continue from.",
         )
     ask = (question, conversation_id, parent_id)
-    model = optional_text(body, "model")
+    model = optional_string(body, "model")
     conversation, messages = None, []
     if conversation_id:
         kept = exchange.server.conversations
@@ -9758,7 +9758,7 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
     return keep_answer(exchange, ask, conversation, call)
 
 
-def text_field(body: JSONObject, name: str) -> str:
+def string_field(body: JSONObject, name: str) -> str:
     """Return a required string; APIError(400)."""
     value = body.get(name)
     if not isinstance(value, str):
@@ -9766,9 +9766,9 @@ def text_field(body: JSONObject, name: str) -> str:
     return value
 
 
-def optional_text(body: JSONObject, name: str) -> str:
+def optional_string(body: JSONObject, name: str) -> str:
     """Return an optional string, "" if it is absent; APIError(400)."""
-    return "" if body.get(name) in _ABSENT else text_field(body, name)
+    return "" if body.get(name) in _ABSENT else string_field(body, name)
 
 
 def keep_answer(
@@ -9795,8 +9795,7 @@ def keep_answer(
     else:
         response_id = str(uuid.uuid4())
         conversation_id = conversation_id or str(uuid.uuid4())
-        turn = (parent_id, question, text)
-        kept.add(user_id, conversation_id, None, response_id, *turn)
+        kept.add(user_id, conversation_id, None, response_id, parent_id, question, text)
     return {
         "id": "",
         "response_id": response_id,
@@ -9885,7 +9884,7 @@ async def do_users(exchange: Exchange) -> None:
         if not (count + first).isdecimal():
             raise APIError(400, "'from' and 'count' must be numbers.")
         more = b', "total": %d' % len(users)
-        for user in users[int(first[:9]) :][: int(count[:9])]:  # as the page has them
+        for user in users[int(first[:9]) :][: int(count[:9])]:  # for the page
             fields = json.loads(user.public_json())
             fields.pop("token", None)
             fields["limits"] = limits_left(exchange.server, user)
@@ -9919,7 +9918,7 @@ async def do_users_add(exchange: Exchange, body: JSONObject) -> JSONObject:
 
 async def do_users_update(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/update: new settings or a new token."""
-    user_id = text_field(body, "user_id")
+    user_id = string_field(body, "user_id")
     del body["user_id"]
     user = await exchange.server.users.update(user_id, body)
     exchange.server.report(f"user {user.label} changed")
@@ -9929,7 +9928,7 @@ async def do_users_update(exchange: Exchange, body: JSONObject) -> JSONObject:
 
 async def do_users_delete(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/users/delete: once answered, the token no longer works."""
-    server, user_id = exchange.server, text_field(body, "user_id")
+    server, user_id = exchange.server, string_field(body, "user_id")
     await server.users.delete(user_id)
     server.dismiss_agents()
     server.report(f"user {user_id} deleted")
@@ -9968,7 +9967,7 @@ async def do_admin_status(exchange: Exchange) -> None:
 
 async def do_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/requests/cancel: the client gets an error, the controller stops."""
-    running, id = exchange.server.running_requests, text_field(body, "request_id")
+    running, id = exchange.server.running_requests, string_field(body, "request_id")
     found = [each for each in running if each.id == id]  # clients may repeat theirs
     if not found:
         raise APIError(404, "Request not found")
@@ -10005,7 +10004,7 @@ def switch(exchange: Exchange, body: JSONObject, off: bool) -> Controller:
 
     An agent is paused: it is notified, and stays paused when it reconnects.
     """
-    controller = exchange.server.pool.find(text_field(body, "name"))
+    controller = exchange.server.pool.find(string_field(body, "name"))
     if controller is None:
         raise APIError(404, "Controller not found")
     controller.switched_off = off
@@ -10087,12 +10086,10 @@ async def do_health(exchange: Exchange) -> None:
 async def do_ready(exchange: Exchange) -> None:
     """GET /readyz: whether requests should be sent here; cooling does not matter."""
     server = exchange.server
-    reason = "no controller is available\n"
-    for c in server.pool.controllers:
-        if not (c.by_name_only or c.switched_off or c.paused):
-            reason = ""
-    if server.draining:
-        reason = "shutting down\n"
+    controllers = [c for c in server.pool.controllers if not c.by_name_only]
+    reason = "shutting down\n" if server.draining else ""
+    if not reason and all(c.switched_off or c.paused for c in controllers):
+        reason = "no controller is available\n"
     exchange.reply.send_text(reason or "OK", status=503 if reason else 200)
 
 
@@ -10110,7 +10107,7 @@ async def do_about(exchange: Exchange) -> None:
         return
     scheme = "https" if connection.tls else "http"
     host = headers.get("host", "localhost")
-    if is_loopback(connection.peer):  # a proxy on this machine; only displayed
+    if is_loopback(connection.peer):  # a proxy on this machine; for display only
         scheme = headers.get("x-forwarded-proto", scheme)
         host = headers.get("x-forwarded-host", host)
     ws = scheme.replace("http", "ws")
@@ -10291,9 +10288,9 @@ class RequestHandler:
 
     async def handle(self) -> None:
         """Serve requests until the connection ends."""
-        connection = self.connection
+        connection, tls = self.connection, self.server.tls
         try:
-            if self.server.tls is not None and not await self._start_tls():
+            if tls is not None and not await self._start_tls(tls):
                 return
             closing = False
             while not closing:
@@ -10322,18 +10319,17 @@ class RequestHandler:
             self.exchange = None
             connection.close()
 
-    async def _start_tls(self) -> bool:
+    async def _start_tls(self, context: ssl.SSLContext) -> bool:
         """Do the TLS handshake; return whether it succeeded.
 
         Here and not in asyncio: a limit counts it, shutdown() ends it, and a failure
         is no error in the log.
         """
         connection, server = self.connection, self.server
-        assert server.tls is not None
-        peer = connection.peer
         try:
-            await connection.start_tls(server.tls)
+            await connection.start_tls(context)
         except (OSError, asyncio.TimeoutError) as error:
+            peer = connection.peer
             if getattr(error, "reason", "") == "HTTP_REQUEST":
                 server.report(f"{peer} sent http to an https port; use https://")
             else:
@@ -10382,7 +10378,7 @@ class RequestHandler:
         exchange = self.turn_away(APIError(error.status, f"Bad request: {error}."))
         exchange.log()
         peer = self.connection.peer or "a client"
-        self.server.report(f"{peer} sent something other than a request: {error}")
+        self.server.report(f"{peer} sent no valid request: {error}")
         await self.connection.linger()
 
     def turn_away(self, error: APIError) -> Exchange:
@@ -10500,13 +10496,13 @@ async def cancel_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
 
 
 class Stoppable:
-    """Runs until a shutdown is requested: once ends it gracefully, twice at once."""
+    """Runs until request_shutdown(): one call ends it gracefully, two at once."""
 
     _asked: asyncio.Future[None] | None = None  # done once a shutdown is requested
     _hurried = False
 
     def request_shutdown(self) -> None:
-        """Make serve_forever() end, at once on the second call.  For signals."""
+        """Make serve_forever() end: gracefully, or at once on a second call."""
         assert self._asked is not None
         if self._asked.done():
             self._hurried = True
@@ -10519,7 +10515,7 @@ class Stoppable:
         return self._asked is not None and self._asked.done()
 
     async def _wait_while(self, running: Callable[[], object], seconds: float) -> None:
-        """Wait while running(), but not beyond the time or a second request."""
+        """Wait while running(), until the time is up or shutdown is requested again."""
         end = time.monotonic() + seconds
         while running() and not self._hurried and time.monotonic() < end:
             await asyncio.sleep(0.01)
@@ -10635,7 +10631,7 @@ class Server(Stoppable):
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.AbstractServer] = []
 
-    # --- What answers
+    # --- Controllers
 
     def add(self, controller: Controller) -> None:
         """Add a controller, from any thread; ValueError if its name is taken."""
@@ -10660,7 +10656,7 @@ class Server(Stoppable):
 
         return decorate
 
-    # --- Life
+    # --- Start and stop
 
     async def start(self) -> None:
         """Open the sockets and serve requests from now on."""
@@ -10736,12 +10732,10 @@ class Server(Stoppable):
                 handler.connection.abort()
             else:
                 handler.exchange.reply.close = True
-        seconds = self.limits.drain_timeout
-        if self.requests_in_flight:
-            count = self.requests_in_flight
-            self.report(
-                f"waiting up to {seconds:.0f} s for requests in flight: {count}"
-            )
+        seconds, count = self.limits.drain_timeout, self.requests_in_flight
+        if count:
+            line = f"waiting up to {seconds:.0f} s for requests in flight: {count}"
+            self.report(line)
         await self._wait_while(lambda: self._serves(False), seconds)
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")
@@ -10870,7 +10864,7 @@ class Server(Stoppable):
             user_id = user.user_id or user.name
             self.ledger.record(user_id, model, name, int(record.failed), record.usage)
 
-    # --- What is shown
+    # --- Status and metrics
 
     def status(self, now: float) -> tuple[bytes, str]:
         """Return GET /admin/status's content and ETag, made at most once a second."""
@@ -11011,7 +11005,7 @@ class Server(Stoppable):
     def _accepted(self, connection: Connection) -> None:
         handler = RequestHandler(self, connection)
         self.debug(f"connection from {connection.peer}")
-        if not self._make_room(connection):
+        if not self._make_room():
             if self.tls is None:
                 handler.turn_away(APIError(503, "Too many connections.", retry_after=1))
             connection.close()
@@ -11019,7 +11013,7 @@ class Server(Stoppable):
         self._handlers[connection] = handler
         connection.on_hangup = self._spawn(handler.handle()).cancel
 
-    def _make_room(self, connection: Connection) -> bool:
+    def _make_room(self) -> bool:
         """Return whether one more connection is allowed; close an idle one for it."""
         if len(self._handlers) < self._max_connections:
             return True
@@ -11032,9 +11026,7 @@ class Server(Stoppable):
 
     def _lost(self, connection: Connection) -> None:
         self._handlers.pop(connection, None)
-        connection.on_hangup = (
-            None  # or its task, which may hold an error, keeps frames
-        )
+        connection.on_hangup = None  # its task may hold an error, which holds frames
         self.debug(f"connection from {connection.peer} ended")
 
 

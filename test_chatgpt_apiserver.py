@@ -11181,10 +11181,7 @@ async def test_what_is_no_request_is_answered_at_once_and_the_log_says_why(tmp_p
         for data, status in ((b"GET /\r\n", b"400"), (b"A" * 10_000, b"414")):
             answer = await raw(server.port, data, timeout=2)
             assert answer.startswith(b"HTTP/1.1 " + status)
-    assert (
-        "127.0.0.1 sent something other than a request: https was sent to an http port"
-        in log.text
-    )
+    assert "127.0.0.1 sent no valid request: https was sent to an http port" in log.text
 
 
 @flow(limits=Limits(head_timeout=0.2))
@@ -15149,7 +15146,10 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "k", "--listen", "256.0.0.1"], "listen: expected an address"),
     (["8080", "k", "--listen", "a b"], "listen: expected an address"),
     (["8080", "k", "--users", "a\nb"], "users: expected the path"),
-    (["8080", "k", "--tls-cert", "."], "tls_cert: expected the path of a readable file"),
+    (
+        ["8080", "k", "--tls-cert", "."],
+        "tls_cert: expected the path of a readable file",
+    ),
     (["8080", "k", "--tls-key", __file__], "tls_key: expected a tls_cert"),
     (["--config_file", "no.json"], "no.json: cannot be read: No such file"),
     (["--config_file", ""], "config_file: expected the path of a file"),
