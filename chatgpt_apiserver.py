@@ -1269,7 +1269,8 @@ def _parse_float(digits: str) -> float:
     return number
 
 
-_JSON_DECODER = json.JSONDecoder(
+_DECODER = json.JSONDecoder()
+_STRICT_DECODER = json.JSONDecoder(
     parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float
 )
 
@@ -1278,7 +1279,7 @@ def parse_object(content: bytes) -> JSONObject:
     """Return the JSON object in content.  Raise APIError(400) for anything else."""
     problem = " must be a JSON object"
     try:
-        body = _JSON_DECODER.decode(content.decode("utf-8"))
+        body = _STRICT_DECODER.decode(content.decode("utf-8"))
         if isinstance(body, dict):
             return body
     except UnicodeDecodeError:
@@ -1321,10 +1322,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def unix_time() -> float:
-    """Return the time of day, for people and for windows aligned to the clock.
-
-    Deadlines use the loop's clock, which is monotonic.
-    """
+    """Return the time of day, for people and quotas; deadlines use the loop's clock."""
     return time.time()
 
 
@@ -1510,21 +1508,17 @@ def read_usage(value: Any) -> Usage:
     return Usage(all_sent, hits if 0 < hits <= sent else read, output)
 
 
-_PLAIN_DECODER = json.JSONDecoder()
-
-
 def find_usage(content: bytes) -> Usage:
     """Return the token counts in a response, without parsing all of it.
 
-    The last "usage" counts.  One inside a string never matches: its quotes are
-    escaped.
+    The last "usage" counts; inside a string, its quotes would be escaped.
     """
     at = content.rfind(b'"usage"')
     if at < 0:
         return Usage()
     text = content[at + 7 : at + 4096].decode("utf-8", "replace")
     try:
-        return read_usage(_PLAIN_DECODER.raw_decode(text.lstrip(": \t\r\n"))[0])
+        return read_usage(_DECODER.raw_decode(text.lstrip(": \t\r\n"))[0])
     except (ValueError, RecursionError):
         return Usage()
 
@@ -1686,7 +1680,7 @@ class CompletionBuilder:
         """Add pieces of tool calls, each to the call at its index.
 
         Gemini and others send no index.  Then a piece with a new id, or with a name
-        and no id, starts a call; any other piece continues the last one.
+        and no id, starts a call; any other continues the last one.
         """
         for delta in deltas:
             function = delta.get("function") or {}
@@ -2529,7 +2523,7 @@ def find_turn(body: JSONObject) -> Turn:
 
 
 def plain_form(content: bytes) -> bytes:
-    """Return content, a form with a fixed boundary: SDKs draw a new one each time."""
+    """Return content, with a constant boundary if it is a form: SDKs vary theirs."""
     if content[:2] != b"--":
         return content
     boundary = content[:72].partition(b"\r\n")[0]
@@ -7810,7 +7804,7 @@ class Journal:
         slot = self._slots.setdefault(int(record.ended / self.SLOT), [0, 0, 0])
         slot[0] += 1
         slot[1] += record.failed
-        slot[2] += record.usage.input + record.usage.output
+        slot[2] += record.usage.total
         if len(self._slots) > self.SLOTS + 1:
             del self._slots[min(self._slots)]
 
@@ -8845,11 +8839,11 @@ def _word(text: str) -> str:
     return _plain(text).replace(" ", "_")
 
 
-@functools.lru_cache(maxsize=256)  # most requests have the same words
+@functools.lru_cache(maxsize=256)
 def access_words(
     user: str, method: str, path: str, status: int, model: str, controller: str
 ) -> str:
-    """Return what an access line contains of a request."""
+    """Return the part of an access line that many requests share."""
     path = re.sub("/k/[^/]*", "/k/***", path)  # hide the token
     texts = (_word(user), method, path, str(status), _word(model), _word(controller))
     return " ".join(text or "-" for text in texts)
