@@ -8983,21 +8983,22 @@ _EVENT_FIELDS = {
     "x-accel-buffering": "no",  # nginx would collect events
 }
 _NO_CORS = ("/admin", "/api/connections")  # pages of other origins may not read these
-_ODD_PATHS = ("/v1/v1/", "/chat/")
+# What SDKs append to a base URL.
+_ENDPOINTS = ("/models", *(path[len("/v1") :] for path in DIALECTS))
 
 
 def normal_path(path: str) -> str:
-    """Return the canonical form of a path under /v1/, and any other path unchanged.
+    """Return the canonical form of a path of the API, and any other path unchanged.
 
-    Base URLs are pasted with an extra slash, or with the /v1 that a client adds.
+    Base URLs are pasted with an extra slash, without /v1, or with a second one.
     """
-    if "//" not in path and path[-1:] != "/" and not path.startswith(_ODD_PATHS):
+    if path in DIALECTS:  # nearly always
         return path
     plain = re.sub("/+", "/", path).rstrip("/")
     while plain.startswith("/v1/v1/"):
         plain = plain[3:]
-    if plain == "/chat/completions":
-        return CHAT_PATH
+    if plain in _ENDPOINTS or plain.startswith("/models/"):
+        return f"/v1{plain}"
     return plain if plain.startswith("/v1/") else path
 
 
@@ -9403,7 +9404,7 @@ class Exchange:
             fields.append(("x-should-retry", "false"))
         if status == 405:
             fields.append(("Allow", self.allowed))
-        if self.path.startswith("/v1"):
+        if self.path.startswith("/v1") or self.path.endswith(_ENDPOINTS):
             content = dialect_of(self.path).error_content(error)
         else:
             content = encode_json({"error": error.message})
@@ -10213,6 +10214,8 @@ def find_route(path: str) -> Route | None:
         return ROUTES.get(path)
     if path.startswith("/v1/models/"):
         return ROUTES["/v1/models/"]
+    if path.startswith(f"{CHAT_PATH}/") and path.endswith(_ENDPOINTS):
+        return None  # the base URL has the endpoint in it
     # An upstream's key is only for paths below its base URL: no dot segment, as the
     # most lenient server would read the path (decoded twice, "\" for "/", "..;x").
     plain = urllib.parse.unquote(urllib.parse.unquote(path))
@@ -10234,7 +10237,8 @@ def check_method(exchange: Exchange, route: Route | None) -> Route:
     if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
         # Codex then falls back to HTTP at once.
         raise APIError(426, f"Websockets are not supported here; use POST {path}.")
-    raise APIError(404, f"There is nothing at {request.method} {path}.")
+    cure = "" if route else " The base URL for API clients ends in /v1."
+    raise APIError(404, f"There is nothing at {request.method} {path}.{cure}")
 
 
 async def follow_route(exchange: Exchange) -> None:

@@ -12721,8 +12721,34 @@ async def test_a_path_under_v1_has_one_form(server, upstream):
     ):
         assert (await ask(server.port, "POST", path, CHAT)).status == 200, path
         assert chats(upstream)[-1].line == f"POST {CHAT_URL} HTTP/1.1"
-    for path in ("/v1/models/", "//v1/models", "/v1/v1/models"):
+    for path in ("/v1/models/", "//v1/models", "/v1/v1/models", "/models", "/models/m"):
         assert (await ask(server.port, "GET", path)).status == 200
+
+
+@flow
+async def test_a_base_url_without_v1_serves_every_endpoint_that_we_know(server):
+    body = {"model": "mock/echo", "input": "x", "prompt": "x", "messages": []}
+    for path in apiserver.DIALECTS:
+        with_v1 = await ask(server.port, "POST", path, body)
+        without = await ask(server.port, "POST", path.removeprefix("/v1"), body)
+        assert without.status == with_v1.status, path
+    assert (await ask(server.port, "GET", "/models/mock%2Fecho")).status == 200
+    for path in ("/modelsx", "/completions/x"):  # all others stay as they are
+        assert (await ask(server.port, "POST", path, body)).status == 404
+
+
+@cases("base", "/v2", "/openai/v1", "/v1/chat/completions")
+@flow
+async def test_a_wrong_base_url_is_named_where_an_sdk_shows_it(server, upstream, base):
+    for method, end in (("GET", "/models"), ("POST", "/chat/completions")):
+        reply = await ask(server.port, method, base + end, CHAT)
+        assert reply.status == 404
+        assert (
+            "base URL for API clients ends in /v1" in reply.json()["error"]["message"]
+        )
+    assert chats(upstream) == []
+    reply = await ask(server.port, "DELETE", "/v1/files/x")
+    assert "base URL" not in reply.json()["error"]["message"]
 
 
 @flow
