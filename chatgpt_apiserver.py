@@ -3958,10 +3958,10 @@ class User:
         " quotas role token user_id".split()
     )
 
-    def __init__(self, fields: dict[str, Any]) -> None:
+    def __init__(self, fields: dict[str, Any], token: str | None = None) -> None:
         self.fields = fields
         self.user_id: str = fields["user_id"]
-        self.token: str = fields.get("token", "")
+        self.token: str = fields.get("token", "") if token is None else token
         self.digest = stored_digest(fields)
         self.name: str = fields.get("name", "")
         self.role: str = fields.get("role", "user")
@@ -3999,13 +3999,6 @@ class User:
         if not self.token:
             fields["sha256"] = fields["sha256"][:8]
         return encode_json(fields)
-
-
-def with_token(user: User, token: str) -> User:
-    """Return a copy of the user with its token, of which it may have only a digest."""
-    copy = User(user.fields)
-    copy.token = token
-    return copy
 
 
 @functools.lru_cache(maxsize=1024)  # many users share one value
@@ -4448,9 +4441,8 @@ class UserStore:
         token = str(uuid.uuid4())  # 122 bits from os.urandom()
         fields = {"user_id": str(uuid.uuid4()), **self._credential(token)}
         user = self._build(fields, settings)
-        return with_token(
-            await self._change(lambda users: self._put(users, user)), token
-        )
+        await self._change(lambda users: self._put(users, user))
+        return User(user.fields, token)
 
     async def update(self, user_id: str, settings: dict[str, Any]) -> User:
         """Change a user's settings; None removes one.
@@ -4474,7 +4466,7 @@ class UserStore:
                 fields.update(self._credential(token), old={**old, "expires": until})
             return self._put(users, self._build(fields, settings))
 
-        return with_token(await self._change(change), token)
+        return User((await self._change(change)).fields, token)
 
     def _credential(self, token: str) -> dict[str, str]:
         """Return the field that stores a new token."""
@@ -4786,7 +4778,7 @@ class UsageLimit:
         self._since = self._until = 0.0  # the windows hold between these times
         self._requests = self._tokens = 0  # in this object's lifetime
         self._tightest: dict[str, Quota] = {}  # with the least left, by unit
-        self._most_requests = self._most_tokens = sys.maxsize  # that exhaust these
+        self._most_requests = self._most_tokens = sys.maxsize  # counts that exhaust it
         self._fields = b""  # HTTP fields for one second, with %d for what is left
         self._second = 0
         units = [unit in {quota.unit for quota in quotas} for unit in UNITS]
@@ -4854,7 +4846,7 @@ class UsageLimit:
         if requests < self._most_requests and self._tokens < self._most_tokens:
             return None
         coming = {"requests": running, "tokens": 0}
-        state = self.state()  # a window may have ended since: then None
+        state = self.state()  # may renew a window: then None
         return next((s for s in state if s[1] + coming[s[0].unit] >= s[0].amount), None)
 
     def fields(self, now: float) -> bytes:
@@ -4899,7 +4891,7 @@ USAGE_READ_INTERVAL = 0.5  # seconds
 USAGE_WRITE_TURNS = 9  # reads per write
 USAGE_FILE_SIZE = 16 * 1024 * 1024  # above it the file is compacted, if that helps
 USAGE_LIFETIME = 400  # days
-HOURLY_MODELS = 100  # per user; each model is a line kept for good, the rest "other"
+HOURLY_MODELS = 100  # per user, then "other": each is a line that stays
 COLUMNS = ("day", "user", "model", "controller")
 Key = tuple[str, str, str, str]  # hour (UTC, "2026-11-27T09"), user, model, controller
 Sums = dict[Key, list[int]]  # one number for each of COUNTS
@@ -4950,7 +4942,7 @@ class Ledger:
         """Count one finished request."""
         (sent, cached, output), now = usage, unix_time()
         limit = self._limits["user"].get(user)
-        if limit is not None:  # first: its history reads these sums
+        if limit is not None:  # before the sums, which its history reads
             limit.count(1, sent + output, now)
         if not self._hour.start <= now < self._hour.end:
             self._begin_hour()
@@ -5102,7 +5094,7 @@ class Ledger:
             names = () if replaced else (("user", user), ("controller", controller))
             for kind, name in names:
                 limit = self._limits[kind].get(name)
-                if limit is not None:  # first: its history reads these sums
+                if limit is not None:  # before the sums, which its history reads
                     limit.count_elsewhere(hour, counts[0], counts[2] + counts[4])
             self._count(key, counts)
 
@@ -5118,8 +5110,8 @@ class UsageFile:
     def exchange(self, pending: Sums) -> tuple[bool, Sums, bool]:
         """Read what other servers have appended, then append pending.
 
-        Return whether pending was written, what was read, and whether the file was
-        replaced, so that this is all of it.
+        Return whether pending was written, the lines read, and whether these are all
+        lines, of a file that was replaced.
         """
         written, lines, replaced = False, Sums(), False
         try:
@@ -5192,7 +5184,7 @@ def parse_usage(data: bytes) -> Sums:
 
 
 def kept_hour(hour: str, present: str) -> str:
-    """Return the hour to store: of a past day it is the first."""
+    """Return the hour to store, for past days their first one."""
     return hour if hour >= present[:10] else hour[:10] + "T00"
 
 
@@ -11050,7 +11042,7 @@ MODELS_INTERVAL = 30.0
 
 # Default ports of common programs.
 LOCAL_PORTS = {11434: "Ollama", 8080: "llama.cpp", 8000: "vLLM", 1234: "LM Studio"}
-# Strict, as the server chooses it: no segment begins with a dot or is encoded.
+# Strict, as the server chooses the path: no leading dots, nothing encoded.
 _SEGMENT = r"/[A-Za-z0-9_][A-Za-z0-9._~:@-]*"
 _API_TARGET = re.compile(rf"/v1(?:{_SEGMENT})+(?:\?[A-Za-z0-9._~:@/?&=+,%-]*)?")
 _API_FIELD = re.compile(r"[a-z0-9-]{1,64}:[\t\x20-\x7e\xa0-\xff]*")
@@ -11095,7 +11087,7 @@ def join_problem(server: str, error: Exception) -> str:
 class Link:
     """An agent's connection to one address of one server, redialled for ever.
 
-    url        the server's
+    url        the server's URL
     address    an IP address of the server's name; "" for whichever answers
     id         what the server calls this agent
     joined_at  loop time at which the agent introduced itself; 0: not yet
@@ -11205,7 +11197,7 @@ class Link:
         elif kind in ("Pause", "Resume"):
             self.agent.report(f"{kind.lower()}d by {self.server}")
         elif kind == "ApiCancel" and id in self.calls:
-            self.calls.pop(id).cancel()  # makes room at once: the next may follow
+            self.calls.pop(id).cancel()  # popped here: the next call may follow at once
         elif kind == "ApiRequest" and id not in self.calls:
             # Twice as many tasks: cancelled ones may take a while to end.
             most = 2 * self.agent.max_concurrency
@@ -11302,7 +11294,7 @@ class Link:
         fields = as_object(read_json(data))
         body, target = fields.get("body"), str(fields.get("path"))
         if fields.get("method") != "POST" or not _API_TARGET.fullmatch(target):
-            raise APIError(400, "An agent takes only POST to plain paths under /v1/.")
+            raise APIError(400, "An agent accepts only POST to plain /v1/ paths.")
         path, _, query = target.partition("?")
         headers = {
             name: value
@@ -12240,8 +12232,7 @@ def build_agent(
     key = options.get("key") or environ.get("API_KEY", "")
     if key and not is_key(key):
         raise COMMAND_LINE.mistake("key", f"expected {KEY.words}")
-    names = [name.strip() for name in options.get("models", "").split(",")]
-    names = list(filter(None, names))
+    names = [n for name in options.get("models", "").split(",") if (n := name.strip())]
     checked = {
         name: COMMAND_LINE.check(options[name], shape, name.replace("_", "-"))
         for name, shape in (("name", NAME), ("ca_file", FILE))
@@ -12325,8 +12316,7 @@ def warnings(config: Config) -> list[str]:
     if is_open and not config.tls_cert:
         lines.append("KEYS AND PROMPTS TRAVEL UNENCRYPTED: use --tls-cert or a proxy")
     if is_open and config.agents_auth == "open":
-        what = "REGISTER AN AGENT AND READ PROMPTS"
-        lines.append(f"ANYBODY CAN {what} (agents.auth: open)")
+        lines.append("ANYBODY CAN JOIN AS AGENT AND READ PROMPTS (agents.auth: open)")
     names = [c["name"] for c in config.controllers if not c.get("verify", True)]
     return [*lines, *(f"{n} ACCEPTS ANY CERTIFICATE (verify: false)" for n in names)]
 

@@ -15172,10 +15172,7 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "k", "--listen", "256.0.0.1"], "listen: expected an address"),
     (["8080", "k", "--listen", "a b"], "listen: expected an address"),
     (["8080", "k", "--users", "a\nb"], "users: expected the path"),
-    (
-        ["8080", "k", "--tls-cert", "."],
-        "tls_cert: expected the path of a readable file",
-    ),
+    (["8080", "k", "--tls-cert", "."], "tls_cert: expected the path of a readable"),
     (["8080", "k", "--tls-key", __file__], "tls_key: expected a tls_cert"),
     (["--config_file", "no.json"], "no.json: cannot be read: No such file"),
     (["--config_file", ""], "config_file: expected the path of a file"),
