@@ -5217,8 +5217,7 @@ def encode_usage(sums: Sums) -> bytes:
 
 # How long a failed request is remembered: its retries are no new evidence.
 EVIDENCE_TIME = 60.0  # seconds
-# How long a trial request keeps others out: an answer that is not streamed may take
-# minutes.
+# How long one trial keeps other requests out: it may take minutes to answer.
 TRIAL_TIME = 5.0  # seconds
 
 
@@ -5243,8 +5242,7 @@ class Health:
         self.trial_until = 0.0
         self._failures = 0  # in a row
         self._seen: dict[tuple[str, bytes], float] = {}  # when each request failed
-        self._cooldowns = 0  # since the last success; so the next
-        self._disablings = 0
+        self._cooldowns = self._disablings = 0  # since the last success
 
     def fail(self, error: ControllerError, request: APIRequest, now: float) -> float:
         """Record a failure; return the seconds it should close for, 0 for none."""
@@ -5278,10 +5276,9 @@ class Health:
         return seconds
 
     def _is_new(self, request: APIRequest, now: float) -> bool:
-        """Whether a failed request is new evidence: not a retry of one that counted.
+        """Whether a failed request is new evidence about the controller.
 
-        Otherwise one user's request that breaks every controller would close them
-        all once its client retries it.
+        A retry is not: else one user's broken request would close every controller.
         """
         key, seen = (request.user, request.digest), self._seen
         if seen.get(key, -math.inf) > now - EVIDENCE_TIME:
@@ -5426,7 +5423,7 @@ class Controller:
         if not may_be_about_stream_options(content):
             return Answer(answer.status, answer.headers, content)
         again = await self._send(request, await encoded(request, model, False))
-        # Only this proves that our own field was refused.  Clients choose the names.
+        # Only this proves that our field was refused.  Bounded: clients name models.
         if again.status < 300 and len(self._without_options) < 1000:
             self._without_options.add(key)
         return again
@@ -5489,8 +5486,8 @@ class Controller:
         Then it gets what nothing else could answer, as nginx does with a single
         server; but not before a 429's time is up, nor with a dead key.
         """
-        perhaps = self.health.closed_by in (Failure.BROKEN, Failure.REFUSED)
-        return perhaps and self.has_room
+        may_be_over = self.health.closed_by in (Failure.BROKEN, Failure.REFUSED)
+        return may_be_over and self.has_room
 
     def closed_for(self, now: float) -> float:
         """Return the seconds until it may get requests again; 0 if it may now."""
@@ -5505,8 +5502,7 @@ class Controller:
         if self.limit is not None and self.limit.exceeded():
             return self.limit.seconds_left(), "disabled", self.limit.exceeded()
         health = self.health
-        disabled = health.closed_by is Failure.DISABLED
-        state = "disabled" if disabled else "cooling"
+        state = "disabled" if health.closed_by is Failure.DISABLED else "cooling"
         reason = health.reason.removeprefix(f"{self.name}: ")
         return max(0.0, health.until - now), state, reason
 
@@ -5562,8 +5558,7 @@ async def encoded(request: APIRequest, model: str | None, include_usage: bool) -
     """Return request.encode(), done in a thread for a large request."""
     if len(request.content) <= APIRequest.KEPT_SIZE:
         return request.encode(model, include_usage)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, request.encode, model, include_usage)
+    return await asyncio.to_thread(request.encode, model, include_usage)
 
 
 def may_be_about_stream_options(content: bytes) -> bool:
@@ -5748,9 +5743,9 @@ SERVER_ID_FIELD = "x-server-id"
 
 
 class AgentController(Controller):
-    """An agent of version 2, this file's: it dialed in, and takes any API request.
+    """An agent (version 2, this file): it dialed in, and takes any API request.
 
-    id          its own; a conversation is bound to it
+    id          of the agent; its conversations are bound to it
     credential  what it registered with; an agent that reclaims an id needs the same
     hello       how it described itself in its first message
     """
@@ -5872,8 +5867,7 @@ class AgentController(Controller):
         self.asked_at = unix_time()
         self.debug(f"to {self.name}: {message!r}")
         try:
-            # One large request after another: together they could exceed what may
-            # be buffered.
+            # One large request at a time: several could exceed the write buffer.
             await self.websocket.connection.drain()
             if id == self._busy_with:
                 deadline = min(self._loop.time() + timeout, request.deadline)
@@ -6306,8 +6300,7 @@ class MockController(FunctionController):
             data.append({"object": "embedding", "index": index, "embedding": vector})
         tokens = sum(map(estimate_tokens, texts))
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        answer = {"object": "list", "data": data, "model": request.model}
-        return {**answer, "usage": usage}
+        return {"object": "list", "data": data, "model": request.model, "usage": usage}
 
     def head(self, model: str) -> JSONObject:
         options, head = self._parameters(model), super().head(model)
@@ -6500,7 +6493,7 @@ class TapeController(Controller):
 
     async def ask(self, controller: Controller, request: APIRequest) -> Answer:
         """Have a controller answer; record the answer if it is whole and good."""
-        asked = asyncio.get_running_loop().time()
+        started = asyncio.get_running_loop().time()
         answer = await controller.answer(request)
         is_ask = request.ask is not None  # a browser agent alone can continue it
         if controller is self or (is_ask and controller.keeps_conversations):
@@ -6508,9 +6501,9 @@ class TapeController(Controller):
 
         def write(good: RecordedAnswer) -> None:
             if good.room < 0:
-                self.report(f"{self.name}: an answer is too large to be recorded")
+                self.report(f"{self.name}: an answer was too large to record")
                 return
-            pieces = [(round(at - asked, 3), piece) for at, piece in good.pieces]
+            pieces = [(round(at - started, 3), piece) for at, piece in good.pieces]
             if good.status >= 300:  # it may repeat part of the key
                 text = b"".join(piece for _, piece in pieces).decode("utf-8", "replace")
                 pieces = [(0.0, controller.redact(text).encode())]
@@ -6587,7 +6580,7 @@ class TapeController(Controller):
             text = f"it is not a tape of version {TAPE_VERSION}"
             raise OSError(errno.EINVAL, text)
         self._index, self._stamp = index, stamp
-        if self.alone:  # else the others may not have them any more
+        if self.alone:  # in other modes the upstreams may no longer have them
             self.listed = models_table(m for m in models if isinstance(m, str))
         return others
 
@@ -6654,7 +6647,7 @@ _TAPE_HEAD = re.compile(
     % TAPE_VERSION
 )
 _TAPE_MODEL = re.compile(rb'"model":("(?:[^"\\]|\\.)*")')
-_TAPE_CONTENT_END = b', "status": '  # the content has no such blanks or bare quotes
+_TAPE_CONTENT_END = b', "status": '  # cannot occur in canonical JSON
 
 
 # -----------------------------------------------------------------------------
@@ -6665,8 +6658,7 @@ _TAPE_CONTENT_END = b', "status": '  # the content has no such blanks or bare qu
 # controllers are busy, and fails over as long as nothing has reached the client.
 # It judges whose fault a failure is: what one request causes is that request's;
 # only what a fresh, plain request would meet too is the controller's.
-# `async with pool.call(request)` holds a slot and an answer that has begun, and
-# releases both.
+# `async with pool.call(request)` holds a slot and an answer, and releases both.
 
 # Codes of a dead key or account, whatever the status.
 _DEAD_KEY_CODES = frozenset(
@@ -6764,17 +6756,17 @@ def judge_refusal(
     if failure is None:
         return None
     reason = f"status {status} {error.summary}".rstrip()
-    said = error.message[:4096]
+    detail = error.message[:4096]
     if status < 400:
-        reason = said = f"it answered with a redirect ({status}), which is not followed"
+        reason = detail = f"it sent a redirect ({status}), which is not followed"
     elif status == 401 or failure is Failure.DISABLED:
-        said = ""  # it may repeat part of the key
+        detail = ""  # it may repeat part of the key
         if status == 401 or "quota" not in reason:
             reason = f"its key was refused ({reason})"
     return ControllerError(
         f"{name}: {reason}",
         failure,
-        detail=said and f"{name}: {said}",
+        detail=detail and f"{name}: {detail}",
         type=error.type,
         code=error.code,
         retry_after=parse_retry_after(headers),
@@ -6798,7 +6790,7 @@ def conversation_key(request: APIRequest) -> bytes:
 def rendezvous(key: bytes, controller: Controller) -> float:
     """Return how well a controller suits a key.
 
-    Where one controller leaves, only the keys that it suited best move.  Each is the
+    When a controller leaves, only the keys that it suited best move.  Each one is the
     best for a share of the keys that equals its share of the weight.
     """
     name = (controller.id or controller.name).encode("utf-8", "replace")
@@ -6861,10 +6853,10 @@ class Pool:
     # --- Its controllers
 
     def add(self, controller: Controller) -> None:
-        """Add a controller; ValueError if its name is taken.
+        """Add a controller; ValueError if another one has its name.
 
-        Counts, limits and metrics go by name: of two agents, or of an agent and a
-        configured controller, an agent is renamed.
+        Counts, limits and metrics go by name.  If one of the two is an agent, that
+        one is renamed instead.
         """
         name = controller.name
         taken = self.find(name)
@@ -6921,9 +6913,7 @@ class Pool:
 
     async def refresh_models(self) -> None:
         """Read the lists of models of all controllers, concurrently."""
-        if self.tape is not None and self.tape.alone:
-            return
-        unlisted = [c for c in self.controllers if c.models is None]
+        unlisted = [c for c in self.reachable if c.models is None]
         await asyncio.gather(*(c.refresh_models() for c in unlisted))
 
     # --- Choosing
@@ -7094,17 +7084,14 @@ class Pool:
 
     def _no_controller(self, request: APIRequest) -> APIError:
         """Return the error for a request that no controller could serve."""
-        cure = (
-            "connect an agent, or configure a controller (the start screen shows how)"
-        )
+        cure = "connect an agent or configure a controller (the start screen shows how)"
         if all(c.by_name_only for c in self.controllers):
             if request.ask is not None:
                 text = f"No available clients: {cure}."
                 return APIError(503, text, code="no_controllers")
         elif any(c.serves(request.model) for c in self.controllers):
-            what = f"The model {request.model!r} is here, but no controller with it"
-            text = f"{what} answers {request.path}."
-            return APIError(404, text, param="model")
+            what = f"The model {request.model!r} exists here, but no controller with it"
+            return APIError(404, f"{what} answers {request.path}.", param="model")
         else:
             return self.unknown_model(request)
         return self.unknown_model(request, cure)
@@ -7190,13 +7177,13 @@ class Pool:
     def _settle(self, waiter: Waiter, outcome: Controller | APIError) -> None:
         """Take a request out of the queue, with a slot or an error."""
         user = waiter.request.user
-        line = self._queue.get(user, deque())
-        if waiter in line:
-            line.remove(waiter)
+        queue = self._queue.get(user, deque())
+        if waiter in queue:
+            queue.remove(waiter)
             self._kinds[waiter.kind] -= 1
             if not self._kinds[waiter.kind]:
                 del self._kinds[waiter.kind]
-            if not line:
+            if not queue:
                 del self._queue[user]
         if not waiter.outcome.done():
             waiter.outcome.set_result(outcome)
@@ -7432,8 +7419,8 @@ class Call:
         request = self.request
         self.controller = self._slot = controller
         self.attempts += 1
-        asked = asyncio.get_running_loop().time()
-        self.tries.append((controller.name, asked, ""))
+        started = asyncio.get_running_loop().time()
+        self.tries.append((controller.name, started, ""))
         controller.requests += 1
         if controller.limit is not None:
             controller.limit.count(requests=1)
@@ -7468,7 +7455,7 @@ class Call:
             if error.failure is not Failure.FULL:
                 which = f"attempt {self.attempts} of {request.id or 'a request'}"
                 self.pool.report(f"{which} failed: {error.reason}")
-            self.tries[-1] = (controller.name, asked, error.reason)
+            self.tries[-1] = (controller.name, started, error.reason)
             return error
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -7476,15 +7463,12 @@ class Call:
             self.usage = self._estimate(self.stream.usage, self.stream.events)
         await self._release()
 
-    def _estimate(self, usage: Usage, output: int) -> Usage:
-        """Return usage with estimates for its gaps, where text is generated.
-
-        output  tokens received, roughly
-        """
+    def _estimate(self, usage: Usage, received: int) -> Usage:
+        """Return usage, its gaps filled by estimates if the path generates text."""
         if not self.request.dialect.generates:
             return usage
         sent = usage.input or len(_INLINE.sub(b"", self.request.content)) // 4
-        return Usage(sent, usage.cached_input, usage.output or output)
+        return Usage(sent, usage.cached_input, usage.output or received)
 
     async def _release(self) -> None:
         """Release the answer, then the slot."""
@@ -7557,7 +7541,7 @@ class Call:
         self.stream = stream = request.dialect.open_stream(request, max_size)
         self._first = stream.receive(self._first)
         if request.dialect.gathers and not request.stream:
-            self.content = await self._gather(stream, CompletionBuilder(), max_size)
+            self.content = await self._gather(stream, max_size)
             return
         while not stream.began and stream.error is None:
             if stream.ended:
@@ -7572,23 +7556,23 @@ class Call:
             return content
         text = controller.redact(content.decode("utf-8", "surrogateescape"))
         content = text.encode("utf-8", "surrogateescape")
-        said = find_error(read_json(body_start(content)))
-        if said is None and answer.status == 404:
+        refusal = find_error(read_json(body_start(content)))
+        if refusal is None and answer.status == 404:
             where = controller.base_url + self.request.path[3:]
             self.pool.report(f"{controller.name}: 404 at {where}; wrong base_url?")
         error = judge_refusal(
             controller.name,
             answer.status,
             answer.headers,
-            said or ErrorObject(),
+            refusal or ErrorObject(),
             controller.real_name(self.request.model),
         )
         if error is None:
             return content
         # Never a 401: the client would blame its own key.
         closes_nothing = (Failure.KEY_DOUBTED, Failure.UNKNOWN_MODEL, Failure.NONE)
-        perhaps = 400 <= answer.status < 500 and answer.status != 401
-        if perhaps and error.failure in closes_nothing:
+        may_pass = 400 <= answer.status < 500 and answer.status != 401
+        if may_pass and error.failure in closes_nothing:
             error.refusal = (answer.status, answer.headers, content)
         raise error
 
@@ -7604,11 +7588,9 @@ class Call:
         piece = await self._answer.read()
         return stream.receive(piece) if piece else stream.end()
 
-    async def _gather(
-        self, stream: EventStream, builder: CompletionBuilder, max_size: int
-    ) -> bytes:
+    async def _gather(self, stream: EventStream, max_size: int) -> bytes:
         """Return a stream that the client did not ask for as one answer."""
-        block, size = self._first, 0
+        builder, block, size = CompletionBuilder(), self._first, 0
         while True:
             size += len(block)
             if size > max_size:

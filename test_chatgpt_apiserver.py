@@ -9302,7 +9302,7 @@ async def test_an_answer_that_is_too_large_is_not_recorded(tmp_path, tape):
     made = taping(tmp_path, behave, "record", limits=limits, log=log)
     async with made as (server, _, _):
         assert (await chat(server, stream=True)).events()[-1] == "[DONE]"
-        await until(lambda: "too large to be recorded" in log.text)
+        await until(lambda: "too large to record" in log.text)
     assert tape.read_bytes() == b""
 
 
