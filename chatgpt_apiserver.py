@@ -2898,16 +2898,20 @@ class Connection(asyncio.Protocol):
         try:
             if self.buffer:  # these bytes would pass for decrypted ones
                 raise ConnectionResetError("it sent bytes before the TLS handshake")
-            transport = await self.loop.start_tls(
-                self.transport,
-                self,
-                context,
-                server_side=host is None,
-                server_hostname=host,
-                ssl_handshake_timeout=self.limits.tls_timeout,
-            )
+            transport = None
+            with contextlib.suppress(ConnectionResetError):  # asyncio's has no text
+                transport = await self.loop.start_tls(
+                    self.transport,
+                    self,
+                    context,
+                    server_side=host is None,
+                    server_hostname=host,
+                    ssl_handshake_timeout=self.limits.tls_timeout,
+                )
             if transport is None:
-                raise ConnectionResetError("it was lost during the TLS handshake")
+                text = "it closed the connection during the TLS handshake"
+                hint = "" if host is None else "; is it http?"
+                raise ConnectionResetError(text + hint)
         except BaseException:
             # asyncio reports a failed handshake to its caller only.
             self.transport.abort()
@@ -3161,18 +3165,23 @@ class Address(NamedTuple):
         return ConnectionResetError(f"it closed the connection without an answer{hint}")
 
 
+# OpenSSL's X509_V_ERR codes for a certificate of an issuer that we do not know.
+_UNKNOWN_ISSUER = (2, 18, 19, 20, 21)
+
+
 def connection_problem(error: Exception) -> str:
     """Return why a connection failed, in words for people, and what to do about it."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        reason = error.verify_message
-        return f"its certificate is not trusted ({reason}); to trust it, set ca_file"
+        unknown = error.verify_code in _UNKNOWN_ISSUER
+        cure = "; to trust it, set ca_file (an agent's --ca-file)" if unknown else ""
+        return f"its certificate is not trusted ({error.verify_message}){cure}"
     if isinstance(error, ssl.SSLError):
-        return f"it does not speak TLS ({error.reason}); is it http?"
+        return f"it does not speak TLS ({error.reason or error}); is it http?"
     if isinstance(error, socket.gaierror):
         return error.strerror or str(error)
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)  # asyncio's message has addresses, too
-    return str(error)
+    return str(error) or f"it failed ({type(error).__name__})"
 
 
 def look_up(host: str, port: int) -> list[str]:
@@ -3252,7 +3261,10 @@ def client_tls_context(
     changed is ca_file's mtime in ns: a renewed file gets a new context.  All others
     are shared, as making one takes 20 ms and 900 KiB.
     """
-    context = ssl.create_default_context(cafile=ca_file)
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:
+        raise OSError(f"{ca_file} holds no certificate (PEM)") from None
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -3439,9 +3451,8 @@ class HTTPClient:
         try:
             connection = await self._dial()
         except ConnectionRefusedError:
-            if self._proxy is None:
-                raise
-            raise ConnectionRefusedError("nothing listens at its proxy") from None
+            where = "its proxy" if self._proxy is not None else self.address.authority
+            raise ConnectionRefusedError(f"nothing listens at {where}") from None
         try:
             if self._proxy is not None:
                 await self._tunnel(connection)
@@ -7676,9 +7687,7 @@ class Call:
                 text = f"{name} did not finish within {seconds:g} s"
                 error = ControllerError(text, Failure.NONE, status=504)
         elif isinstance(caught, ConnectionRefusedError):
-            # A proxy's refusal has its own words; the system's has an errno.
-            words = str(caught) if caught.errno is None else "nothing listens there"
-            error = ControllerError(f"{name}: {words}", Failure.REFUSED)
+            error = ControllerError(f"{name}: {caught}", Failure.REFUSED)
         elif isinstance(caught, (OSError, ProtocolError)):
             error = ControllerError(f"{name}: {connection_problem(caught)}")
         else:

@@ -4791,6 +4791,42 @@ async def test_a_refused_connection_is_told_at_once():
     assert time.monotonic() - began < 1
 
 
+@flow
+async def test_a_refused_connection_names_its_address():
+    address = f"127.0.0.1:{refusing_port()}"
+    with pytest.raises(ConnectionRefusedError) as caught:
+        await get(HTTPClient(f"http://{address}"))
+    assert apiserver.connection_problem(caught.value) == f"nothing listens at {address}"
+
+
+@cases("abort", False, True)
+@flow
+async def test_a_connection_closed_in_the_tls_handshake_says_so(abort):
+    """asyncio's own error for it has no text."""
+
+    async def close(reader, writer):
+        await reader.read(1)
+        writer.transport.abort() if abort else writer.close()
+
+    async with connection_streams(close) as port:
+        with pytest.raises(ConnectionResetError) as caught:
+            await get(HTTPClient(f"https://127.0.0.1:{port}"))
+    problem = "it closed the connection during the TLS handshake; is it http?"
+    assert apiserver.connection_problem(caught.value) == problem
+
+
+@cases(
+    "error",
+    OSError(),
+    ConnectionResetError(),
+    asyncio.TimeoutError(),
+    ProtocolError(502, ""),
+)
+def test_no_connection_problem_is_empty(error):
+    problem = apiserver.connection_problem(error)
+    assert re.search(r"\w{4}", problem) and "None" not in problem
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse")
 @flow
 async def test_a_black_hole_is_given_up_after_connect_timeout():
@@ -4943,8 +4979,12 @@ async def test_certificates_are_checked(tmp_path, certificate, options, works, h
             assert upstream.connections == 1
         else:
             error = FileNotFoundError if missing else ssl.SSLCertVerificationError
-            with pytest.raises(error):
+            with pytest.raises(error) as caught:
                 await get(client)
+            # Another name and a late date are not cured by trusting its issuer.
+            untrusted = certificate is TEST_CERT and not missing
+            problem = apiserver.connection_problem(caught.value)
+            assert ("set ca_file" in problem) == untrusted
         assert len(upstream.requests) == 2 * works
         client.close()
 
@@ -4984,6 +5024,18 @@ async def test_plain_bytes_before_the_handshake_are_not_taken_for_encrypted_ones
         await until(lambda: connection.buffer)
         with pytest.raises(ConnectionResetError, match="before the TLS handshake"):
             await connection.start_tls(context, "127.0.0.1")
+
+
+@flow
+async def test_a_ca_file_without_a_certificate_is_named(tmp_path):
+    file = tmp_path / "ca.pem"
+    file.write_text("no certificate")
+    async with Upstream(OK) as upstream:
+        url = f"https://127.0.0.1:{upstream.port}"
+        with pytest.raises(OSError) as caught:
+            await get(HTTPClient(url, ca_file=str(file)))
+    problem = apiserver.connection_problem(caught.value)
+    assert problem == f"{file} holds no certificate (PEM)"
 
 
 @flow
