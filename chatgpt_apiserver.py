@@ -484,7 +484,7 @@ def parse_fields(lines: list[str], max_count: int, max_line: int) -> Headers:
     """Parse field lines, given without CRLF (RFC 9112 section 5).
 
     Raise ProtocolError(400) for a malformed line and for a field that must not be
-    repeated, ProtocolError(431) for too many fields or a too long one.
+    repeated, ProtocolError(431) for too many fields or one that is too long.
     """
     if len(lines) > max_count:
         raise ProtocolError(431, f"more than {max_count} header fields")
@@ -517,10 +517,7 @@ def _parse_request_line(line: str) -> tuple[str, str, str]:
 
 
 def _check_start(buffer: bytearray) -> None:
-    """Raise ProtocolError as soon as buffer cannot become a request.
-
-    Otherwise the client would wait for head_timeout and never learn why.
-    """
+    """Refuse at once what cannot become a request: else it waits for head_timeout."""
     if buffer.startswith(b"\x16"):  # a TLS handshake record
         raise ProtocolError(400, "https was sent to an http port; use http://")
     end = buffer.find(b"\n", 0, REQUEST_LINE_SIZE + 2)
@@ -560,9 +557,7 @@ def parse_request_head(
     414 and 431 too large, 501 unsupported transfer coding or overlong method, 505
     another version (RFC 9112 sections 3 and 6).
     """
-    while buffer.startswith(
-        b"\r\n"
-    ):  # section 2.2: some clients send one after content
+    while buffer.startswith(b"\r\n"):  # section 2.2: some send it after content
         del buffer[:2]
     size = buffer.find(b"\r\n\r\n", 0, max_size) + 4
     if size < 4:
@@ -590,10 +585,7 @@ def _parse_status_line(line: str) -> tuple[str, int]:
 
 
 def parse_response_head(buffer: bytearray) -> Response | None:
-    """Take a response head off the front of buffer, or return None if it needs more.
-
-    Raise ProtocolError(502) if it is malformed or too large.
-    """
+    """Take a response head off the front of buffer; ProtocolError(502) if invalid."""
     try:
         lines = _take_head(buffer, RESPONSE_HEAD_SIZE)
         if lines is None:
@@ -641,7 +633,9 @@ def content_length(headers: Headers, version: str = "HTTP/1.1") -> int | None:
     length = headers.get("content-length")
     if coding is not None:
         if length is not None or version == "HTTP/1.0":
-            raise ProtocolError(400, "Transfer-Encoding together with Content-Length")
+            raise ProtocolError(
+                400, "Transfer-Encoding with Content-Length or HTTP/1.0"
+            )
         if coding.lower() != "chunked":
             raise ProtocolError(501, "the only transfer coding supported is chunked")
         return None
@@ -837,10 +831,7 @@ class InflatingDecoder(ContentDecoder):
 
 
 def content_coding(headers: Headers) -> str:
-    """Return the coding to undo: "gzip", "deflate", or "" for none.
-
-    Raise ProtocolError(415) for any other, and for more than one.
-    """
+    """Return "gzip", "deflate", or "" for none; ProtocolError(415) for any other."""
     if "content-encoding" not in headers:
         return ""
     # "none" is not a coding, but widely sent to keep proxies from compressing.
@@ -880,9 +871,7 @@ def end_to_end(
 def encode_head(
     start_line: str, fields: Iterable[tuple[str, str]], ready: bytes = b""
 ) -> bytes:
-    """Return the bytes of a head.  All header fields are written here.
-
-    ready  further fields, as trusted lines
+    """Return the bytes of a head; ready holds further fields, as trusted lines.
 
     Raise ProtocolError(500) for any other line with a control character (header
     injection) or one that is not Latin-1.
@@ -2721,8 +2710,7 @@ def parse_chat_request(content: bytes) -> APIRequest:
 # Everything stands on Connection: accepted sockets, upstream sockets, websockets.  It
 # owns the buffer that the parsers take from, writes, waits for a slow peer, keeps one
 # absolute deadline and notices the end.  It is a Protocol and not a pair of streams:
-# streams cost 12.4 us a request instead of 8.7, and notice a hang-up only while
-# something reads.
+# those cost 12.4 us a request instead of 8.7 and see a hang-up only while reading.
 
 
 PIPELINED_SIZE = 64 * 1024  # bytes read ahead while a request is served
@@ -2774,17 +2762,6 @@ def time_limit(when: float, error: Exception) -> Iterator[None]:
 class Connection(asyncio.Protocol):
     """One TCP or TLS connection.
 
-    buffer        bytes received and not yet parsed
-    eof           the peer has sent its last byte
-    lost          the connection is gone; error is the reason, if there is one
-    writable      drain() would return at once
-    stalled       it was reset because the peer took no byte for write_timeout
-    tls           it is encrypted
-    peer          the peer's IP address, or "" if there is none
-    on_hangup     called once if the peer hangs up while no task is reading
-    eof_is_hangup  whether an EOF counts as a hang-up: the peer may still be waiting
-                  for a response, or may have been killed
-
     Only one task may read.  Several may write; writes do not mix.
     """
 
@@ -2797,17 +2774,19 @@ class Connection(asyncio.Protocol):
         self.limits = limits
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport = _NO_TRANSPORT
-        self.buffer = bytearray()
-        self.eof = False
-        self.lost = False
-        self.writable = True
-        self.stalled = False
+        self.buffer = bytearray()  # received, not yet parsed
+        self.eof = False  # the peer has sent its last byte
+        self.lost = False  # the connection is gone ...
+        self.error: Exception | None = None  # ... for this reason, if there is one
+        self.writable = True  # drain() would return at once
+        self.stalled = False  # reset, as the peer took no byte for write_timeout
         self.tls = False
-        self.error: Exception | None = None
-        self.eof_is_hangup = False
+        # Called once if the peer hangs up while no task is reading.  After an EOF, it
+        # may still be waiting for a response, or may have been killed.
         self.on_hangup: Callable[[], object] | None = None
+        self.eof_is_hangup = False
         self.bytes_sent = 0
-        self.peer = ""
+        self.peer = ""  # IP address, or "" if there is none
         self._on_made = on_made
         self._on_lost = on_lost
         # The result is whether the deadline has passed.  An exception would hold its
@@ -2892,8 +2871,7 @@ class Connection(asyncio.Protocol):
     async def start_tls(self, context: ssl.SSLContext, host: str | None = None) -> None:
         """Start TLS within tls_timeout: as the client of host, or else as a server.
 
-        Raise OSError (ssl.SSLError is one) or asyncio.TimeoutError, with the connection
-        closed.
+        Raise OSError (ssl.SSLError is one) or asyncio.TimeoutError, after closing.
         """
         try:
             if self.buffer:  # these bytes would pass for decrypted ones
@@ -2942,10 +2920,7 @@ class Connection(asyncio.Protocol):
             self._reader.set_result(True)
 
     async def receive(self) -> bool:
-        """Wait for more bytes in the buffer; return False if there will be none.
-
-        Raise asyncio.TimeoutError at the deadline.
-        """
+        """Wait for more bytes: False at the end, TimeoutError at the deadline."""
         if self.eof:
             return False
         size = len(self.buffer)
@@ -2963,7 +2938,7 @@ class Connection(asyncio.Protocol):
         return len(self.buffer) > size or not self.eof
 
     async def read(self, parse: Callable[[bytearray], T | None]) -> T | None:
-        """Return what parse takes off the buffer, or None if the peer ends before.
+        """Return what parse takes off the buffer, or None if the peer ends first.
 
         Raise what parse raises, and asyncio.TimeoutError at the deadline.
         """
@@ -2999,10 +2974,7 @@ class Connection(asyncio.Protocol):
     # --- Writing
 
     def write(self, data: bytes) -> None:
-        """Send data; what the socket does not take now is buffered, see drain().
-
-        Raise ConnectionResetError if the peer is gone.
-        """
+        """Send data or buffer it, see drain(); ConnectionResetError if it is closed."""
         if self.lost or self.transport.is_closing():
             raise ConnectionResetError("the connection is closed")
         self.bytes_sent += len(data)
@@ -3097,14 +3069,12 @@ class Connection(asyncio.Protocol):
                 self.transport.write_eof()
         self.set_deadline(self.loop.time() + LINGER_TIMEOUT)
         taken = len(self.buffer)
-        try:
+        with contextlib.suppress(asyncio.TimeoutError):
             while taken < LINGER_SIZE:
                 self.buffer.clear()
                 if not await self.receive():
                     break
                 taken += len(self.buffer)
-        except asyncio.TimeoutError:
-            pass
         self.close()
 
 
@@ -3256,10 +3226,9 @@ IDLE_CONNECTIONS = 1024  # kept per upstream; a new one costs 155 us, and TLS
 def client_tls_context(
     ca_file: str | None, changed: int, verify: bool
 ) -> ssl.SSLContext:
-    """Return a context that checks servers' certificates.
+    """Return a context that checks servers' certificates; changed: ca_file's mtime.
 
-    changed is ca_file's mtime in ns: a renewed file gets a new context.  All others
-    are shared, as making one takes 20 ms and 900 KiB.
+    It is shared, since making one takes 20 ms and 900 KiB.
     """
     try:
         context = ssl.create_default_context(cafile=ca_file)
@@ -3309,9 +3278,8 @@ class HTTPClient:
         self._lookup: Future[list[str] | str] | None = None
         if proxy and "@" in proxy:
             parts = urllib.parse.urlsplit(proxy)
-            words = (parts.username or "", parts.password or "")
-            pair = ":".join(urllib.parse.unquote(word) for word in words)
-            basic = base64.b64encode(pair.encode()).decode()
+            pair = f"{parts.username or ''}:{parts.password or ''}"
+            basic = base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
             self._proxy_fields = [("Proxy-Authorization", f"Basic {basic}")]
 
     # --- Requests
@@ -3336,17 +3304,15 @@ class HTTPClient:
             head.append(("Content-Length", str(len(content))))
         line = f"{method} {self.address.path}{target} HTTP/1.1"
         message = encode_head(line, head) + content
-        timeout = first_byte_timeout or self.limits.first_byte_timeout
+        wait = first_byte_timeout or self.limits.first_byte_timeout
         connection = self._take_idle()
         if connection is not None:
-            answer = await self._exchange(
-                connection, method, message, timeout, deadline
-            )
+            answer = await self._exchange(connection, method, message, wait, deadline)
             if answer is not None:
                 return answer
             # The upstream closed an idle connection, which is no failure.
         connection = await self.open()
-        answer = await self._exchange(connection, method, message, timeout, deadline)
+        answer = await self._exchange(connection, method, message, wait, deadline)
         if answer is None:
             raise self.address.unanswered()
         return answer
@@ -3430,8 +3396,7 @@ class HTTPClient:
         oldest = loop.time() - self.limits.idle_upstream_timeout
         for connection, since in list(self._idle.items()):
             if since > oldest:
-                delay = since - oldest
-                self._sweeper = loop.call_later(delay, self._sweep, loop)
+                self._sweeper = loop.call_later(since - oldest, self._sweep, loop)
                 break
             self._drop(connection)
 
@@ -3444,10 +3409,7 @@ class HTTPClient:
             self._drop(connection)
 
     async def open(self) -> Connection:
-        """Return a new connection to the address, through the proxy if there is one.
-
-        Raise OSError and asyncio.TimeoutError.
-        """
+        """Return a new connection, maybe via proxy; OSError, asyncio.TimeoutError."""
         try:
             connection = await self._dial()
         except ConnectionRefusedError:
@@ -3505,7 +3467,7 @@ class HTTPClient:
         return connection
 
     async def addresses(self) -> list[str]:
-        """Return the addresses of host or proxy; OSError, asyncio.TimeoutError."""
+        """Return the host's or proxy's addresses; OSError, asyncio.TimeoutError."""
         host, port = self._next_hop.host, self._next_hop.port
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(host))]
@@ -3534,8 +3496,7 @@ class HTTPClient:
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         fields = [("Host", authority), *self._proxy_fields]
         connection.write(encode_head(f"CONNECT {authority} HTTP/1.1", fields))
-        timeout = self.limits.connect_timeout
-        connection.set_deadline(connection.loop.time() + timeout)
+        connection.set_deadline(connection.loop.time() + self.limits.connect_timeout)
         head = await connection.read(parse_response_head)
         if head is None or not 200 <= head.status < 300 or connection.buffer:
             status = "no answer" if head is None else f"status {head.status}"
@@ -3562,7 +3523,7 @@ class ClientResponse(Answer):
         self._keep_alive = keeps_alive(head) and self.delimited
         coding = ""
         if "content-encoding" in head.headers:
-            # Some compress whatever the client accepts.
+            # We never ask for one, but some compress all the same.
             try:
                 coding = content_coding(head.headers)
             except ProtocolError as error:
@@ -3642,10 +3603,6 @@ class WebSocket:
     The loop ends when the peer closes, hangs up or breaks the protocol; close_code
     is the reason (RFC 6455 section 7.1.5).  Iterating also answers pings and detects a
     vanished peer, so one task has to do it all the time.
-
-    busy_until  loop time until which the peer may be too busy to answer pings
-    heartbeat  called after a silence, in place of ping()
-    headers    of the server's response to our handshake
     """
 
     def __init__(
@@ -3660,9 +3617,9 @@ class WebSocket:
         self.limits = limits
         self.close_code = 1006
         self.close_reason = ""
-        self.busy_until = 0.0
-        self.headers = Headers()
-        self.heartbeat: Callable[[], None] | None = None
+        self.busy_until = 0.0  # loop time; until then, a missing pong means nothing
+        self.headers = Headers()  # of the server's response to our handshake
+        self.heartbeat: Callable[[], None] | None = None  # called in place of ping()
         self._protocol = WebSocketProtocol(
             masks, limits.message_size if max_size is None else max_size
         )
@@ -3704,13 +3661,13 @@ class WebSocket:
             raise ProtocolError(426, "only websocket version 13 is supported")
         if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
             raise ProtocolError(400, "the Sec-WebSocket-Key field is malformed")
-        answer = [
+        response = [
             ("Upgrade", "websocket"),
             ("Connection", "Upgrade"),
             ("Sec-WebSocket-Accept", accept_key(key)),
             *fields,
         ]
-        connection.write(encode_head("HTTP/1.1 101 Switching Protocols", answer))
+        connection.write(encode_head("HTTP/1.1 101 Switching Protocols", response))
         return cls(connection, masks=False, max_size=max_size)
 
     @classmethod
@@ -3751,21 +3708,21 @@ class WebSocket:
         try:
             connection.write(head)
             connection.set_deadline(connection.loop.time() + limits.head_timeout)
-            answer = await connection.read(parse_response_head)
-            if answer is None:
+            response = await connection.read(parse_response_head)
+            if response is None:
                 raise client.address.unanswered()
-            cls._check_handshake(answer, key)
+            cls._check_handshake(response, key)
         except BaseException:
             connection.abort()
             raise
         websocket = cls(connection, masks=True, max_size=max_size)
-        websocket.headers = answer.headers
+        websocket.headers = response.headers
         return websocket
 
     @staticmethod
-    def _check_handshake(answer: Response, key: str) -> None:
+    def _check_handshake(response: Response, key: str) -> None:
         """Raise ProtocolError unless the server's response accepts our handshake."""
-        status, headers = answer.status, answer.headers
+        status, headers = response.status, response.headers
         if status != 101:
             reason = f"{status} {REASONS.get(status, '')}".rstrip()
             raise ProtocolError(status, f"the websocket was refused: {reason}")
@@ -3774,7 +3731,7 @@ class WebSocket:
             or "upgrade" not in headers.tokens("connection")
             or headers.get("sec-websocket-accept") != accept_key(key)
         ):
-            raise ProtocolError(502, "its handshake response does not fit our key")
+            raise ProtocolError(502, "its handshake response is invalid")
         if "sec-websocket-extensions" in headers or "sec-websocket-protocol" in headers:
             raise ProtocolError(502, "it chose an extension that was not offered")
 
@@ -3844,7 +3801,7 @@ class WebSocket:
             self._end(*payload)
             self._write(self._protocol.close(payload[0]))
             if self._protocol.masks:  # section 7.1.1: the server closes TCP
-                self._abort_later()
+                self.connection.loop.call_later(CLOSE_TIMEOUT, self.connection.abort)
             else:
                 self.connection.close()
         elif self._flooded():
@@ -3876,10 +3833,6 @@ class WebSocket:
             self.close_code = code
             self.close_reason = reason
 
-    def _abort_later(self) -> None:
-        loop = self.connection.loop
-        loop.call_later(CLOSE_TIMEOUT, self.connection.abort)
-
     def _write(self, frame: bytes) -> None:
         """Write a frame, or drop it if the peer is gone."""
         with contextlib.suppress(ConnectionResetError):
@@ -3887,7 +3840,7 @@ class WebSocket:
 
     @property
     def closing(self) -> bool:
-        """Whether close() has been called."""
+        """Whether our close frame has been sent."""
         return self._protocol.close_sent
 
     def ping(self) -> None:
@@ -3917,7 +3870,7 @@ class WebSocket:
         """Start the closing handshake; the task that iterates sees its end."""
         if not self.connection.lost and not self._protocol.close_sent:
             self._write(self._protocol.close(code, reason))
-            self._abort_later()
+            self.connection.loop.call_later(CLOSE_TIMEOUT, self.connection.abort)
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
         """Close, and wait at most CLOSE_TIMEOUT for the peer to close, too."""
