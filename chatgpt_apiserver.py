@@ -9222,8 +9222,8 @@ class Exchange:
                 headers, _PRIVATE_REQUEST_FIELDS, _PRIVATE_REQUEST_PREFIXES
             )
         request.headers = dict(headers.relayed)
-        request.headers.setdefault("content-type", "application/json")
-        if request.is_json:  # curl -d labels it a form
+        # curl -d labels JSON as a form.
+        if request.is_json or "content-type" not in request.headers:
             request.headers["content-type"] = "application/json"
         call = await self.relay(request)
         if call.content is None:
@@ -9249,10 +9249,9 @@ class Exchange:
         server, connection, user = self.server, self.connection, self.user
         self.model = (request.model or "").partition("?")[0]  # mocks take parameters
         self._check_model(request, user)
-        self.reply.limit = limit = server.limit_of(user)
-        server.begin_request(user, limit)
+        self.reply.limit = server.limit_of(user)
+        server.begin_request(self, user)
         self.call = call = server.pool.call(request)
-        server.running_requests[self] = None
         request.user = user.user_id
         request.id = self.id
         request.deadline = self.started + server.limits.request_timeout
@@ -9358,20 +9357,19 @@ class Exchange:
 
     # --- The end
 
-    def end(self, counted_path: str) -> None:
+    def end(self) -> None:
         """Release its resources, write the access line and record the request."""
         server, call = self.server, self.call
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
         self._reserve(-self.reserved)
         if call is not None and self.user is not None:
-            server.end_request(self.user)
-            del server.running_requests[self]
+            server.end_request(self, self.user)
         if self.reply.status != 101:  # a websocket's was written with the 101
             self.log()
         if self.request.method == "POST" and self.path.startswith(("/v1/", "/api/ask")):
             record = self.record(self.connection.loop.time())
-            server.count(record, counted_path, None if call is None else self.user)
+            server.count(record, None if call is None else self.user)
         self.call = None  # or its content would live as long as the connection
 
     @property
@@ -10226,11 +10224,7 @@ class RequestHandler:
         try:
             if tls is not None and not await self._start_tls(tls):
                 return
-            closing = False
-            while not closing:
-                request = await self._read_request()
-                if request is None:
-                    break
+            while (request := await self._read_request()) is not None:
                 self._served += 1
                 self.exchange = exchange = Exchange(self.server, connection, request)
                 exchange.reply.close = (
@@ -10245,8 +10239,9 @@ class RequestHandler:
                     await connection.drain()
                 elif connection.buffer:
                     await asyncio.sleep(0)  # a long pipeline must not starve others
-                closing = exchange.reply.close
                 self.exchange = None
+                if exchange.reply.close:
+                    break
         except ConnectionError:
             connection.abort()
         finally:
@@ -10348,8 +10343,7 @@ class RequestHandler:
             text = f"Internal error; look for {exchange.id} in the log."
             exchange.fail(APIError(500, text))
         finally:
-            known = exchange.path in ROUTES or exchange.path in DIALECTS
-            exchange.end(exchange.path if known else "other")
+            exchange.end()
         if reply.content_left and reply.content_buffered:
             del self.connection.buffer[: exchange.request.content_length]
         elif reply.content_left:  # the request was refused before it was read
@@ -10493,7 +10487,6 @@ class Server(Stoppable):
     url = ""
     tls: ssl.SSLContext | None = None  # for https and wss
     draining = False
-    requests_in_flight = 0
     content_size = 0  # bytes reserved for content
     _status = (-math.inf, b"", "")  # when it was made, content, ETag
     _max_connections = 0
@@ -10558,7 +10551,7 @@ class Server(Stoppable):
         self.conversations = Conversations(limits)
         self.journal = Journal()
         self.running_requests: dict[Exchange, None] = {}  # oldest first
-        self._running: dict[str, int] = {}  # how many, by user_id
+        self._in_flight: dict[str, int] = {}  # how many of them, by user_id
         self._wanted_port = port
         self._certificate = (tls_cert, tls_key)
         self._handlers: dict[Connection, RequestHandler] = {}
@@ -10616,8 +10609,8 @@ class Server(Stoppable):
             opened.pop_all()
         self._listeners = listeners
         address, self.port = sockets[0].getsockname()[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, address)
-        host = f"[{host}]" if ":" in host and "[" not in host else host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+        host = f"[{host}]" if ":" in host else host
         self.url = f"http{'s' if self.tls else ''}://{host}:{self.port}"
         self._spawn(self._repeat(self._poll_users, lambda: limits.users_poll_interval))
         self._spawn(self._exchange_usage())
@@ -10739,15 +10732,21 @@ class Server(Stoppable):
         here = is_loopback(self.listen or "localhost") and self.tls is None
         return self.keyless_agents or ("local" if here else "key")
 
-    def begin_request(self, user: User, limit: UsageLimit | None) -> None:
+    @property
+    def requests_in_flight(self) -> int:
+        """How many requests are between begin_request() and end_request()."""
+        return len(self.running_requests)
+
+    def begin_request(self, exchange: Exchange, user: User) -> None:
         """Admit a user's request, until end_request(); APIError(429, 503)."""
         if self.requests_in_flight >= self.limits.requests_in_flight:
             raise APIError(503, "The server is too busy; try again.", retry_after=1)
-        running = self._running.get(user.user_id, 0)
+        running = self._in_flight.get(user.user_id, 0)
         most = user.max_concurrency or self.limits.user_requests_in_flight
         if most and running >= most:
             text = f"You have {running} requests in flight, the most allowed at once."
             raise APIError(429, text, code="user_limit_exceeded", retry_after=1)
+        limit = exchange.reply.limit
         over = None if limit is None else limit.over(running)
         if over is not None:
             quota, used, end = over
@@ -10758,15 +10757,15 @@ class Server(Stoppable):
                 code="user_limit_exceeded",
                 retry_after=max(0.0, end - unix_time()),
             )
-        self._running[user.user_id] = running + 1
-        self.requests_in_flight += 1
+        self._in_flight[user.user_id] = running + 1
+        self.running_requests[exchange] = None
 
-    def end_request(self, user: User) -> None:
+    def end_request(self, exchange: Exchange, user: User) -> None:
         """Count a user's request as no longer in flight."""
-        self.requests_in_flight -= 1
-        left = self._running.pop(user.user_id) - 1
+        del self.running_requests[exchange]
+        left = self._in_flight.pop(user.user_id) - 1
         if left:
-            self._running[user.user_id] = left
+            self._in_flight[user.user_id] = left
 
     def limit_of(self, user: User) -> UsageLimit | None:
         """Return a user's limit, or None."""
@@ -10777,13 +10776,11 @@ class Server(Stoppable):
         name = user.user_id or user.name
         return self.ledger.limit_of(name, quotas) if quotas else None
 
-    def count(self, record: RequestRecord, path: str, user: User | None) -> None:
-        """Record a request that has ended: journal, metrics, ledger.
-
-        path  its label in /metrics, one of a few
-        user  its user, or None if begin_request() did not admit it
-        """
+    def count(self, record: RequestRecord, user: User | None) -> None:
+        """Record a request that has ended; user is None if it was not admitted."""
         self.journal.add(record)
+        path = record.path  # in /metrics, one of a few
+        path = path if path in ROUTES or path in DIALECTS else "other"
         model = known = record.model
         for controller in self.pool.controllers:
             if controller.serves(model) == NAMED:
