@@ -5769,7 +5769,7 @@ class AgentController(Controller):
     async def serve(self) -> None:
         """Read the agent's messages until it leaves."""
         # The id under which it is registered: maybe not the one sent at first.
-        self.tell("Connection id", '{"version": 2}')
+        self.tell("Connection id", _to_ascii({"version": 2, "name": self.name}))
         try:
             async for message in self.websocket:
                 self._receive(*open_envelope(message))
@@ -9944,12 +9944,14 @@ def switch(exchange: Exchange, body: JSONObject, off: bool) -> Controller:
 async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/agents/pause {"id", "paused"}: it stays connected, but idle.
 
-    "paused" is true by default; false ends the pause.
+    "id" may be its name, too.  "paused" is true by default; false ends the pause.
     """
     id, paused = body.get("id"), body.get("paused", True)
     if not isinstance(id, str) or not isinstance(paused, bool):
         raise APIError(400, "Expected an agent's 'id', and 'paused', true or false.")
-    if not exchange.server.pause(id, paused):
+    server = exchange.server
+    named = server.pool.find(id)
+    if not server.pause(id, paused) and not (named and server.pause(named.id, paused)):
         raise APIError(404, "Agent not found")
     return {"message": "Agent paused" if paused else "Agent resumed"}
 
@@ -10972,7 +10974,7 @@ class Server(Stoppable):
 
 # Seconds until an agent redials: random, up to a cap that doubles from FIRST to MAX;
 # after a refused key MAX.  For the first minute the cap is SOON, so that a restarted
-# server has its agents back quickly.
+# server has its agents back quickly, unless the server's answer was a refusal.
 REDIAL_FIRST = 0.5
 REDIAL_SOON = 2.0
 REDIAL_SOON_TIME = 60.0
@@ -10992,7 +10994,8 @@ SERVER_ADDRESSES = 64  # dialled at most, for each name
 _HINTS = {
     401: "it requires a valid agent's token; pass one with --key",
     403: "this key may not register an agent; pass an agent's token with --key",
-    404: "there is no chatgpt_apiserver at this address; is a path missing?",
+    404: "there is no chatgpt_apiserver at this address; is its path right?",
+    426: "no websocket arrives; does a proxy forward Upgrade, and is the path right?",
     **dict.fromkeys((301, 302, 307, 308), "it redirects; is it https?"),
 }
 
@@ -11000,8 +11003,8 @@ _HINTS = {
 def register_url(url: str) -> str:
     """Return where to register at a server: http, https, ws, wss or host:port.
 
-    A path prefix (a proxy's, or /k/<token>) is kept.  Raise ValueError without
-    repeating the URL.
+    A path prefix (a proxy's, or /k/<token>) is kept, a client's /v1 is not.  Raise
+    ValueError without repeating the URL.
     """
     whole = url if "://" in url else f"http://{url}"
     try:
@@ -11011,7 +11014,7 @@ def register_url(url: str) -> str:
     except ValueError:
         text = "expected the URL of a server, such as http://my-server:8080"
         raise ValueError(text) from None
-    path = path.removesuffix("/client/register")
+    path = path.removesuffix("/client/register").removesuffix("/v1")
     return f"{scheme}://{address.authority}{path}/client/register"
 
 
@@ -11058,12 +11061,12 @@ class Link:
         loop = asyncio.get_running_loop()
         delay, lost_at = REDIAL_FIRST, loop.time()
         while self.wanted:
-            joined_before, self.joined_at, refused = bool(self.joined_at), 0.0, False
+            joined_before, self.joined_at, status = bool(self.joined_at), 0.0, 0
             try:
                 problem = await self._serve_connection()
             except (OSError, asyncio.TimeoutError, ProtocolError) as error:
                 problem = join_problem(self.server, error)
-                refused = getattr(error, "status", 0) in (401, 403)
+                status = getattr(error, "status", 0)
             if self.agent.ending:
                 return
             # Do not report an address that never worked while another one does: many
@@ -11076,10 +11079,12 @@ class Link:
                 lost_at = loop.time()
                 if lost_at - self.joined_at > delay:
                     delay = REDIAL_FIRST  # the connection was stable
-            soon = loop.time() - lost_at < REDIAL_SOON_TIME
+            refused = 300 <= status < 500  # no restart: a proxy has 502 or 503 for it
+            soon = loop.time() - lost_at < REDIAL_SOON_TIME and not refused
             delay = min(delay, REDIAL_SOON if soon else REDIAL_MAX, REDIAL_MAX)
             # Full jitter: a thousand agents must not redial at the same moment.
-            await asyncio.sleep(REDIAL_MAX if refused else random.uniform(0, delay))
+            no_key = status in (401, 403)
+            await asyncio.sleep(REDIAL_MAX if no_key else random.uniform(0, delay))
             delay *= 2
 
     # --- The connection
@@ -11135,6 +11140,9 @@ class Link:
         """Handle one message from the server."""
         if kind == "Connection id":
             self.id = id
+            name = as_object(read_json(data)).get("name", self.agent.name)
+            if name != self.agent.name:  # another agent has it
+                self.agent.report(f"{self.server} calls this agent {_word(str(name))}")
         elif kind in ("Pause", "Resume"):
             self.agent.report(f"{kind.lower()}d by {self.server}")
         elif kind == "ApiCancel" and id in self.calls:

@@ -14374,6 +14374,9 @@ def test_an_agent_finds_the_programs_on_this_machine(monkeypatch):
     ("h:8080", "http://h:8080/client/register"),
     ("[::1]:8080", "http://[::1]:8080/client/register"),
     ("http://h/k/T", "http://h/k/T/client/register"),
+    ("http://h/v1", "http://h/client/register"),
+    ("https://h/proxy/v1/", "https://h/proxy/client/register"),
+    ("http://h/v1/client/register", "http://h/client/register"),
     ("ws://h/client/register", "http://h/client/register"),
     ("", None),
     ("ftp://h", None),
@@ -14524,7 +14527,13 @@ async def test_a_server_that_falls_silent_is_left_and_dialled_again():
             assert agent.log.has("1011 no answer to a ping")
 
 
-@cases("status, words", (404, "is a path missing"), (301, "redirects"), (503, "503"))
+@cases(
+    "status, words",
+    (404, "is its path right"),
+    (426, "does a proxy forward Upgrade"),
+    (301, "redirects"),
+    (503, "503"),
+)
 @flow
 async def test_an_agent_says_what_is_wrong_with_a_server(status, words):
     async with AgentServer(status=status) as server:
@@ -14532,6 +14541,36 @@ async def test_an_agent_says_what_is_wrong_with_a_server(status, words):
             await until(lambda: len(server.heads) > 2)
             (line,) = agent.log
             assert words in line and "127.0.0.1" in line
+
+
+@cases("status, backs_off", (404, True), (426, True), (302, True), (503, False))
+@flow
+async def test_an_agent_backs_off_from_a_server_that_refuses_it(
+    constant, monkeypatch, status, backs_off
+):
+    """A restart is over soon, and a proxy in front tells it by a 502 or 503."""
+    constant(REDIAL_SOON=0.06, REDIAL_MAX=1.0)
+    longest = []
+
+    def uniform(least, most):
+        longest.append(most)
+        return 0
+
+    monkeypatch.setattr(random, "uniform", uniform)
+    async with AgentServer(status=status) as server, agent_of(server.port, says_hi()):
+        await until(lambda: len(longest) > 6)
+    assert max(longest) == (1.0 if backs_off else 0.06)
+
+
+@flow
+async def test_an_agent_tells_what_the_server_calls_it(server):
+    async with agent_of(server, says_hi()) as one, agent_of(server, says_hi()) as two:
+        await until(lambda: two.log.has(" calls this agent box-2"))
+        assert [server.agents[agent.id].name for agent in (one, two)] == [
+            "box",
+            "box-2",
+        ]
+        assert not one.log.has("calls this agent")
 
 
 def agent_command(script, **options):
@@ -14947,8 +14986,9 @@ async def test_a_paused_agent_stays_and_is_asked_for_nothing(tmp_path):
 @cases(
     "off, on",
     (("agents/pause", {}), ("agents/pause", {"paused": False})),
+    (("agents/pause", {"id": "box"}), ("agents/pause", {"id": "box", "paused": False})),
     (("controllers/disable", {}), ("controllers/enable", {})),
-    ids=["pause", "disable"],
+    ids=["pause", "by-name", "disable"],
 )
 @flow
 async def test_an_administrator_pauses_an_agent_also_when_it_comes_back(
