@@ -8916,7 +8916,7 @@ _ERROR_FIELDS = {
 _EVENT_FIELDS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # nginx would collect events
+    "x-accel-buffering": "no",  # or nginx holds events back
 }
 _NO_CORS = ("/admin", "/api/connections")  # pages of other origins may not read these
 # What SDKs append to a base URL.
@@ -9090,7 +9090,7 @@ def request_id_of(request: Request) -> str:
 
 
 class Exchange:
-    """One request and what came of it."""
+    """One request and its outcome."""
 
     user: User | None = None  # set once authenticated
     allowed = ""  # the methods of its path
@@ -9155,7 +9155,7 @@ class Exchange:
             pieces += piece
             if len(pieces) > max_size:
                 raise APIError(413, f"The content is over {max_size:.0f} bytes.")
-            self._reserve(len(piece))  # as it arrives: any length can be announced
+            self._reserve(len(piece))  # as it arrives: an announced length is free
             seconds = connection.loop.time() - began
             slow = len(pieces) < seconds * limits.content_rate
             if slow and seconds > CONTENT_RATE_AFTER:
@@ -9175,7 +9175,7 @@ class Exchange:
 
     @property
     def _content_share(self) -> float:
-        """Bytes of the memory for content that the user may take up.
+        """The user's share of total_content_size, in bytes.
 
         Half of it, or one user's slow uploads could shut out all others.
         """
@@ -9436,7 +9436,7 @@ class Exchange:
 # to send; RequestHandler answers what it raises.  The table at the end says who may
 # use a route and what is read before it runs.
 
-# Seconds in which an agent has to introduce itself on its new websocket.
+# Seconds for an agent's first message; then its websocket is closed.
 FIRST_MESSAGE_TIMEOUT = 10.0
 
 _KEY_FIELDS = ("x-api-key", "api-key", "x-goog-api-key")  # beside Authorization
@@ -9757,7 +9757,7 @@ async def do_register(exchange: Exchange) -> None:
     if first is None:
         return
     claimed_id, hello = first
-    # Version 1 sends nothing here; what cannot be parsed counts as nothing.
+    # Version 1 sends nothing here; unparsable data counts as nothing.
     about = as_object(read_json(hello))
     about = about if about.get("version") == 2 else {}
     kind = AgentController if about else TextAgent
@@ -9897,7 +9897,7 @@ async def do_admin_status(exchange: Exchange) -> None:
 async def do_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/requests/cancel: the client gets an error, the controller stops."""
     running, id = exchange.server.running_requests, string_field(body, "request_id")
-    found = [each for each in running if each.id == id]  # clients may repeat theirs
+    found = [each for each in running if each.id == id]  # clients may reuse an id
     if not found:
         raise APIError(404, "Request not found")
     text = "The server's administrator cancelled this request."
@@ -10001,7 +10001,7 @@ def usage_csv(columns: list[str], rows: list[JSONObject]) -> str:
     return file.getvalue()
 
 
-# --- For monitors, and for anybody
+# --- For monitors and everybody
 
 
 async def do_status(exchange: Exchange) -> JSONObject:
@@ -10202,8 +10202,8 @@ async def follow_route(exchange: Exchange) -> None:
 # Request handler: a connection's requests, one after the other
 # -----------------------------------------------------------------------------
 #
-# It reads request heads, makes an Exchange of each, and answers what a route raises.
-# It decides whether to keep the connection, and times out slow clients.
+# It reads request heads, makes an Exchange for each, and answers the errors that a
+# route raises.  It decides whether to keep the connection, and times out slow clients.
 
 # Stands in for a request whose head could not be read.
 _NO_REQUEST = Request("-", "", "HTTP/1.1", "", "", Headers(), None)
@@ -10235,8 +10235,8 @@ class RequestHandler:
                     or self.server.draining
                 )
                 await self._respond(exchange)
-                # A client that pipelines and never reads would fill the memory; and
-                # close() waits only a moment for what is unsent.
+                # Drain now: a client that pipelines and never reads would fill the
+                # memory, and close() waits only a moment for unsent bytes.
                 if not connection.writable and not connection.closing:
                     await connection.drain()
                 elif connection.buffer:
@@ -10253,8 +10253,8 @@ class RequestHandler:
     async def _start_tls(self, context: ssl.SSLContext) -> bool:
         """Do the TLS handshake; return whether it succeeded.
 
-        Here and not in asyncio: a limit counts it, shutdown() ends it, and a failure
-        is no error in the log.
+        Not left to asyncio, so that the connection limit and shutdown() cover it, and
+        a failure is not logged as an error.
         """
         connection, server = self.connection, self.server
         try:
@@ -10403,7 +10403,7 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
 
 
 def connection_limit(limits: Limits) -> int:
-    """Return how many connections the limit on open files allows, two per stream."""
+    """Return how many connections the open-file limit allows; a stream takes two."""
     files = 8192
     if os.name == "posix":
         import resource
@@ -10414,7 +10414,7 @@ def connection_limit(limits: Limits) -> int:
 
 
 async def cancel_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks, and wait until they have cleaned up."""
+    """Cancel tasks, and wait until they have cleaned up, 3 s at most."""
     running = set(tasks)
     # More than once: before Python 3.12 wait_for() loses cancellations, and a user's
     # function may swallow one.
@@ -10651,7 +10651,7 @@ class Server(Stoppable):
             await self.shutdown()
 
     async def shutdown(self) -> None:
-        """Accept nothing new; let requests finish for drain_timeout seconds; stop."""
+        """Stop accepting, give requests drain_timeout seconds to finish, then stop."""
         self.draining = True
         for listener in self._listeners:
             listener.close()
@@ -10681,7 +10681,7 @@ class Server(Stoppable):
         self.url = ""
 
     def _serves(self, websockets: bool) -> bool:
-        """Whether any websocket, or else any request, is being served."""
+        """Whether any websocket, or else any other request, is in progress."""
         return any((e.reply.status == 101) == websockets for e in self.exchanges)
 
     @property
@@ -10736,11 +10736,11 @@ class Server(Stoppable):
 
     @property
     def requests_in_flight(self) -> int:
-        """How many requests are between begin_request() and end_request()."""
+        """Requests between begin_request() and end_request()."""
         return len(self.running_requests)
 
     def begin_request(self, exchange: Exchange, user: User) -> None:
-        """Admit a user's request, until end_request(); APIError(429, 503)."""
+        """Admit a user's request, counted until end_request(); APIError(429, 503)."""
         if self.requests_in_flight >= self.limits.requests_in_flight:
             raise APIError(503, "The server is too busy; try again.", retry_after=1)
         running = self._in_flight.get(user.user_id, 0)
@@ -10792,7 +10792,7 @@ class Server(Stoppable):
         self.metrics.observe(record, path, known)
         if user is not None:
             name = record.attempts[-1][0] if record.attempts else ""
-            # Unknown names would fill the memory, and are nobody's usage.
+            # Unknown names would fill the memory; their failures count as "other".
             model = known if record.failed else model
             user_id = user.user_id or user.name
             self.ledger.record(user_id, model, name, int(record.failed), record.usage)
@@ -10834,7 +10834,7 @@ class Server(Stoppable):
         build = metric_labels(version=__version__)
         yield f"{prefix}build_info", "The running version.", build, 1
         yield f"{prefix}waiting", "Requests in the queue.", "", pool.waiting
-        yield f"{prefix}agents_connected", "Agents.", "", len(self.agents)
+        yield f"{prefix}agents_connected", "Connected agents.", "", len(self.agents)
         for c in pool.controllers:
             labels = metric_labels(controller=c.name)
             yield f"{prefix}in_flight", "Requests at a controller.", labels, c.in_flight
@@ -10851,7 +10851,7 @@ class Server(Stoppable):
     # --- Agents
 
     def register(self, agent: AgentController, claimed_id: str) -> None:
-        """Add an agent; it may claim an id that is free or has the same credential.
+        """Add an agent, with the id it claims if that is free or of its credential.
 
         The newer socket wins: the older one may be dead without anybody noticing.
         """
@@ -10908,13 +10908,13 @@ class Server(Stoppable):
             logger.error("a task failed", exc_info=task.exception())
 
     async def _repeat(self, work: Callable[[], Any], wait: Callable[[], float]) -> None:
-        """Do some work regularly."""
+        """Run work at intervals."""
         while True:
             await asyncio.sleep(wait())
             await work()
 
     async def _poll_users(self) -> None:
-        """Take over changes that others made to users.json."""
+        """Apply changes that others made to users.json."""
         await self.users.refresh()
         self.dismiss_agents()
 
@@ -10925,9 +10925,9 @@ class Server(Stoppable):
             await self._flush_usage(write=turn % USAGE_WRITE_TURNS == 0)
 
     async def _flush_usage(self, write: bool = True) -> None:
-        """Write and read usage.jsonl if there is a user or a limit, or it is wanted.
+        """Write and read usage.jsonl if it is wanted, or there is a user or a limit.
 
-        A file that nobody needs surprises people.
+        An unneeded file would surprise people.
         """
         limits = any(c.limit is not None for c in self.pool.controllers)
         if self._usage_is_wanted or limits or self.users.users:
