@@ -5405,9 +5405,9 @@ class Controller:
         return True
 
     def serves(self, model: str | None) -> int:
-        """How it serves a model: NOT, because it takes ANY, or NAMED; see Pool.
+        """Return how it serves a model: NOT, NAMED, or ANY if it takes all models.
 
-        None stands for any model it has.
+        A request without a model (None) suits every controller that has one.
         """
         if self.models is None:  # any, but only the mocks serve the mocks' names
             if model is not None and model.startswith("mock/"):
@@ -5886,7 +5886,7 @@ class TextAgent(AgentController):
         }
         timeout, text = self.limits.ask_timeout, _to_ascii(data)
         call, kind, text = await self._ask(id, "ChatGptRequest", text, timeout, request)
-        await call.aclose()
+        await call.aclose()  # there is only one reply
         reply = as_object(read_json(text))
         answer = reply.get("content")
         if kind != "ChatGptResponse" or not isinstance(answer, str):
@@ -6659,7 +6659,7 @@ CONVERSATION_LEAD = 16
 
 
 def parse_retry_after(headers: dict[str, str]) -> float | None:
-    """Return the seconds of Retry-After (a number or a date) or retry-after-ms."""
+    """Return the seconds to wait by Retry-After or retry-after-ms, or None."""
     text = headers.get("retry-after", "")
     try:
         if "retry-after-ms" in headers:
@@ -6886,8 +6886,8 @@ class Pool:
         """Return the controllers that could serve a request if they were free.
 
         Those that name or list its model exclude all others: what is meant for the
-        machine in the next room must not go to an outside API.  A model that none
-        of them names goes to those that take any.
+        machine in the next room must not go to an outside API, even while that
+        machine's agent is expected back.  Other models go to those that take any.
         """
         if request.agent_id is not None:
             return [c for c in self.controllers if c.id == request.agent_id]
@@ -7126,7 +7126,7 @@ class Pool:
         return outcome
 
     def _make_room(self, request: APIRequest) -> None:
-        """If the queue is full, the user with most requests in it loses the last."""
+        """If the queue is full, refuse the last request of the user with the most."""
         if self.waiting < self.limits.queue_size:
             return
         full = APIError(
