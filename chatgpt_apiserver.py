@@ -717,7 +717,7 @@ class ChunkedDecoder(ContentDecoder):
         self._trailers = False  # the last chunk has been read
 
     def decode(self, buffer: bytearray) -> bytes:
-        data = bytes(buffer)  # slicing bytes: 0.4 us a chunk, not 0.7
+        data = bytes(buffer)  # slicing it takes 0.4 us a chunk, the bytearray 0.7
         pieces: list[bytes] = []
         at = 0
         while not self._trailers:
@@ -873,8 +873,8 @@ def encode_head(
 ) -> bytes:
     """Return the bytes of a head; ready holds further fields, as trusted lines.
 
-    Raise ProtocolError(500) for any other line with a control character (header
-    injection) or one that is not Latin-1.
+    Raise ProtocolError(500) if another line has a control character (header
+    injection) or is not Latin-1.
     """
     lines = [start_line, *map(": ".join, fields), ""]
     try:
@@ -3228,7 +3228,7 @@ def client_tls_context(
 ) -> ssl.SSLContext:
     """Return a context that checks servers' certificates; changed: ca_file's mtime.
 
-    It is shared, since making one takes 20 ms and 900 KiB.
+    Clients share it: making one takes 20 ms and 900 KiB.
     """
     try:
         context = ssl.create_default_context(cafile=ca_file)
