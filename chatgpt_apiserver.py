@@ -1796,7 +1796,7 @@ class EventStream:
 
     WORDS: ClassVar[tuple[str, ...]] = ()  # an event without any is relayed unparsed
     ENDS: ClassVar[tuple[str, ...]] = ()  # event types that end the stream
-    WHOLE = ""  # the field with the answer so far, in the first event and some others
+    ANSWER = ""  # field with the answer so far, in the first event and some others
     LAST = b""  # appended to a complete stream that lacks it
 
     def __init__(
@@ -1810,7 +1810,7 @@ class EventStream:
         self.error: ErrorObject | None = None  # from an error event: it is not relayed
         self.usage = Usage()  # so far
         self.events = 0  # number of events so far, roughly
-        self.whole: JSONObject = {}  # the first WHOLE
+        self.answer: JSONObject = {}  # as the first event has it
         self._hide_usage = hide_usage
         self._unfinished = choices if self.WORDS else 0  # choices still to finish
         self._decoder = SSEDecoder(max_size)
@@ -1829,7 +1829,7 @@ class EventStream:
             return block
         kept = []
         for raw, event in split_events(block):
-            if event is None or self._relays(event):
+            if event is None or self._process(event):
                 kept.append(raw)
             if self.ended:
                 break
@@ -1839,19 +1839,19 @@ class EventStream:
         """Return whether a block needs no parsing; text is the block, decoded."""
         return not any(word in text for word in self.WORDS)
 
-    def _relays(self, data: bytes) -> bool:
+    def _process(self, data: bytes) -> bool:
         """Process an event and return whether to relay it."""
         event = as_object(read_json(data))  # anything but JSON is relayed
-        whole = as_object(event.get(self.WHOLE))
+        answer = as_object(event.get(self.ANSWER))
         kind = event.get("type")
         if event.get("error") or "error" in (kind, event.get("object")):
             self.error = find_error(event if event.get("error") else {"error": event})
             self.ended = True
             return False
-        self.whole = self.whole or whole
+        self.answer = self.answer or answer
         self.ended = kind in self.ENDS
         # The last event's counts are cumulative, but may omit the input's.
-        new = read_usage(whole.get("usage") or event.get("usage"))
+        new = read_usage(answer.get("usage") or event.get("usage"))
         self.usage = Usage(*(now or seen for now, seen in zip(new, self.usage)))
         hidden = self._hide_usage and isinstance(event.get("usage"), dict)
         return not hidden or bool(event.get("choices"))
@@ -1864,8 +1864,8 @@ class EventStream:
         rest = b"" if self.ended else self._decoder.end()
         data = event_data(rest) or b""
         # Half an event does not count, nor does its finish_reason.
-        whole = data.strip() == b"[DONE]" or read_json(data) is not None
-        block = self.receive(rest) if whole or not self.WORDS else b""
+        complete = data.strip() == b"[DONE]" or read_json(data) is not None
+        block = self.receive(rest) if complete or not self.WORDS else b""
         if self.ended:
             return block
         self.ended = True
@@ -1903,16 +1903,16 @@ class CompletionStream(EventStream):
             return self.ended
         return True
 
-    def _relays(self, data: bytes) -> bool:
+    def _process(self, data: bytes) -> bool:
         self.ended = data.strip() == b"[DONE]"
         plain = b'"error"' not in data and b'"usage"' not in data
-        return plain or super()._relays(data)
+        return plain or super()._process(data)
 
 
 class ResponsesStream(EventStream):
     """A stream of POST /v1/responses."""
 
-    WHOLE = "response"
+    ANSWER = "response"
     ENDS = ("response.completed", "response.incomplete", "response.failed")
     WORDS = ('"error"', '"response.created"', *(f'"{kind}"' for kind in ENDS))
 
@@ -1920,7 +1920,7 @@ class ResponsesStream(EventStream):
 class MessagesStream(EventStream):
     """A stream of POST /v1/messages."""
 
-    WHOLE = "message"
+    ANSWER = "message"
     ENDS = ("message_stop",)
     WORDS = ('"error"', '"message_')
 
@@ -1931,30 +1931,30 @@ class MessagesStream(EventStream):
 class ChatWriter:
     """Writes a generated answer in a dialect; this class, as a chat completion.
 
-    like  its id, created and model
-    sent  number of input tokens
+    head          its id, created and model
+    input_tokens  number of tokens in the request
 
     delta() and end() write a stream, from a chat's deltas.  From a chat.completion,
-    events() writes a whole stream and whole() the dialect's answer.
+    events() writes a whole stream, and answer() one JSON object.
     """
 
     ID = "chatcmpl-"
     OBJECT = "chat.completion.chunk"
 
-    def __init__(self, like: JSONObject, sent: int = 0) -> None:
-        self.like = {**like, "id": like["id"].replace("chatcmpl-", self.ID)}
-        self.sent = sent
+    def __init__(self, head: JSONObject, input_tokens: int = 0) -> None:
+        self.head = {**head, "id": head["id"].replace("chatcmpl-", self.ID)}
+        self.input_tokens = input_tokens
         self._role = {"role": "assistant"}
         self._calls = 0  # tool calls that have begun
 
     def _chunk(self, choices: list[JSONObject], **more: Any) -> JSONObject:
-        start = {"id": None, "object": self.OBJECT, **self.like}
-        return {**start, "choices": choices, **more}
+        head = {"id": None, "object": self.OBJECT, **self.head}
+        return {**head, "choices": choices, **more}
 
     def _event(self, choices: list[JSONObject], **more: Any) -> bytes:
         return sse_event(encode_json(self._chunk(choices, **more)))
 
-    def _choice(self, delta: JSONObject, *place: Any) -> JSONObject:
+    def _choice(self, delta: JSONObject, *fields: Any) -> JSONObject:
         calls = []
         for call in delta.get("tool_calls") or ():
             begins = call.get("id") or as_object(call.get("function")).get("name")
@@ -1962,7 +1962,7 @@ class ChatWriter:
             calls.append({"index": max(0, self._calls - 1), **call})
         if calls:  # those of a stream have an index
             delta = {**delta, "tool_calls": calls}
-        return choice_of("delta", delta, *place)
+        return choice_of("delta", delta, *fields)
 
     def delta(self, delta: JSONObject) -> bytes:
         """Return the events for {"content": text} or {"tool_calls": [...]}."""
@@ -1974,14 +1974,14 @@ class ChatWriter:
         last = self._event([self._choice(self._role, finish_reason)])
         return last + self._event([], usage=usage_object(usage)) + DONE_EVENT
 
-    def whole(self, completion: JSONObject) -> JSONObject:
+    def answer(self, completion: JSONObject) -> JSONObject:
         """Return a chat.completion as this dialect's answer."""
         return completion
 
     def events(self, completion: JSONObject) -> bytes:
         """Return a chat.completion as this dialect's whole stream."""
-        keys = (*self.like, "system_fingerprint")
-        self.like.update({k: completion[k] for k in keys if completion.get(k)})
+        keys = (*self.head, "system_fingerprint")
+        self.head.update({k: completion[k] for k in keys if completion.get(k)})
         events = []
         for choice in completion.get("choices") or []:
             index, self._calls = choice.get("index", 0), 0
@@ -2000,10 +2000,10 @@ class CompletionsWriter(ChatWriter):
     ID = "cmpl-"
     OBJECT = "text_completion"
 
-    def _choice(self, delta: JSONObject, *place: Any) -> JSONObject:
-        return choice_of("text", content_text(delta.get("content")), *place[:2])
+    def _choice(self, delta: JSONObject, *fields: Any) -> JSONObject:
+        return choice_of("text", content_text(delta.get("content")), *fields[:2])
 
-    def whole(self, completion: JSONObject) -> JSONObject:
+    def answer(self, completion: JSONObject) -> JSONObject:
         choices = [
             self._choice(choice["message"], choice.get("finish_reason"), index)
             for index, choice in enumerate(completion["choices"])
@@ -2059,14 +2059,14 @@ end message_stop
 end = $answer
 """)
 
-    def __init__(self, like: JSONObject, sent: int = 0) -> None:
-        super().__init__(like, sent)
+    def __init__(self, head: JSONObject, input_tokens: int = 0) -> None:
+        super().__init__(head, input_tokens)
         self._items: list[JSONObject] = []  # complete items, then the answer
         self._pieces: list[str] = []  # of the current text
         self._events: list[bytes] = []  # not yet returned
         self._numbers = itertools.count()
         status = {"status": "in_progress", "reason": None, "usage": None}
-        self._emit("begin", input=sent, output=0, **status)
+        self._emit("begin", input=input_tokens, output=0, **status)
 
     def _render(self, template: list[str], values: JSONObject) -> str:
         parts = template[:]
@@ -2081,7 +2081,7 @@ end = $answer
         """Add the events of a moment, and keep the item that it completes."""
         index = len(self._items)
         place = {"index": index, "item": f"msg_{index}", "items": self._items}
-        values = {**self.like, **place, **values}
+        values = {**self.head, **place, **values}
         for name, template in self.TEMPLATES[when]:
             if name == "=":
                 self._items.append(json.loads(self._render(template, values)))
@@ -2124,7 +2124,7 @@ end = $answer
         delta = self.delta(choice["message"])
         return delta + self.end(choice.get("finish_reason") or "stop", usage)
 
-    def whole(self, completion: JSONObject) -> JSONObject:
+    def answer(self, completion: JSONObject) -> JSONObject:
         self.events(completion)
         return self._items[-1]
 
@@ -2284,8 +2284,8 @@ class Dialect:
 
         Raise ProtocolError(502) for an incomplete answer.
         """
-        whole = not self.judged or content.rstrip()[-1:] in (b"}", b"]")
-        if not whole or (not delimited and read_json(content) is None):
+        complete = not self.judged or content.rstrip()[-1:] in (b"}", b"]")
+        if not complete or (not delimited and read_json(content) is None):
             raise ProtocolError(502, "its answer is incomplete")
         if content.find(self.answer_key) >= 0:  # "in" takes 0.2 us more
             return None
@@ -2353,8 +2353,8 @@ class ResponsesDialect(Dialect):
         fields = {"code": error.code or error.type, "message": error.message}
         event: JSONObject = {**fields, "param": error.param}
         name = "error"
-        if stream is not None and stream.whole:
-            failed = {**stream.whole, "status": "failed", "error": fields}
+        if stream is not None and stream.answer:
+            failed = {**stream.answer, "status": "failed", "error": fields}
             name, event = "response.failed", {"response": failed}
         number = 0 if stream is None else stream.events
         start = {"type": name, "sequence_number": number}
@@ -6113,7 +6113,7 @@ class FunctionController(Controller):
     def _usage(writer: ChatWriter, deltas: list[dict[str, Any]]) -> Usage:
         texts = [content_text(delta.get("content")) for delta in deltas]
         texts += [_to_ascii(d["tool_calls"]) for d in deltas if d.get("tool_calls")]
-        return Usage(writer.sent, 0, estimate_tokens("".join(texts)))
+        return Usage(writer.input_tokens, 0, estimate_tokens("".join(texts)))
 
     async def _pieces(self, request: APIRequest, result: Any) -> Pieces:
         """Yield a function's result as pieces of a message, or bytes as they are."""
@@ -6155,8 +6155,8 @@ class FunctionController(Controller):
         if isinstance(result, dict):  # with every field that the function has set
             message = result
         usage = usage_object(self._usage(writer, deltas))
-        made = {**chat_completion("", message, usage), **writer.like}
-        return json_answer(writer.whole(message if "choices" in message else made))
+        made = {**chat_completion("", message, usage), **writer.head}
+        return json_answer(writer.answer(message if "choices" in message else made))
 
     async def _events(self, pieces: Pieces, writer: ChatWriter) -> Pieces:
         """Yield the pieces as the events of a stream."""
