@@ -11291,6 +11291,19 @@ class Link:
             await self.send(id, "ApiData", text)
 
 
+def few(names: Iterable[str]) -> str:
+    """Return the first names of a list, for people; "" if it is empty."""
+    names = list(names)
+    more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
+    return ", ".join([*names[:5], *more])
+
+
+def lists(upstream: Controller, wanted: Iterable[str]) -> str:
+    """Return what an upstream lists in place of the wanted models, for people."""
+    others = f"{few(upstream.listed)}, but not {few(wanted)}"
+    return f"it lists {others if upstream.listed else 'no models'}"
+
+
 class Agent(Stoppable):
     """The dial-in side: makes controllers on this machine part of servers' pools.
 
@@ -11344,13 +11357,16 @@ class Agent(Stoppable):
         self.report = logger.info if log is None else log.report
         self.warn = logger.warning if log is None else log.report
         self.debug = log.report if log is not None and verbose else logger.debug
-        self._allowed = None if models is None else set(models)
+        self._allowed = list(models or ())
         self.pool = Pool(limits=limits, report=self.warn)
         for controller in self._local() if controllers is None else controllers:
             self.pool.add(controller)
         own = self.pool.controllers
         self._upstreams = [c for c in own if c.lists_models and c.models is None]
-        for upstream in self._upstreams:  # _watch_models() reports them in one line
+        # These serve their models even if they do not list them: only report it.
+        named = [c for c in own if c.lists_models and c.models is not None]
+        self._named = named if self._allowed else []
+        for upstream in (*self._upstreams, *self._named):  # see _watch_models()
             upstream.report = self.debug
         self._problems: dict[str, str] = {}  # reported and lasting, by their source
 
@@ -11410,16 +11426,18 @@ class Agent(Stoppable):
         while True:
             await asyncio.gather(*(u.refresh_models() for u in self._upstreams))
             for upstream in self._upstreams:
-                allowed = self._allowed or upstream.listed
-                wanted = (name for name in upstream.listed if name in allowed)
-                upstream.models = models_table(wanted)
+                served = upstream.listed
+                if self._allowed:  # Ollama lists "llama3.1" as "llama3.1:latest"
+                    latest = {*self._allowed, *(f"{m}:latest" for m in self._allowed)}
+                    served = models_table(name for name in served if name in latest)
+                upstream.models = served
             tables = [controller.models for controller in self.pool.controllers]
             names = dict.fromkeys(name for table in tables for name in table or ())
             models = None if None in tables else list(names)
             changed, self.serves = models != self.serves, models
             if models == [] and not ready.is_set():
                 why = "; ".join(
-                    f"{u.name}: {u.list_problem or 'it lists no models'}"
+                    f"{u.name}: {u.list_problem or lists(u, self._allowed)}"
                     for u in self._upstreams
                 )
                 self.report_problem("", f"nothing to serve yet, still looking: {why}")
@@ -11428,14 +11446,17 @@ class Agent(Stoppable):
                 self._broadcast("Models", _to_ascii(models))
             else:
                 ready.set()
+            await asyncio.gather(*(u.refresh_models() for u in self._named))
+            for u in self._named:
+                wanted = (u.models or {}).values()
+                missing = [name for name in wanted if not has_model(u.listed, name)]
+                problem = f"{u.name}: {lists(u, missing)}"
+                self.report_problem(u.name, problem if u.listed and missing else "")
             await asyncio.sleep(MODELS_INTERVAL if ready.is_set() else LOOK_INTERVAL)
 
     def models_text(self) -> str:
         """Return the models it serves, for people."""
-        if self.serves is None:
-            return "any model"
-        more = [f"and {len(self.serves) - 5} more"] if len(self.serves) > 5 else []
-        return ", ".join([*self.serves[:5], *more]) or "no model"
+        return "any model" if self.serves is None else few(self.serves) or "no model"
 
     def report_problem(self, source: str, problem: str) -> None:
         """Report a problem once while it lasts; "" clears it."""

@@ -14356,6 +14356,24 @@ async def test_an_agent_waits_for_an_upstream_and_tells_when_its_list_changes(
             assert agent.log.has("now serving two, three")
 
 
+@flow
+async def test_an_agent_tells_what_is_listed_in_place_of_its_models(server):
+    async with Upstream(sends(b"", models=("a", "b:latest"))) as upstream:
+        found = upstream.controller(name="up")
+        async with agent_of(server.port, found, models=["x", "y"]) as agent:
+            await until(lambda: agent.log.has("up: it lists a, b:latest, but not x, y"))
+            assert not server.agents
+        found = upstream.controller(name="up")
+        async with agent_of(server, found, models=["b"]) as agent:
+            assert agent.log.has("serving b:latest")
+        # A list may be incomplete: what is named is served all the same.
+        named = upstream.controller(name="up", models={"alias": "x", "b": "b"})
+        async with agent_of(server, named, models=["alias", "b"]) as agent:
+            await until(lambda: agent.log.has("up: it lists a, b:latest, but not x"))
+            assert agent.log.has("serving alias, b")
+            assert len(agent.log) == 2
+
+
 def test_an_agent_finds_the_programs_on_this_machine(monkeypatch):
     agent = apiserver.Agent("http://127.0.0.1:8080")
     urls = [upstream.base_url for upstream in agent.pool.controllers]
