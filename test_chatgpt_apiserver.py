@@ -15996,21 +15996,17 @@ README_NOT_RUN = {
     "ANTHROPIC_BASE_URL": (
         "wants Claude Code and Codex; 2.1.197 and 0.171.0 were run by hand"
     ),
-    "curl http://localhost:8080/api/ask": "wants an original agent: see test_ask_*",
-    '{"id": "", "response_id"': "its answer",
     "from chatgpt_apiserver import Server": "it has a test of its own",
     "import pytest, chatgpt_apiserver": "it has a test of its own",
-    "@pytest.fixture\ndef base_url():": "it has a test of its own",
     "OPENAI_API_KEY=sk-... python3 chatgpt_apiserver.py 8080 my-secret-key --tape": (
         "it has a test of its own"
     ),
     "# /etc/systemd": "a test has systemd read it",
     "sudo install": "it changes the machine",
-    "# docker-compose.yml": "a test has no Docker",
+    "docker run": "a test has no Docker",
     "# kubernetes.yaml": "a test has no Kubernetes",
     "# A user's token": "a test has nginx read it",
     "global": "a test has HAProxy read it",
-    "  <port>": "compared by a test of its own",
 }
 
 
@@ -16154,18 +16150,10 @@ class OpenAI:  # as much of it as README.md uses
         assert self._run([sys.executable, "-c", self.ours(text)])
 
     def json(self, text):
-        """A configuration, or a line of usage.jsonl."""
-        fields = json.loads(text)
-        if "controllers" not in fields:
-            start, question = (block.text for block in readme_blocks()[:2])
-            self.sh(question + start)  # the first server's end writes what was used
-            line = (self.folder / "usage.jsonl").read_text().splitlines()[0]
-            shape = {key: type(value) for key, value in fields.items()}
-            assert {k: type(v) for k, v in json.loads(line).items()} == shape
-            return
+        """A configuration."""
         (self.folder / "chatgpt-apiserver.json").write_text(self.ours(text))
         self._command(self.ours(readme_blocks()[0].text.strip()))
-        for controller in fields["controllers"]:
+        for controller in json.loads(text)["controllers"]:
             self.server.wait_for(rf"\b{controller['name']}\b")
 
 
@@ -16209,6 +16197,20 @@ async def test_the_readmes_blocks_do_what_it_says(tmp_path):
         "chatgpt-apiserver@.service",
         "chatgpt-apiserver",
     ),
+    (
+        "systemd-analyze",
+        "verify --man=no",
+        "# /etc/systemd, with the lines for TLS",
+        "chatgpt-apiserver@.service",
+        "chatgpt-apiserver",
+    ),
+    (
+        "systemd-analyze",
+        "verify --man=no",
+        "# /etc/systemd, with the line for an agent",
+        "chatgpt-agent.service",
+        "chatgpt-agent",
+    ),
 )
 def test_others_read_the_readmes_lines(tmp_path, program, arguments, start, file, bad):
     if not shutil.which(program):
@@ -16224,7 +16226,18 @@ def test_others_read_the_readmes_lines(tmp_path, program, arguments, start, file
     tls_server_context(tmp_path)
     cert = tmp_path / "cert.pem"
     cert.write_text(TEST_CERT + TEST_KEY)
-    lines = readme_block(start).replace("/usr/bin/python3", sys.executable)
+    start, _, change = start.partition(", with the ")
+    lines = readme_block(start)
+    if change:
+        words = " ".join(readme().split())
+        more = re.search("append `(--listen .*?)` to `ExecStart`", words)[1]
+        credentials = re.findall("`(LoadCredential=.*?)`", words)
+        agent = re.search("with `(ExecStart=[^`]+ agent [^`]+)`", words)[1]
+        assert len(credentials) == 2
+        command = re.search("^ExecStart=.*$", lines, re.M)[0]
+        tls = "\n".join([f"{command} {more}", *credentials])
+        lines = lines.replace(command, tls if "TLS" in change else agent)
+    lines = lines.replace("/usr/bin/python3", sys.executable)
     lines = lines.replace("/etc/haproxy", str(tmp_path)).replace(
         "listen 443 ssl;",
         f"listen unix:{tmp_path}/socket ssl; ssl_certificate {cert};"
@@ -16303,8 +16316,8 @@ def test_the_readme_names_every_route_and_no_other():
 
 @flow
 async def test_the_readme_names_every_metric_and_no_other(server):
-    rows = readme_table("metric, after `chatgpt_apiserver_` |")
-    told = {apiserver.Metrics.PREFIX + name for name in names_in(r[0] for r in rows)}
+    rows = readme_table("about |")
+    told = {apiserver.Metrics.PREFIX + name for name in names_in(r[1] for r in rows)}
     told.update(re.findall("`(process_[a-z_]+)`", readme()))
     names = apiserver.Metrics.METRICS
     there = {apiserver.Metrics.PREFIX + name for name in names}  # once there is one
@@ -16312,10 +16325,16 @@ async def test_the_readme_names_every_metric_and_no_other(server):
     assert told == there | set(re.findall("^# TYPE ([a-z_]+)", text, re.M))
 
 
-def test_the_readme_has_the_help_text_as_it_is(tmp_path):
-    done = run_python(str(MODULE), "--help", cwd=tmp_path)
-    block = readme_block("  <port>")
-    assert done.stdout.endswith(block) and f"\n{block}" in done.stdout
+def test_the_readme_names_every_option_and_variable_and_no_other():
+    cells = [row[1] for row in readme_table("key |")]
+    told = [name for cell in cells for name in re.findall("`(.*?)`", cell)]
+    heads = re.findall("^  [<-].{17}", apiserver.HELP, re.M)
+    options = [name for head in heads for name in re.findall("<.*?>|--?[a-z_-]+", head)]
+    settings = apiserver.SETTINGS.values()
+    variables = [name for setting in settings for name in setting.variables]
+    variables += [s.variables[0] for s in apiserver.LOCATION_SETTINGS.values()]
+    upstream = ["OPENAI_API_KEY", "OPENAI_BASE_URL"]
+    assert sorted(told) == sorted([*options, *variables, *upstream])
 
 
 def run_pytest(folder, code):
@@ -16329,7 +16348,7 @@ def run_pytest(folder, code):
 
 @flow
 async def test_a_readme_tape_is_recorded_once_and_replayed(tmp_path):
-    """The command and the fixture in README.md, as they stand there but for the port."""
+    """The command in README.md but for the port, and the fixture with its tape."""
     start = f"OPENAI_API_KEY=sk-... python3 {MODULE.name} 8080 my-secret-key --tape"
     command = readme_block(start).split()
     assert command[:4] == ["OPENAI_API_KEY=sk-...", "python3", MODULE.name, "8080"]
@@ -16341,9 +16360,9 @@ async def test_a_readme_tape_is_recorded_once_and_replayed(tmp_path):
             reply = await ask(program.port, "POST", CHAT_URL, STREAM, "my-secret-key")
             assert reply.status == 200
             await until((tmp_path / "chat.jsonl").read_bytes)  # then it may be killed
-    code = "import pytest, chatgpt_apiserver\n" + readme_block(
-        "@pytest.fixture\ndef base_url():"
-    )
+    tape = re.search(r'`(tape=".*?")` .* argument of `Server`', readme())[1]
+    code = readme_block("import pytest, chatgpt_apiserver")
+    code = code.replace("port=0, ", f"port=0, {tape}, ")
     code += f"""
 import json, urllib.request
 
