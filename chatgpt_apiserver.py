@@ -4095,7 +4095,9 @@ USER_FIELDS = {
         lambda models: all(isinstance(model, str) and model for model in models),
         list,
     ),
-    "expires": Expected('a time such as "2027-01-31T12:00:00Z"', parse_time),
+    "expires": Expected(
+        'a day or time, such as "2027-01-31" or "2027-01-31T12:00:00Z"', parse_time
+    ),
     "max_concurrency": whole_number(1),
     "old": Expected(
         "a token and when it expires", lambda old: not user_problem(old), dict
@@ -9972,6 +9974,8 @@ async def do_usage(exchange: Exchange) -> JSONObject | None:
             raise APIError(400, "'from' and 'to' must be days such as 2026-11-01.")
     own = None if user is None else user.user_id or user.name
     report = exchange.server.ledger.report(by, *days, own)
+    if query.get("format", "json") not in ("csv", "json"):
+        raise APIError(400, "'format' must be csv or json.")
     accept = exchange.request.headers.get("accept", "")
     if query.get("format") == "csv" or "text/csv" in accept:
         content = usage_csv([*by, *COUNTS], report["data"])
@@ -10375,6 +10379,7 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
             )
         except OSError as error:
             reason = f"listen: {listen}: {error.strerror or error}"
+            reason += "; give an address, such as 0.0.0.0 or ::"
             raise OSError(error.errno, reason) from None
         addresses = list(dict.fromkeys((item[0], str(item[4][0])) for item in found))
     else:
@@ -10628,7 +10633,9 @@ class Server(Stoppable):
                 # An encrypted key is refused: nobody is there to enter its password.
                 context.load_cert_chain(cert, key, password="")
             except ssl.SSLError:
-                raise OSError(f"{cert}: not a PEM certificate with its key") from None
+                cure = "" if key else "; name the key's own file with --tls-key"
+                text = f"{cert}: not a PEM certificate with its key{cure}"
+                raise OSError(text) from None
             except OSError as error:
                 raise OSError(f"{cert}, {key}: {error.strerror}") from None
             self.tls = context
@@ -11594,7 +11601,8 @@ try it with the built-in model mock/echo:
 put OpenAI behind it, or the API at OPENAI_BASE_URL:
   OPENAI_API_KEY=sk-... python3 chatgpt_apiserver.py 8080 my-key
 open it to the network, with TLS:
-  python3 chatgpt_apiserver.py 8080 my-key --listen :: --tls-cert cert.pem
+  python3 chatgpt_apiserver.py 8080 my-key --listen :: \\
+    --tls-cert cert.pem --tls-key key.pem
 give a colleague a key:
   curl localhost:8080/admin/users/add -d '{"admin_key":"my-key","name":"ada"}'
 add another machine's models (run it there):
@@ -11712,9 +11720,10 @@ def is_readable(path: str) -> bool:
 
 def models_shape(value: Any) -> Any:
     """Return the shape of "models": ["name", ...] or {"alias": "name", ...}."""
-    if value and isinstance(value, (list, dict)):
+    if value and isinstance(value, (list, dict)) and "*" not in str([*value]):
         return [NAME] if isinstance(value, list) else dict.fromkeys(value, NAME)
-    return Expected('["name"] or {"alias": "name"}, not empty', bool, (list, dict))
+    words = '["name"] or {"alias": "name"}, not empty, without patterns (*)'
+    return Expected(words, lambda value: False, (list, dict))
 
 
 NAME = Expected("printable text", lambda text: text != "" and text.isprintable())
@@ -11895,7 +11904,8 @@ class Source(NamedTuple):
         types = type(shape) if type(shape) in KINDS else shape.types
         if not has_type(value, types):
             kind = "null" if value is None else KINDS.get(type(value), "a number")
-            raise self.mistake(place, f"expected {words}, got {kind}")
+            cure = f'; write {{"{[*shape][0]}": ...}}' if words == KINDS[dict] else ""
+            raise self.mistake(place, f"expected {words}, got {kind}{cure}")
         if isinstance(shape, list):
             return [
                 self.check(item, shape[0], f"{place}[{index}]")
@@ -11917,9 +11927,12 @@ class Source(NamedTuple):
                 raise self.mistake(f"{place}.{quote_key(value)}", "duplicate key")
             inner = f"{place}.{quote_key(key)}"
             if key not in shape:
-                homes = {**shape, "config": CONFIG_KEYS, "controllers": CONTROLLER_KEYS}
+                homes = {json.dumps(name): shape[name] for name in shape}
+                homes['"config"'] = CONFIG_KEYS
+                homes['"controllers", beside "config"'] = CONTROLLER_KEYS
+                homes["the outermost object"] = file_keys()
                 home = next((n for n in homes if key in as_object(homes[n])), None)
-                hint = f'; it belongs in "{home}"' if home else ""
+                hint = f"; it belongs in {home}" if home else ""
                 raise self.mistake(inner, f"unknown key{hint}")
             yield key, self.check(value, shape[key], inner)
 
@@ -12014,6 +12027,8 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     words, options = read_arguments(argv, HELP)
     if len(words) > 2:
         raise COMMAND_LINE.mistake("", "expected no more than a port and a key")
+    if words and not PORT.fits(words[0]):
+        raise COMMAND_LINE.mistake("port", f"expected {PORT.words}, before the key")
     options.update(zip(("port", "api_key"), words))
     path = find_file(options, environ)
     file = Source(path or "", os.path.dirname(path or ""), environ)
@@ -12201,7 +12216,11 @@ def build_agent(
         raise COMMAND_LINE.mistake("max-concurrency", text)
     key = options.get("key") or environ.get("API_KEY", "")
     if key and not is_key(key):
-        raise COMMAND_LINE.mistake("key", f"expected {KEY.words}")
+        words = KEY.words.replace("a key of your own", "a token")
+        raise COMMAND_LINE.mistake("key", f"expected {words}")
+    if any(not set(url) & set(":/.") for url in urls[1:]):
+        text = "expected URLs, such as http://my-server:8080; a key goes after --key"
+        raise COMMAND_LINE.mistake("", text)
     names = [n for name in options.get("models", "").split(",") if (n := name.strip())]
     checked = {
         name: COMMAND_LINE.check(options[name], shape, name.replace("_", "-"))

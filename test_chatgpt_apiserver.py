@@ -10948,7 +10948,7 @@ async def test_usage_is_told_as_json_and_as_csv_without_formulas(server, upstrea
     assert rows["data"][0]["input"] == 3 and rows["data"][0]["output"] == 4
     text = (await ask(server.port, "GET", path + "&format=csv")).content.decode()
     assert text.splitlines()[1].startswith("'=cmd(),1,0,3,0,4")
-    for query in ("by=x", "by=day,day", "from=x"):
+    for query in ("by=x", "by=day,day", "from=x", "format=xml"):
         assert (await ask(server.port, "GET", f"/admin/usage?{query}")).status == 400
 
 
@@ -13555,6 +13555,15 @@ async def test_an_agent_with_the_wrong_scheme_says_so(tmp_path, scheme, hint):
             await asyncio.to_thread(agent.wait_for, rf"is it {hint}\?")
 
 
+def test_a_name_that_is_no_address_of_ours_is_told_what_to_write(monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(OSError, match="foo: Name .*; give an address, such as 0.0.0.0"):
+        apiserver.open_sockets("foo", 0)
+
+
 @cases(
     "arguments, status, part",
     (["0"], 2, "API"),
@@ -13563,6 +13572,7 @@ async def test_an_agent_with_the_wrong_scheme_says_so(tmp_path, scheme, hint):
     (["0", KEY, "--users", "broken.json"], 2, "broken.json"),
     (["0", KEY, "--config_file", "missing.json"], 2, "missing.json"),
     (["0", KEY, "--tls-cert", "broken.json", "--tls-key", "broken.json"], None, ""),
+    (["0", KEY, "--tls-cert", "broken.json"], 1, "own file with --tls-key"),
 )
 def test_what_cannot_be_is_one_line_and_a_status(tmp_path, arguments, status, part):
     """2 for a mistake, 1 where the system says no; never a traceback."""
@@ -15141,6 +15151,25 @@ def test_the_upstream_of_an_agent_is_written_as_people_do(upstream, base_url):
     assert agent.fields == [("Authorization", "Bearer T")]
 
 
+@cases(
+    "argv, expected",
+    (["http://h", "SECRET"], "a key goes after --key"),
+    (["h", "sk-SECRET-0a1b2c3d"], "a key goes after --key"),
+    (["h", "--key", "SECRET\nx"], "key: expected a token: printable ASCII, no space"),
+    (["h", "--key", "<API_KEY>"], "not <API_KEY>"),
+)
+def test_a_key_in_the_wrong_place_is_not_dialled(argv, expected):
+    with pytest.raises(ConfigurationError) as caught:
+        apiserver.build_agent(argv, {}, None)
+    assert expected in str(caught.value) and "SECRET" not in str(caught.value)
+
+
+def test_an_agent_dials_several_servers():
+    servers = ["my-server", "other:8080", "third.example", "ws://fourth"]
+    agent = apiserver.build_agent([*servers, "--key", "k"], {}, None)
+    assert len(agent.urls) == 4
+
+
 def test_an_agent_serves_the_controllers_of_a_configuration(tmp_path):
     write_config(tmp_path, {"models": ["m"], **OPENAI})
     path = str(tmp_path / "chatgpt-apiserver.json")
@@ -15267,7 +15296,7 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["", "k"], "port: expected"),
     (["1", "k", "--tape", "a.jsonl:rec"], "tape: 'rec' is not a mode, expected "),
     (["\u0668\u0660", "k"], "port: expected"),
-    (["SECRET", "8080"], "port: expected"),
+    (["SECRET", "8080"], "port: expected a port from 0 to 65535, before the key"),
     (["-1", "k"], "command line: "),
     (["8080", "k", "SECRET"], "expected no more than a port and a key"),
     (["8080", "-SECRET"], "unknown option"),
@@ -15622,7 +15651,12 @@ def openai(**config):
     ({"base_url": "http://a/v1"}, 'base_url: unknown key; it belongs in "config"'),
     (
         openai(weight=5),
-        'controllers[0].config.weight: unknown key; it belongs in "controllers"',
+        "controllers[0].config.weight: unknown key; it belongs in"
+        ' "controllers", beside "config"',
+    ),
+    (
+        {"limits": {"default_limit": "1 requests/day"}},
+        "limits.default_limit: unknown key; it belongs in the outermost object",
     ),
     ({"limits": {"__init__": 1}}, "limits.__init__: unknown key"),
     ({"pool": {"kind": "random"}}, "pool.kind: unknown key"),
@@ -15635,7 +15669,14 @@ def openai(**config):
         {"listen": ["::"]},
         "listen: expected an address without a port, such as 0.0.0.0 or ::, got a list",
     ),
-    ({"pool": "random"}, "pool: expected an object, got a string"),
+    (
+        {"pool": "random"},
+        'pool: expected an object, got a string; write {"type": ...}',
+    ),
+    (
+        {"agents": "key"},
+        'agents: expected an object, got a string; write {"auth": ...}',
+    ),
     ({"controllers": {}}, "controllers: expected a list, got an object"),
     (controllers(OPENAI, 5), "controllers[1]: expected an object, got a number"),
     (
@@ -15699,6 +15740,14 @@ def openai(**config):
     ({"affinity": "no"}, "affinity: expected true or false"),
     (controllers({**OPENAI, "models": []}), "controllers[0].models: expected"),
     (controllers({**OPENAI, "models": "m"}), "controllers[0].models: expected"),
+    (
+        controllers({**OPENAI, "models": ["gpt-4*"]}),
+        "controllers[0].models: expected",
+    ),
+    (
+        controllers({**OPENAI, "models": {"gpt-*": "m"}}),
+        'models: expected ["name"] or {"alias": "name"}, not empty, without patterns',
+    ),
     (controllers({**OPENAI, "models": ["m", 5]}), "controllers[0].models[1]: expected"),
     (controllers({**OPENAI, "models": {"a": ""}}), "controllers[0].models.a: expected"),
     (
