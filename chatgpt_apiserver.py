@@ -4078,11 +4078,9 @@ LIMIT = Expected(f"a limit {QUOTA_WORDS}", parse_quotas, (str, dict, list))
 USER_FIELDS = {
     "user_id": Expected("a string that is not empty", bool),
     # A header could carry no other token; an empty one would let everybody in.
-    "token": Expected(
-        "a string of visible ASCII characters", re.compile("[!-~]+").fullmatch
-    ),
+    "token": Expected("visible ASCII characters", re.compile("[!-~]+").fullmatch),
     "sha256": Expected(
-        "64 hexadecimal digits in lower case", re.compile("[0-9a-f]{64}").fullmatch
+        "64 lower-case hex digits", re.compile("[0-9a-f]{64}").fullmatch
     ),
     "name": Expected(
         "at most 200 printable characters",
@@ -4099,9 +4097,7 @@ USER_FIELDS = {
         'a day or time, such as "2027-01-31" or "2027-01-31T12:00:00Z"', parse_time
     ),
     "max_concurrency": whole_number(1),
-    "old": Expected(
-        "a token and when it expires", lambda old: not user_problem(old), dict
-    ),
+    "old": Expected("a token and its expiry", lambda old: not user_problem(old), dict),
 }
 NEVER_NULL = ("user_id", "token", "sha256", "name", "role")
 # What the administrator may set.  Ids and tokens are generated: a duplicate would
@@ -4393,8 +4389,7 @@ class UserStore:
         self._adopt(self._read_changed() or {})
         if not os.access(os.path.dirname(self._target), os.W_OK | os.X_OK):
             self._report(
-                f"{self.path}: its folder is not writable: users cannot be"
-                " added, changed or deleted"
+                f"{self.path}: its folder is not writable: users cannot be changed"
             )
 
     async def add(self, /, **settings: Any) -> User:
@@ -4775,12 +4770,9 @@ class UsageLimit:
         self._most_requests, self._most_tokens = most.values()
         self._second = 0
 
-    def count(
-        self, requests: int = 0, tokens: int = 0, now: float | None = None
-    ) -> None:
+    def count(self, requests: int = 0, tokens: int = 0, now: float = 0.0) -> None:
         """Add current usage."""
-        if now is None:
-            now = unix_time()
+        now = now or unix_time()
         if not self._since <= now < self._until:
             self._renew_windows(now)
         self._requests += requests
@@ -4861,6 +4853,7 @@ HOURLY_MODELS = 100  # per user, then "other": each is a line that stays
 COLUMNS = ("day", "user", "model", "controller")
 Key = tuple[str, str, str, str]  # hour (UTC, "2026-11-27T09"), user, model, controller
 Sums = dict[Key, list[int]]  # one number for each of COUNTS
+Row = tuple[Key, list[int]]
 
 
 def bounded(name: str, names: set[str], most: int) -> str:
@@ -4978,9 +4971,7 @@ class Ledger:
             found = [c for key, c in rows if kind == "user" or key[3] == name]
         return sum(c[0] for c in found), sum(c[2] + c[4] for c in found)
 
-    def _rows(
-        self, first: str, last: str, user: str | None
-    ) -> Iterator[tuple[Key, list[int]]]:
+    def _rows(self, first: str, last: str, user: str | None) -> Iterator[Row]:
         """Yield the counts of all users, or one, from first day to last."""
         for day, users in self._days.items():
             if first <= day <= last:
@@ -5042,9 +5033,7 @@ class Ledger:
         if cancelled:
             raise asyncio.CancelledError
 
-    def _count_lines(
-        self, lines: Iterable[tuple[Key, list[int]]], replaced: bool
-    ) -> None:
+    def _count_lines(self, lines: Iterable[Row], replaced: bool) -> None:
         """Count lines of the file; if it was replaced, they are all of it."""
         assert self._file is not None
         problem = self._file.problem
@@ -11667,6 +11656,7 @@ options, with one dash or two:
 
 # An option with a value; HELP and AGENT_HELP list all that are accepted.
 HELP_OPTION = re.compile("^  --([a-z_-]+) [A-Z']", re.MULTILINE)
+Environ = Mapping[str, str]
 
 
 class Config(SimpleNamespace):
@@ -11877,7 +11867,7 @@ class Source(NamedTuple):
 
     name: str  # begins each message; a file's is its path
     folder: str = ""  # the base of relative paths
-    environ: Mapping[str, str] | None = None  # resolves "env:NAME"; None: not here
+    environ: Environ | None = None  # resolves "env:NAME"; None: not here
 
     def mistake(self, place: str, text: str) -> ConfigurationError:
         parts = [self.name, place.lstrip("."), text]
@@ -11996,10 +11986,7 @@ def read_arguments(
 
 
 def find_setting(
-    name: str,
-    options: dict[str, str],
-    environ: Mapping[str, str],
-    content: dict[str, Any] | None = None,
+    name: str, options: JSONObject, environ: Environ, content: JSONObject | None = None
 ) -> Any:
     """Return a setting, checked, from options, environment or the file's content."""
     setting = SETTINGS.get(name) or LOCATION_SETTINGS[name]
@@ -12019,7 +12006,7 @@ def find_setting(
 # --- Putting it together
 
 
-def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
+def load_config(argv: list[str], environ: Environ) -> Config:
     """Merge arguments, environment and file.  Raise ConfigurationError.
 
     Nothing is kept between calls, so a reload is another call.
@@ -12066,7 +12053,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     return config
 
 
-def find_file(options: dict[str, str], environ: Mapping[str, str]) -> str | None:
+def find_file(options: dict[str, str], environ: Environ) -> str | None:
     """Find the configuration file: the one named, else the first in a folder."""
     name = "chatgpt-apiserver.json"
     path: str | None = find_setting("config_file", options, environ)
@@ -12083,10 +12070,10 @@ def find_file(options: dict[str, str], environ: Mapping[str, str]) -> str | None
 
 
 def read_controllers(
-    file: Source, entries: list[Any], environ: Mapping[str, str]
-) -> Any:
+    file: Source, entries: list[Any], environ: Environ
+) -> list[JSONObject]:
     """Return make_controller()'s arguments for each entry, with unique names."""
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, JSONObject] = {}
     for index, entry in enumerate(entries):
         place = f"controllers[{index}]"
         is_tape = entry.get("type") == "tape"
@@ -12125,7 +12112,7 @@ def read_upstream(file: Source, entry: dict[str, Any], place: str) -> dict[str, 
     return dict(config)
 
 
-def upstream_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+def upstream_from_environment(environ: Environ) -> JSONObject:
     """Return the "config" from OPENAI_API_KEY and OPENAI_BASE_URL."""
     names = {"api_key": "OPENAI_API_KEY", "base_url": "OPENAI_BASE_URL"}
     return {
@@ -12135,9 +12122,7 @@ def upstream_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def controller_arguments(
-    settings: dict[str, Any], environ: Mapping[str, str]
-) -> dict[str, Any]:
+def controller_arguments(settings: JSONObject, environ: Environ) -> JSONObject:
     """Return make_controller()'s arguments, equal for equal settings."""
     arguments = {"type": "openai", **settings}
     url = arguments.get("base_url", UPSTREAM_URLS[arguments["type"]])
@@ -12151,7 +12136,7 @@ def make_controller(arguments: dict[str, Any], limits: Limits) -> Controller:
     return CONTROLLER_TYPES[arguments["type"]](**options, limits=limits)
 
 
-def environment_proxy(url: str, environ: Mapping[str, str]) -> str | None:
+def environment_proxy(url: str, environ: Environ) -> str | None:
     """Return the proxy of an https URL by https_proxy and no_proxy, as urllib does."""
     proxy = environ.get("https_proxy", environ.get("HTTPS_PROXY", ""))
     scheme, host = urllib.parse.urlsplit(url.lower())[:2]
@@ -12170,7 +12155,7 @@ def environment_proxy(url: str, environ: Mapping[str, str]) -> str | None:
 
 
 def agent_controllers(
-    options: dict[str, str], names: list[str], environ: Mapping[str, str]
+    options: dict[str, str], names: list[str], environ: Environ
 ) -> list[Controller] | None:
     """Return what an agent serves; None: whatever runs on this machine."""
     if len({"upstream", "command", "config_file"} & options.keys()) > 1:
@@ -12190,7 +12175,7 @@ def agent_controllers(
         path = COMMAND_LINE.check(options["config_file"], FILE, "config_file")
         file = Source(path, os.path.dirname(path), environ)
         entries = file.read(file_keys()).get("controllers", [])
-        made = read_controllers(file, entries, environ)
+        described = read_controllers(file, entries, environ)
     elif "upstream" in options:
         url = options["upstream"].rstrip("/")
         url = url if "://" in url else f"http://{url}"
@@ -12199,19 +12184,17 @@ def agent_controllers(
         settings = {"name": parts.netloc, "models": names or None}
         settings["base_url"] = url if parts.path else f"{url}/v1"
         settings["api_key"] = options.get("upstream_key", "")
-        made = [controller_arguments(settings, environ)]
+        described = [controller_arguments(settings, environ)]
     else:
         return None
-    return [make_controller(arguments, DEFAULT_LIMITS) for arguments in made]
+    return [make_controller(arguments, DEFAULT_LIMITS) for arguments in described]
 
 
-def build_agent(
-    argv: list[str], environ: Mapping[str, str], log: Log | None = None
-) -> Agent:
+def build_agent(argv: list[str], environ: Environ, log: Log | None = None) -> Agent:
     """Create the agent of a command line.  Raise ConfigurationError."""
     urls, options = read_arguments(argv, AGENT_HELP, ("json", "pause"))
-    most = options.get("max_concurrency", "8")
-    if not re.fullmatch("[1-9][0-9]{0,3}", most):
+    concurrency = options.get("max_concurrency", "8")
+    if not re.fullmatch("[1-9][0-9]{0,3}", concurrency):
         text = "expected a number from 1 to 9999"
         raise COMMAND_LINE.mistake("max-concurrency", text)
     key = options.get("key") or environ.get("API_KEY", "")
@@ -12234,7 +12217,7 @@ def build_agent(
             paused="pause" in options,
             controllers=agent_controllers(options, names, environ),
             models=names or None,
-            max_concurrency=int(most),
+            max_concurrency=int(concurrency),
             log=log,
             verbose="verbose" in options,
             **checked,
@@ -12491,8 +12474,8 @@ def main(argv: list[str] | None = None) -> int:
         tune_garbage_collector()
         asyncio.run(program.run())
     except (ConfigurationError, OSError) as error:
-        words = re.sub(r"^\[Errno -?[0-9]+\] ", "", str(error))
-        print(f"chatgpt_apiserver: {words}", file=sys.stderr)
+        text = re.sub(r"^\[Errno -?[0-9]+\] ", "", str(error))
+        print(f"chatgpt_apiserver: {text}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except KeyboardInterrupt:
         pass
