@@ -12361,7 +12361,8 @@ class Program:
         self._service.request_shutdown()
 
     def _log_error(self, message: str, exception: Any = None, **_: Any) -> None:
-        self._log.report(f"{message}: {type(exception).__name__}")
+        cause = f": {type(exception).__name__}" if exception else ""
+        self._log.report(message + cause)
 
 
 class ServerProgram(Program):
@@ -12402,6 +12403,10 @@ class ServerProgram(Program):
         if old.path and old.path != new.path and not os.path.lexists(old.path):
             # Do not fall back to a file in a later folder, or to none.
             raise ConfigurationError(f"{old.path} is not there")
+        for arguments in new.controllers:
+            if arguments["type"] == "tape" and arguments not in old.controllers:
+                tape = make_controller(arguments, new.limits)
+                cast(TapeController, tape).load()  # refused before anything changes
         try:
             server.load_certificate()
         except OSError as error:

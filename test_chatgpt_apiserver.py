@@ -13812,7 +13812,10 @@ async def test_a_reload_changes_what_a_tape_does(tmp_path):
             assert (await echo(port, model="m", stream=True)).status == 404
             reload(program, "reloaded; controllers: m", tmp_path, up)
             assert (await echo(port, model="m")).status == 200
-        assert len(upstream.requests) == 2
+            (tmp_path / "chat.jsonl").write_text("no tape")
+            reload(program, "not reloaded: .*it is not a tape", tmp_path, tape)
+            assert (await echo(port, model="m")).status == 200
+        assert len(upstream.requests) == 3
 
 
 @needs_posix
