@@ -5759,7 +5759,7 @@ class AgentController(Controller):
 
     async def serve(self) -> None:
         """Read the agent's messages until it leaves."""
-        # The id under which it is registered: maybe not the one sent at first.
+        # The id and the name it has here: both may differ from those it began with.
         self.tell("Connection id", _to_ascii({"version": 2, "name": self.name}))
         try:
             async for message in self.websocket:
