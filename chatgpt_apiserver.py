@@ -10166,8 +10166,8 @@ def check_method(exchange: Exchange, route: Route | None) -> Route:
     if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
         # Codex then falls back to HTTP at once.
         raise APIError(426, f"Websockets are not supported here; use POST {path}.")
-    cure = "" if route else " The base URL for API clients ends in /v1."
-    raise APIError(404, f"There is nothing at {request.method} {path}.{cure}")
+    hint = "" if route else " The base URL for API clients ends in /v1."
+    raise APIError(404, f"There is nothing at {request.method} {path}.{hint}")
 
 
 async def follow_route(exchange: Exchange) -> None:
