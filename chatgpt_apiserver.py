@@ -7040,16 +7040,20 @@ class Pool:
     def _no_controller(self, request: APIRequest) -> APIError:
         """Return the error for a request that no controller could serve."""
         cure = "connect an agent or configure a controller (the start screen shows how)"
-        if all(c.by_name_only for c in self.controllers):
-            if request.ask is not None:
-                text = f"No available clients: {cure}."
-                return APIError(503, text, code="no_controllers")
-        elif any(c.serves(request.model) for c in self.controllers):
+        mocks = [c for c in self.controllers if c.by_name_only]
+        only_mocks = len(mocks) == len(self.controllers)
+        if only_mocks and request.ask is not None:
+            text = f"No available clients: {cure}."
+            return APIError(503, text, code="no_controllers")
+        if any(c.serves(request.model) for c in self.controllers):
             what = f"The model {request.model!r} exists here, but no controller with it"
             return APIError(404, f"{what} answers {request.path}.", param="model")
-        else:
-            return self.unknown_model(request)
-        return self.unknown_model(request, cure)
+        if mocks and (request.model or "").startswith("mock/"):
+            names = ", ".join(name for c in mocks for name in c.models or ())
+            return self.unknown_model(request, f"the mock models are {names}")
+        if only_mocks:
+            return self.unknown_model(request, cure)
+        return self.unknown_model(request)
 
     @staticmethod
     def unknown_model(

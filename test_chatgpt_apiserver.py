@@ -12576,6 +12576,16 @@ async def test_models_nobody_has_are_404(server, upstream, tmp_path):
         reply = await chat(server)
         assert reply.status == 404
         assert "connect an agent" in chat_error(reply)["message"]
+        reply = await chat(server, model="mock/nope?times=1")
+        assert reply.status == 404
+        assert "mock models are mock/echo, mock/text" in chat_error(reply)["message"]
+        body = chat_body(model="mock/echo")
+        reply = await ask(server.port, "POST", "/v1/audio/speech", body)
+        assert reply.status == 404
+        assert "no controller with it answers /v1/aud" in chat_error(reply)["message"]
+    async with serving(tmp_path, mocks=False) as server:
+        reply = await chat(server, model="mock/echo")
+        assert "connect an agent" in chat_error(reply)["message"]
 
 
 @flow(behave=sends(models=["org/m 1", "b"]), controller={"models": None})
