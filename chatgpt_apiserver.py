@@ -4094,7 +4094,7 @@ USER_FIELDS = {
         list,
     ),
     "expires": Expected(
-        'a day or time, such as "2027-01-31" or "2027-01-31T12:00:00Z"', parse_time
+        'a time such as "2027-01-31" or "2027-01-31T12:00:00Z"', parse_time
     ),
     "max_concurrency": whole_number(1),
     "old": Expected("a token and its expiry", lambda old: not user_problem(old), dict),
