@@ -10973,8 +10973,8 @@ class Server(Stoppable):
 # call has a task; the task that reads the socket waits for none of them.
 
 # Seconds until an agent redials: random, up to a cap that doubles from FIRST to MAX;
-# after a refused key MAX.  For the first minute the cap is SOON, so that a restarted
-# server has its agents back quickly, unless the server's answer was a refusal.
+# after a refused key MAX.  Unless refused, the cap is SOON for the first minute, so
+# that a restarted server has its agents back quickly.
 REDIAL_FIRST = 0.5
 REDIAL_SOON = 2.0
 REDIAL_SOON_TIME = 60.0
@@ -10995,7 +10995,7 @@ _HINTS = {
     401: "it requires a valid agent's token; pass one with --key",
     403: "this key may not register an agent; pass an agent's token with --key",
     404: "there is no chatgpt_apiserver at this address; is its path right?",
-    426: "no websocket arrives; does a proxy forward Upgrade, and is the path right?",
+    426: "it sees no websocket; does a proxy forward Upgrade, and is the path right?",
     **dict.fromkeys((301, 302, 307, 308), "it redirects; is it https?"),
 }
 
@@ -11079,12 +11079,12 @@ class Link:
                 lost_at = loop.time()
                 if lost_at - self.joined_at > delay:
                     delay = REDIAL_FIRST  # the connection was stable
-            refused = 300 <= status < 500  # no restart: a proxy has 502 or 503 for it
+            refused = 300 <= status < 500  # no restart, which is a proxy's 502 or 503
             soon = loop.time() - lost_at < REDIAL_SOON_TIME and not refused
             delay = min(delay, REDIAL_SOON if soon else REDIAL_MAX, REDIAL_MAX)
             # Full jitter: a thousand agents must not redial at the same moment.
-            no_key = status in (401, 403)
-            await asyncio.sleep(REDIAL_MAX if no_key else random.uniform(0, delay))
+            bad_key = status in (401, 403)
+            await asyncio.sleep(REDIAL_MAX if bad_key else random.uniform(0, delay))
             delay *= 2
 
     # --- The connection
@@ -11291,16 +11291,16 @@ class Link:
             await self.send(id, "ApiData", text)
 
 
-def few(names: Iterable[str]) -> str:
-    """Return the first names of a list, for people; "" if it is empty."""
+def shortened(names: Iterable[str]) -> str:
+    """Join the first names for people; "" if there are none."""
     names = list(names)
     more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
     return ", ".join([*names[:5], *more])
 
 
-def lists(upstream: Controller, wanted: Iterable[str]) -> str:
-    """Return what an upstream lists in place of the wanted models, for people."""
-    others = f"{few(upstream.listed)}, but not {few(wanted)}"
+def listing_problem(upstream: Controller, wanted: Iterable[str]) -> str:
+    """Return what an upstream lists instead of the wanted models, for people."""
+    others = f"{shortened(upstream.listed)}, but not {shortened(wanted)}"
     return f"it lists {others if upstream.listed else 'no models'}"
 
 
@@ -11428,8 +11428,8 @@ class Agent(Stoppable):
             for upstream in self._upstreams:
                 served = upstream.listed
                 if self._allowed:  # Ollama lists "llama3.1" as "llama3.1:latest"
-                    latest = {*self._allowed, *(f"{m}:latest" for m in self._allowed)}
-                    served = models_table(name for name in served if name in latest)
+                    allowed = {*self._allowed, *(f"{m}:latest" for m in self._allowed)}
+                    served = models_table(name for name in served if name in allowed)
                 upstream.models = served
             tables = [controller.models for controller in self.pool.controllers]
             names = dict.fromkeys(name for table in tables for name in table or ())
@@ -11437,7 +11437,7 @@ class Agent(Stoppable):
             changed, self.serves = models != self.serves, models
             if models == [] and not ready.is_set():
                 why = "; ".join(
-                    f"{u.name}: {u.list_problem or lists(u, self._allowed)}"
+                    f"{u.name}: {u.list_problem or listing_problem(u, self._allowed)}"
                     for u in self._upstreams
                 )
                 self.report_problem("", f"nothing to serve yet, still looking: {why}")
@@ -11450,13 +11450,15 @@ class Agent(Stoppable):
             for u in self._named:
                 wanted = (u.models or {}).values()
                 missing = [name for name in wanted if not has_model(u.listed, name)]
-                problem = f"{u.name}: {lists(u, missing)}"
+                problem = f"{u.name}: {listing_problem(u, missing)}"
                 self.report_problem(u.name, problem if u.listed and missing else "")
             await asyncio.sleep(MODELS_INTERVAL if ready.is_set() else LOOK_INTERVAL)
 
     def models_text(self) -> str:
         """Return the models it serves, for people."""
-        return "any model" if self.serves is None else few(self.serves) or "no model"
+        if self.serves is None:
+            return "any model"
+        return shortened(self.serves) or "no model"
 
     def report_problem(self, source: str, problem: str) -> None:
         """Report a problem once while it lasts; "" clears it."""
@@ -11898,8 +11900,8 @@ class Source(NamedTuple):
         types = type(shape) if type(shape) in KINDS else shape.types
         if not has_type(value, types):
             kind = "null" if value is None else KINDS.get(type(value), "a number")
-            cure = f'; write {{"{[*shape][0]}": ...}}' if words == KINDS[dict] else ""
-            raise self.mistake(place, f"expected {words}, got {kind}{cure}")
+            hint = f'; write {{"{[*shape][0]}": ...}}' if words == KINDS[dict] else ""
+            raise self.mistake(place, f"expected {words}, got {kind}{hint}")
         if isinstance(shape, list):
             return [
                 self.check(item, shape[0], f"{place}[{index}]")
