@@ -1658,14 +1658,14 @@ class CompletionBuilder:
         for key, value in delta.items():
             text = message.get(key)
             if key == "tool_calls":
-                self._add_tool_calls(message.setdefault(key, []), value or [])
+                self.add_tool_calls(message.setdefault(key, []), value or [])
             elif isinstance(value, str) and isinstance(text, str) and key != "role":
                 self._texts.setdefault((index, key), [text]).append(value)
             elif value is not None:
                 message[key] = value
 
     @staticmethod
-    def _add_tool_calls(calls: list[Any], deltas: list[Any]) -> None:
+    def add_tool_calls(calls: list[Any], deltas: list[Any]) -> None:
         """Add pieces of tool calls, each to the call at its index.
 
         Gemini and others send no index.  Then a piece with a new id, or with a name
@@ -2063,6 +2063,8 @@ end = $answer
         super().__init__(head, input_tokens)
         self._items: list[JSONObject] = []  # complete items, then the answer
         self._pieces: list[str] = []  # of the current text
+        self._tool_calls: list[JSONObject] = []  # as far as they have arrived
+        self._calls_written = 0
         self._events: list[bytes] = []  # not yet returned
         self._numbers = itertools.count()
         status = {"status": "in_progress", "reason": None, "usage": None}
@@ -2095,24 +2097,30 @@ end = $answer
         text = content_text(delta.get("content"))
         if text:
             if not self._pieces:
+                self._complete_items()
                 self._emit("text", text="")
             self._emit("piece", text=text)
             self._pieces.append(text)
-        for call in as_list(delta.get("tool_calls")):
-            self._close_text()
-            name, text = call["function"]["name"], call["function"]["arguments"]
-            args = as_object(read_json(text))
-            self._emit("call", item=call.get("id"), name=name, text=text, args=args)
+        calls = as_list(delta.get("tool_calls"))
+        if calls and self._pieces:
+            self._complete_items()
+        CompletionBuilder.add_tool_calls(self._tool_calls, calls)
         events, self._events = self._events, []
         return b"".join(events)
 
-    def _close_text(self) -> None:
+    def _complete_items(self) -> None:
+        """Complete the text or the tool calls so far: something else follows."""
         text, self._pieces = "".join(self._pieces), []
         if text:
             self._emit("text_end", text=text)
+        for call in self._tool_calls[self._calls_written :]:
+            name, text = call["function"]["name"], call["function"]["arguments"]
+            args = as_object(read_json(text))
+            self._emit("call", item=call["id"], name=name, text=text, args=args)
+        self._calls_written = len(self._tool_calls)
 
     def end(self, finish_reason: str, usage: Usage) -> bytes:
-        self._close_text()
+        self._complete_items()
         reason = self.STOPS.get(finish_reason, "end_turn")
         counts = {**usage._asdict(), "total": usage.total}
         self._emit("end", status="completed", reason=reason, **counts)

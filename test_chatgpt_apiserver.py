@@ -8747,6 +8747,32 @@ async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
         assert len({item["id"] for item in done}) == 3
 
 
+@cases("indexed", True, False)
+@flow
+async def test_a_tool_call_in_pieces_is_one_item(tmp_path, indexed):
+    """As a function that relays another API's stream gives it."""
+
+    def answer(request):
+        yield "Look:"
+        for index in (0, 1):
+            place = {"index": index} if indexed else {}
+            yield {"tool_calls": [{**place, **tool_call(f"c{index}", arguments="")}]}
+            for piece in ('{"a"', f":{index}}}"):
+                yield {"tool_calls": [{**place, "function": {"arguments": piece}}]}
+
+    async with serving(tmp_path, FunctionController(answer)) as server:
+        body = {**chat_body("?"), "max_tokens": 9, "input": "?"}
+        for path, key in (("messages", "partial_json"), ("responses", "arguments")):
+            body["stream"] = False
+            whole = await ask(server.port, "POST", f"/v1/{path}", body)
+            body["stream"] = True
+            reply = await ask(server.port, "POST", f"/v1/{path}", body)
+            found = re.findall(rf'"{key}": "({{.*?}})"', reply.content.decode())
+            assert list(dict.fromkeys(found)) == [r"{\"a\":0}", r"{\"a\":1}"], path
+            for text in (reply.content, whole.content):
+                assert b"c0" in text and b"c1" in text
+
+
 @flow
 async def test_what_a_mock_echoes_in_each_dialect(server):
     """A tool's result, too; a system message behind what was said is passed over, for
