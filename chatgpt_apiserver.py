@@ -1857,10 +1857,7 @@ class EventStream:
         return not hidden or bool(event.get("choices"))
 
     def end(self) -> bytes:
-        """Return the last bytes to relay, when the upstream has ended its answer.
-
-        Raise ProtocolError(502) if the answer is incomplete.
-        """
+        """Return the last bytes to relay.  Raise ProtocolError(502) if incomplete."""
         rest = b"" if self.ended else self._decoder.end()
         data = event_data(rest) or b""
         # Half an event does not count, nor does its finish_reason.
@@ -1879,10 +1876,7 @@ _FINISHED = re.compile(r'"finish_reason"\s*:\s*"[^"]')
 
 
 class CompletionStream(EventStream):
-    """A stream of chat completion or completion chunks.
-
-    Nothing is relayed after [DONE] or an error.
-    """
+    """Chunks of (chat) completions.  Nothing is relayed after [DONE] or an error."""
 
     WORDS = ('"error"', '"usage"', "[DONE]")
     LAST = DONE_EVENT
@@ -1910,7 +1904,7 @@ class CompletionStream(EventStream):
 
 
 class ResponsesStream(EventStream):
-    """A stream of POST /v1/responses."""
+    """Events of responses."""
 
     ANSWER = "response"
     ENDS = ("response.completed", "response.incomplete", "response.failed")
@@ -1918,7 +1912,7 @@ class ResponsesStream(EventStream):
 
 
 class MessagesStream(EventStream):
-    """A stream of POST /v1/messages."""
+    """Events of messages."""
 
     ANSWER = "message"
     ENDS = ("message_stop",)
@@ -2182,8 +2176,7 @@ end = $answer
     )
 
 
-# Tool calls and results: parts of a message in messages, items of their own in
-# responses.
+# Tool calls and results: parts of a message in messages, separate items in responses.
 _CALLS = ("tool_use", "function_call", "custom_tool_call")
 _RESULTS = ("tool_result", "function_call_output", "custom_tool_call_output")
 _THOUGHTS = ("thinking", "redacted_thinking")  # no place for them in a chat
@@ -2539,8 +2532,7 @@ class APIRequest:
     Raise APIError(400) for an invalid field.
     """
 
-    # Parsed JSON takes up to 30 times the memory of its bytes: above this size it is
-    # not kept.
+    # Parsed JSON takes up to 30 times its bytes: above this size it is not kept.
     KEPT_SIZE = 1024 * 1024
 
     model: str | None = None  # the model asked for
