@@ -9009,12 +9009,9 @@ class Reply:
         self.sent = Sent.ALL
         self.connection.write(data)
 
-    def send_text(
-        self, text: str | bytes, type: str = "text/plain", status: int = 200
-    ) -> None:
+    def send_text(self, text: str, type: str = "text/plain", status: int = 200) -> None:
         """Send text with a content type."""
-        content = text.encode("utf-8", "replace") if isinstance(text, str) else text
-        self.send(status, content, [("Content-Type", type)])
+        self.send(status, text.encode("utf-8", "replace"), [("Content-Type", type)])
 
     def begin(self, status: int, fields: Mapping[str, str]) -> None:
         """Begin a stream; its head goes out with the first block."""
@@ -9076,14 +9073,6 @@ class Reply:
         self.close = True
 
 
-def request_id_of(request: Request) -> str:
-    """Return the client's own x-request-id if it is usable, else a new one."""
-    own = request.headers.get("x-request-id")
-    if own and len(own) <= 128 and own.isascii() and own.isprintable():
-        return own
-    return random_id("req_")
-
-
 class Exchange:
     """One request and its outcome."""
 
@@ -9099,16 +9088,17 @@ class Exchange:
     def __init__(
         self, server: Server, connection: Connection, request: Request
     ) -> None:
-        path, token = request.path, ""
+        path, self.token = request.path, ""
         if path.startswith("/k/"):  # for agents that can only set an endpoint
-            token, slash, rest = path[3:].partition("/")
+            self.token, slash, rest = path[3:].partition("/")
             path = slash + rest
         self.server = server
         self.connection = connection
         self.request = request
-        self.token = token
         self.path = path = normal_path(path)
-        self.id = request_id_of(request)
+        own_id = request.headers.get("x-request-id", "")
+        usable = 0 < len(own_id) <= 128 and own_id.isascii() and own_id.isprintable()
+        self.id = own_id if usable else random_id("req_")
         self.time = unix_time()
         self.started = connection.loop.time()
         self._bytes_before = connection.bytes_sent
@@ -9468,13 +9458,12 @@ class Access(enum.Enum):
     ADMIN = "the API key, also as admin_key in the query or the content"
 
 
-# Why a token of such a role is refused on all other routes.
-_ROLES_ONLY = {
+# Why a token is refused, by its role.
+_REFUSALS = {
+    "user": "A user's token can only use /v1 and /api/ask.",
     "agent": "An agent's token can only register an agent.",
     "monitor": "A monitor's token can only read /metrics.",
 }
-_FOR_AGENTS = "A user's token cannot register an agent."
-_FOR_THE_ADMINISTRATOR = "This needs the administrator's key."
 
 
 def authorize(exchange: Exchange, access: Access, body: JSONObject) -> None:
@@ -9506,8 +9495,7 @@ def authorize(exchange: Exchange, access: Access, body: JSONObject) -> None:
     exchange.user = user
     if user is not server.admin:
         if user.role != access.name.lower():
-            refusal = _FOR_AGENTS if access is Access.AGENT else _FOR_THE_ADMINISTRATOR
-            raise APIError(403, _ROLES_ONLY.get(user.role, refusal))
+            raise APIError(403, _REFUSALS[user.role])
         if now >= user.expires:
             text = f"This token expired at {rfc3339(user.expires)}; ask for another."
             raise APIError(401, text, code="expired")
@@ -9658,7 +9646,6 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
             "conversation_id and parent_id go together: send the conversation_id"
             " and the response_id of the answer to continue from.",
         )
-    ask = (question, conversation_id, parent_id)
     model = optional_string(body, "model")
     conversation, messages = None, []
     if conversation_id:
@@ -9673,13 +9660,13 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
     }
     headers = {"content-type": "application/json"}
     request = APIRequest(CHAT_PATH, encode_json(chat), body=chat, headers=headers)
-    request.ask = ask
+    request.ask = (question, conversation_id, parent_id)
     if conversation is not None:
         request.agent_id = conversation.agent_id
     call = await exchange.relay(request)
     if call.status >= 300:
         raise refusal_error(call.status, call.content or b"")
-    return keep_answer(exchange, ask, conversation, call)
+    return keep_answer(exchange, conversation, call)
 
 
 def string_field(body: JSONObject, name: str) -> str:
@@ -9696,15 +9683,12 @@ def optional_string(body: JSONObject, name: str) -> str:
 
 
 def keep_answer(
-    exchange: Exchange,
-    ask: tuple[str, str, str],
-    conversation: Conversation | None,
-    call: Call,
+    exchange: Exchange, conversation: Conversation | None, call: Call
 ) -> JSONObject:
     """Keep the conversation for the next question; return the ask API's answer."""
-    assert exchange.user is not None and call.controller is not None
+    assert exchange.user and call.controller and call.request.ask
     kept, user_id = exchange.server.conversations, exchange.user.user_id
-    question, conversation_id, parent_id = ask
+    question, conversation_id, parent_id = call.request.ask
     answer = as_object(read_json(call.content or b""))
     agent_id = call.controller.id if call.controller.keeps_conversations else ""
     try:
@@ -10060,7 +10044,7 @@ async def do_source(exchange: Exchange) -> None:
     source, _ = own_source()
     if not source:
         raise APIError(404, "The source is not available: it was piped into Python.")
-    exchange.reply.send_text(source, "text/x-python")
+    exchange.reply.send(200, source, [("Content-Type", "text/x-python")])
 
 
 def do_preflight(exchange: Exchange) -> None:
@@ -10101,11 +10085,6 @@ class Route(NamedTuple):
     answer: Callable[..., Coroutine[Any, Any, JSONObject | None]]
     reads: Callable[[Exchange, float], Coroutine[Any, Any, Any]] | None = None
     limit: str = "admin_content_size"
-
-    @property
-    def allowed(self) -> str:
-        """The methods of its path, as in Allow."""
-        return "GET, HEAD, OPTIONS" if self.method == "GET" else "POST, OPTIONS"
 
 
 # By path; /v1/ and /v1/models/ stand for all paths below them.
@@ -10177,7 +10156,8 @@ def check_method(exchange: Exchange, route: Route | None) -> Route:
 async def follow_route(exchange: Exchange) -> None:
     """Apply the policy of a request's route, then run the route."""
     found = find_route(exchange.path)
-    exchange.allowed = "GET, HEAD, OPTIONS" if found is None else found.allowed
+    is_post = found is not None and found.method == "POST"
+    exchange.allowed = "POST, OPTIONS" if is_post else "GET, HEAD, OPTIONS"
     if exchange.request.method == "OPTIONS":  # a CORS preflight carries no key
         do_preflight(exchange)
         return
@@ -10663,8 +10643,7 @@ class Server(Stoppable):
                 handler.exchange.reply.close = True
         seconds, count = self.limits.drain_timeout, self.requests_in_flight
         if count:
-            line = f"waiting up to {seconds:.0f} s for requests in flight: {count}"
-            self.report(line)
+            self.report(f"waiting up to {seconds:.0f} s; requests in flight: {count}")
         await self._wait_while(lambda: self._serves(False), seconds)
         for agent in list(self.agents.values()):
             agent.websocket.close(1001, "the server is shutting down")

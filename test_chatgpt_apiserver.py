@@ -13745,7 +13745,7 @@ async def test_a_running_stream_may_finish_and_nothing_new_begins(tmp_path):
         async with posting(port, body) as client:
             await echo(port)  # the server has read what came before
             program.signal(signal.SIGTERM)
-            program.wait_for("s for requests in flight: 1")
+            program.wait_for("s; requests in flight: 1")
             assert is_refused(port)
             reply = await client.read_reply()
             assert reply.events()[-1] == "[DONE]" and b"you" in reply.content
@@ -13766,7 +13766,7 @@ async def test_what_does_not_finish_is_cut_at_the_end_or_by_a_second_signal(
             await echo(port)
             began = time.monotonic()
             program.signal(signal.SIGTERM)
-            program.wait_for("s for requests in flight: 1")
+            program.wait_for("s; requests in flight: 1")
             if twice:
                 program.signal(signal.SIGTERM)
                 program.wait_for("ending at once")
