@@ -5937,7 +5937,7 @@ class AgentCall(Answer):
         failure = Failure.BROKEN if self.status else Failure.NONE
         words = data[:4096] if kind == "error" else "its answer is unreadable"
         reason = f"{self._agent.name} failed"
-        detail = f"{reason}: {words}"
+        detail = words and f"{reason}: {words}"
         return ControllerError(reason, failure, detail=detail, code="agent_error")
 
     async def get(self, timeout: float) -> tuple[str, str]:
@@ -11105,8 +11105,8 @@ class Link:
             websocket.connection.close()
         how = "was lost"
         if websocket.close_code != 1006:
-            reason = _plain(websocket.close_reason)
-            how = f"ended ({websocket.close_code} {reason})"
+            reason = f"{websocket.close_code} {_plain(websocket.close_reason)}".strip()
+            how = f"ended ({reason})"
         return f"the connection to {self.server} {how}"
 
     async def send(self, id: str, message: str, data: str = "") -> None:
