@@ -2887,9 +2887,8 @@ class Connection(asyncio.Protocol):
                     ssl_handshake_timeout=self.limits.tls_timeout,
                 )
             if transport is None:
-                text = "it closed the connection during the TLS handshake"
                 hint = "" if host is None else "; is it http?"
-                raise ConnectionResetError(text + hint)
+                raise ConnectionResetError(f"it hung up during the TLS handshake{hint}")
         except BaseException:
             # asyncio reports a failed handshake to its caller only.
             self.transport.abort()
@@ -11340,11 +11339,10 @@ class Agent(Stoppable):
         self.pool = Pool(limits=limits, report=self.warn)
         for controller in self._local() if controllers is None else controllers:
             self.pool.add(controller)
-        own = self.pool.controllers
-        self._upstreams = [c for c in own if c.lists_models and c.models is None]
+        upstreams = [c for c in self.pool.controllers if c.lists_models]
+        self._upstreams = [c for c in upstreams if c.models is None]
         # These serve their models even if they do not list them: only report it.
-        named = [c for c in own if c.lists_models and c.models is not None]
-        self._named = named if self._allowed else []
+        self._named = [c for c in upstreams if c.models is not None and self._allowed]
         for upstream in (*self._upstreams, *self._named):  # see _watch_models()
             upstream.report = self.debug
         self._problems: dict[str, str] = {}  # reported and lasting, by their source
@@ -11404,12 +11402,11 @@ class Agent(Stoppable):
         """Read the upstreams' models regularly, and announce changes."""
         while True:
             await asyncio.gather(*(u.refresh_models() for u in self._upstreams))
-            for upstream in self._upstreams:
-                served = upstream.listed
-                if self._allowed:  # Ollama lists "llama3.1" as "llama3.1:latest"
-                    allowed = {*self._allowed, *(f"{m}:latest" for m in self._allowed)}
-                    served = models_table(name for name in served if name in allowed)
-                upstream.models = served
+            # Ollama lists "llama3.1" as "llama3.1:latest".
+            allowed = {*self._allowed, *(f"{name}:latest" for name in self._allowed)}
+            for u in self._upstreams:
+                served = (m for m in u.listed if m in allowed or not allowed)
+                u.models = models_table(served)
             tables = [controller.models for controller in self.pool.controllers]
             names = dict.fromkeys(name for table in tables for name in table or ())
             models = None if None in tables else list(names)
@@ -12184,8 +12181,8 @@ def build_agent(argv: list[str], environ: Environ, log: Log | None = None) -> Ag
         raise COMMAND_LINE.mistake("max-concurrency", text)
     key = options.get("key") or environ.get("API_KEY", "")
     if key and not is_key(key):
-        words = KEY.words.replace("a key of your own", "a token")
-        raise COMMAND_LINE.mistake("key", f"expected {words}")
+        text = "expected a token: printable ASCII, no space or newline"
+        raise COMMAND_LINE.mistake("key", text)
     if any(not set(url) & set(":/.") for url in urls[1:]):
         text = "expected URLs, such as http://my-server:8080; a key goes after --key"
         raise COMMAND_LINE.mistake("", text)
