@@ -10719,7 +10719,7 @@ class Server(Stoppable):
 
     def begin_request(self, exchange: Exchange, user: User) -> None:
         """Admit a user's request, counted until end_request(); APIError(429, 503)."""
-        if self.requests_in_flight >= self.limits.requests_in_flight:
+        if len(self.running_requests) >= self.limits.requests_in_flight:
             raise APIError(503, "The server is too busy; try again.", retry_after=1)
         running = self._in_flight.get(user.user_id, 0)
         most = user.max_concurrency or self.limits.user_requests_in_flight
