@@ -6737,6 +6737,9 @@ async def states(server):
     return {c["name"]: c["state"] for c in lines if c["type"] != "mock"}
 
 
+HI_EVENTS = chunk("Hi") + chunk(None, "stop") + DONE
+
+
 def error_reply(status, message="went wrong UPSTREAMSECRET", headers=(), **fields):
     error = {"message": message, "type": "t", "param": None, "code": None, **fields}
     return http_reply({"error": error}, status, headers=headers)
@@ -8039,11 +8042,11 @@ async def test_an_unreadable_list_of_models_is_logged_once(tmp_path):
     ({"detail": [{"loc": ["body", "messages"], "msg": "empty"}]}, False),
 )
 @flow
-async def test_stream_options_are_taken_back_where_they_may_be_meant(
+async def test_stream_options_are_left_out_where_they_may_be_the_reason(
     tmp_path, said, again, status
 ):
-    """And are left out only where that has helped: nobody can switch the counting off
-    for others with a request that is bad."""
+    """And from then on only if that has helped: no user can switch the counting off
+    for others with a bad request."""
     stream = http_reply(chunk("Hi", "stop") + DONE, content_type="text/event-stream")
     refusal = http_reply(said, status)
     behave = by_words({"BAD": refusal, "stream_options": refusal}, usual=stream)
@@ -8072,7 +8075,7 @@ async def test_events_in_gzip_are_relayed_as_they_come(tmp_path):
         assert await client.read_chunk() == last
 
 
-# --- What an answer is, and whether it is whole
+# --- What an answer is, and whether it is complete
 
 ODD_BEGINNINGS = [b"", b"\n\r\n", b"\xef\xbb\xbf", b": hi\n\n" * 9, b"retry: 10\n"]
 ODD_LABELS = ["text/plain", "application/json", "TEXT/EVENT-STREAM", "x"]
@@ -8086,9 +8089,8 @@ async def test_events_are_events_whatever_they_are_called(tmp_path, before, labe
     behave = http_reply(content, content_type=label)
     async with pool_of(tmp_path, behave) as (server, _, _):
         reply = await chat(server, stream=True)
-        assert reply.status == 200 and reply.content.endswith(
-            chunk("Hi", "stop") + DONE
-        )
+        assert reply.status == 200
+        assert reply.content.endswith(chunk("Hi", "stop") + DONE)
         assert reply.headers["content-type"].startswith("text/event-stream")
         assert chat_text(await chat(server)) == "Hi"
 
@@ -8113,36 +8115,32 @@ async def test_json_is_json_whatever_it_is_called(tmp_path, label):
 )
 @flow
 async def test_half_an_answer_is_taken_over_by_another(tmp_path, path, content, more):
-    """And a whole one without a length is whole."""
+    """And a complete one without a length is accepted."""
     head = JSON_HEAD + b"Connection: close\r\n\r\n"
     good = {"choices": [], "data": [], "content": [], "output": []}
     whole = head + json.dumps(good).encode() + b"\n"
     behaves = (sends(data, connection_close) for data in (head + content, whole))
-    options = [{"weight": 9}, {}]
-    async with pool_of(tmp_path, *behaves, options=options) as (server, ups, _):
+    async with pool_of(tmp_path, *behaves, options=[{"weight": 9}]) as (server, ups, _):
         reply = await ask(server.port, "POST", path, {**CHAT, **more})
         assert reply.status == 200 and reply.json()["data"] == []
         assert len(chats(ups[0])) == len(chats(ups[1])) == 1
 
 
+ERROR_EVENT = b'data: {"error": {'
+TYPED_ERROR = b'event: error\ndata: {"type": "error", "error": {'
 BEGUN_STREAMS = {
-    CHAT_URL: (chunk("Hi", ""), b'data: {"error": {'),
-    "/v1/completions": (
-        b'data: {"choices": [{"text": "a"}]}\n\n',
-        b'data: {"error": {',
-    ),
-    "/v1/messages": (
-        MESSAGE_START,
-        b'event: error\ndata: {"type": "error", "error": {',
-    ),
+    CHAT_URL: (chunk("Hi", ""), ERROR_EVENT),
+    "/v1/completions": (b'data: {"choices": [{"text": "a"}]}\n\n', ERROR_EVENT),
+    "/v1/messages": (MESSAGE_START, TYPED_ERROR),
     "/v1/responses": (RESPONSE_CREATED, b"event: response.failed\ndata: {"),
 }
 
 
 @cases("path", *BEGUN_STREAMS)
 @flow
-async def test_a_stream_that_breaks_off_says_so_in_its_dialect(tmp_path, path):
-    """And never ends as one that is whole does."""
+async def test_a_stream_that_breaks_off_ends_with_an_error_of_its_dialect(
+    tmp_path, path
+):
     begun, error = BEGUN_STREAMS[path]
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
     behave = sends(head + begun, connection_close)
@@ -8156,7 +8154,7 @@ async def test_a_stream_that_breaks_off_says_so_in_its_dialect(tmp_path, path):
 @cases("cut", False, True)
 @flow
 async def test_speech_is_relayed_as_it_comes(tmp_path, cut):
-    """And one that is cut is cut."""
+    """One that breaks off does so for the client."""
     go_on = asyncio.Event()
     audio = b'data: {"not": an event\n\n\xff\xfb'  # nor judged by how it begins
     head = STREAM_HEAD.replace(b"text/event-stream", b"audio/mpeg")
@@ -8174,10 +8172,8 @@ async def test_speech_is_relayed_as_it_comes(tmp_path, cut):
 
 
 @flow(behave=b"", controller={"name": "one"})
-async def test_a_reason_is_one_line_without_a_key_or_the_controllers_name(
-    server, upstream, log
-):
-    """In the log, in the answer of those that come next, in the administrator's list."""
+async def test_a_reason_is_one_line_without_a_key_or_a_name(server, upstream, log):
+    """In the log, in later answers, in the administrator's list."""
     text = "UPSTREAMSECRET\n2026-01-01 00:00:00 admin GET / \x1b[2J"
     upstream.behave = error_reply(429, text)
     said = [chat_error(await chat(server))["message"] for _ in range(2)]
@@ -8196,7 +8192,7 @@ async def test_a_reason_is_one_line_without_a_key_or_the_controllers_name(
     ids=["cut", "said"],
 )
 @flow
-async def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path, end, reason):
+async def test_a_stream_that_breaks_off_is_logged(tmp_path, end, reason):
     """Its access line says 200, for that was its status."""
     begun, log = asyncio.Event(), Log()
     behave = sends(STREAM_HEAD, chunked(chunk("Hel")), begun, end)
@@ -8210,7 +8206,7 @@ async def test_a_stream_that_breaks_off_has_a_line_of_its_own(tmp_path, end, rea
 
 @cases("limit", {"requests": 1}, {"tokens": 5}, ids=["r", "t"])
 @flow
-async def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
+async def test_a_used_up_limit_of_our_own_is_logged_once(tmp_path, limit):
     log, options = Log(), [{"limit": {**limit, "per": "day"}}]
     async with pool_of(tmp_path, None, options=options, log=log) as (server, _, _):
         assert [(await chat(server)).status for _ in range(3)] == [200, 503, 503]
@@ -8221,17 +8217,15 @@ async def test_a_used_up_limit_of_ones_own_is_said_once(tmp_path, limit):
 
 @cases("scheme", "http", "https")
 @flow
-async def test_a_dead_proxy_is_named_as_what_is_dead(tmp_path, scheme):
-    async with Upstream() as gone:
-        proxy = f"http://127.0.0.1:{gone.port}"
+async def test_a_dead_proxy_is_named_as_the_cause(server, scheme):
     async with Upstream() as upstream:
         url = upstream.url.replace("http", scheme, 1)
-        controller = OpenAIController("k", name="one", base_url=url, proxy=proxy)
-        async with serving(tmp_path, controller) as server:
-            reply = await ask(server.port, "POST", CHAT_URL, CHAT)
-            message = reply.json()["error"]["message"]
-            assert (reply.status, message) == (500, "one: nothing listens at its proxy")
-            assert (await controller_line(server, "one"))["state"] == "cooling"
+        proxy = f"http://127.0.0.1:{refusing_port()}"
+        server.add(OpenAIController("k", name="one", base_url=url, proxy=proxy))
+        reply = await chat(server)
+        message = reply.json()["error"]["message"]
+        assert (reply.status, message) == (500, "one: nothing listens at its proxy")
+        assert await states(server) == {"one": "cooling"}
         assert upstream.connections == 0
 
 
@@ -8261,51 +8255,45 @@ async def test_own_limits_hold_until_the_next_window(tmp_path, clock):
 
 
 @flow
-async def test_the_administrator_disables_and_enables(tmp_path):
-    gate = PoolGate()
-    gate.controller.health._failures = 1
-    async with serving(tmp_path, gate.controller) as server:
+async def test_the_administrator_disables_and_enables(server, gate):
+    async def post(what, name="gate", key=KEY):
+        path = f"/admin/controllers/{what}"
+        return (await ask(server.port, "POST", path, {"name": name}, key)).status
 
-        async def post(what, name="gate", key=KEY):
-            path = f"/admin/controllers/{what}"
-            return (await ask(server.port, "POST", path, {"name": name}, key)).status
-
-        running = asyncio.ensure_future(chat(server))
-        await until(lambda: gate.asked)
-        assert await post("disable") == 200
-        gate.let()
-        assert chat_text(await running) == "through"
-        line = await controller_line(server, "gate")
-        assert line["state"] == "disabled" and line["until"] is None
-        reply = await chat(server)
-        assert reply.status == 503 and "retry-after" not in reply.headers
-        assert reply.headers["x-should-retry"] == "false"
-        assert await post("enable") == 200
-        assert chat_text(await chat(server)) == "through"
-        assert await post("disable", "nobody") == 404
-        assert await post("disable", key=await add_user(server)) == 403
+    running = asyncio.ensure_future(chat(server))
+    await until(lambda: gate.asked)
+    assert await post("disable") == 200
+    gate.let()
+    assert chat_text(await running) == "through"
+    line = await controller_line(server, "gate")
+    assert line["state"] == "disabled" and line["until"] is None
+    reply = await chat(server)
+    assert reply.status == 503 and "retry-after" not in reply.headers
+    assert reply.headers["x-should-retry"] == "false"
+    assert await post("enable") == 200
+    assert chat_text(await chat(server)) == "through"
+    assert await post("disable", "nobody") == 404
+    assert await post("disable", key=await add_user(server)) == 403
 
 
-@flow
-async def test_enabling_wakes_who_waits(tmp_path):
-    gate = PoolGate(max_concurrency=1)
-    spare = pool_function("spare")
-    async with serving(tmp_path, gate.controller, spare) as server:
-        spare.switched_off = True
-        first = asyncio.ensure_future(chat(server))
-        await until(lambda: gate.asked)
-        second = asyncio.ensure_future(chat(server))
-        await until(lambda: server.pool.waiting)
-        body = {"admin_key": KEY, "name": "spare"}
-        await ask(server.port, "POST", "/admin/controllers/enable", body, key=None)
-        assert chat_text(await second) == "spare"
-        gate.let()
-        await first
+@flow(gate={"max_concurrency": 1})
+async def test_enabling_a_controller_wakes_what_waits(server, gate):
+    server.add(spare := pool_function("spare"))
+    spare.switched_off = True
+    first = asyncio.ensure_future(chat(server))
+    await until(lambda: gate.asked)
+    second = asyncio.ensure_future(chat(server))
+    await until(lambda: server.pool.waiting)
+    body = {"admin_key": KEY, "name": "spare"}
+    await ask(server.port, "POST", "/admin/controllers/enable", body, key=None)
+    assert chat_text(await second) == "spare"
+    gate.let()
+    await first
 
 
 @flow
 async def test_an_agent_cannot_take_a_controllers_name_from_it(server):
-    """By it /admin/controllers, limits and metrics mean the configured one alone."""
+    """/admin/controllers, limits and metrics mean the configured one by it."""
     hello = agent_hello(name="up", models=[])
     async with Agent(server, hello=hello):
         up = pool_function("up")
@@ -8362,29 +8350,33 @@ async def test_every_kind_of_function_answers_streamed_and_whole(server, functio
     assert body["object"] == "chat.completion" and body["usage"]["total_tokens"]
     assert body["choices"][0]["finish_reason"] == "stop"
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    *events, done = (await chat(server, model="f", **options)).events()
-    events = [json.loads(event) for event in events]
-    deltas = [e["choices"][0]["delta"] for e in events if e["choices"]]
-    assert deltas[0]["role"] == "assistant" and done == "[DONE]"
-    assert "".join(d.get("content") or "" for d in deltas) == "Hi Hello"
+    reply = await chat(server, model="f", **options)
+    assert stream_text(reply) == "Hi Hello"
+    events = [json.loads(event) for event in reply.events()[:-1]]
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
     reasons = [c["finish_reason"] for e in events for c in e["choices"]]
     assert reasons[-1] == "stop" and events[-1]["usage"]["total_tokens"]
-    *events, done = (await chat(server, model="f", stream=True)).events()
-    assert not any("usage" in json.loads(event) for event in events)  # nobody asked
+    reply = await chat(server, model="f", stream=True)
+    assert b'"usage"' not in reply.content  # for it was not asked for
     reply = await handler_ask(server.port, model="f")
     assert reply.status == 200 and reply.json()["content"] == "Hi Hello"
 
 
+@cases(
+    "function",
+    lambda request: {"tool_calls": [tool_call("call-1")]},
+    lambda request: iter([{"tool_calls": [{"index": 0, **tool_call("call-1")}]}]),
+)
 @flow
-async def test_a_function_may_call_tools(tmp_path):
-    call = tool_call("call-1")
-    function = FunctionController(lambda request: {"tool_calls": [call]})
+async def test_a_function_may_call_tools(tmp_path, function):
+    """In a stream alone a call has an index."""
+    call, function = tool_call("call-1"), FunctionController(function)
     async with serving(tmp_path, function) as server:
         streamed = (await chat(server, stream=True)).events()
         delta = json.loads(streamed[0])["choices"][0]["delta"]
         assert delta["tool_calls"] == [{"index": 0, **call}]
         choice = (await chat(server)).json()["choices"][0]
-        assert choice["message"]["tool_calls"] == [tool_call("call-1")]
+        assert choice["message"]["tool_calls"] == [call]
         assert choice["finish_reason"] == "tool_calls"
 
 
@@ -8399,16 +8391,6 @@ async def test_tool_calls_that_come_one_by_one_are_not_taken_for_one(tmp_path):
         *events, _ = (await chat(server, stream=True)).events()
         deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:4]]
         assert [d["tool_calls"][0]["index"] for d in deltas] == [0, 0, 1, 1]
-
-
-@flow
-async def test_a_whole_answer_has_no_index_of_a_tool_call(tmp_path):
-    def answer(request):
-        yield {"tool_calls": [{"index": 0, **tool_call("call-1")}]}
-
-    async with serving(tmp_path, FunctionController(answer)) as server:
-        (choice,) = (await chat(server)).json()["choices"]
-        assert choice["message"]["tool_calls"] == [tool_call("call-1")]
 
 
 @cases("stream", False, True)
@@ -8444,7 +8426,9 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
     ids=lambda error: type(error).__name__,
 )
 @flow
-async def test_of_other_errors_the_client_learns_nothing(tmp_path, caplog, error):
+async def test_clients_learn_nothing_of_a_functions_other_errors(
+    tmp_path, caplog, error
+):
     def plain(request):
         raise error
 
@@ -8476,9 +8460,7 @@ async def test_a_function_that_returns_nonsense_fails_alone(tmp_path, result):
 
 
 @flow
-async def test_a_generator_that_fails_later_ends_the_stream_with_an_error(
-    tmp_path, caplog
-):
+async def test_a_generator_that_fails_later_ends_with_an_error(tmp_path, caplog):
     async def answer(request):
         yield "a"
         raise ValueError("secret")
@@ -8524,7 +8506,7 @@ async def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
 
 
 @flow
-async def test_a_function_that_hangs_is_given_up_at_the_requests_deadline(tmp_path):
+async def test_a_function_that_hangs_is_cut_at_the_deadline(tmp_path):
     async def hangs(request):
         await asyncio.sleep(60)
 
@@ -8582,7 +8564,7 @@ def dialect_text(path, answer):
 @cases("model", "mock/echo", "shout")
 @cases("path", *DIALECT_REQUESTS)
 @flow
-async def test_a_text_becomes_an_answer_in_each_dialect(server, path, model):
+async def test_a_string_becomes_an_answer_in_each_dialect(server, path, model):
     @server.model("shout")
     def shout(request):
         return request["messages"][-1]["content"].upper()
@@ -8692,92 +8674,48 @@ async def test_what_a_mock_echoes_in_each_dialect(server):
         assert dialect_text(path, reply.json()) == text
 
 
-def text_parts(*texts, type="text"):
-    return [{"type": type, "text": text} for text in texts]
-
-
-def said(role, *texts, type="input_text"):
-    """An item of Codex's input."""
-    return {"type": "message", "role": role, "content": text_parts(*texts, type=type)}
-
-
-def results(id, content):
-    return {"type": "tool_result", "tool_use_id": id, "content": content}
-
-
-CLAUDE_CODE_TURN = {  # as Claude Code 2.1 sends it, but for what its texts say
-    "messages": [
-        {
-            "role": "user",
-            "content": [
-                *text_parts("<system-reminder>"),
-                {"type": "text", "text": "run", "cache_control": {"type": "ephemeral"}},
-            ],
-        },
-        {"role": "system", "content": "Available agent types"},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "thinking", "thinking": "Hm", "signature": "s"},
-                *text_parts("I do."),
-                {"type": "tool_use", "id": "1", "name": "Bash", "input": {"a": 1}},
-                {"type": "tool_use", "id": "2", "name": "Bash", "input": {}},
-            ],
-        },
-        {
-            "role": "user",
-            "content": [
-                results("1", "one"),
-                results("2", text_parts("two")),
-                *text_parts("go on"),
-            ],
-        },
-    ],
-    "system": text_parts("You are", "it."),
+# As Claude Code 2.1 and Codex 0.171 send a turn, with other texts.
+CLAUDE_CODE_TURN = json.loads("""{"messages": [
+    {"role": "user", "content": [{"type": "text", "text": "<system-reminder>"},
+        {"type": "text", "text": "run", "cache_control": {"type": "ephemeral"}}]},
+    {"role": "system", "content": "Available agent types"},
+    {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "Hm", "signature": "s"},
+        {"type": "text", "text": "I do."},
+        {"type": "tool_use", "id": "1", "name": "Bash", "input": {"a": 1}},
+        {"type": "tool_use", "id": "2", "name": "Bash", "input": {}}]},
+    {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "1", "content": "one"},
+        {"type": "tool_result", "tool_use_id": "2",
+            "content": [{"type": "text", "text": "two"}]},
+        {"type": "text", "text": "go on"}]}],
+    "system": [{"type": "text", "text": "You are"}, {"type": "text", "text": "it."}],
     "tools": [
-        {"name": "Bash", "description": "Runs", "input_schema": {"type": "object"}}
-    ],
-    "max_tokens": 32000,
-    "thinking": {"type": "adaptive"},
-    "output_config": {"effort": "high"},
-    "metadata": {"user_id": "{}"},
-}
-CODEX_TURN = {  # as Codex 0.171 sends it
-    "instructions": "You are\nit.",
-    "input": [
-        said("user", "<system-reminder>", "run"),
-        said("system", "Available agent types"),
-        {"type": "reasoning", "summary": [], "encrypted_content": "e"},
-        said("assistant", "I do.", type="output_text"),
-        {
-            "type": "function_call",
-            "call_id": "1",
-            "name": "Bash",
-            "arguments": '{"a": 1}',
-        },
-        {"type": "custom_tool_call", "call_id": "2", "name": "Bash", "input": "{}"},
-        {"type": "function_call_output", "call_id": "1", "output": "one"},
-        {
-            "type": "custom_tool_call_output",
-            "call_id": "2",
-            "output": text_parts("two", type="input_text"),
-        },
-        {"type": "message", "role": "user", "content": "go on"},
-    ],
+        {"name": "Bash", "description": "Runs", "input_schema": {"type": "object"}}],
+    "max_tokens": 32000, "thinking": {"type": "adaptive"},
+    "output_config": {"effort": "high"}, "metadata": {"user_id": "{}"}}""")
+CODEX_TURN = json.loads("""{"instructions": "You are\\nit.", "input": [
+    {"type": "message", "role": "user", "content": [
+        {"type": "input_text", "text": "<system-reminder>"},
+        {"type": "input_text", "text": "run"}]},
+    {"type": "message", "role": "system", "content": [
+        {"type": "input_text", "text": "Available agent types"}]},
+    {"type": "reasoning", "summary": [], "encrypted_content": "e"},
+    {"type": "message", "role": "assistant", "content": [
+        {"type": "output_text", "text": "I do."}]},
+    {"type": "function_call", "call_id": "1", "name": "Bash",
+        "arguments": "{\\"a\\": 1}"},
+    {"type": "custom_tool_call", "call_id": "2", "name": "Bash", "input": "{}"},
+    {"type": "function_call_output", "call_id": "1", "output": "one"},
+    {"type": "custom_tool_call_output", "call_id": "2", "output": [
+        {"type": "input_text", "text": "two"}]},
+    {"type": "message", "role": "user", "content": "go on"}],
     "tools": [
-        {"type": "web_search", "external_web_access": False},
-        {
-            "type": "function",
-            "name": "Bash",
-            "description": "Runs",
-            "strict": False,
-            "parameters": {"type": "object"},
-        },
-    ],
-    "store": False,
-    "include": ["reasoning.encrypted_content"],
-    "prompt_cache_key": "k",
-}
+        {"type": "web_search", "external_web_access": false},
+        {"type": "function", "name": "Bash", "description": "Runs", "strict": false,
+            "parameters": {"type": "object"}}],
+    "store": false, "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "k"}""")
 
 
 @flow
@@ -8814,7 +8752,7 @@ async def test_a_function_sees_a_coding_agents_turn_as_a_chat(server, path, body
 
 @flow
 async def test_a_function_is_not_called_to_count_tokens(tmp_path):
-    """Claude Code counts a part at a time: refused, it asks for answers to them."""
+    """Claude Code counts a part at a time; refused, it asks for answers to them."""
     called = []
     tools = [{"name": "t", "input_schema": {"type": "object", "title": "y" * 400}}]
     path = "/v1/messages/count_tokens?beta=true"
@@ -8858,19 +8796,14 @@ async def test_mock_embeddings_are_equal_for_equal_texts(server):
         assert (await asked(model)).status == status
 
 
-@flow
-async def test_a_name_of_a_mock_is_asked_of_nobody_else(tmp_path):
-    """And has a largest size."""
+@flow(behave=None, controller=ANY)
+async def test_a_mocks_name_is_no_others_and_has_a_largest_size(server, upstream):
     fits = "mock/text?text=".ljust(2048, "x")
-    async with pool_of(tmp_path, None, options=[ANY]) as (server, (upstream,), _):
-        for model, status in (
-            ("mock/echo", 200),
-            ("mock/echo2", 404),
-            (fits, 200),
-            (fits + "x", 404),
-        ):
-            assert (await chat(server, model=model)).status == status
-        assert chats(upstream) == []
+    known, unknown = ("mock/echo", fits), ("mock/echo2", fits + "x")
+    for model in known + unknown:
+        status = 200 if model in known else 404
+        assert (await chat(server, model=model)).status == status
+    assert chats(upstream) == []
 
 
 @cases(
@@ -8880,10 +8813,9 @@ async def test_a_name_of_a_mock_is_asked_of_nobody_else(tmp_path):
     ("mock/cut?events=5000", True),
 )
 @flow
-async def test_a_mock_that_says_much_holds_up_nobody(server, model, stream):
-    long = asyncio.ensure_future(
-        chat(server, "a b " * 100_000, model=model, stream=stream)
-    )
+async def test_a_mock_with_a_long_answer_holds_up_nobody(server, model, stream):
+    words = "a b " * 100_000
+    long = asyncio.ensure_future(chat(server, words, model=model, stream=stream))
     await until(lambda: server.requests_in_flight)
     answered = 0
     while not long.done():
@@ -8905,76 +8837,70 @@ async def upstream_endless(request, writer):
         await writer.drain()
 
 
-@flow(timeout=40)
-async def test_slow_readers_hold_the_upstream_back_and_nobody_else(tmp_path):
+@flow(timeout=40, behave=upstream_endless)
+async def test_slow_readers_hold_the_upstream_back_and_nobody_else(
+    server, upstream, controller
+):
     """What waits in the server is bounded, however fast the upstream is."""
-    made = pool_of(tmp_path, upstream_endless)
-    async with made as (server, (upstream,), (controller,)):
-        server.add(pool_function("f", models=["f"]))
-        async with contextlib.AsyncExitStack() as stack:
-            for _ in range(5):
-                client = await stack.enter_async_context(posting(server))
-                client.writer.transport.pause_reading()
-            connections = server._handlers
-            await until(lambda: len(connections) == 5)
-            await until(lambda: not any(c.writable for c in connections), 15)
-            assert chat_text(await chat(server, model="f")) == "f"
-            assert (await ask(server.port, "GET", "/health")).status == 200
-            assert max(c.unsent for c in connections) < 1024 * 1024
-        await until(lambda: controller.in_flight == 0)
-        await until(lambda: upstream.ended >= 5)
-
-
-@flow
-async def test_a_client_that_stops_reading_is_reset(tmp_path):
-    """With an RST, for what was not sent shall not stay in the kernel."""
-    limits, log = Limits(write_timeout=0.3), Log()
-    options = [{"limits": limits}]
-    made = pool_of(tmp_path, upstream_endless, options=options, limits=limits, log=log)
-    async with made as (server, (upstream,), (controller,)):
-        async with posting(server) as client:
+    server.add(pool_function("f", models=["f"]))
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(5):
+            client = await stack.enter_async_context(posting(server))
             client.writer.transport.pause_reading()
-            await until(lambda: controller.in_flight == 1)
-            await until(lambda: controller.in_flight == 0, 10)
-            client.writer.transport.resume_reading()
-            with pytest.raises(ConnectionResetError):
-                while await client.reader.read(1 << 20):
-                    pass
-        await until(lambda: upstream.ended == upstream.connections)
-    # Its access line says 200 too.
+        connections = server._handlers
+        await until(lambda: len(connections) == 5)
+        await until(lambda: not any(c.writable for c in connections), 15)
+        assert chat_text(await chat(server, model="f")) == "f"
+        assert (await ask(server.port, "GET", "/health")).status == 200
+        assert max(c.unsent for c in connections) < 1024 * 1024
+    await until(lambda: controller.in_flight == 0)
+    await until(lambda: upstream.ended >= 5)
+
+
+@flow(behave=upstream_endless, limits=Limits(write_timeout=0.3))
+async def test_a_client_that_stops_reading_is_reset(server, upstream, controller, log):
+    """With an RST, so that what was not sent leaves the kernel."""
+    async with posting(server) as client:
+        client.writer.transport.pause_reading()
+        await until(lambda: controller.in_flight == 1)
+        await until(lambda: controller.in_flight == 0, 10)
+        client.writer.transport.resume_reading()
+        with pytest.raises(ConnectionResetError):
+            while await client.reader.read(1 << 20):
+                pass
+    await until(lambda: upstream.ended == upstream.connections)
+    # Its access line says 200, too.
+    await until(lambda: "POST /v1/chat/completions 200" in log.text)
     assert log.text.count("disconnected a client that read nothing for 0.3 s") == 1
-    assert "POST /v1/chat/completions 200" in log.text
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="no such option")
 @pytest.mark.skipif(sys.platform != "linux", reason="measures Linux's buffers")
-@flow
-async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(tmp_path):
+@flow(behave=upstream_endless, limits=Limits(write_timeout=0.6))
+async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(server):
     """L14 counts bytes taken: what the kernel hoards must not hide them.
 
     64 KiB in each quarter of write_timeout; without WRITE_UNSENT_SIZE the kernel
     takes 2.5 MB first, and then nothing until a third of them has been read.
     """
-    made = pool_of(tmp_path, upstream_endless, limits=Limits(write_timeout=0.6))
-    async with made as (server, _, _):
-        loop = asyncio.get_running_loop()
-        data = request_bytes("POST", CHAT_URL, STREAM)
-        with await slow_socket(server.port, data, 64 * 1024) as sock:
-            end = loop.time() + 2.4
-            while loop.time() < end:
-                taken = 0
-                while taken < 64 * 1024:
-                    piece = await loop.sock_recv(sock, 64 * 1024 - taken)
-                    assert piece, "it was closed"
-                    taken += len(piece)
-                await asyncio.sleep(0.15)
+    loop = asyncio.get_running_loop()
+    data = request_bytes("POST", CHAT_URL, STREAM)
+    with await slow_socket(server.port, data, 64 * 1024) as sock:
+        end = loop.time() + 2.4
+        while loop.time() < end:
+            taken = 0
+            while taken < 64 * 1024:
+                piece = await loop.sock_recv(sock, 64 * 1024 - taken)
+                assert piece, "it was closed"
+                taken += len(piece)
+            await asyncio.sleep(0.15)
 
 
 # --- The log and the clock
 
 
 @flow
-async def test_a_log_that_nobody_reads_drops_lines_and_counts_them():
+async def test_a_log_that_is_not_read_drops_lines_and_counts_them():
     """Writing never waits."""
     reading, writing = os.pipe()
     try:
@@ -8999,20 +8925,20 @@ async def test_a_log_that_nobody_reads_drops_lines_and_counts_them():
         os.close(writing)
 
 
-def test_a_long_line_of_the_log_is_whole_and_it_lives_on_without_a_reader():
+def test_a_long_line_of_the_log_is_whole_and_a_dead_reader_is_no_error():
     reading, writing = os.pipe()
     log = apiserver.Log(writing)
     log.write("x" * 10_000)
     log.write("next")
     assert os.read(reading, 1 << 20) == b"x" * 10_000 + b"\nnext\n"
     os.close(reading)
-    log.write("to nobody")
-    log.report("to nobody")
+    log.write("to a closed pipe")
+    log.report("to a closed pipe")
     os.close(writing)
-    log.write("to nothing at all")
+    log.write("to a closed file")
 
 
-def test_only_one_function_asks_what_time_it_is():
+def test_only_one_function_reads_the_clock():
     """No timeout and no cooling can depend on a clock that jumps."""
     source = MODULE.read_text()
     asked = re.findall(r"(?:time|datetime)\.(?:time|time_ns|now|today)\(.*", source)
@@ -9021,67 +8947,61 @@ def test_only_one_function_asks_what_time_it_is():
 
 
 @cases("jump", 86400, -86400, -2_000_000_000)
-@flow
-async def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch, jump):
+@flow(
+    behave=error_reply(429),
+    gate={"models": ["g"], "limit": {"requests": 9, "per": "day"}},
+)
+async def test_a_clock_that_jumps_disturbs_nothing(server, gate, monkeypatch, jump):
     now, offset = time.time, [0]
     monkeypatch.setattr(time, "time", lambda: max(0.0, now() + offset[0]))
-    gate = PoolGate(models=["g"], limit={"requests": 9, "per": "day"})
-    async with pool_of(tmp_path, error_reply(429)) as (server, _, _):
-        server.add(gate.controller)
-        assert (await chat(server)).status == 500
-        running = asyncio.ensure_future(chat(server, model="g"))
-        await until(lambda: gate.asked)
-        offset[0] = jump
-        gate.let()
-        assert chat_text(await running) == "through"
-        assert chat_text(await chat(server, model="g")) == "through"
-        assert (await chat(server)).status == 503
-        line = await controller_line(server, "up0")
-        assert line["state"] == "cooling" and line["until"]
+    assert (await chat(server)).status == 500
+    running = asyncio.ensure_future(chat(server, model="g"))
+    await until(lambda: gate.asked)
+    offset[0] = jump
+    gate.let()
+    assert chat_text(await running) == "through"
+    assert chat_text(await chat(server, model="g")) == "through"
+    assert (await chat(server)).status == 503
+    line = await controller_line(server, "up0")
+    assert line["state"] == "cooling" and line["until"]
 
 
 # --- For a long time
 
 
 def resident_size():
-    """This process's memory in bytes, 0 where that cannot be told."""
+    """This process's memory in bytes, 0 where that is unknown."""
     try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 
 
 def open_files():
-    try:
-        return len(os.listdir("/proc/self/fd"))
-    except OSError:
-        return len(os.listdir("/dev/fd"))
+    return len(os.listdir("/dev/fd"))
 
 
-@flow(timeout=60)
-async def test_thousands_of_requests_leave_nothing_behind(tmp_path):
+@flow(timeout=60, behave=by_words({"true": streams(HI_EVENTS)}))
+async def test_thousands_of_requests_leave_nothing_behind(server):
     """Tasks, files and memory are as before."""
-    stream = streams(chunk("Hi") + chunk(None, "stop") + DONE)
-    behave = by_words({'"stream": true': stream, '"stream":true': stream})
 
     async def use(client, count):
         for number in range(count):
             body = chat_body(stream=bool(number % 2))
             assert (await client.request("POST", CHAT_URL, body)).status == 200
 
-    async with pool_of(tmp_path, behave) as (server, _, _):
-        async with Client(server.port) as one, Client(server.port) as two:
-            await asyncio.gather(use(one, 200), use(two, 200))
-            tasks, files, size = len(asyncio.all_tasks()), open_files(), resident_size()
-            await asyncio.gather(use(one, 700), use(two, 700))
-            assert len(asyncio.all_tasks()) <= tasks + 2
-            assert open_files() <= files + 2
-            assert resident_size() < size + 8 * 1024 * 1024
-            for _ in range(100):  # connections that come and go
-                assert (await chat(server)).status == 200
-            await until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
-            assert open_files() <= files + 2
+    async with Client(server.port) as one, Client(server.port) as two:
+        await asyncio.gather(use(one, 200), use(two, 200))
+        tasks, files, size = len(asyncio.all_tasks()), open_files(), resident_size()
+        await asyncio.gather(use(one, 700), use(two, 700))
+        assert len(asyncio.all_tasks()) <= tasks + 2
+        assert open_files() <= files + 2
+        assert resident_size() < size + 8 * 1024 * 1024
+        for _ in range(100):  # connections that come and go
+            assert (await chat(server)).status == 200
+        await until(lambda: len(asyncio.all_tasks()) <= tasks + 2)
+        assert open_files() <= files + 2
 
 
 # --- The tape
@@ -12342,7 +12262,7 @@ async def test_connections_are_listed_as_the_original_did(server):
 async def test_browser_agent_answers_chat_completions(server, agent, stream):
     messages = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": text_parts("Hello")},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
     ]
     body = {"model": "gpt-x", "messages": messages, "stream": stream}
     async with beside(ask(server.port, "POST", CHAT_URL, body)) as asking:
