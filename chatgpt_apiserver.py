@@ -10350,8 +10350,7 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
                 listen, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
         except OSError as error:
-            reason = f"listen: {listen}: {error.strerror or error}"
-            reason += "; give an address, such as 0.0.0.0 or ::"
+            reason = f"listen: {listen}: {error.strerror or error}; try 0.0.0.0 or ::"
             raise OSError(error.errno, reason) from None
         addresses = list(dict.fromkeys((item[0], str(item[4][0])) for item in found))
     else:
@@ -11341,7 +11340,6 @@ class Agent(Stoppable):
             self.pool.add(controller)
         upstreams = [c for c in self.pool.controllers if c.lists_models]
         self._upstreams = [c for c in upstreams if c.models is None]
-        # These serve their models even if they do not list them: only report it.
         self._named = [c for c in upstreams if c.models is not None and self._allowed]
         for upstream in (*self._upstreams, *self._named):  # see _watch_models()
             upstream.report = self.debug
@@ -11422,13 +11420,17 @@ class Agent(Stoppable):
                 self._broadcast("Models", _to_ascii(models))
             else:
                 ready.set()
-            await asyncio.gather(*(u.refresh_models() for u in self._named))
-            for u in self._named:
-                wanted = (u.models or {}).values()
-                missing = [name for name in wanted if not has_model(u.listed, name)]
-                problem = f"{u.name}: {listing_problem(u, missing)}"
-                self.report_problem(u.name, problem if u.listed and missing else "")
+            await self._check_named()
             await asyncio.sleep(MODELS_INTERVAL if ready.is_set() else LOOK_INTERVAL)
+
+    async def _check_named(self) -> None:
+        """Report models that are served although their upstream does not list them."""
+        await asyncio.gather(*(u.refresh_models() for u in self._named))
+        for u in self._named:
+            wanted = (u.models or {}).values()
+            missing = [name for name in wanted if not has_model(u.listed, name)]
+            problem = f"{u.name}: {listing_problem(u, missing)}"
+            self.report_problem(u.name, problem if u.listed and missing else "")
 
     def models_text(self) -> str:
         """Return the models it serves, for people."""

@@ -13011,7 +13011,7 @@ def test_a_name_that_is_no_address_of_ours_is_told_what_to_write(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(OSError, match="foo: Name .*; give an address, such as 0.0.0.0"):
+    with pytest.raises(OSError, match="foo: Name .*; try 0.0.0.0 or ::"):
         apiserver.open_sockets("foo", 0)
 
 
