@@ -8423,6 +8423,20 @@ async def test_a_mock_with_a_long_answer_holds_up_nobody(server, model, stream):
     assert model != "mock/echo" or content.count(b"a b a b") > 1000
 
 
+BLANKS = " " * 40_000
+
+
+@cases("before, after", ("", BLANKS), (f"a{BLANKS}b", ""), (" a\t b", BLANKS))
+@flow
+async def test_blanks_hold_up_nobody(server, before, after):
+    """A search for words in quadratic time stopped the server for 12 seconds."""
+    began = time.monotonic()
+    expected = before or after
+    assert chat_text(await echo(server, before + after)) == expected
+    assert stream_text(await echo(server, before + after, stream=True)) == expected
+    assert time.monotonic() - began < 2
+
+
 # --- Slow and stalled clients
 
 
