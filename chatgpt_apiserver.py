@@ -8956,7 +8956,6 @@ class Reply:
     status = 0  # 0 until its head is made
     close = False  # the connection closes after it
     limit: UsageLimit | None = None  # the user's, for x-ratelimit fields
-    content_left = True  # the request's content has not been read
     first_byte_at = 0.0  # when its head was made, on the loop's clock
     _head = b""  # not yet written
     _heartbeat: asyncio.TimerHandle | None = None
@@ -8968,15 +8967,13 @@ class Reply:
         self.connection = connection
         self.request = request
         self.fields = fields  # sent whatever the response
-
-    @property
-    def content_buffered(self) -> bool:
-        """Whether all of the request's content is in the buffer."""
-        length = self.request.content_length
-        return length is not None and length <= len(self.connection.buffer)
+        # Bytes of the request's content to discard; unknown for chunks, and once a
+        # decoder has taken some.
+        length = request.content_length
+        self.content_left: float = math.inf if length is None else length
 
     def _make_head(self, status: int, fields: list[tuple[str, str]]) -> bytes:
-        if self.content_left and not self.content_buffered:
+        if self.content_left > len(self.connection.buffer):
             self.close = True  # the rest of it would be taken for a request
         fields += self.fields
         now = unix_time()
@@ -9068,7 +9065,7 @@ class Reply:
         """Note that a 101 was sent: no reply and no other request can follow."""
         self.status = 101
         self.sent = Sent.ALL
-        self.content_left = False
+        self.content_left = 0
         self.close = True
 
 
@@ -9124,11 +9121,12 @@ class Exchange:
             if length <= len(connection.buffer) and not coding:
                 content = bytes(connection.buffer[:length])
                 del connection.buffer[:length]
-                self.reply.content_left = False
+                self.reply.content_left = 0
                 self._reserve(length)
                 return content
         self._continue()
         decoder = content_decoder(length, coding)
+        self.reply.content_left = math.inf
         pieces = bytearray()
         began = connection.loop.time()
         deadline = self.started + limits.request_timeout
@@ -9144,7 +9142,7 @@ class Exchange:
             slow = len(pieces) < seconds * limits.content_rate
             if slow and seconds > CONTENT_RATE_AFTER:
                 raise asyncio.TimeoutError
-        self.reply.content_left = False
+        self.reply.content_left = 0
         return bytes(pieces)
 
     def _continue(self) -> None:
@@ -10322,11 +10320,11 @@ class RequestHandler:
             exchange.fail(APIError(500, text))
         finally:
             exchange.end()
-        if reply.content_left and reply.content_buffered:
-            del self.connection.buffer[: exchange.request.content_length]
-        elif reply.content_left:  # the request was refused before it was read
-            reply.close = True
+        if reply.content_left > len(self.connection.buffer):
+            reply.close = True  # the request was refused before it was read
             await self.connection.linger()
+        else:
+            del self.connection.buffer[: int(reply.content_left)]
 
 
 # -----------------------------------------------------------------------------

@@ -12143,6 +12143,18 @@ async def test_what_cannot_be_decompressed_is_refused(server, coding, content, s
     assert server.content_size == 0
 
 
+@cases("limits", Limits(content_size=9_000), Limits(total_content_size=9_000))
+@flow
+async def test_nothing_follows_content_that_was_refused_midway(tmp_path, limits):
+    bomb = gzip.compress(bytes(1_000_000))
+    post = request_bytes("POST", CHAT_URL, bomb, headers=[("Content-Encoding", "gzip")])
+    async with serving(tmp_path, limits=limits) as server:
+        pad = [("pad", "a" * len(bomb))]  # longer than what would be discarded
+        more = request_bytes("GET", "/health", headers=pad)
+        answer = await raw(server.port, post + more + request_bytes("GET", "/status"))
+    assert answer.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in answer
+
+
 @cases("path", "/v1/messages", "/v1/messages/count_tokens")
 @cases(
     "body, key, status, kind",
