@@ -7454,7 +7454,8 @@ class Call:
             content = await answer.read_all(max_size)
             self.content = self._judge(controller, answer, content)
         else:
-            kind = await self._kind(answer)
+            empty = answer.status in (204, 205)  # whatever follows
+            kind = "" if empty else await self._kind(answer)
             if kind == EVENTS_TYPE:
                 await self._begin_events(max_size)
             elif kind == JSON_TYPE:
@@ -7470,8 +7471,8 @@ class Call:
             elif request.dialect.judged:
                 raise ProtocolError(502, "it sent neither JSON nor events")
             else:
-                self._first = await answer.read()
-                self.ended = not self._first
+                self._first = b"" if empty else await answer.read()
+                self.content = None if self._first else b""
         if self.content is None:
             self.pool.began(controller, request)
         else:

@@ -7733,6 +7733,16 @@ async def test_speech_is_relayed_as_it_comes(tmp_path, cut):
             assert client.whole is not cut
 
 
+@cases("stream", False, True)
+@cases("status, length", (200, b"Content-Length: 0\r\n"), (204, b""))
+@flow(controller={"models": ["m"]})
+async def test_an_empty_answer_is_an_answer(client, upstream, status, length, stream):
+    upstream.behave = b"HTTP/1.1 %d X\r\n%b\r\n" % (status, length)
+    for _ in range(2):  # or the second answer would be taken for the first
+        reply = await client.request("POST", "/v1/x", {**CHAT, "stream": stream})
+        assert (reply.status, reply.content) == (status, b"")
+
+
 @flow(behave=b"", controller={"name": "one"})
 async def test_a_reason_is_one_line_without_a_key_or_a_name(server, upstream, log):
     """In the log, in later answers, in the administrator's list."""
@@ -14053,6 +14063,21 @@ async def test_a_content_type_of_an_agents_cannot_break_the_answer(server):
         reply = await asking
         assert reply.status == 200 and "set-cookie" not in reply.headers
         assert reply.headers["content-type"] == "application/octet-stream"
+
+
+@cases("status", 204, 205)
+@cases("kind", "text/plain", "text/event-stream", "application/json")
+@flow
+async def test_content_after_a_status_without_it_is_dropped(server, status, kind):
+    head = json.dumps({"status": status, "content_type": kind})
+    async with Agent(server, hello=agent_hello()) as agent:
+        asking = asyncio.ensure_future(ask(server.port, "POST", "/v1/rerank", CHAT))
+        id, _ = await agent_call(agent)
+        for kind, data in (("ApiResponse", head), ("ApiData", "Hi"), ("ApiEnd", "")):
+            await agent.send(id, kind, data)
+        reply = await asking
+        assert (reply.status, reply.content) == (status, b"")
+        assert "transfer-encoding" not in reply.headers
 
 
 @cases("hello", agent_hello(), "")
