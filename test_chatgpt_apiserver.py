@@ -671,17 +671,9 @@ class Program:
     program  command to run with the arguments, in place of the server
     """
 
-    def __init__(
-        self,
-        *arguments,
-        cwd=None,
-        env=None,
-        program=(),
-        python=sys.executable,
-        **options,
-    ):
+    def __init__(self, *arguments, cwd=None, env=None, program=(), **options):
         self.process = subprocess.Popen(
-            [*(program or (python, str(MODULE))), *arguments],
+            [*(program or (sys.executable, str(MODULE))), *arguments],
             cwd=cwd,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             stdout=subprocess.DEVNULL,
@@ -917,14 +909,6 @@ def test_heads_that_differ_only_in_their_length_are_parsed_once():
     assert requests[0].headers == {"host": "a", "x-z": "C", "y": "z"}
 
 
-def test_a_request_head_may_be_cut_anywhere():
-    data = http_head(b"X: y", b"Content-Length: 0") + b"\r\nrest"
-    for cut in range(len(data)):
-        request, rest = http_feed(apiserver.parse_request_head, data, [cut])
-        assert request.headers == {"host": "a", "x": "y"}
-        assert rest == b"\r\nrest"
-
-
 def test_empty_lines_before_a_request_are_dropped():
     for count in range(4):
         assert http_request(b"\r\n" * count + http_head()).path == "/"
@@ -954,35 +938,27 @@ def test_rule_1_control_characters_in_a_head_are_refused(code):
 
 
 @cases(
-    "name, expected, values",
-    ("X", 0, "Content-Length: 5"),
-    ("content-length", 5, "5| \t5 |000000000000005"),
-    ("Content-Length", 999999999999999, "999999999999999"),
+    "expected, heads",
+    (0, "X: CL: 5"),
+    (5, "CL: 5|CL:  \t5 |CL: 000000000000005"),
+    (999999999999999, "CL: 999999999999999"),
+    (None, "TE: chunked|TE:\tChunked "),
+    (400, "CL:|CL: 0000000000000005|CL: +5|CL: -5|CL: 5_0|CL: 0x5|CL: 5e1|CL: 5 5"),
     (
-        "Content-Length",
         400,
-        "|0000000000000005|+5|-5|5_0|0x5|5e1|5 5|5,5|5;|\xb2|\xd9\xa5|\xa05|5\r\n"
-        "Content-Length: 5|5\r\nCONTENT-LENGTH: 6|5\r\nTransfer-Encoding: chunked",
+        "CL: 5,5|CL: 5;|CL: \xb2|CL: \xd9\xa5|CL: \xa05|CL: 5\r\nCL: 5|CL: 5\r\nCL: 6",
     ),
-    ("Content-Length", 400, "9" * 5000),
-    ("Transfer-Encoding", None, "chunked|\tChunked "),
-    (
-        "Transfer-Encoding",
-        400,
-        "gzip\r\nContent-Length: 5|chunked\r\nTransfer-Encoding: chunked|"
-        "chunked\r\nTransfer-Encoding: identity|\x0bchunked",
-    ),
-    (
-        "Transfer-Encoding",
-        501,
-        "chunked, chunked|gzip, chunked|chunked, identity|xchunked|chunked;q=1|"
-        "\xa0chunked|",
-    ),
+    (400, "CL: 5\r\nTE: chunked|TE: gzip\r\nCL: 5|TE: chunked\r\nTE: chunked"),
+    (400, "TE: chunked\r\nTE: identity|TE: \x0bchunked|CL: " + "9" * 5000),
+    (501, "TE: chunked, chunked|TE: gzip, chunked|TE: chunked, identity|TE: xchunked"),
+    (501, "TE: chunked;q=1|TE: \xa0chunked|TE:"),
 )
-def test_rules_2_and_3_the_length_of_content(name, expected, values):
+@cases("length", "Content-Length", "content-length")
+def test_rules_2_and_3_the_length_of_content(expected, heads, length):
     """A cached head that differs only in its length makes no difference."""
-    for value in values.split("|"):
-        data = http_head(f"{name}: {value}".encode("latin-1"))
+    heads = heads.replace("CL", length).replace("TE", "Transfer-Encoding")
+    for head in heads.split("|"):
+        data = http_head(head.encode("latin-1"))
         for _ in range(2):
             for known in (b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X: y"):
                 assert http_refusal(http_head(known)) is None
@@ -1046,11 +1022,8 @@ def test_rule_5_fields_that_must_not_be_repeated(name):
 @cases(
     "status, hosts",
     (None, "a|a.b-c_d:8080|a:|127.0.0.1:80|[::1]:80|[::ffff:127.0.0.1]|a%41%C3%a4"),
-    (
-        400,
-        "a%4|a%zz|%:80||a b|a, b|a/b|a?b|a@b|a#b|a\\b|a:80:80|a:8x|a:+80|a:123456|"
-        "[::1|[]|[::1]a|::1|\xe4|a:\xb2|<script>",
-    ),
+    (400, "a%4|a%zz|%:80||a b|a, b|a/b|a?b|a@b|a#b|a\\b|a:80:80|a:8x|a:+80|a:123456"),
+    (400, "[::1|[]|[::1]a|::1|\xe4|a:\xb2|<script>"),
 )
 def test_rule_5_syntax_of_the_host_field(status, hosts):
     for host in hosts.split("|"):
@@ -1062,14 +1035,11 @@ def test_rule_5_syntax_of_the_host_field(status, hosts):
     "status, lines",
     (None, b"GET / HTTP/1.1|GET / HTTP/1.0|get-it! / HTTP/1.1"),
     (505, b"GET / HTTP/1.2|GET / HTTP/0.9|GET / HTTP/2.0|PRI * HTTP/2.0"),
-    (
-        400,
-        b"GET / http/1.1|GET / HTTP/1.1 |GET / HTTP/1.10|GET / HTTP/11|GET / HTTP/1|"
-        b"GET / HTTP/1.\xb2|GET / XHTTP/1.1|GET /|GET|GET  / HTTP/1.1|GET /  HTTP/1.1|"
-        b"GET\t/\tHTTP/1.1|GET / x HTTP/1.1| GET / HTTP/1.1| / HTTP/1.1|"
-        b"G(T / HTTP/1.1|G:T / HTTP/1.1|G\xc4T / HTTP/1.1|GET /\xc3\xa4 HTTP/1.1|"
-        b"GET /\x7f HTTP/1.1|\x16\x03\x01\x02\x00",
-    ),
+    (400, b"GET / http/1.1|GET / HTTP/1.1 |GET / HTTP/1.10|GET / HTTP/11|GET / HTTP/1"),
+    (400, b"GET / HTTP/1.\xb2|GET / XHTTP/1.1|GET /|GET|GET  / HTTP/1.1"),
+    (400, b"GET /  HTTP/1.1|GET\t/\tHTTP/1.1|GET / x HTTP/1.1| GET / HTTP/1.1"),
+    (400, b" / HTTP/1.1|G(T / HTTP/1.1|G:T / HTTP/1.1|G\xc4T / HTTP/1.1"),
+    (400, b"GET /\xc3\xa4 HTTP/1.1|GET /\x7f HTTP/1.1|\x16\x03\x01\x02\x00"),
 )
 def test_rule_6_the_request_line(status, lines):
     for line in lines.split(b"|"):
@@ -1099,11 +1069,11 @@ def test_rule_6_targets_are_split_into_path_and_query(start, path, query):
 
 @cases(
     "start",
-    *(
-        "GET *|OPTIONS **|GET a|GET ?a|GET http:/a:80/|GET http://|GET http://b/|"
-        "GET http://a/|GET http://x@a:80/|GET http://a:80@b/|GET http://a:80#/|"
-        "GET http://[|GET ftp://a:80/|CONNECT a:80"
-    ).split("|"),
+    *"GET *|OPTIONS **|GET a|GET ?a|GET http:/a:80/|GET http://|GET http://b/".split(
+        "|"
+    ),
+    *"GET http://a/|GET http://x@a:80/|GET http://a:80@b/|GET http://a:80#/".split("|"),
+    *"GET http://[|GET ftp://a:80/|CONNECT a:80".split("|"),
 )
 def test_rule_6_malformed_targets_and_other_hosts_are_refused(start):
     head = http_head(line=f"{start} HTTP/1.1".encode(), host=[b"Host: a:80"])
@@ -1111,26 +1081,23 @@ def test_rule_6_malformed_targets_and_other_hosts_are_refused(start):
 
 
 @cases(
-    "version, expected, values",
+    "version, kept, values",
     ("1.1", True, "absent||keep-alive|closed"),
-    (
-        "1.1",
-        False,
-        "close|Upgrade,  CLOSE|keep-alive, close|keep-alive\r\nConnection: close",
-    ),
+    ("1.1", False, "close|Upgrade,  CLOSE|keep-alive, close"),
+    ("1.1", False, "keep-alive\r\nConnection: close"),
     ("1.0", True, "Keep-Alive|x, keep-alive"),
     ("1.0", False, "absent||keep-alive, close"),
 )
 def test_version_and_connection_field_decide_whether_to_keep_alive(
-    version, expected, values
+    version, kept, values
 ):
     for value in values.split("|"):
         fields = [f"Connection: {value}".encode()] * (value != "absent")
         head = http_head(*fields, line=f"GET / HTTP/{version}".encode())
-        assert apiserver.keeps_alive(http_request(head)) is expected
+        assert apiserver.keeps_alive(http_request(head)) is kept
         head = http_answer(*fields, line=f"HTTP/{version} 200".encode())
         answer = apiserver.parse_response_head(bytearray(head))
-        assert apiserver.keeps_alive(answer) is (expected and version == "1.1")
+        assert apiserver.keeps_alive(answer) is (kept and version == "1.1")
 
 
 # --- Limits on heads, as they arrive (rule 7)
@@ -1153,16 +1120,17 @@ def test_L1_L2_L4_request_line_header_line_and_count(more, good):
     (400, "https was sent to an http", b"\x16\x03\x01\x02\x00\x01\x00\x01\n\n"),
     (
         400,
-        "malformed",  # GET / is HTTP/0.9; the last is PROXY, version 2
-        b"\x80\x2e\x01|\x00|{| GET|\r\nGET\t/|GET\r|GET /\r\n|GET  / HTTP/1.1\r\n|"
-        b"SSH-2.0-OpenSSH_9.6\r\n|PROXY TCP4 10.0.0.1 10.0.0.2 5 80\r\n|"
-        b"\r\n\r\n\x00\r\nQUIT\n",
+        "malformed",
+        b"\x80\x2e\x01|\x00|{| GET|\r\nGET\t/|GET\r|GET  / HTTP/1.1\r\n",
     ),
+    (400, "malformed", b"GET /\r\n"),  # HTTP/0.9
+    (400, "malformed", b"SSH-2.0-OpenSSH_9.6\r\n"),
+    (400, "malformed", b"PROXY TCP4 10.0.0.1 10.0.0.2 5 80\r\n"),
+    (400, "malformed", b"\r\n\r\n\x00\r\nQUIT\n"),  # PROXY, version 2
     (400, "CR LF", b"GET /\n|GET / HTTP/1.1\nHost: a"),
     (505, "only HTTP/1.1", b"PRI * HTTP/2.0\r\n"),
     (501, "the method is too long", b"A" * 65 + b" / HTTP/1.1\r\n"),
-    # Until the line is whole.
-    (None, "", b"GET /\x01\x01\x01|\r|GET / HTTP/1.1\r\nHost"),
+    (None, "", b"GET /\x01\x01\x01|\r|GET / HTTP/1.1\r\nHost"),  # the line is not whole
 )
 def test_bytes_that_cannot_become_a_request_are_refused_at_once(status, reason, starts):
     for start in starts.split(b"|"):
@@ -1261,13 +1229,10 @@ def test_an_answers_head_may_be_cut_anywhere():
 @cases(
     "status, lines",
     (None, b"HTTP/1.1 200 OK|HTTP/1.1 200 |HTTP/1.1 200|HTTP/1.1 599 x"),
-    (
-        502,
-        b"HTTP/1.1 099 x|HTTP/1.1 600 x|HTTP/1.1 20 x|HTTP/1.1 2000 x|HTTP/1.1 200x|"
-        b"HTTP/1.1 +20 x|HTTP/1.1 2_0 x|HTTP/1.1 \xb2\xb20 x|HTTP/1.1  200 x|"
-        b"HTTP/2 200 x|HTTP/1.2 200 x|http/1.1 200 OK|ICY 200 OK|GET / HTTP/1.1|"
-        b" HTTP/1.1 200 OK||HTTP/1.1 200 OK\nA: b|HTTP/1.1 200 OK\r\nA: b\n",
-    ),
+    (502, b"HTTP/1.1 099 x|HTTP/1.1 600 x|HTTP/1.1 20 x|HTTP/1.1 2000 x|HTTP/1.1 200x"),
+    (502, b"HTTP/1.1 +20 x|HTTP/1.1 2_0 x|HTTP/1.1 \xb2\xb20 x|HTTP/1.1  200 x"),
+    (502, b"HTTP/2 200 x|HTTP/1.2 200 x|http/1.1 200 OK|ICY 200 OK|GET / HTTP/1.1|"),
+    (502, b" HTTP/1.1 200 OK|HTTP/1.1 200 OK\nA: b|HTTP/1.1 200 OK\r\nA: b\n"),
 )
 def test_status_line(status, lines):
     for line in lines.split(b"|"):
@@ -1318,20 +1283,6 @@ def test_chunked_content_may_be_cut_anywhere_twice():
     for first in range(len(HTTP_CHUNKS)):
         for second in range(1, len(HTTP_CHUNKS) - first, 3):
             assert http_decode(HTTP_CHUNKS, [first, second]) == expected
-
-
-def test_large_chunked_content_may_be_cut_anywhere():
-    rng = random.Random(10)
-    content, data = rng.randbytes(300_000), b""
-    rest = content
-    while rest:
-        size = rng.choice((1, 2, 15, 16, 255, 4096, 70_000))
-        data += apiserver.encode_chunk(rest[:size])
-        rest = rest[size:]
-    data += apiserver.LAST_CHUNK
-    for largest in (3, 100, 5000, 100_000):
-        pieces = [rng.randint(1, largest) for _ in range(2 * len(data) // largest + 9)]
-        assert http_decode(data, pieces) == (content, True, b"")
 
 
 def test_a_complete_decoder_leaves_the_next_message_in_the_buffer():
@@ -1586,51 +1537,35 @@ def http_cuts(rng, data):
     return [rng.randint(1, 9) for _ in range(len(data))]
 
 
-def http_head_outcome(parse, data, pieces):
-    """Parse data in pieces: "error", "more", or the head and what is left."""
-    try:
-        head, rest = http_feed(parse, data, pieces)
-    except ProtocolError:
-        return "error"
-    return "more" if head is None else (*head, apiserver.keeps_alive(head), rest)
+def http_parse(parse, data, pieces=()):
+    """Parse a head from data in pieces: it, whether it is complete, what is left."""
+    head, rest = http_feed(parse, data, pieces)
+    return head and (*head, apiserver.keeps_alive(head)), head is not None, rest
 
 
-@cases("parse", "parse_request_head", "parse_response_head")
+@cases(
+    "parse, seeds",
+    (functools.partial(http_parse, apiserver.parse_request_head), HTTP_SEEDS),
+    (functools.partial(http_parse, apiserver.parse_response_head), HTTP_SEEDS),
+    (http_decode, HTTP_SEEDS[-2:]),
+    ids=["request", "response", "chunks"],
+)
 @cases("small", False, True)
-def test_how_bytes_are_cut_never_changes_what_a_head_parser_returns(
-    parse, small, constant
-):
+def test_how_bytes_are_cut_never_changes_the_result(parse, seeds, small, constant):
     if small:
         constant(REQUEST_LINE_SIZE=80, HEADER_LINE_SIZE=60, RESPONSE_HEAD_SIZE=120)
-    rng = random.Random(parse)
-    parse = getattr(apiserver, parse)
-    seen = set()
-    for _ in range(1000):
-        data = http_fuzzed(rng, HTTP_SEEDS, HTTP_PIECES)
-        whole = http_head_outcome(parse, data, ())
-        seen.add(whole if isinstance(whole, str) else "head")
-        for pieces in (http_bytewise(data), http_cuts(rng, data)):
-            assert http_head_outcome(parse, data, pieces) == whole, data
-    assert seen == {"error", "more", "head"}
-
-
-@cases("small", False, True)
-def test_how_bytes_are_cut_never_changes_what_the_chunk_decoder_returns(
-    small, constant
-):
-    if small:
         constant(CHUNK_LINE_SIZE=20, CHUNK_EXTENSIONS_SIZE=40, TRAILER_SIZE=30)
     rng = random.Random(4)
 
     def outcome(data, pieces=()):
         try:
-            return http_decode(data, pieces)
+            return parse(data, pieces)
         except ProtocolError:
             return "error"
 
     seen = set()
-    for _ in range(1500):
-        data = http_fuzzed(rng, HTTP_SEEDS[-2:], HTTP_PIECES)
+    for _ in range(1200):
+        data = http_fuzzed(rng, seeds, HTTP_PIECES)
         whole = outcome(data)
         seen.add(whole if whole == "error" else whole[1])
         for pieces in (http_bytewise(data), http_cuts(rng, data)):
@@ -1649,9 +1584,7 @@ BOTH_SIDES = pytest.mark.parametrize("side", [SERVER, CLIENT], ids=["server", "c
 MASKING_KEY = bytes.fromhex("37fa213d")
 
 
-def frame(
-    opcode, payload=b"", *, fin=True, key=MASKING_KEY, rsv=0, announce=None, width=None
-):
+def frame(opcode, payload=b"", fin=True, key=MASKING_KEY, announce=None, width=None):
     """Encode a frame, masked with key unless that is None.
 
     announce  length to write in place of the true one
@@ -1661,7 +1594,7 @@ def frame(
     if width is None:
         width = 0 if size < 126 else 2 if size < 65536 else 8
     short = {0: size, 2: 126, 8: 127}[width]
-    head = bytes([fin << 7 | rsv << 4 | opcode, (0x80 if key else 0) | short])
+    head = bytes([fin << 7 | opcode, (0x80 if key else 0) | short])
     head += size.to_bytes(width, "big") if width else b""
     if key is None:
         return head + payload
@@ -1726,16 +1659,6 @@ def test_only_the_head_is_taken_off_the_front(side, size):
     head = parse_frame_head(buffer, not side, 65536)
     assert head == FrameHead(True, BINARY, size, key)
     assert bytes(buffer) == whole[len(whole) - size :]
-
-
-@cases("size", 5, 126, 65536)
-@BOTH_SIDES
-def test_an_incomplete_head_is_left_untouched(side, size):
-    whole = frame(TEXT, key=key_for(side), announce=size)
-    for cut in range(len(whole)):
-        buffer = bytearray(whole[:cut])
-        assert parse_frame_head(buffer, not side, 65536) is None
-        assert buffer == whole[:cut]
 
 
 def test_every_first_byte_is_accepted_or_refused_at_once():
@@ -2029,9 +1952,7 @@ def test_close_is_sent_once():
 
 @cases(
     "code, reason, payload",
-    (1005, "why", b""),
-    (1006, "", b""),
-    (1015, "", b""),  # they are for programs
+    *((code, "why", b"") for code in (1005, 1006, 1015)),  # these are never sent
     (1000, "", b"\x03\xe8"),
     (4000, "why", b"\x0f\xa0why"),
     (1000, "\ud800", b"\x03\xe8?"),
@@ -2887,7 +2808,8 @@ def api_every_cut(make, data):
         yield stream, api_feed(stream, data, pieces)
 
 
-API_ODD_EVENTS = [
+@cases(
+    "data, expected",
     (b"data: a\n\ndata: b\n\n", [b"a", b"b"]),
     (b"data: a\r\n\r\ndata: b\r\n\r\n", [b"a", b"b"]),
     (b"data: a\r\rdata: b\r\r", [b"a", b"b"]),
@@ -2907,10 +2829,7 @@ API_ODD_EVENTS = [
     (b"data: a\n\n\r\n  ", [b"a"]),
     (b"datax: a\nxdata: b\n data: c\n\n", []),
     (b"", []),
-]
-
-
-@cases("data, expected", *API_ODD_EVENTS)
+)
 def test_F39_events_are_the_same_in_every_form_and_cut(data, expected):
     for stream, out in api_every_cut(apiserver.EventStream, data):
         assert [event for event in api_stream(out) if event is not None] == expected
@@ -3692,9 +3611,7 @@ async def test_close_does_not_wait_forever(constant):
 
 
 @flow
-async def test_a_tls_connection_may_be_closed_twice_and_ends_in_time(
-    tmp_path, constant
-):
+async def test_a_tls_connection_may_be_closed_twice_and_ends(tmp_path, constant):
     """The peer does not answer close_notify; later calls do no harm."""
     constant(LINGER_TIMEOUT=0.2)
     accepted = []
@@ -4247,9 +4164,7 @@ REFUSAL = http_reply({"error": {"message": "too large for me"}}, 413)
 @cases("end", connection_close, connection_cut, None)
 @cases("delay", 0, 0.1)
 @flow
-async def test_an_answer_that_arrives_before_the_request_is_sent_is_read(
-    size, end, delay
-):
+async def test_an_answer_before_the_end_of_the_request_is_read(size, end, delay):
     """RFC 9112 section 9.5: unread content turns a close into a reset."""
     async with connection_streams(early(delay, REFUSAL, end)) as port:
         client = HTTPClient(f"http://127.0.0.1:{port}")
@@ -4271,7 +4186,7 @@ async def test_an_answer_that_arrives_before_the_request_is_sent_is_read(
     (False, b"HTTP/1.1 413 Payload Too La", False),
 )
 @flow
-async def test_half_an_early_answer_is_read_but_half_a_head_is_not(
+async def test_half_an_early_answer_is_read_but_no_half_head(
     tmp_path, tls, answer, works
 ):
     context = tls_server_context(tmp_path)
@@ -4568,10 +4483,8 @@ def test_a_url_is_split_into_authority_and_path(url, authority, path):
     (TEST_CERT, {"ca_file": "none.pem"}, False),
     (TEST_CERT_EXPIRED, {"ca_file": "ca.pem"}, False),
     (TEST_CERT_WRONG_NAME, {"ca_file": "ca.pem"}, False),
-    (TEST_CERT, {"verify": False}, True),
-    (TEST_CERT_EXPIRED, {"verify": False}, True),
     (TEST_CERT_WRONG_NAME, {"verify": False}, True),
-    ids=["ca", "unknown-ca", "no-ca", "expired", "wrong-name", "any", "any-2", "any-3"],
+    ids=["ca", "unknown-ca", "no-ca", "expired", "wrong-name", "not-verified"],
 )
 @cases("host", "127.0.0.1", "localhost")
 @flow
@@ -5161,9 +5074,7 @@ async def test_pings_of_a_peer_that_does_not_read_get_one_late_pong(constant):
     (lambda key: b"".join(frame(n, fin=False, key=key) for n in (2, 0, 0, 0, 0)), 1008),
 )
 @flow
-async def test_a_protocol_violation_is_answered_with_a_close_frame(
-    side, breach, code, constant
-):
+async def test_a_violation_is_answered_with_a_close_frame(side, breach, code, constant):
     """Messages before it are still served, in order."""
     constant(MESSAGE_FRAGMENTS=4)
 
@@ -5343,18 +5254,16 @@ def run_store(path, scenario, **options):
     return asyncio.run(main())
 
 
-CHILD_START = """
+CHILD_IMPORTS = """
 import asyncio, json, os, random, resource, signal, sys, time
 from chatgpt_apiserver import APIError, UserStore
-store = UserStore(sys.argv[1])
-store.load()
 """
 
 
 def in_child(script, *arguments):
-    """A process that runs script with a store on the file of its first argument."""
+    """A process that runs script with the module importable."""
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD_START + script, *map(str, arguments)],
+        [sys.executable, "-c", CHILD_IMPORTS + script, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(MODULE.parent)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -5681,6 +5590,8 @@ def test_aclose_finishes_waiting_changes_and_ends_the_thread(tmp_path):
 # --- Crashes and faults
 
 CHURN = """
+store = UserStore(sys.argv[1])
+store.load()
 async def churn():
     mine = []
     while True:
@@ -5784,7 +5695,7 @@ def after_power_cut(calls, content, name):
 
 
 @flow
-async def test_a_power_cut_between_any_two_calls_loses_no_acknowledged_change(
+async def test_a_power_cut_between_calls_loses_no_acknowledged_change(
     path, monkeypatch
 ):
     write_users(path, "a", "b", "c")
@@ -5836,7 +5747,7 @@ class Fault:
 
 @cases("there", True, False)
 @flow
-async def test_whichever_call_fails_nothing_changes_and_the_next_add_works(
+async def test_whichever_call_fails_nothing_changes(
     tmp_path, path, monkeypatch, constant, there
 ):
     constant(GONE_AFTER=0)
@@ -5898,6 +5809,8 @@ async def test_a_failed_rollback_is_not_reported_as_no_change(path, monkeypatch)
 
 
 FULL = """
+store = UserStore(sys.argv[1])
+store.load()
 async def main():
     size = os.path.getsize(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
@@ -6000,7 +5913,7 @@ async def test_a_bad_edit_keeps_the_old_users_and_is_never_overwritten(path):
 
 
 @flow
-async def test_a_removed_file_means_no_users_but_a_removed_folder_is_an_error(
+async def test_a_removed_file_is_no_users_a_removed_folder_an_error(
     tmp_path, monkeypatch
 ):
     folder = tmp_path / "folder"
@@ -6056,6 +5969,8 @@ def test_two_versions_never_have_the_same_stamp(path):
 
 
 SHARE = """
+store = UserStore(sys.argv[1])
+store.load()
 mine, gone, dice = [], [], random.Random(sys.argv[2])
 async def poll():
     while True:
@@ -6134,9 +6049,7 @@ def test_a_symlink_stays_and_its_target_is_replaced(tmp_path):
     assert {*os.listdir(folder)} == {"data.json", "data.json.lock"}
 
 
-def test_the_error_for_a_file_mounted_by_itself_names_the_cure(
-    tmp_path, path, monkeypatch
-):
+def test_a_file_mounted_by_itself_is_an_error_with_a_cure(tmp_path, path, monkeypatch):
     lines = []
     write_users(path, "a")
 
