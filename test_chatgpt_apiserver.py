@@ -558,6 +558,14 @@ def refused(status, error=ProtocolError, match=None):
 
 
 @contextlib.contextmanager
+def takes(least, most, clock=time.monotonic):
+    """Expect the block to take this many seconds."""
+    began = clock()
+    yield
+    assert least <= clock() - began < most
+
+
+@contextlib.contextmanager
 def traced():
     """Trace memory: `with traced() as memory`; memory() returns (bytes held, peak)."""
     tracemalloc.start()
@@ -1199,10 +1207,9 @@ def http_bytewise_chunks(data):
 )
 def test_rule_7_parsing_takes_linear_time(read, data):
     """29 KiB in segments of one byte once took 3 s of CPU."""
-    began = time.process_time()
-    with contextlib.suppress(ProtocolError):
+    most = 0.5 if read is http_fields else 1.5
+    with takes(0, most, time.process_time), contextlib.suppress(ProtocolError):
         read(data)
-    assert time.process_time() - began < (0.5 if read is http_fields else 1.5)
 
 
 def test_long_lines_are_not_cached():
@@ -2121,9 +2128,8 @@ def api_refusal(parse, *args):
     ids=lambda content: repr(content[:12]),
 )
 def test_content_that_is_no_json_object_is_refused(content):
-    began = time.process_time()
-    assert len(str(api_refusal(apiserver.parse_object, content))) < 200
-    assert time.process_time() - began < 1
+    with takes(0, 1, time.process_time):
+        assert len(str(api_refusal(apiserver.parse_object, content))) < 200
 
 
 @cases(
@@ -2722,14 +2728,14 @@ def test_refusals_logprobs_and_fingerprint_of_a_stream_are_kept():
 
 
 def test_joining_a_stream_takes_linear_time():
+    """Or 90 GB would have to be copied."""
     builder = apiserver.CompletionBuilder()
-    began = time.process_time()
-    for _ in range(3000):
-        delta = {"role": "assistant", "content": "x" * 20_000}
-        builder.add({"choices": [{"index": 0, "delta": delta}]})
-    message = builder.result()["choices"][0]["message"]
+    delta = {"role": "assistant", "content": "x" * 20_000}
+    with takes(0, 2, time.process_time):
+        for _ in range(3000):
+            builder.add({"choices": [{"index": 0, "delta": delta}]})
+        message = builder.result()["choices"][0]["message"]
     assert message["role"] == "assistant" and len(message["content"]) == 60_000_000
-    assert time.process_time() - began < 2  # 90 GB would have to be copied
 
 
 def test_error_object_has_all_four_fields():
@@ -2905,22 +2911,13 @@ def test_L38_one_event(size, good):
     assert apiserver.SSEDecoder(100).receive(b"data: a\n\n" * 100 + b"d")
 
 
-@cases(
-    "row, size",
-    (b"x", 10),
-    (b"\n", 100),
-    (b"\r", 100),
-    (b"\r\n", 100),
-    (b"a\r\n", 100),
-    (b"data: \n\n", 100),
-    (b"\nx", 100),
-    (b"\rx", 100),
-)
-def test_events_in_small_pieces_take_linear_time(row, size):
+@cases("row", *b"x|\n|\r|\r\n|a\r\n|data: \n\n|\nx|\rx".split(b"|"))
+def test_events_in_small_pieces_take_linear_time(row):
     """Four times the bytes take at most eight times as long, not sixteen."""
 
     def seconds(length):
         data = b"data: " + row * (length // len(row))
+        size = 10 if row == b"x" else 100
         stream = apiserver.EventStream()
         began = time.process_time()
         for at in range(0, len(data), size):
@@ -3465,11 +3462,10 @@ async def connection_trickle(writer, data, interval=0.02):
 @flow
 async def test_trickling_bytes_do_not_extend_the_deadline():
     async with connection_pair(head_timeout=0.15) as (connection, _, writer):
-        began = time.monotonic()
-        async with beside(connection_trickle(writer, b"GET /" * 30)):
-            with pytest.raises(asyncio.TimeoutError):
+        trickle = connection_trickle(writer, b"GET /" * 30)  # for 3 s
+        with takes(0.1, 2), pytest.raises(asyncio.TimeoutError):
+            async with beside(trickle):
                 await connection.read(apiserver.parse_request_head)
-        assert 0.1 < time.monotonic() - began < 2  # and not the trickle's 3 s
         assert connection.buffer.startswith(b"GET")
 
 
@@ -3682,29 +3678,30 @@ async def test_lingering_is_limited_in_time_and_bytes(limits, constant):
 @cases("end", "fin", "rst")
 @flow
 async def test_a_hang_up_is_reported_once(eof_is_hangup, end):
-    async with connection_pair() as (connection, _, writer):
-        connection.eof_is_hangup = eof_is_hangup
-        calls = []
-        connection.on_hangup = lambda: calls.append(1)
-        if end == "rst":
-            connection_cut(writer)
+    """By the callback, or to a task that is reading."""
+    calls = []
+    for reading in (False, True):
+        async with connection_pair() as (connection, _, writer):
+            connection.eof_is_hangup = eof_is_hangup
+            connection.on_hangup = lambda: calls.append(1)
+            if reading:
+                receiving = asyncio.ensure_future(connection.receive())
+                await asyncio.sleep(0)
+                connection_cut(writer)
+                assert await receiving is False
+                break
+            if end == "rst":
+                connection_cut(writer)
+                await until(lambda: connection.lost)
+            else:
+                writer.write_eof()
+                await until(lambda: connection.eof)
+            # A peer that has only ended its side may still be reading.
+            assert len(calls) == (end == "rst" or eof_is_hangup)
+            connection.abort()
             await until(lambda: connection.lost)
-        else:
-            writer.write_eof()
-            await until(lambda: connection.eof)
-        # A peer that has only ended its side may still be reading.
-        assert len(calls) == (end == "rst" or eof_is_hangup)
-        connection.abort()
-        await until(lambda: connection.lost)
-        assert len(calls) == 1
-    async with connection_pair() as (connection, _, writer):
-        connection.eof_is_hangup = eof_is_hangup
-        connection.on_hangup = lambda: calls.append(1)
-        reading = asyncio.ensure_future(connection.receive())
-        await asyncio.sleep(0)
-        connection_cut(writer)
-        assert await reading is False  # this reports it, not the callback
-        assert len(calls) == 1
+            assert len(calls) == 1
+    assert len(calls) == 1
 
 
 @flow
@@ -4264,23 +4261,18 @@ async def test_a_silent_upstream_is_given_up(data, limits, options):
 async def test_a_trickle_does_not_extend_a_deadline(start, more, limits, deadline):
     behave = sends(start, *[more, 0.02] * 150)
     async with client_of(behave, limits=Limits(**limits)) as (_, client):
-        began = time.monotonic()
         end = asyncio.get_running_loop().time() + deadline
-        with pytest.raises(asyncio.TimeoutError):
+        with takes(0.1, 2), pytest.raises(asyncio.TimeoutError):
             answer = await client.request("GET", "/", [], deadline=end)
             while await answer.read():
                 pass
-        assert 0.1 < time.monotonic() - began < 2
 
 
 @flow
 async def test_a_slow_stream_may_take_its_time_if_it_is_not_silent():
-    async with Upstream(streams(*[0.05, b"x"] * 12)) as upstream:
-        limits = Limits(silence_timeout=0.5, first_byte_timeout=0.5)
-        client = HTTPClient(upstream.url, limits=limits)
+    limits = Limits(silence_timeout=0.5, first_byte_timeout=0.5)
+    async with client_of(streams(*[0.05, b"x"] * 12), limits=limits) as (_, client):
         assert await get(client) == (200, b"x" * 12)
-        client.close()
-        await until(lambda: upstream.ended == 1)
 
 
 @flow
@@ -4325,11 +4317,10 @@ def refusing_port():
 
 @flow
 async def test_a_refused_connection_fails_at_once_and_names_its_address():
-    address = f"127.0.0.1:{refusing_port()}"
-    began = time.monotonic()
-    with pytest.raises(ConnectionRefusedError, match=f"nothing listens at {address}"):
-        await get(HTTPClient(f"http://{address}"))
-    assert time.monotonic() - began < 1
+    client = HTTPClient(f"http://127.0.0.1:{refusing_port()}")
+    problem = f"nothing listens at {client.address.authority}"
+    with takes(0, 1), pytest.raises(ConnectionRefusedError, match=problem):
+        await get(client)
 
 
 @cases("abort", False, True)
@@ -4359,11 +4350,11 @@ def test_connection_problems_are_never_empty():
 @flow
 async def test_a_black_hole_is_given_up_after_connect_timeout():
     with black_hole() as port:
-        limits = Limits(connect_timeout=0.2)
-        began = time.monotonic()
-        with pytest.raises(asyncio.TimeoutError):
-            await get(HTTPClient(f"http://127.0.0.1:{port}", limits=limits))
-        assert 0.15 < time.monotonic() - began < 2
+        client = HTTPClient(
+            f"http://127.0.0.1:{port}", limits=Limits(connect_timeout=0.2)
+        )
+        with takes(0.15, 2), pytest.raises(asyncio.TimeoutError):
+            await get(client)
 
 
 @flow
@@ -4381,9 +4372,8 @@ async def test_the_next_address_is_tried_when_the_first_is_dead():
             return [*dead, "127.0.0.1"]
 
         client = HTTPClient(f"http://name.example:{upstream.port}", resolve=resolve)
-        began = time.monotonic()
-        assert await get(client) == (200, b"ok")
-        assert time.monotonic() - began < 3  # connect_timeout is 10
+        with takes(0, 3):  # connect_timeout is 10
+            assert await get(client) == (200, b"ok")
         assert asked == [("name.example", upstream.port)]
         assert upstream.requests[0].headers["host"] == (f"name.example:{upstream.port}")
 
@@ -4530,11 +4520,9 @@ async def test_a_tls_handshake_that_hangs_or_is_plain_text_fails(answer):
         await asyncio.sleep(60)
 
     async with connection_streams(serve) as port:
-        limits = Limits(tls_timeout=0.2)
-        began = time.monotonic()
-        with pytest.raises(OSError):
-            await get(HTTPClient(f"https://127.0.0.1:{port}", limits=limits))
-        assert time.monotonic() - began < 3
+        client = HTTPClient(f"https://127.0.0.1:{port}", limits=Limits(tls_timeout=0.2))
+        with takes(0, 3), pytest.raises(OSError):
+            await get(client)
 
 
 @flow
@@ -4977,9 +4965,8 @@ async def test_a_peer_that_answers_no_ping_is_cut(side):
     """A ping, a silence, 1011."""
     limits = {"ping_interval": 0.05, "pong_timeout": 0.1}
     async with websocket_pair(side, **limits) as (websocket, peer):
-        began = time.monotonic()
-        assert await until_closed(websocket) == []
-        assert 0.12 < time.monotonic() - began < 3
+        with takes(0.12, 3):
+            assert await until_closed(websocket) == []
         assert websocket.close_code == 1011
         await until(lambda: websocket.connection.lost)
         with contextlib.suppress(ConnectionResetError):
@@ -5129,12 +5116,11 @@ async def test_an_unanswered_close_ends_in_an_abort(side, constant):
     """Messages that arrive meanwhile are dropped."""
     constant(CLOSE_TIMEOUT=0.1)
     async with websocket_pair(side) as (websocket, peer):
-        began = time.monotonic()
-        closing = asyncio.ensure_future(websocket.aclose(1001, "going"))
-        assert await peer.event() == (CLOSE, (1001, "going"))
-        peer.send(TEXT, b"still here")
-        await closing
-        assert 0.05 < time.monotonic() - began < 3
+        with takes(0.05, 3):
+            closing = asyncio.ensure_future(websocket.aclose(1001, "going"))
+            assert await peer.event() == (CLOSE, (1001, "going"))
+            peer.send(TEXT, b"still here")
+            await closing
         assert websocket.close_code == 1006
         await until(lambda: websocket.connection.lost)
 
@@ -5145,10 +5131,9 @@ async def test_a_server_that_closes_but_keeps_tcp_open_is_left(constant):
     constant(CLOSE_TIMEOUT=0.2)
     async with websocket_pair(CLIENT, ping_interval=0.05) as (websocket, peer):
         peer.send(CLOSE)
-        began = time.monotonic()
-        assert await websocket.receive() is None
-        await asyncio.wait_for(websocket.aclose(), 5)
-        assert time.monotonic() - began > 0.15  # all of CLOSE_TIMEOUT
+        with takes(0.15, 5):  # all of CLOSE_TIMEOUT
+            assert await websocket.receive() is None
+            await websocket.aclose()
         await until(lambda: websocket.connection.lost)
 
 
@@ -6083,21 +6068,16 @@ def test_a_hundred_thousand_users(path):
     ids = range(99_950)
     fields = ({"user_id": f"id-{n:032}", "token": f"token-{n:030}"} for n in ids)
     path.write_bytes(apiserver.encode_users({n: User(f) for n, f in enumerate(fields)}))
-    began = time.process_time()
-    store = opened(path)
-    assert time.process_time() - began < 3
-
-    async def seconds_of_an_add():
-        began = time.process_time()
-        await store.add()
-        return time.process_time() - began
+    with takes(0, 3, time.process_time):
+        store = opened(path)
 
     async def add_and_find():
-        seconds = sorted([await seconds_of_an_add() for _ in range(30)])
-        began = time.process_time()
-        for _ in range(10_000):
-            store.find("no such token")
-        assert seconds[-2] < 0.75 and time.process_time() - began < 0.5
+        with takes(0, 6, time.process_time):
+            for _ in range(30):
+                await store.add()
+        with takes(0, 0.5, time.process_time):
+            for _ in range(10_000):
+                store.find("no such token")
         await store.aclose()
 
     asyncio.run(add_and_find())
