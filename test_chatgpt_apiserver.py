@@ -5350,10 +5350,7 @@ def test_every_flipped_bit_is_refused_or_gives_whole_users(path):
     ('{"users": [{"token": "sesame"}]}', "users[0].user_id"),
     ('{"users": [USER}, {"user_id": "u", "token": "x"}]}', "users[1].user_id"),
     ('{"users": [USER}, {"user_id": "v", "token": "sesame"}]}', "users[1].token"),
-    (
-        '{"users": [USER}, {"user_id": "v", "token": "x", "old": {"token": "sesame"}}]',
-        "users[1].old.token",
-    ),
+    ('{"users": [USER}, OTHER, "old": {"token": "sesame"}}]}', "users[1].old.token"),
     ('{"users": [USER, "token": "b"}]}', "users[0].token: duplicate key"),
     ('{"users": [], "users": []}', "users: duplicate key"),
     ('{"users": [USER, "max_concurrency": NaN}]}', "whole number"),
@@ -5364,6 +5361,7 @@ def test_every_flipped_bit_is_refused_or_gives_whole_users(path):
 )
 def test_a_mistake_is_reported_in_one_line_with_its_place(path, content, problem):
     content = content.replace("USER", '{"user_id": "u", "token": "sesame"')
+    content = content.replace("OTHER", '{"user_id": "v", "token": "x"')
     path.write_text(content, "utf-8")
     with pytest.raises(ConfigurationError) as caught:
         opened(path)
