@@ -3412,8 +3412,8 @@ class HTTPClient:
         try:
             connection = await self._dial()
         except ConnectionRefusedError:
-            where = "its proxy" if self._proxy is not None else self.address.authority
-            raise ConnectionRefusedError(f"nothing listens at {where}") from None
+            where = "there" if self._proxy is None else "at its proxy"
+            raise ConnectionRefusedError(f"nothing listens {where}") from None
         try:
             if self._proxy is not None:
                 await self._tunnel(connection)
@@ -7412,7 +7412,10 @@ class Call:
                 raise error from None
             if error.failure is not Failure.FULL:
                 which = f"attempt {self.attempts} of {request.id or 'a request'}"
-                self.pool.report(f"{which} failed: {error.reason}")
+                # Only the log tells the address: the reason is for clients, too.
+                refused = error.failure is Failure.REFUSED
+                where = f" ({controller.base_url})" if refused else ""
+                self.pool.report(f"{which} failed: {error.reason}{where}")
             self.tries[-1] = (controller.name, started, error.reason)
             return error
 

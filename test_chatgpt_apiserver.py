@@ -4277,11 +4277,15 @@ def refusing_port():
 
 
 @flow
-async def test_a_refused_connection_fails_at_once_and_names_its_address():
-    client = HTTPClient(f"http://127.0.0.1:{refusing_port()}")
-    problem = f"nothing listens at {client.address.authority}"
-    with takes(0, 1), pytest.raises(ConnectionRefusedError, match=problem):
-        await get(client)
+async def test_a_refused_connection_fails_at_once_and_the_log_names_its_address(
+    server, log
+):
+    address = f"127.0.0.1:{refusing_port()}"
+    server.add(OpenAIController("k", name="one", base_url=f"http://{address}/v1"))
+    with takes(0, 1):
+        reply = await chat(server)
+    assert chat_error(reply)["message"] == "one: nothing listens there"
+    assert f"one: nothing listens there (http://{address}/v1)" in log.text
 
 
 @cases("abort", False, True)
