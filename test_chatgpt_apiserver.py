@@ -14239,7 +14239,7 @@ OPENAI = {"type": "openai", "config": {"api_key": "sk-SECRET"}}
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """load(arguments, environ, file): in an empty folder, file as the one there."""
+    """load(arguments, environ, file), in an empty folder with this file."""
     monkeypatch.chdir(tmp_path)
 
     def load(args=("8080", "my-key"), environ=None, file=None):
@@ -14252,7 +14252,7 @@ def load(tmp_path, monkeypatch):
 
 
 def mistake(load, *args, **kwargs):
-    """The one line that a wrong configuration ends with; no secret is in it."""
+    """The line that a wrong configuration ends with; it contains no secret."""
     with pytest.raises(apiserver.ConfigurationError) as caught:
         load(*args, **kwargs)
     line = str(caught.value)
@@ -14276,18 +14276,18 @@ def test_two_arguments_are_enough_and_the_rest_has_defaults(load):
 
 @cases(
     "args",
-    ["8080", "k", "-listen", "0.0.0.0"],  # the seed's docker-compose
-    ["8080", "k", "--listen", "0.0.0.0"],
-    ["-listen=0.0.0.0", "8080", "k"],
-    ["8080", "--listen", "0.0.0.0", "k"],
-    ["--listen=0.0.0.0", "8080", "--", "k"],
+    "8080 k -listen 0.0.0.0",  # the seed's docker-compose
+    "8080 k --listen 0.0.0.0",
+    "-listen=0.0.0.0 8080 k",
+    "8080 --listen 0.0.0.0 k",
+    "--listen=0.0.0.0 8080 -- k",
 )
 def test_options_go_anywhere_with_one_dash_or_two(load, args):
-    config = load(args)
+    config = load(args.split())
     assert (config.port, config.api_key, config.listen) == (8080, "k", "0.0.0.0")
 
 
-def test_dash_as_key_is_the_environment_variable(load):
+def test_a_dash_as_the_key_means_the_environment_variable(load):
     assert load(["80", "-"], {"API_KEY": "from-env"}).api_key == "from-env"
     environ = {"API_KEY": "short", "CHATGPT_APISERVER_API_KEY": "long"}
     assert load(["80", "-"], environ).api_key == "short"
@@ -14295,8 +14295,8 @@ def test_dash_as_key_is_the_environment_variable(load):
     assert load(["8080", "--", "-abc"]).api_key == "-abc"  # after two dashes
 
 
-@cases("option", "-config_file", "--config_file", "--config-file", "-config-file")
-def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, option):
+@cases("option", *"-config_file --config_file --config-file -config-file".split())
+def test_config_file_is_written_with_a_dash_or_underscore(load, tmp_path, option):
     (tmp_path / "a.json").write_text('{"port": 1}')
     assert load([option, "a.json"], {"API_KEY": "k"}).port == 1
 
@@ -14322,10 +14322,7 @@ def test_config_file_is_named_with_either_dash_or_underscore(load, tmp_path, opt
     (["8080", "k", "-list", "::"], "unknown option"),  # no abbreviations
     (["8080", "k", "--listen"], "--listen: expected one argument"),
     (["8080", "k", "--verbose=SECRET"], "--verbose: ignored explicit argument"),
-    (
-        ["8080", "k", "--listen", "0.0.0.0:80"],
-        "listen: expected an address without a port",
-    ),
+    (["8080", "k", "--listen", "0.0.0.0:80"], "listen: expected an address without"),
     (["8080", "k", "--listen", "256.0.0.1"], "listen: expected an address"),
     (["8080", "k", "--listen", "a b"], "listen: expected an address"),
     (["8080", "k", "--users", "a\nb"], "users: expected the path"),
@@ -14338,21 +14335,13 @@ def test_mistaken_arguments_are_one_line(load, args, expected):
     assert expected in mistake(load, args)
 
 
-@cases(
-    "listen, expected",
-    ("", ""),
-    ("0.0.0.0", "0.0.0.0"),
-    ("::", "::"),
-    ("[::1]", "::1"),
-    ("localhost", "localhost"),
-    ("my_host.example-1.com", "my_host.example-1.com"),
-    ("fe80::1%eth0", "fe80::1%eth0"),
-)
-def test_listen_takes_addresses_and_names(load, listen, expected):
-    assert load(["80", "k", "--listen", listen]).listen == expected
+@cases("listen", "", *"0.0.0.0 :: localhost my_host.example-1.com fe80::1%eth0".split())
+def test_listen_takes_addresses_and_names(load, listen):
+    assert load(["80", "k", "--listen", listen]).listen == listen
+    assert load(["80", "k", "--listen", "[::1]"]).listen == "::1"
 
 
-def test_certificate_of_an_argument_is_not_paired_with_the_key_in_the_file(load):
+def test_a_certificate_argument_is_not_paired_with_the_key_in_the_file(load):
     file = {"tls_cert": __file__, "tls_key": __file__}
     assert load(file=file).tls_key == __file__
     config = load(["80", "k", "--tls-cert", __file__], file=file)
@@ -14383,8 +14372,8 @@ def test_help_is_short_and_names_each_option_with_its_default(capsys):
 
 
 @cases("help, flags", (apiserver.HELP, ()), (apiserver.AGENT_HELP, ("json", "pause")))
-def test_what_the_help_names_is_an_option_and_nothing_else_is(help, flags):
-    list_of_them = help.partition("\noptions,")[2]  # above are examples, of both
+def test_the_help_names_all_options(help, flags):
+    list_of_them = help.partition("\noptions,")[2]  # after the examples
     named = {n.replace("-", "_") for n in re.findall("--([a-z_-]+)", list_of_them)}
     others = {*flags, "verbose", "version", "help"}
     for name in named - others:
@@ -14394,13 +14383,16 @@ def test_what_the_help_names_is_an_option_and_nothing_else_is(help, flags):
     assert others < named
 
 
-def test_version_is_printed(capsys):
+def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit):
         apiserver.load_config(["--version"], {})
     assert apiserver.__version__ in capsys.readouterr().out
 
 
 # --- Arguments over environment over file over defaults
+
+
+POOL_TYPE, RANDOM = "CHATGPT_APISERVER_POOL_TYPE", {"pool": {"type": "random"}}
 
 
 @cases(
@@ -14420,15 +14412,9 @@ def test_version_is_printed(capsys):
     ("api_key", [], {"API_KEY": "e"}, {"api_key": "f"}, "e"),
     ("api_key", [], {"API_KEY": "e", "CHATGPT_APISERVER_API_KEY": "E"}, {}, "E"),
     ("api_key", ["1", "a"], {"API_KEY": "not a key"}, {"api_key": "f"}, "a"),
-    ("pool", [], {}, {"pool": {"type": "random"}}, "random"),
+    ("pool", [], {}, RANDOM, "random"),
     ("pool", [], {}, {"pool": {}}, "balanced"),
-    (
-        "pool",
-        [],
-        {"CHATGPT_APISERVER_POOL_TYPE": "least_busy"},
-        {"pool": {"type": "random"}},
-        "least_busy",
-    ),
+    ("pool", [], {POOL_TYPE: "least_busy"}, RANDOM, "least_busy"),
     ("agents_auth", [], {}, {"agents": {"auth": "open"}}, "open"),
     ("upstream_errors", [], {}, {"upstream_errors": "pass"}, "pass"),
     ("verbose", ["-v"], {}, {}, True),
@@ -14443,15 +14429,9 @@ def test_arguments_win_over_environment_over_file(
 
 @cases(
     "environ, expected",
-    (
-        {"CHATGPT_APISERVER_PORT": "SECRET"},
-        "environment: CHATGPT_APISERVER_PORT: expected",
-    ),
-    (
-        {"CHATGPT_APISERVER_LISTEN": ":80"},
-        "CHATGPT_APISERVER_LISTEN: expected an address",
-    ),
-    ({"CHATGPT_APISERVER_POOL_TYPE": "SECRET"}, 'expected "balanced" or "random" or'),
+    ({"CHATGPT_APISERVER_PORT": "SECRET"}, "CHATGPT_APISERVER_PORT: expected"),
+    ({"CHATGPT_APISERVER_LISTEN": ":80"}, "APISERVER_LISTEN: expected an address"),
+    ({POOL_TYPE: "SECRET"}, 'expected "balanced" or "random" or'),
     ({"API_KEY": "<API_KEY>"}, "environment: API_KEY: expected a key"),
     ({"OPENAI_API_KEY": "SECRET two"}, "environment: OPENAI_API_KEY: expected a key"),
     (
@@ -14464,14 +14444,14 @@ def test_arguments_win_over_environment_over_file(
     ),
     ({"CONFIG_FILE": "no.json"}, "no.json: cannot be read"),
 )
-def test_mistaken_environment_is_one_line(load, environ, expected):
+def test_a_mistake_in_the_environment_is_one_line(load, environ, expected):
     assert expected in mistake(load, [], environ)
 
 
 # --- Where the file is
 
 
-def test_the_file_is_searched_in_order(load, tmp_path):
+def test_the_file_is_looked_for_in_order(load, tmp_path):
     """The last place, /etc, is not tried: it is not ours."""
     for port, folder in [(3, "config"), (2, ".config"), (1, ".")]:
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -14480,44 +14460,37 @@ def test_the_file_is_searched_in_order(load, tmp_path):
     assert load([], {"API_KEY": "k"}).path == "chatgpt-apiserver.json"
 
 
+P1, P2 = (f"p{n}/chatgpt-apiserver.json" for n in (1, 2))
+
+
 @cases(
     "args, environ, expected",
     (["--config_path", "p1"], {"CONFIG_PATH": "p2"}, 1),
-    (["--config_path", "p1"], {"CONFIG_FILE": "p2/chatgpt-apiserver.json"}, 1),
-    (["--config_path", "p1", "--config_file", "p2/chatgpt-apiserver.json"], {}, 2),
+    (["--config_path", "p1"], {"CONFIG_FILE": P2}, 1),
+    (["--config_path", "p1", "--config_file", P2], {}, 2),
     ([], {"CONFIG_PATH": "p2"}, 2),
     ([], {"CONFIG_PATH": "p2", "CHATGPT_APISERVER_CONFIG_PATH": "p1"}, 1),
-    ([], {"CONFIG_FILE": "p2/chatgpt-apiserver.json", "CONFIG_PATH": "p1"}, 2),
+    ([], {"CONFIG_FILE": P2, "CONFIG_PATH": "p1"}, 2),
     ([], {"CONFIG_FILE": "", "CONFIG_PATH": ""}, 3),
-    (
-        [],
-        {
-            "CHATGPT_APISERVER_CONFIG_FILE": "p1/chatgpt-apiserver.json",
-            "CONFIG_FILE": "p2/chatgpt-apiserver.json",
-        },
-        1,
-    ),
+    ([], {"CHATGPT_APISERVER_CONFIG_FILE": P1, "CONFIG_FILE": P2}, 1),
 )
 def test_a_named_file_or_folder_goes_before_the_search(
     load, tmp_path, args, environ, expected
 ):
-    for port in (1, 2):
-        (tmp_path / f"p{port}").mkdir()
-        file = tmp_path / f"p{port}" / "chatgpt-apiserver.json"
-        file.write_text(f'{{"port": {port}}}')
+    for port, path in ((1, P1), (2, P2)):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(f'{{"port": {port}}}')
     config = load(args, {"API_KEY": "k", **environ}, {"port": 3})
     assert config.port == expected
 
 
-def test_a_named_folder_without_the_file_leaves_the_others_to_be_searched(
-    load, tmp_path
-):
+def test_a_named_folder_without_the_file_leaves_the_search_to_go_on(load, tmp_path):
     (tmp_path / "empty").mkdir()
     config = load(["80", "k", "--config_path", "empty"], file={"listen": "::"})
     assert config.listen == "::" and config.path == "chatgpt-apiserver.json"
 
 
-def test_a_file_that_is_none_is_a_mistake(load, tmp_path):
+def test_a_file_that_cannot_be_read_is_a_mistake(load, tmp_path):
     """Docker makes a folder when the file to be mounted is not there."""
     file = tmp_path / "chatgpt-apiserver.json"
     file.mkdir()
@@ -14533,11 +14506,8 @@ def test_paths_in_a_file_are_relative_to_the_servers_file(load, tmp_path):
     (folder / "keys").mkdir(parents=True)
     (folder / "ca.pem").write_text("")
     (folder / "keys" / "a.json").write_text('{"api_key": "a", "ca_file": "ca.pem"}')
-    file = {
-        "users": "u.json",
-        "tls_cert": "ca.pem",
-        "controllers": [{"type": "openai", "config_file": "keys/a.json"}],
-    }
+    file = {"users": "u.json", "tls_cert": "ca.pem"}
+    file["controllers"] = [{"type": "openai", "config_file": "keys/a.json"}]
     (folder / "chatgpt-apiserver.json").write_text(json.dumps(file))
     config = load()
     assert config.users == os.path.join("config", "u.json")
@@ -14556,52 +14526,36 @@ def test_the_seeds_example_is_read(load, tmp_path):
         {"type": "openai", "config_file": "openai.json"}]}"""
     one, two = load(file=text).controllers
     assert (one["name"], one["weight"], one["api_key"]) == ("openai-1", 5, "first")
-    assert two == {
-        "type": "openai",
-        "name": "openai-2",
-        "api_key": "second",
-        "proxy": None,
-    }
+    expected = {"type": "openai", "name": "openai-2", "api_key": "second"}
+    assert two == {**expected, "proxy": None}
+
+
+WITH_PROXY = {"api_key": "k", "proxy": "http://u:p@proxy:3128/"}
 
 
 @cases(
     "entry, expected",
-    ({"weight": 0}, {"weight": 0}),
-    ({"name": "gpu"}, {"name": "gpu"}),
-    ({"models": ["a", "b"]}, {"models": ["a", "b"]}),
-    ({"models": {"a": "real"}}, {"models": {"a": "real"}}),
+    *((entry, entry) for entry in ({"weight": 0}, {"name": "gpu"}, {"tier": 2})),
+    *(({"models": m}, {"models": m}) for m in (["a", "b"], {"a": "real"})),
     ({"models": ["env:MODEL"]}, {"models": ["real"]}),
     ({"max_concurrency": 4, "account": "x"}, {"max_concurrency": 4, "account": "x"}),
-    ({"tier": 2}, {"tier": 2}),
     ({"limit": {"tokens": 9, "per": "day"}}, {"limit": {"tokens": 9, "per": "day"}}),
     ({"config": {"api_key": ""}}, {"api_key": ""}),
     ({"config": {"api_key": "env:KEY"}}, {"api_key": "from-env"}),
-    (
-        {"config": {"api_key": "k", "base_url": "http://[::1]:11434/v1//"}},
-        {"base_url": "http://[::1]:11434/v1//"},
-    ),
-    (
-        {"config": {"api_key": "k", "proxy": "http://u:p@proxy:3128/"}},
-        {"proxy": "http://u:p@proxy:3128"},
-    ),
-    (
-        {"config": {"api_key": "k", "verify": False, "first_byte_timeout": 5}},
-        {"verify": False, "first_byte_timeout": 5},
+    ({"config": WITH_PROXY}, {"api_key": "k", "proxy": "http://u:p@proxy:3128"}),
+    *(
+        ({"config": {"api_key": "k", **config}}, {"api_key": "k", **config})
+        for config in (
+            {"base_url": "http://[::1]:11434/v1//"},
+            {"verify": False, "first_byte_timeout": 5},
+        )
     ),
 )
-def test_a_controller_has_what_was_written_and_nothing_else_changes(
-    load, entry, expected
-):
+def test_a_controller_has_what_is_written_and_nothing_else(load, entry, expected):
     environ = {"KEY": "from-env", "MODEL": "real"}
     plain = load(file={"controllers": [OPENAI]}).controllers[0]
     written = load(environ=environ, file={"controllers": [{**OPENAI, **entry}]})
-    assert written.controllers == [
-        {
-            **plain,
-            **expected,
-            "api_key": expected.get("api_key", written.controllers[0]["api_key"]),
-        }
-    ]
+    assert written.controllers == [{**plain, **expected}]
 
 
 def test_reading_again_gives_equal_controllers(load):
@@ -14612,7 +14566,7 @@ def test_reading_again_gives_equal_controllers(load):
     assert second[0] == first[0] and second[1] != first[1]
 
 
-def test_a_limit_that_is_no_setting_any_more_is_named_once_and_not_used(load):
+def test_a_retired_limit_is_named_once_and_ignored(load):
     config = load(file={"limits": {"redial_max": 3, "header_count": 7, "agents": 3}})
     text = "no longer settings, ignored: header_count, redial_max"
     assert config.notes == [text] and config.limits.agents == 3
@@ -14661,178 +14615,112 @@ def openai(**config):
     ({"x\ny": 1}, r'"x\ny": unknown key'),
     ({"limits": {"head_timeuot": 1}}, "limits.head_timeuot: unknown key"),
     ({"head_timeout": 1}, 'head_timeout: unknown key; it belongs in "limits"'),
-    (
-        controllers({"base_url": "http://a/v1"}),
-        'controllers[0].base_url: unknown key; it belongs in "config"',
-    ),
     ({"base_url": "http://a/v1"}, 'base_url: unknown key; it belongs in "config"'),
-    (
-        openai(weight=5),
-        "controllers[0].config.weight: unknown key; it belongs in"
-        ' "controllers", beside "config"',
-    ),
     (
         {"limits": {"default_limit": "1 requests/day"}},
         "limits.default_limit: unknown key; it belongs in the outermost object",
     ),
     ({"limits": {"__init__": 1}}, "limits.__init__: unknown key"),
     ({"pool": {"kind": "random"}}, "pool.kind: unknown key"),
-    (openai(baseurl="x"), "controllers[0].config.baseurl: unknown key"),
     (controllers(OPENAI, {"wieght": 1}), "controllers[1].wieght: unknown key"),
     # Types
     ({"port": None}, "port: expected a port from 0 to 65535, got null"),
     ({"port": True}, "port: expected a port from 0 to 65535, got a boolean"),
-    (
-        {"listen": ["::"]},
-        "listen: expected an address without a port, such as 0.0.0.0 or ::, got a list",
-    ),
-    (
-        {"pool": "random"},
-        'pool: expected an object, got a string; write {"type": ...}',
-    ),
-    (
-        {"agents": "key"},
-        'agents: expected an object, got a string; write {"auth": ...}',
-    ),
+    ({"listen": ["::"]}, "without a port, such as 0.0.0.0 or ::, got a list"),
+    ({"pool": "x"}, 'pool: expected an object, got a string; write {"type": ...}'),
+    ({"agents": "x"}, 'agents: expected an object, got a string; write {"auth": ...}'),
     ({"controllers": {}}, "controllers: expected a list, got an object"),
     (controllers(OPENAI, 5), "controllers[1]: expected an object, got a number"),
-    (
-        controllers(OPENAI, {"config": {"api_key": 5}}),
-        "controllers[1].config.api_key: expected a key",
-    ),
-    (openai(api_key=12345), 'or "" for none, got a number'),
-    (
-        openai(verify="no"),
-        "controllers[0].config.verify: expected true or false, got a string",
-    ),
     # Values
     ({"port": "80 "}, "port: expected a port from 0 to 65535"),
     ({"api_key": "<API_KEY>"}, "api_key: expected a key of your own"),
     (
         {"pool": {"type": "SECRET"}},
-        'pool.type: expected "balanced" or "random" or "least_busy"',
+        'type: expected "balanced" or "random" or "least_bu',
     ),
     ({"agents": {"auth": "none"}}, 'agents.auth: expected "local" or "key" or "open"'),
     ({"upstream_errors": ""}, 'upstream_errors: expected "map" or "pass"'),
     (
         {"limits": {"head_size": 1.5}},
-        "limits.head_size: expected a whole number from 0, got a number",
+        "head_size: expected a whole number from 0, got a",
     ),
-    (
-        {"limits": {"head_timeout": "5"}},
-        "limits.head_timeout: expected seconds, above 0, got a string",
-    ),
+    ({"limits": {"head_timeout": "5"}}, "expected seconds, above 0, got a string"),
     ({"tls_cert": "\0"}, "tls_cert: expected the path of a readable file"),
+    ({"affinity": "no"}, "affinity: expected true or false"),
     # Controllers
     (controllers({"type": "claude"}), 'controllers[0].type: expected "openai"'),
-    (
-        controllers({"type": "openai"}),
-        'controllers[0]: expected either "config" or "config_file"',
-    ),
-    (
-        controllers({**OPENAI, "config_file": "chatgpt-apiserver.json"}),
-        "controllers[0]: expected either",
-    ),
+    (controllers({"type": "openai"}), '[0]: expected either "config" or "config_file"'),
     (controllers({"config": {}}), "controllers[0].config.api_key: expected a key"),
-    (
-        controllers({"config_file": "no.json"}),
-        "controllers[0].config_file: expected the path",
-    ),
+    (controllers({"config_file": "no.json"}), "[0].config_file: expected the path"),
     (
         controllers({"config_file": "chatgpt-apiserver.json"}),
         "chatgpt-apiserver.json: controllers: unknown key",
     ),
     (
-        controllers({**OPENAI, "weight": 10**400}),
-        "controllers[0].weight: expected a whole number",
-    ),
-    (
-        controllers({**OPENAI, "max_concurrency": 0}),
-        "controllers[0].max_concurrency: expected a whole number from 1",
-    ),
-    (
-        controllers({**OPENAI, "tier": 0}),
-        "controllers[0].tier: expected a whole number from 1",
-    ),
-    ({"affinity": "no"}, "affinity: expected true or false"),
-    (controllers({**OPENAI, "models": []}), "controllers[0].models: expected"),
-    (controllers({**OPENAI, "models": "m"}), "controllers[0].models: expected"),
-    (
-        controllers({**OPENAI, "models": ["gpt-4*"]}),
-        "controllers[0].models: expected",
-    ),
-    (
-        controllers({**OPENAI, "models": {"gpt-*": "m"}}),
-        'models: expected ["name"] or {"alias": "name"}, not empty, without patterns',
-    ),
-    (controllers({**OPENAI, "models": ["m", 5]}), "controllers[0].models[1]: expected"),
-    (controllers({**OPENAI, "models": {"a": ""}}), "controllers[0].models.a: expected"),
-    (
-        controllers({**OPENAI, "limit": {"per": "day"}}),
-        "controllers[0].limit: expected a limit",
-    ),
-    (
-        controllers({**OPENAI, "name": "mock"}),
-        "controllers[0].name: expected another name",
-    ),
-    (
-        controllers({**OPENAI, "name": "a\nb"}),
-        "controllers[0].name: expected printable text",
-    ),
-    (
-        controllers({**OPENAI, "name": "a"}, {**OPENAI, "name": "a"}),
-        "controllers[1].name: controllers[0] has",
-    ),
-    (
         controllers({**OPENAI, "name": "openai-2"}, OPENAI),
-        "controllers[1].name: controllers[0] has",
+        "[1].name: controllers[0] has",
     ),
-    (
-        openai(api_key="SECRET two"),
-        "controllers[0].config.api_key: expected a key of printable ASCII",
-    ),
-    (
-        openai(api_key="env:NOT_SET"),
-        "api_key: the environment variable NOT_SET is not set",
-    ),
-    (
-        openai(api_key="env:sk-SECRET"),
-        "api_key: the environment variable named here is not set",
-    ),
-    (
-        openai(base_url="ftp://h"),
-        "controllers[0].config.base_url: expected the http or https URL",
-    ),
-    *(
-        (openai(base_url=url), "base_url: expected")
-        for url in (
-            "api.openai.com/v1",
-            "https://u:SECRET@h/v1",
-            "https://h/v1?key=SECRET",
-            "https://h:70000/v1",
-            "https://h:0/v1",
-            "https://[::1/v1",
-            "https:///v1",
-            "https://h/v1\n",
-        )
-    ),
-    (openai(proxy="socks5://h:1"), "proxy: expected a proxy such as http://host:port"),
-    (openai(proxy="http://u:SECRET@h:1/path"), "proxy: expected a proxy"),
-    (openai(proxy="http://u:SEC#RET@h:1"), "proxy: expected a proxy"),
-    (openai(first_byte_timeout=0), "first_byte_timeout: expected seconds, above 0"),
-    (openai(ca_file="no.pem"), "ca_file: expected the path of a readable file"),
 )
-def test_mistaken_file_is_one_line_with_its_place(load, file, expected):
+def test_a_mistake_in_the_file_is_one_line_with_its_place(load, file, expected):
     line = mistake(load, file=file)
     assert line.startswith("chatgpt-apiserver.json: ") and expected in line
 
 
-def test_mistake_in_a_config_file_names_that_file(load, tmp_path):
-    (tmp_path / "a.json").write_text('{"api_key": 5}')
+NAMES = '.models: expected ["name"] or {"alias": "name"}, not empty, without patterns'
+
+
+@cases(
+    "key, value, expected",
+    ("base_url", "http://a/v1", '.base_url: unknown key; it belongs in "config"'),
+    ("config_file", "chatgpt-apiserver.json", ": expected either"),
+    ("weight", 10**400, ".weight: expected a whole number"),
+    ("max_concurrency", 0, ".max_concurrency: expected a whole number from 1"),
+    ("tier", 0, ".tier: expected a whole number from 1"),
+    *(("models", odd, NAMES) for odd in ([], "m", ["gpt-4*"], {"gpt-*": "m"})),
+    ("models", ["m", 5], ".models[1]: expected"),
+    ("models", {"a": ""}, ".models.a: expected"),
+    ("limit", {"per": "day"}, ".limit: expected a limit"),
+    ("name", "mock", ".name: expected another name"),
+    ("name", "a\nb", ".name: expected printable text"),
+    ("name", "first", ".name: controllers[0] has"),
+)
+def test_a_mistake_in_a_controller_has_its_place(load, key, value, expected):
+    file = controllers({**OPENAI, "name": "first"}, {**OPENAI, key: value})
+    assert f"controllers[1]{expected}" in mistake(load, file=file)
+
+
+A_KEY = 'expected a key of printable ASCII without spaces or newlines, or "" for none'
+BAD_URLS = """api.openai.com/v1 https://u:SECRET@h/v1 https://h/v1?key=SECRET
+    https://h:70000/v1 https://h:0/v1 https://[::1/v1 https:///v1"""
+
+
+@cases(
+    "key, value, expected",
+    ("weight", 5, 'unknown key; it belongs in "controllers", beside "config"'),
+    ("baseurl", "x", "unknown key"),
+    ("verify", "no", "expected true or false, got a string"),
+    ("api_key", 12345, A_KEY + ", got a number"),
+    ("api_key", "SECRET two", A_KEY),
+    ("api_key", "env:NOT_SET", "the environment variable NOT_SET is not set"),
+    ("api_key", "env:sk-SECRET", "the environment variable named here is not set"),
+    ("base_url", "ftp://h", "expected the http or https URL"),
+    *(("base_url", url, "expected") for url in [*BAD_URLS.split(), "https://h/v1\n"]),
+    ("proxy", "socks5://h:1", "expected a proxy such as http://host:port"),
+    ("proxy", "http://u:SECRET@h:1/path", "expected a proxy"),
+    ("proxy", "http://u:SEC#RET@h:1", "expected a proxy"),
+    ("first_byte_timeout", 0, "expected seconds, above 0"),
+    ("ca_file", "no.pem", "expected the path of a readable file"),
+)
+def test_a_mistake_in_a_config_has_its_place(load, key, value, expected):
+    line = mistake(load, file=openai(**{key: value}))
+    assert f"controllers[0].config.{key}: {expected}" in line
+
+
+def test_a_mistake_in_a_config_file_names_that_file(load, tmp_path):
     file = controllers({"type": "openai", "config_file": "a.json"})
-    assert mistake(load, file=file).startswith("a.json: api_key: expected a key")
-    (tmp_path / "a.json").write_text("{}")
-    assert mistake(load, file=file).startswith("a.json: api_key: expected a key")
+    for content in ('{"api_key": 5}', "{}"):
+        (tmp_path / "a.json").write_text(content)
+        assert mistake(load, file=file).startswith("a.json: api_key: expected a key")
 
 
 # --- The environment's upstream and proxy
@@ -14841,17 +14729,16 @@ def test_mistake_in_a_config_file_names_that_file(load, tmp_path):
 def test_openai_api_key_is_a_controller_when_the_file_has_none(load):
     environ = {"OPENAI_API_KEY": "sk-SECRET", "OPENAI_BASE_URL": "http://ollama/v1/"}
     config = load(environ=environ, file={})
-    assert [c["name"] for c in config.controllers] == ["openai-1"]
-    assert config.controllers[0]["api_key"] == "sk-SECRET"
-    assert config.controllers[0]["base_url"] == "http://ollama/v1/"
+    (controller,) = config.controllers
+    assert (controller["name"], controller["api_key"]) == ("openai-1", "sk-SECRET")
+    assert controller["base_url"] == "http://ollama/v1/"
     assert config.notes == [
         "controller openai-1 from OPENAI_API_KEY in the environment"
     ]
-    plain = load(
-        environ={"OPENAI_API_KEY": "sk-SECRET"}, file={"controllers": [OPENAI]}
-    )
+    del environ["OPENAI_BASE_URL"]
+    plain = load(environ=environ, file={"controllers": [OPENAI]})
     assert plain.notes == [] and len(plain.controllers) == 1
-    same = load(environ={"OPENAI_API_KEY": "sk-SECRET"}, file={"controllers": []})
+    same = load(environ=environ, file={"controllers": []})
     assert same.controllers == plain.controllers
 
 
@@ -14860,11 +14747,7 @@ def test_openai_api_key_is_a_controller_when_the_file_has_none(load):
     ("https://h/v1", {}, None),
     ("https://h/v1", {"https_proxy": "http://p:1/"}, "http://p:1"),
     ("https://h/v1", {"HTTPS_PROXY": "http://p:1"}, "http://p:1"),
-    (
-        "https://h/v1",
-        {"https_proxy": "http://p:1", "HTTPS_PROXY": "http://q:1"},
-        "http://p:1",
-    ),
+    ("https://h/v1", {"https_proxy": "p:1", "HTTPS_PROXY": "q:1"}, "http://p:1"),
     ("https://h/v1", {"https_proxy": "", "HTTPS_PROXY": "http://q:1"}, None),
     ("https://h/v1", {"https_proxy": "p:1"}, "http://p:1"),
     ("https://h/v1", {"http_proxy": "http://p:1"}, None),
@@ -14878,36 +14761,20 @@ def test_https_proxy_holds_for_https_urls(load, url, environ, expected):
     assert load(environ=environ, file={}).controllers[0]["proxy"] == expected
 
 
-def test_own_proxy_wins_over_the_environments(load):
+def test_a_controllers_own_proxy_wins_over_the_environments(load):
     environ = {"https_proxy": "http://p:1", "no_proxy": "*"}
     config = load(environ=environ, file=openai(proxy="http://own:1"))
     assert config.controllers[0]["proxy"] == "http://own:1"
 
 
+NO_PROXIES = "|*|.|h.example.com|EXAMPLE.com|.example.com|ample.com|other.org|com|,| , "
+NO_PROXIES += "|other.org, example.com|example.com:8443|example.com:443|[::1]|::1|x*"
+NO_PROXIES += "|h.example.com.|..example.com|example.com:"
+
+
 @cases("host", "h.example.com", "H.Example.Com:8443", "[::1]:443", "[::1]")
 def test_no_proxy_means_what_it_means_to_urllib(load, host):
-    for no_proxy in (
-        "",
-        "*",
-        ".",
-        "h.example.com",
-        "EXAMPLE.com",
-        ".example.com",
-        "ample.com",
-        "other.org",
-        "other.org, example.com",
-        "example.com:8443",
-        "example.com:443",
-        "com",
-        ",",
-        " , ",
-        "[::1]",
-        "::1",
-        "x*",
-        "h.example.com.",
-        "..example.com",
-        "example.com:",
-    ):
+    for no_proxy in NO_PROXIES.split("|"):
         environ = {"https_proxy": "http://p:1", "NO_PROXY": no_proxy}
         config = load(environ=environ, file=openai(base_url=f"https://{host}/v1"))
         bypass = urllib.request.proxy_bypass_environment(host, {"no": no_proxy})
@@ -14925,27 +14792,10 @@ def test_repr_shows_no_secret(load):
 
 
 def mutated(value, rng):
-    """A JSON document with one thing in it exchanged, renamed or taken away."""
-    odd = [
-        None,
-        True,
-        0,
-        -1,
-        1e400,
-        10**30,
-        "",
-        "env:X",
-        "env:",
-        "\ud800",
-        "x\ny",
-        [],
-        {},
-        [[]],
-        {"a": []},
-        "http://[",
-        "<API_KEY>",
-        float("nan"),
-    ]
+    """A JSON document with one item replaced, renamed or removed."""
+    odd = json.loads("""[null, true, 0, -1, 1e400, 1000000000000000000000000000000, "",
+        "env:X", "env:", "\\ud800", "x\\ny", [], {}, [[]], {"a": []}, "http://[",
+        "<API_KEY>", NaN]""")
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         changed = dict(value)
@@ -14972,38 +14822,20 @@ def test_tiers_and_affinity_are_settings(load, tmp_path):
 
 def test_mutated_documents_are_a_config_or_one_line(load, tmp_path):
     rng = random.Random(50)
-    whole = {
-        "port": "8080",
-        "listen": "::",
-        "api_key": "k",
-        "users": "u.json",
-        "pool": {"type": "random"},
-        "agents": {"auth": "key"},
-        "limits": {"agents": 1},
-        "upstream_errors": "pass",
-        "tls_cert": __file__,
-        "tls_key": __file__,
-        "controllers": [
-            {
-                "type": "openai",
-                "name": "a",
-                "weight": 2,
-                "models": {"a": "b"},
-                "max_concurrency": 2,
-                "account": "x",
+    whole = json.loads(
+        """{"port": "8080", "listen": "::", "api_key": "k",
+        "users": "u.json", "pool": {"type": "random"}, "agents": {"auth": "key"},
+        "limits": {"agents": 1}, "upstream_errors": "pass", "tls_cert": "TLS",
+        "tls_key": "TLS", "controllers": [
+            {"type": "openai", "name": "a", "weight": 2, "models": {"a": "b"},
+                "max_concurrency": 2, "account": "x",
                 "limit": {"requests": 1, "tokens": 2, "per": "hour"},
-                "config": {
-                    "api_key": "SECRET",
-                    "base_url": "https://h:1/v1",
-                    "proxy": "http://u:SECRET@p:1",
-                    "ca_file": __file__,
-                    "verify": False,
-                    "first_byte_timeout": 3.5,
-                },
-            },
-            {"type": "openai", "models": ["m", "n"], "config": {"api_key": ""}},
-        ],
-    }
+                "config": {"api_key": "SECRET", "base_url": "https://h:1/v1",
+                    "proxy": "http://u:SECRET@p:1", "ca_file": "TLS", "verify": false,
+                    "first_byte_timeout": 3.5}},
+            {"type": "openai", "models": ["m", "n"], "config": {"api_key": ""}}]
+        }""".replace("TLS", __file__)
+    )
     assert len(load(file=whole).controllers) == 2
     outcomes = set()
     for _ in range(600):
