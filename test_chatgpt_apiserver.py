@@ -2738,21 +2738,23 @@ def test_usage_is_found_in_an_answers_bytes(content, usage):
 
 @cases(
     "fields, usage",
-    ("prompt=9 completion=1 details.cached=8", (9, 8, 1)),
-    ("input=9 output=1 details.cached=8", (9, 8, 1)),
+    ("prompt=9 completion=1 prompt.cached=8", (9, 8, 1)),
+    ("input=9 output=1 input.cached=8", (9, 8, 1)),
     ("input=1 output=4 cache_read_input=10 cache_creation_input=5", (16, 10, 4)),
     # DashScope's prompt_tokens include those of the cache.
     (
-        "prompt=9 completion=1 details.cached=2 details.cache_creation_input=7",
+        "prompt=9 completion=1 prompt.cached=2 prompt.cache_creation_input=7",
         (9, 2, 1),
     ),
 )
 def test_cached_tokens_are_found_in_every_dialect(fields, usage):
     counts = {}
     for name, count in (field.split("=") for field in fields.split()):
-        *outer, name = name.replace("details", "prompt_tokens_details").split(".")
-        inner = counts.setdefault(outer[0], {}) if outer else counts
-        inner[f"{name}_tokens"] = int(count)
+        *outer, name = name.split(".")
+        details = (
+            counts.setdefault(f"{outer[0]}_tokens_details", {}) if outer else counts
+        )
+        details[f"{name}_tokens"] = int(count)
     content = json.dumps({"usage": counts}).encode()
     assert apiserver.find_usage(content) == apiserver.Usage(*usage)
 
@@ -3641,30 +3643,28 @@ async def test_lingering_is_limited_in_time_and_bytes(limits, constant):
 @cases("end", "fin", "rst")
 @flow
 async def test_a_hang_up_is_reported_once(eof_is_hangup, end):
-    """By the callback, or to a task that is reading."""
-    calls = []
-    for reading in (False, True):
-        async with connection_pair() as (connection, _, writer):
-            connection.eof_is_hangup = eof_is_hangup
-            connection.on_hangup = lambda: calls.append(1)
-            if reading:
-                receiving = asyncio.ensure_future(connection.receive())
-                await asyncio.sleep(0)
-                connection_cut(writer)
-                assert await receiving is False
-                break
-            if end == "rst":
-                connection_cut(writer)
-                await until(lambda: connection.lost)
-            else:
-                writer.write_eof()
-                await until(lambda: connection.eof)
-            # A peer that has only ended its side may still be reading.
-            assert len(calls) == (end == "rst" or eof_is_hangup)
-            connection.abort()
-            await until(lambda: connection.lost)
-            assert len(calls) == 1
-    assert len(calls) == 1
+    async with connection_pair() as (connection, _, writer):
+        calls = []
+        connection.eof_is_hangup = eof_is_hangup
+        connection.on_hangup = lambda: calls.append(1)
+        writer.write_eof() if end == "fin" else connection_cut(writer)
+        await until(lambda: connection.eof)
+        # After its EOF a peer may still be reading.
+        assert len(calls) == (end == "rst" or eof_is_hangup)
+        connection.abort()
+        await until(lambda: connection.lost)
+        assert len(calls) == 1
+
+
+@flow
+async def test_a_hang_up_is_reported_only_to_a_waiting_receive():
+    async with connection_pair() as (connection, _, writer):
+        calls = []
+        connection.on_hangup = lambda: calls.append(1)
+        receiving = asyncio.ensure_future(connection.receive())
+        await asyncio.sleep(0)
+        connection_cut(writer)
+        assert await receiving is False and not calls
 
 
 @flow
@@ -3726,10 +3726,13 @@ async def client_of(behave=None, tls=None, **options):
             yield upstream, client
 
 
-async def get(client, target="/x", **options):
+async def get(client, target="/x", max_size=1024 * 1024, **options):
     """GET target and read the answer to its end: status and content."""
     answer = await client.request("GET", target, [], **options)
-    return answer.status, await answer.read_all(1024 * 1024)
+    try:
+        return answer.status, await answer.read_all(max_size)
+    finally:
+        await answer.aclose()
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -3863,18 +3866,16 @@ async def test_a_coded_answer_is_read_although_none_was_requested(coding, framin
 @flow
 async def test_an_inflated_answer_has_the_limit_of_a_plain_one():
     reply = coded_reply("gzip", gzip.compress(bytes(500_000)))
-    async with Upstream(sends(reply)) as upstream:
-        answer = await HTTPClient(upstream.url).request("GET", "/", [])
+    async with client_of(reply) as (_, client):
         with pytest.raises(ProtocolError, match="over 400000 bytes"):
-            await answer.read_all(400_000)
-        await answer.aclose()
+            await get(client, max_size=400_000)
 
 
 @flow
 async def test_inflating_an_answer_does_not_block_the_loop():
     reply = coded_reply("gzip", gzip.compress(b"some text " * 200_000))
-    async with Upstream(reply) as upstream:
-        answer = await HTTPClient(upstream.url).request("GET", "/", [])
+    async with client_of(reply) as (_, client):
+        answer = await client.request("GET", "/", [])
         await until(lambda: answer._connection.buffer.endswith(reply[-9:]))
         turns = 0
 
@@ -3900,9 +3901,9 @@ async def test_inflating_an_answer_does_not_block_the_loop():
 @flow
 async def test_an_answer_that_cannot_be_inflated_is_an_error(reply):
     end = None if b"Length" in reply or b"chunked" in reply else connection_close
-    async with Upstream(sends(reply, end)) as upstream:
+    async with client_of(sends(reply, end)) as (_, client):
         with pytest.raises(ProtocolError):
-            await get(HTTPClient(upstream.url))
+            await get(client)
 
 
 @cases("end", connection_close, connection_cut)
@@ -3935,11 +3936,7 @@ async def test_a_malformed_answer_is_refused_and_its_connection_is_not_kept(data
     async with client_of(data) as (upstream, client):
         for number in (1, 2):
             with pytest.raises(ProtocolError):
-                answer = await client.request("GET", "/", [])
-                try:
-                    await answer.read_all(100)
-                finally:
-                    await answer.aclose()
+                await get(client)
             await until(lambda number=number: upstream.ended == number)
 
 
@@ -3972,11 +3969,7 @@ async def test_endless_heads_and_content_are_given_up(start, more):
 
     async with client_of(behave) as (upstream, client):
         with pytest.raises(ProtocolError):
-            answer = await client.request("GET", "/", [])
-            try:
-                await asyncio.wait_for(answer.read_all(100_000), 5)
-            finally:
-                await answer.aclose()
+            await asyncio.wait_for(get(client, max_size=100_000), 5)
         await until(lambda: upstream.ended == 1)
         assert sent < 16 * 1024 * 1024
 
@@ -3995,19 +3988,16 @@ async def test_interim_answers_are_skipped_up_to_a_limit(count, works):
 @cases("framing", "length", "chunked", "chunks", "close")
 @flow
 async def test_an_answer_has_a_largest_size(size, works, framing):
-    body = b"x" * size
-    last = b"0\r\n\r\n"
+    body, last = b"x" * size, b"0\r\n\r\n"
     steps = {
         "length": [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size, body],
         "chunked": [STREAM_HEAD, chunked(body), last],
         "chunks": [STREAM_HEAD, chunked(b"x") * size, last],
         "close": [b"HTTP/1.1 200 OK\r\n\r\n", body, connection_close],
     }
-    async with Upstream(sends(*steps[framing])) as upstream:
-        answer = await HTTPClient(upstream.url).request("GET", "/", [])
+    async with client_of(sends(*steps[framing])) as (_, client):
         with refused(None if works else 502):
-            assert await answer.read_all(1000) == body
-        await answer.aclose()
+            assert await get(client, max_size=1000) == (200, body)
 
 
 @cases("later", False, True, ids=["same-packet", "later"])
@@ -4139,7 +4129,7 @@ async def test_an_answer_before_the_end_of_the_request_is_read(size, end, delay)
 
 
 @cases(
-    "tls, answer, works",
+    "tls, early_answer, works",
     (True, REFUSAL, True),
     (False, REFUSAL[:-10], True),  # a reset in the content leaves the status
     (False, b"", False),
@@ -4147,13 +4137,13 @@ async def test_an_answer_before_the_end_of_the_request_is_read(size, end, delay)
 )
 @flow
 async def test_half_an_early_answer_is_read_but_no_half_head(
-    tmp_path, tls, answer, works
+    tmp_path, tls, early_answer, works
 ):
-    context = tls_server_context(tmp_path)
-    end = connection_close if tls else connection_cut
-    async with connection_streams(early(answer, end), context if tls else None) as port:
-        url, ca_file = f"http{'s' * tls}://127.0.0.1:{port}", str(tmp_path / "ca.pem")
-        client = HTTPClient(url, ca_file=ca_file)
+    context = tls_server_context(tmp_path) if tls else None
+    serve = early(early_answer, connection_close if tls else connection_cut)
+    async with connection_streams(serve, context) as port:
+        options = {"ca_file": str(tmp_path / "ca.pem")} if tls else {}
+        client = HTTPClient(f"http{'s' * tls}://127.0.0.1:{port}", **options)
         with contextlib.nullcontext() if works else pytest.raises(ConnectionError):
             answer = await client.request("POST", "/", [], bytes(12_000_000))
             assert answer.status == 413 and b"too large" in await answer.read_all(1000)
@@ -4201,13 +4191,8 @@ async def test_the_first_byte_timeout_starts_after_the_content():
 async def test_a_silent_upstream_is_given_up(data, limits, options):
     behave = sends(data, 60)
     async with client_of(behave, limits=Limits(**limits)) as (upstream, client):
-        answer = None
         with pytest.raises(asyncio.TimeoutError):
-            answer = await client.request("GET", "/", [], **options)
-            while await answer.read():
-                pass
-        if answer is not None:
-            await answer.aclose()
+            await get(client, **options)
         await until(lambda: upstream.ended == 1)
 
 
@@ -4224,9 +4209,7 @@ async def test_a_trickle_does_not_extend_a_deadline(start, more, limits, deadlin
     async with client_of(behave, limits=Limits(**limits)) as (_, client):
         end = asyncio.get_running_loop().time() + deadline
         with takes(0.1, 2), pytest.raises(asyncio.TimeoutError):
-            answer = await client.request("GET", "/", [], deadline=end)
-            while await answer.read():
-                pass
+            await get(client, deadline=end)
 
 
 @flow
@@ -5182,8 +5165,10 @@ def opened(path, **options):
 
 @contextlib.asynccontextmanager
 async def running_store(path, **options):
-    """Load a store from path for the block."""
-    store = opened(path, **options)
+    """Load a store from path for the block; store.lines has what it reports."""
+    lines = []
+    store = opened(path, report=lines.append, **options)
+    store.lines = lines
     try:
         yield store
     finally:
@@ -5237,9 +5222,8 @@ async def test_added_users_are_found_by_token_here_and_after_a_restart(path):
     async with running_store(path) as store:
         plain = await store.add()
         agent = await store.add(name="Jürgen 王", role="agent")
-        for user in (plain, agent):
-            assert store.find(user.token).line == user.line
-        assert [user.line for user in store.users] == [plain.line, agent.line]
+        for number, user in enumerate((plain, agent)):
+            assert store.find(user.token).line == store.users[number].line == user.line
         assert (agent.name, agent.role) == ("Jürgen 王", "agent")
         assert (plain.name, plain.role) == ("", "user")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -5727,13 +5711,12 @@ async def test_whichever_call_fails_nothing_changes(
 @flow
 async def test_a_failed_rollback_is_not_reported_as_no_change(path, monkeypatch):
     """Neither can the folder be synced, nor the old file be restored."""
-    lines = []
 
     def fail(*_):
         monkeypatch.setattr(os, "fsync", fail)
         raise OSError(errno.EIO, "Input/output error")
 
-    async with running_store(path, report=lines.append) as store:
+    async with running_store(path) as store:
         await store.add()
         with monkeypatch.context() as patch:
             patch.setattr(apiserver, "sync_folder", fail)
@@ -5741,7 +5724,7 @@ async def test_a_failed_rollback_is_not_reported_as_no_change(path, monkeypatch)
                 await store.add()
             assert len(store.users) == 1
         await store.refresh()
-        assert len(store.users) == 2 and "1 added" in lines[-1]
+        assert len(store.users) == 2 and "1 added" in store.lines[-1]
 
 
 FULL = """
@@ -5805,69 +5788,62 @@ def test_a_start_does_not_disturb_another_servers_write(path, monkeypatch):
 @flow
 async def test_a_good_edit_is_adopted_and_reported_once(path):
     write_users(path, "a", "b")
-    lines = []
-
-    async with running_store(path, report=lines.append) as store:
+    async with running_store(path) as store:
         await store.refresh()
         write_users(path, "b", "c", "d")
         for _ in range(3):
             await store.refresh()
         assert store.find("token-c") and not store.find("token-a")
-        os.utime(path)  # no change at all
+        os.utime(path)  # not an edit
         await store.refresh()
         path.write_text(path.read_text().replace("token-c", "other-c"))
         await store.refresh()
         assert store.find("other-c") and not store.find("token-c")
-    assert lines == [
-        "users.json changed: 3 users (2 added, 1 removed)",
-        "users.json changed: 3 users (0 added, 0 removed, 1 edited)",
-    ]
+    for line, counts in zip(
+        store.lines, ["2 added, 1 removed", "0 added, 0 removed, 1 edited"]
+    ):
+        assert line == f"users.json changed: 3 users ({counts})"
+    assert len(store.lines) == 2
 
 
 @flow
 async def test_a_bad_edit_keeps_the_old_users_and_is_never_overwritten(path):
     write_users(path, "a")
-    lines = []
-
-    async with running_store(path, report=lines.append) as store:
-        path.write_text('{"users": [\n  {"user_id": "a", "tok')
+    half = '{"users": [\n  {"user_id": "a", "tok'
+    async with running_store(path) as store:
+        path.write_text(half)
         for _ in range(3):
             await store.refresh()
         assert store.find("token-a")
         changes = store.add(), store.delete("a")
-        for refused in await asyncio.gather(*changes, return_exceptions=True):
-            assert refused.status == 500
-            assert re.search("line 2, column .*nothing was changed", refused.message)
-        assert path.read_text() == '{"users": [\n  {"user_id": "a", "tok'
-        assert len(lines) == 1 and "stay in force" in lines[0] and "\n" not in lines[0]
+        for error in await asyncio.gather(*changes, return_exceptions=True):
+            assert error.status == 500
+            assert re.search("line 2, column .*nothing was changed", error.message)
+        assert path.read_text() == half
+        (line,) = store.lines
+        assert "stay in force" in line and "\n" not in line
         write_users(path, "a", "b")
         await store.add()
         assert sorted(tokens_in(path)) == sorted(user.user_id for user in store.users)
-        assert len(store.users) == 3 and lines[1:] == [
-            "users.json changed: 2 users (1 added, 0 removed)"
-        ]
+        assert len(store.users) == 3
+        assert store.lines[1:] == ["users.json changed: 2 users (1 added, 0 removed)"]
 
 
 @flow
-async def test_a_removed_file_is_no_users_a_removed_folder_an_error(
-    tmp_path, monkeypatch
-):
-    folder = tmp_path / "folder"
+async def test_a_removed_file_is_no_users_a_removed_folder_an_error(tmp_path, constant):
+    constant(GONE_AFTER=0)
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     folder.mkdir()
     path = folder / "users.json"
     write_users(path, "a")
-    lines = []
-
-    monkeypatch.setattr(apiserver, "GONE_AFTER", 0)
-
-    async with running_store(path, report=lines.append) as store:
-        folder.rename(tmp_path / "elsewhere")
+    async with running_store(path) as store:
+        folder.rename(elsewhere)
         for _ in range(2):
             await store.refresh()
-        assert store.find("token-a") and "its folder does not exist" in lines[0]
+        assert store.find("token-a") and "its folder does not exist" in store.lines[0]
         with pytest.raises(APIError, match="could not be written: No such file"):
             await store.add()
-        (tmp_path / "elsewhere").rename(folder)
+        elsewhere.rename(folder)
         await store.refresh()
         path.unlink()
         for _ in range(2):
@@ -5875,23 +5851,20 @@ async def test_a_removed_file_is_no_users_a_removed_folder_an_error(
         assert store.users == []
         await store.add()
         assert len(tokens_in(path)) == 1
-    assert lines[-1] == "users.json was removed: 0 users (0 added, 1 removed)"
-    assert len(lines) == 4
+    removed = "users.json was removed: 0 users (0 added, 1 removed)"
+    assert len(store.lines) == 4 and store.lines[-1] == removed
 
 
 @flow
-async def test_a_stores_own_writes_are_not_reported_as_edits(tmp_path):
-    lines = []
-
+async def test_a_stores_own_writes_are_not_reported_as_edits(path):
     async def poll():
         while True:
             await store.refresh()
 
-    async with running_store(tmp_path / "users.json", report=lines.append) as store:
-        async with beside(poll()):
-            for _ in range(30):
-                await asyncio.gather(store.add(), store.add())
-    assert lines == []
+    async with running_store(path) as store, beside(poll()):
+        for _ in range(30):
+            await asyncio.gather(store.add(), store.add())
+    assert store.lines == []
 
 
 def test_two_versions_never_have_the_same_stamp(path):
@@ -5985,19 +5958,20 @@ def test_a_symlink_stays_and_its_target_is_replaced(tmp_path):
     assert {*os.listdir(folder)} == {"data.json", "data.json.lock"}
 
 
-def test_a_file_mounted_by_itself_is_an_error_with_a_cure(tmp_path, path, monkeypatch):
-    lines = []
+@flow
+async def test_a_file_mounted_by_itself_is_an_error_with_a_cure(path, monkeypatch):
     write_users(path, "a")
 
     def busy(*_):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(os, "replace", busy)
-    with refused(500, APIError, "mount the folder, not the file"):
-        run_store(path, lambda store: store.add(), report=lines.append)
-    (line,) = lines
+    async with running_store(path) as store:
+        with refused(500, APIError, "mount the folder, not the file"):
+            await store.add()
+    (line,) = store.lines
     assert "mount the folder, not the file" in line
-    assert list(tokens_in(path)) == ["a"] and temporary_files(tmp_path) == []
+    assert list(tokens_in(path)) == ["a"] and temporary_files(path.parent) == []
 
 
 def test_a_planted_temporary_file_is_not_written_through(tmp_path, monkeypatch):
