@@ -6806,65 +6806,61 @@ async def test_a_burst_of_failures_doubles_the_pause_once(tmp_path, status, seco
         assert seconds - 4 < left <= seconds
 
 
-@flow
-async def test_a_controller_that_comes_back_is_tried_by_one_and_then_by_all(tmp_path):
-    go_on, log, limits = asyncio.Event(), Log(), Limits(cool_first=0.3)
-    behave = by_words({"BAD": error_reply(500)}, usual=sends(go_on, GOOD_REPLY))
-    made = pool_of(tmp_path, behave, limits=limits, log=log)
-    async with made as (server, (upstream,), (controller,)):
-        for number in range(3):
-            assert (await chat(server, f"BAD {number}")).status == 500
-        assert controller.closed_for(asyncio.get_running_loop().time())
-        asking = [asyncio.ensure_future(chat(server)) for _ in range(5)]
-        await until(lambda: server.pool.waiting == 4 and len(chats(upstream)) == 4)
-        go_on.set()
-        assert {r.status for r in await asyncio.gather(*asking)} == {200}
-        assert log.text.count("is back") == 1
-        assert (await controller_line(server, controller.name))["reason"] == ""
+@flow(limits=Limits(cool_first=0.3))
+async def test_recovery_begins_with_one_trial(server, upstream, controller, log):
+    go_on = asyncio.Event()
+    upstream.behave = by_words(
+        {"BAD": error_reply(500)}, usual=sends(go_on, GOOD_REPLY)
+    )
+    for number in range(3):
+        assert (await chat(server, f"BAD {number}")).status == 500
+    assert controller.closed_for(asyncio.get_running_loop().time())
+    asking = [asyncio.ensure_future(chat(server)) for _ in range(5)]
+    await until(lambda: server.pool.waiting == 4 and len(chats(upstream)) == 4)
+    go_on.set()
+    assert {r.status for r in await asyncio.gather(*asking)} == {200}
+    assert log.text.count("is back") == 1
+    assert (await controller_line(server, controller.name))["reason"] == ""
 
 
 @flow
-async def test_an_answer_begun_before_the_429_does_not_end_the_cooling(tmp_path):
+async def test_an_older_answer_does_not_end_a_cooldown(server, upstream, controller):
     go_on = asyncio.Event()
     busy = error_reply(429, headers=[("Retry-After", "20")])
-    behave = by_words({"slow": sends(go_on, GOOD_REPLY)}, usual=busy)
-    async with pool_of(tmp_path, behave) as (server, _, (controller,)):
-        slow = asyncio.ensure_future(chat(server, "slow"))
-        await until(lambda: controller.in_flight)
-        assert (await chat(server)).status == 500
-        go_on.set()
-        assert chat_text(await slow) == "Hi there"
-        assert await states(server) == {"up0": "cooling"}
-        assert (await chat(server)).status == 503
+    upstream.behave = by_words({"slow": sends(go_on, GOOD_REPLY)}, usual=busy)
+    slow = asyncio.ensure_future(chat(server, "slow"))
+    await until(lambda: controller.in_flight)
+    assert (await chat(server)).status == 500
+    go_on.set()
+    assert chat_text(await slow) == "Hi there"
+    assert await states(server) == {"up0": "cooling"}
+    assert (await chat(server)).status == 503
 
 
 @cases("first", True, False)
-@flow
-async def test_a_long_stream_does_not_keep_a_controller_closed(tmp_path, first):
+@flow(limits=Limits(queue_timeout=3, cool_rate_limited_max=1))
+async def test_long_streams_keep_nothing_closed(server, upstream, controller, first):
     """Whether it began before the cooling, or tries the controller after it."""
     end = asyncio.Event()
     busy = error_reply(429, headers=[("Retry-After", "1")])
     long = streams(chunk("a"), end, chunk("b", "stop") + DONE)
-    behave = by_words({"long": long, "BAD": busy})
-    limits = Limits(queue_timeout=3, cool_rate_limited_max=1)
-    made = pool_of(tmp_path, behave, limits=limits)
-    async with made as (server, (upstream,), (controller,)):
-        loop = asyncio.get_running_loop()
+    upstream.behave = by_words({"long": long, "BAD": busy})
+    loop = asyncio.get_running_loop()
 
-        async def cools():
-            assert (await chat(server, "BAD")).status == 500
-            controller.health.until = loop.time() + 0.1
-            await until(lambda: controller.closed_for(loop.time()) == 0)
+    async def cools():
+        assert (await chat(server, "BAD")).status == 500
+        controller.health.until = loop.time() + 0.1
+        await until(lambda: controller.closed_for(loop.time()) == 0)
 
-        if not first:
-            await cools()
-        stream = asyncio.ensure_future(chat(server, "long", stream=True))
-        await until(lambda: len(chats(upstream)) == 2 - first)
-        if first:
-            await cools()
-        assert chat_text(await chat(server)) == "Hi there"
-        end.set()
-        assert (await stream).events()[-1] == "[DONE]"
+    if not first:
+        await cools()
+    stream = asyncio.ensure_future(chat(server, "long", stream=True))
+    await until(lambda: len(chats(upstream)) == 2 - first)
+    if first:
+        await cools()
+    assert chat_text(await chat(server)) == "Hi there"
+    end.set()
+    assert (await stream).events()[-1] == "[DONE]"
 
 
 @flow(
@@ -6912,20 +6908,20 @@ async def test_a_503_while_all_cool_names_the_soonest(tmp_path, headers, after):
     [{"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}]}}],
 )
 @flow
-async def test_a_keys_or_an_accounts_code_disables_at_once(tmp_path, status, error):
+async def test_a_dead_keys_code_disables_at_once(server, upstream, log, status, error):
     """Whatever the status; the upstream's message about it is kept nowhere."""
-    log, answer = Log(), http_reply(error, status)
+    answer = http_reply(error, status)
     quota = "insufficient_quota"
     reason = quota if quota in str(error) else "its key was refused"
-    async with pool_of(tmp_path, answer, log=log) as (server, (upstream,), _):
-        reply = await chat(server)
-        assert reply.status == 500 and reason in chat_error(reply)["message"]
-        line = await controller_line(server, "up0")
-        assert line["state"] == "disabled" and reason in line["reason"]
-        reply = await chat(server)
-        assert reply.status == 503 and len(chats(upstream)) == 1
-        assert reply.headers["x-should-retry"] == "false"
-        assert "disabled for 600 s" in log.text
+    upstream.behave = answer
+    reply = await chat(server)
+    assert reply.status == 500 and reason in chat_error(reply)["message"]
+    line = await controller_line(server, "up0")
+    assert line["state"] == "disabled" and reason in line["reason"]
+    reply = await chat(server)
+    assert reply.status == 503 and len(chats(upstream)) == 1
+    assert reply.headers["x-should-retry"] == "false"
+    assert "disabled for 600 s" in log.text
 
 
 # --- Whose fault it is
@@ -7144,17 +7140,18 @@ async def test_the_last_one_is_tried_although_it_is_broken_for_all(server, upstr
 
 
 @flow
-async def test_the_last_one_is_tried_by_one_request_at_a_time(tmp_path):
+async def test_the_last_one_is_tried_by_one_request_at_a_time(server, upstream):
     go_on = asyncio.Event()
-    behave = by_words({"slow": sends(go_on, GOOD_REPLY)}, usual=error_reply(500))
-    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
-        for number in range(3):
-            await chat(server, f"{number}")
-        asking = [asyncio.ensure_future(chat(server, f"slow {n}")) for n in range(5)]
-        await until(lambda: server.pool.waiting == 4 and len(chats(upstream)) > 3)
-        assert len(chats(upstream)) == 4
-        go_on.set()
-        assert {r.status for r in await asyncio.gather(*asking)} == {200}
+    upstream.behave = by_words(
+        {"slow": sends(go_on, GOOD_REPLY)}, usual=error_reply(500)
+    )
+    for number in range(3):
+        await chat(server, f"{number}")
+    asking = [asyncio.ensure_future(chat(server, f"slow {n}")) for n in range(5)]
+    await until(lambda: server.pool.waiting == 4 and len(chats(upstream)) > 3)
+    assert len(chats(upstream)) == 4
+    go_on.set()
+    assert {r.status for r in await asyncio.gather(*asking)} == {200}
 
 
 @cases("cool_first", 0.01, 60)
@@ -7183,17 +7180,15 @@ async def test_a_long_trial_of_a_controller_keeps_no_other_request_out(
     (error_reply(429, code="insufficient_quota"), None),
 )
 @flow
-async def test_the_last_one_is_not_tried_too_early_nor_with_a_dead_key(
-    tmp_path, answer, left
-):
-    async with pool_of(tmp_path, answer) as (server, (upstream,), _):
-        await chat(server)
-        reply = await chat(server, "another")
-        assert reply.status == 503 and len(chats(upstream)) == 1
-        if left is None:
-            assert "retry-after" not in reply.headers
-        else:
-            assert left - 3 <= int(reply.headers["retry-after"]) <= left
+async def test_the_last_one_is_not_tried_while_closed(server, upstream, answer, left):
+    upstream.behave = answer
+    await chat(server)
+    reply = await chat(server, "another")
+    assert reply.status == 503 and len(chats(upstream)) == 1
+    if left is None:
+        assert "retry-after" not in reply.headers
+    else:
+        assert left - 3 <= int(reply.headers["retry-after"]) <= left
 
 
 @flow
@@ -7402,14 +7397,14 @@ async def test_stream_options_are_left_out_where_they_may_be_the_reason(
 
 
 @flow
-async def test_events_in_gzip_are_relayed_as_they_come(tmp_path):
+async def test_events_in_gzip_are_relayed_as_they_come(server, upstream):
     go_on, deflate = asyncio.Event(), zlib.compressobj(wbits=31)
     first, last = chunk("first"), chunk("b", "stop") + DONE
     one = deflate.compress(first) + deflate.flush(zlib.Z_SYNC_FLUSH)
     two = deflate.compress(last) + deflate.flush()
     head = STREAM_HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n"
-    behave = sends(head, chunked(one), go_on, chunked(two) + b"0\r\n\r\n")
-    async with pool_of(tmp_path, behave) as (server, _, _), posting(server) as client:
+    upstream.behave = sends(head, chunked(one), go_on, chunked(two) + b"0\r\n\r\n")
+    async with posting(server) as client:
         _, headers = await client.read_head()
         assert "content-encoding" not in headers
         assert await client.read_chunk() == first
@@ -7426,26 +7421,25 @@ ODD_LABELS = ["text/plain", "application/json", "TEXT/EVENT-STREAM", "x"]
 @cases("label", *ODD_LABELS)
 @cases("before", *ODD_BEGINNINGS)
 @flow
-async def test_events_are_events_whatever_they_are_called(tmp_path, before, label):
+async def test_events_are_events_whatever_the_label(server, upstream, before, label):
     content = before + chunk("Hi", "stop") + DONE
-    behave = http_reply(content, content_type=label)
-    async with pool_of(tmp_path, behave) as (server, _, _):
-        reply = await chat(server, stream=True)
-        assert reply.status == 200
-        assert reply.content.endswith(chunk("Hi", "stop") + DONE)
-        assert reply.headers["content-type"].startswith("text/event-stream")
-        assert chat_text(await chat(server)) == "Hi"
+    upstream.behave = http_reply(content, content_type=label)
+    reply = await chat(server, stream=True)
+    assert reply.status == 200
+    assert reply.content.endswith(chunk("Hi", "stop") + DONE)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert chat_text(await chat(server)) == "Hi"
 
 
 @cases("label", "text/event-stream", "text/html", "x")
 @flow
-async def test_json_is_json_whatever_it_is_called(tmp_path, label):
+async def test_json_is_json_whatever_it_is_called(server, upstream, label):
     content = b"\xef\xbb\xbf" + b"\n" * 5000 + json.dumps(completion()).encode()
-    async with pool_of(tmp_path, http_reply(content, 200, label)) as (server, _, _):
-        reply = await chat(server)
-        assert chat_text(reply) == "Hi there"
-        assert reply.headers["content-type"] == "application/json"
-        assert (await chat(server, stream=True)).events()[-1] == "[DONE]"
+    upstream.behave = http_reply(content, 200, label)
+    reply = await chat(server)
+    assert chat_text(reply) == "Hi there"
+    assert reply.headers["content-type"] == "application/json"
+    assert (await chat(server, stream=True)).events()[-1] == "[DONE]"
 
 
 @cases(
@@ -7480,37 +7474,33 @@ BEGUN_STREAMS = {
 
 @cases("path", *BEGUN_STREAMS)
 @flow
-async def test_a_stream_that_breaks_off_ends_with_an_error_of_its_dialect(
-    tmp_path, path
-):
+async def test_a_broken_stream_ends_in_an_error_of_its_dialect(server, upstream, path):
     begun, error = BEGUN_STREAMS[path]
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-    behave = sends(head + begun, connection_close)
-    async with pool_of(tmp_path, behave) as (server, _, _):
-        reply = await ask(server.port, "POST", path, {**STREAM, "input": "x"})
-        assert reply.status == 200 and not reply.whole
-        assert reply.content.startswith(begun + error)
-        assert b"[DONE]" not in reply.content
+    upstream.behave = sends(head + begun, connection_close)
+    reply = await ask(server.port, "POST", path, {**STREAM, "input": "x"})
+    assert reply.status == 200 and not reply.whole
+    assert reply.content.startswith(begun + error)
+    assert b"[DONE]" not in reply.content
 
 
 @cases("cut", False, True)
 @flow
-async def test_speech_is_relayed_as_it_comes(tmp_path, cut):
+async def test_speech_is_relayed_as_it_comes(server, upstream, cut):
     """One that breaks off does so for the client."""
     go_on = asyncio.Event()
     audio = b'data: {"not": an event\n\n\xff\xfb'  # nor judged by how it begins
     head = STREAM_HEAD.replace(b"text/event-stream", b"audio/mpeg")
     end = connection_close if cut else chunked(audio) + b"0\r\n\r\n"
     body = {"model": "m", "input": "Hello", "voice": "alloy"}
-    made = pool_of(tmp_path, sends(head, chunked(audio), go_on, end))
-    async with made as (server, _, _):
-        async with posting(server, body, "/v1/audio/speech") as client:
-            status, headers = await client.read_head()
-            assert status == 200 and headers["content-type"] == "audio/mpeg"
-            assert await client.read_chunk() == audio
-            go_on.set()
-            assert await client.read_rest() == (b"" if cut else audio)
-            assert client.whole is not cut
+    upstream.behave = sends(head, chunked(audio), go_on, end)
+    async with posting(server, body, "/v1/audio/speech") as client:
+        status, headers = await client.read_head()
+        assert status == 200 and headers["content-type"] == "audio/mpeg"
+        assert await client.read_chunk() == audio
+        go_on.set()
+        assert await client.read_rest() == (b"" if cut else audio)
+        assert client.whole is not cut
 
 
 @cases("stream", False, True)
@@ -8956,22 +8946,23 @@ async def test_status_shows_why_requests_failed(server):
 @cases("stream", False, True)
 @cases("code", "context_length_exceeded", "you wrote: a secret")
 @flow
-async def test_status_quotes_no_word_of_a_refusal(tmp_path, code, stream):
-    answer = error_reply(400, "you wrote: a secret", type="a secret", code=code)
+async def test_status_quotes_no_word_of_a_refusal(server, upstream, code, stream):
+    upstream.behave = error_reply(
+        400, "you wrote: a secret", type="a secret", code=code
+    )
     headers = [("x-request-id", "mine")]
-    async with pool_of(tmp_path, answer) as (server, _, _):
-        for path, body in (
-            (CHAT_URL, {**CHAT, "stream": stream}),
-            ("/api/ask", {"content": "x", "model": "m"}),
-        ):
-            reply = await ask(server.port, "POST", path, body, headers=headers)
-            assert reply.status == 400 and b"a secret" in reply.content
-            status, requests = await status_of(server)
-            assert "a secret" not in json.dumps(status)
-            mine = requests["mine"]
-            assert (mine["status"], mine["failed"]) == (400, True)
-            if path == CHAT_URL:
-                assert mine["code"] == (code if "_" in code else "")
+    for path, body in (
+        (CHAT_URL, {**CHAT, "stream": stream}),
+        ("/api/ask", {"content": "x", "model": "m"}),
+    ):
+        reply = await ask(server.port, "POST", path, body, headers=headers)
+        assert reply.status == 400 and b"a secret" in reply.content
+        status, requests = await status_of(server)
+        assert "a secret" not in json.dumps(status)
+        mine = requests["mine"]
+        assert (mine["status"], mine["failed"]) == (400, True)
+        if path == CHAT_URL:
+            assert mine["code"] == (code if "_" in code else "")
 
 
 @flow(
@@ -9008,30 +8999,29 @@ async def test_status_is_one_snapshot_a_second_with_an_etag(server):
 
 @cases("stream", False, True)
 @flow
-async def test_a_cancelled_request_fails_and_its_upstream_is_left(tmp_path, stream):
-    behave = sends(*[STREAM_HEAD, chunked(chunk("Hel"))] * stream, 60)
+async def test_cancelling_a_request_frees_its_upstream(server, upstream, stream):
+    upstream.behave = sends(*[STREAM_HEAD, chunked(chunk("Hel"))] * stream, 60)
     body, headers = {**CHAT, "stream": stream}, [("x-request-id", "mine")]
-    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
-        async with posting(server, body, headers=headers) as client:
-            await until(lambda: chats(upstream))
-            if stream:
-                assert b"Hel" in await client.first_chunk()
-            _, requests = await status_of(server)
-            assert requests["mine"]["status"] is None
-            assert requests["mine"]["attempts"][0]["reason"] == ""
-            path, body = "/admin/requests/cancel", {"request_id": "mine"}
-            reply = await ask(server.port, "POST", path, body)
-            assert reply.json() == {"message": "Request cancelled"}
-            if stream:
-                assert b'"code": "cancelled"' in await client.read_chunk()
-            else:
-                reply = await client.read_reply()
-                assert reply.status == 503
-                assert reply.headers["x-should-retry"] == "false"
-            await until(lambda: upstream.ended)
-            _, requests = await status_of(server)
-            assert requests["mine"]["code"] == "cancelled"
-            assert (await ask(server.port, "POST", path, body)).status == 404
+    async with posting(server, body, headers=headers) as client:
+        await until(lambda: chats(upstream))
+        if stream:
+            assert b"Hel" in await client.first_chunk()
+        _, requests = await status_of(server)
+        assert requests["mine"]["status"] is None
+        assert requests["mine"]["attempts"][0]["reason"] == ""
+        path, body = "/admin/requests/cancel", {"request_id": "mine"}
+        reply = await ask(server.port, "POST", path, body)
+        assert reply.json() == {"message": "Request cancelled"}
+        if stream:
+            assert b'"code": "cancelled"' in await client.read_chunk()
+        else:
+            reply = await client.read_reply()
+            assert reply.status == 503
+            assert reply.headers["x-should-retry"] == "false"
+        await until(lambda: upstream.ended)
+        _, requests = await status_of(server)
+        assert requests["mine"]["code"] == "cancelled"
+        assert (await ask(server.port, "POST", path, body)).status == 404
 
 
 def journal_record(ended, user="ada", status=200):
@@ -9887,24 +9877,23 @@ async def test_a_user_deleted_during_a_request_is_counted_and_gone(server, gate)
 
 @cases("stream", False, True)
 @flow
-async def test_without_usage_an_upstreams_choices_are_all_counted(tmp_path, stream):
+async def test_without_usage_all_choices_are_counted(server, upstream, stream):
     def choices(kind, **more):
         texts = enumerate(("abcdefgh", "ijklmnopqrst"))
         return [{"index": i, kind: {"content": text}, **more} for i, text in texts]
 
-    answer = http_reply(completion(choices=choices("message"), usage=None))
+    upstream.behave = http_reply(completion(choices=choices("message"), usage=None))
     if stream:
         events = [chunk(choices=[choice]) for choice in choices("delta")]
         events.append(chunk(choices=choices("delta", finish_reason="stop")))
         data = b"".join([*events, DONE])
         answer = http_reply(data, content_type="text/event-stream")
-    async with pool_of(tmp_path, answer) as (server, _, _):
-        token = (await server.users.add(limit="99 tokens/day")).token
-        assert (await chat(server, key=token, n=2, stream=stream)).status == 200
-        usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
-        total = usage["total"]
-        assert total["requests"] == 1 and total["output"] >= 4 and total["input"] > 0
-        assert usage["limits"][0]["used"] == total["input"] + total["output"]
+    token = (await server.users.add(limit="99 tokens/day")).token
+    assert (await chat(server, key=token, n=2, stream=stream)).status == 200
+    usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
+    total = usage["total"]
+    assert total["requests"] == 1 and total["output"] >= 4 and total["input"] > 0
+    assert usage["limits"][0]["used"] == total["input"] + total["output"]
 
 
 @cases("limit", "10 requests", "ten tokens/day", [], {"per": "day"})
@@ -10695,9 +10684,10 @@ async def test_a_credential_may_be_in_the_path(server, log):
         await handler_agents(server, 0)
     with pytest.raises(ConnectionError, match="401"):
         await Agent(server.port, "/k/WRONGTOKEN/client/register").connect()
-    for path in ("/k/WRONGTOKEN", "/k/WRONGTOKEN/nothing", "/k/a/k/WRONGTOKEN", "/k/"):
+    for path in ("/k/WRONGTOKEN", "/k/WRONGTOKEN/nothing", "/k/"):
         reply = await ask(server.port, "GET", path, key="")
         assert reply.status == 404 and b"WRONGTOKEN" not in reply.content
+    await ask(server.port, "GET", "/k/a/k/WRONGTOKEN", key="")
     for secret in (KEY, token, "WRONGTOKEN"):
         assert secret not in log.text
 
@@ -11620,39 +11610,37 @@ async def test_other_paths_go_to_the_controller_of_the_model(tmp_path):
 
 
 @flow
-async def test_a_stream_is_relayed_as_it_comes(tmp_path):
+async def test_a_stream_is_relayed_as_it_comes(server, upstream):
     go_on = asyncio.Event()
     first, second = chunk("Hel"), chunk("lo", "stop")
-    behave = streams(first, go_on, second, DONE)
-    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
-        async with Client(server.port) as client:
-            for _ in range(2):
-                client.send(request_bytes("POST", CHAT_URL, STREAM))
-                status, headers = await client.read_head()
-                assert status == 200 and headers["x-request-id"]
-                assert headers["content-type"] == "text/event-stream; charset=utf-8"
-                assert headers["cache-control"] == "no-cache"
-                assert headers["x-accel-buffering"] == "no"
-                assert await client.read_chunk() == first
-                go_on.set()
-                assert await client.read_rest() == second + DONE
-                go_on.clear()
-        assert upstream.connections <= 2
+    upstream.behave = streams(first, go_on, second, DONE)
+    async with Client(server.port) as client:
+        for _ in range(2):
+            client.send(request_bytes("POST", CHAT_URL, STREAM))
+            status, headers = await client.read_head()
+            assert status == 200 and headers["x-request-id"]
+            assert headers["content-type"] == "text/event-stream; charset=utf-8"
+            assert headers["cache-control"] == "no-cache"
+            assert headers["x-accel-buffering"] == "no"
+            assert await client.read_chunk() == first
+            go_on.set()
+            assert await client.read_rest() == second + DONE
+            go_on.clear()
+    assert upstream.connections <= 2
 
 
 @cases("wanted", False, True)
 @flow
-async def test_usage_is_counted_and_shown_only_on_request(tmp_path, wanted):
+async def test_usage_is_shown_only_on_request(server, upstream, controller, wanted):
     last = chunk(choices=[], usage=completion()["usage"])
-    behave = streams(chunk("Hi"), chunk(None, "stop"), last, DONE)
-    async with pool_of(tmp_path, behave) as (server, (upstream,), (controller,)):
-        options = {"stream_options": {"include_usage": True}}
-        body = {**STREAM, **(options if wanted else {})}
-        reply = await ask(server.port, "POST", CHAT_URL, body)
-        assert (b"total_tokens" in reply.content) is wanted
-        assert reply.content.endswith(DONE)
-        assert chats(upstream)[-1].json() == {**STREAM, **options}
-        assert (await controller_line(server, "up0"))["tokens"] == 7
+    upstream.behave = streams(chunk("Hi"), chunk(None, "stop"), last, DONE)
+    options = {"stream_options": {"include_usage": True}}
+    body = {**STREAM, **(options if wanted else {})}
+    reply = await ask(server.port, "POST", CHAT_URL, body)
+    assert (b"total_tokens" in reply.content) is wanted
+    assert reply.content.endswith(DONE)
+    assert chats(upstream)[-1].json() == {**STREAM, **options}
+    assert (await controller_line(server, "up0"))["tokens"] == 7
 
 
 @flow(behave=[GOOD_REPLY, streams(chunk("Hi "), chunk("there", "stop"), DONE)])
@@ -11672,17 +11660,15 @@ async def test_json_becomes_a_stream_and_a_stream_json(server, upstreams, contro
     assert (await handler_ask(server.port)).json()["content"] == "Hi there"
 
 
-@flow
-async def test_a_client_that_waits_gets_comments(tmp_path):
+@flow(limits=Limits(heartbeat_interval=0.1))
+async def test_a_client_that_waits_gets_comments(server, upstream):
     go_on = asyncio.Event()
-    behave = streams(go_on, chunk("Hi", "stop"), DONE)
-    limits = Limits(heartbeat_interval=0.1)
-    async with pool_of(tmp_path, behave, limits=limits) as (server, _, _):
-        async with posting(server) as client:
-            assert await client.first_chunk() == b": keep-alive\n\n"
-            assert await client.read_chunk() == b": keep-alive\n\n"
-            go_on.set()
-            assert await client.read_rest() == chunk("Hi", "stop") + DONE
+    upstream.behave = streams(go_on, chunk("Hi", "stop"), DONE)
+    async with posting(server) as client:
+        assert await client.first_chunk() == b": keep-alive\n\n"
+        assert await client.read_chunk() == b": keep-alive\n\n"
+        go_on.set()
+        assert await client.read_rest() == chunk("Hi", "stop") + DONE
 
 
 @flow(
@@ -11902,8 +11888,8 @@ async def test_a_model_may_be_left_out_where_one_alone_could_be_meant(tmp_path):
 
 
 @cases("kind", "json", "form")
-@flow
-async def test_a_request_that_names_two_models_is_refused(tmp_path, kind):
+@flow(controller=ANY)
+async def test_a_request_that_names_two_models_is_refused(server, upstream, kind):
     """Two readers take two: a user could get one that is not the user's own."""
     head = 'Content-Disposition: form-data; name="model"'
     headers = [("Content-Type", FORM)] if kind == "form" else []
@@ -11913,12 +11899,11 @@ async def test_a_request_that_names_two_models_is_refused(tmp_path, kind):
     else:  # Go's JSON, and so Ollama, ignores case and takes the last
         bodies = [{"model": "m", "MODEL": "o"}, {"Model": "o", "model": "m"}]
         bodies += [{**CHAT, "mOdel": "o"}]
-    async with pool_of(tmp_path, None, options=[ANY]) as (server, (upstream,), _):
-        for body in bodies:
-            for path in ("/v1/images/edits", "/v1/embeddings"):
-                reply = await ask(server.port, "POST", path, body, headers=headers)
-                assert reply.status == 400 and chat_error(reply)["param"] == "model"
-        assert chats(upstream) == []
+    for body in bodies:
+        for path in ("/v1/images/edits", "/v1/embeddings"):
+            reply = await ask(server.port, "POST", path, body, headers=headers)
+            assert reply.status == 400 and chat_error(reply)["param"] == "model"
+    assert chats(upstream) == []
 
 
 # --- Late errors
@@ -12005,26 +11990,25 @@ async def test_agents_need_no_key_only_on_a_local_server_without_tls(
 @cases("leaves", connection_drop, connection_cut, lambda writer: writer.write_eof())
 @cases("phase", "before head", "after head", "in mid-stream", "in a flood", "whole")
 @flow
-async def test_a_hang_up_ends_the_work_at_the_upstream(tmp_path, phase, leaves):
+async def test_a_hang_up_ends_the_upstreams_work(server, upstream, log, phase, leaves):
     steps = {
         "after head": [STREAM_HEAD],
         "in mid-stream": [STREAM_HEAD, chunked(chunk("Hi"))],
         "in a flood": [STREAM_HEAD, *[chunked(chunk("x" * 1000))] * 100_000],
     }.get(phase, [])
-    log, body = Log(), CHAT if phase == "whole" else STREAM
-    made = pool_of(tmp_path, sends(*steps, 60), log=log)
-    async with made as (server, (upstream,), _):
-        async with posting(server, body) as client:
-            if len(steps) > 1:
-                await client.first_chunk()
-            await until(lambda: chats(upstream))
-            await until(lambda: server.requests_in_flight == 1)
-            ended = upstream.ended
-            leaves(client.writer)
-            await until(lambda: upstream.ended > ended, 1.5)
-            await until(lambda: server.requests_in_flight == 0, 1)
-        assert [c.in_flight for c in server.pool.controllers] == [0, 0]
-        assert "failed" not in log.text and "cooling" not in log.text
+    body = CHAT if phase == "whole" else STREAM
+    upstream.behave = sends(*steps, 60)
+    async with posting(server, body) as client:
+        if len(steps) > 1:
+            await client.first_chunk()
+        await until(lambda: chats(upstream))
+        await until(lambda: server.requests_in_flight == 1)
+        ended = upstream.ended
+        leaves(client.writer)
+        await until(lambda: upstream.ended > ended, 1.5)
+        await until(lambda: server.requests_in_flight == 0, 1)
+    assert [c.in_flight for c in server.pool.controllers] == [0, 0]
+    assert "failed" not in log.text and "cooling" not in log.text
 
 
 @flow(behave=streams(HI_EVENTS, 30))
@@ -12055,13 +12039,12 @@ async def test_clients_that_leave_at_done_leave_no_call_at_an_agent(server):
 
 
 @flow
-async def test_a_hang_up_during_the_retry_without_usage_closes_both(tmp_path):
+async def test_a_hang_up_during_the_retry_without_usage_closes_both(server, upstream):
     refusal = error_reply(400, "no", headers=[("Connection", "close")])
-    behave = by_words({"stream_options": sends(refusal, 30)}, usual=sends(30))
-    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
-        async with posting(server):
-            await until(lambda: len(upstream.requests) == 2)
-        await until(lambda: upstream.ended == upstream.connections == 2)
+    upstream.behave = by_words({"stream_options": sends(refusal, 30)}, usual=sends(30))
+    async with posting(server):
+        await until(lambda: len(upstream.requests) == 2)
+    await until(lambda: upstream.ended == upstream.connections == 2)
 
 
 @cases(
