@@ -9284,7 +9284,13 @@ class Exchange:
         """Return the fields of an answer that are forwarded to the client."""
         limited = self.reply.limit is not None  # then the x-ratelimit fields are ours
         prefixes = _LIMITED_PREFIXES if limited else _PRIVATE_RESPONSE_PREFIXES
-        return end_to_end(call.headers, _PRIVATE_RESPONSE_FIELDS, prefixes)
+        fields = end_to_end(call.headers, _PRIVATE_RESPONSE_FIELDS, prefixes)
+        # A form of another site can post to /k/<token>: no HTML of an agent's may run
+        # here, where the page keeps the API key.
+        fields["x-content-type-options"] = "nosniff"
+        if call.stream is None and fields.get("content-type") != JSON_TYPE:
+            fields["content-security-policy"] = "sandbox"
+        return fields
 
     def cancel(self, why: APIError) -> None:
         """End the request as if the client had hung up, but tell the client why."""

@@ -7513,6 +7513,28 @@ async def test_an_empty_answer_is_an_answer(client, upstream, status, length, st
         assert (reply.status, reply.content) == (status, b"")
 
 
+@cases(
+    "path, kind, status, sandboxed",
+    ("/v1/x", "text/html", 200, True),
+    ("/v1/x", "application/json, text/html", 200, True),
+    (CHAT_URL, "text/html", 400, True),
+    (CHAT_URL, "text/html", 200, False),  # labelled as what it is
+)
+@flow(controller={"models": ["m"]})
+async def test_an_answer_runs_in_no_browser(
+    server, upstream, path, kind, status, sandboxed
+):
+    """A page's form can post to /k/<token>; on our origin, it could read the key."""
+    csp = [("Content-Security-Policy", "default-src *")]
+    upstream.behave = http_reply(completion(), status, kind, csp)
+    reply = await ask(server.port, "POST", path, CHAT)
+    assert reply.status == status
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    assert (reply.headers["content-security-policy"] == "sandbox") is sandboxed
+    if not sandboxed:
+        assert reply.headers["content-type"] == "application/json"
+
+
 @flow(behave=b"", controller={"name": "one"})
 async def test_a_reason_is_one_line_without_a_key_or_a_name(server, upstream, log):
     """In the log, in later answers, in the administrator's list."""
