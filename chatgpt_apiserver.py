@@ -2534,6 +2534,7 @@ class APIRequest:
 
     # Parsed JSON takes up to 30 times its bytes: above this size it is not kept.
     KEPT_SIZE = 1024 * 1024
+    MODEL_SIZE = 2048  # characters: names are kept, matched and logged
 
     model: str | None = None  # the model asked for
     model_field: slice | None = None  # where a form has the model
@@ -2581,6 +2582,8 @@ class APIRequest:
                 self._body = body
             elif self.dialect.generates:
                 self.turn = find_turn(body)
+        if self.model is not None and len(self.model) > self.MODEL_SIZE:
+            raise APIError(400, "The model's name is too long.", param="model")
 
     def _read_body(self, body: JSONObject) -> None:
         model = body.get("model")
@@ -6196,8 +6199,7 @@ class MockController(FunctionController):
         self._refused: Counter[str] = Counter()  # by name with parameters
 
     def serves(self, model: str | None) -> int:
-        # Of bounded length: names are parsed, and some are kept.
-        if model is None or not model.startswith("mock/") or len(model) > 2048:
+        if model is None or not model.startswith("mock/"):
             return NOT
         return NAMED if model.partition("?")[0] in self.MODELS else NOT
 
