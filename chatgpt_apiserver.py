@@ -5370,7 +5370,9 @@ class Controller:
         model = self.real_name(model)
         key = (model, request.path)
         include_usage = request.counts_usage and key not in self._without_options
-        answer = await self._send(request, await encoded(request, model, include_usage))
+        size, encode = len(request.content), request.encode
+        content = await run_large(size, encode, model, include_usage)
+        answer = await self._send(request, content)
         if not include_usage or answer.status not in (400, 422):
             return answer
         try:
@@ -5379,7 +5381,8 @@ class Controller:
             await answer.aclose()
         if not may_be_about_stream_options(content):
             return Answer(answer.status, answer.headers, content)
-        again = await self._send(request, await encoded(request, model, False))
+        content = await run_large(size, encode, model, False)
+        again = await self._send(request, content)
         # Only this proves that our field was refused.  Bounded: clients name models.
         if again.status < 300 and len(self._without_options) < 1000:
             self._without_options.add(key)
@@ -5511,11 +5514,11 @@ class Controller:
             threads.shutdown(wait=self.THREADS == 1)  # the tape's still writes
 
 
-async def encoded(request: APIRequest, model: str | None, include_usage: bool) -> bytes:
-    """Return request.encode(), done in a thread for a large request."""
-    if len(request.content) <= APIRequest.KEPT_SIZE:
-        return request.encode(model, include_usage)
-    return await asyncio.to_thread(request.encode, model, include_usage)
+async def run_large(size: int, work: Callable[..., T], *arguments: Any) -> T:
+    """Return work(*arguments), done in a thread if it is for a large content."""
+    if size <= APIRequest.KEPT_SIZE:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)
 
 
 def may_be_about_stream_options(content: bytes) -> bool:
@@ -9128,7 +9131,7 @@ class Exchange:
                 content = bytes(connection.buffer[:length])
                 del connection.buffer[:length]
                 self.reply.content_left = 0
-                self._reserve(length)
+                self.reserve(length)
                 return content
         self._continue()
         decoder = content_decoder(length, coding)
@@ -9143,7 +9146,7 @@ class Exchange:
             pieces += piece
             if len(pieces) > max_size:
                 raise APIError(413, f"The content is over {max_size:.0f} bytes.")
-            self._reserve(len(piece))  # as it arrives: an announced length is free
+            self.reserve(len(piece))  # as it arrives: an announced length is free
             seconds = connection.loop.time() - began
             slow = len(pieces) < seconds * limits.content_rate
             if slow and seconds > CONTENT_RATE_AFTER:
@@ -9170,7 +9173,7 @@ class Exchange:
         total = self.server.limits.total_content_size
         return total if self.user in (None, self.server.admin) else total / 2
 
-    def _reserve(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         """Reserve memory for content, or release it (negative size).  APIError(503)."""
         server = self.server
         total = server.content_size + size
@@ -9191,14 +9194,12 @@ class Exchange:
         size = 100 * sum(map(content.count, (b",", b"[", b"{")))
         if size > self._content_share:
             raise APIError(413, "The request's JSON has too many values.")
-        self._reserve(size)
-        if len(content) <= APIRequest.KEPT_SIZE:
-            return parser(content)
+        self.reserve(size)
         try:
-            loop = self.connection.loop
-            return await loop.run_in_executor(None, parser, content)
+            return await run_large(len(content), parser, content)
         finally:
-            self._reserve(-size)  # the request does not keep it
+            if len(content) > APIRequest.KEPT_SIZE:
+                self.reserve(-size)
 
     # --- Controllers' answers
 
@@ -9356,7 +9357,7 @@ class Exchange:
         server, call = self.server, self.call
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
-        self._reserve(-self.reserved)
+        self.reserve(-self.reserved)
         if call is not None and self.user is not None:
             server.end_request(self, self.user)
         if self.reply.status != 101:  # a websocket's was written with the 101
@@ -9663,12 +9664,18 @@ async def do_ask(exchange: Exchange, body: JSONObject) -> JSONObject:
         if conversation is None:
             raise APIError(404, "Conversation doesn't exist")
         messages = conversation.messages(parent_id)
+    size = sum(200 + len(message["content"]) for message in messages)
+    if size > exchange.server.limits.content_size:
+        raise APIError(413, "The conversation is too long; begin a new one.")
+    exchange.reserve(size)
     chat: JSONObject = {
         "messages": [*messages, {"role": "user", "content": question}],
         **({"model": model} if model else {}),
     }
+    content = await run_large(size, encode_json, chat)
+    exchange.reserve(len(content) - size)
     headers = {"content-type": "application/json"}
-    request = APIRequest(CHAT_PATH, encode_json(chat), body=chat, headers=headers)
+    request = APIRequest(CHAT_PATH, content, body=chat, headers=headers)
     request.ask = (question, conversation_id, parent_id)
     if conversation is not None:
         request.agent_id = conversation.agent_id

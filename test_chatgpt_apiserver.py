@@ -10993,6 +10993,31 @@ async def test_an_ask_without_a_model_goes_where_one_is_known(tmp_path):
             assert reply.status == 400 and "model" in reply.json()["error"]
 
 
+@cases(
+    "limits, status",
+    (Limits(content_size=30_000), 413),
+    (Limits(total_content_size=50_000), 503),
+    (Limits(total_content_size=100_000), 200),
+)
+@flow
+async def test_a_short_ask_counts_with_its_conversation(tmp_path, limits, status):
+    held = []
+
+    def answer(request):
+        held.append(server.content_size)
+        return 2 * request["messages"][0]["content"]
+
+    talker = FunctionController(answer, name="talker", models=["m"])
+    async with serving(tmp_path, talker, limits=limits) as server:
+        reply = await handler_ask(server.port, "x" * 18_000)
+        answer = reply.json()
+        ids = {"parent_id": answer["response_id"]}
+        ids["conversation_id"] = answer["conversation_id"]
+        reply = await handler_ask(server.port, "Hi", **ids)
+        assert reply.status == status and server.content_size == 0
+        assert status != 200 or held[-1] > 54_000
+
+
 @flow
 async def test_an_ask_waits_a_moment_for_an_agent_that_has_just_left(server):
     async with Agent(server):
