@@ -9281,7 +9281,9 @@ class Exchange:
                 reply.begin(call.status, {**self._relayed_fields(call), **kind})
             reply.write(block, last=call.ended)
             if not connection.writable:
-                await connection.drain()
+                late = APIError(504, "The client reads the answer too slowly.")
+                with time_limit(call.request.deadline, late):  # it holds a slot
+                    await connection.drain()
 
     def _relayed_fields(self, call: Call) -> dict[str, str]:
         """Return the fields of an answer that are forwarded to the client."""

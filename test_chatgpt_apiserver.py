@@ -8283,6 +8283,17 @@ async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(server):
             await asyncio.sleep(0.15)
 
 
+@flow(behave=upstream_endless, limits=Limits(request_timeout=0.6))
+async def test_a_slow_client_holds_a_slot_until_its_request_is_late(
+    server, controller, log
+):
+    data = request_bytes("POST", CHAT_URL, STREAM)
+    with await slow_socket(server.port, data):
+        await until(lambda: controller.in_flight)
+        await until(lambda: not controller.in_flight, timeout=3)
+    await until(lambda: "broken off" in log.text)
+
+
 # --- The log and the clock
 
 
