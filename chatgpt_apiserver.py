@@ -9299,7 +9299,7 @@ class Exchange:
 
     def cancel(self, why: APIError) -> None:
         """End the request as if the client had hung up, but tell the client why."""
-        if self.connection.on_hangup is not None:
+        if self.connection.on_hangup is not None and self.cancelled is None:
             self.cancelled = why
             self.connection.on_hangup()
 
@@ -9356,7 +9356,9 @@ class Exchange:
 
     def end(self) -> None:
         """Release its resources, write the access line and record the request."""
-        server, call = self.server, self.call
+        server, call, task = self.server, self.call, asyncio.current_task()
+        if self.cancelled and task and hasattr(task, "uncancel"):
+            task.uncancel()  # or the connection's next time limits would not hold
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
         self.reserve(-self.reserved)

@@ -9066,6 +9066,18 @@ async def test_cancelling_a_request_frees_its_upstream(server, upstream, stream)
         assert (await ask(server.port, "POST", path, body)).status == 404
 
 
+@flow(limits=Limits(request_timeout=0.8))
+async def test_a_time_limit_still_holds_after_a_cancelled_request(server, client, gate):
+    request = request_bytes("POST", CHAT_URL, CHAT, headers=[("x-request-id", "mine")])
+    for count, status in ((1, 503), (2, 504)):
+        client.send(request)
+        await until(lambda n=count: len(gate.asked) == n)
+        if status == 503:
+            path, body = "/admin/requests/cancel", {"request_id": "mine"}
+            assert (await ask(server.port, "POST", path, body)).status == 200
+        assert (await client.read_reply()).status == status
+
+
 def journal_record(ended, user="ada", status=200):
     usage = apiserver.Usage(2, 0, 3)
     failed = status >= 400
