@@ -9094,7 +9094,7 @@ class Exchange:
         self, server: Server, connection: Connection, request: Request
     ) -> None:
         path, self.token = request.path, ""
-        if path.startswith("/k/"):  # for agents that can only set an endpoint
+        while path.startswith("/k/"):  # for agents that can only set an endpoint
             self.token, slash, rest = path[3:].partition("/")
             path = slash + rest
         self.server = server
