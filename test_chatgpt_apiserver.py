@@ -93,12 +93,13 @@ def run(work, timeout=20):
 
 
 def flow(test=None, *, timeout=20, **options):
-    """Decorate an async test: run it in an event loop of its own.
+    """Run an async test in an event loop of its own, started with what it needs.
 
-    Its parameters name what it needs, and arrive started: a `server` with these
-    options, its `log`, a `client`, a registered `agent`, a `gate` (a PoolGate) or an
-    `upstream` behind it and that one's `controller`, with the options `gate`, `behave`
-    and `controller`; or `upstreams` and `controllers`, when these two are lists.
+    Only a test with options is decorated: the end of this file does it for all others.
+    Its parameters may be a `server` with these options, its `log`, a `client`, a
+    registered `agent`, a `gate` (a PoolGate) or an `upstream` behind it and that one's
+    `controller`, with the options `gate`, `behave` and `controller`; or `upstreams` and
+    `controllers`, when these two are lists.
     """
     if test is None:
         return functools.partial(flow, timeout=timeout, **options)
@@ -6111,7 +6112,6 @@ def by_words(answers, usual=GOOD_REPLY):
 # --- Choosing
 
 
-@flow
 async def test_weights_5_1_1_give_a_a_b_a_c_a_a(server):
     for name, weight in ("a", 5), ("b", 1), ("c", 1):
         server.add(pool_function(name, weight=weight))
@@ -6130,7 +6130,6 @@ def test_weight_0_counts_as_1_and_a_name_is_used_once():
         apiserver.Pool("fastest")
 
 
-@flow
 async def test_random_follows_the_weights():
     a, b = pool_function("a", weight=9), pool_function("b", weight=1)
     pool = pool_with(a, b, type="random")
@@ -6161,7 +6160,6 @@ async def pool_acquire(pool, user="", model="m"):
     return await pool.acquire(pool_request(user, model), [])
 
 
-@flow
 async def test_least_busy_counts_requests_in_flight_per_weight():
     a, b = pool_function("a", weight=2), pool_function("b", weight=1)
     pool = pool_with(a, b, type="least_busy")
@@ -6180,7 +6178,6 @@ async def test_least_busy_counts_requests_in_flight_per_weight():
     assert (taken.count(a), taken.count(b)) == (6, 3)
 
 
-@flow
 async def test_a_tier_is_used_when_those_below_are_full_or_closed():
     near = pool_function("near", max_concurrency=2)
     far = pool_function("far", weight=100, tier=2)
@@ -6217,7 +6214,6 @@ async def answered_by(server, body, key=KEY, headers=()):
     return chat_text(await ask(server.port, "POST", CHAT_URL, body, key, headers))
 
 
-@flow
 async def test_a_conversation_goes_on_where_it_was(tmp_path):
     async with serving(tmp_path, *map(pool_function, "abcd")) as server:
         homes = set()
@@ -6231,7 +6227,6 @@ async def test_a_conversation_goes_on_where_it_was(tmp_path):
         assert homes == set("abcd")  # new conversations are balanced
 
 
-@flow
 @cases(
     "body, headers",
     ({}, [("X-Session-Id", "s")]),
@@ -6293,7 +6288,6 @@ def test_a_turn_is_found_in_any_json(body):
         assert request.turn == apiserver.Turn()
 
 
-@flow
 async def test_a_session_does_not_wait_for_its_controller_but_moves(tmp_path):
     a, b = (pool_function(name, max_concurrency=1) for name in "ab")
     session = [("x-session-id", "s")]
@@ -6306,7 +6300,6 @@ async def test_a_session_does_not_wait_for_its_controller_but_moves(tmp_path):
         assert await answered_by(server, turns("3"), KEY, session) == other.name
 
 
-@flow
 async def test_many_requests_of_one_session_are_spread():
     a, b = pool_function("a"), pool_function("b")
     pool = pool_with(a, b)
@@ -6317,7 +6310,6 @@ async def test_many_requests_of_one_session_are_spread():
     assert abs(a.in_flight - b.in_flight) <= apiserver.CONVERSATION_LEAD + 1
 
 
-@flow
 @cases("stream", False, True)
 async def test_a_response_is_continued_where_it_was_made(tmp_path, stream):
     def behave(name):
@@ -6339,7 +6331,6 @@ async def test_a_response_is_continued_where_it_was_made(tmp_path, stream):
             assert reply.status == 200 and len(upstream.requests) == before + 1
 
 
-@flow
 @cases("known", True, False)
 async def test_a_response_that_is_not_here_is_looked_for_elsewhere(tmp_path, known):
     missing = "previous_response_not_found"
@@ -6355,7 +6346,6 @@ async def test_a_response_that_is_not_here_is_looked_for_elsewhere(tmp_path, kno
         assert not any(controller.health.closed_by for controller in cs)
 
 
-@flow
 async def test_conversations_are_forgotten_beyond_a_number(constant):
     constant(CONVERSATIONS_KEPT=3)
     pool = pool_with(*map(pool_function, "ab"))
@@ -6381,7 +6371,6 @@ def test_a_controller_that_leaves_moves_only_its_own_keys():
     assert 0.7 < before.count("c1") / (2 * before.count("c2")) < 1.4
 
 
-@flow
 async def test_an_unsupported_field_is_no_unknown_model(tmp_path):
     text = "Unsupported parameter: 'max_tokens' is not supported with the model m."
     refuses, options = error_reply(400, text, param="max_tokens"), [{"weight": 100}]
@@ -6490,7 +6479,6 @@ async def test_a_client_that_leaves_the_queue_costs_no_slot(server, gate):
     assert gate.asked == ["first", "next"] and gate.controller.in_flight == 0
 
 
-@flow
 async def test_a_slot_given_to_a_request_that_is_just_cancelled_is_not_lost():
     pool = pool_with(pool_function("a", max_concurrency=1))
     a = await pool_acquire(pool)
@@ -6509,7 +6497,6 @@ async def test_a_slot_given_to_a_request_that_is_just_cancelled_is_not_lost():
     assert late.cancelled() and await pool_acquire(pool) is a
 
 
-@flow
 async def test_requests_that_wait_for_one_model_do_not_hold_up_another():
     made = [pool_function(name, models=[name], max_concurrency=1) for name in "ab"]
     pool = pool_with(*made)
@@ -6533,7 +6520,6 @@ def rate_limited(retry_after):
 
 
 @cases("why", "cooling", "limit", "both")
-@flow
 async def test_a_waiting_request_wakes_when_a_controller_opens_again(clock, why):
     """While others are busy; and nothing is left of a queue that is empty again."""
     limit = {"requests": 1, "per": "minute"} if why != "cooling" else None
@@ -6559,7 +6545,6 @@ async def test_a_waiting_request_wakes_when_a_controller_opens_again(clock, why)
     assert busy.in_flight == 1 and not pool.waiting and not pool._kinds
 
 
-@flow
 async def test_a_user_with_many_kinds_of_request_in_the_queue_slows_nobody():
     """A slot that is released looks at some of them, the next one at the others."""
     looks = []
@@ -6589,7 +6574,6 @@ async def test_a_user_with_many_kinds_of_request_in_the_queue_slows_nobody():
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
-@flow
 async def test_a_controller_may_be_added_from_another_thread():
     pool = pool_with(pool_function("busy", max_concurrency=1))
     await pool_acquire(pool)
@@ -6611,7 +6595,6 @@ async def test_a_controller_may_be_added_from_another_thread():
     assert (await asyncio.wait_for(pool_acquire(pool), 2)).name == "late"
 
 
-@flow
 async def test_an_exception_that_cannot_be_changed_costs_no_slot(tmp_path):
     class Frozen(Exception):
         def __setattr__(self, name, value):
@@ -6665,7 +6648,6 @@ BAD_UPSTREAMS = {
 
 
 @cases("stream", True, False)
-@flow
 async def test_the_deadline_of_a_request_is_no_fault_of_its_controllers(
     tmp_path, stream
 ):
@@ -6683,7 +6665,6 @@ async def test_the_deadline_of_a_request_is_no_fault_of_its_controllers(
 
 
 @cases("name", *BAD_UPSTREAMS)
-@flow
 async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
     """The client sees nothing of it while another can answer."""
     behave, alone = BAD_UPSTREAMS[name]
@@ -6709,7 +6690,6 @@ async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
 
 
 @cases("name", "hang", "drop", "rate-limit", "sse-error-first")
-@flow
 async def test_a_stream_too_is_taken_over_before_its_first_event(tmp_path, name):
     more = {"options": [{"weight": 100}], "limits": Limits(first_byte_timeout=0.15)}
     async with pool_of(tmp_path, BAD_UPSTREAMS[name][0], **more) as (server, ups, _):
@@ -6727,7 +6707,6 @@ async def test_three_controllers_are_tried_once_each_and_no_more(server, upstrea
     assert [len(chats(upstream)) for upstream in upstreams] == [1, 1, 1, 0, 0]
 
 
-@flow
 async def test_refused_connections_fail_over_at_once_and_cool(server):
     url = f"http://127.0.0.1:{refusing_port()}/v1"
     dead = OpenAIController("k", name="dead", base_url=url, weight=100)
@@ -6763,7 +6742,6 @@ ODD_TIMES = "-40|1e400|nan|soon|-5s||Xxx, 99 Foo 2099 99:99:99 GMT".split("|")
     *[([("Retry-After", odd)], 10) for odd in ODD_TIMES],
     ([], 10),
 )
-@flow
 async def test_retry_after_decides_how_long_a_429_cools(tmp_path, headers, seconds):
     """Clamped to 1..300 s; 10 s where there is no usable value. +40 is a date."""
 
@@ -6804,7 +6782,6 @@ def test_a_controller_that_fails_again_is_closed_for_longer(failure, before, clo
 
 
 @cases("status, seconds", (401, 600), (500, 5))
-@flow
 async def test_a_burst_of_failures_doubles_the_pause_once(tmp_path, status, seconds):
     together = asyncio.Event()
     code = "invalid_api_key" if status == 401 else None
@@ -6835,7 +6812,6 @@ async def test_recovery_begins_with_one_trial(server, upstream, controller, log)
     assert (await controller_line(server, controller.name))["reason"] == ""
 
 
-@flow
 async def test_an_older_answer_does_not_end_a_cooldown(server, upstream, controller):
     go_on = asyncio.Event()
     busy = error_reply(429, headers=[("Retry-After", "20")])
@@ -6892,7 +6868,6 @@ async def test_controllers_of_one_account_cool_together(server, upstreams):
     ([], "10"),
     ([("Retry-After", "120")], None),
 )
-@flow
 async def test_a_503_while_all_cool_names_the_soonest(tmp_path, headers, after):
     late = error_reply(429, headers=[("Retry-After", "200")])
     soon = error_reply(429, headers=headers)
@@ -6919,7 +6894,6 @@ async def test_a_503_while_all_cool_names_the_soonest(tmp_path, headers, after):
     {"object": "error", "code": "billing_not_active"},
     [{"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}]}}],
 )
-@flow
 async def test_a_dead_keys_code_disables_at_once(server, upstream, log, status, error):
     """Whatever the status; the upstream's message about it is kept nowhere."""
     answer = http_reply(error, status)
@@ -6964,7 +6938,6 @@ QUOTING_ANSWERS = {
 
 @cases("stream", False, True)
 @cases("shape", *QUOTING_ANSWERS)
-@flow
 async def test_no_user_reads_what_another_one_sent(tmp_path, shape, stream):
     """Not in a 503, not in what the administrator sees, not in the log."""
     log = Log()
@@ -7030,7 +7003,6 @@ ANSWERS_TO_ONE = {
 
 @cases("count", 1, 3)
 @cases("answer", *ANSWERS_TO_ONE)
-@flow
 async def test_one_request_closes_nothing(tmp_path, answer, count):
     """However often, to however many controllers it is sent, streamed or not."""
     behave = by_words({"BAD": ANSWERS_TO_ONE[answer]})
@@ -7045,7 +7017,6 @@ async def test_one_request_closes_nothing(tmp_path, answer, count):
 
 @cases("stream", False, True)
 @cases("status", 400, 402, 403, 404, 409, 413, 415, 422, 451)
-@flow
 async def test_a_refusal_is_the_clients_when_all_refuse(tmp_path, status, stream):
     """Byte for byte, to any route; no fail-over and no cooling."""
     content = b'{ "error": {"message": "the prompt", "param": "messages", "x": 1.0} }'
@@ -7112,7 +7083,6 @@ def pool_probes(upstream):
 
 
 @cases("status", 401, 402, 403)
-@flow
 async def test_a_key_is_disabled_only_when_a_probe_is_refused_too(tmp_path, status):
     refused = [False]
 
@@ -7151,7 +7121,6 @@ async def test_the_last_one_is_tried_although_it_is_broken_for_all(server, upstr
     assert await states(server) == {"up0": "ready"}
 
 
-@flow
 async def test_the_last_one_is_tried_by_one_request_at_a_time(server, upstream):
     go_on = asyncio.Event()
     upstream.behave = by_words(
@@ -7167,7 +7136,6 @@ async def test_the_last_one_is_tried_by_one_request_at_a_time(server, upstream):
 
 
 @cases("cool_first", 0.01, 60)
-@flow
 async def test_a_long_trial_of_a_controller_keeps_no_other_request_out(
     tmp_path, constant, cool_first
 ):
@@ -7191,7 +7159,6 @@ async def test_a_long_trial_of_a_controller_keeps_no_other_request_out(
     (error_reply(400, code="invalid_api_key"), None),
     (error_reply(429, code="insufficient_quota"), None),
 )
-@flow
 async def test_the_last_one_is_not_tried_while_closed(server, upstream, answer, left):
     upstream.behave = answer
     await chat(server)
@@ -7203,7 +7170,6 @@ async def test_the_last_one_is_not_tried_while_closed(server, upstream, answer, 
         assert left - 3 <= int(reply.headers["retry-after"]) <= left
 
 
-@flow
 async def test_a_refused_connection_is_tried_again_where_it_is_the_only_one(tmp_path):
     async with Upstream() as upstream:
         upstream.server.close()
@@ -7248,7 +7214,6 @@ ANY = {"models": None}
     (403, None, "not found, try pulling it first"),
     (400, 400, "is not supported"),
 )
-@flow
 async def test_a_model_that_is_unknown_there_is_tried_at_the_next(
     tmp_path, code, says, status
 ):
@@ -7265,7 +7230,6 @@ async def test_a_model_that_is_unknown_there_is_tried_at_the_next(
         assert set((await states(server)).values()) == {"ready"}
 
 
-@flow
 async def test_an_unknown_model_concerns_one_controller_model_and_path(tmp_path):
     async def behave(request, writer):
         lacks = b"embeddings" in request.line.encode() or b'"x"' in request.content
@@ -7290,7 +7254,6 @@ async def test_an_unknown_model_concerns_one_controller_model_and_path(tmp_path)
 
 
 @cases("count", 1, 2)
-@flow
 async def test_the_only_ones_left_are_tried_although_they_lack_the_model(
     tmp_path, count
 ):
@@ -7302,7 +7265,6 @@ async def test_the_only_ones_left_are_tried_although_they_lack_the_model(
             assert [len(chats(upstream)) for upstream in ups] == [times] * count
 
 
-@flow
 async def test_unknown_models_fill_no_memory():
     pool = pool_with(pool_function("a"))
     error = apiserver.ControllerError("no", apiserver.Failure.UNKNOWN_MODEL)
@@ -7312,7 +7274,6 @@ async def test_unknown_models_fill_no_memory():
 
 
 @cases("how", "names", "lists", "latest")
-@flow
 async def test_who_names_a_model_goes_before_who_takes_any(tmp_path, how):
     """Also when it fails: what is meant for the next room goes to no cloud."""
     local = with_models("m:latest" if how == "latest" else "m")
@@ -7339,7 +7300,6 @@ async def test_an_alias_with_latest_serves_the_plain_name(server, upstream):
 
 
 @cases("listed", "local", "local:latest")
-@flow
 async def test_an_agents_model_stays_its_own_while_it_is_away(
     tmp_path, constant, listed
 ):
@@ -7357,7 +7317,6 @@ async def test_an_agents_model_stays_its_own_while_it_is_away(
             assert (await chat(server, model="local")).status == 200
 
 
-@flow
 async def test_an_unreadable_list_of_models_is_logged_once(tmp_path):
     log = Log()
 
@@ -7390,7 +7349,6 @@ async def test_an_unreadable_list_of_models_is_logged_once(tmp_path):
     ({"error": {"message": "too long", "code": "context_length_exceeded"}}, False),
     ({"detail": [{"loc": ["body", "messages"], "msg": "empty"}]}, False),
 )
-@flow
 async def test_stream_options_are_left_out_where_they_may_be_the_reason(
     tmp_path, said, again, status
 ):
@@ -7408,7 +7366,6 @@ async def test_stream_options_are_left_out_where_they_may_be_the_reason(
         assert "stream_options" in chats(upstream)[1 + again].json()
 
 
-@flow
 async def test_events_in_gzip_are_relayed_as_they_come(server, upstream):
     go_on, deflate = asyncio.Event(), zlib.compressobj(wbits=31)
     first, last = chunk("first"), chunk("b", "stop") + DONE
@@ -7432,7 +7389,6 @@ ODD_LABELS = ["text/plain", "application/json", "TEXT/EVENT-STREAM", "x"]
 
 @cases("label", *ODD_LABELS)
 @cases("before", *ODD_BEGINNINGS)
-@flow
 async def test_events_are_events_whatever_the_label(server, upstream, before, label):
     content = before + chunk("Hi", "stop") + DONE
     upstream.behave = http_reply(content, content_type=label)
@@ -7444,7 +7400,6 @@ async def test_events_are_events_whatever_the_label(server, upstream, before, la
 
 
 @cases("label", "text/event-stream", "text/html", "x")
-@flow
 async def test_json_is_json_whatever_it_is_called(server, upstream, label):
     content = b"\xef\xbb\xbf" + b"\n" * 5000 + json.dumps(completion()).encode()
     upstream.behave = http_reply(content, 200, label)
@@ -7461,7 +7416,6 @@ async def test_json_is_json_whatever_it_is_called(server, upstream, label):
     ("/v1/messages", b'{"content": [{"text": "half"}]', {"max_tokens": 1}),
     ("/v1/responses", b'{"output": [{}]', {"input": "x"}),
 )
-@flow
 async def test_half_an_answer_is_taken_over_by_another(tmp_path, path, content, more):
     """And a complete one without a length is accepted."""
     head = JSON_HEAD + b"Connection: close\r\n\r\n"
@@ -7485,7 +7439,6 @@ BEGUN_STREAMS = {
 
 
 @cases("path", *BEGUN_STREAMS)
-@flow
 async def test_a_broken_stream_ends_in_an_error_of_its_dialect(server, upstream, path):
     begun, error = BEGUN_STREAMS[path]
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
@@ -7497,7 +7450,6 @@ async def test_a_broken_stream_ends_in_an_error_of_its_dialect(server, upstream,
 
 
 @cases("cut", False, True)
-@flow
 async def test_speech_is_relayed_as_it_comes(server, upstream, cut):
     """One that breaks off does so for the client."""
     go_on = asyncio.Event()
@@ -7567,7 +7519,6 @@ async def test_a_reason_is_one_line_without_a_key_or_a_name(server, upstream, lo
     (chunked(b'data: {"error": {"message": "out of memory"}}\n\n'), "status 500"),
     ids=["cut", "said"],
 )
-@flow
 async def test_a_stream_that_breaks_off_is_logged(tmp_path, end, reason):
     """Its access line says 200, for that was its status."""
     begun, log = asyncio.Event(), Log()
@@ -7581,7 +7532,6 @@ async def test_a_stream_that_breaks_off_is_logged(tmp_path, end, reason):
 
 
 @cases("limit", {"requests": 1}, {"tokens": 5}, ids=["r", "t"])
-@flow
 async def test_a_used_up_limit_of_our_own_is_logged_once(tmp_path, limit):
     log, options = Log(), [{"limit": {**limit, "per": "day"}}]
     async with pool_of(tmp_path, None, options=options, log=log) as (server, _, _):
@@ -7592,7 +7542,6 @@ async def test_a_used_up_limit_of_our_own_is_logged_once(tmp_path, limit):
 
 
 @cases("scheme", "http", "https")
-@flow
 async def test_a_dead_proxy_is_named_as_the_cause(server, scheme):
     async with Upstream() as upstream:
         url = upstream.url.replace("http", scheme, 1)
@@ -7605,7 +7554,6 @@ async def test_a_dead_proxy_is_named_as_the_cause(server, scheme):
         assert upstream.connections == 0
 
 
-@flow
 async def test_own_limits_hold_until_the_next_window(tmp_path, clock):
     clock[0] += 10  # ten seconds into its minute
     requests = pool_function("requests", limit={"requests": 2, "per": "minute"})
@@ -7630,7 +7578,6 @@ async def test_own_limits_hold_until_the_next_window(tmp_path, clock):
         assert (await chat(server)).status == 200
 
 
-@flow
 async def test_the_administrator_disables_and_enables(server, gate):
     async def post(what, name="gate", key=KEY):
         path = f"/admin/controllers/{what}"
@@ -7667,7 +7614,6 @@ async def test_enabling_a_controller_wakes_what_waits(server, gate):
     await first
 
 
-@flow
 async def test_an_agent_cannot_take_a_controllers_name_from_it(server):
     """/admin/controllers, limits and metrics mean the configured one by it."""
     hello = agent_hello(name="up", models=[])
@@ -7717,7 +7663,6 @@ FUNCTIONS = [
 
 
 @cases("function", *FUNCTIONS)
-@flow
 async def test_every_kind_of_function_answers_streamed_and_whole(server, function):
     assert server.model("f")(function) is function
     reply = await chat(server, model="f")
@@ -7743,7 +7688,6 @@ async def test_every_kind_of_function_answers_streamed_and_whole(server, functio
     lambda request: {"tool_calls": [tool_call("call-1")]},
     lambda request: iter([{"tool_calls": [{"index": 0, **tool_call("call-1")}]}]),
 )
-@flow
 async def test_a_function_may_call_tools(tmp_path, function):
     """In a stream alone a call has an index."""
     call, function = tool_call("call-1"), FunctionController(function)
@@ -7756,7 +7700,6 @@ async def test_a_function_may_call_tools(tmp_path, function):
         assert choice["finish_reason"] == "tool_calls"
 
 
-@flow
 async def test_tool_calls_that_come_one_by_one_are_not_taken_for_one(tmp_path):
     def answer(request):
         for id in ("call-1", "call-2"):
@@ -7770,7 +7713,6 @@ async def test_tool_calls_that_come_one_by_one_are_not_taken_for_one(tmp_path):
 
 
 @cases("stream", False, True)
-@flow
 async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
     fields = {"type": "teapot", "param": "messages", "code": "tea"}
 
@@ -7801,7 +7743,6 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
     KeyError("secret"),
     ids=lambda error: type(error).__name__,
 )
-@flow
 async def test_clients_learn_nothing_of_a_functions_other_errors(
     tmp_path, caplog, error
 ):
@@ -7825,7 +7766,6 @@ async def test_clients_learn_nothing_of_a_functions_other_errors(
 
 
 @cases("result", None, 5, b"bytes", {"content": object()})
-@flow
 async def test_a_function_that_returns_nonsense_fails_alone(tmp_path, result):
     f = FunctionController(lambda request: result, name="f", models=["f"])
     async with serving(tmp_path, f, pool_function("g", models=["g"])) as server:
@@ -7835,7 +7775,6 @@ async def test_a_function_that_returns_nonsense_fails_alone(tmp_path, result):
         assert chat_text(await chat(server, model="g")) == "g"
 
 
-@flow
 async def test_a_generator_that_fails_later_ends_with_an_error(tmp_path, caplog):
     async def answer(request):
         yield "a"
@@ -7850,7 +7789,6 @@ async def test_a_generator_that_fails_later_ends_with_an_error(tmp_path, caplog)
         assert (await chat(server)).status == 500
 
 
-@flow
 async def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
     closed, log = [], Log()
 
@@ -7881,7 +7819,6 @@ async def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
     assert not [r for r in caplog.records if r.name == "chatgpt_apiserver"]
 
 
-@flow
 async def test_a_function_that_hangs_is_cut_at_the_deadline(tmp_path):
     async def hangs(request):
         await asyncio.sleep(60)
@@ -7900,7 +7837,6 @@ async def test_a_function_that_hangs_is_cut_at_the_deadline(tmp_path):
             assert controller.in_flight == 0 and b"[DONE]" not in reply.content
 
 
-@flow
 async def test_mocks_answer_by_name_only(server):
     assert chat_text(await chat(server, "Say this", model="mock/echo")) == "Say this"
     assert chat_text(await chat(server, model="mock/text?text=")) == ""
@@ -7939,7 +7875,6 @@ def dialect_text(path, answer):
 
 @cases("model", "mock/echo", "shout")
 @cases("path", *DIALECT_REQUESTS)
-@flow
 async def test_a_string_becomes_an_answer_in_each_dialect(server, path, model):
     @server.model("shout")
     def shout(request):
@@ -7967,7 +7902,6 @@ async def test_a_string_becomes_an_answer_in_each_dialect(server, path, model):
 
 
 @cases("stream", False, True)
-@flow
 async def test_a_mock_calls_tools_in_each_dialect(server, stream):
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     body = {**chat_body("Paris", "mock/echo"), "input": "Paris"}
@@ -7982,7 +7916,6 @@ async def test_a_mock_calls_tools_in_each_dialect(server, stream):
         assert ("tool_use" in text) == (path == "/v1/messages")
 
 
-@flow
 async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
     async def answer(request):
         call = {"tool_calls": [tool_call("c")]}
@@ -8003,7 +7936,6 @@ async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
 
 
 @cases("indexed", True, False)
-@flow
 async def test_a_tool_call_in_pieces_is_one_item(tmp_path, indexed):
     """As a function that relays another API's stream gives it."""
 
@@ -8028,7 +7960,6 @@ async def test_a_tool_call_in_pieces_is_one_item(tmp_path, indexed):
                 assert b"c0" in text and b"c1" in text
 
 
-@flow
 async def test_what_a_mock_echoes_in_each_dialect(server):
     """A tool's result, too; a system message behind what was said is passed over, for
     Claude Code puts one there."""
@@ -8094,7 +8025,6 @@ CODEX_TURN = json.loads("""{"instructions": "You are\\nit.", "input": [
     "prompt_cache_key": "k"}""")
 
 
-@flow
 @cases(
     "path, body",
     ("/v1/messages?beta=true", CLAUDE_CODE_TURN),
@@ -8126,7 +8056,6 @@ async def test_a_function_sees_a_coding_agents_turn_as_a_chat(server, path, body
     ]
 
 
-@flow
 async def test_a_function_is_not_called_to_count_tokens(tmp_path):
     """Claude Code counts a part at a time; refused, it asks for answers to them."""
     called = []
@@ -8142,7 +8071,6 @@ async def test_a_function_is_not_called_to_count_tokens(tmp_path):
     assert called == []
 
 
-@flow
 async def test_mock_embeddings_are_equal_for_equal_texts(server):
     """They wait, refuse and break off as in a chat."""
 
@@ -8185,7 +8113,6 @@ async def test_a_mocks_name_is_asked_of_no_upstream(server, upstream):
     ("mock/echo", True),
     ("mock/cut?events=5000", True),
 )
-@flow
 async def test_a_mock_with_a_long_answer_holds_up_nobody(server, model, stream):
     words = "a b " * 100_000
     long = asyncio.ensure_future(chat(server, words, model=model, stream=stream))
@@ -8203,7 +8130,6 @@ BLANKS = " " * 40_000
 
 
 @cases("before, after", ("", BLANKS), (f"a{BLANKS}b", ""), (" a\t b", BLANKS))
-@flow
 async def test_blanks_hold_up_nobody(server, before, after):
     """A search for words in quadratic time stopped the server for 12 seconds."""
     began = time.monotonic()
@@ -8297,7 +8223,6 @@ async def test_a_slow_client_holds_a_slot_until_its_request_is_late(
 # --- The log and the clock
 
 
-@flow
 async def test_a_log_that_is_not_read_drops_lines_and_counts_them():
     """Writing never waits."""
     reading, writing = os.pipe()
@@ -8474,7 +8399,6 @@ async def pieces_of(server, body=STREAM, path=CHAT_URL, headers=()):
 
 @cases("stream", False, True)
 @cases("path", *DIALECT_ANSWERS)
-@flow
 async def test_a_tape_replays_each_dialect_as_recorded(tmp_path, tape, path, stream):
     """After a restart, without the upstream: the same bytes, pieces and usage."""
     whole, pieces = DIALECT_ANSWERS[path]
@@ -8502,7 +8426,6 @@ async def test_a_tape_replays_each_dialect_as_recorded(tmp_path, tape, path, str
         )
 
 
-@flow
 async def test_a_tape_keeps_the_time_of_each_piece(tmp_path, tape):
     pieces = [chunk("a"), chunk("b"), chunk(None, "stop"), DONE]
     async with taping(tmp_path, piecewise(pieces, pause=0.1)) as (server, _, _):
@@ -8519,7 +8442,6 @@ async def test_a_tape_keeps_the_time_of_each_piece(tmp_path, tape):
             assert speed or time.monotonic() - began < times[-1]
 
 
-@flow
 async def test_a_tape_holds_no_secret_and_no_header(tmp_path, tape):
     """Not even in a refusal that repeats the upstream's key."""
     wrong = error_reply(400, "bad: UPSTREAMSECRET sk-12345678")
@@ -8548,7 +8470,6 @@ async def test_a_tape_holds_no_secret_and_no_header(tmp_path, tape):
         assert (again.status, again.content) == (400, wrong.content)
 
 
-@flow
 async def test_failures_are_not_recorded(tmp_path, tape):
     """A 429, a 500, a cut stream, one whose client has left, half a JSON, an error."""
     begun = [STREAM_HEAD, chunked(chunk("Hel"))]
@@ -8570,7 +8491,6 @@ async def test_failures_are_not_recorded(tmp_path, tape):
     assert tape.read_bytes() == b""
 
 
-@flow
 async def test_an_answer_that_is_too_large_is_not_recorded(tmp_path, tape):
     log, limits = Log(), Limits(response_size=3000)
     behave = streams(*[chunk("x" * 100)] * 20, chunk(None, "stop"), DONE)
@@ -8581,7 +8501,6 @@ async def test_an_answer_that_is_too_large_is_not_recorded(tmp_path, tape):
     assert tape.read_bytes() == b""
 
 
-@flow
 async def test_a_full_disk_costs_the_recording_alone(tmp_path, tape, monkeypatch):
     log, write = Log(), os.write
 
@@ -8599,7 +8518,6 @@ async def test_a_full_disk_costs_the_recording_alone(tmp_path, tape, monkeypatch
         assert len(upstream.requests) == 2 and len(tape_lines(tape)) == 1
 
 
-@flow
 async def test_a_miss_names_the_nearest_recording_and_what_differs(tmp_path, tape):
     far = chat_body("other", temperature=1, tools=[], user="PRIVATE")
     near = chat_body("PRIVATE", temperature=0.5)
@@ -8625,7 +8543,6 @@ async def test_a_miss_names_the_nearest_recording_and_what_differs(tmp_path, tap
 
 
 @cases("id", "tape", apiserver.TapeController.id)
-@flow
 async def test_no_agent_takes_the_tapes_place(tmp_path, tape, id):
     tape.write_bytes(recorded(CHAT, "taped"))
     async with serving(tmp_path, tape=str(tape)) as server:
@@ -8635,7 +8552,6 @@ async def test_no_agent_takes_the_tapes_place(tmp_path, tape, id):
                 assert chat_text(await chat(server)) == "taped"
 
 
-@flow
 async def test_auto_asks_once_and_record_asks_each_time(tmp_path, tape):
     answers = iter(range(100))
 
@@ -8661,7 +8577,6 @@ async def test_auto_asks_once_and_record_asks_each_time(tmp_path, tape):
     assert len(tape_lines(tape)) == 4
 
 
-@flow
 async def test_lines_that_are_no_recordings_are_skipped_and_logged(tmp_path, tape):
     """One that a crash has torn, one of another version, a conflict's marker."""
     log = Log()
@@ -8695,7 +8610,6 @@ def test_a_file_that_is_no_tape_stops_the_start_unchanged(tmp_path, tape, conten
     assert tape.read_bytes() == content
 
 
-@flow
 async def test_two_servers_may_write_one_tape(tmp_path, tape):
     texts = [f"{number} " + "x" * 5000 for number in range(20)]
     async with (
@@ -8714,7 +8628,6 @@ async def test_two_servers_may_write_one_tape(tmp_path, tape):
     assert said == {*texts}
 
 
-@flow
 async def test_what_another_server_has_just_written_is_not_missed(tmp_path, constant):
     """Between a look at the file and our own line."""
     append = apiserver.append_to_file
@@ -8733,7 +8646,6 @@ async def test_what_another_server_has_just_written_is_not_missed(tmp_path, cons
         assert len(upstream.requests) == 1
 
 
-@flow
 async def test_an_edited_tape_is_read_again_and_its_content_wins(tmp_path, tape):
     """Also over its SHA-256; a status that somebody wrote there is the answer."""
     tape.write_bytes(recorded(chat_body("old"), "one"))
@@ -8759,7 +8671,6 @@ async def test_an_edited_tape_is_read_again_and_its_content_wins(tmp_path, tape)
             assert message.endswith(" Line 2 is not a recording.")
 
 
-@flow
 async def test_fields_that_are_ignored_make_no_difference(tmp_path, tape):
     async def asked(server, user, number):
         body = chat_body(user=user, metadata={"run": number})
@@ -8781,7 +8692,6 @@ async def test_fields_that_are_ignored_make_no_difference(tmp_path, tape):
                 assert "differs in metadata.run." in reply.json()["error"]["message"]
 
 
-@flow
 async def test_a_tape_takes_forms_and_binary_answers(tmp_path, tape):
     """A form's boundary is drawn anew each time; speech is no text."""
     speech = [b"\xff\xfb\x90" * 100, b"\xc3", b"\xa9", b"end"]
@@ -8862,7 +8772,6 @@ async def test_100_mb_of_tape_are_opened_in_a_second_and_not_held(tmp_path, tape
         assert (await miss).status == 404 and slowest < 1.0
 
 
-@flow
 async def test_a_tape_records_functions_and_asks(tmp_path, tape):
     function = FunctionController(lambda request: "HELLO", models=["shout"])
     async with serving(tmp_path, function, tape=f"{tape}:record") as server:
@@ -8876,7 +8785,6 @@ async def test_a_tape_records_functions_and_asks(tmp_path, tape):
         assert line["requests"] == 1 and line["tokens"] > 0 and line["type"] == "tape"
 
 
-@flow
 async def test_a_browser_agents_answer_to_an_ask_is_not_recorded(tmp_path, tape):
     """It keeps the conversation, which could not go on after a replay."""
     async with serving(tmp_path, tape=f"{tape}:record") as server:
@@ -8966,7 +8874,6 @@ async def test_status_shows_what_happened_to_a_request_but_no_prompt(server, ups
     assert {c["name"] for c in status["controllers"]} >= {"up0", "up1"}
 
 
-@flow
 async def test_status_shows_why_requests_failed(server):
     """Those of the ask API, too, but no other routes."""
     server.add(pool_function("a", models=["a"]))
@@ -8987,7 +8894,6 @@ async def test_status_shows_why_requests_failed(server):
 
 @cases("stream", False, True)
 @cases("code", "context_length_exceeded", "you wrote: a secret")
-@flow
 async def test_status_quotes_no_word_of_a_refusal(server, upstream, code, stream):
     upstream.behave = error_reply(
         400, "you wrote: a secret", type="a secret", code=code
@@ -9026,7 +8932,6 @@ async def test_status_shows_streams_that_broke_off_and_clients_that_left(server)
     assert (left["status"], left["failed"]) == (499, False)
 
 
-@flow
 async def test_status_is_one_snapshot_a_second_with_an_etag(server):
     first = await ask(server.port, "GET", "/admin/status")
     await chat(server, model="mock/echo")
@@ -9040,7 +8945,6 @@ async def test_status_is_one_snapshot_a_second_with_an_etag(server):
 
 
 @cases("stream", False, True)
-@flow
 async def test_cancelling_a_request_frees_its_upstream(server, upstream, stream):
     upstream.behave = sends(*[STREAM_HEAD, chunked(chunk("Hel"))] * stream, 60)
     body, headers = {**CHAT, "stream": stream}, [("x-request-id", "mine")]
@@ -9130,7 +9034,6 @@ def test_ever_new_names_of_agents_fill_no_memory():
 HTML = [("Accept", "text/html,application/xhtml+xml")]
 
 
-@flow
 async def test_a_browser_gets_the_page_and_others_a_text(tmp_path):
     async with serving(tmp_path) as server:
         page = await ask(server.port, "GET", "/", key=None, headers=HTML)
@@ -9602,7 +9505,6 @@ def test_days_long_gone_leave_the_memory(clock, constant):
     assert 5 <= ledger_requests(made) <= 6
 
 
-@flow
 async def test_two_ledgers_on_one_file_count_together(usage_file):
     one, two = ledger(usage_file), ledger(usage_file)
     limit = two.limit_of("ada", apiserver.parse_quotas("5 requests/day"))
@@ -9630,7 +9532,6 @@ def test_a_controller_that_is_named_as_a_user_has_its_own_limit():
     assert (used_of(limit), used_of(user)) == ([3], [2])
 
 
-@flow
 async def test_late_lines_of_others_count_in_their_own_hour(usage_file, clock):
     late, one = ledger(usage_file), ledger(usage_file)
     quotas = ["5 requests/hour", "6 requests/day"]
@@ -9664,7 +9565,6 @@ def home(token, instances):
 
 
 @cases("shared", False, True)
-@flow
 async def test_limits_after_an_instance_is_lost(tmp_path, clock, shared):
     """With a file for each machine a token's second home counts anew, until the first
     is back; with one file for all only what the lost one had not yet written is used
@@ -9736,7 +9636,6 @@ def test_a_kill_loses_only_what_was_not_yet_written(usage_file):
     assert most > 0
 
 
-@flow
 async def test_a_limit_not_yet_looked_at_counts_others_once(usage_file):
     one, two = ledger(usage_file), ledger(usage_file)
     user = two.limit_of("ada", apiserver.parse_quotas("9 requests/day"))
@@ -9748,7 +9647,6 @@ async def test_a_limit_not_yet_looked_at_counts_others_once(usage_file):
     assert used_of(user) == used_of(controller) == [1]
 
 
-@flow
 async def test_a_torn_line_is_skipped_and_does_not_swallow_the_next(usage_file):
     one = ledger(usage_file)
     count_request(one)
@@ -9761,7 +9659,6 @@ async def test_a_torn_line_is_skipped_and_does_not_swallow_the_next(usage_file):
     assert ledger_requests(two) == ledger_requests(ledger(usage_file)) == 2
 
 
-@flow
 async def test_a_full_disk_loses_nothing_once_there_is_room(usage_file, monkeypatch):
     lines = []
 
@@ -9783,7 +9680,6 @@ async def test_a_full_disk_loses_nothing_once_there_is_room(usage_file, monkeypa
     assert ledger_requests(ledger(usage_file)) == 2 == ledger_requests(made)
 
 
-@flow
 async def test_servers_on_one_disk_see_at_once_what_another_writes(tmp_path, constant):
     """They do not take turns, 5 s to write and 5 s to read."""
     constant(USAGE_READ_INTERVAL=0.04)
@@ -9799,7 +9695,6 @@ async def test_servers_on_one_disk_see_at_once_what_another_writes(tmp_path, con
         assert time.monotonic() - written < 0.2
 
 
-@flow
 async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -9820,7 +9715,6 @@ async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
     assert ledger_requests(ledger(tmp_path / "usage.jsonl")) == 2
 
 
-@flow
 async def test_a_flush_that_is_cancelled_loses_nothing(usage_file, monkeypatch):
     made, entered, go_on = ledger(usage_file), threading.Event(), threading.Event()
 
@@ -9843,7 +9737,6 @@ async def test_a_flush_that_is_cancelled_loses_nothing(usage_file, monkeypatch):
     assert ledger_requests(ledger(usage_file)) == 1
 
 
-@flow
 async def test_a_hundred_thousand_lines_are_read_and_made_few(usage_file, clock):
     """A million take 7 s."""
     with open(usage_file, "w") as file:
@@ -9865,7 +9758,6 @@ async def test_a_hundred_thousand_lines_are_read_and_made_few(usage_file, clock)
     assert ledger_requests(ledger(usage_file)) == 0
 
 
-@flow
 async def test_a_users_limit_is_shown_with_its_reset(tmp_path):
     limit = "2 requests/day"
     async with serving(tmp_path) as server:
@@ -9930,7 +9822,6 @@ async def test_a_user_deleted_during_a_request_is_counted_and_gone(server, gate)
 
 
 @cases("stream", False, True)
-@flow
 async def test_without_usage_all_choices_are_counted(server, upstream, stream):
     def choices(kind, **more):
         texts = enumerate(("abcdefgh", "ijklmnopqrst"))
@@ -9951,7 +9842,6 @@ async def test_without_usage_all_choices_are_counted(server, upstream, stream):
 
 
 @cases("limit", "10 requests", "ten tokens/day", [], {"per": "day"})
-@flow
 async def test_a_misspelt_limit_is_refused_by_name_and_changes_nothing(server, limit):
     user = await server.users.add(limit="1 requests/day")
     for path, more in (("add", {}), ("update", {"user_id": user.user_id})):
@@ -9979,7 +9869,6 @@ async def test_a_user_has_only_its_own_models(server, upstream):
     assert upstream.requests[-1].json()["model"] == "gpt-4o"
 
 
-@flow
 async def test_an_expired_or_rotated_token_ends_with_its_time(server, clock):
     users = server.users
     ending = await users.add(expires="2026-11-27T12:01:00Z")  # in a minute
@@ -9999,7 +9888,6 @@ async def test_an_expired_or_rotated_token_ends_with_its_time(server, clock):
     assert await models_status(server, new.token) == 401  # not a second later
 
 
-@flow
 async def test_an_agent_is_disconnected_when_its_token_expires(server, monkeypatch):
     user = await server.users.add(role="agent", expires="2099-01-01")
     path = f"/k/{user.token}/client/register"
@@ -10025,7 +9913,6 @@ async def test_only_digests_of_tokens_are_stored_with_store_sha256(tmp_path, ser
     assert digest[:8] in listed and digest[:9] not in listed
 
 
-@flow
 async def test_a_name_means_one_user(server):
     users = server.users
     ada = await users.add(name="ada")
@@ -10037,7 +9924,6 @@ async def test_a_name_means_one_user(server):
         await users.update(ada.user_id, {"nonsense": 1})
 
 
-@flow
 async def test_an_administrator_cannot_choose_ids_and_tokens(server):
     """An existing one would be taken from its user, and the file be unreadable."""
     ada = await server.users.add(name="ada")
@@ -10078,7 +9964,6 @@ async def test_usage_comes_as_json_and_as_csv_without_formulas(server, upstream)
     ('a"b,c\nd', 'a"b,c\nd'),
     ("m\u202e\ud83d", "m\u202e?"),
 )
-@flow
 async def test_a_hostile_name_is_one_plain_cell_and_no_label(tmp_path, model, shown):
     function = pool_function("any", models=None)
     async with serving(tmp_path, function) as server:
@@ -10091,7 +9976,6 @@ async def test_a_hostile_name_is_one_plain_cell_and_no_label(tmp_path, model, sh
         assert model not in text
 
 
-@flow
 async def test_a_stream_left_early_is_counted_as_far_as_it_came(server):
     token = (await server.users.add()).token
     body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02", stream=True)
@@ -10123,7 +10007,6 @@ async def test_metrics_are_for_monitors_and_have_few_labels(server, upstream):
     assert re.search('requests_total.*model="other",status="404"} 1\n', text)
 
 
-@flow
 async def test_ready_means_that_a_controller_could_be_tried(server, log):
     assert (await ask(server.port, "GET", "/livez", key="")).status == 200
     assert (await ask(server.port, "GET", "/readyz", key="")).status == 503
@@ -10161,7 +10044,6 @@ async def handler_agents(server, count):
 # --- HTTP
 
 
-@flow
 async def test_requests_on_one_connection_are_answered_in_order(client):
     named = request_bytes("GET", "/status", headers=[("x-request-id", "b")])
     keyless = request_bytes("POST", "/api/ask", {"content": "x"}, key="")
@@ -10190,7 +10072,6 @@ async def slow_socket(port, data, window=4096):
     return sock
 
 
-@flow
 async def test_a_client_that_pipelines_unread_gets_one_answer_buffered(server):
     data = request_bytes("GET", "/agent.py", key="") * 200
     with await slow_socket(server.port, data):
@@ -10208,7 +10089,6 @@ async def test_a_client_that_pipelines_unread_gets_one_answer_buffered(server):
     ("HTTP/1.0", False),
     ("HTTP/1.0\r\nConnection: keep-alive", True),
 )
-@flow
 async def test_the_client_decides_whether_its_connection_is_kept(client, line, kept):
     request = f"GET /health {line}\r\n\r\n".encode()
     client.send(request)
@@ -10222,7 +10102,6 @@ async def test_the_client_decides_whether_its_connection_is_kept(client, line, k
         assert await client.reader.read() == b""
 
 
-@flow
 async def test_public_routes(server):
     health = await ask(server.port, "GET", "/health", key="")
     assert health.content == b"OK" and "text/plain" in str(health.headers)
@@ -10251,7 +10130,6 @@ async def test_public_routes(server):
     ("DELETE", "/v1/files/x", 404, None),
     ("GET", "/v1", 404, None),
 )
-@flow
 async def test_unknown_paths_and_methods(server, method, path, status, allow):
     reply = await ask(server.port, method, path)
     assert reply.status == status
@@ -10264,7 +10142,6 @@ async def test_unknown_paths_and_methods(server, method, path, status, allow):
 
 
 @cases("path", "/v1/chat/completions", "/api/ask", "/nothing")
-@flow
 async def test_a_preflight_is_answered_before_authentication(server, path):
     wanted = [("Access-Control-Request-Headers", "authorization, x-odd")]
     origin = [("Origin", "https://example.org"), *wanted]
@@ -10275,7 +10152,6 @@ async def test_a_preflight_is_answered_before_authentication(server, path):
     assert "access-control-allow-credentials" not in reply.headers
 
 
-@flow
 async def test_other_web_pages_may_not_read_administration(server):
     for path in ("/admin/users", "/admin/controllers", "/api/connections"):
         for method in ("OPTIONS", "GET"):
@@ -10307,7 +10183,6 @@ async def test_content_is_asked_for_only_after_key_and_length(server, constant):
     assert (await first_line(KEY, 10, [("Expect", "tea")]))[0] == 417
 
 
-@flow
 async def test_a_refusal_says_whether_the_connection_goes_on(server, constant):
     """Content that has not arrived costs the connection."""
     constant(LINGER_TIMEOUT=0.05)
@@ -10323,7 +10198,6 @@ async def test_a_refusal_says_whether_the_connection_goes_on(server, constant):
         assert await client.reader.read() == b""
 
 
-@flow
 async def test_http_to_an_https_port_is_logged(tmp_path, certificate):
     log = Log()
     async with serving(tmp_path, **certificate[0], log=log) as server:
@@ -10331,7 +10205,6 @@ async def test_http_to_an_https_port_is_logged(tmp_path, certificate):
         await until(lambda: "sent http to an https port; use https://" in log.text)
 
 
-@flow
 async def test_what_is_no_request_is_answered_at_once_and_logged(server, log):
     hello = b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"
     answer = await raw(server.port, hello, timeout=2)
@@ -10388,7 +10261,6 @@ async def test_an_idle_connection_is_closed_without_a_word(server):
     ("/api/ask", "ask_content_size"),
     ("/admin/users/add", "admin_content_size"),
 )
-@flow
 async def test_content_size_has_a_limit(tmp_path, path, limit, chunked_body, constant):
     """Content of that size is read, a byte more is 413."""
     constant(LINGER_TIMEOUT=0.05)
@@ -10458,7 +10330,6 @@ async def test_content_that_is_only_announced_takes_no_room(server):
     ids=["silence", "too slow", "too late"],
 )
 @cases("coded", False, True)
-@flow
 async def test_slow_content_is_answered_408(tmp_path, coded, trickles, limit, constant):
     constant(LINGER_TIMEOUT=0.05, CONTENT_RATE_AFTER=0.2)
     length = ("Transfer-Encoding", "chunked")
@@ -10477,7 +10348,6 @@ async def test_slow_content_is_answered_408(tmp_path, coded, trickles, limit, co
             assert not server.content_size
 
 
-@flow
 async def test_a_refusal_can_be_read_by_a_client_that_still_sends(server):
     """No RST overtakes the answer."""
     async with posting(server, b"x" * 250_000, "/admin/users/add") as client:
@@ -10513,7 +10383,6 @@ CHUNKED_POST = (
     (CHUNKED_POST + "5\r\nhello\n0\r\n", 400),
     (CHUNKED_POST + "5;a\nb\r\n", 400),
 )
-@flow
 async def test_what_follows_a_broken_request_is_not_read(
     server, constant, data, status
 ):
@@ -10545,7 +10414,6 @@ PATHS_OF_JSON = f"{CHAT_URL} /v1/embeddings /api/ask /admin/users/add"
 
 
 @cases("path", *PATHS_OF_JSON.split(), "/admin/users/delete")
-@flow
 async def test_odd_json_is_refused_and_never_an_internal_error(client, path):
     for body in JSON_BODIES:
         body = body[:60_000]  # of the 64 KiB that /admin takes
@@ -10557,14 +10425,12 @@ async def test_odd_json_is_refused_and_never_an_internal_error(client, path):
 @cases(
     "content", "\ud800", "x" * 1_200_000, "\x00\u2028\x7f.", '"usage" "error" [DONE]'
 )
-@flow
 async def test_odd_text_is_served(server, content):
     """Lone surrogates, a megabyte, control characters."""
     assert chat_text(await echo(server, content)) == content
     assert stream_text(await echo(server, content, stream=True)) == content
 
 
-@flow
 async def test_non_ascii_key_is_a_wrong_key(server):
     for value in (b"Bearer \xff\xfe", "Schl\u00fcssel".encode(), b"Bearer \x80"):
         request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -10578,7 +10444,6 @@ async def test_non_ascii_key_is_a_wrong_key(server):
         assert reply.json() == {"error": "Invalid admin key"}
 
 
-@flow
 async def test_a_bug_in_a_route_shows_its_request_id_alone(
     tmp_path, monkeypatch, caplog
 ):
@@ -10603,7 +10468,6 @@ async def test_a_bug_in_a_route_shows_its_request_id_alone(
     assert [r.name for r in caplog.records] == ["chatgpt_apiserver"]
 
 
-@flow
 async def test_an_upgrade_to_h2c_is_ignored(server, upstream):
     upgrade = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")]
     upgrade.append(("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA"))
@@ -10614,7 +10478,6 @@ async def test_an_upgrade_to_h2c_is_ignored(server, upstream):
     assert not {"http2-settings", "upgrade"} & set(asked.headers)
 
 
-@flow
 async def test_a_handshake_with_content_is_refused(server):
     for length in (("Content-Length", "5"), ("Transfer-Encoding", "chunked")):
         with pytest.raises(ConnectionError, match="400"):
@@ -10627,7 +10490,6 @@ async def test_a_handshake_with_content_is_refused(server):
     assert reply.headers["sec-websocket-version"] == "13"
 
 
-@flow
 async def test_bytes_behind_a_handshake_are_its_first_frame(server, client):
     hello = json.dumps({"id": "early-bird", "message": "Connection id"})
     frame = apiserver.WebSocketProtocol(CLIENT).send(hello)
@@ -10646,7 +10508,6 @@ async def test_bytes_behind_a_handshake_are_its_first_frame(server, client):
     ("\u00fc", False),
     ("", False),
 )
-@flow
 async def test_the_request_id_is_the_clients_own_if_it_can_be(server, own, kept):
     seen = set()
     for path in ("/health", "/nothing", "/v1/models"):
@@ -10667,7 +10528,6 @@ SECOND_FORMS = """/admin//users /admin/users/ //admin/users /health/ //health /a
     /client//register"""
 
 
-@flow
 async def test_no_path_climbs(server, upstream):
     """The upstream's key is for what is under its base URL, however lenient it is,
     and a proxy in front that guards /admin/ must not be passed."""
@@ -10680,7 +10540,6 @@ async def test_no_path_climbs(server, upstream):
         assert reply.status in (400, 401)
 
 
-@flow
 async def test_a_reset_before_the_close_leaves_no_trace(
     server, client, log, monkeypatch, caplog
 ):
@@ -10714,7 +10573,6 @@ async def test_a_reset_before_the_close_leaves_no_trace(
     ([("Authorization", "")], "API key not provided"),
     ([("Cookie", "KEY")], "API key not provided"),
 )
-@flow
 async def test_a_credential_has_several_forms(server, fields, answer):
     body = {"content": "hi", "model": "mock/echo"}
     for token in (KEY, await add_user(server)):
@@ -10728,7 +10586,6 @@ async def test_a_credential_has_several_forms(server, fields, answer):
             assert token.encode() not in reply.content
 
 
-@flow
 async def test_a_credential_may_be_in_the_path(server, log):
     token = await add_user(server, role="agent")
     far = [("X-Forwarded-For", "192.0.2.1")]
@@ -10746,7 +10603,6 @@ async def test_a_credential_may_be_in_the_path(server, log):
         assert secret not in log.text
 
 
-@flow
 async def test_what_each_role_may_do(server):
     user = await add_user(server)
     agent = await add_user(server, role="agent")
@@ -10775,7 +10631,6 @@ async def test_what_each_role_may_do(server):
             assert (await ask(server.port, method, path, body, "wrong")).status == 401
 
 
-@flow
 async def test_a_missing_field_of_an_administrators_request_is_named(server):
     for path, name in (
         ("/admin/requests/cancel", "request_id"),
@@ -10789,7 +10644,6 @@ async def test_a_missing_field_of_an_administrators_request_is_named(server):
         assert reply.json() == {"error": f"'{name}' must be a string."}
 
 
-@flow
 async def test_an_admin_key_may_be_in_the_body_query_or_header(server):
     add, users = ("POST", "/admin/users/add"), ("GET", "/admin/users")
     for (method, path), query, admin_key, key, error in (
@@ -10810,7 +10664,6 @@ async def test_an_admin_key_may_be_in_the_body_query_or_header(server):
         assert not error or KEY.encode() not in reply.content
 
 
-@flow
 async def test_no_number_of_wrong_keys_locks_anybody_out(client):
     """Behind a proxy all clients have one address: a count would hit the others."""
     for number in range(30):
@@ -10842,7 +10695,6 @@ async def handler_status(server, request):
 
 
 @cases("field", *NOT_LOCAL, ids=": ".join)
-@flow
 async def test_only_a_user_of_this_machine_needs_no_key(server, log, field):
     key = ("Authorization", f"Bearer {KEY}")
     for path, fields, statuses in (
@@ -10869,7 +10721,6 @@ async def test_only_a_user_of_this_machine_needs_no_key(server, log, field):
     ("Host", "127.9.9.9"),
     ids=": ".join,
 )
-@flow
 async def test_a_user_of_this_machine_needs_no_key(server, field):
     for path, status in (("/client/register", 101), ("/api/connections", 200)):
         asked = handshake(path, field)
@@ -10890,7 +10741,6 @@ def test_a_loopback_address_in_every_spelling(addresses, here):
     assert not apiserver.is_loopback("")
 
 
-@flow
 async def test_a_peer_at_another_address_is_not_this_machine(server):
     """The peer's address decides, whatever the request says."""
     address = "127.0.0.1"
@@ -10916,7 +10766,6 @@ async def test_a_peer_at_another_address_is_not_this_machine(server):
     assert await status(handshake(f"/k/{KEY}/client/register")) == 101
 
 
-@flow
 async def test_http_1_0_comes_from_a_proxy_and_needs_a_key(server):
     """nginx's defaults add no header, set a loopback Host and speak HTTP/1.0."""
     for version, status in ((b"1.1", b"200"), (b"1.0", b"401")):
@@ -10931,7 +10780,6 @@ async def test_http_1_0_comes_from_a_proxy_and_needs_a_key(server):
     ("key", 401, 401, 401),
     ("open", 101, 101, 200),
 )
-@flow
 async def test_agents_auth_decides_who_needs_a_key(tmp_path, auth, near, far, listing):
     origin = ("Origin", "https://evil.example")
     async with serving(tmp_path, agents_auth=auth) as server:
@@ -10952,7 +10800,6 @@ async def handler_ask(port, content="Hello", key=KEY, **fields):
     return await ask(port, "POST", "/api/ask", {"content": content, **fields}, key)
 
 
-@flow
 async def test_an_agent_answers_an_ask(server, agent):
     ids = {"conversation_id": "<optional>", "parent_id": "<optional>"}
     async with beside(handler_ask(server.port, **ids)) as asking:
@@ -10990,7 +10837,6 @@ async def test_an_agent_answers_an_ask(server, agent):
     ({"content": "x", "model": "mock/500"}, 500, "fails"),
     ({"content": "x", "model": "mock/429"}, 429, "busy"),
 )
-@flow
 async def test_an_ask_that_is_refused_says_why(server, body, status, text):
     began = time.monotonic()
     reply = await ask(server.port, "POST", "/api/ask", body)
@@ -10998,7 +10844,6 @@ async def test_an_ask_that_is_refused_says_why(server, body, status, text):
     assert list(reply.json()) == ["error"] and text in reply.json()["error"]
 
 
-@flow
 async def test_an_ask_without_a_model_goes_where_one_is_known(tmp_path):
     """One controller is down, and one lists nothing."""
     async with Upstream() as gone:
@@ -11022,7 +10867,6 @@ async def test_an_ask_without_a_model_goes_where_one_is_known(tmp_path):
     (Limits(total_content_size=50_000), 503),
     (Limits(total_content_size=100_000), 200),
 )
-@flow
 async def test_a_short_ask_counts_with_its_conversation(tmp_path, limits, status):
     held = []
 
@@ -11041,7 +10885,6 @@ async def test_a_short_ask_counts_with_its_conversation(tmp_path, limits, status
         assert status != 200 or held[-1] > 54_000
 
 
-@flow
 async def test_an_ask_waits_a_moment_for_an_agent_that_has_just_left(server):
     async with Agent(server):
         assert len(server.agents) == 1
@@ -11085,7 +10928,6 @@ async def test_a_conversation_kept_here_can_branch(server, upstream):
     assert (await handler_ask(server.port, **ids)).status == 404
 
 
-@flow
 async def test_a_conversation_belongs_to_the_user_who_began_it(server):
     other = await add_user(server)
     begun = (await handler_ask(server.port, model="mock/echo")).json()
@@ -11098,7 +10940,6 @@ async def test_a_conversation_belongs_to_the_user_who_began_it(server):
 
 
 @cases("limit", {"conversations": 2}, {"conversations_size": 500})
-@flow
 async def test_conversations_are_bounded(tmp_path, limit):
     """The least recently used go first."""
     async with serving(tmp_path, limits=Limits(**limit)) as server:
@@ -11127,7 +10968,6 @@ def test_the_kept_size_of_conversations_stays_right():
     assert kept._size == sum(c.size for c in kept._kept.values()) < 1000
 
 
-@flow
 async def test_a_huge_conversation_id_of_an_agent_is_not_kept(server, agent):
     for size in (200, 201):
         async with beside(handler_ask(server.port)) as asking:
@@ -11137,7 +10977,6 @@ async def test_a_huge_conversation_id_of_an_agent_is_not_kept(server, agent):
     assert [len(id) for _, id in server.conversations._kept] == [200]
 
 
-@flow
 async def test_a_conversation_stays_with_its_agent(server, constant):
     """While that is gone, too; one that comes back with its id is the same agent."""
     constant(AGENT_RETURN_TIMEOUT=0.05)
@@ -11159,7 +10998,6 @@ async def test_a_conversation_stays_with_its_agent(server, constant):
             assert (await handler_ask(server.port, **ids)).status == 200
 
 
-@flow
 async def test_two_agents_may_hand_out_the_same_conversation_id(server):
     other = await add_user(server)
     async with Agent(server) as first, Agent(server) as second:
@@ -11181,7 +11019,6 @@ async def test_two_agents_may_hand_out_the_same_conversation_id(server):
                 assert reply.json()["content"] == name
 
 
-@flow
 async def test_a_conversation_kept_here_may_go_on_at_a_browser_agent(server):
     """It does not know the id: it gets the whole text, and the ids stay ours."""
     reply = (await handler_ask(server.port, "one", model="mock/echo")).json()
@@ -11207,7 +11044,6 @@ async def test_a_conversation_kept_here_may_go_on_at_a_browser_agent(server):
     ({"alias": "real"}, (), "real"),
     (None, (), None),
 )
-@flow
 async def test_an_ask_takes_its_controllers_first_model(tmp_path, models, names, model):
     """Also before the list has come."""
     behave, options = sends(GOOD_REPLY, models=names), [{"models": models}]
@@ -11226,7 +11062,6 @@ async def test_an_ask_takes_its_controllers_first_model(tmp_path, models, names,
 
 
 @cases("dies", False, True)
-@flow
 async def test_an_agent_that_fails_or_dies_is_replaced(tmp_path, dies):
     async with serving(tmp_path) as server, Agent(server) as first:
         async with Agent(server) as second:
@@ -11281,7 +11116,6 @@ async def test_a_silent_agent_times_out_and_its_late_answer_is_dropped(server, a
     ("ApiResponse", "{}", {}),
     ("error", "x" * 100_000, {}),
 )
-@flow
 async def test_a_failed_answer_fails_one_request(server, agent, message, data, more):
     """The agent stays, and gets the next one."""
     for _ in range(4):
@@ -11300,7 +11134,6 @@ async def test_a_failed_answer_fails_one_request(server, agent, message, data, m
         assert (await asking).json()["content"] == "well again"
 
 
-@flow
 async def test_malformed_messages_of_an_agent_do_no_harm(server, agent, log):
     numeral = '{"id": 5, "message": "error", "data": ' + "1" * 5000 + "}"
     messages = ["no JSON", "", "[" * 100_000, b"\xff\xfe binary", numeral]
@@ -11326,7 +11159,6 @@ async def test_malformed_messages_of_an_agent_do_no_harm(server, agent, log):
 
 
 @cases("claimed", "", "a b", "x" * 129, "a;b", "a=b", "\u00fc", 5, {})
-@flow
 async def test_an_id_that_cannot_be_a_cookie_is_not_taken(server, agent, claimed):
     async with Agent(server) as other:
         pass
@@ -11340,13 +11172,11 @@ async def test_an_id_that_cannot_be_a_cookie_is_not_taken(server, agent, claimed
 
 
 @cases("hello", "[2]", '{"paused": true, "models": ["x"], "max_concurrency": 0}')
-@flow
 async def test_nonsense_in_an_original_agents_hello_is_ignored(server, hello):
     async with Agent(server, hello=hello) as agent, beside(agent.echo()):
         assert chat_text(await chat(server)) == "echo:Hello"
 
 
-@flow
 async def test_an_agent_that_comes_back_takes_over(server, agent):
     async with Agent(server.port, id=agent.id) as new, beside(new.echo()):
         while (event := await agent.event())[0] is not CLOSE:
@@ -11361,7 +11191,6 @@ async def test_an_agent_that_comes_back_takes_over(server, agent):
         assert types.count("agent") == 1
 
 
-@flow
 async def test_a_stranger_does_not_get_a_live_agents_id(server, agent):
     token = await add_user(server, role="agent")
     async with Agent(server.port, f"/k/{token}/client/register", id=agent.id):
@@ -11371,7 +11200,6 @@ async def test_a_stranger_does_not_get_a_live_agents_id(server, agent):
         assert UUID_FORM.fullmatch(stranger)
 
 
-@flow
 async def test_an_agent_gets_one_request_at_a_time(server, agent):
     asks = [handler_ask(server.port, text) for text in ("one", "two")]
     asks = [asyncio.ensure_future(each) for each in asks]
@@ -11385,7 +11213,6 @@ async def test_an_agent_gets_one_request_at_a_time(server, agent):
     assert [(await each).json()["content"] for each in asks] == ["one", "two"]
 
 
-@flow
 async def test_an_answer_as_its_client_leaves_frees_the_agent(server, client, agent):
     client.send(request_bytes("POST", "/api/ask", {"content": "one"}))
     id, _ = await agent.request()
@@ -11397,7 +11224,6 @@ async def test_an_answer_as_its_client_leaves_frees_the_agent(server, client, ag
 
 
 @cases("answers", True, False)
-@flow
 async def test_an_agent_without_a_client_is_busy_until_it_answers(tmp_path, answers):
     """Or until its deadline."""
     limits = Limits(ask_timeout=10 if answers else 0.5)
@@ -11439,7 +11265,6 @@ async def test_a_busy_agent_is_not_dropped_for_its_silence(server, agent):
         assert (await asking).json()["content"] == "slow but sure"
 
 
-@flow
 async def test_an_agent_that_does_not_send_its_id_is_disconnected(server, constant):
     constant(FIRST_MESSAGE_TIMEOUT=0.1)
     agent = Agent(server)
@@ -11462,7 +11287,6 @@ async def test_the_number_of_agents_has_a_limit(server):
 
 
 @cases("by_hand", False, True)
-@flow
 async def test_deleting_an_agents_token_disconnects_it(tmp_path, server, by_hand):
     user = await server.users.add(role="agent")
     own = Agent(server, headers=[("Authorization", user.token)])
@@ -11480,7 +11304,6 @@ async def test_deleting_an_agents_token_disconnects_it(tmp_path, server, by_hand
         assert closing[1][0] == 1008
 
 
-@flow
 async def test_connections_are_listed_as_the_original_did(server):
     reply = await ask(server.port, "GET", "/api/connections", key="")
     assert reply.json() == {"connections": []}
@@ -11498,7 +11321,6 @@ async def test_connections_are_listed_as_the_original_did(server):
 
 
 @cases("stream", False, True)
-@flow
 async def test_a_browser_agent_answers_chat_completions(server, agent, stream):
     system = {"role": "system", "content": "Be brief."}
     body = chat_body([{"type": "text", "text": "Hello"}], "gpt-x", stream=stream)
@@ -11522,7 +11344,6 @@ async def test_a_browser_agent_answers_chat_completions(server, agent, stream):
         assert body["usage"]["completion_tokens"] == 1
 
 
-@flow
 async def test_paths_that_a_browser_agent_cannot_answer_go_elsewhere(server, agent):
     body = {"model": "m", "input": "x"}
     assert (await ask(server.port, "POST", "/v1/embeddings", body)).status == 404
@@ -11596,7 +11417,6 @@ async def test_header_fields_travel_both_ways_but_private_ones(server, upstream)
 
 
 @cases("change, param", ({"stream": "true"}, "stream"), (b"", None))
-@flow
 async def test_an_invalid_chat_is_400_and_names_the_field(
     server, upstream, change, param
 ):
@@ -11609,7 +11429,6 @@ async def test_an_invalid_chat_is_400_and_names_the_field(
 
 @cases("passes", False, True)
 @cases("status", 401, 403, 429, 500, 503)
-@flow
 async def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
     error = {"message": "UPSTREAMSECRET says no", "type": "odd", "code": "why"}
     answer = http_reply({"error": error}, status, headers=[("Retry-After", "7")])
@@ -11663,7 +11482,6 @@ async def test_models_are_listed(server):
     assert reply.status == 404 and chat_error(reply)["code"] == "model_not_found"
 
 
-@flow
 async def test_other_paths_go_to_the_controller_of_the_model(tmp_path):
     replies = [http_reply({"object": name}) for name in ("one", "two")]
     options = [{"models": ["a"]}, {"models": ["b"]}]
@@ -11688,7 +11506,6 @@ async def test_other_paths_go_to_the_controller_of_the_model(tmp_path):
 # --- Streams
 
 
-@flow
 async def test_a_stream_is_relayed_as_it_comes(server, upstream):
     go_on = asyncio.Event()
     first, second = chunk("Hel"), chunk("lo", "stop")
@@ -11709,7 +11526,6 @@ async def test_a_stream_is_relayed_as_it_comes(server, upstream):
 
 
 @cases("wanted", False, True)
-@flow
 async def test_usage_is_shown_only_on_request(server, upstream, controller, wanted):
     last = chunk(choices=[], usage=completion()["usage"])
     upstream.behave = streams(chunk("Hi"), chunk(None, "stop"), last, DONE)
@@ -11762,7 +11578,6 @@ async def test_no_comment_follows_the_end_of_a_stream(server, client):
         await asyncio.sleep(0.2)
 
 
-@flow
 async def test_comments_begin_a_200_whatever_failed_before(tmp_path):
     """The status of a controller that failed is not passed on."""
     go_on = asyncio.Event()
@@ -11791,7 +11606,6 @@ BROKEN_ENDINGS = {
 
 
 @cases("ending", *BROKEN_ENDINGS)
-@flow
 async def test_a_failure_in_mid_stream_is_one_error_event(tmp_path, ending):
     """No [DONE], no invented finish_reason, no other answer behind the first."""
     go_on = asyncio.Event()
@@ -11822,7 +11636,6 @@ async def test_a_stream_in_http_1_0_ends_with_its_connection(server):
 # --- Clients as they are
 
 
-@flow
 async def test_a_path_under_v1_has_one_form(server, upstream):
     for path in """/v1//chat/completions /v1/chat/completions/ //v1/chat/completions
         /v1/v1/chat/completions /v1/v1//chat//completions// /chat/completions/""".split():
@@ -11832,7 +11645,6 @@ async def test_a_path_under_v1_has_one_form(server, upstream):
         assert (await ask(server.port, "GET", path)).status == 200
 
 
-@flow
 async def test_a_base_url_without_v1_serves_every_known_endpoint(server):
     body = {"model": "mock/echo", "input": "x", "prompt": "x", "messages": []}
     for path in apiserver.DIALECTS:
@@ -11845,7 +11657,6 @@ async def test_a_base_url_without_v1_serves_every_known_endpoint(server):
 
 
 @cases("base", "/v2", "/openai/v1", "/v1/chat/completions")
-@flow
 async def test_a_wrong_base_url_is_named_where_an_sdk_shows_it(server, upstream, base):
     for method, end in (("GET", "/models"), ("POST", "/chat/completions")):
         reply = await ask(server.port, method, base + end, CHAT)
@@ -11857,7 +11668,6 @@ async def test_a_wrong_base_url_is_named_where_an_sdk_shows_it(server, upstream,
     assert "base URL" not in reply.json()["error"]["message"]
 
 
-@flow
 async def test_a_protocol_that_is_not_spoken_is_refused_at_once(server):
     websocket = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
     reply = await ask(server.port, "GET", "/v1/responses", headers=websocket)
@@ -11871,7 +11681,6 @@ async def test_a_protocol_that_is_not_spoken_is_refused_at_once(server):
 
 
 @cases("coding", "gzip", "GZIP", "x-gzip", "deflate", "identity")
-@flow
 async def test_a_compressed_request_is_read(server, upstream, coding):
     content = json.dumps(CHAT).encode()
     encode = {"deflate": zlib.compress, "identity": bytes}.get(coding, gzip.compress)
@@ -11906,7 +11715,6 @@ async def test_what_cannot_be_decompressed_is_refused(server, coding, content, s
 
 
 @cases("limits", Limits(content_size=9_000), Limits(total_content_size=9_000))
-@flow
 async def test_nothing_follows_content_that_was_refused_midway(tmp_path, limits):
     bomb = gzip.compress(bytes(1_000_000))
     post = request_bytes("POST", CHAT_URL, bomb, headers=[("Content-Encoding", "gzip")])
@@ -11941,7 +11749,6 @@ async def test_errors_of_messages_are_anthropics(
     assert error["error"]["type"] == kind and error["error"]["message"]
 
 
-@flow
 async def test_anthropics_clients_get_models_in_their_own_shape(server):
     server.add(pool_function("f", models=["a", "b"]))
     version = [("anthropic-version", "2023-06-01")]
@@ -11953,7 +11760,6 @@ async def test_anthropics_clients_get_models_in_their_own_shape(server):
     assert reply.json()["data"][-1]["object"] == "model"
 
 
-@flow
 async def test_a_model_may_be_left_out_where_one_alone_could_be_meant(tmp_path):
     async with pool_of(tmp_path, None, options=[ANY]) as (server, _, _):
         for path in ("/v1/moderations", "/v1/images/generations", "/v1/x"):
@@ -11996,7 +11802,6 @@ async def test_a_request_that_names_two_models_is_refused(server, upstream, kind
     ("/v1/messages", b'event: error\ndata: {"type": "error", "error": {'),
     ("/v1/responses", b'event: error\ndata: {"type": "error", "sequence_number"'),
 )
-@flow
 async def test_an_error_after_a_comment_ends_the_stream_unfinished(
     tmp_path, path, begins, status
 ):
@@ -12017,7 +11822,6 @@ async def test_an_error_after_a_comment_ends_the_stream_unfinished(
     (CHAT_URL, b"text/event-stream", 0.05, 0),
     ("/v1/audio/speech", b"audio/mpeg", 0, 0.02),
 )
-@flow
 async def test_an_interval_of_0_and_audio_mean_no_comments(
     tmp_path, path, kind, wait, interval
 ):
@@ -12050,7 +11854,6 @@ async def test_json_of_many_small_values_counts_as_large_as_it_gets(server):
     ("127.0.0.1", False, 101),
     ("127.0.0.1", True, 401),
 )
-@flow
 async def test_agents_need_no_key_only_on_a_local_server_without_tls(
     tmp_path, certificate, listen, tls, expected
 ):
@@ -12068,7 +11871,6 @@ async def test_agents_need_no_key_only_on_a_local_server_without_tls(
 
 @cases("leaves", connection_drop, connection_cut, lambda writer: writer.write_eof())
 @cases("phase", "before head", "after head", "in mid-stream", "in a flood", "whole")
-@flow
 async def test_a_hang_up_ends_the_upstreams_work(server, upstream, log, phase, leaves):
     steps = {
         "after head": [STREAM_HEAD],
@@ -12103,7 +11905,6 @@ async def test_clients_that_leave_at_done_leave_no_connection_behind(
     assert not controller.in_flight
 
 
-@flow
 async def test_clients_that_leave_at_done_leave_no_call_at_an_agent(server):
     head = json.dumps({"status": 200, "content_type": "text/event-stream"})
     async with Agent(server, hello=agent_hello()) as agent:
@@ -12117,7 +11918,6 @@ async def test_clients_that_leave_at_done_leave_no_call_at_an_agent(server):
         await until(lambda: not controller._calls and not controller.in_flight)
 
 
-@flow
 async def test_a_hang_up_during_the_retry_without_usage_closes_both(server, upstream):
     refusal = error_reply(400, "no", headers=[("Connection", "close")])
     upstream.behave = by_words({"stream_options": sends(refusal, 30)}, usual=sends(30))
@@ -12131,7 +11931,6 @@ async def test_a_hang_up_during_the_retry_without_usage_closes_both(server, upst
     *[(name, False) for name in "mock/echo mock/500 none drops fails".split()],
     *[(name, leaves) for name in ("silent", "gate") for leaves in (False, True)],
 )
-@flow
 async def test_what_a_request_holds_is_freed_with_it(tmp_path, model, leaves):
     """It may be 32 MiB."""
     limits = Limits(first_byte_timeout=0.3, queue_timeout=0.1, cool_failures=1000)
@@ -12168,7 +11967,6 @@ async def test_what_a_request_holds_is_freed_with_it(tmp_path, model, leaves):
 # --- Administration
 
 
-@flow
 async def test_users_are_added_listed_and_deleted(server):
     reply = await ask(server.port, "GET", f"/admin/users?admin_key={KEY}", key="")
     assert reply.json() == {"users": []}
@@ -12197,7 +11995,6 @@ async def test_controllers_are_listed_with_what_they_have_done(server):
 
 
 @cases("limit", "user_requests_in_flight", "user_requests_per_minute")
-@flow
 async def test_one_users_requests_have_a_limit(tmp_path, limit):
     limits = Limits(**{limit: 2})
     async with pool_of(tmp_path, sends(60), limits=limits) as (server, (upstream,), _):
@@ -12283,7 +12080,6 @@ def reload(program, pattern, folder=None, *controllers, **settings):
 # --- In Python
 
 
-@flow
 async def test_async_with_leaves_nothing_behind(tmp_path):
     tasks, files = asyncio.all_tasks(), sorted(os.listdir("/dev/fd"))
     server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
@@ -12301,7 +12097,6 @@ async def test_async_with_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "users.json").exists()
 
 
-@flow
 async def test_a_server_runs_again_and_again(tmp_path):
     """In a loop, in a thread, with what it holds: users, upstreams, threads."""
 
@@ -12343,7 +12138,6 @@ def test_running_raises_what_kept_it_from_starting(tmp_path):
     assert is_refused(port)
 
 
-@flow
 async def test_two_servers_in_one_loop_are_independent(tmp_path, server):
     async with Server("other", port=0, users=str(tmp_path / "two.json")) as two:
         assert server.port != two.port
@@ -12419,7 +12213,6 @@ def test_development_mode_finds_nothing_to_warn_about(tmp_path):
     assert not (tmp_path / "users.json").exists()
 
 
-@flow
 async def test_ipv6_is_answered_on_the_same_port(tmp_path):
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
@@ -12433,7 +12226,6 @@ async def test_ipv6_is_answered_on_the_same_port(tmp_path):
                 assert (await client.request("GET", "/health")).content == b"OK"
 
 
-@flow
 async def test_https_and_wss_with_a_certificate(tmp_path, certificate):
     files, context = certificate
     async with serving(tmp_path, **files) as server:
@@ -12483,7 +12275,6 @@ async def test_an_idle_connection_gives_way_and_no_more_are_taken(server, gate):
             end.cancel()
 
 
-@flow
 async def test_connections_that_reset_at_once_leave_nothing(server, log):
     """No file stays open, and the log does not list them."""
 
@@ -12624,7 +12415,6 @@ def test_a_start_that_fails_is_one_line_and_a_status(tmp_path, arguments, status
     assert taken not in arguments or taken in lines[-1], "it names the port"
 
 
-@flow
 async def test_openai_api_key_in_the_environment_is_a_controller(tmp_path):
     async with Upstream() as upstream:
         env = {"OPENAI_API_KEY": "sk-UPSTREAMSECRET", "OPENAI_BASE_URL": upstream.url}
@@ -12640,7 +12430,6 @@ async def test_openai_api_key_in_the_environment_is_a_controller(tmp_path):
 # --- The log
 
 
-@flow
 async def test_the_access_line_shows_user_request_and_result_but_no_secret(tmp_path):
     async with Upstream(error_reply(500)) as bad, Upstream() as good:
         one, two = entry("one", bad, weight=9), entry("two", good)
@@ -12676,7 +12465,6 @@ async def test_the_access_line_shows_user_request_and_result_but_no_secret(tmp_p
 
 @needs_posix
 @cases("closed", "held", "the pipe", "2>&-", "<&- 2>&-", "<&- >&- 2>&-")
-@flow
 async def test_a_log_without_a_reader_is_no_reason_to_stop(tmp_path, closed):
     """Stdin closed, stderr a closed pipe or none, or one that is not read: nothing
     lands elsewhere, and no request is held up."""
@@ -12715,7 +12503,6 @@ async def test_a_log_without_a_reader_is_no_reason_to_stop(tmp_path, closed):
 
 @needs_posix
 @cases("number", signal.SIGTERM, signal.SIGINT)
-@flow
 async def test_an_idle_program_ends_at_once(tmp_path, number):
     """Idle keep-alives are closed, agents get close 1001."""
     with program_in(tmp_path) as program:
@@ -12736,7 +12523,6 @@ async def test_an_idle_program_ends_at_once(tmp_path, number):
 
 
 @needs_posix
-@flow
 async def test_a_running_stream_may_finish_and_nothing_new_begins(tmp_path):
     body = chat_body("Hello you", "mock/slow?seconds=0.8", stream=True)
     with program_in(tmp_path) as program:
@@ -12753,7 +12539,6 @@ async def test_a_running_stream_may_finish_and_nothing_new_begins(tmp_path):
 
 @needs_posix
 @cases("twice", False, True)
-@flow
 async def test_what_does_not_finish_is_cut_at_the_deadline_or_a_second_signal(
     tmp_path, twice
 ):
@@ -12830,7 +12615,6 @@ async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
 
 
 @needs_posix
-@flow
 async def test_a_reload_changes_what_a_tape_does(tmp_path):
     async with Upstream() as upstream:
         up = entry("m", upstream)
@@ -12852,7 +12636,6 @@ async def test_a_reload_changes_what_a_tape_does(tmp_path):
 
 
 @needs_posix
-@flow
 async def test_sighup_loads_a_renewed_certificate_but_no_bad_one(tmp_path, certificate):
     anybody = ssl._create_unverified_context()
 
@@ -12901,7 +12684,6 @@ async def test_sighup_takes_a_controller_with_an_agents_name_and_changes(tmp_pat
         assert "Error" not in program.stderr
 
 
-@flow
 async def test_a_tls_handshake_that_never_ends_is_dropped(tmp_path, certificate):
     tasks = asyncio.all_tasks()
     async with serving(tmp_path, **certificate[0]) as server:
@@ -13153,7 +12935,6 @@ def agent_program(tmp_path, *options, command=f"{sys.executable} -c print(1)"):
     ("http", True, "it closed the connection without an answer", "; is it https?"),
     ("https", True, "its certificate is not trusted (unable to get local issuer", ""),
 )
-@flow
 async def test_a_wrong_scheme_is_reported_with_its_cure(
     tmp_path, certificate, scheme, tls, words, cure
 ):
@@ -13169,7 +12950,6 @@ async def test_a_wrong_scheme_is_reported_with_its_cure(
             assert agent.log.has(cure)
 
 
-@flow
 async def test_an_agent_answers_whole_and_streamed(tmp_path):
     made = agent_before(tmp_path, agent_upstream, None)
     async with made as (server, agent, upstream):
@@ -13182,7 +12962,6 @@ async def test_an_agent_answers_whole_and_streamed(tmp_path):
         assert upstream.connections == 1
 
 
-@flow
 async def test_an_agent_carries_any_path_and_any_content(tmp_path):
     async with agent_before(tmp_path, agent_upstream, None) as (server, _, upstream):
         body = {"model": "n", "input": "x", "new_field": 0.0}
@@ -13205,7 +12984,6 @@ async def test_an_agent_carries_any_path_and_any_content(tmp_path):
 
 
 @cases("status", 400, 429)
-@flow
 async def test_an_agents_upstream_refuses_and_the_client_sees_why(tmp_path, status):
     answer = error_reply(status, "it is bad")
     answer = answer.replace(b"\r\n", b"\r\nRetry-After: 7\r\n", 1)
@@ -13216,7 +12994,6 @@ async def test_an_agents_upstream_refuses_and_the_client_sees_why(tmp_path, stat
         assert status == 400 or reply.headers["retry-after"] == "7"
 
 
-@flow
 async def test_an_agents_upstream_may_refuse_stream_options(tmp_path):
     usual = streams(chunk("Hi", "stop"), DONE)
     refusal = error_reply(400, "stream_options?")
@@ -13227,7 +13004,6 @@ async def test_an_agents_upstream_may_refuse_stream_options(tmp_path):
             assert reply.status == 200 and len(upstream.requests) == asked
 
 
-@flow
 async def test_a_slow_client_of_an_agent_holds_up_no_other(server):
     async def flood(request):
         for _ in range(300 if request["messages"][0]["content"] == "much" else 2):
@@ -13252,7 +13028,6 @@ async def test_a_slow_client_of_an_agent_holds_up_no_other(server):
             assert (await chat(server, stream=True)).status == 200
 
 
-@flow
 async def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_path):
     async with agent_before(tmp_path, agent_begins) as (server, agent, upstream):
         for count, body in ((1, CHAT), (2, STREAM)):
@@ -13265,7 +13040,6 @@ async def test_a_client_that_leaves_ends_the_work_of_the_agents_upstream(tmp_pat
         assert agent.id in server.agents  # and stays
 
 
-@flow
 async def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
     async with agent_before(tmp_path, agent_begins) as (server, agent, upstream):
         async with posting(server) as client:
@@ -13277,7 +13051,6 @@ async def test_an_agent_that_dies_in_mid_stream_is_an_error_event(tmp_path):
             await until(lambda: upstream.ended == 1)
 
 
-@flow
 async def test_what_an_agent_drops_before_the_first_byte_goes_to_another(server):
     asked = []
 
@@ -13297,7 +13070,6 @@ async def test_what_an_agent_drops_before_the_first_byte_goes_to_another(server)
             assert asked[-2:] == ["first", "second"]
 
 
-@flow
 async def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
     async with contextlib.AsyncExitStack() as stack:
         async with serving(tmp_path) as server:
@@ -13313,7 +13085,6 @@ async def test_an_agent_comes_back_to_a_restarted_server_with_its_id(tmp_path):
 
 
 @cases("role, words", (None, "(401)"), ("user", "(403)"))
-@flow
 async def test_a_refused_key_is_logged_once_and_tried_again(
     server, constant, role, words
 ):
@@ -13327,7 +13098,6 @@ async def test_a_refused_key_is_logged_once_and_tried_again(
         assert "--key" in agent.log[0] and key not in agent.log[0]
 
 
-@flow
 async def test_a_drained_agent_finishes_its_calls_and_gets_no_more(
     server, client, constant
 ):
@@ -13353,7 +13123,6 @@ async def test_a_drained_agent_finishes_its_calls_and_gets_no_more(
         assert controller.websocket.close_code == 1001 and not server.agents
 
 
-@flow
 async def test_a_second_shutdown_request_ends_an_agent_at_once(server):
     gate = PoolGate(models=["m"])
     async with agent_of(server, gate.controller) as agent:
@@ -13366,7 +13135,6 @@ async def test_a_second_shutdown_request_ends_an_agent_at_once(server):
         assert reply.status == 500 and b"agent_lost" in reply.content
 
 
-@flow
 async def test_an_agent_waits_for_its_upstreams_list_and_follows_it(tmp_path, constant):
     constant(MODELS_INTERVAL=0.02)
     names = []
@@ -13392,7 +13160,6 @@ async def test_an_agent_waits_for_its_upstreams_list_and_follows_it(tmp_path, co
             assert agent.log.has("now serving two, three")
 
 
-@flow
 async def test_an_agent_logs_what_is_listed_in_place_of_its_models(server):
     async with Upstream(sends(b"", models=("a", "b:latest"))) as upstream:
         found = upstream.controller(name="up")
@@ -13459,7 +13226,6 @@ PATH_ATTACKS = [
 ]
 
 
-@flow
 async def test_a_malicious_server_reaches_nothing_but_the_api():
     async with Upstream(agent_upstream) as upstream, AgentServer() as server:
         async with agent_of(server.port, upstream.controller(models=["m"])):
@@ -13496,7 +13262,6 @@ NONSENSE = (
 )
 
 
-@flow
 async def test_nonsense_from_a_server_does_not_end_an_agent():
     async with AgentServer() as server, agent_of(server.port, says_hi()):
         await server.heard("Connection id")
@@ -13506,7 +13271,6 @@ async def test_nonsense_from_a_server_does_not_end_an_agent():
             assert head["status"] == 200 and len(server.heads) == 1, message
 
 
-@flow
 async def test_an_agent_takes_no_more_calls_than_it_announced():
     gate = PoolGate(models=["m"])
     async with AgentServer() as server:
@@ -13525,7 +13289,6 @@ async def test_an_agent_takes_no_more_calls_than_it_announced():
         assert not link.calls and not agent.links
 
 
-@flow
 async def test_a_slow_server_slows_the_upstream():
     made = 0
 
@@ -13549,7 +13312,6 @@ async def test_a_slow_server_slows_the_upstream():
             await until(lambda: made > seen + 100)
 
 
-@flow
 async def test_a_server_that_closes_without_a_reason_is_told_so():
     async with AgentServer() as server:
         async with agent_of(server.port, says_hi()) as agent:
@@ -13558,7 +13320,6 @@ async def test_a_server_that_closes_without_a_reason_is_told_so():
             await until(lambda: agent.log.has(" ended (1000) (redialling)"))
 
 
-@flow
 async def test_a_silent_server_is_dropped_and_dialled_again():
     limits = Limits(ping_interval=0.05, pong_timeout=0.05)
     async with AgentServer() as server:
@@ -13577,7 +13338,6 @@ async def test_a_silent_server_is_dropped_and_dialled_again():
     (301, "redirects"),
     (503, "503"),
 )
-@flow
 async def test_an_agent_logs_what_is_wrong_with_a_server(status, words):
     async with AgentServer(status=status) as server:
         async with agent_of(server.port, says_hi()) as agent:
@@ -13587,7 +13347,6 @@ async def test_an_agent_logs_what_is_wrong_with_a_server(status, words):
 
 
 @cases("status, backs_off", (404, True), (426, True), (302, True), (503, False))
-@flow
 async def test_an_agent_backs_off_from_a_server_that_refuses_it(
     constant, monkeypatch, status, backs_off
 ):
@@ -13605,7 +13364,6 @@ async def test_an_agent_backs_off_from_a_server_that_refuses_it(
     assert max(longest) == (1.0 if backs_off else 0.06)
 
 
-@flow
 async def test_an_agent_logs_the_name_it_got(server):
     async with agent_of(server, says_hi()) as one, agent_of(server, says_hi()) as two:
         await until(lambda: two.log.has(" calls this agent box-2"))
@@ -13626,14 +13384,12 @@ def agent_command(script, **options):
     ("import sys; sys.stderr.write('x' * 999999); print(1)", False, "1\n"),
     ids=["text", "json", "much", "complaints"],
 )
-@flow
 async def test_a_program_answers(server, monkeypatch, script, whole, expected):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
     async with agent_of(server, agent_command(script, whole=whole)):
         assert chat_text(await chat(server)) == expected
 
 
-@flow
 async def test_a_program_that_fails_is_an_error_with_its_status(server, caplog):
     script = "import sys; print('Hi', flush=True); sys.exit('no model here')"
     async with agent_of(server, agent_command(script)):
@@ -13648,7 +13404,6 @@ async def test_a_program_that_fails_is_an_error_with_its_status(server, caplog):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
-@flow
 async def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_path):
     script = (
         "import subprocess, sys, time\n"
@@ -13676,7 +13431,6 @@ async def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_
         await until(lambda: gone(pid))
 
 
-@flow
 async def test_a_finished_call_is_not_cancelled_and_late_messages_are_dropped(server):
     head = json.dumps({"status": 200, "content_type": "text/event-stream"})
     events = HI_EVENTS.decode()
@@ -13719,7 +13473,6 @@ async def test_a_finished_call_is_not_cancelled_and_late_messages_are_dropped(se
     [("ApiResponse", '{"status": 200}'), ("ChatGptResponse", "{}"), ("ApiEnd", "")],
     [("ApiResponse", '{"status": 503, "retry_after": "x\\r\\ny"}'), ("ApiEnd", "")],
 )
-@flow
 async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
     async with Upstream() as upstream, serving(tmp_path) as server:
         server.add(upstream.controller(models=["m"]))
@@ -13735,7 +13488,6 @@ async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
             assert not controller._calls and controller.in_flight == 0
 
 
-@flow
 async def test_an_agents_content_type_cannot_break_the_answer(server):
     head = {"status": 200, "content_type": "text/plain\r\nSet-Cookie: x"}
     async with Agent(server, hello=agent_hello()) as agent:
@@ -13751,7 +13503,6 @@ async def test_an_agents_content_type_cannot_break_the_answer(server):
 
 @cases("status", 204, 205)
 @cases("kind", "text/plain", "text/event-stream", "application/json")
-@flow
 async def test_content_after_a_status_without_it_is_dropped(server, status, kind):
     head = json.dumps({"status": status, "content_type": kind})
     async with Agent(server, hello=agent_hello()) as agent:
@@ -13791,7 +13542,6 @@ async def test_what_an_agent_sends_just_in_time_is_in_time(server):
             assert (await asking).content.endswith(DONE)
 
 
-@flow
 async def test_a_hundred_agents_at_once(tmp_path):
     before = asyncio.all_tasks()
     async with serving(tmp_path) as server, contextlib.AsyncExitStack() as stack:
@@ -13826,7 +13576,6 @@ def serving_urls(*servers):
     return [f"127.0.0.1:{server.port}" for server in servers]
 
 
-@flow
 async def test_an_agent_serves_several_servers_independently(tmp_path):
     async with serving(tmp_path) as one, contextlib.AsyncExitStack() as stack:
         async with serving(tmp_path) as two:
@@ -13844,7 +13593,6 @@ async def test_an_agent_serves_several_servers_independently(tmp_path):
         assert not agent.log.has(f"{urls[0]} ended")
 
 
-@flow
 async def test_a_call_ends_before_the_next_one_begins(tmp_path, constant):
     """An upstream's last chunk may come late: its agent was "full", for 250 ms."""
     constant(AGENT_FULL_PAUSE=60.0)
@@ -13858,7 +13606,6 @@ async def test_a_call_ends_before_the_next_one_begins(tmp_path, constant):
                     assert reply.content.endswith(DONE)
 
 
-@flow
 async def test_a_cancelled_call_holds_up_no_other(tmp_path, constant):
     constant(AGENT_FULL_PAUSE=60.0)
 
@@ -13880,7 +13627,6 @@ async def test_a_cancelled_call_holds_up_no_other(tmp_path, constant):
             assert (await asyncio.wait_for(asking, 5)).status == 200
 
 
-@flow
 async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
     gate = PoolGate(models=["m"])
     async with two_servers(tmp_path) as servers:
@@ -13936,7 +13682,6 @@ def found(monkeypatch):
     return found
 
 
-@flow
 async def test_an_address_that_is_gone_is_dialled_no_longer(tmp_path, found):
     """Behind a load balancer, a server's addresses change all the time."""
     async with serving(tmp_path, listen="0.0.0.0") as server:
@@ -13952,7 +13697,6 @@ async def test_an_address_that_is_gone_is_dialled_no_longer(tmp_path, found):
             assert first in server.agents.values()
 
 
-@flow
 async def test_every_address_of_a_servers_name_is_dialled(tmp_path, found):
     async with contextlib.AsyncExitStack() as stack:
         one = await stack.enter_async_context(serving(tmp_path, listen="127.0.0.2"))
@@ -13979,7 +13723,6 @@ async def test_every_address_of_a_servers_name_is_dialled(tmp_path, found):
             assert not one.agents and agent.id in two.agents
 
 
-@flow
 async def test_an_agent_that_ends_does_not_wait_to_redial(
     server, constant, monkeypatch
 ):
@@ -13997,7 +13740,6 @@ async def test_an_agent_that_ends_does_not_wait_to_redial(
         assert time.monotonic() - began < 0.8
 
 
-@flow
 async def test_two_ways_to_one_server_are_one_registration(server):
     urls = [f"127.0.0.1:{server.port}", f"localhost:{server.port}"]
     async with agent_of_all(urls, says_hi()) as agent:
@@ -14013,7 +13755,6 @@ async def test_two_ways_to_one_server_are_one_registration(server):
         assert sum(bool(link.websocket) for link in agent.links.values()) == 1
 
 
-@flow
 async def test_a_paused_agent_stays_and_gets_no_requests(tmp_path):
     async with two_servers(tmp_path) as servers:
         urls = serving_urls(*servers)
@@ -14038,7 +13779,6 @@ async def test_a_paused_agent_stays_and_gets_no_requests(tmp_path):
     (("controllers/disable", {}), ("controllers/enable", {})),
     ids=["pause", "by-name", "disable"],
 )
-@flow
 async def test_an_agent_stays_paused_when_it_comes_back(tmp_path, off, on):
     async with serving(tmp_path) as server, agent_of(server, says_hi()) as agent:
 
@@ -14061,7 +13801,6 @@ async def test_an_agent_stays_paused_when_it_comes_back(tmp_path, off, on):
         assert await post(*off, key="no") == 401
 
 
-@flow
 async def test_an_agent_logs_that_its_upstream_refuses_the_key():
     error = {"error": {"message": "no", "code": "invalid_api_key"}}
     async with Upstream(http_reply(error, 401)) as upstream, AgentServer() as server:
@@ -14072,7 +13811,6 @@ async def test_an_agent_logs_that_its_upstream_refuses_the_key():
             assert len(agent.log) == 1
 
 
-@flow
 async def test_an_endless_list_of_models_does_not_hold_up_an_agent(server):
     async def behave(request, writer):
         writer.write(JSON_HEAD + b"\r\n")
@@ -14101,7 +13839,6 @@ def test_a_signal_pauses_an_agent_and_resumes_it(tmp_path):
             assert fetch(server.port, "POST", CHAT_URL, CHAT).status == status
 
 
-@flow
 async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
     """As in `curl .../agent.py | python3 - agent ...`."""
     url = f"ws://localhost:{server.port}/k/{KEY}"
@@ -15284,3 +15021,13 @@ def test_a_readme_fixture_serves_each_test(tmp_path):
             test_one(base_url)
     """)
     assert "2 passed" in run_pytest(tmp_path, code)
+
+
+# Run the async tests above that flow() has not decorated, for they have no options.
+globals().update(
+    {
+        name: flow(test)
+        for name, test in globals().items()
+        if name.startswith("test_") and inspect.iscoroutinefunction(test)
+    }
+)
