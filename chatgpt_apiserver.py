@@ -9371,6 +9371,15 @@ class Exchange:
             server.count(record, None if call is None else self.user)
         self.call = None  # or its content would live as long as the connection
 
+    async def drain(self) -> None:
+        """Wait for a slow client; what it has not read counts as its user's content."""
+        self.reserved = self.connection.unsent if self.user is not None else 0
+        self.server.content_size += self.reserved
+        try:
+            await self.connection.drain()
+        finally:
+            self.reserve(-self.reserved)
+
     @property
     def user_name(self) -> str:
         """The user's name in the log and the journal; "" if unknown."""
@@ -10064,7 +10073,15 @@ async def do_source(exchange: Exchange) -> None:
     source, _ = own_source()
     if not source:
         raise APIError(404, "The source is not available: it was piped into Python.")
-    exchange.reply.send(200, source, [("Content-Type", "text/x-python")])
+    reply, fields = exchange.reply, {"Content-Type": "text/x-python"}
+    if exchange.request.method == "HEAD":
+        reply.send(200, source, fields.items())
+        return
+    reply.begin(200, fields)
+    for end in range(PIECE_SIZE, len(source) + PIECE_SIZE, PIECE_SIZE):
+        reply.write(source[end - PIECE_SIZE : end], last=end >= len(source))
+        if not exchange.connection.writable:  # a stranger may never read it
+            await exchange.connection.drain()
 
 
 def do_preflight(exchange: Exchange) -> None:
@@ -10235,7 +10252,7 @@ class RequestHandler:
                 # Drain now: a client that pipelines and never reads would fill the
                 # memory, and close() waits only a moment for unsent bytes.
                 if not connection.writable and not connection.closing:
-                    await connection.drain()
+                    await exchange.drain()
                 elif connection.buffer:
                     await asyncio.sleep(0)  # a long pipeline must not starve others
                 self.exchange = None
