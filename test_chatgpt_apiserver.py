@@ -11856,8 +11856,9 @@ async def test_an_interval_of_0_and_audio_mean_no_comments(
 async def test_json_of_many_small_values_counts_as_large_as_it_gets(server):
     """A few bodies below every limit would take gigabytes."""
     head = b'{"model": "mock/echo", "messages": [{"content": "Hi"}], "z": ['
-    for count, status in ((1000, 200), (100_000, 200), (300_000, 413)):
-        body = head + b"{}," * count + b"{}]}"
+    counts = ((b"{},", 1000, 200), (b"{},", 200_000, 200), (b"{},", 300_000, 413))
+    for value, count, status in (*counts, (b"0,", 900_000, 200)):
+        body = head + value * count + b"{}]}"
         reply = await ask(server.port, "POST", CHAT_URL, body)
         assert reply.status == status, reply.content
         assert server.content_size == 0
