@@ -7302,6 +7302,21 @@ class Pool:
         return Call(self, request)
 
 
+def ends_task(caught: BaseException) -> bool:
+    """Whether an exception is meant for the current task.
+
+    Any other is a controller's failure, even one that would end the event loop or
+    pass for a client that disconnects: functions raise SystemExit, pytest.fail() and
+    the CancelledError of something they await.
+    """
+    if isinstance(caught, asyncio.CancelledError):
+        cancelling = getattr(asyncio.current_task(), "cancelling", None)
+        return cancelling is None or cancelling() > 0  # None before Python 3.11
+    if isinstance(caught, KeyboardInterrupt):  # Ctrl-C arrives in the main thread
+        return threading.current_thread() is threading.main_thread()
+    return False
+
+
 # An image, a sound or a file inside a request: its bytes are not tokens.
 _INLINE = re.compile(rb'[",][A-Za-z0-9+/_\\-]{1000,}')  # some write \/ for /
 
@@ -7405,11 +7420,10 @@ class Call:
                 self.pool.remember(controller, request, self.content or self._first)
             self.began_at = asyncio.get_running_loop().time()
             return None
-        except asyncio.CancelledError:
-            await self._release()
-            raise
-        except Exception as caught:
+        except BaseException as caught:  # functions raise SystemExit, too
             try:
+                if ends_task(caught):
+                    raise
                 error = self._explain(controller, caught)
             finally:
                 await self._release()
@@ -7611,7 +7625,9 @@ class Call:
                     block = await self._next_block(stream)
                 if stream.error is not None and not block:
                     raise self._event_error(stream.error)
-        except Exception as caught:
+        except BaseException as caught:
+            if ends_task(caught):
+                raise
             error = self._explain(self.controller, caught)
             self.pool.report(f"{self.request.id} broke off: {error.reason}")
             raise error from None
@@ -7624,7 +7640,7 @@ class Call:
             self._answer.keep()
         return block
 
-    def _explain(self, controller: Controller, caught: Exception) -> APIError:
+    def _explain(self, controller: Controller, caught: BaseException) -> APIError:
         """Turn an exception into an error for the client, and record the failure."""
         name = controller.name
         if isinstance(caught, ControllerError):

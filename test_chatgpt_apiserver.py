@@ -7499,6 +7499,9 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
     asyncio.TimeoutError("secret"),
     StopIteration("secret"),
     KeyError("secret"),
+    SystemExit("secret"),
+    pytest.fail.Exception("secret"),  # a BaseException
+    *[asyncio.CancelledError("secret")] * (sys.version_info >= (3, 11)),
     ids=lambda error: type(error).__name__,
 )
 async def test_clients_learn_nothing_of_a_functions_other_errors(
@@ -7521,6 +7524,23 @@ async def test_clients_learn_nothing_of_a_functions_other_errors(
             assert (await controller_line(server, "f"))["state"] == "ready"
             assert controller.in_flight == 0
     assert "secret" in caplog.text
+
+
+def test_ctrl_c_in_a_function_still_ends_the_program(tmp_path):
+    code = """
+import asyncio, signal, chatgpt_apiserver as c
+async def presses_ctrl_c(request):
+    signal.raise_signal(signal.SIGINT)
+async def main():
+    request = c.parse_chat_request(b'{"model": "m", "messages": []}')
+    pool = c.Pool()
+    pool.add(c.FunctionController(presses_ctrl_c))
+    async with pool.call(request):
+        pass
+asyncio.new_event_loop().run_until_complete(main())
+"""
+    done = run_python("-c", code, cwd=tmp_path)
+    assert done.returncode not in (0, 1) and "KeyboardInterrupt" in done.stderr
 
 
 @cases("result", None, 5, b"bytes", {"content": object()})
