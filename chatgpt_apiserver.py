@@ -5357,16 +5357,7 @@ class Controller:
         if model is None and request.ask is not None:
             if not self.known_models():
                 await self.refresh_models()
-            model = chat_model(filter(request.may_use, self.known_models()))
-            if model is None:
-                raise ControllerError(  # another controller may have one
-                    f"no model of {self.name} is known",
-                    Failure.NONE,
-                    detail="Say which 'model' to use.",
-                    status=400,
-                    type="invalid_request_error",
-                    param="model",
-                )
+            model = self._own_model(request)
         model = self.real_name(model)
         key = (model, request.path)
         include_usage = request.counts_usage and key not in self._without_options
@@ -5387,6 +5378,20 @@ class Controller:
         if again.status < 300 and len(self._without_options) < 1000:
             self._without_options.add(key)
         return again
+
+    def _own_model(self, request: APIRequest) -> str:
+        """Return the model for a question that names none.  ControllerError(400)."""
+        model = self.default_model(request)
+        if model is None:
+            raise ControllerError(  # another controller may have one
+                f"no usable model of {self.name} is known",
+                Failure.NONE,
+                detail="Say which 'model' to use.",
+                status=400,
+                type="invalid_request_error",
+                param="model",
+            )
+        return model
 
     async def _send(self, request: APIRequest, content: bytes) -> Answer:
         """Send a request once, with this content."""
@@ -5421,6 +5426,10 @@ class Controller:
     def known_models(self) -> Iterable[str]:
         """Return the models it is known to have."""
         return self.models or self.listed
+
+    def default_model(self, request: APIRequest) -> str | None:
+        """Return the first known model that can chat and that the user may use."""
+        return chat_model(filter(request.may_use, self.known_models()))
 
     @property
     def has_room(self) -> bool:
@@ -6056,8 +6065,11 @@ class FunctionController(Controller):
         dialect = dialect_of(path)
         return dialect.generates or dialect.counts
 
+    def default_model(self, request: APIRequest) -> str | None:
+        return next(filter(request.may_use, self.models or (self.name,)), None)
+
     async def answer(self, request: APIRequest) -> Answer:
-        model = request.model or next(iter(self.models or ()), self.name)
+        model = request.model or self._own_model(request)
         # Its own copy: the same request may go to another controller.
         body = {**request.dialect.chat(request.body), "model": model}
         sent = estimate_tokens(messages_text(body.get("messages")))
@@ -6892,6 +6904,10 @@ class Pool:
             if controller.answers(path):
                 ways[controller.serves(model)].append(controller)
         able = ways[NAMED] or ways[ANY]
+        if model is None and request.ask is not None:
+            able = [
+                c for c in able if c.default_model(request) or not c.known_models()
+            ] or able
         if model and not ways[NAMED] and self._has_just_left(model, now):
             return []
         if self._unknown and len(able) > 1:
@@ -7101,7 +7117,8 @@ class Pool:
     ) -> Controller:
         """Wait in the queue for a slot; raise error after timeout seconds."""
         loop = asyncio.get_running_loop()
-        kind = (request.model, request.path, request.agent_id, *tried)
+        model = request.model or request.may_use  # without one, the user decides
+        kind = (model, request.path, request.agent_id, *tried)
         waiter = Waiter(request, tried, kind, loop.create_future())
         self._queue.setdefault(request.user, deque()).append(waiter)
         self._kinds[waiter.kind] += 1

@@ -9636,6 +9636,25 @@ async def test_a_user_has_only_its_own_models(server, upstream):
     assert upstream.requests[-1].json()["model"] == "gpt-4o"
 
 
+async def test_an_ask_without_a_model_goes_where_the_user_may_use_one(tmp_path):
+    """At once: each attempt elsewhere would be one of three."""
+    names = ("a", "b", "c", "d", "e", "cheap")
+    functions = (pool_function(name, models=[name, f"{name}-2"]) for name in names)
+    async with serving(tmp_path, *functions) as server:
+        token = await add_user(server, models=["cheap-2"])
+        for _ in names:
+            reply = await handler_ask(server.port, key=token)
+            assert (reply.status, reply.json()["content"]) == (200, "cheap")
+        controllers = server.pool.controllers
+        assert [c.name for c in controllers if c.requests] == ["cheap"]
+        token = await add_user(server, models=["other"])
+        reply = await handler_ask(server.port, key=token)
+        assert (reply.status, reply.json()) == (
+            400,
+            {"error": "Say which 'model' to use."},
+        )
+
+
 async def test_an_expired_or_rotated_token_ends_with_its_time(server, clock):
     users = server.users
     ending = await users.add(expires="2026-11-27T12:01:00Z")  # in a minute
