@@ -2605,9 +2605,13 @@ class APIRequest:
     @property
     def body(self) -> JSONObject:
         """The content's JSON object, parsed again each time if it is large."""
+        return self.parse() if self._body is None else self._body
+
+    def parse(self) -> JSONObject:
+        """Return the content's JSON object, for the caller to change."""
         if not self.is_json:
             raise APIError(400, "The request must be a JSON object.")
-        return parse_object(self.content) if self._body is None else self._body
+        return parse_object(self.content)
 
     @property
     def target(self) -> str:
@@ -5875,13 +5879,17 @@ class TextAgent(AgentController):
         self.websocket.ping()
         super().tell("ping", id=str(uuid.uuid4()))
 
+    @staticmethod
+    def _text(request: APIRequest) -> str:
+        return messages_text(request.body["messages"])
+
     async def answer(self, request: APIRequest) -> Answer:
         """Send one string, and wait for one string."""
         conversation_id = parent_id = ""
         if request.ask is not None and (request.agent_id or not request.ask[1]):
             content, conversation_id, parent_id = request.ask
         else:  # it does not keep this conversation: send all of it as one string
-            content = messages_text(request.body["messages"])
+            content = await run_large(len(request.content), self._text, request)
         self._busy_with = id = str(uuid.uuid4())
         data = {
             "message_id": id,
@@ -6070,13 +6078,11 @@ class FunctionController(Controller):
 
     async def answer(self, request: APIRequest) -> Answer:
         model = request.model or self._own_model(request)
-        # Its own copy: the same request may go to another controller.
-        body = {**request.dialect.chat(request.body), "model": model}
-        sent = estimate_tokens(messages_text(body.get("messages")))
+        body, sent = await run_large(len(request.content), self._read, request)
         # Without this, Claude Code has one token generated, only to count.
         if request.dialect.counts:
-            sent += estimate_tokens(_to_ascii(body["tools"])) if body["tools"] else 0
             return json_answer({"input_tokens": sent})
+        body["model"] = model
         writer = request.dialect.writer(self.head(model), sent)
         with time_limit(request.deadline, self._late()):
             result = await self._call(body)
@@ -6087,6 +6093,16 @@ class FunctionController(Controller):
             head = {"content-type": EVENTS_TYPE}
             return Answer(200, head, self._events(pieces, writer))
         return await self._joined(pieces, writer, result)
+
+    @staticmethod
+    def _read(request: APIRequest) -> tuple[JSONObject, int]:
+        """Return a request as its function gets it, and an estimate of its tokens."""
+        # It is the function's own: the same request may go to another controller.
+        body = request.dialect.chat(request.parse())
+        sent = estimate_tokens(messages_text(body.get("messages")))
+        if request.dialect.counts and body["tools"]:
+            sent += estimate_tokens(_to_ascii(body["tools"]))
+        return body, sent
 
     def head(self, model: str) -> dict[str, Any]:
         """Return the id, created and model of an answer."""
@@ -6254,7 +6270,9 @@ class MockController(FunctionController):
                 if isinstance(piece, bytes):
                     return json_answer(piece)
                 # Delays, refusals and failures are as in a chat.
-        return json_answer(self._embeddings(request))
+        return json_answer(
+            await run_large(len(request.content), self._embeddings, request)
+        )
 
     @staticmethod
     def _embeddings(request: APIRequest) -> JSONObject:

@@ -7470,6 +7470,45 @@ async def test_tool_calls_that_come_one_by_one_are_not_taken_for_one(tmp_path):
         assert [d["tool_calls"][0]["index"] for d in deltas] == [0, 0, 1, 1]
 
 
+@flow
+async def test_a_function_changes_only_its_own_request(tmp_path, tape):
+    """Another controller and the tape get it as it came."""
+
+    def spoils(request):
+        request["messages"][0].clear()
+        raise ValueError
+
+    def answer(request):
+        request["messages"].insert(0, {"role": "system", "content": "Be kind"})
+        return request["messages"][1]["content"]
+
+    functions = [FunctionController(f, models=["m"]) for f in (spoils, answer)]
+    functions[0].weight = 100
+    async with serving(tmp_path, *functions, tape=f"{tape}:auto") as server:
+        for _ in range(2):
+            assert chat_text(await chat(server)) == "Hello"
+            await until(lambda: os.path.getsize(tape))
+        assert [f.requests for f in functions] == [1, 1]
+
+
+@cases("model, path", ("f", CHAT_URL), ("mock/echo", "/v1/embeddings"))
+@flow
+async def test_a_large_request_to_a_function_is_parsed_in_threads(
+    server, monkeypatch, model, path
+):
+    threads = []
+
+    def parse_object(content):
+        threads.append(threading.current_thread())
+        return json.loads(content)
+
+    server.model("f")(lambda request: "Hi")
+    monkeypatch.setattr(apiserver, "parse_object", parse_object)
+    body = {**chat_body("x" * 2_000_000, model), "input": "x"}
+    assert (await ask(server.port, "POST", path, body)).status == 200
+    assert threads and threading.main_thread() not in threads
+
+
 @cases("stream", False, True)
 async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
     fields = {"type": "teapot", "param": "messages", "code": "tea"}
