@@ -6134,10 +6134,13 @@ class FunctionController(Controller):
         pieces.close()
 
     @staticmethod
-    def _usage(writer: ChatWriter, deltas: list[dict[str, Any]]) -> Usage:
-        texts = [content_text(delta.get("content")) for delta in deltas]
-        texts += [_to_ascii(d["tool_calls"]) for d in deltas if d.get("tool_calls")]
-        return Usage(writer.input_tokens, 0, estimate_tokens("".join(texts)))
+    def _size(piece: Any) -> int:
+        """Return how many bytes of an answer a piece holds; four are one token."""
+        if isinstance(piece, bytes):
+            return len(piece)
+        calls = piece.get("tool_calls")
+        text = content_text(piece.get("content")) + (_to_ascii(calls) if calls else "")
+        return len(text.encode("utf-8", "replace"))
 
     async def _pieces(self, request: APIRequest, result: Any) -> Pieces:
         """Yield a function's result as pieces of a message, or bytes as they are."""
@@ -6164,27 +6167,32 @@ class FunctionController(Controller):
 
     async def _joined(self, pieces: Pieces, writer: ChatWriter, result: Any) -> Answer:
         """Return all pieces as one answer; bytes may be JSON or events."""
-        builder, deltas, raw = CompletionBuilder(), [], bytearray()
+        builder, raw, size = CompletionBuilder(), bytearray(), 0
         builder.add({"choices": [{}]})
-        async for piece in pieces:
-            await asyncio.sleep(0)  # it may never await, and would block the loop
-            if isinstance(piece, bytes):
-                raw += piece
-            else:
-                deltas.append(piece)
-                builder.add({"choices": [{"delta": piece}]})
+        try:
+            async for piece in pieces:
+                await asyncio.sleep(0)  # it may never await, and would block the loop
+                size += self._size(piece)
+                if size > self.health.limits.response_size:
+                    raise ProtocolError(502, "its answer is too large")
+                if isinstance(piece, bytes):
+                    raw += piece
+                else:
+                    builder.add({"choices": [{"delta": piece}]})
+        finally:
+            await pieces.aclose()
         if raw:
             return json_answer(bytes(raw))
         message = builder.result()["choices"][0]["message"]
         if isinstance(result, dict):  # with every field that the function has set
             message = result
-        usage = usage_object(self._usage(writer, deltas))
+        usage = usage_object(Usage(writer.input_tokens, 0, -(-size // 4)))
         made = {**chat_completion("", message, usage), **writer.head}
         return json_answer(writer.answer(message if "choices" in message else made))
 
     async def _events(self, pieces: Pieces, writer: ChatWriter) -> Pieces:
         """Yield the pieces as the events of a stream."""
-        deltas = []
+        size, reason = 0, "stop"
         try:
             async for piece in pieces:
                 if isinstance(piece, bytes):
@@ -6193,12 +6201,12 @@ class FunctionController(Controller):
                     yield writer.events(piece)
                     return
                 else:
-                    deltas.append(piece)
+                    size += self._size(piece)
+                    reason = "tool_calls" if piece.get("tool_calls") else reason
                     yield writer.delta(piece)
         finally:
             await pieces.aclose()
-        reason = "tool_calls" if any(d.get("tool_calls") for d in deltas) else "stop"
-        yield writer.end(reason, self._usage(writer, deltas))
+        yield writer.end(reason, Usage(writer.input_tokens, 0, -(-size // 4)))
 
     async def _next(self, pieces: Any) -> Any:
         if not hasattr(pieces, "__anext__"):

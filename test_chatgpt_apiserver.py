@@ -7636,6 +7636,25 @@ async def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
     assert not [r for r in caplog.records if r.name == "chatgpt_apiserver"]
 
 
+@flow(limits=Limits(response_size=1_000_000))
+async def test_a_function_without_end_that_is_not_streamed_is_cut(server):
+    """It filled the memory."""
+    closed = []
+
+    async def endless(request):
+        try:
+            while len(closed) < 100:
+                yield b"x" * 10_000 if request["messages"][0]["content"] else "Hi " * 9
+        finally:
+            closed.append(True)
+
+    server.model("m")(endless)
+    for content in ("as bytes", ""):
+        assert (await chat(server, content)).status == 500
+    assert len(closed) == 2
+
+
+@flow
 async def test_a_function_that_hangs_is_cut_at_the_deadline(tmp_path):
     async def hangs(request):
         await asyncio.sleep(60)
