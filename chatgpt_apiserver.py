@@ -6123,15 +6123,19 @@ class FunctionController(Controller):
             result = function(body)  # runs none of its code yet
         else:
             # Through next(): a future cannot carry a StopIteration that it raises.
-            result = await self._next(map(function, [body]))
+            result = await self._next(map(function, [body]), [])
         return await result if inspect.isawaitable(result) else result
 
     @staticmethod
-    def _close(pieces: Any) -> None:
-        """Close a plain generator, once next() in another thread has returned."""
-        while getattr(pieces, "gi_running", False):
-            time.sleep(0.05)
-        pieces.close()
+    def _advance(pieces: Any, abandoned: list[bool]) -> Any:
+        """Return the next piece, in a thread; close a generator since abandoned."""
+        try:
+            return next(pieces, _END)
+        except GeneratorExit:  # would close the coroutine that awaits it
+            raise RuntimeError("it raised GeneratorExit") from None
+        finally:
+            if abandoned:
+                pieces.close()
 
     @staticmethod
     def _size(piece: Any) -> int:
@@ -6151,10 +6155,11 @@ class FunctionController(Controller):
         if not hasattr(pieces, "__anext__") and not hasattr(pieces, "__next__"):
             kind = type(result).__name__
             raise TypeError(f"{self.name} returned {kind}, not a str, dict or iterator")
+        abandoned: list[bool] = []
         try:
             while True:
                 with time_limit(request.deadline, self._late()):
-                    piece = await self._next(pieces)
+                    piece = await self._next(pieces, abandoned)
                 if piece is _END:
                     break
                 is_whole = isinstance(piece, (bytes, dict))
@@ -6163,7 +6168,9 @@ class FunctionController(Controller):
             if hasattr(pieces, "aclose"):
                 await pieces.aclose()
             elif hasattr(pieces, "close"):
-                self._in_thread(self._close, pieces)  # not awaited
+                abandoned.append(True)  # first: _advance() looks after next()
+                if not getattr(pieces, "gi_running", False):
+                    self._in_thread(pieces.close)  # not awaited
 
     async def _joined(self, pieces: Pieces, writer: ChatWriter, result: Any) -> Answer:
         """Return all pieces as one answer; bytes may be JSON or events."""
@@ -6208,9 +6215,9 @@ class FunctionController(Controller):
             await pieces.aclose()
         yield writer.end(reason, Usage(writer.input_tokens, 0, -(-size // 4)))
 
-    async def _next(self, pieces: Any) -> Any:
+    async def _next(self, pieces: Any, abandoned: list[bool]) -> Any:
         if not hasattr(pieces, "__anext__"):
-            return await self._in_thread(next, pieces, _END)
+            return await self._in_thread(self._advance, pieces, abandoned)
         try:
             return await pieces.__anext__()
         except StopAsyncIteration:

@@ -7470,7 +7470,6 @@ async def test_tool_calls_that_come_one_by_one_are_not_taken_for_one(tmp_path):
         assert [d["tool_calls"][0]["index"] for d in deltas] == [0, 0, 1, 1]
 
 
-@flow
 async def test_a_function_changes_only_its_own_request(tmp_path, tape):
     """Another controller and the tape get it as it came."""
 
@@ -7492,7 +7491,6 @@ async def test_a_function_changes_only_its_own_request(tmp_path, tape):
 
 
 @cases("model, path", ("f", CHAT_URL), ("mock/echo", "/v1/embeddings"))
-@flow
 async def test_a_large_request_to_a_function_is_parsed_in_threads(
     server, monkeypatch, model, path
 ):
@@ -7539,6 +7537,7 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
     StopIteration("secret"),
     KeyError("secret"),
     SystemExit("secret"),
+    GeneratorExit("secret"),
     pytest.fail.Exception("secret"),  # a BaseException
     *[asyncio.CancelledError("secret")] * (sys.version_info >= (3, 11)),
     ids=lambda error: type(error).__name__,
@@ -7654,7 +7653,32 @@ async def test_a_function_without_end_that_is_not_streamed_is_cut(server):
     assert len(closed) == 2
 
 
-@flow
+async def test_an_abandoned_generator_occupies_one_thread(server, monkeypatch):
+    """A second one polled until it could be closed."""
+    monkeypatch.setattr(FunctionController, "THREADS", 2)
+    waiting, resume, closed = threading.Event(), threading.Event(), []
+
+    def answer(request):
+        try:
+            yield "Hi"
+            if request["messages"][0]["content"] == "wait":
+                waiting.set()
+                resume.wait(10)
+                yield "too late"
+        finally:
+            closed.append(request["messages"][0]["content"])
+
+    server.model("m")(answer)
+    async with posting(server, chat_body("wait", stream=True)) as client:
+        await until(waiting.is_set)
+    await until(lambda: not server.requests_in_flight)
+    await asyncio.sleep(0.1)
+    assert chat_text(await asyncio.wait_for(chat(server), 5)) == "Hi"
+    assert closed == ["Hello"]
+    resume.set()
+    await until(lambda: closed == ["Hello", "wait"])
+
+
 async def test_a_function_that_hangs_is_cut_at_the_deadline(tmp_path):
     async def hangs(request):
         await asyncio.sleep(60)
