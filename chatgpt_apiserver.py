@@ -1725,6 +1725,7 @@ class SSEDecoder:
         self._max_size = max_size
         self._rest = bytearray()
         self._detected = False  # whether _by_line is known
+        self._searched = 0  # no complete line of data begins before this
         self._by_line = False  # whether each line of data is an event
 
     def receive(self, data: bytes) -> bytes:
@@ -1737,7 +1738,7 @@ class SSEDecoder:
         if not known and any(rest.find(end, searched) >= 0 for end in (b"\n", b"\r")):
             self._detect_line_mode()  # at most a few times per line
         if self._by_line:
-            end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1
+            end = max(rest.rfind(b"\n", searched), rest.rfind(b"\r", searched)) + 1
         elif rest.find(b"\r", searched) >= 0:
             matches = _EVENT_END.finditer(rest, searched)
             end = max((match.end() for match in matches), default=0)
@@ -1748,13 +1749,18 @@ class SSEDecoder:
             raise ProtocolError(502, f"an event is over {self._max_size} bytes")
         block = bytes(rest[:end])
         del rest[:end]
+        self._searched = max(0, self._searched - end)
         return _LAST_LINES.sub(rb"\g<0>\n", block) if self._by_line else block
 
     def _detect_line_mode(self) -> None:
         """Learn how events end, once something follows the first line of data."""
-        line = _DATA_LINE.search(self._rest)
-        following = bytes(self._rest[line.end() : line.end() + 7]) if line else b""
-        if line is None or any(name.startswith(following) for name in _NEXT_EVENT):
+        rest, at = self._rest, self._searched
+        line = _DATA_LINE.search(rest, at)
+        if line is None:
+            self._searched = max(at, rest.rfind(b"\n", at), rest.rfind(b"\r", at))
+            return
+        following = bytes(rest[line.end() : line.end() + 7])
+        if any(name.startswith(following) for name in _NEXT_EVENT):
             return
         self._detected = True
         if following.startswith(_NEXT_EVENT):
