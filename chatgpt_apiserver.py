@@ -6857,6 +6857,8 @@ class Pool:
         # (controller, model, path, user or "" for all): until when it lacks the model.
         self._unknown: dict[tuple[Controller, str | None, str, str], float] = {}
         self._probes: dict[Controller, asyncio.Task[None]] = {}  # of their keys
+        # Whose list of models is being read for the first time.
+        self._listing: dict[Controller, asyncio.Task[None]] = {}
         self._homes: dict[bytes, str] = {}  # of conversations, oldest first
         self._several = False  # controllers to choose from
 
@@ -6921,10 +6923,18 @@ class Pool:
         for controller in self.controllers:
             controller.close()
 
-    async def refresh_models(self) -> None:
-        """Read the lists of models of all controllers, concurrently."""
-        unlisted = [c for c in self.reachable if c.models is None]
-        await asyncio.gather(*(c.refresh_models() for c in unlisted))
+    async def refresh_models(self, *new: Controller) -> None:
+        """Read the lists of models of these or all controllers, concurrently."""
+        loop = asyncio.get_running_loop()
+        readers = [c for c in new or self.reachable if c.models is None]
+        tasks = {c: loop.create_task(c.refresh_models()) for c in readers}
+        first = {c: t for c, t in tasks.items() if not (c.listed or c.list_problem)}
+        self._listing.update(first)
+        try:
+            await asyncio.gather(*tasks.values())
+        finally:
+            for controller in first:
+                self._listing.pop(controller, None)
 
     # --- Choosing
 
@@ -7052,6 +7062,8 @@ class Pool:
         are closed, the queue is full or the wait was too long, 500 when the agent
         of the conversation is gone.
         """
+        if self._listing and request.model:
+            await self._await_lists(request)
         now = asyncio.get_running_loop().time()
         controller = self._choose(request, tried, now)
         if controller is not None:
@@ -7062,6 +7074,17 @@ class Pool:
             return None
         self._make_room(request)
         return await self._wait(request, tried, *wait)
+
+    async def _await_lists(self, request: APIRequest) -> None:
+        """Wait for first lists of models while one may decide who gets the request."""
+        timeout, first = self.limits.connect_timeout, asyncio.FIRST_COMPLETED
+        waits: Any = True
+        while waits:
+            able = self._suitable(request, asyncio.get_running_loop().time())
+            lists = [t for c, t in self._listing.items() if c in able and not t.done()]
+            if len(able) < 2 or not lists:
+                break
+            waits, _ = await asyncio.wait(lists, timeout=timeout, return_when=first)
 
     def _may_wait(
         self, request: APIRequest, tried: list[Controller], now: float
@@ -10653,6 +10676,10 @@ class Server(Stoppable):
         self.pool.add(controller)
         if controller.limit is not None:
             self.ledger.watch("controller", controller.name, controller.limit)
+        if self._listeners and self._asked is not None:
+            self._asked.get_loop().call_soon_threadsafe(
+                lambda: self._spawn(self.pool.refresh_models(controller))
+            )
 
     def model(self, name: str, **options: Any) -> Callable[[F], F]:
         """Decorate a function that answers for a model.
@@ -12397,14 +12424,18 @@ def build_server(config: Config, log: Log) -> Server:
 
 def update_controllers(server: Server, old: list[Any], config: Config) -> None:
     """Replace the old controllers by a configuration's; equal ones stay."""
+    lists: dict[str, dict[str, str]] = {}  # of models, by base URL
     for arguments in old:
         controller = server.pool.find(arguments["name"])
         if arguments not in config.controllers and controller is not None:
             server.pool.remove(controller)
             controller.close()
+            lists[controller.base_url] = controller.listed
     for arguments in config.controllers:
         if arguments not in old:
-            server.add(make_controller(arguments, config.limits))
+            controller = make_controller(arguments, config.limits)
+            controller.listed = lists.get(controller.base_url, {})
+            server.add(controller)
 
 
 class Program:

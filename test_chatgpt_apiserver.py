@@ -7074,6 +7074,34 @@ async def test_who_names_a_model_goes_before_who_takes_any(tmp_path, how):
         assert len(chats(ups[0])) == 1
 
 
+@flow
+async def test_a_request_waits_for_the_first_lists_that_may_name_its_model(tmp_path):
+    listed, limits = asyncio.Event(), Limits(connect_timeout=0.5)
+
+    def lists_after(event, model):
+        async def behave(request, writer):
+            if request.line.startswith("GET"):
+                await event.wait()
+            await with_models(model)(request, writer)
+
+        return behave
+
+    behaves = with_models("n"), lists_after(listed, "m")
+    async with pool_of(tmp_path, *behaves, options=[ANY] * 2) as (server, ups, cs):
+        await until(lambda: cs[0].listed)
+        async with beside(chat(server)) as waiting:
+            assert (await chat(server, model="n")).status == 200  # without waiting
+            listed.set()
+            assert (await waiting).status == 200
+        assert [len(chats(upstream)) for upstream in ups] == [1, 1]
+        async with Upstream(lists_after(asyncio.Event(), "z")) as late:
+            server.add(late.controller(name="late", models=None, limits=limits))
+            began = time.monotonic()
+            assert (await chat(server, model="n")).status == 200
+            assert (await chat(server, model="z")).status == 200
+            assert 0.4 < time.monotonic() - began < 5
+
+
 @flow(behave=None, controller={"models": {"m:latest": "real"}})
 async def test_an_alias_with_latest_serves_the_plain_name(server, upstream):
     assert (await chat(server, model="m")).status == 200
@@ -12493,6 +12521,20 @@ async def test_sighup_swaps_controllers_and_cuts_nothing(tmp_path):
             settings = {"controllers": [], "port": 1, "api_key": "other"}
             reload(program, "controllers: none", tmp_path, **settings)
             assert (await echo(port)).status == 200
+
+
+@needs_posix
+async def test_an_edited_controller_keeps_its_list_of_models(tmp_path):
+    async with Upstream(with_models("m")) as upstream:
+        edited = {**entry("a"), "config": entry("a", upstream)["config"]}
+        write_config(tmp_path, edited)
+        with program_in(tmp_path) as program:
+            assert (await echo(program.port, model="m")).status == 200
+            upstream.behave = http_reply(b"busy", 503)
+            reload(program, "controllers: a", tmp_path, {**edited, "weight": 2})
+            await until(lambda: len(upstream.requests) == 3)  # its list again
+            models = (await ask(program.port, "GET", "/v1/models")).json()["data"]
+            assert "m" in [model["id"] for model in models]
 
 
 @needs_posix
