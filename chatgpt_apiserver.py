@@ -1258,7 +1258,6 @@ def _parse_float(digits: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder()
 _STRICT_DECODER = json.JSONDecoder(
     parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float
 )
@@ -1498,18 +1497,16 @@ def read_usage(value: Any) -> Usage:
 
 
 def find_usage(content: bytes) -> Usage:
-    """Return the token counts in a response, without parsing all of it.
+    """Return the token counts in a response, mostly without parsing all of it.
 
-    The last "usage" counts; inside a string, its quotes would be escaped.
+    Metadata that the client chose may follow, with a "usage" of its own: the last one
+    is the response's if what follows it closes one object.
     """
-    at = content.rfind(b'"usage"')
+    at = content.rfind(b'"usage"')  # inside a string, its quotes would be escaped
     if at < 0:
         return Usage()
-    text = content[at + 7 : at + 4096].decode("utf-8", "replace")
-    try:
-        return read_usage(_DECODER.raw_decode(text.lstrip(": \t\r\n"))[0])
-    except (ValueError, RecursionError):
-        return Usage()
+    end = "{" + content[at:].decode("utf-8", "replace")
+    return read_usage(as_object(read_json(end) or read_json(content)).get("usage"))
 
 
 def estimate_tokens(text: str) -> int:
