@@ -5404,7 +5404,7 @@ class Controller:
         """Send a request once, with this content."""
         raise NotImplementedError
 
-    async def probe(self) -> int:
+    async def probe(self, path: str = "") -> int:
         """Test its key with a plain request; return the status, or 0 for none."""
         return 0
 
@@ -5573,6 +5573,9 @@ def normal_base_url(url: str) -> str:
     return url.removesuffix("/chat/completions").rstrip("/")
 
 
+KEY_STATUSES = (401, 402, 403)  # they may be about the key
+
+
 class OpenAIController(Controller):
     """An upstream: an OpenAI-compatible API and its key.
 
@@ -5635,16 +5638,18 @@ class OpenAIController(Controller):
 
     # --- Its models
 
-    async def _get(self, target: str) -> tuple[int, bytes]:
-        """Return the status and content of a short GET; 0 and the reason on failure.
+    async def _ask(self, target: str, content: bytes = b"") -> tuple[int, bytes]:
+        """Return a short answer's status and content; 0 and the reason on failure.
 
-        It may take connect_timeout in all.
+        This is a GET, or a POST of JSON.  It may take connect_timeout in all.
         """
         end = asyncio.get_running_loop().time() + self.limits.connect_timeout
         fields = [*self._fields, *self.LIST_FIELDS]
+        fields += [("Content-Type", JSON_TYPE)] if content else []
+        method = "POST" if content else "GET"
         try:
             with time_limit(end, asyncio.TimeoutError()):
-                answer = await self._client.request("GET", target, fields)
+                answer = await self._client.request(method, target, fields, content)
                 try:
                     return answer.status, await answer.read_all(PIECE_SIZE * 64)
                 finally:
@@ -5655,7 +5660,7 @@ class OpenAIController(Controller):
             return 0, connection_problem(error).encode()
 
     async def refresh_models(self) -> None:
-        status, content = await self._get("/models")
+        status, content = await self._ask("/models")
         names = model_names(content) if status == 200 else None
         problem = f"its list of models cannot be read (status {status})"
         if names is not None:
@@ -5664,14 +5669,15 @@ class OpenAIController(Controller):
             problem = f"no answer to GET /models: {self.redact(content.decode())}"
         elif status in (401, 403):
             problem = f"its key is refused (status {status})"
-        elif status == 404 and (await self._get("/v1/models"))[0] in (200, 401):
+        elif status == 404 and (await self._ask("/v1/models"))[0] in (200, 401):
             problem = f"its base_url lacks /v1; it should be {self.base_url}/v1"
         if problem and problem != self.list_problem:
             self.report(f"{self.name}: {problem}")
         self.list_problem = problem
 
-    async def probe(self) -> int:
-        return (await self._get("/models"))[0]
+    async def probe(self, path: str = "") -> int:
+        answer = self._ask(path[3:], b"{}") if path else self._ask("/models")
+        return (await answer)[0]
 
     def close(self) -> None:
         self._client.close()
@@ -6755,7 +6761,7 @@ def judge_refusal(
         (status == 429 or "rate_limit_exceeded" in words, Failure.RATE_LIMITED),
         # one-api sends this with a 503.
         (unknown or words & _UNKNOWN_MODEL_CODES, Failure.UNKNOWN_MODEL),
-        (status in (401, 402, 403) and not words & _CONTENT_CODES, Failure.KEY_DOUBTED),
+        (status in KEY_STATUSES and not words & _CONTENT_CODES, Failure.KEY_DOUBTED),
         (status < 400 or status == 501 or words & _ELSEWHERE_CODES, Failure.NONE),
         (status >= 500 or status in _BROKEN_STATUSES, Failure.BROKEN),
     )
@@ -7342,7 +7348,11 @@ class Pool:
 
     async def _check_key(self, controller: Controller, request: APIRequest) -> None:
         status = await controller.probe()
-        if status in (401, 402, 403) and controller in self.controllers:
+        if status in KEY_STATUSES and controller.tokens:
+            # A restricted key works, but may not list models.
+            path = request.path if request.dialect.judged else CHAT_PATH
+            status = await controller.probe(path)
+        if status in KEY_STATUSES and controller in self.controllers:
             reason = f"{controller.name}: its key was refused (status {status})"
             refused = ControllerError(reason, Failure.DISABLED, upstream_status=status)
             self._close(controller, refused, request)

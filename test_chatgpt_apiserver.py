@@ -6906,6 +6906,21 @@ async def test_a_key_is_disabled_only_when_a_probe_is_refused_too(tmp_path, stat
         assert not server.pool._probes
 
 
+@flow
+async def test_a_restricted_key_that_may_not_list_models_stays_in_use(tmp_path):
+    async def behave(request, writer):
+        bad = request.line.startswith("GET") or b"BAD" in request.content
+        writer.write(error_reply(403) if bad else GOOD_REPLY)
+
+    async with pool_of(tmp_path, behave) as (server, (upstream,), _):
+        for text, status in ("good", 200), ("BAD", 403):
+            assert (await chat(server, text)).status == status
+        await until(lambda: chats(upstream)[2:])  # the key is tested
+        assert chats(upstream)[2].headers["content-type"] == "application/json"
+        for text, status in ("BAD", 403), ("good", 200):
+            assert (await chat(server, text)).status == status
+
+
 # --- The last one standing
 
 
