@@ -5753,6 +5753,8 @@ class AgentController(Controller):
         self.websocket = websocket
         self.user: User | None = None  # whose token that is, if it is one
         self.limits = websocket.limits
+        # Admits it again as when it came, or raises APIError.
+        self.authorize: Callable[[], None] = lambda: None
         # Called when it wants no new calls.
         self.on_drain: Callable[[Controller], None] = lambda controller: None
         self.debug: Callable[[str], None] = lambda line: None
@@ -9873,6 +9875,7 @@ async def do_register(exchange: Exchange) -> None:
     kind = AgentController if about else TextAgent
     agent = kind(id, websocket, credential, about)
     agent.user = user
+    agent.authorize = functools.partial(authorize, exchange, Access.AGENT, {})
     agent.debug = server.debug
     agent.on_drain = server.pool.remove
     server.register(agent, claimed_id)
@@ -9960,6 +9963,7 @@ async def do_users_update(exchange: Exchange, body: JSONObject) -> JSONObject:
     user_id = string_field(body, "user_id")
     del body["user_id"]
     user = await exchange.server.users.update(user_id, body)
+    exchange.server.dismiss_agents()
     exchange.server.report(f"user {user.label} changed")
     token = {"token": user.token} if user.token else {}
     return {"user_id": user.user_id, **token}
@@ -11006,12 +11010,11 @@ class Server(Stoppable):
         self.pool.remove(agent)
 
     def dismiss_agents(self) -> None:
-        """Disconnect agents whose token is no longer valid: they read prompts."""
+        """Disconnect agents that would not be admitted now: they read prompts."""
         for agent in list(self.agents.values()):
-            if agent.user is None or agent.user is self.admin:
-                continue
-            user = self.users.get(agent.user.user_id)
-            if user is None or user.role != "agent" or unix_time() >= user.expires:
+            try:
+                agent.authorize()
+            except APIError:
                 self.unregister(agent)
                 agent.websocket.close(1008, "its key is no longer valid")
 

@@ -11234,6 +11234,21 @@ async def test_deleting_an_agents_token_disconnects_it(tmp_path, server, by_hand
         assert closing[1][0] == 1008
 
 
+@flow(agents_auth="open")
+async def test_an_agent_stays_only_while_it_would_be_admitted(server):
+    user = await server.users.add(role="agent")
+    keyless = Agent(server, headers=[("X-Forwarded-For", "192.0.2.1")])
+    async with keyless, Agent(server, headers=[("x-api-key", user.token)]) as keyed:
+        await server.users.update(user.user_id, {"rotate": 60})
+        server.dismiss_agents()
+        assert len(server.agents) == 2  # the old token is good for a minute
+        server.keyless_agents = "local"  # by a reload
+        await until(lambda: {*server.agents} == {keyed.id})
+        body = {"user_id": user.user_id, "rotate": 0}
+        await ask(server.port, "POST", "/admin/users/update", body)
+        assert not server.agents
+
+
 async def test_connections_are_listed_as_the_original_did(server):
     reply = await ask(server.port, "GET", "/api/connections", key="")
     assert reply.json() == {"connections": []}
