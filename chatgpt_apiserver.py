@@ -5354,6 +5354,11 @@ class Controller:
         self._without_options: set[tuple[str | None, str]] = set()
         self._threads: ThreadPoolExecutor | None = None  # its own, if it needs any
 
+    @property
+    def home(self) -> str:
+        """What its conversations are remembered by; an agent's id may be any name."""
+        return f"\0{self.id}" if self.id else self.name
+
     async def answer(self, request: APIRequest) -> Answer:
         """Send a request; return once the head of the answer has arrived.
 
@@ -6808,7 +6813,7 @@ def rendezvous(key: bytes, controller: Controller) -> float:
     When a controller leaves, only the keys that it suited best move.  Each one is the
     best for a share of the keys that equals its share of the weight.
     """
-    name = (controller.id or controller.name).encode("utf-8", "replace")
+    name = controller.home.encode("utf-8", "replace")
     digest = hashlib.blake2b(key + name, digest_size=8).digest()
     share = ((int.from_bytes(digest, "big") >> 12) + 0.5) / 2**52  # between 0 and 1
     return -controller.weight / math.log(share)
@@ -7015,7 +7020,7 @@ class Pool:
             return None
         key = conversation_key(request)
         answered = home_key(request, "response", turn.previous)
-        by_name = {c.id or c.name: c for c in free}
+        by_name = {c.home: c for c in free}
         homes = (self._homes.get(k, "") for k in (answered, key))
         known = [by_name[home] for home in homes if home in by_name]
         if not known and not session and not turn.later:
@@ -7036,7 +7041,7 @@ class Pool:
             keys.append(conversation_key(request))
         for key in keys:
             self._homes.pop(key, None)
-            self._homes[key] = controller.id or controller.name
+            self._homes[key] = controller.home
             if len(self._homes) > CONVERSATIONS_KEPT:
                 del self._homes[next(iter(self._homes))]
 
@@ -8359,7 +8364,7 @@ function table(id, items, idOf, show) {
       if (colour !== undefined) paint(place, colour);
     }
   }
-  for (const body of rows.values()) body.remove();
+  while (last.nextElementSibling) last.nextElementSibling.remove();
 }
 
 function age(s) {
@@ -8385,7 +8390,7 @@ const verb = controller => isOff(controller) ? "Enable" : "Disable";
 
 function showControllers(all) {
   all.sort((a, b) => isOff(b) - isOff(a)); // those that need attention first
-  table("#controllers", all, c => c.id, c => {
+  table("#controllers", all, c => c.name, c => {
     const left = c.until && Date.parse(c.until) / 1000 - now();
     const state = c.state + (left > 0 ? `, back in ${age(left)}` : "");
     return {
@@ -10980,8 +10985,9 @@ class Server(Stoppable):
 
         The newer socket wins: the older one may be dead without anybody noticing.
         """
-        current = self.agents.get(claimed_id)
+        current, named = self.agents.get(claimed_id), self.pool.find(claimed_id)
         usable = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", claimed_id, re.ASCII)
+        usable = usable if named is None or named.transient else None
         if usable and (current is None or current.credential == agent.credential):
             agent.id = claimed_id
             if current is not None:

@@ -6906,7 +6906,6 @@ async def test_a_key_is_disabled_only_when_a_probe_is_refused_too(tmp_path, stat
         assert not server.pool._probes
 
 
-@flow
 async def test_a_restricted_key_that_may_not_list_models_stays_in_use(tmp_path):
     async def behave(request, writer):
         bad = request.line.startswith("GET") or b"BAD" in request.content
@@ -7092,7 +7091,6 @@ async def test_who_names_a_model_goes_before_who_takes_any(tmp_path, how):
         assert len(chats(ups[0])) == 1
 
 
-@flow
 async def test_a_request_waits_for_the_first_lists_that_may_name_its_model(tmp_path):
     listed, limits = asyncio.Event(), Limits(connect_timeout=0.5)
 
@@ -11088,8 +11086,10 @@ async def test_malformed_messages_of_an_agent_do_no_harm(server, agent, log):
     assert "failed" not in log.text
 
 
-@cases("claimed", "", "a b", "x" * 129, "a;b", "a=b", "\u00fc", 5, {})
-async def test_an_id_that_cannot_be_a_cookie_is_not_taken(server, agent, claimed):
+@cases("claimed", "", "a b", "x" * 129, "a;b", "a=b", "\u00fc", 5, {}, "mock")
+async def test_an_id_that_cannot_be_a_cookie_or_is_a_name_is_not_taken(
+    server, agent, claimed
+):
     async with Agent(server) as other:
         pass
     assert UUID_FORM.fullmatch(agent.id) and agent.id != other.id
@@ -11128,6 +11128,12 @@ async def test_a_stranger_does_not_get_a_live_agents_id(server, agent):
         assert server.agents[agent.id].credential == "this machine"
         [stranger] = [id for id in server.agents if id != agent.id]
         assert UUID_FORM.fullmatch(stranger)
+
+
+async def test_a_controller_may_later_get_an_agents_id_as_its_name(server, agent):
+    server.add(FunctionController(str, name=agent.id))
+    homes = [controller.home for controller in server.pool.controllers]
+    assert len({*homes}) == len(homes) == 3
 
 
 async def test_an_agent_gets_one_request_at_a_time(server, agent):
