@@ -7407,7 +7407,8 @@ def ends_task(caught: BaseException) -> bool:
         return cancelling is None or cancelling() > 0  # None before Python 3.11
     if isinstance(caught, KeyboardInterrupt):  # Ctrl-C arrives in the main thread
         return threading.current_thread() is threading.main_thread()
-    return False
+    # A task that never ended is closed when its loop no longer runs.
+    return isinstance(caught, GeneratorExit) and asyncio._get_running_loop() is None
 
 
 # An image, a sound or a file inside a request: its bytes are not tokens.
@@ -9465,7 +9466,8 @@ class Exchange:
 
     def end(self) -> None:
         """Release its resources, write the access line and record the request."""
-        server, call, task = self.server, self.call, asyncio.current_task()
+        server, call = self.server, self.call
+        task = asyncio.current_task(self.connection.loop)
         if self.cancelled and task and hasattr(task, "uncancel"):
             task.uncancel()  # or the connection's next time limits would not hold
         self.connection.eof_is_hangup = False
@@ -10719,6 +10721,8 @@ class Server(Stoppable):
     async def start(self) -> None:
         """Open the sockets and serve requests from now on."""
         loop, limits, pool = asyncio.get_running_loop(), self.limits, self.pool
+        if self._listeners:
+            raise RuntimeError("the server has been started already")
         self.users.load()
         self.ledger.load()
         if pool.tape is not None:
@@ -10802,6 +10806,7 @@ class Server(Stoppable):
         for each in self.running_requests:
             each.cancel(APIError(503, "The server is shutting down.", retry_after=5))
         await cancel_tasks(self._tasks)
+        self._tasks.clear()
         for connection in list(self._handlers):
             connection.abort()
         self.pool.close()
@@ -10834,7 +10839,18 @@ class Server(Stoppable):
             started.set_result(asyncio.get_running_loop())
             await self.serve_forever()
 
-        thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")
+        def run() -> None:
+            # asyncio.run() would wait for a function that ignores its cancellation.
+            own_loop = asyncio.new_event_loop()
+            try:
+                own_loop.run_until_complete(serve())
+                own_loop.run_until_complete(own_loop.shutdown_asyncgens())
+                for task in asyncio.all_tasks(own_loop):
+                    task.get_coro().close()  # releases its slot
+            finally:
+                own_loop.close()
+
+        thread = threading.Thread(target=run, name="server")
         thread.start()
         try:
             loop = started.result()

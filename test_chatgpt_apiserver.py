@@ -12043,6 +12043,27 @@ def test_running_raises_what_kept_it_from_starting(tmp_path):
     assert is_refused(port)
 
 
+def test_running_ends_although_a_function_does_not(tmp_path):
+    path, limits = str(tmp_path / "users.json"), Limits(drain_timeout=0.1)
+    server, called = Server(KEY, port=0, users=path, limits=limits), threading.Event()
+
+    @server.model("m")
+    async def never_ends(request):
+        called.set()
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+    with server.running():
+        client = socket.create_connection(("127.0.0.1", server.port))
+        client.sendall(request_bytes("POST", CHAT_URL, chat_body()))
+        assert called.wait(5)
+        began = time.monotonic()
+    client.close()
+    assert time.monotonic() - began < 10  # 3 s for the function to notice
+    assert server.requests_in_flight == server.pool.find("m").in_flight == 0
+
+
 async def test_two_servers_in_one_loop_are_independent(tmp_path, server):
     async with Server("other", port=0, users=str(tmp_path / "two.json")) as two:
         assert server.port != two.port
@@ -12050,6 +12071,8 @@ async def test_two_servers_in_one_loop_are_independent(tmp_path, server):
         assert (await echo(server, key="other")).status == 401
         assert (await echo(two, key="other")).status == 200
     assert (await echo(server)).status == 200 and is_refused(two.port)
+    with pytest.raises(RuntimeError, match="already"):  # its sockets would be lost
+        await server.start()
 
 
 @cases("key", "", None)
