@@ -6491,8 +6491,13 @@ class TapeController(Controller):
 
     async def look_up(self, request: APIRequest) -> None:
         """Find the recording of a request, and direct the request to the tape."""
-        if self.mode != "record":
-            request.recording = await self._in_thread(self._find, request)
+        try:
+            if self.mode != "record":
+                request.recording = await self._in_thread(self._find, request)
+        except OSError as error:  # in mode "auto", recording the answer reports it
+            if self.alone:
+                text = f"{os.path.basename(self.file)}: {error.strerror}"
+                raise APIError(500, text) from None
         if self.alone or request.recording is not None:
             request.agent_id = self.id
 

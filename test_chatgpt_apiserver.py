@@ -8398,6 +8398,23 @@ async def test_a_full_disk_costs_the_recording_alone(tmp_path, tape, monkeypatch
         assert len(upstream.requests) == 2 and len(tape_lines(tape)) == 1
 
 
+@cases("mode, status", ("auto", 200), ("record", 200), ("replay", 500))
+async def test_a_tape_that_can_no_longer_be_read_stops_replay_alone(
+    tmp_path, tape, mode, status
+):
+    log = Log()
+    tape.write_bytes(b"")
+    async with taping(tmp_path, mode=mode, log=log) as (server, _, _):
+        tape.unlink()
+        tape.mkdir()
+        reply = await chat(server)
+        assert reply.status == status
+        if status == 500:
+            assert chat_error(reply)["message"] == "chat.jsonl: Is a directory"
+        else:
+            await until(lambda: "not recorded: [Errno 21]" in log.text)
+
+
 async def test_a_miss_names_the_nearest_recording_and_what_differs(tmp_path, tape):
     far = chat_body("other", temperature=1, tools=[], user="PRIVATE")
     near = chat_body("PRIVATE", temperature=0.5)
