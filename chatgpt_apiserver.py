@@ -5774,7 +5774,9 @@ class AgentController(Controller):
     def _set_models(self, models: Any) -> None:
         """Set the models it serves; until it sends a list, it serves any."""
         if isinstance(models, list):
-            self.models = models_table([m for m in models if isinstance(m, str)][:1000])
+            names = [m for m in models if isinstance(m, str)]
+            usable = (name for name in names if len(name) <= APIRequest.MODEL_SIZE)
+            self.models = models_table(itertools.islice(usable, 1000))
 
     @property
     def has_room(self) -> bool:
@@ -6708,6 +6710,7 @@ PROBE_INTERVAL = 60.0  # seconds between two probes of one controller's key
 # may have been.
 AGENT_RETURN_TIMEOUT = 5.0  # seconds
 AGENT_RETURN_WINDOW = 30.0  # seconds
+LEFT_MODELS = 10_000  # remembered, of agents that have left
 CONVERSATIONS_KEPT = 10_000  # whose controllers are remembered
 # The queue is also served at this interval: cooldowns end, controllers are added.
 QUEUE_INTERVAL = 0.1  # seconds
@@ -6917,7 +6920,8 @@ class Pool:
                 now = asyncio.get_running_loop().time()
                 oldest = now - AGENT_RETURN_WINDOW
                 left = {m: at for m, at in self._left.items() if at > oldest}
-                self._left = {**left, **dict.fromkeys(controller.models or (), now)}
+                left.update(dict.fromkeys(controller.models or (), now))
+                self._left = dict([*left.items()][-LEFT_MODELS:])
                 self._left[None] = now
 
     @property

@@ -7123,6 +7123,17 @@ async def test_an_agents_model_waits_for_it_to_come_back(tmp_path, constant, lis
             assert (await chat(server, model="local")).status == 200
 
 
+async def test_agents_that_come_and_go_with_names_fill_no_memory(server, constant):
+    constant(LEFT_MODELS=5)
+    for number in range(3):
+        names = [*(f"{number}-{n}" for n in range(4)), "x" * 2049, 5]
+        async with Agent(server, hello=agent_hello(models=names)):
+            (agent,) = await until(lambda: list(server.agents.values()))
+            assert list(agent.models) == names[:4]
+        await until(lambda: not server.agents)
+    assert [*server.pool._left] == ["1-3", *names[:4], None]
+
+
 async def test_an_unreadable_list_of_models_is_logged_once(tmp_path):
     log = Log()
 
