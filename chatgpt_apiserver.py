@@ -1445,8 +1445,8 @@ def model_names(content: bytes) -> list[str] | None:
         return None
     items = [item if isinstance(item, dict) else {"id": item} for item in value]
     named = [item.get("id") or item.get("name") for item in items]
-    names = [name for name in named if isinstance(name, str) and name]
-    return [name.removeprefix("models/") for name in names]
+    names = [name for name in named if isinstance(name, str) and name.isprintable()]
+    return [name.removeprefix("models/") for name in names if name]
 
 
 # Names of models that cannot chat.
@@ -5774,7 +5774,7 @@ class AgentController(Controller):
     def _set_models(self, models: Any) -> None:
         """Set the models it serves; until it sends a list, it serves any."""
         if isinstance(models, list):
-            names = [m for m in models if isinstance(m, str)]
+            names = (m for m in models if isinstance(m, str) and m.isprintable())
             usable = (name for name in names if len(name) <= APIRequest.MODEL_SIZE)
             self.models = models_table(itertools.islice(usable, 1000))
 

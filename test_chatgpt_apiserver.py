@@ -2229,7 +2229,7 @@ def test_only_a_plain_word_of_an_error_is_kept(code, type, shown):
     ({"models": [{"name": "models/gemini-pro"}]}, ["gemini-pro"]),
     ({"models": ["a"]}, ["a"]),
     ([{"id": "a", "name": "A"}, "b"], ["a", "b"]),
-    ({"data": [{"id": "a"}, {"no": 1}, None, 3, {"id": 5}, ""]}, ["a"]),
+    ({"data": [{"id": "a"}, {"no": 1}, None, 3, {"id": 5}, "", "\ud800"]}, ["a"]),
     ({"data": [{"id": "a"}], "models": [{"name": "b"}]}, ["a"]),
     ({"data": []}, []),
     ({"data": None}, None),
@@ -7126,7 +7126,7 @@ async def test_an_agents_model_waits_for_it_to_come_back(tmp_path, constant, lis
 async def test_agents_that_come_and_go_with_names_fill_no_memory(server, constant):
     constant(LEFT_MODELS=5)
     for number in range(3):
-        names = [*(f"{number}-{n}" for n in range(4)), "x" * 2049, 5]
+        names = [*(f"{number}-{n}" for n in range(4)), "x" * 2049, 5, "\ud800"]
         async with Agent(server, hello=agent_hello(models=names)):
             (agent,) = await until(lambda: list(server.agents.values()))
             assert list(agent.models) == names[:4]
