@@ -6833,8 +6833,9 @@ class Waiter(NamedTuple):
     request: APIRequest
     tried: list[Controller]  # where it has failed
     kind: tuple[Any, ...]  # requests of equal kinds fit the same controllers
-    # The controller where it holds a slot now, or the error that it gets.
-    outcome: asyncio.Future[Controller | APIError]
+    # The controller where it holds a slot now, the error that it gets, or None if no
+    # controller is left to wait for.
+    outcome: asyncio.Future[Controller | APIError | None]
 
 
 class Pool:
@@ -6923,6 +6924,10 @@ class Pool:
                 left.update(dict.fromkeys(controller.models or (), now))
                 self._left = dict([*left.items()][-LEFT_MODELS:])
                 self._left[None] = now
+            for waiter in itertools.chain(*map(list, self._queue.values())):
+                now = asyncio.get_running_loop().time()
+                if not {*self._suitable(waiter.request, now)}.difference(waiter.tried):
+                    self._settle(waiter, None)
 
     @property
     def reachable(self) -> list[Controller]:
@@ -7195,7 +7200,7 @@ class Pool:
         tried: list[Controller],
         timeout: float,
         error: APIError,
-    ) -> Controller:
+    ) -> Controller | None:
         """Wait in the queue for a slot; raise error after timeout seconds."""
         loop = asyncio.get_running_loop()
         model = request.model or request.may_use  # without one, the user decides
@@ -7220,7 +7225,7 @@ class Pool:
             timer.cancel()
         if isinstance(outcome, APIError):
             raise outcome
-        return outcome
+        return outcome or await self.acquire(request, tried)
 
     def _make_room(self, request: APIRequest) -> None:
         """If the queue is full, refuse the last request of the user with the most."""
@@ -7235,8 +7240,8 @@ class Pool:
             raise full
         self._settle(longest[-1], full)
 
-    def _settle(self, waiter: Waiter, outcome: Controller | APIError) -> None:
-        """Take a request out of the queue, with a slot or an error."""
+    def _settle(self, waiter: Waiter, outcome: Controller | APIError | None) -> None:
+        """Take a request out of the queue, with its outcome."""
         user = waiter.request.user
         queue = self._queue.get(user, deque())
         if waiter in queue:

@@ -6275,6 +6275,20 @@ async def test_a_client_that_leaves_the_queue_costs_no_slot(server, gate):
     assert gate.asked == ["first", "next"] and gate.controller.in_flight == 0
 
 
+@cases("edited", False, True)
+@flow(gate={"max_concurrency": 1, "models": ["m"]}, timeout=10)
+async def test_a_request_does_not_wait_for_a_controller_that_is_gone(
+    server, gate, edited
+):
+    """An edited one is removed, and added anew."""
+    async with beside(chat(server)), beside(chat(server)) as waiting:
+        await until(lambda: gate.asked and server.pool.waiting)
+        server.pool.remove(gate.controller)
+        if edited:
+            server.add(pool_function("new", models=["m"]))
+        assert (await waiting).status == (200 if edited else 404)
+
+
 async def test_a_slot_given_to_a_request_that_is_just_cancelled_is_not_lost():
     pool = pool_with(pool_function("a", max_concurrency=1))
     a = await pool_acquire(pool)
