@@ -5612,6 +5612,8 @@ class OpenAIController(Controller):
         resolve: Callable[[str, int], list[str]] = look_up,
         **options: Any,
     ) -> None:
+        if api_key and api_key.startswith("env:"):
+            raise ValueError('api_key: "env:" is for files; use os.environ["NAME"]')
         super().__init__(name, **options)
         self.base_url = normal_base_url(base_url)
         self.first_byte_timeout = first_byte_timeout
@@ -6084,6 +6086,12 @@ class FunctionController(Controller):
         **options: Any,
     ) -> None:
         own_name = str(getattr(function, "__name__", "function"))
+        with contextlib.suppress(ValueError):  # a builtin may have no signature
+            try:
+                inspect.signature(function, follow_wrapped=False).bind({})
+            except TypeError:
+                text = f"{own_name}() must take one argument, the request"
+                raise TypeError(text) from None
         super().__init__(name or own_name, **options)
         self._function = function
 
@@ -10660,6 +10668,8 @@ class Server(Stoppable):
     ) -> None:
         if not api_key:
             raise ValueError("api_key must not be empty")
+        if isinstance(port, str) or not PORT.fits(port):
+            raise ValueError(f"port must be {PORT.words}")
         self._key = api_key.encode()
         self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
         self.admin.quotas = []  # the default limit does not apply
@@ -10774,9 +10784,11 @@ class Server(Stoppable):
             try:
                 # An encrypted key is refused: nobody is there to enter its password.
                 context.load_cert_chain(cert, key, password="")
-            except ssl.SSLError:
+            except ssl.SSLError as error:
                 cure = "" if key else "; name the key's own file with --tls-key"
                 text = f"{cert}: not a PEM certificate with its key{cure}"
+                if error.reason == "KEY_VALUES_MISMATCH":
+                    text = f"{key or cert}: not the private key of {cert}"
                 raise OSError(text) from None
             except OSError as error:
                 raise OSError(f"{cert}, {key}: {error.strerror}") from None
@@ -11918,7 +11930,7 @@ RETIRED_LIMITS = frozenset(
 CONFIG_KEYS = {
     "api_key": Expected(
         'a key of printable ASCII without spaces or newlines, or "" for none',
-        lambda value: value == "" or is_key(value),
+        lambda value: value == "" or (is_key(value) and not value.startswith("env:")),
     ),
     "base_url": Expected("the http or https URL of an API", is_url),
     "proxy": Expected("a proxy such as http://host:port", is_proxy),

@@ -5928,6 +5928,24 @@ async def test_weights_5_1_1_give_a_a_b_a_c_a_a(server):
     assert "".join(texts) == "aabacaa" * 2
 
 
+def test_python_arguments_are_checked_before_a_start(certificate, tmp_path):
+    def none():
+        raise AssertionError
+
+    for port in "8080", 65536, True, None:
+        with pytest.raises(ValueError, match="a port from 0 to 65535"):
+            Server(KEY, port=port)
+    with pytest.raises(ValueError, match="os.environ"):
+        OpenAIController("env:NOPE")
+    for function in none, lambda one, two: one, 7:
+        with pytest.raises(TypeError, match="must take one argument, the request"):
+            Server(KEY).model("m")(function)
+    assert apiserver.FunctionController(functools.wraps(none)(lambda request: "Hi"))
+    files = {**certificate[0], "tls_cert": str(tmp_path / "ca.pem")}
+    with pytest.raises(OSError, match="tls_key.pem: not the private key of .*ca.pem"):
+        Server(KEY, **files).load_certificate()
+
+
 def test_weight_0_counts_as_1_and_a_name_is_used_once():
     pool = pool_with(pool_function("a", weight=0))
     assert pool.find("a").weight == 1
