@@ -12222,6 +12222,9 @@ def load_config(argv: list[str], environ: Environ) -> Config:
         note = "controller openai-1 from OPENAI_API_KEY in the environment"
         config.notes.append(note)
     config.controllers = read_controllers(file, entries, environ)
+    key = environ.get("OPENAI_API_KEY")
+    if key and all(c.get("api_key") != key for c in config.controllers):
+        config.notes.append(f"OPENAI_API_KEY is not used: {path} has controllers")
     if config.tls_key and not config.tls_cert:
         raise ConfigurationError("tls_key: expected a tls_cert, too")
     if not config.api_key:

@@ -14432,6 +14432,9 @@ def test_openai_api_key_is_a_controller_when_the_file_has_none(load):
     assert config.notes == [
         "controller openai-1 from OPENAI_API_KEY in the environment"
     ]
+    ignored = load(environ={"OPENAI_API_KEY": "k"}, file={"controllers": [OPENAI]})
+    (note,) = ignored.notes
+    assert note == "OPENAI_API_KEY is not used: chatgpt-apiserver.json has controllers"
     del environ["OPENAI_BASE_URL"]
     plain = load(environ=environ, file={"controllers": [OPENAI]})
     assert plain.notes == [] and len(plain.controllers) == 1
