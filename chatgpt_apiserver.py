@@ -7363,6 +7363,9 @@ class Pool:
         if len(self._unknown) < 1000:
             user = "" if error.code in _UNKNOWN_MODEL_CODES else request.user
             key = (controller, request.model, request.path, user)
+            if key not in self._unknown and controller.serves(request.model) == NAMED:
+                text = f"it does not know {request.model!r}, one of its models"
+                self.report(f"{controller.name}: {text}")
             self._unknown[key] = now + UNKNOWN_MODEL_TIME
 
     def _probe(self, controller: Controller, request: APIRequest) -> None:

@@ -7068,6 +7068,15 @@ async def test_an_unknown_model_concerns_one_controller_model_and_path(tmp_path)
             assert len(chats(ups[0])) == asked, (path, model, reply.content)
 
 
+async def test_a_named_model_that_its_upstream_lacks_is_logged_once(tmp_path):
+    log = Log()
+    async with pool_of(tmp_path, with_models("x"), log=log) as (server, _, _):
+        for model in "mnm":
+            await chat(server, model=model)
+    assert log.text.count("up0: it does not know 'm', one of its models") == 1
+    assert log.text.count("does not know") == 1  # nobody claims that it has n
+
+
 @cases("count", 1, 2)
 async def test_the_last_ones_are_tried_although_they_lack_the_model(tmp_path, count):
     behaves, options = [with_models("x")] * count, [ANY] * count
