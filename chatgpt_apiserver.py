@@ -5477,7 +5477,8 @@ class Controller:
     def _closed(self, now: float) -> tuple[float, str, str]:
         """Return closed_for(), with the state and the reason to show."""
         if self.switched_off:
-            return math.inf, "disabled", "disabled by the administrator"
+            how = "paused" if self.id else "disabled"  # an agent has an id
+            return math.inf, "disabled", f"{how} by the administrator"
         if self.paused:
             return math.inf, "paused", "paused by its owner"
         if self.limit is not None and self.limit.exceeded():
@@ -7186,10 +7187,11 @@ class Pool:
         soonest = min(controllers, key=lambda c: c.closed_for(now))
         seconds = soonest.closed_for(now)
         busy = all(c.health.closed_by is Failure.RATE_LIMITED for c in controllers)
+        first = " first back:" if seconds < math.inf else ""
         return APIError(
             503,
-            "All controllers for this are cooling down, disabled or paused; first back:"
-            f" {soonest.name}: {soonest.describe(now)['reason']}",
+            "All controllers for this request are cooling down, disabled or paused;"
+            f"{first} {soonest.name}: {soonest.describe(now)['reason']}",
             code="no_controllers_available",
             retry_after=seconds,
             upstream_status=429 if busy else None,

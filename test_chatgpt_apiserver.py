@@ -13779,7 +13779,10 @@ async def test_an_agent_stays_paused_when_it_comes_back(tmp_path, off, on):
         before = server.agents[agent.id]
         before.websocket.connection.reset()
         await until(lambda: server.agents.get(agent.id) not in (None, before))
-        assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 503
+        reply = await ask(server.port, "POST", CHAT_URL, CHAT)
+        assert reply.status == 503
+        how = f"or paused; {agent.name}: paused by the administrator"
+        assert chat_error(reply)["message"].endswith(how)
         assert await post(*on) == 200
         assert (await ask(server.port, "POST", CHAT_URL, CHAT)).status == 200
         await until(lambda: agent.log.has("resumed by"))
