@@ -4187,6 +4187,8 @@ def load_json(data: bytes) -> Any:
         return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         line, column, problem = error.lineno, error.colno, f"not JSON: {error.msg}"
+        if text[: error.pos].rstrip().endswith(","):
+            problem += " (a comma too many?)"
     except UnicodeDecodeError as error:
         lines = data[: error.start].split(b"\n")
         line, column, problem = len(lines), len(lines[-1]) + 1, "not UTF-8"
@@ -6492,7 +6494,7 @@ class TapeController(Controller):
         except OSError as error:
             text = f"{self.file}: {error.strerror}"
             if self.alone and isinstance(error, FileNotFoundError):
-                text += '; a tape in mode "auto" records one'
+                text += '; mode "auto" records one: --tape FILE:auto'
             raise ConfigurationError(text) from None
         if others:
             self.report(f"{self.file}: skipped lines that are not recordings: {others}")
@@ -7166,7 +7168,7 @@ class Pool:
         if mocks and (request.model or "").startswith("mock/"):
             names = ", ".join(name for c in mocks for name in c.models or ())
             return self.unknown_model(request, f"the mock models are {names}")
-        if only_mocks:
+        if only_mocks and not request.user:  # the administrator can
             return self.unknown_model(request, cure)
         return self.unknown_model(request)
 
@@ -9840,7 +9842,8 @@ def string_field(body: JSONObject, name: str) -> str:
     """Return a required string; APIError(400)."""
     value = body.get(name)
     if not isinstance(value, str):
-        raise APIError(400, f"'{name}' must be a string.")
+        problem = "must be a string" if name in body else "is missing"
+        raise APIError(400, f"'{name}' {problem}.")
     return value
 
 
@@ -10327,7 +10330,7 @@ def check_method(exchange: Exchange, route: Route | None) -> Route:
         # Codex then falls back to HTTP at once.
         raise APIError(426, f"Websockets are not supported here; use POST {path}.")
     hint = "" if route else " The base URL for API clients ends in /v1."
-    raise APIError(404, f"There is nothing at {request.method} {path}.{hint}")
+    raise APIError(404, f"There is nothing at {request.method} {path or '/'}.{hint}")
 
 
 async def follow_route(exchange: Exchange) -> None:
@@ -10552,6 +10555,8 @@ def open_sockets(listen: str, port: int) -> list[socket.socket]:
             reason = f"{address} port {same_port}: {os.strerror(error.errno or 0)}"
             if in_use:
                 reason += "; choose another port, or stop the program that uses it"
+            if error.errno == errno.EADDRNOTAVAIL:
+                reason += "; this machine does not have that address"
             raise OSError(reason) from None
     return sockets
 
@@ -10923,7 +10928,7 @@ class Server(Stoppable):
         running = self._in_flight.get(user.user_id, 0)
         most = user.max_concurrency or self.limits.user_requests_in_flight
         if most and running >= most:
-            text = f"You have {running} requests in flight, the most allowed at once."
+            text = f"Too many requests at once: you may have {most} in flight."
             raise APIError(429, text, code="user_limit_exceeded", retry_after=1)
         limit = exchange.reply.limit
         over = None if limit is None else limit.over(running)

@@ -8551,7 +8551,7 @@ def test_a_file_that_is_no_tape_stops_the_start_unchanged(tmp_path, tape, conten
     bad = "it is not a tape of version 1"
     for file, says in (
         *[(f"{tape}:{mode}", bad) for mode in ("replay", "record", "auto")],
-        (f"{tmp_path}/none.jsonl", 'No such file or directory.*"auto" records'),
+        (f"{tmp_path}/none.jsonl", 'No such file or .*"auto" records one: --tape F'),
         (f"{tmp_path}/none/chat.jsonl:record", "No such file or directory$"),
     ):
         with pytest.raises(ConfigurationError, match=says):
@@ -9748,6 +9748,8 @@ async def test_a_user_deleted_during_a_request_is_counted_and_gone(server, gate)
     user = await server.users.add(limit="1 requests/day", max_concurrency=1)
     running = asyncio.ensure_future(chat(server, key=user.token, model="gate"))
     await until(lambda: gate.asked)
+    error = chat_error(await chat(server, key=user.token, model="gate"))
+    assert error["message"].endswith("at once: you may have 1 in flight.")
     await server.users.delete(user.user_id)
     assert (await chat(server, key=user.token, model="gate")).status == 401
     gate.let()
@@ -10602,9 +10604,13 @@ async def test_a_missing_field_of_an_administrators_request_is_named(server):
         ("/admin/users/update", "user_id"),
         ("/admin/users/delete", "user_id"),
     ):
-        reply = await ask(server.port, "POST", path, {"id": "x"})
-        assert reply.status == 400
-        assert reply.json() == {"error": f"'{name}' must be a string."}
+        for body, problem in (
+            ({"id": "x"}, "is missing"),
+            ({name: 7}, "must be a string"),
+        ):
+            reply = await ask(server.port, "POST", path, body)
+            assert reply.status == 400
+            assert reply.json() == {"error": f"'{name}' {problem}."}
 
 
 async def test_an_admin_key_may_be_in_the_body_query_or_header(server):
@@ -11439,6 +11445,8 @@ async def test_unknown_models_are_404(server, upstream, tmp_path):
         reply = await chat(server)
         assert reply.status == 404
         assert "connect an agent" in chat_error(reply)["message"]
+        reply = await chat(server, key=await add_user(server))  # a user cannot
+        assert "GET /v1/models lists" in chat_error(reply)["message"]
         reply = await chat(server, model="mock/nope?times=1")
         assert reply.status == 404
         assert "mock models are mock/echo, mock/text" in chat_error(reply)["message"]
@@ -11644,6 +11652,8 @@ async def test_a_wrong_base_url_is_named_where_an_sdk_shows_it(server, upstream,
         error = reply.json()["error"]["message"]
         assert "base URL for API clients ends in /v1" in error
     assert chats(upstream) == []
+    reply = await ask(server.port, "GET", f"/k/{KEY}")
+    assert "nothing at GET /. The" in reply.json()["error"]
     reply = await ask(server.port, "DELETE", "/v1/files/x")
     assert "base URL" not in reply.json()["error"]["message"]
 
@@ -12388,7 +12398,7 @@ def test_a_name_that_is_no_address_here_is_an_error_with_its_cure(monkeypatch):
     "arguments, status, part",
     (["0"], 2, "API"),
     (["TAKEN", KEY], 1, "in use"),
-    (["0", KEY, "--listen", "192.0.2.1"], 1, ""),
+    (["0", KEY, "--listen", "192.0.2.1"], 1, "does not have that address"),
     (["0", KEY, "--users", "broken.json"], 2, "broken.json"),
     (["0", KEY, "--config_file", "missing.json"], 2, "missing.json"),
     (["0", KEY, "--tls-cert", "broken.json", "--tls-key", "broken.json"], None, ""),
@@ -14309,6 +14319,7 @@ def openai(**config):
     # The document
     ("", "line 1, column 1: not JSON"),
     ('{"port": 1,\n "listen" "::"}', "line 2, column 11: not JSON"),
+    ('{"port": 1,}', "comma"),  # newer Pythons say so themselves
     ("[]", "expected an object, got a list"),
     ('{"port": 1, "port": 2}', "port: duplicate key"),
     (
