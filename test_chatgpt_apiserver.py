@@ -6373,7 +6373,7 @@ async def test_a_waiting_request_wakes_when_a_controller_opens_again(clock, why)
     assert busy.in_flight == 1 and not pool.waiting and not pool._kinds
 
 
-async def test_a_user_with_many_kinds_of_request_in_the_queue_slows_nobody():
+async def test_many_kinds_of_request_in_the_queue_slow_no_other_user():
     """A slot that is released looks at some of them, the next one at the others."""
     looks = []
 
@@ -6492,7 +6492,6 @@ async def test_a_late_request_closes_nothing(server, upstreams, controllers, str
 
 @cases("name", *BAD_UPSTREAMS)
 async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
-    """The client sees nothing of it while another can answer."""
     behave, alone = BAD_UPSTREAMS[name]
     limits, log = Limits(first_byte_timeout=0.15, silence_timeout=0.15), Log()
     more = {"options": [{"weight": 100}], "limits": limits, "log": log}
@@ -6608,7 +6607,7 @@ def test_a_controller_that_fails_again_is_closed_for_longer(failure, before, clo
 
 
 @cases("status, seconds", (401, 600), (500, 5))
-async def test_a_burst_doubles_a_pause_once(tmp_path, status, seconds):
+async def test_a_burst_of_failures_counts_once(tmp_path, status, seconds):
     together = asyncio.Event()
     code = "invalid_api_key" if status == 401 else None
     behave = sends(together, error_reply(status, "no", code=code))
@@ -7096,7 +7095,7 @@ async def test_unknown_models_fill_no_memory():
 
 
 @cases("how", "names", "lists", "latest")
-async def test_who_names_a_model_goes_before_who_takes_any(tmp_path, how):
+async def test_controllers_that_name_the_model_go_first(tmp_path, how):
     """Also when it fails: what is meant for the next room goes to no cloud."""
     local = with_models("m:latest" if how == "latest" else "m")
     answer = by_words({"BAD": error_reply(500)})
@@ -8047,7 +8046,7 @@ async def test_a_mocks_name_is_asked_of_no_upstream(server, upstream):
     ("mock/echo", True),
     ("mock/cut?events=5000", True),
 )
-async def test_a_mock_with_a_long_answer_holds_up_nobody(server, model, stream):
+async def test_a_mocks_long_answer_holds_up_no_other_request(server, model, stream):
     words = "a b " * 100_000
     long = asyncio.ensure_future(chat(server, words, model=model, stream=stream))
     await until(lambda: server.requests_in_flight)
@@ -8064,7 +8063,7 @@ BLANKS = " " * 40_000
 
 
 @cases("before, after", ("", BLANKS), (f"a{BLANKS}b", ""), (" a\t b", BLANKS))
-async def test_blanks_hold_up_nobody(server, before, after):
+async def test_blanks_hold_up_no_other_request(server, before, after):
     """A search for words in quadratic time stopped the server for 12 seconds."""
     began = time.monotonic()
     expected = before or after
@@ -9492,9 +9491,9 @@ async def test_late_lines_of_others_count_in_their_own_hour(usage_file, clock):
     count_request(late)
     await late.flush()
     await one.flush()
-    told = b"limit-requests: 6\r\nx-ratelimit-remaining-requests: 1"
+    shown = b"limit-requests: 6\r\nx-ratelimit-remaining-requests: 1"
     for limit in limits:
-        assert used_of(limit) == [1, 4] and told in limit.fields(clock[0])
+        assert used_of(limit) == [1, 4] and shown in limit.fields(clock[0])
     for _ in range(2):
         count_request(late)
     clock[0] += 86400
@@ -10400,7 +10399,7 @@ async def test_odd_text_is_served(server, content):
     assert stream_text(await echo(server, content, stream=True)) == content
 
 
-async def test_non_ascii_key_is_a_wrong_key(server):
+async def test_a_non_ascii_key_is_a_wrong_key(server):
     for value in (b"Bearer \xff\xfe", "Schl\u00fcssel".encode(), b"Bearer \x80"):
         request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         data = request + b"Authorization: " + value + b"\r\n\r\n"
@@ -10441,8 +10440,8 @@ async def test_an_upgrade_to_h2c_is_ignored(server, upstream):
     assert (await ask(server.port, "GET", "/status", headers=upgrade)).status == 200
     reply = await ask(server.port, "POST", CHAT_URL, CHAT, headers=upgrade)
     assert reply.status == 200
-    [asked] = chats(upstream)
-    assert not {"http2-settings", "upgrade"} & set(asked.headers)
+    [sent] = chats(upstream)
+    assert not {"http2-settings", "upgrade"} & set(sent.headers)
 
 
 async def test_a_handshake_with_content_is_refused(server):
@@ -10711,7 +10710,6 @@ def test_a_loopback_address_in_every_spelling(addresses, here):
 
 
 async def test_a_peer_at_another_address_is_not_this_machine(server):
-    """The peer's address decides, whatever the request says."""
     address = "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         with contextlib.suppress(OSError):
@@ -11221,7 +11219,6 @@ async def test_an_agent_without_a_client_is_busy_until_it_answers(tmp_path, answ
 
 @flow(limits=Limits(ping_interval=0.1, pong_timeout=0.3))
 async def test_an_idle_agent_is_pinged_and_dropped_when_dead(server, agent):
-    """By messages of its own protocol."""
     for _ in range(3):
         message = await asyncio.wait_for(agent.receive(), 5)
         assert message["message"] == "ping" and message["id"]
@@ -11361,10 +11358,10 @@ async def test_unknown_fields_arrive_byte_for_byte(server, upstream):
     completions = "/v1/completions" + query
     for path in (CHAT_URL, "/chat/completions", CHAT_URL + query, completions):
         reply = await ask(server.port, "POST", path, body, headers=form)
-        asked = chats(upstream)[-1]
-        assert asked.content == body
-        assert asked.headers["content-type"] == "application/json"
-        assert asked.line == f"POST /v1{path.removeprefix('/v1')} HTTP/1.1"
+        sent = chats(upstream)[-1]
+        assert sent.content == body
+        assert sent.headers["content-type"] == "application/json"
+        assert sent.line == f"POST /v1{path.removeprefix('/v1')} HTTP/1.1"
         assert reply.content == upstream.behave.partition(b"\r\n\r\n")[2]
     old = {"Model": "m", "Messages": [{"Role": "user", "Content": "x"}]}
     await ask(server.port, "POST", CHAT_URL, {**old, "temperature": 0})
@@ -11395,13 +11392,13 @@ async def test_header_fields_travel_both_ways_but_private_ones(server, upstream)
         client.send(request.decode().encode("latin-1"))
         reply = await client.read_reply()
     assert reply.status == 200, reply.content
-    [asked] = chats(upstream)
-    assert asked.headers["authorization"] == "Bearer UPSTREAMSECRET"
-    assert asked.headers["host"] == f"127.0.0.1:{upstream.port}"
-    assert asked.headers["accept-encoding"] == "identity"
+    [sent] = chats(upstream)
+    assert sent.headers["authorization"] == "Bearer UPSTREAMSECRET"
+    assert sent.headers["host"] == f"127.0.0.1:{upstream.port}"
+    assert sent.headers["accept-encoding"] == "identity"
     for name, value in on.items():
-        assert asked.headers.get(name.lower()) == value, name
-    assert "PRIVATE" not in str(asked.headers)
+        assert sent.headers.get(name.lower()) == value, name
+    assert "PRIVATE" not in str(sent.headers)
     assert back.items() <= reply.headers.items()
     assert "PRIVATE" not in str(reply.headers)
     assert reply.headers["access-control-allow-origin"] == "*"
@@ -11419,13 +11416,13 @@ async def test_an_invalid_chat_is_400_with_the_field(server, upstream, change, p
 
 @cases("passes", False, True)
 @cases("status", 401, 403, 429, 500, 503)
-async def test_error_about_the_upstream_is_ours(tmp_path, status, passes):
+async def test_upstream_errors_decides_what_the_client_gets(tmp_path, status, passes):
     error = {"message": "UPSTREAMSECRET says no", "type": "odd", "code": "why"}
     answer = http_reply({"error": error}, status, headers=[("Retry-After", "7")])
     how = "pass" if passes else "map"
     async with pool_of(tmp_path, answer, upstream_errors=how) as (server, _, _):
         reply = await chat(server)
-        if status == 403:  # perhaps about the prompt: it goes through
+        if status == 403:  # it may be about the prompt, and goes through
             assert reply.status == 403
             assert reply.json() == {"error": {**error, "message": "*** says no"}}
             return
@@ -11481,15 +11478,15 @@ async def test_other_paths_go_to_the_controller_of_the_model(tmp_path):
         body = b'{"model": "b", "input" :"x"}'
         path = "/v1/embeddings?odd=1"
         assert (await ask(server.port, "POST", path, body)).json() == {"object": "two"}
-        [asked] = chats(ups[1])
-        assert asked.content == body and asked.line == f"POST {path} HTTP/1.1"
+        [sent] = chats(ups[1])
+        assert sent.content == body and sent.line == f"POST {path} HTTP/1.1"
         content = form(FORM_FILE, ('Content-Disposition: form-data; name="model"', "a"))
         kind = ("Content-Type", FORM)
         path = "/v1/audio/transcriptions"
         reply = await ask(server.port, "POST", path, content, headers=[kind])
         assert reply.json() == {"object": "one"}
-        [asked] = chats(ups[0])
-        assert asked.content == content and asked.headers["content-type"] == FORM
+        [sent] = chats(ups[0])
+        assert sent.content == content and sent.headers["content-type"] == FORM
         content = content.replace(b'name="model"', b'name="other"')
         reply = await ask(server.port, "POST", path, content, headers=[kind])
         assert reply.status == 400 and chat_error(reply)["param"] == "model"
@@ -13036,7 +13033,7 @@ async def test_a_slow_client_of_an_agent_holds_up_no_other(server):
                 assert reply.status == 200 and reply.events()[-1] == "[DONE]"
             assert time.monotonic() - began < 5
             # 18 MB are more than the 8 MiB that wait for one call, and than
-            # what sockets hold: it is told, and its call is cut.
+            # what sockets hold: the client gets an error, and its call is cut.
             (controller,) = server.agents.values()
             await until(lambda: not controller._calls)
             slow.writer.transport.resume_reading()
@@ -13325,7 +13322,7 @@ async def test_a_slow_server_slows_the_upstream():
             await until(lambda: made > seen + 100)
 
 
-async def test_a_server_that_closes_without_a_reason_is_told_so():
+async def test_a_close_without_a_reason_is_logged_as_one():
     async with AgentServer() as server:
         async with agent_of(server.port, says_hi()) as agent:
             await server.heard("Connection id")
