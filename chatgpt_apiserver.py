@@ -4797,6 +4797,19 @@ class UsageLimit:
                 window.add(requests, tokens)
         self._find_tightest()
 
+    def stored(self) -> dict[str, tuple[int, int]]:
+        """Return the usage in each present window, by the sums of its history."""
+        self.count()
+        kept = [item for item in self._windows.items() if item[0] != "minute"]
+        return {per: self.history(per, window) for per, window in kept}
+
+    def add_stored(self, earlier: dict[str, tuple[int, int]]) -> None:
+        """Add what has been stored since stored() returned this."""
+        for per, now in self.stored().items():
+            more = (max(0, a - b) for a, b in zip(now, earlier[per]))
+            self._windows[per].add(*more)
+        self._find_tightest()
+
     def state(self) -> list[tuple[Quota, int, int]]:
         """Return each quota, how much of it is used, and the Unix time of its reset."""
         self.count()
@@ -5051,7 +5064,10 @@ class Ledger:
         if problem and problem != self._problem:
             self._report(problem)
         self._problem = problem
+        stored: list[tuple[UsageLimit, Any]] = []
         if replaced:
+            for limits in self._limits.values():
+                stored += [(limit, limit.stored()) for limit in limits.values()]
             self._days.clear()
             self._this_hour.clear()
             lines = [*lines, *self._unwritten.items()]
@@ -5063,6 +5079,8 @@ class Ledger:
                 if limit is not None:  # before the sums, which its history reads
                     limit.count_elsewhere(hour, counts[0], counts[2] + counts[4])
             self._count(key, counts)
+        for limit, earlier in stored:
+            limit.add_stored(earlier)
 
 
 class UsageFile:

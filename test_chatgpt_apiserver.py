@@ -9641,6 +9641,27 @@ async def test_servers_on_one_disk_see_at_once_what_another_writes(tmp_path, con
         assert time.monotonic() - written < 0.2
 
 
+async def test_limits_count_what_another_compacts_right_away(usage_file, constant):
+    """Its new lines are in the new file alone, never at the end of the old one."""
+    old = (apiserver.hour_text(apiserver.unix_time() // 3600 - 48), "eve", "m", "c")
+    usage_file.write_bytes(apiserver.encode_usage({old: [1] * 5}) * 20)
+    one, two = ledger(usage_file), ledger(usage_file)
+    limit = one.limit_of(
+        "ada", apiserver.parse_quotas(["9 requests/hour", "9 tokens/day"])
+    )
+    count_request(one, usage=(1, 0, 1))
+    await one.flush()
+    constant(USAGE_FILE_SIZE=0)
+    for _ in range(2):
+        count_request(two, usage=(1, 0, 1))
+    await two.flush()
+    assert len(usage_file.read_bytes().splitlines()) == 2  # compacted
+    count_request(one)
+    for _ in range(2):
+        await one.flush()
+        assert used_of(limit) == [4, 6]
+
+
 async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
