@@ -9322,6 +9322,11 @@ class Exchange:
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     @property
+    def user_id(self) -> str | None:
+        """The user's id; None for nobody's.  A reload replaces all User objects."""
+        return None if self.user is None else self.user.user_id
+
+    @property
     def _content_share(self) -> float:
         """The user's share of total_content_size, in bytes.
 
@@ -9335,7 +9340,7 @@ class Exchange:
         server = self.server
         total = server.content_size + size
         if size > 0 and total > (share := self._content_share):
-            own = sum(e.reserved for e in server.exchanges if e.user is self.user)
+            own = sum(e.reserved for e in server.exchanges if e.user_id == self.user_id)
             if own + size > share or total > server.limits.total_content_size:
                 text = "Too much content is arriving at once; try again."
                 raise APIError(503, text, retry_after=1)

@@ -10284,7 +10284,8 @@ async def test_all_content_in_memory_has_a_limit(server, constant):
 @flow(limits=Limits(total_content_size=1000))
 async def test_one_users_uploads_leave_room_for_the_others(server, constant):
     constant(LINGER_TIMEOUT=0.05)
-    ada, bob = [(await server.users.add(name=name)).token for name in ("ada", "bob")]
+    users = [await server.users.add(name=name) for name in ("ada", "bob")]
+    ada, bob = [user.token for user in users]
 
     async def status(token, size):
         content = b"x" * size
@@ -10293,6 +10294,7 @@ async def test_one_users_uploads_leave_room_for_the_others(server, constant):
     async with Client(server.port) as client:
         client.send(request_bytes("POST", "/api/ask", b"x" * 500, ada)[:-100])
         await until(lambda: server.content_size == 400)
+        await server.users.update(users[0].user_id, {"max_concurrency": 9})
         assert await status(ada, 101) == 503
         assert await status(ada, 100) == 400  # no JSON
         assert await status(bob, 501) == 503
