@@ -6537,9 +6537,8 @@ async def test_refused_connections_fail_over_at_once_and_cool(server):
     dead = OpenAIController("k", name="dead", base_url=url, weight=100)
     server.add(dead)
     server.add(pool_function("good"))
-    began = time.monotonic()
-    assert chat_text(await chat(server)) == "good"
-    assert time.monotonic() - began < 1
+    with takes(0, 1):
+        assert chat_text(await chat(server)) == "good"
     line = await controller_line(server, "dead")
     assert line["state"] == "cooling" and line["failures"] == 1
     assert line["until"].endswith("Z") and line["reason"]
@@ -6874,10 +6873,9 @@ def test_a_failure_is_evidence_once_a_minute_for_each_user_and_content():
 def test_many_failing_requests_cost_little_time_and_memory():
     health = apiserver.Health()
     broken = apiserver.ControllerError("broken")
-    began = time.process_time()
-    for number in range(10_000):
-        health.fail(broken, plain_request(number), 1.0)
-    assert time.process_time() - began < 0.5
+    with takes(0, 0.5, time.process_time):
+        for number in range(10_000):
+            health.fail(broken, plain_request(number), 1.0)
     assert len(health._seen) <= 1000
 
 
@@ -7135,10 +7133,9 @@ async def test_a_request_waits_for_the_first_lists_that_may_name_its_model(tmp_p
         assert [len(chats(upstream)) for upstream in ups] == [1, 1]
         async with Upstream(lists_after(asyncio.Event(), "z")) as late:
             server.add(late.controller(name="late", models=None, limits=limits))
-            began = time.monotonic()
-            assert (await chat(server, model="n")).status == 200
-            assert (await chat(server, model="z")).status == 200
-            assert 0.4 < time.monotonic() - began < 5
+            with takes(0.4, 5):
+                assert (await chat(server, model="n")).status == 200
+                assert (await chat(server, model="z")).status == 200
 
 
 @flow(behave=None, controller={"models": {"m:latest": "real"}})
@@ -8016,9 +8013,8 @@ async def test_mock_embeddings_are_equal_for_equal_texts(server):
     data = (await asked(encoding_format="base64")).json()["data"]
     packed = struct.unpack("<8f", base64.b64decode(data[0]["embedding"]))
     assert packed == pytest.approx(one, abs=1e-6)
-    began = time.monotonic()
-    assert (await asked("mock/slow?seconds=0.1")).status == 200
-    assert time.monotonic() - began >= 0.1
+    with takes(0.1, 60):
+        assert (await asked("mock/slow?seconds=0.1")).status == 200
     times = [(await asked("mock/429?times=1")).status for _ in range(2)]
     assert times == [429, 200]
     for model, status in (
@@ -8065,11 +8061,10 @@ BLANKS = " " * 40_000
 @cases("before, after", ("", BLANKS), (f"a{BLANKS}b", ""), (" a\t b", BLANKS))
 async def test_blanks_hold_up_no_other_request(server, before, after):
     """A search for words in quadratic time stopped the server for 12 seconds."""
-    began = time.monotonic()
-    expected = before or after
-    assert chat_text(await echo(server, before + after)) == expected
-    assert stream_text(await echo(server, before + after, stream=True)) == expected
-    assert time.monotonic() - began < 2
+    with takes(0, 2):
+        expected = before or after
+        assert chat_text(await echo(server, before + after)) == expected
+        assert stream_text(await echo(server, before + after, stream=True)) == expected
 
 
 # --- Slow and stalled clients
@@ -8159,12 +8154,11 @@ async def test_a_log_that_is_not_read_drops_lines_and_counts_them():
     reading, writing = os.pipe()
     try:
         log = apiserver.Log(writing)
-        began = time.monotonic()
-        for number in range(30_000):
-            log.write(f"line {number} " + "x" * 80)
-            if number % 1000 == 0:
-                await asyncio.sleep(0)
-        assert time.monotonic() - began < 5
+        with takes(0, 5):
+            for number in range(30_000):
+                log.write(f"line {number} " + "x" * 80)
+                if number % 1000 == 0:
+                    await asyncio.sleep(0)
         text = b""
         while b"dropped" not in text:
             text += os.read(reading, 1 << 20)
@@ -11248,9 +11242,8 @@ async def test_an_idle_agent_is_pinged_and_dropped_when_dead(server, agent):
         await agent.send(message["id"], "pong")
     assert agent.id in server.agents
     # From here on it is silent, also to websocket pings.
-    began = time.monotonic()
-    await handler_agents(server, 0)
-    assert time.monotonic() - began < 4
+    with takes(0, 4):
+        await handler_agents(server, 0)
 
 
 @flow(limits=Limits(ping_interval=0.05, pong_timeout=0.05, ask_timeout=10))
@@ -12368,10 +12361,9 @@ def test_idle_connections_cost_little(tmp_path):
                     before = size(pid)
             each = (size(pid) - before) / 400
             assert each < 12 * 1024, each
-            began = time.monotonic()
-            for _ in range(20):
-                assert (await ask(port, "GET", "/health", key=None)).status == 200
-            assert time.monotonic() - began < 2
+            with takes(0, 2):
+                for _ in range(20):
+                    assert (await ask(port, "GET", "/health", key=None)).status == 200
 
     write_config(tmp_path, limits={"connections": 1000})
     with program_in(tmp_path) as program:
@@ -12536,14 +12528,13 @@ async def test_an_idle_program_ends_at_once(tmp_path, number):
             assert (await idle.request("GET", "/health")).status == 200
             half.send(b"GET /health HTTP/1.1\r\n")  # and no more: no request runs
             program.wait_for("agent .* joined")
-            began = time.monotonic()
-            program.signal(number)
-            assert await idle.reader.read() == b""
-            event = await agent.event()
-            assert event[0] is CLOSE and event[1][0] == 1001
-            agent.writer.write(agent.protocol.close(1001))
-            await asyncio.to_thread(program.end)
-            assert time.monotonic() - began < 1.5
+            with takes(0, 1.5):
+                program.signal(number)
+                assert await idle.reader.read() == b""
+                event = await agent.event()
+                assert event[0] is CLOSE and event[1][0] == 1001
+                agent.writer.write(agent.protocol.close(1001))
+                await asyncio.to_thread(program.end)
     assert f"shutting down ({number.name})" in program.stderr
 
 
@@ -12571,16 +12562,15 @@ async def test_what_does_not_finish_is_cut_by_time_or_a_second_signal(tmp_path, 
         port = program.port
         async with posting(port, body) as client:
             await echo(port)
-            began = time.monotonic()
-            program.signal(signal.SIGTERM)
-            program.wait_for("s; requests in flight: 1")
-            if twice:
+            with takes(0, 3):
                 program.signal(signal.SIGTERM)
-                program.wait_for("ending at once")
-            assert (await client.read_head())[0] == 503
-            assert b"shutting down" in await client.reader.read()
-            await asyncio.to_thread(program.end)
-            assert time.monotonic() - began < 3
+                program.wait_for("s; requests in flight: 1")
+                if twice:
+                    program.signal(signal.SIGTERM)
+                    program.wait_for("ending at once")
+                assert (await client.read_head())[0] == 503
+                assert b"shutting down" in await client.reader.read()
+                await asyncio.to_thread(program.end)
 
 
 @needs_posix
@@ -13050,11 +13040,10 @@ async def test_a_slow_client_of_an_agent_holds_up_no_other(server):
         async with posting(server, chat_body("much", stream=True)) as slow:
             await slow.read_head()
             slow.writer.transport.pause_reading()
-            began = time.monotonic()
-            asks = (chat(server, stream=True) for _ in range(20))
-            for reply in await asyncio.gather(*asks):
-                assert reply.status == 200 and reply.events()[-1] == "[DONE]"
-            assert time.monotonic() - began < 5
+            with takes(0, 5):
+                asks = (chat(server, stream=True) for _ in range(20))
+                for reply in await asyncio.gather(*asks):
+                    assert reply.status == 200 and reply.events()[-1] == "[DONE]"
             # 18 MB are more than the 8 MiB that wait for one call, and than
             # what sockets hold: the client gets an error, and its call is cut.
             (controller,) = server.agents.values()
@@ -13752,10 +13741,9 @@ async def test_an_ending_agent_does_not_wait_to_redial(server, constant, monkeyp
     async with agent_of_all(urls, says_hi()) as agent:
         await until(lambda: agent.id in server.agents)
         await until(lambda: agent.log.has("redialling"))
-        began = time.monotonic()
-        agent.request_shutdown()
-        await agent.task
-        assert time.monotonic() - began < 0.8
+        with takes(0, 0.8):
+            agent.request_shutdown()
+            await agent.task
 
 
 async def test_two_ways_to_one_server_are_one_registration(server):
@@ -14109,17 +14097,10 @@ def test_help_is_short_and_names_each_option_with_its_default(capsys):
     assert caught.value.code == 0
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
-    for option, default in [
-        ("<port>", "8080"),
-        ("<API_KEY>", "API_KEY"),
-        ("--listen", "this machine only"),
-        ("--users", "users.json"),
-        ("--tls-cert", "http"),
-        ("--tls-key", "certificate"),
-        ("--config_file", "none"),
-        ("--config_path", "/etc/chatgpt-apiserver"),
-        ("-v, --verbose", "off"),
-    ]:
+    defaults = """<port>=8080|<API_KEY>=API_KEY|--listen=this machine only|--tls-cert=http
+        |--users=users.json|--tls-key=certificate|--config_file=none|-v, --verbose=off
+        |--config_path=/etc/chatgpt-apiserver"""
+    for option, default in (row.strip().split("=") for row in defaults.split("|")):
         assert default in text.split(f" {option} ")[-1].split(" --")[0]
     assert "--version" in text and "--help" in text
     assert text.count("python3 chatgpt_apiserver.py") == 4
@@ -14190,7 +14171,7 @@ def test_arguments_win_over_environment_over_file(
     ({"OPENAI_API_KEY": "SECRET two"}, "environment: OPENAI_API_KEY: expected a key"),
     (
         {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "api"},
-        "OPENAI_BASE_URL: expected the",
+        "OPENAI_BASE_URL: expected",
     ),
     (
         {"OPENAI_API_KEY": "k", "https_proxy": "socks5://u:SECRET@h:1"},
@@ -14377,13 +14358,13 @@ def openai(**config):
     ({"api_key": "<API_KEY>"}, "api_key: expected a key of your own"),
     (
         {"pool": {"type": "SECRET"}},
-        'type: expected "balanced" or "random" or "least_bu',
+        'pool.type: expected "balanced" or "random" or "least_busy"',
     ),
     ({"agents": {"auth": "none"}}, 'agents.auth: expected "local" or "key" or "open"'),
     ({"upstream_errors": ""}, 'upstream_errors: expected "map" or "pass"'),
     (
         {"limits": {"head_size": 1.5}},
-        "head_size: expected a whole number from 0, got a",
+        "limits.head_size: expected a whole number from 0, got a number",
     ),
     ({"limits": {"head_timeout": "5"}}, "expected seconds, above 0, got a string"),
     ({"tls_cert": "\0"}, "tls_cert: expected the path of a readable file"),
@@ -14399,7 +14380,7 @@ def openai(**config):
     ),
     (
         controllers({**OPENAI, "name": "openai-2"}, OPENAI),
-        "[1].name: controllers[0] has",
+        "name: controllers[0] has",
     ),
 )
 def test_a_mistake_in_the_file_is_one_line_with_its_place(load, file, expected):
