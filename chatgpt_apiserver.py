@@ -1647,7 +1647,9 @@ class CompletionBuilder:
             self._add_delta(index, whole["message"], choice.get("delta") or {})
             for key, tokens in (choice.get("logprobs") or {}).items():
                 kept = whole["logprobs"] = whole["logprobs"] or {}
-                kept[key] = (kept.get(key) or []) + tokens if tokens else kept.get(key)
+                kept[key] = kept.get(key) or ([] if tokens else None)
+                if tokens:
+                    kept[key] += tokens
             if choice.get("finish_reason"):
                 whole["finish_reason"] = choice["finish_reason"]
 
@@ -1672,7 +1674,8 @@ class CompletionBuilder:
             function = delta.get("function") or {}
             index, id = delta.get("index"), delta.get("id")
             if index is None:
-                known = [n for n, call in enumerate(calls) if id and call["id"] == id]
+                recent = range(max(0, len(calls) - 16), len(calls))  # in linear time
+                known = [n for n in recent if id and calls[n]["id"] == id]
                 begins = id or function.get("name") or not calls
                 index = known[-1] if known else len(calls) - (not begins)
             if index >= len(calls):
@@ -1681,8 +1684,11 @@ class CompletionBuilder:
                 calls.append({"id": id, "type": "function", "function": empty})
             call = calls[index]
             call["id"] = call["id"] or id
+            whole = call["function"]
             for key, value in function.items():
-                call["function"][key] = call["function"].get(key, "") + (value or "")
+                text, whole[key] = whole.get(key, ""), ""
+                text += value or ""  # in place: this is the only reference to it
+                whole[key] = text
 
     def result(self) -> JSONObject:
         """Return the chat.completion."""

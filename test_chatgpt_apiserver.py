@@ -2682,6 +2682,20 @@ def test_refusals_logprobs_and_fingerprint_of_a_stream_are_kept():
     assert choice["logprobs"]["content"] == [{"token": "a"}, {"token": "b"}]
 
 
+def test_joining_tool_calls_and_logprobs_takes_linear_time():
+    """Or one answer of 16 MiB would stop the server for minutes."""
+    builder = apiserver.CompletionBuilder()
+    piece = {"index": 0, "function": {"arguments": "x" * 1000}}
+    with takes(0, 2, time.process_time):
+        for number in range(10_000):
+            delta = {"tool_calls": [piece, {"id": f"call-{number}"}]}
+            choice = {"delta": delta, "logprobs": {"content": [{}]}}
+            builder.add({"choices": [choice]})
+    [choice] = builder.result()["choices"]
+    assert len(choice["message"]["tool_calls"]) == 10_001
+    assert len(choice["logprobs"]["content"]) == 10_000
+
+
 def test_joining_a_stream_takes_linear_time():
     """Or 90 GB would have to be copied."""
     builder = apiserver.CompletionBuilder()
