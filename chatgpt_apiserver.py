@@ -9945,6 +9945,7 @@ async def do_register(exchange: Exchange) -> None:
     agent.debug = server.debug
     agent.on_drain = server.pool.remove
     server.register(agent, claimed_id)
+    del first, claimed_id, hello, about  # may be large, and the agent stays
     server.report(f"agent {agent.name} joined from {connection.peer}")
     try:
         await agent.serve()

@@ -7185,6 +7185,13 @@ async def test_agents_that_come_and_go_with_names_fill_no_memory(server, constan
     assert [*server.pool._left] == ["1-3", *names[:4], None]
 
 
+async def test_a_large_first_message_of_an_agent_is_not_kept(server):
+    hello = agent_hello(models=["x" * 3_000_000])
+    with traced() as memory:
+        async with Agent(server, hello=hello):
+            await until(lambda: memory()[0] < 500_000, 2)
+
+
 async def test_an_unreadable_list_of_models_is_logged_once(tmp_path):
     log = Log()
 
