@@ -10016,18 +10016,6 @@ async def test_ready_means_that_a_controller_could_be_tried(server, log):
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-def handler_split(data):
-    """The answers in a connection's bytes: [(status, content)], by Content-Length."""
-    answers = []
-    while data:
-        head, _, data = data.partition(b"\r\n\r\n")
-        length = re.search(rb"(?i)\r\ncontent-length: *([0-9]+)", head)
-        length = int(length[1]) if length else 0
-        answers.append((int(head.split()[1]), data[:length]))
-        data = data[length:]
-    return answers
-
-
 async def handler_agents(server, count):
     await until(lambda: len(server.agents) == count)
 
@@ -10396,8 +10384,9 @@ async def test_nothing_behind_a_broken_request_is_read(server, constant, data, s
     constant(LINGER_TIMEOUT=0.05)
     smuggled = "\r\n0\r\n\r\nGET /status HTTP/1.1\r\nHost: x\r\n\r\n"
     answer = await raw(server.port, (data + smuggled).encode())
-    ((answered, content),) = handler_split(answer)
-    assert answered == status and isinstance(json.loads(content)["error"], str)
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    assert isinstance(json.loads(content)["error"], str)
 
 
 JSON_BODIES = [
@@ -10441,8 +10430,8 @@ async def test_a_non_ascii_key_is_a_wrong_key(server):
     for value in (b"Bearer \xff\xfe", "Schl\u00fcssel".encode(), b"Bearer \x80"):
         request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         data = request + b"Authorization: " + value + b"\r\n\r\n"
-        [(status, content)] = handler_split(await raw(server.port, data))
-        assert status == 401
+        head, _, content = (await raw(server.port, data)).partition(b"\r\n\r\n")
+        assert head.split()[1] == b"401"
         assert json.loads(content)["error"]["message"] == "Invalid API key"
     for key in ("\u00fc", "\ud800", "\u0661"):
         reply = await ask(server.port, "POST", "/admin/users/add", {"admin_key": key})
@@ -10694,10 +10683,14 @@ NOT_LOCAL = [
 ]
 
 
-async def handler_status(server, request):
-    async with Client(server.port) as client:
-        client.send(request)
-        return (await client.read_head())[0]
+async def handshake_status(server, path, *fields, source=None):
+    """The status of a websocket's handshake, perhaps from another address."""
+    sock = socket.create_connection(("127.0.0.1", server.port), 5, source)
+    reader, writer = await asyncio.open_connection(sock=sock)
+    writer.write(handshake(path, *fields))
+    head = await reader.readuntil(b"\r\n\r\n")
+    writer.transport.abort()
+    return int(head.split()[1])
 
 
 @cases("field", *NOT_LOCAL, ids=": ".join)
@@ -10710,30 +10703,23 @@ async def test_only_a_user_of_this_machine_needs_no_key(server, log, field):
         ("/api/connections", (), (401, 403)),
         ("/api/connections", (key,), (200,)),
     ):
-        asked = handshake(path, field, *fields)
-        assert await handler_status(server, asked) in statuses
+        assert await handshake_status(server, path, field, *fields) in statuses
     assert "/k/<token>" in log.text
 
 
 @cases(
     "field",
-    ("Origin", "https://chat.openai.com"),
-    ("Origin", "https://chatgpt.com"),
-    ("Origin", "moz-extension://2f0d9cd2"),
-    ("Origin", "chrome-extension://abcdef"),
-    ("Host", "127.0.0.1:8080"),
-    ("Host", "[::1]:8080"),
-    ("Host", "LOCALHOST:8080"),
-    ("Host", "127.9.9.9"),
+    *(("Origin", "https://chat.openai.com"), ("Origin", "https://chatgpt.com")),
+    *(("Origin", "moz-extension://2f0d9cd2"), ("Origin", "chrome-extension://abcdef")),
+    *(("Host", "127.0.0.1:8080"), ("Host", "[::1]:8080")),
+    *(("Host", "LOCALHOST:8080"), ("Host", "127.9.9.9")),
     ids=": ".join,
 )
 async def test_a_user_of_this_machine_needs_no_key(server, field):
     for path, status in (("/client/register", 101), ("/api/connections", 200)):
-        asked = handshake(path, field)
-        assert await handler_status(server, asked) == status
-        wrong = ("x-api-key", "wrong")  # what is sent is judged
-        asked = handshake(path, field, wrong)
-        assert await handler_status(server, asked) == 401
+        assert await handshake_status(server, path, field) == status
+        wrong = ("x-api-key", "wrong")  # a credential that is sent must be right
+        assert await handshake_status(server, path, field, wrong) == 401
 
 
 @cases(
@@ -10755,20 +10741,11 @@ async def test_a_peer_at_another_address_is_not_this_machine(server):
             address = sock.getsockname()[0]
     if apiserver.is_loopback(address):
         pytest.skip("this machine has no other address")
-
-    async def status(request):
-        sock = socket.create_connection(("127.0.0.1", server.port), 5, (address, 0))
-        reader, writer = await asyncio.open_connection(sock=sock)
-        writer.write(request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        writer.transport.abort()
-        return int(head.split()[1])
-
+    status = functools.partial(handshake_status, server, source=(address, 0))
     for path, refused in (("/client/register", 403), ("/api/connections", 401)):
-        asked = handshake(path)
-        assert await status(asked) == refused
-        assert await handler_status(server, asked) in (101, 200)
-    assert await status(handshake(f"/k/{KEY}/client/register")) == 101
+        assert await status(path) == refused
+        assert await handshake_status(server, path) in (101, 200)
+    assert await status(f"/k/{KEY}/client/register") == 101
 
 
 async def test_http_1_0_comes_from_a_proxy_and_needs_a_key(server):
@@ -10794,8 +10771,7 @@ async def test_agents_auth_decides_who_needs_a_key(tmp_path, auth, near, far, li
             ("/api/connections", (), listing),
             ("/api/connections", (origin,), 401),
         ):
-            asked = handshake(path, *fields)
-            assert await handler_status(server, asked) == status
+            assert await handshake_status(server, path, *fields) == status
 
 
 # --- The ask API
