@@ -10667,20 +10667,14 @@ async def test_no_number_of_wrong_keys_locks_anybody_out(client):
     assert (await client.request("GET", "/v1/models")).status == 200
 
 
-NOT_LOCAL = [
-    ("Origin", "https://evil.example"),
-    ("Origin", "null"),
-    ("Origin", "http://localhost:8080"),
-    ("Origin", "https://chatgpt.com.evil.example"),
-    ("Host", "rebound.example:8080"),
-    ("Host", "localhost.evil.example"),
-    ("Host", "192.0.2.2"),
-    ("Host", "127.0.0.1.evil.example"),
-    ("Forwarded", "for=192.0.2.1"),
-    ("X-Forwarded-For", "127.0.0.1"),
-    ("X-Real-IP", "127.0.0.1"),
-    ("via", ""),
-]
+ORIGINS = (
+    "https://evil.example null http://localhost:8080 https://chatgpt.com.evil.example"
+)
+HOSTS = "rebound.example:8080 localhost.evil.example 192.0.2.2 127.0.0.1.evil.example"
+NOT_LOCAL = [("Origin", origin) for origin in ORIGINS.split()]
+NOT_LOCAL += [("Host", host) for host in HOSTS.split()]
+NOT_LOCAL += [("Forwarded", "for=192.0.2.1"), ("X-Forwarded-For", "127.0.0.1")]
+NOT_LOCAL += [("X-Real-IP", "127.0.0.1"), ("via", "")]
 
 
 async def handshake_status(server, path, *fields, source=None):
@@ -13218,13 +13212,8 @@ def test_an_agent_finds_the_programs_on_this_machine(monkeypatch):
     ("https://h/proxy/v1/", "https://h/proxy/client/register"),
     ("http://h/v1/client/register", "http://h/client/register"),
     ("ws://h/client/register", "http://h/client/register"),
-    ("", None),
-    ("ftp://h", None),
-    ("http://", None),
-    ("http://h:x", None),
-    ("http://u:p@h", None),
-    ("http://h/\r\nX: y", None),
-    ("http://h/?q", None),
+    *((odd, None) for odd in ("", "ftp://h", "http://", "http://h:x", "http://u:p@h")),
+    *((odd, None) for odd in ("http://h/\r\nX: y", "http://h/?q")),
 )
 def test_where_an_agent_dials_in(url, expected):
     if expected is None:
