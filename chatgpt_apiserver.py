@@ -9415,7 +9415,7 @@ class Exchange:
         connection.eof_is_hangup = True  # do not pay for an answer that nobody reads
         if connection.eof:
             raise ConnectionResetError("the client disconnected")
-        if request.stream:
+        if request.stream and request.dialect.generates:  # else it may be audio
             request.on_asked = self.reply.start_heartbeat
         try:
             async with call:
@@ -9440,8 +9440,8 @@ class Exchange:
 
     async def _relay_stream(self, call: Call) -> None:
         connection, reply = self.connection, self.reply
-        if call.is_raw:  # a comment would corrupt it
-            reply.stop_heartbeat()
+        if call.stream is not None:
+            reply.start_heartbeat()
         while not call.ended:
             block = await call.read()
             if reply.sent is Sent.NOTHING:
@@ -9484,11 +9484,13 @@ class Exchange:
         # Close without the last chunk: a client that does not know the event still
         # sees that the stream is incomplete.
         reply.close = True
-        self.outcome = "broken off"
+        self.outcome, last = "broken off", b""
         if call is not None and not call.is_raw and reply.sent is Sent.HEAD:
             last = call.request.dialect.late_error(error, call.stream)
             if last and not self.connection.closing:
                 reply.write(last)
+        if not last and self.request.version == "HTTP/1.0":
+            self.connection.reset()  # there, a plain end is that of a whole answer
         self.connection.close()
 
     def send_error(self, error: APIError) -> None:

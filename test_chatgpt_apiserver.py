@@ -7338,6 +7338,9 @@ async def test_speech_is_relayed_as_it_comes(server, upstream, cut):
         go_on.set()
         assert await client.read_rest() == (b"" if cut else audio)
         assert client.whole is not cut
+    old = request_bytes("POST", "/v1/audio/speech", body).replace(b"1.1", b"1.0", 1)
+    with pytest.raises(ConnectionResetError) if cut else contextlib.nullcontext():
+        assert (await raw(server.port, old)).endswith(2 * audio)
 
 
 @cases("stream", False, True)
@@ -11812,7 +11815,7 @@ async def test_an_error_after_comments_ends_a_stream(tmp_path, path, begins, sta
 @cases(
     "path, kind, wait, interval",
     (CHAT_URL, b"text/event-stream", 0.05, 0),
-    ("/v1/audio/speech", b"audio/mpeg", 0, 0.02),
+    ("/v1/audio/speech", b"audio/mpeg", 0.1, 0.02),
 )
 async def test_no_comments_in_audio_or_if_off(tmp_path, path, kind, wait, interval):
     data = chunk("Hi", "stop"), DONE
@@ -11822,6 +11825,7 @@ async def test_no_comments_in_audio_or_if_off(tmp_path, path, kind, wait, interv
     async with pool_of(tmp_path, behave, limits=limits) as (server, _, _):
         reply = await ask(server.port, "POST", path, STREAM)
         assert reply.status == 200 and reply.content == b"".join(data)
+        assert reply.headers["content-type"].startswith(kind.decode())
 
 
 # --- What one user can do to all
