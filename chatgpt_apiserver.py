@@ -7776,7 +7776,7 @@ class Call:
             if ends_task(caught):
                 raise
             error = self._explain(self.controller, caught)
-            self.pool.report(f"{self.request.id} broke off: {error.reason}")
+            self.pool.report(f"request {self.request.id} broke off: {error.reason}")
             raise error from None
         whole = not block if stream is None else stream.ended and stream.error is None
         if whole and not self.ended:
@@ -9410,7 +9410,7 @@ class Exchange:
         server.begin_request(self, user)
         self.call = call = server.pool.call(request)
         request.user = user.user_id
-        request.id = self.id
+        request.id = self.id.replace(" ", "_")  # one word of a line in the log
         request.deadline = self.started + server.limits.request_timeout
         connection.eof_is_hangup = True  # do not pay for an answer that nobody reads
         if connection.eof:
@@ -9579,7 +9579,7 @@ class Exchange:
             f"{clock_text(int(unix_time()))} {words} x{attempts} {first * 1e3:.1f}"
             f" {(now - self.started) * 1e3:.1f} ms"
             f" {connection.bytes_sent - self._bytes_before} B"
-            f" {connection.peer or '-'} {self.id}"
+            f" {connection.peer or '-'} {self.id.replace(' ', '_')}"
             f"{f' {self.outcome}' if self.outcome else ''}"
         )
 

@@ -11601,14 +11601,14 @@ BROKEN_ENDINGS = {
 @cases("end, reason", *BROKEN_ENDINGS.values(), ids=BROKEN_ENDINGS)
 async def test_a_failure_in_mid_stream_is_one_error_event(tmp_path, end, reason):
     """No [DONE], no invented finish_reason, no other answer behind the first; and a
-    line in the log, for the access line says 200."""
+    line in the log, for the access line says 200.  An id is no such line."""
     go_on, log = asyncio.Event(), Log()
     behave = sends(STREAM_HEAD, chunked(chunk("Hel")), go_on, end)
     more = {"limits": Limits(silence_timeout=0.2, response_size=2000), "log": log}
     made = pool_of(tmp_path, behave, options=[{"weight": 100}], **more)
     async with made as (server, _, (first,)):
         server.add(pool_function("other", models=["m"]))
-        async with posting(server) as client:
+        async with posting(server, headers=[("x-request-id", "up1 is back")]) as client:
             assert await client.first_chunk() == chunk("Hel")
             go_on.set()
             rest = await client.read_rest()
@@ -11616,7 +11616,8 @@ async def test_a_failure_in_mid_stream_is_one_error_event(tmp_path, end, reason)
             assert rest.count(b"data: ") == 1 and b"[DONE]" not in rest
             assert not client.whole and await client.reader.read() == b""
         assert first.failures == 1 and first.in_flight == 0
-    assert len(re.findall(rf" broke off: up0.* {reason}", log.text)) == 1
+    line = rf" request up1_is_back broke off: up0.* {reason}"
+    assert len(re.findall(line, log.text)) == 1 and "up1 is" not in log.text
 
 
 @flow(behave=streams(chunk("Hi", "stop"), DONE))
