@@ -8990,7 +8990,7 @@ class Conversations:
     """The conversations of /api/ask, by user and id, the least recently used first.
 
     A conversation belongs to the user who began it: two agents may hand out the same
-    id, and no user may continue another's conversation.
+    id, and no user may continue another's conversation, or evict it with many.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -9021,22 +9021,26 @@ class Conversations:
             self._remove((user_id, id))
             conversation = self._kept[user_id, id] = Conversation(agent_id)
         if turn_id not in conversation.turns:
-            size = 200 + sum(map(len, turn))
+            size = 200 + sum(map(sys.getsizeof, turn))
             conversation.size += size
             self._size += size
         conversation.turns[turn_id] = turn
         self._evict()
 
     def _evict(self) -> None:
-        """Remove the least recently used conversations beyond the limits."""
+        """Remove conversations beyond the limits: the oldest of who has most."""
         limits = self._limits
         while self._kept:
             key, oldest = next(iter(self._kept.items()))
-            few = len(self._kept) <= limits.conversations
-            small = self._size <= limits.conversations_size
-            age = time.monotonic() - oldest.used_at
-            if few and small and age <= limits.conversation_lifetime:
-                break
+            if time.monotonic() - oldest.used_at <= limits.conversation_lifetime:
+                few = len(self._kept) <= limits.conversations
+                if few and self._size <= limits.conversations_size:
+                    break
+                weights: Counter[str] = Counter()
+                for (user_id, _), conversation in self._kept.items():
+                    weights[user_id] += conversation.size if few else 1
+                [(most, _)] = weights.most_common(1)
+                key = next(key for key in self._kept if key[0] == most)
             self._remove(key)
 
     def _remove(self, key: tuple[str, str]) -> None:

@@ -10946,6 +10946,16 @@ def test_the_kept_size_of_conversations_stays_right():
     assert kept._size == sum(c.size for c in kept._kept.values()) < 1000
 
 
+@cases("limit", {"conversations": 5}, {"conversations_size": 50_000})
+def test_one_user_does_not_evict_anothers_conversations(limit):
+    kept = apiserver.Conversations(Limits(**limit))
+    kept.add("bob", "1", None, "a", "", "question", "answer")
+    for number in range(20):
+        kept.add("eve", f"{number}", None, "a", "", "\u4e2d" * 5000, "answer")
+    assert kept.find("bob", "1") and kept.find("eve", "19")
+    assert len(kept._kept) == 5
+
+
 async def test_a_huge_conversation_id_of_an_agent_is_not_kept(server, agent):
     for size in (200, 201):
         async with beside(handler_ask(server.port)) as asking:
