@@ -297,14 +297,16 @@ class APIError(Exception):
         upstream_status: int | None = None,
     ) -> None:
         super().__init__(message)
+        # Functions raise it: a mistake must fail there, and not in the response.
+        if not isinstance(status, int) or not 400 <= status <= 599:
+            raise ValueError(f"status must be an integer from 400 to 599: {status!r}")
+        usual = "server_error" if status >= 500 else "invalid_request_error"
         self.status = status
-        self.message = message
-        self.type = type or self.TYPES.get(
-            status, "server_error" if status >= 500 else "invalid_request_error"
-        )
-        self.param = param
-        self.code = code
-        self.retry_after = retry_after
+        self.message = str(message)
+        self.type = str(type or self.TYPES.get(status, usual))
+        self.param = None if param is None else str(param)
+        self.code = None if code is None else str(code)
+        self.retry_after = None if retry_after is None else float(retry_after)
         self.upstream_status = upstream_status
         self.reason = f"status {status} {code or self.type}"
 

@@ -7625,6 +7625,25 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
 
 
 @cases(
+    "status, fields, answer",
+    (429, {"retry_after": "5"}, (429, "5", None)),
+    (400, {"code": 1234, "param": b"p"}, (400, None, "1234")),
+    ("429", {}, (500, None, None)),
+    (200, {}, (500, None, None)),
+)
+async def test_an_apierror_of_odd_values_is_answered(server, status, fields, answer):
+    @server.model("odd")
+    def odd(request):
+        raise APIError(status, ValueError("no"), **fields)
+
+    reply = await chat(server, model="odd")
+    error = chat_error(reply)
+    after = reply.headers.get("retry-after")
+    assert (reply.status, after, error["code"]) == answer
+    assert error["message"] == ("no" if answer[0] != 500 else "odd failed; see the log")
+
+
+@cases(
     "error",
     ValueError("at /home/secret"),
     FileNotFoundError(2, "No such file", "/home/secret"),
