@@ -1260,6 +1260,7 @@ def _parse_float(digits: str) -> float:
     return number
 
 
+_PAIRS_DECODER = json.JSONDecoder(object_pairs_hook=list)
 _STRICT_DECODER = json.JSONDecoder(
     parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float
 )
@@ -1281,6 +1282,20 @@ def parse_object(content: bytes) -> JSONObject:
     except ValueError as error:
         problem = f" is not JSON: {error}"
     raise APIError(400, f"The request{problem}.")
+
+
+def names_two_models(content: bytes) -> bool:
+    """Whether a JSON object has two keys "model": an upstream may take the first.
+
+    Not for every request: the search takes as long as parsing.
+    """
+    if content.count(b'"model"') < 2 and content.find(b"\\u006") < 0:  # an escaped "m"
+        return False
+    try:
+        pairs = _PAIRS_DECODER.decode(content.decode())
+    except RecursionError:  # it was parsed with a shallower stack
+        return True
+    return [name for name, _ in pairs].count("model") > 1
 
 
 def read_json(content: bytes | str) -> Any:
@@ -9272,11 +9287,12 @@ class Exchange:
         self.path = path = normal_path(path)
         own_id = request.headers.get("x-request-id", "")
         usable = 0 < len(own_id) <= 128 and own_id.isascii() and own_id.isprintable()
-        self.id = own_id if usable else random_id("req_")
+        own_id = own_id if usable else random_id("req_")
+        self.id = own_id.replace(" ", "_")  # one word, for the log
         self.time = unix_time()
         self.started = connection.loop.time()
         self._bytes_before = connection.bytes_sent
-        fields = [("x-request-id", self.id)]
+        fields = [("x-request-id", own_id)]
         if not path.startswith(_NO_CORS):
             fields.append(("Access-Control-Allow-Origin", "*"))
         self.reply = Reply(connection, request, fields)
@@ -9411,12 +9427,13 @@ class Exchange:
         assert self.user is not None
         server, connection, user = self.server, self.connection, self.user
         self.model = (request.model or "").partition("?")[0]  # mocks take parameters
-        self._check_model(request, user)
+        if user.models is not None:
+            await self._check_model(request, user)
         self.reply.limit = server.limit_of(user)
         server.begin_request(self, user)
         self.call = call = server.pool.call(request)
         request.user = user.user_id
-        request.id = self.id.replace(" ", "_")  # one word of a line in the log
+        request.id = self.id
         request.deadline = self.started + server.limits.request_timeout
         connection.eof_is_hangup = True  # do not pay for an answer that nobody reads
         if connection.eof:
@@ -9434,10 +9451,11 @@ class Exchange:
             raise self.cancelled from None
         return call
 
-    def _check_model(self, request: APIRequest, user: User) -> None:
+    async def _check_model(self, request: APIRequest, user: User) -> None:
         """Raise APIError(404) for a model that the user may not use, as if unknown."""
-        if user.models is None:
-            return
+        content = request.content
+        if request.is_json and await run_large(len(content), names_two_models, content):
+            raise APIError(400, "'model' appears twice.", param="model")
         request.may_use = user.may_use
         if request.model is None and request.ask is None:
             raise APIError(400, "'model' is missing.", param="model")
@@ -9533,9 +9551,10 @@ class Exchange:
     def end(self) -> None:
         """Release its resources, write the access line and record the request."""
         server, call = self.server, self.call
-        task = asyncio.current_task(self.connection.loop)
-        if self.cancelled and task and hasattr(task, "uncancel"):
-            task.uncancel()  # or the connection's next time limits would not hold
+        if self.cancelled is not None:
+            task = asyncio.current_task(self.connection.loop)
+            if task is not None and hasattr(task, "uncancel"):
+                task.uncancel()  # or the connection's next time limits would not hold
         self.connection.eof_is_hangup = False
         self.reply.stop_heartbeat()
         self.reserve(-self.reserved)
@@ -9585,7 +9604,7 @@ class Exchange:
             f"{clock_text(int(unix_time()))} {words} x{attempts} {first * 1e3:.1f}"
             f" {(now - self.started) * 1e3:.1f} ms"
             f" {connection.bytes_sent - self._bytes_before} B"
-            f" {connection.peer or '-'} {self.id.replace(' ', '_')}"
+            f" {connection.peer or '-'} {self.id}"
             f"{f' {self.outcome}' if self.outcome else ''}"
         )
 
@@ -10085,7 +10104,8 @@ async def do_admin_status(exchange: Exchange) -> None:
 
 async def do_cancel(exchange: Exchange, body: JSONObject) -> JSONObject:
     """POST /admin/requests/cancel: the client gets an error, the controller stops."""
-    running, id = exchange.server.running_requests, string_field(body, "request_id")
+    running = exchange.server.running_requests
+    id = string_field(body, "request_id").replace(" ", "_")  # as Exchange has it
     found = [each for each in running if each.id == id]  # clients may reuse an id
     if not found:
         raise APIError(404, "Request not found")

@@ -2440,6 +2440,9 @@ def test_two_spellings_of_model_are_refused(other):
         for messages in ("messages", "Messages"):
             content = json.dumps({**dict.fromkeys(names, "a"), messages: []}).encode()
             assert api_refusal(apiserver.parse_chat_request, content).param == "model"
+    # Elsewhere the word may be: in a key below, in a value, in another key.
+    plain = rb'{"model": "m", "x": {"model": "\u006d"}, "y": "model", "model2": 1}'
+    assert not apiserver.names_two_models(plain)
 
 
 @cases(
@@ -11803,6 +11806,7 @@ async def test_a_model_may_be_left_out_where_one_alone_could_be_meant(tmp_path):
 @flow(controller=ANY)
 async def test_a_request_that_names_two_models_is_refused(server, upstream, kind):
     """Two readers take two: a user could get one that is not the user's own."""
+    key = await add_user(server, models=["m"])
     head = 'Content-Disposition: form-data; name="model"'
     headers = [("Content-Type", FORM)] if kind == "form" else []
     if kind == "form":
@@ -11810,10 +11814,11 @@ async def test_a_request_that_names_two_models_is_refused(server, upstream, kind
         bodies.append(form((head, "m"), *[FORM_FILE] * 120, (head, "other")))
     else:  # Go's JSON, and so Ollama, ignores case and takes the last
         bodies = [{"model": "m", "MODEL": "o"}, {"Model": "o", "model": "m"}]
-        bodies += [{**CHAT, "mOdel": "o"}]
+        bodies += [{**CHAT, "mOdel": "o"}, b'{"model": "o", "model": "m"}']
+        bodies += [rb'{"mo\u0064el": "o", "model": "m"}']
     for body in bodies:
         for path in ("/v1/images/edits", "/v1/embeddings"):
-            reply = await ask(server.port, "POST", path, body, headers=headers)
+            reply = await ask(server.port, "POST", path, body, key, headers)
             assert reply.status == 400 and chat_error(reply)["param"] == "model"
     assert chats(upstream) == []
 
