@@ -4843,7 +4843,7 @@ class UsageLimit:
     def over(self, running: int = 0) -> tuple[Quota, int, int] | None:
         """Return the exhausted quota, as in state(), or None.
 
-        running  admitted requests that are not yet counted
+        running  admitted requests that are not yet counted; here they are used
         """
         if not self._since <= (now := unix_time()) < self._until:
             self._renew_windows(now)
@@ -4851,8 +4851,9 @@ class UsageLimit:
         if requests < self._most_requests and self._tokens < self._most_tokens:
             return None
         coming = {"requests": running, "tokens": 0}
-        state = self.state()  # may renew a window: then None
-        return next((s for s in state if s[1] + coming[s[0].unit] >= s[0].amount), None)
+        # state() may renew a window: then None.
+        state = ((q, used + coming[q.unit], end) for q, used, end in self.state())
+        return next((s for s in state if s[1] >= s[0].amount), None)
 
     def fields(self, now: float) -> bytes:
         """Return OpenAI's x-ratelimit fields, for the quotas with the least left."""
