@@ -58,6 +58,7 @@ import bisect
 import calendar
 import codecs
 import contextlib
+import contextvars
 import enum
 import errno
 import fnmatch
@@ -92,6 +93,7 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
+    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -1260,7 +1262,6 @@ def _parse_float(digits: str) -> float:
     return number
 
 
-_PAIRS_DECODER = json.JSONDecoder(object_pairs_hook=list)
 _STRICT_DECODER = json.JSONDecoder(
     parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float
 )
@@ -1292,7 +1293,7 @@ def names_two_models(content: bytes) -> bool:
     if content.count(b'"model"') < 2 and content.find(b"\\u006") < 0:  # an escaped "m"
         return False
     try:
-        pairs = _PAIRS_DECODER.decode(content.decode())
+        pairs = json.loads(content, object_pairs_hook=list)
     except RecursionError:  # it was parsed with a shallower stack
         return True
     return [name for name, _ in pairs].count("model") > 1
@@ -5571,7 +5572,8 @@ class Controller:
         if self._threads is None:
             most = self.max_concurrency or self.THREADS
             self._threads = ThreadPoolExecutor(most, f"{self.type}-{self.name}")
-        return asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        loop, run = asyncio.get_running_loop(), contextvars.copy_context().run
+        return loop.run_in_executor(self._threads, run, work, *args)
 
     def close(self) -> None:
         """Release idle connections and threads."""
@@ -10435,6 +10437,7 @@ class RequestHandler:
     def __init__(self, server: Server, connection: Connection) -> None:
         self.server = server
         self.connection = connection
+        self._context = contextvars.copy_context()
 
     async def handle(self) -> None:
         """Serve requests until the connection ends."""
@@ -10450,7 +10453,11 @@ class RequestHandler:
                     or self._served >= self.server.limits.keep_alive_requests
                     or self.server.draining
                 )
-                await self._respond(exchange)
+                work: Awaitable[None] = self._respond(exchange)
+                if contextvars.copy_context() != self._context:
+                    # A function has set a ContextVar: it must not reach this request.
+                    work = self._context.run(asyncio.ensure_future, work)
+                await work
                 # Drain now: a client that pipelines and never reads would fill the
                 # memory, and close() waits only a moment for unsent bytes.
                 if not connection.writable and not connection.closing:

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import calendar
 import contextlib
+import contextvars
 import csv
 import email.utils
 import errno
@@ -7625,6 +7626,40 @@ async def test_an_apierror_of_a_function_is_the_answer(tmp_path, stream):
                 assert reply.status == 418
                 assert chat_error(reply) == {"message": "tea only", **fields}
             assert (await controller_line(server, "first"))["state"] == "ready"
+
+
+@flow(limits=Limits(request_timeout=0.5))
+async def test_a_context_variable_of_a_function_is_one_requests(server, client):
+    """On the next, as on each, a time limit holds, and a hang-up ends it."""
+    variable = contextvars.ContextVar("variable", default="none")
+
+    def plain(request):
+        before = variable.get()
+        variable.set("set")
+        return before
+
+    @server.model("waits")
+    async def waits(request):
+        plain(request)
+        if request["messages"][0]["content"] == "wait":
+            await asyncio.sleep(9)
+        return plain(request)
+
+    server.add(FunctionController(plain, models=["plain"], max_concurrency=1))
+    for model, content, status, text in (
+        *2 * (("plain", "", 200, "none"),),
+        *2 * (("waits", "", 200, "set"), ("waits", "wait", 504, None)),
+    ):
+        messages = [{"role": "user", "content": content}]
+        body = {"model": model, "messages": messages}
+        reply = await client.request("POST", CHAT_URL, body)
+        assert reply.status == status
+        assert text is None or chat_text(reply) == text
+        assert variable.get() == "none"
+    client.send(request_bytes("POST", CHAT_URL, body))
+    await until(lambda: server.requests_in_flight)
+    connection_drop(client.writer)
+    await until(lambda: not server.requests_in_flight, timeout=0.4)
 
 
 @cases(
