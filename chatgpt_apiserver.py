@@ -157,7 +157,7 @@ class Limits:
     content_size = 32 * 1024 * 1024  # /v1: images and audio come inline
     ask_content_size = 1024 * 1024  # /api/ask: one text message
     admin_content_size = 64 * 1024
-    total_content_size = 256 * 1024 * 1024  # all requests; half of it for one user
+    total_content_size = 256 * 1024 * 1024  # with unread answers; half for a user
     content_read_timeout = 15.0  # between two reads
     content_rate = 512  # bytes per second on average, enforced after 10 s
 
