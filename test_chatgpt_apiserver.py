@@ -5860,7 +5860,7 @@ async def chat(server, content="Hello", key=KEY, **more):
 
 
 async def echo(server, content="Hello", key=KEY, model="mock/echo", **more):
-    """As chat(), of the mock that echoes; also of a port."""
+    """As chat(), but of mock/echo, and of a server or a port."""
     body = chat_body(content, model, **more)
     return await ask(getattr(server, "port", server), "POST", CHAT_URL, body, key)
 
@@ -9356,7 +9356,9 @@ async def test_page_works_below_a_proxys_path(server, browser):
     proxy.close()
 
 
-# --- Limits, and what was used
+# -----------------------------------------------------------------------------
+# Limits and usage
+# -----------------------------------------------------------------------------
 
 NOON = calendar.timegm((2026, 11, 27, 12, 0, 0))
 
@@ -9383,7 +9385,7 @@ def ledger(path):
 
 
 def count_request(ledger, user="ada", model="m", failures=0, usage=()):
-    """A user's request to the controller c has ended."""
+    """Record a user's request to the controller c."""
     ledger.record(user, model, "c", failures, apiserver.Usage(*usage))
 
 
@@ -9392,7 +9394,7 @@ def ledger_requests(made):
 
 
 def used_of(limit):
-    """What is used of each of its quotas."""
+    """What is used of each quota."""
     return [used for _, used, _ in limit.state()]
 
 
@@ -10554,13 +10556,8 @@ async def test_bytes_behind_a_handshake_are_its_first_frame(server, client):
 
 @cases(
     "own, kept",
-    ("abc-123", True),
-    ("x" * 128, True),
-    ("two words", True),
-    ("x" * 129, False),
-    ("tab\tbed", False),
-    ("\u00fc", False),
-    ("", False),
+    *((own, True) for own in ("abc-123", "x" * 128, "two words")),
+    *((own, False) for own in ("x" * 129, "tab\tbed", "\u00fc", "")),
 )
 async def test_the_request_id_is_the_clients_own_if_it_can_be(server, own, kept):
     seen = set()
@@ -12015,7 +12012,7 @@ async def test_what_a_request_holds_is_freed_with_it(tmp_path, model, leaves):
         server.add(gate.controller)
         async with beside(chat(server, model="gate")):
             await until(lambda: gate.asked)
-            await one(server)  # what is made once is there
+            await one(server)  # what is made only once
             with traced() as memory:
                 together = 1 if leaves else 5
                 for _ in range(15 // together):
