@@ -7628,6 +7628,10 @@ class Call:
                         await answer.finish()
                 finally:  # many clients hang up at [DONE]: that cancels finish()
                     await answer.aclose()
+        except BaseException as caught:  # a function's, from its "finally"
+            if isinstance(caught, Exception) or ends_task(caught):
+                raise
+            raise RuntimeError(f"closing an answer raised {caught!r}") from caught
         finally:
             if slot is not None:
                 self.pool.release(slot, self.request)

@@ -7786,6 +7786,22 @@ async def test_generators_are_closed_when_the_client_leaves(tmp_path, caplog):
     assert not [r for r in caplog.records if r.name == "chatgpt_apiserver"]
 
 
+async def test_a_generator_that_exits_when_it_is_closed_fails_alone(server):
+    async def exits(request):
+        try:
+            while True:
+                yield "word " * 1000
+        finally:
+            raise SystemExit
+
+    server.model("m")(exits)
+    async with posting(server) as client:
+        await client.first_chunk()
+    await until(lambda: not server.requests_in_flight)
+    assert (await echo(server)).status == 200
+    assert server.pool.find("m").in_flight == 0
+
+
 @flow(limits=Limits(response_size=1_000_000))
 async def test_a_function_without_end_that_is_not_streamed_is_cut(server):
     """It filled the memory."""
