@@ -6204,8 +6204,8 @@ class FunctionController(Controller):
         """Return the next piece, in a thread; close a generator since abandoned."""
         try:
             return next(pieces, _END)
-        except GeneratorExit:  # would close the coroutine that awaits it
-            raise RuntimeError("it raised GeneratorExit") from None
+        except (GeneratorExit, KeyboardInterrupt) as error:  # no Ctrl-C comes here
+            raise RuntimeError(f"it raised {error!r}") from error
         finally:
             if abandoned:
                 pieces.close()
@@ -6245,6 +6245,10 @@ class FunctionController(Controller):
                 if not getattr(pieces, "gi_running", False):
                     self._in_thread(pieces.close)  # not awaited
 
+    def _check_size(self, size: int) -> None:
+        if size > self.health.limits.response_size:
+            raise ProtocolError(502, "its answer is too large")
+
     async def _joined(self, pieces: Pieces, writer: ChatWriter, result: Any) -> Answer:
         """Return all pieces as one answer; bytes may be JSON or events."""
         builder, raw, size = CompletionBuilder(), bytearray(), 0
@@ -6253,8 +6257,7 @@ class FunctionController(Controller):
             async for piece in pieces:
                 await asyncio.sleep(0)  # it may never await, and would block the loop
                 size += self._size(piece)
-                if size > self.health.limits.response_size:
-                    raise ProtocolError(502, "its answer is too large")
+                self._check_size(size)
                 if isinstance(piece, bytes):
                     raw += piece
                 else:
@@ -6282,6 +6285,8 @@ class FunctionController(Controller):
                     return
                 else:
                     size += self._size(piece)
+                    if isinstance(writer, MessagesWriter):  # it keeps the text
+                        self._check_size(size)
                     reason = "tool_calls" if piece.get("tool_calls") else reason
                     yield writer.delta(piece)
         finally:

@@ -7803,8 +7803,8 @@ async def test_a_generator_that_exits_when_it_is_closed_fails_alone(server):
 
 
 @flow(limits=Limits(response_size=1_000_000))
-async def test_a_function_without_end_that_is_not_streamed_is_cut(server):
-    """It filled the memory."""
+async def test_a_function_without_end_is_cut_where_its_answer_is_kept(server):
+    """Not streamed, or in messages, whose last event repeats the text."""
     closed = []
 
     async def endless(request):
@@ -7817,7 +7817,9 @@ async def test_a_function_without_end_that_is_not_streamed_is_cut(server):
     server.model("m")(endless)
     for content in ("as bytes", ""):
         assert (await chat(server, content)).status == 500
-    assert len(closed) == 2
+    body = chat_body("", stream=True)
+    reply = await ask(server.port, "POST", "/v1/messages", body)
+    assert b"\n\nevent: error\n" in reply.content[-300:] and len(closed) == 3
 
 
 async def test_an_abandoned_generator_occupies_one_thread(server, monkeypatch):
