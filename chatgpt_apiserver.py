@@ -9122,6 +9122,12 @@ _NO_CORS = ("/admin", "/api/connections")  # pages of other origins may not read
 _ENDPOINTS = ("/models", *(path[len("/v1") :] for path in DIALECTS))
 
 
+def lenient_path(path: str) -> str:
+    """Return a path as the most lenient server would read it."""
+    plain = urllib.parse.unquote(urllib.parse.unquote(path)).lower()
+    return re.sub(r"[;?#\s\0][^/]*", "", plain.replace("\\", "/"))
+
+
 def normal_path(path: str) -> str:
     """Return the canonical form of a path of the API, and any other path unchanged.
 
@@ -9129,11 +9135,15 @@ def normal_path(path: str) -> str:
     """
     if path in DIALECTS:  # nearly always
         return path
-    plain = re.sub("/+", "/", path).rstrip("/")
-    while plain.startswith("/v1/v1/"):
-        plain = plain[3:]
-    if plain in _ENDPOINTS or plain.startswith("/models/"):
-        return f"/v1{plain}"
+    # The upstream may accept more spellings: they share one dialect, and its limits.
+    for plain in (lenient_path(path), path):
+        plain = re.sub("/+", "/", plain).rstrip("/")
+        while plain.startswith("/v1/v1/"):
+            plain = plain[3:]
+        if plain in _ENDPOINTS or plain.startswith("/models/"):
+            plain = f"/v1{plain}"
+        if plain in DIALECTS:
+            return plain
     return plain if plain.startswith("/v1/") else path
 
 
@@ -10378,10 +10388,8 @@ def find_route(path: str) -> Route | None:
         return ROUTES["/v1/models/"]
     if path.startswith(f"{CHAT_PATH}/") and path.endswith(_ENDPOINTS):
         return None  # the base URL has the endpoint in it
-    # An upstream's key is only for paths below its base URL: no dot segment, as the
-    # most lenient server would read the path (decoded twice, "\" for "/", "..;x").
-    plain = urllib.parse.unquote(urllib.parse.unquote(path))
-    steps = re.split(r"[/\\;]", plain)
+    # An upstream's key is only for paths below its base URL: no dot segment.
+    steps = lenient_path(path).split("/")
     return None if "." in steps or ".." in steps else ROUTES["/v1/"]
 
 

@@ -11717,9 +11717,13 @@ async def test_a_stream_in_http_1_0_ends_with_its_connection(server):
 
 async def test_a_path_under_v1_has_one_form(server, upstream):
     for path in """/v1//chat/completions /v1/chat/completions/ //v1/chat/completions
-        /v1/v1/chat/completions /v1/v1//chat//completions// /chat/completions/""".split():
+        /v1/v1/chat/completions /v1/v1//chat//completions// /chat/completions/
+        /v1/%63hat/completions /v1/chat%252Fcompletions /v1/Chat/Completions%20
+        /v1/chat\\completions;x=1 /v1/%76%31/chat;x/completions%3Fx""".split():
         assert (await ask(server.port, "POST", path, CHAT)).status == 200, path
         assert chats(upstream)[-1].line == f"POST {CHAT_URL} HTTP/1.1"
+    assert (await ask(server.port, "POST", "/v1/X%2fy;z", CHAT)).status == 200
+    assert chats(upstream)[-1].line == "POST /v1/X%2fy;z HTTP/1.1"
     for path in ("/v1/models/", "//v1/models", "/v1/v1/models", "/models", "/models/m"):
         assert (await ask(server.port, "GET", path)).status == 200
 
