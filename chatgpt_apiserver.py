@@ -1662,7 +1662,8 @@ class CompletionBuilder:
             index = choice.get("index", 0)
             empty = choice_of("message", {}, None, index)
             whole = self._choices.setdefault(index, empty)
-            self._add_delta(index, whole["message"], choice.get("delta") or {})
+            delta = choice.get("delta") or {"content": choice.get("text")}
+            self._add_delta(index, whole["message"], delta)
             for key, tokens in (choice.get("logprobs") or {}).items():
                 kept = whole["logprobs"] = whole["logprobs"] or {}
                 kept[key] = kept.get(key) or ([] if tokens else None)
@@ -1714,6 +1715,40 @@ class CompletionBuilder:
             self._choices[index]["message"][key] = "".join(pieces)
         self._whole["choices"] = [c for _, c in sorted(self._choices.items())]
         return self._whole
+
+
+class TextBuilder(CompletionBuilder):
+    """Assembles the chunks of a stream of completions."""
+
+    def result(self) -> JSONObject:
+        whole = super().result()
+        for choice in whole["choices"]:
+            choice["text"] = choice.pop("message")["content"] or ""
+        return {**whole, "object": "text_completion"}
+
+
+class ItemsBuilder(CompletionBuilder):
+    """Assembles the events of messages or responses; a content block is a choice."""
+
+    def add(self, event: JSONObject) -> None:
+        kind, index = event["type"], event.get("index", 0)
+        self._whole = event.get("message") or event.get("response") or self._whole
+        if kind == "content_block_start":
+            self._choices[index] = {"message": event["content_block"]}
+        elif kind == "content_block_delta":
+            delta = {k: v for k, v in event["delta"].items() if k != "type"}
+            self._add_delta(index, self._choices[index]["message"], delta)
+        elif kind == "message_delta":
+            usage = {**(self._whole.get("usage") or {}), **(event.get("usage") or {})}
+            self._whole = {**self._whole, **event["delta"], "usage": usage}
+
+    def result(self) -> JSONObject:
+        whole = super().result()
+        for block in (choice["message"] for choice in whole.pop("choices")):
+            if "partial_json" in block:
+                block["input"] = json.loads(block.pop("partial_json") or "{}")
+            whole["content"].append(block)
+        return whole
 
 
 # --- Server-sent events
@@ -2014,6 +2049,11 @@ class ChatWriter:
             events.append(self._event([], usage=completion["usage"]))
         return b"".join(events) + DONE_EVENT
 
+    @classmethod
+    def relay(cls, answer: JSONObject) -> bytes:
+        """Return an answer that is in this dialect as its whole stream."""
+        return cls({"id": "", "created": 0, "model": ""}).events(answer)
+
 
 class CompletionsWriter(ChatWriter):
     """Writes completions: text instead of messages."""
@@ -2030,6 +2070,10 @@ class CompletionsWriter(ChatWriter):
             for index, choice in enumerate(completion["choices"])
         ]
         return self._chunk(choices, usage=completion.get("usage"))
+
+    @classmethod
+    def relay(cls, answer: JSONObject) -> bytes:
+        return sse_event(encode_json(answer)) + DONE_EVENT
 
 
 Templates = dict[str, list[tuple[str, list[str]]]]
@@ -2056,10 +2100,13 @@ class MessagesWriter(ChatWriter):
     """Writes messages: items (text, tool calls), announced as they begin and end."""
 
     ID = "msg_"
+    ITEMS = "content"
+    BEGUN: ClassVar[JSONObject] = {"content": [], "stop_reason": None}
     STOPS: ClassVar = {"tool_calls": "tool_use", "length": "max_tokens"}
     TEMPLATES: ClassVar = parse_templates("""
 answer = {"id": $id, "type": "message", "role": "assistant", "model": $model,
-    "content": $items, "stop_reason": $reason, "stop_sequence": null, "usage": $counts}
+    "content": $items, "stop_reason": $stop_reason, "stop_sequence": $stop_sequence,
+    "usage": $counts}
 counts = {"input_tokens": $input, "output_tokens": $output}
 begin message_start, "message": $answer
 text content_block_start, "index": $index,
@@ -2074,21 +2121,37 @@ call content_block_delta, "index": $index,
     "delta": {"type": "input_json_delta", "partial_json": $text}
 call content_block_stop, "index": $index
 call = {"type": "tool_use", "id": $item, "input": $args, "name": $name}
-end message_delta, "delta": {"stop_reason": $reason, "stop_sequence": null},
-    "usage": $counts
-end message_stop
-end = $answer
+thinking content_block_start, "index": $index,
+    "content_block": {"type": "thinking", "thinking": "", "signature": ""}
+thinking content_block_delta, "index": $index,
+    "delta": {"type": "thinking_delta", "thinking": $thinking}
+thinking content_block_delta, "index": $index,
+    "delta": {"type": "signature_delta", "signature": $signature}
+thinking content_block_stop, "index": $index
+thinking = $whole
+other content_block_start, "index": $index, "content_block": $whole
+other content_block_stop, "index": $index
+other = $whole
+completed message_delta, "usage": $counts,
+    "delta": {"stop_reason": $stop_reason, "stop_sequence": $stop_sequence}
+completed message_stop
+completed = $answer
 """)
+    # The moments of a whole item, by its type; "other" by default.
+    _TEXT, _CALL = ("text", "piece", "text_end"), ("call",)
+    MOMENTS: ClassVar = {"text": _TEXT, "message": _TEXT, "thinking": ("thinking",)}
+    MOMENTS.update(tool_use=_CALL, function_call=_CALL)
 
     def __init__(self, head: JSONObject, input_tokens: int = 0) -> None:
-        super().__init__(head, input_tokens)
+        absent = {"stop_reason": None, "stop_sequence": None, "signature": ""}
+        super().__init__({**absent, **head}, input_tokens)
         self._items: list[JSONObject] = []  # complete items, then the answer
         self._pieces: list[str] = []  # of the current text
         self._tool_calls: list[JSONObject] = []  # as far as they have arrived
         self._calls_written = 0
         self._events: list[bytes] = []  # not yet returned
         self._numbers = itertools.count()
-        status = {"status": "in_progress", "reason": None, "usage": None}
+        status = {"status": "in_progress", "usage": None}
         self._emit("begin", input=input_tokens, output=0, **status)
 
     def _render(self, template: list[str], values: JSONObject) -> str:
@@ -2100,7 +2163,7 @@ end = $answer
                 parts[at] = self._render(self.TEMPLATES[parts[at]][0][1], values)
         return "".join(parts)
 
-    def _emit(self, when: str, **values: Any) -> None:
+    def _emit(self, when: str, /, **values: Any) -> None:
         """Add the events of a moment, and keep the item that it completes."""
         index = len(self._items)
         place = {"index": index, "item": f"msg_{index}", "items": self._items}
@@ -2119,7 +2182,7 @@ end = $answer
         if text:
             if not self._pieces:
                 self._complete_items()
-                self._emit("text", text="")
+                self._emit("text")
             self._emit("piece", text=text)
             self._pieces.append(text)
         calls = as_list(delta.get("tool_calls"))
@@ -2144,7 +2207,7 @@ end = $answer
         self._complete_items()
         reason = self.STOPS.get(finish_reason, "end_turn")
         counts = {**usage._asdict(), "total": usage.total}
-        self._emit("end", status="completed", reason=reason, **counts)
+        self._emit("completed", status="completed", stop_reason=reason, **counts)
         return self.delta({})
 
     def events(self, completion: JSONObject) -> bytes:
@@ -2157,11 +2220,29 @@ end = $answer
         self.events(completion)
         return self._items[-1]
 
+    @classmethod
+    def relay(cls, answer: JSONObject) -> bytes:
+        writer = cls({"id": "", "answer": {**answer, **cls.BEGUN}})
+        for item in answer[cls.ITEMS]:
+            id, args = item.get("call_id") or item.get("id"), item.get("input")
+            text = item.get("text", item.get("arguments"))
+            if text is None:
+                text = _to_text(args) if args else content_text(item.get("content"))
+            wholes = dict.fromkeys(("whole", "message", "function"), item)
+            values = {**item, **wholes, "item": id, "text": text, "args": args}
+            for when in cls.MOMENTS.get(item["type"], ("other",)):
+                writer._emit(when, **values)
+        values = {**answer, "answer": answer, "counts": answer.get("usage")}
+        writer._emit(answer.get("status") or "completed", **values)
+        return writer.delta({})
+
 
 class ResponsesWriter(MessagesWriter):
     """Writes responses, whose events are numbered."""
 
     ID = "resp_"
+    ITEMS = "output"
+    BEGUN: ClassVar = {"output": [], "status": "in_progress"}
     TEMPLATES: ClassVar = parse_templates(
         """
 answer = {"id": $id, "object": "response", "created_at": $created, "model": $model,
@@ -2182,7 +2263,8 @@ begin created, "response": $answer
 begin in_progress, "response": $answer
 text output_item.added, "output_index": $index, "item": {"type": "message",
     "id": $item, "role": "assistant", "status": "in_progress", "content": []}
-text content_part.added, "part": $part, $place, "content_index": 0
+text content_part.added, "part": {"type": "output_text", "text": "",
+    "annotations": []}, $place, "content_index": 0
 piece output_text.delta, "delta": $text, "logprobs": [], $place, "content_index": 0
 text_end output_text.done, "text": $text, "logprobs": [], $place, "content_index": 0
 text_end content_part.done, "part": $part, $place, "content_index": 0
@@ -2195,8 +2277,13 @@ call function_call_arguments.delta, "delta": $text, $place
 call function_call_arguments.done, "arguments": $text, "name": $name, $place
 call output_item.done, "output_index": $index, "item": $function
 call = $function
-end completed, "response": $answer
-end = $answer
+other output_item.added, "output_index": $index, "item": $whole
+other output_item.done, "output_index": $index, "item": $whole
+other = $whole
+completed completed, "response": $answer
+completed = $answer
+incomplete incomplete, "response": $answer
+failed failed, "response": $answer
 """,
         prefix="response.",
         more=', "sequence_number": $number',
@@ -2276,10 +2363,11 @@ class Dialect:
     """
 
     asks_usage = False  # a stream has usage only if stream_options asks for it
-    gathers = False  # a stream that was not asked for is assembled into one answer
     continues = False  # a request may name an earlier answer to continue
-    # What parses the stream of an answer, and what writes generated text as one.
+    # What parses the stream of an answer, what makes one answer of it, and what writes
+    # generated text as one.
     stream: ClassVar[type[EventStream]] = EventStream
+    builder: ClassVar[type[CompletionBuilder]] = CompletionBuilder
     writer: ClassVar[type[ChatWriter]] = ChatWriter
     # A request's fields with the messages and the system text, unless it is a chat.
     messages = system = ""
@@ -2302,7 +2390,7 @@ class Dialect:
 
     def events(self, answer: JSONObject) -> bytes | None:
         """Return an answer as the stream that was asked for, or None for no change."""
-        return None
+        return self.writer.relay(answer) if self.generates else None
 
     def check(self, content: bytes, delimited: bool) -> ErrorObject | None:
         """Return the error in a response's JSON, if any.
@@ -2346,21 +2434,14 @@ class ChatDialect(Dialect):
     """/v1/chat/completions."""
 
     asks_usage = True
-    gathers = True
     stream = CompletionStream
-
-    def events(self, answer: JSONObject) -> bytes | None:
-        return self.writer({"id": "", "created": 0, "model": ""}).events(answer)
 
 
 class CompletionsDialect(ChatDialect):
     """/v1/completions: the same, with text instead of messages."""
 
-    gathers = False
+    builder = TextBuilder
     writer = CompletionsWriter
-
-    def events(self, answer: JSONObject) -> bytes | None:
-        return sse_event(encode_json(answer)) + DONE_EVENT
 
     def chat(self, body: JSONObject) -> JSONObject:
         prompt = body.get("prompt")
@@ -2372,6 +2453,7 @@ class ResponsesDialect(Dialect):
     """/v1/responses."""
 
     stream = ResponsesStream
+    builder = ItemsBuilder
     writer = ResponsesWriter
     messages = "input"
     system = "instructions"
@@ -2393,6 +2475,7 @@ class MessagesDialect(Dialect):
     """/v1/messages, and its errors for all paths below it."""
 
     stream = MessagesStream
+    builder = ItemsBuilder
     writer = MessagesWriter
     messages = "messages"
     system = "system"
@@ -7697,7 +7780,7 @@ class Call:
         request = self.request
         self.stream = stream = request.dialect.open_stream(request, max_size)
         self._first = stream.receive(self._first)
-        if request.dialect.gathers and not request.stream:
+        if request.dialect.generates and not request.stream:
             self.content = await self._gather(stream, max_size)
             return
         while not stream.began and stream.error is None:
@@ -7747,12 +7830,12 @@ class Call:
 
     async def _gather(self, stream: EventStream, max_size: int) -> bytes:
         """Return a stream that the client did not ask for as one answer."""
-        builder, block, size = CompletionBuilder(), self._first, 0
+        builder, block, size = self.request.dialect.builder(), self._first, 0
         while True:
             size += len(block)
             if size > max_size:
                 raise ProtocolError(502, "its answer is too large")
-            self._build(builder, block)
+            content = self._build(builder, block, stream)
             if stream.ended:
                 break
             block = await self._next_block(stream)
@@ -7760,15 +7843,18 @@ class Call:
             raise self._event_error(stream.error)
         self.stream = None
         self.headers = {"content-type": JSON_TYPE}
-        return encode_json(builder.result())
+        return content
 
     @staticmethod
-    def _build(builder: CompletionBuilder, block: bytes) -> None:
+    def _build(builder: CompletionBuilder, block: bytes, stream: EventStream) -> bytes:
+        """Add a block of events; return the whole answer at the end of its stream."""
         try:
             for _, data in split_events(block):
                 if data is not None and data.strip() != b"[DONE]":
                     builder.add(json.loads(data))
-        except (ValueError, TypeError, AttributeError, RecursionError):
+            whole = stream.ended and stream.error is None
+            return encode_json(builder.result()) if whole else b""
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ProtocolError(502, "its stream has a broken event") from None
 
     def _make_stream(self, content: bytes) -> None:
@@ -7776,8 +7862,8 @@ class Call:
         try:
             request = self.request
             events = request.dialect.events(parse_object(content))
-        except (APIError, KeyError, TypeError, AttributeError):
-            raise ProtocolError(502, "its answer is not a chat.completion") from None
+        except (APIError, LookupError, TypeError, AttributeError):
+            raise ProtocolError(502, "its answer cannot be streamed") from None
         if events is not None:
             self.content = None
             self.headers = {"content-type": EVENTS_TYPE}

@@ -7286,6 +7286,54 @@ async def test_json_is_json_whatever_it_is_called(server, upstream, label):
     assert (await chat(server, stream=True)).events()[-1] == "[DONE]"
 
 
+TEXT_CHOICE = {"index": 0, "text": "Hi", "logprobs": None, "finish_reason": "length"}
+TOKENS = {"input_tokens": 3, "output_tokens": 4}
+ANSWERS = {
+    "/v1/completions": {
+        **{"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "m"},
+        **{"choices": [TEXT_CHOICE], "usage": {"prompt_tokens": 3}},
+    },
+    "/v1/messages": {
+        **{"id": "msg_1", "type": "message", "role": "assistant", "model": "m"},
+        "content": [
+            {"type": "thinking", "thinking": "Hm", "signature": "s"},
+            {"type": "text", "text": "Hi"},
+            {"type": "tool_use", "id": "t", "name": "f", "input": {"a": [1]}},
+            {"type": "web_search_tool_result", "tool_use_id": "t", "content": []},
+        ],
+        **{"stop_reason": "stop_sequence", "stop_sequence": "#", "usage": TOKENS},
+    },
+    "/v1/responses": {
+        **{"id": "resp_1", "object": "response", "model": "m", "status": "incomplete"},
+        "output": [
+            {"type": "reasoning", "id": "r", "summary": []},
+            {"type": "message", "id": "o", "content": [{"text": "Hi", "x": 1}]},
+            {"type": "function_call", "id": "i", "call_id": "c", "name": "f"},
+        ],
+        "usage": TOKENS,
+    },
+}
+
+
+@cases("path", *ANSWERS)
+async def test_an_answer_becomes_what_was_asked_for(server, upstream, path):
+    """A stream of one that is whole, and one answer of a stream."""
+    ask_for = functools.partial(ask, server.port, "POST", path)
+    upstream.behave = http_reply(ANSWERS[path])
+    events = (await ask_for(STREAM)).content
+    assert b'"Hi"' in events and events.startswith((b"data: ", b"event: "))
+    cut = events[: events.rindex(b'"finish_reason"' if b"DONE" in events else b"event")]
+    for stream in (events, cut):
+        upstream.behave = http_reply(stream, content_type="text/event-stream")
+        reply = await ask_for(CHAT)
+        assert reply.headers["content-type"] == "application/json"
+        assert (reply.status == 200) == (stream is events)
+        assert reply.status == 500 or reply.json() == ANSWERS[path]
+    broken = b'{"choices": [5], "type": "content_block_delta"}'
+    upstream.behave = http_reply(re.sub(rb"{.*}", broken, events))
+    assert (await ask_for(CHAT)).status == 500
+
+
 @cases(
     "path, content, more",
     (CHAT_URL, b'{"choices": [{"message": {"content": "half', {}),
