@@ -4128,7 +4128,7 @@ class Quota(NamedTuple):
 UNITS = ("requests", "tokens")
 PERIODS = ("minute", "hour", "day", "week", "month")
 _QUOTA = re.compile(
-    rf"\s*0*([1-9][0-9]{{0,14}})\s+(request|token)s?\s*/\s*({'|'.join(PERIODS)})\s*"
+    rf"\s*0*([1-9][0-9]{{0,14}})\s+({'|'.join(UNITS)})\s*/\s*({'|'.join(PERIODS)})\s*"
 )
 QUOTA_WORDS = (
     'such as "1000 requests/day" (requests or tokens; minute, hour, day, week or month)'
@@ -4141,7 +4141,7 @@ def parse_quota(text: str) -> Quota:
     match = _QUOTA.fullmatch(text)
     if match is None:
         raise ValueError(f"expected a limit {QUOTA_WORDS}")
-    return Quota(int(match[1]), f"{match[2]}s", match[3])
+    return Quota(int(match[1]), match[2], match[3])
 
 
 def parse_quotas(value: Any) -> list[Quota]:

@@ -9468,7 +9468,6 @@ def used_of(limit):
     "written, quotas",
     ("1000 requests/day", "1000 requests/day"),
     (" 5 tokens / month ", "5 tokens/month"),
-    ("1 request/day", "1 requests/day"),
     ({"tokens": 9, "per": "week"}, "9 tokens/week"),
     ({"requests": 1, "tokens": 2, "per": "hour"}, "1 requests/hour, 2 tokens/hour"),
     (["1 requests/hour", {"tokens": 2, "per": "day"}], "1 requests/hour, 2 tokens/day"),
@@ -9477,7 +9476,7 @@ def test_a_limit_may_be_written_in_several_forms(written, quotas):
     assert ", ".join("%d %s/%s" % q for q in apiserver.parse_quotas(written)) == quotas
 
 
-MISSPELT_LIMITS = """["", "10 req/day", "x requests/day", "-1 requests/day", "0 tokens/day",
+MISSPELT_LIMITS = """["", "10 request/day", "x requests/day", "-1 requests/day", "0 tokens/day",
     "0.5 requests/day", "10 requests", "10 requests/year", "10 apples/day", [], [[]],
     [["1 requests/day"]], 5, true, null, {}, {"requests": 5}, {"per": "day"},
     {"requests": "5", "per": "day"}, {"requests": true, "per": "day"},
