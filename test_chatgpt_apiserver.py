@@ -14740,17 +14740,19 @@ def readme_block(start):
     return text
 
 
+SERVER_SCRIPT = "import asyncio\nfrom chatgpt_apiserver import Log, Server"
+AGENT_SCRIPT = "import asyncio\nfrom chatgpt_apiserver import Agent"
+TAPE_COMMAND = f"OPENAI_API_KEY=sk-... python3 {MODULE.name} 8080 secret --tape"
 # What the test below does not run, and why.
 README_NOT_RUN = {
     "python3 -m venv": "this is how these tests are run",
     "ANTHROPIC_BASE_URL": (
         "wants Claude Code and Codex; 2.1.197 and 0.171.0 were run by hand"
     ),
-    "from chatgpt_apiserver import Server": "it has a test of its own",
+    SERVER_SCRIPT: "it has a test of its own",
+    AGENT_SCRIPT: "it has a test of its own",
     "import pytest, chatgpt_apiserver": "it has a test of its own",
-    "OPENAI_API_KEY=sk-... python3 chatgpt_apiserver.py 8080 my-secret-key --tape": (
-        "it has a test of its own"
-    ),
+    TAPE_COMMAND: "it has a test of its own",
     "# /etc/systemd": "a test has systemd read it",
     "sudo install": "it changes the machine",
     "docker run": "a test has no Docker",
@@ -14782,26 +14784,11 @@ class Newcomer:
     server until the next one is started.
     """
 
-    OPENAI = """
-import json, types, urllib.request
-
-class OpenAI:  # as much of it as README.md uses
-    def __init__(self, base_url, api_key):
-        self.models, self.url, self.key = self, base_url, api_key
-
-    def list(self):
-        headers = {"Authorization": "Bearer " + self.key}
-        request = urllib.request.Request(self.url + "/models", headers=headers)
-        with urllib.request.urlopen(request) as answer:
-            return types.SimpleNamespace(**json.load(answer))
-"""
-
     def __init__(self, folder, upstream):
         self.folder, self.upstream = folder, upstream
         self.server, self._running = None, []
         self.url = self.said = self.token = self.user_id = ""
         (folder / ".curlrc").write_text("silent\nshow-error\nmax-time = 10\n")
-        (folder / "openai.py").write_text(self.OPENAI)
         (folder / MODULE.name).symlink_to(MODULE)
         tls_server_context(folder)
         (folder / "cert.pem").write_text(TEST_CERT)
@@ -14832,7 +14819,6 @@ class OpenAI:  # as much of it as README.md uses
             r"--key TOKEN$": f"--key TOKEN --upstream {self.upstream}",
             r"^curl (?!-f)": "curl --fail-with-body ",
             r"TOKEN": self.token,
-            r"as gpu-box": f"as {socket.gethostname()}",
             r'"user_id": "..."': f'"user_id": "{self.user_id}"',
         }.items():
             text = re.sub(pattern, value, text)
@@ -14865,7 +14851,7 @@ class OpenAI:  # as much of it as README.md uses
             found = self.server.wait_for(r"listens on (https?)://\S+:(\d+)")
             self.url = f"{found[1]}://localhost:{found[2]}"
         else:
-            self.said = self._run(["sh", "-c", command])
+            self.said = self._run(command)
             answer = apiserver.read_json(self.said.encode())
             if "/admin/users/add" in command:
                 self.token, self.user_id = answer["token"], answer["user_id"]
@@ -14880,7 +14866,7 @@ class OpenAI:  # as much of it as README.md uses
 
     def _run(self, command):
         done = subprocess.run(
-            command,
+            ["sh", "-c", command],
             cwd=self.folder,
             env={**os.environ, **self.env},
             capture_output=True,
@@ -14895,9 +14881,6 @@ class OpenAI:  # as much of it as README.md uses
         """It is what the last command has said; dots stand for anything."""
         pattern = ".*".join(map(re.escape, self.ours(text).strip().split("...")))
         assert re.search(pattern, self.said), (text, self.said)
-
-    def python(self, text):
-        assert self._run([sys.executable, "-c", self.ours(text)])
 
     def json(self, text):
         """A configuration."""
@@ -14980,19 +14963,18 @@ def test_others_read_the_readmes_lines(tmp_path, program, arguments, start, file
     lines = readme_block(start)
     if change:
         words = " ".join(readme().split())
-        more = re.search("append `(--listen .*?)` to `ExecStart`", words)[1]
-        credentials = re.findall("`(LoadCredential=.*?)`", words)
+        more = re.search("^# For TLS append: (--listen .*)$", lines, re.M)[1]
         agent = re.search("with `(ExecStart=[^`]+ agent [^`]+)`", words)[1]
-        assert len(credentials) == 2
         command = re.search("^ExecStart=.*$", lines, re.M)[0]
-        tls = "\n".join([f"{command} {more}", *credentials])
-        lines = lines.replace(command, tls if "TLS" in change else agent)
+        tls = "TLS" in change
+        lines = lines.replace(command, f"{command} {more}" if tls else agent)
+        lines, count = re.subn("^#Load", "Load", lines, flags=re.M)
+        assert count == 2
     lines = lines.replace("/usr/bin/python3", sys.executable)
-    lines = lines.replace("/etc/haproxy", str(tmp_path)).replace(
-        "listen 443 ssl;",
-        f"listen unix:{tmp_path}/socket ssl; ssl_certificate {cert};"
-        f" ssl_certificate_key {cert};",
-    )
+    lines = lines.replace("/etc/haproxy", str(tmp_path))
+    lines = lines.replace("listen 443 ", f"listen unix:{tmp_path}/socket ")
+    if program == "nginx":
+        lines = re.sub("/etc/letsencrypt/[^;]*", str(cert), lines)
     if program == "nginx":
         begin = f"pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}}\n"
         lines = f"{begin}http {{\n{lines}}}\n"
@@ -15002,26 +14984,28 @@ def test_others_read_the_readmes_lines(tmp_path, program, arguments, start, file
     assert program == "systemd-analyze" or done.returncode == 0, done.stderr
 
 
-def test_the_readmes_script_runs_as_printed(tmp_path):
-    """It gets a body for its `with`, and nothing else."""
-    script = readme_block("from chatgpt_apiserver import Server").rstrip()
-    script += textwrap.indent(
-        """
-        import json
-        from urllib.request import Request, urlopen
-
-        body = {"model": "shout", "messages": [{"role": "user", "content": "hello"}]}
-        headers = {"Authorization": "Bearer secret"}
-        question = Request(url + "/v1/chat/completions", json.dumps(body).encode(), headers)
-        with urlopen(question) as answer:
-            print(json.load(answer)["choices"][0]["message"]["content"])
-        """.replace("\n        ", "\n"),
-        "    ",
+def test_the_readmes_scripts_serve_as_printed(tmp_path):
+    """The server at a port of ours, and the agent with its address and key."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    server = readme_block(SERVER_SCRIPT).replace("8080", str(port))
+    agent = readme_block(AGENT_SCRIPT).replace(
+        "https://my-server:8080", f"localhost:{port}"
     )
-    (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    done = run_python("-X", "dev", "-W", "error", "script.py", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "HELLO\n", "")
-    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+    agent = agent.replace("TOKEN", "my-secret-key").replace('"shout"', '"loud"')
+    body = chat_body("hello", "shout"), chat_body("hello", "loud")
+    start = functools.partial(
+        Program,
+        *("-X", "dev", "-W", "error", "-c"),
+        program=(sys.executable,),
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(MODULE.parent)},
+    )
+    with start(server), start(agent) as program:
+        program.wait_for("connected to .*, serving loud")
+        for each in body:
+            reply = fetch(port, "POST", CHAT_URL, each, key="my-secret-key")
+            assert chat_text(reply) == "HELLO"
 
 
 def readme_table(head):
@@ -15099,20 +15083,19 @@ def run_pytest(folder, code):
 @flow
 async def test_a_readme_tape_is_recorded_once_and_replayed(tmp_path):
     """The command in README.md but for the port, and the fixture with its tape."""
-    start = f"OPENAI_API_KEY=sk-... python3 {MODULE.name} 8080 my-secret-key --tape"
-    command = readme_block(start).split()
+    command = readme_block(TAPE_COMMAND).split()
     assert command[:4] == ["OPENAI_API_KEY=sk-...", "python3", MODULE.name, "8080"]
     key, arguments = command[0].partition("=")[2], ["0", *command[4:]]
     async with Upstream(piecewise([chunk("Hi"), chunk(None, "stop"), DONE])) as up:
         env = {"OPENAI_API_KEY": key, "OPENAI_BASE_URL": up.url}
         with Program(*arguments, cwd=tmp_path, env=env) as program:
             program.wait_for("Tape .*chat.jsonl .auto; recordings: 0")
-            reply = await ask(program.port, "POST", CHAT_URL, STREAM, "my-secret-key")
+            reply = await ask(program.port, "POST", CHAT_URL, STREAM, "secret")
             assert reply.status == 200
             await until((tmp_path / "chat.jsonl").read_bytes)  # then it may be killed
-    tape = re.search(r'`(tape=".*?")` .* argument of `Server`', readme())[1]
+    changed = re.search('`(Server\\("secret", .*?tape=.*?) users=', readme())[1]
     code = readme_block("import pytest, chatgpt_apiserver")
-    code = code.replace("port=0, ", f"port=0, {tape}, ")
+    code = code.replace('Server("secret", port=0,', changed)
     code += f"""
 import json, urllib.request
 
