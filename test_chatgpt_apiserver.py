@@ -6513,11 +6513,8 @@ async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
     behave, alone = BAD_UPSTREAMS[name]
     limits, log = Limits(first_byte_timeout=0.15, silence_timeout=0.15), Log()
     more = {"options": [{"weight": 100}], "limits": limits, "log": log}
-    async with pool_of(tmp_path, behave, None, **more) as (
-        server,
-        ups,
-        (first, second),
-    ):
+    made = pool_of(tmp_path, behave, None, **more)
+    async with made as (server, ups, (first, second)):
         assert chat_text(await chat(server)) == "Hi there"
         assert [len(chats(upstream)) for upstream in ups] == [1, 1]
         assert (first.failures, second.failures) == (1, 0)
@@ -13364,12 +13361,11 @@ def test_where_an_agent_dials_in(url, expected):
         assert apiserver.register_url(url) == expected
 
 
-PATH_ATTACKS = r"""/api/tags|/v1|/v1/|/v1/../api/tags|/v1/x/../../api/tags|/v1/..|/v1/.
-    /v1//evil.example/x|//evil.example/v1/x|http://evil.example/v1/x|/v1/..%2fapi
-    /v1/%2e%2e/api/tags|/v1/%252e%252e/x|/v1/x%00|/v1/..;/x|/v1/x;/../../y|/v1/\..\x
-    /v1/x#y|/v1/ｘ|/V1/x|@evil.example/v1/x"""
 PATH_ATTACKS = [
-    *re.split(r"\s+|\|", PATH_ATTACKS),
+    *r"""/api/tags /v1 /v1/ /v1/../api/tags /v1/x/../../api/tags /v1/.. /v1/.
+        /v1//evil.example/x //evil.example/v1/x http://evil.example/v1/x /v1/..%2fapi
+        /v1/%2e%2e/api/tags /v1/%252e%252e/x /v1/x%00 /v1/..;/x /v1/x;/../../y
+        /v1/\..\x /v1/x#y /v1/ｘ /V1/x @evil.example/v1/x""".split(),
     *("/v1/x y", "/v1/x\r\nHost: evil", "/v1/x HTTP/1.1\r\n\r\nGET /api/tags"),
     *("/v1/x?a\nb", "", None, 7, {"v1": 1}),
 ]
@@ -13394,8 +13390,7 @@ async def test_a_malicious_server_reaches_nothing_but_the_api():
             assert {"cookie", "x-a", "x-n"}.isdisjoint(request.headers)
 
 
-NONSENSE = (
-    r"""
+NONSENSE = r"""
 []
 {}
 7
@@ -13405,16 +13400,13 @@ NONSENSE = (
 {"id": "a", "message": "ApiCancel", "data": ""}
 {"id": "a", "message": "ApiRequest", "data": "[["}
 {"id": "a", "message": "ChatGptRequest", "data": "7"}
-{"id": "a", "message": "nonsense"}
-"""
-    + "[" * 10_000
-)
+{"id": "a", "message": "nonsense"}"""
 
 
 async def test_nonsense_from_a_server_does_not_end_an_agent():
     async with AgentServer() as server, agent_of(server.port, says_hi()):
         await server.heard("Connection id")
-        for number, message in enumerate(NONSENSE.split("\n")):
+        for number, message in enumerate([*NONSENSE.split("\n"), "[" * 10_000]):
             server.writer.write(server.protocol.send(message))
             head, _ = await server.request(f"good {number}", CHAT_URL)
             assert head["status"] == 200 and len(server.heads) == 1, message
