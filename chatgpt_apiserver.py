@@ -10847,8 +10847,8 @@ class Server(Stoppable):
     ) -> None:
         if not api_key:
             raise ValueError("api_key must not be empty")
-        if isinstance(port, str) or not PORT.fits(port):
-            raise ValueError(f"port must be {PORT.words}")
+        if type(port) is not int or not 0 <= port <= 65535:
+            raise ValueError("port must be a number from 0 to 65535")
         self._key = api_key.encode()
         self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
         self.admin.quotas = []  # the default limit does not apply

@@ -5951,7 +5951,7 @@ def test_python_arguments_are_checked_before_a_start(certificate, tmp_path):
         raise AssertionError
 
     for port in "8080", 65536, True, None:
-        with pytest.raises(ValueError, match="a port from 0 to 65535"):
+        with pytest.raises(ValueError, match="a number from 0 to 65535"):
             Server(KEY, port=port)
     with pytest.raises(ValueError, match="os.environ"):
         OpenAIController("env:NOPE")
