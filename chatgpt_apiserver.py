@@ -1847,6 +1847,13 @@ def event_data(raw: bytes) -> bytes | None:
     return data if data.strip() else None
 
 
+# What is generated: strings in the events of any dialect.
+_TEXTS = re.compile(
+    r'"(?:\w*content|text|delta|thinking|reasoning|arguments|partial_json)"\s*:\s*'
+    r'"([^"\\]*(?:\\.[^"\\]*)*)'
+)
+
+
 class EventStream:
     """A stream of events being relayed, unchanged.
 
@@ -1872,6 +1879,8 @@ class EventStream:
         self.error: ErrorObject | None = None  # from an error event: it is not relayed
         self.usage = Usage()  # so far
         self.events = 0  # number of events so far, roughly
+        self._size = 0  # of all blocks, in bytes
+        self._recent: deque[str] = deque(maxlen=4)  # the starts of the last blocks
         self.answer: JSONObject = {}  # as the first event has it
         self._hide_usage = hide_usage
         self._unfinished = choices if self.WORDS else 0  # choices still to finish
@@ -1887,6 +1896,8 @@ class EventStream:
         # A search takes 0.1 us in a str and 0.3 in bytes; parsing an event takes 5.
         text = block.decode("latin-1")
         self.events += text.count("data:")
+        self._size += len(text)
+        self._recent.append(text[:1024])
         if self._is_plain(block, text):
             return block
         kept = []
@@ -1900,6 +1911,12 @@ class EventStream:
     def _is_plain(self, block: bytes, text: str) -> bool:
         """Return whether a block needs no parsing; text is the block, decoded."""
         return not any(word in text for word in self.WORDS)
+
+    def estimate(self) -> int:
+        """Estimate the tokens so far: one an event, or one for four bytes of text."""
+        recent = "".join(self._recent)
+        share = len("".join(_TEXTS.findall(recent))) / (len(recent) or 1)
+        return max(self.events, int(self._size * share / 4))
 
     def _process(self, data: bytes) -> bool:
         """Process an event and return whether to relay it."""
@@ -7537,11 +7554,15 @@ class Pool:
     ) -> None:
         """Record a complete answer and its usage."""
         self.began(controller, request)
+        self.count_tokens(controller, usage)
+        controller.health.succeed()
+
+    def count_tokens(self, controller: Controller, usage: Usage) -> None:
+        """Count what an answer used, complete or not."""
         controller.tokens += usage.total
         if controller.limit is not None:
             controller.limit.count(tokens=usage.total)
-        self.report_limit(controller)
-        controller.health.succeed()
+            self.report_limit(controller)
 
     def report_limit(self, controller: Controller) -> None:
         """Report that a controller's own limit is used up, once in each window."""
@@ -7695,15 +7716,19 @@ class Call:
 
     async def __aexit__(self, *exc_info: object) -> None:
         if self.stream is not None and not self.ended:  # cut short, by either side
-            self.usage = self._estimate(self.stream.usage, self.stream.events)
+            usage = self.stream.usage  # so far; messages begin with a small number
+            output = max(usage.output, self.stream.estimate())
+            self.usage = self._estimate(usage, output)
+            assert self.controller is not None
+            self.pool.count_tokens(self.controller, self.usage)
         await self._release()
 
-    def _estimate(self, usage: Usage, received: int) -> Usage:
+    def _estimate(self, usage: Usage, output: int) -> Usage:
         """Return usage, its gaps filled by estimates if the path generates text."""
         if not self.request.dialect.generates:
             return usage
         sent = usage.input or len(_INLINE.sub(b"", self.request.content)) // 4
-        return Usage(sent, usage.cached_input, usage.output or received)
+        return Usage(sent, usage.cached_input, output)
 
     async def _release(self) -> None:
         """Release the answer, then the slot."""
@@ -7897,7 +7922,8 @@ class Call:
         if whole and not self.ended:
             self.ended = True
             if stream is not None:
-                self.usage = self._estimate(stream.usage, stream.events)
+                output = stream.usage.output or stream.estimate()
+                self.usage = self._estimate(stream.usage, output)
             self.pool.succeeded(self.controller, self.request, self.usage)
             self._answer.keep()
         return block

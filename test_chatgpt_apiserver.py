@@ -10106,6 +10106,32 @@ async def test_a_stream_left_early_is_counted_as_far_as_it_came(server):
     assert 0 < total["input"] < 100
 
 
+RELAYED = "word " * 400
+LEFT_EARLY = {
+    CHAT_URL: chunk(RELAYED),
+    "/v1/completions": b'data: {"choices": [{"index": 0, "text": "%s"}]}\n\n',
+    "/v1/messages": MESSAGE_START
+    + typed("content_block_delta", delta={"text": RELAYED}),
+    "/v1/responses": typed("response.output_text.delta", delta=RELAYED),
+}
+
+
+@cases("path", *LEFT_EARLY)
+async def test_text_counts_of_a_stream_left_early(server, upstream, controller, path):
+    """Whatever the number of its events, and for the controller as well."""
+    upstream.behave = streams(LEFT_EARLY[path].replace(b"%s", RELAYED.encode()) * 3, 30)
+    body = {**chat_body(stream=True), "prompt": "?", "input": "?", "max_tokens": 9}
+    controller.limit = apiserver.UsageLimit(apiserver.parse_quotas("900 tokens/day"))
+    token = (await server.users.add()).token
+    async with posting(server, body, path=path, key=token) as client:
+        await client.first_chunk()
+    await until(lambda: not server.requests_in_flight)
+    total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
+    assert 1000 < total["output"] < 1600  # for four bytes one: 1500
+    assert controller.tokens == total["input"] + total["output"]
+    assert (await ask(server.port, "POST", path, body, key=token)).status == 503
+
+
 @flow(behave=None, controller={"name": "up", "models": ["m"]})
 async def test_metrics_are_for_monitors_and_have_few_labels(server, upstream):
     monitor = (await server.users.add(role="monitor")).token
