@@ -5215,6 +5215,7 @@ class UsageFile:
         self.path = path
         self.read_to = ABSENT  # the stamp of what was read; its size is the position
         self.problem = ""  # why it could not be read or written
+        self._next_size = 0  # at which it is compacted
 
     def exchange(self, pending: Sums) -> tuple[bool, Sums, bool]:
         """Read what other servers have appended, then append pending.
@@ -5241,11 +5242,13 @@ class UsageFile:
     def _read(self) -> tuple[Sums, bool]:
         """Return the new lines, or all lines and True if the file was replaced.
 
-        Another server may have compacted it, or somebody removed it.
+        Another server may have compacted it.  If it is missing, nothing is new: it may
+        come back as it was.
         """
-        at_time, size, inode = ABSENT
-        with contextlib.suppress(FileNotFoundError):
+        try:
             at_time, size, inode = stamp_of(os.stat(self.path))
+        except FileNotFoundError:
+            return Sums(), False
         _, at, known = self.read_to
         replaced = known != inode or size < at
         at = 0 if replaced else at
@@ -5260,23 +5263,28 @@ class UsageFile:
 
     def _compact(self) -> None:
         """Merge the lines of each past day, if that halves a large file."""
-        if self.read_to[1] <= USAGE_FILE_SIZE:
+        if self.read_to[1] <= max(USAGE_FILE_SIZE, self._next_size):
             return
         with open(self.path, "rb") as file:
-            merged = parse_usage(file.read())
-        data = encode_usage(merged)
+            merged = parse_usage(file.read(), "")
+        # By number, not by the clock, which may be wrong for a moment.
+        days = sorted({key[0][:10] for key in merged})[-USAGE_LIFETIME:]
+        data = encode_usage({k: c for k, c in merged.items() if k[0] >= days[0]})
         if len(data) < self.read_to[1] // 2:
             self.read_to = replace_file(self.path, data, newer_than=0)
             sync_folder(os.path.dirname(self.path))
+        self._next_size = self.read_to[1] * 3 // 2  # reading it all takes seconds
 
 
-def parse_usage(data: bytes) -> Sums:
-    """Add up the lines of usage.jsonl, ignoring torn and expired ones.
+def parse_usage(data: bytes, first: str | None = None) -> Sums:
+    """Add up the lines of usage.jsonl, ignoring torn ones and those before first.
 
-    Past days lose their hours.  4 us a line: startup may read a million.
+    first is an hour; by default the expired lines are ignored.  Past days lose their
+    hours.  4 us a line: startup may read a million.
     """
     now = int(unix_time() // 3600)
-    present, first = hour_text(now), hour_text(now - 24 * USAGE_LIFETIME)
+    present = hour_text(now)
+    first = hour_text(now - 24 * USAGE_LIFETIME) if first is None else first
     sums: Sums = {}
     same: dict[str, str] = {}  # interned names: one string each, not one per line
     for line in data.splitlines():

@@ -9843,6 +9843,51 @@ async def test_a_flush_that_is_cancelled_loses_nothing(usage_file, monkeypatch):
     assert ledger_requests(ledger(usage_file)) == 1
 
 
+async def test_a_file_that_is_moved_away_and_back_is_no_news(usage_file):
+    made = ledger(usage_file)
+    limit = made.limit_of("ada", apiserver.parse_quotas("9 requests/day"))
+    for name in ("other", "more"):
+        count_request(made)
+        await made.flush()
+        usage_file.rename(usage_file.with_name(name))
+        await made.flush()
+        usage_file.with_name(name).rename(usage_file)
+        await made.flush()
+    assert used_of(limit) == [2] and ledger_requests(made) == 2
+
+
+async def test_a_wrong_clock_destroys_no_history(usage_file, clock, constant):
+    constant(USAGE_FILE_SIZE=10_000)
+    sums = {
+        (apiserver.hour_text(NOON // 3600 - n), "ada", "m", "c"): [1] * 5
+        for n in range(24 * 402)
+    }
+    usage_file.write_bytes(apiserver.encode_usage(sums))
+    made = ledger(usage_file)
+    clock[0] += 900 * 86400
+    count_request(made)
+    await made.flush()
+    clock[0] -= 900 * 86400
+    lines = usage_file.read_bytes().splitlines()
+    assert len(lines) == 400 and b"2029-05-" in lines[-1]  # the oldest days are gone
+    assert ledger_requests(ledger(usage_file)) == 398 * 24 + 13 + 1
+
+
+async def test_a_large_file_is_not_read_again_and_again(
+    usage_file, constant, monkeypatch
+):
+    constant(USAGE_FILE_SIZE=1000)
+    made, parsed = ledger(usage_file), []
+    parse = apiserver.parse_usage
+    spy = lambda data, *args: parsed.append(len(data)) or parse(data, *args)
+    monkeypatch.setattr(apiserver, "parse_usage", spy)
+    for number in range(40):  # each line stays
+        count_request(made, f"user-{number}")
+        await made.flush()
+    assert usage_file.stat().st_size > 5000
+    assert len([size for size in parsed if size]) in range(3, 7)
+
+
 async def test_a_hundred_thousand_lines_are_read_and_made_few(usage_file, clock):
     """A million take 7 s."""
     with open(usage_file, "w") as file:
