@@ -5669,6 +5669,15 @@ class Controller:
     async def refresh_models(self) -> None:
         """Read its list of models, if it has one; on failure keep the old list."""
 
+    def inherit(self, known: Controller) -> None:
+        """Take over from a controller that this one replaces, if it fits."""
+        if known.base_url == self.base_url:
+            self.listed = known.listed
+            if known.secret == self.secret:  # whatever its name was
+                self.switched_off = known.switched_off
+                quotas = [limit and limit.quotas for limit in (known.limit, self.limit)]
+                self.limit = known.limit if quotas[0] == quotas[1] else self.limit
+
     def redact(self, text: str) -> str:
         """Return text without secrets: its key, and the parts that servers repeat."""
         if self.secret:
@@ -12698,17 +12707,19 @@ def build_server(config: Config, log: Log) -> Server:
 
 def update_controllers(server: Server, old: list[Any], config: Config) -> None:
     """Replace the old controllers by a configuration's; equal ones stay."""
-    lists: dict[str, dict[str, str]] = {}  # of models, by base URL
+    removed: list[Controller] = []
     for arguments in old:
         controller = server.pool.find(arguments["name"])
         if arguments not in config.controllers and controller is not None:
             server.pool.remove(controller)
             controller.close()
-            lists[controller.base_url] = controller.listed
+            removed.append(controller)
     for arguments in config.controllers:
         if arguments not in old:
             controller = make_controller(arguments, config.limits)
-            controller.listed = lists.get(controller.base_url, {})
+            # The last one counts: that with the same name, if there is one.
+            for known in sorted(removed, key=lambda c: c.name == controller.name):
+                controller.inherit(known)
             server.add(controller)
 
 

@@ -12842,6 +12842,28 @@ async def test_an_edited_controller_keeps_its_list_of_models(tmp_path):
 
 
 @needs_posix
+async def test_an_edited_controller_keeps_its_limit_and_stays_disabled(tmp_path):
+    """Also where its default name goes to another one, which has neither."""
+    async with Upstream() as upstream, Upstream() as other:
+        one, two = entry("m", upstream), entry("n", other)
+        del one["name"], two["name"]
+        one["limit"] = "1 requests/month"
+        write_config(tmp_path, one)
+        with program_in(tmp_path) as program:
+            assert (await echo(program.port, model="m")).status == 200
+            heavy = {**one, "weight": 2}
+            reload(program, "controllers: openai-1, openai-2", tmp_path, two, heavy)
+            line = await controller_line(program, "openai-2")
+            assert line["reason"] == "its limit of 1 requests/month is used up"
+            disable = "/admin/controllers/disable"
+            await ask(program.port, "POST", disable, {"name": "openai-2"})
+            reload(program, "openai-2, x", tmp_path, two, one, entry("x"))
+            line = await controller_line(program, "openai-2")
+            assert line["reason"] == "disabled by the administrator"
+            assert (await echo(program.port, model="n")).status == 200
+
+
+@needs_posix
 async def test_a_reload_changes_what_a_tape_does(tmp_path):
     async with Upstream() as upstream:
         up = entry("m", upstream)
