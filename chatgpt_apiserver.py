@@ -4209,7 +4209,9 @@ def whole_number(least: int) -> Expected:
 
 LIMIT = Expected(f"a limit {QUOTA_WORDS}", parse_quotas, (str, dict, list))
 USER_FIELDS = {
-    "user_id": Expected("a string that is not empty", bool),
+    "user_id": Expected(  # usage of the API key counts as admin's
+        'a string, neither empty nor "admin"', lambda id: id not in ("", "admin")
+    ),
     # A header could carry no other token; an empty one would let everybody in.
     "token": Expected("visible ASCII characters", re.compile("[!-~]+").fullmatch),
     "sha256": Expected(

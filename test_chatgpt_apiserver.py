@@ -5091,7 +5091,7 @@ def test_any_string_may_be_looked_up_as_a_token(path, token):
 @cases(
     "name, values, problem",
     ("note", "1", ": unknown field"),
-    ("user_id", '7|""', ""),
+    ("user_id", '7|""|"admin"', ": expected"),
     ("token", 'null|""|"ses ame"|"é"', ""),
     ("name", "null", ""),
     ("role", '"admin"|[]', ""),
