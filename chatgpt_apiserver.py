@@ -4426,6 +4426,18 @@ def replace_file(path: str, data: bytes, newer_than: int) -> Stamp:
     return stamp
 
 
+def remove_temporary_files(path: str) -> None:
+    """Remove the temporary files that crashes have left beside path."""
+    folder, name = os.path.split(path)
+    ours = re.compile(re.escape(name) + r"\.[0-9]+\.[0-9a-f]{16}\.tmp").fullmatch
+    with contextlib.suppress(OSError):
+        if any(map(ours, os.listdir(folder))):
+            # Another server may be using one, but not while we hold the lock.
+            with file_lock(path + ".lock"):
+                for entry in filter(ours, os.listdir(folder)):
+                    os.unlink(os.path.join(folder, entry))
+
+
 def replace_name(source: str, target: str) -> None:
     """Call os.replace(); on Windows, retry while the target is being read."""
     for _ in range(5 if sys.platform == "win32" else 0):
@@ -4522,7 +4534,7 @@ class UserStore:
         self._closed = False
         self._seen, self._broken = None, ""
         self._gone_at = -math.inf  # at startup a missing file means no users at once
-        self._remove_temporary_files()
+        remove_temporary_files(self._target)
         self._adopt(self._read_changed() or {})
         if not os.access(os.path.dirname(self._target), os.W_OK | os.X_OK):
             self._report(
@@ -4801,17 +4813,6 @@ class UserStore:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigurationError(f"{self.path}: {reason}") from None
 
-    def _remove_temporary_files(self) -> None:
-        """Remove temporary files that crashes have left beside the file."""
-        folder, name = os.path.split(self._target)
-        ours = re.compile(re.escape(name) + r"\.[0-9]+\.[0-9a-f]{16}\.tmp").fullmatch
-        with contextlib.suppress(OSError):
-            if any(map(ours, os.listdir(folder))):
-                # Another server may be using one, but not while we hold the lock.
-                with file_lock(self._target + ".lock"):
-                    for entry in filter(ours, os.listdir(folder)):
-                        os.unlink(os.path.join(folder, entry))
-
 
 def known_user(users: Users, user_id: str) -> User:
     """Return the user with this id.  Raise APIError(404)."""
@@ -5031,7 +5032,7 @@ class Ledger:
     def __init__(
         self, path: str | None, report: Callable[[str], object] = lambda line: None
     ) -> None:
-        self._file = None if path is None else UsageFile(os.path.abspath(path))
+        self._file = None if path is None else UsageFile(os.path.realpath(path))
         self._report = report
         self._problem = ""  # the file's, as last reported
         # By day and user, then by model and controller.
@@ -5157,6 +5158,7 @@ class Ledger:
         self._begin_hour()
         if self._file is not None:
             self._file.read_to = ABSENT
+            remove_temporary_files(self._file.path)
             _, lines, _ = self._file.exchange({})
             self._count_lines(lines.items(), replaced=True)
 
@@ -6639,7 +6641,7 @@ class TapeController(Controller):
         super().__init__(name)
         if mode not in self.MODES:
             raise ValueError(f"mode must be one of {', '.join(self.MODES)}")
-        self.file = os.path.abspath(file)
+        self.file = os.path.realpath(file)
         self.mode = mode
         self.speed = speed
         self.ignore = frozenset(ignore)

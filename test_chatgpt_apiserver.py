@@ -8859,6 +8859,7 @@ async def test_100_mb_of_tape_are_opened_in_a_second_and_not_held(tmp_path, tape
 
 
 async def test_a_tape_records_functions_and_asks(tmp_path, tape):
+    tape.symlink_to("target.jsonl")
     function = FunctionController(lambda request: "HELLO", models=["shout"])
     async with serving(tmp_path, function, tape=f"{tape}:record") as server:
         first = await handler_ask(server.port, model="shout")
@@ -9841,6 +9842,19 @@ async def test_a_flush_that_is_cancelled_loses_nothing(usage_file, monkeypatch):
     monkeypatch.undo()
     await made.flush()
     assert ledger_requests(ledger(usage_file)) == 1
+
+
+async def test_usage_goes_to_the_target_of_a_symlink(tmp_path, usage_file):
+    (tmp_path / "volume").mkdir()
+    target = tmp_path / "volume" / "usage"
+    stale = tmp_path / "volume" / "usage.7.0123456789abcdef.tmp"
+    stale.write_text("left by a crash")
+    usage_file.symlink_to(target)
+    made = ledger(usage_file)
+    count_request(made)
+    await made.flush()
+    assert usage_file.is_symlink() and ledger_requests(ledger(target)) == 1
+    assert {*os.listdir(target.parent)} == {"usage", "usage.lock"}
 
 
 async def test_a_file_that_is_moved_away_and_back_is_no_news(usage_file):
