@@ -1676,15 +1676,18 @@ class CompletionBuilder:
         for key, value in delta.items():
             text = message.get(key)
             if key == "tool_calls":
-                self.add_tool_calls(message.setdefault(key, []), value or [])
+                self.add_tool_calls(message.setdefault(key, {}), value or [])
             elif isinstance(value, str) and isinstance(text, str) and key != "role":
                 self._texts.setdefault((index, key), [text]).append(value)
+            elif isinstance(value, list):
+                message[key] = text = text if isinstance(text, list) else []
+                text.extend(value)
             elif value is not None:
                 message[key] = value
 
     @staticmethod
-    def add_tool_calls(calls: list[Any], deltas: list[Any]) -> None:
-        """Add pieces of tool calls, each to the call at its index.
+    def add_tool_calls(calls: dict[Any, JSONObject], deltas: list[Any]) -> None:
+        """Add pieces of tool calls, each to the call with its index (some begin at 1).
 
         Gemini and others send no index.  Then a piece with a new id, or with a name
         and no id, starts a call; any other continues the last one.
@@ -1693,15 +1696,14 @@ class CompletionBuilder:
             function = delta.get("function") or {}
             index, id = delta.get("index"), delta.get("id")
             if index is None:
-                recent = range(max(0, len(calls) - 16), len(calls))  # in linear time
+                recent = [*itertools.islice(reversed(calls), 16)]  # in linear time
                 known = [n for n in recent if id and calls[n]["id"] == id]
                 begins = id or function.get("name") or not calls
-                index = known[-1] if known else len(calls) - (not begins)
-            if index >= len(calls):
-                index = len(calls)
-                empty = {"name": "", "arguments": ""}
-                calls.append({"id": id, "type": "function", "function": empty})
-            call = calls[index]
+                others = [f"no index {len(calls)}"] if begins else recent
+                index = (known or others)[0]
+            empty = {"name": "", "arguments": ""}
+            call = {"id": id, "type": "function", "function": empty}
+            call = calls.setdefault(index, call)
             call["id"] = call["id"] or id
             whole = call["function"]
             for key, value in function.items():
@@ -1713,6 +1715,9 @@ class CompletionBuilder:
         """Return the chat.completion."""
         for (index, key), pieces in self._texts.items():
             self._choices[index]["message"][key] = "".join(pieces)
+        for choice in self._choices.values():
+            if "tool_calls" in (message := choice["message"]):
+                message["tool_calls"] = [*message["tool_calls"].values()]
         self._whole["choices"] = [c for _, c in sorted(self._choices.items())]
         return self._whole
 
@@ -1737,6 +1742,8 @@ class ItemsBuilder(CompletionBuilder):
             self._choices[index] = {"message": event["content_block"]}
         elif kind == "content_block_delta":
             delta = {k: v for k, v in event["delta"].items() if k != "type"}
+            if "citation" in delta:
+                delta = {"citations": [delta["citation"]]}
             self._add_delta(index, self._choices[index]["message"], delta)
         elif kind == "message_delta":
             usage = {**(self._whole.get("usage") or {}), **(event.get("usage") or {})}
@@ -2164,7 +2171,7 @@ completed = $answer
         super().__init__({**absent, **head}, input_tokens)
         self._items: list[JSONObject] = []  # complete items, then the answer
         self._pieces: list[str] = []  # of the current text
-        self._tool_calls: list[JSONObject] = []  # as far as they have arrived
+        self._tool_calls: dict[Any, JSONObject] = {}  # as far as they have arrived
         self._calls_written = 0
         self._events: list[bytes] = []  # not yet returned
         self._numbers = itertools.count()
@@ -2214,7 +2221,7 @@ completed = $answer
         text, self._pieces = "".join(self._pieces), []
         if text:
             self._emit("text_end", text=text)
-        for call in self._tool_calls[self._calls_written :]:
+        for call in [*self._tool_calls.values()][self._calls_written :]:
             name, text = call["function"]["name"], call["function"]["arguments"]
             args = as_object(read_json(text))
             self._emit("call", item=call["id"], name=name, text=text, args=args)

@@ -2674,6 +2674,22 @@ def test_tool_call_pieces_without_an_index_continue_the_last_call(pieces, calls)
     assert [(call["id"], *call["function"].values()) for call in made] == calls
 
 
+def test_calls_counted_from_1_and_lists_in_pieces_are_joined():
+    builder = apiserver.CompletionBuilder()
+    for index, text in (1, '{"a"'), (2, "{}"), (1, ":1}"):
+        call = {"index": index, "function": {"arguments": text}}
+        delta = {"tool_calls": [call], "reasoning_details": [{"text": text}]}
+        builder.add({"choices": [{"delta": delta}]})
+    message = builder.result()["choices"][0]["message"]
+    calls = [call["function"]["arguments"] for call in message["tool_calls"]]
+    assert calls == ['{"a":1}', "{}"]
+    assert [part["text"] for part in message["reasoning_details"]] == [
+        '{"a"',
+        "{}",
+        ":1}",
+    ]
+
+
 def test_refusals_logprobs_and_fingerprint_of_a_stream_are_kept():
     builder = apiserver.CompletionBuilder()
     for token, refusal in (("a", "I "), ("b", "won't")):
