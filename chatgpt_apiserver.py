@@ -1603,6 +1603,11 @@ def content_text(content: Any) -> str:
     return "\n".join(part for part in parts if isinstance(part, str))
 
 
+def delta_text(delta: JSONObject) -> str:
+    """Return the text of a delta or message of the assistant's, even of a refusal."""
+    return content_text(delta.get("content")) or content_text(delta.get("refusal"))
+
+
 def messages_text(messages: Any) -> str:
     """Return a whole chat as one string, for an agent that accepts only one.
 
@@ -2086,7 +2091,7 @@ class CompletionsWriter(ChatWriter):
     OBJECT = "text_completion"
 
     def _choice(self, delta: JSONObject, *fields: Any) -> JSONObject:
-        return choice_of("text", content_text(delta.get("content")), *fields[:2])
+        return choice_of("text", delta_text(delta), *fields[:2])
 
     def answer(self, completion: JSONObject) -> JSONObject:
         choices = [
@@ -2126,7 +2131,12 @@ class MessagesWriter(ChatWriter):
     ID = "msg_"
     ITEMS = "content"
     BEGUN: ClassVar[JSONObject] = {"content": [], "stop_reason": None}
-    STOPS: ClassVar = {"tool_calls": "tool_use", "length": "max_tokens"}
+    STOPS: ClassVar = {
+        "tool_calls": "tool_use",
+        "length": "max_tokens",
+        "content_filter": "refusal",
+    }
+    CUTS: ClassVar[JSONObject] = {}  # "incomplete_details" by finish_reason
     TEMPLATES: ClassVar = parse_templates("""
 answer = {"id": $id, "type": "message", "role": "assistant", "model": $model,
     "content": $items, "stop_reason": $stop_reason, "stop_sequence": $stop_sequence,
@@ -2167,10 +2177,11 @@ completed = $answer
     MOMENTS.update(tool_use=_CALL, function_call=_CALL)
 
     def __init__(self, head: JSONObject, input_tokens: int = 0) -> None:
-        absent = {"stop_reason": None, "stop_sequence": None, "signature": ""}
-        super().__init__({**absent, **head}, input_tokens)
+        absent = dict.fromkeys(("stop_reason", "stop_sequence", "details"))
+        super().__init__({"signature": "", **absent, **head}, input_tokens)
         self._items: list[JSONObject] = []  # complete items, then the answer
         self._pieces: list[str] = []  # of the current text
+        self._refused = False
         self._tool_calls: dict[Any, JSONObject] = {}  # as far as they have arrived
         self._calls_written = 0
         self._events: list[bytes] = []  # not yet returned
@@ -2202,7 +2213,8 @@ completed = $answer
                 self._events.append(sse_event(data, name))
 
     def delta(self, delta: JSONObject) -> bytes:
-        text = content_text(delta.get("content"))
+        text = delta_text(delta)
+        self._refused = self._refused or bool(delta.get("refusal"))
         if text:
             if not self._pieces:
                 self._complete_items()
@@ -2220,7 +2232,8 @@ completed = $answer
         """Complete the text or the tool calls so far: something else follows."""
         text, self._pieces = "".join(self._pieces), []
         if text:
-            self._emit("text_end", text=text)
+            part = {"part": {"type": "refusal", "refusal": text}}
+            self._emit("text_end", text=text, **(part if self._refused else {}))
         for call in [*self._tool_calls.values()][self._calls_written :]:
             name, text = call["function"]["name"], call["function"]["arguments"]
             args = as_object(read_json(text))
@@ -2229,9 +2242,11 @@ completed = $answer
 
     def end(self, finish_reason: str, usage: Usage) -> bytes:
         self._complete_items()
-        reason = self.STOPS.get(finish_reason, "end_turn")
-        counts = {**usage._asdict(), "total": usage.total}
-        self._emit("completed", status="completed", stop_reason=reason, **counts)
+        stop = "refusal" if self._refused else self.STOPS.get(finish_reason, "end_turn")
+        details = self.CUTS.get(finish_reason)
+        status = "incomplete" if details else "completed"
+        ends = {"status": status, "stop_reason": stop, "details": details}
+        self._emit(status, **ends, **usage._asdict(), total=usage.total)
         return self.delta({})
 
     def events(self, completion: JSONObject) -> bytes:
@@ -2267,10 +2282,14 @@ class ResponsesWriter(MessagesWriter):
     ID = "resp_"
     ITEMS = "output"
     BEGUN: ClassVar = {"output": [], "status": "in_progress"}
+    CUTS: ClassVar = {
+        "length": {"reason": "max_output_tokens"},
+        "content_filter": {"reason": "content_filter"},
+    }
     TEMPLATES: ClassVar = parse_templates(
         """
 answer = {"id": $id, "object": "response", "created_at": $created, "model": $model,
-    "status": $status, "error": null, "incomplete_details": null,
+    "status": $status, "error": null, "incomplete_details": $details,
     "instructions": null, "temperature": null, "top_p": null, "metadata": {},
     "output": $items, "parallel_tool_calls": true, "tool_choice": "auto", "tools": [],
     "usage": $usage}
@@ -2307,6 +2326,7 @@ other = $whole
 completed completed, "response": $answer
 completed = $answer
 incomplete incomplete, "response": $answer
+incomplete = $answer
 failed failed, "response": $answer
 """,
         prefix="response.",
@@ -6344,7 +6364,7 @@ class FunctionController(Controller):
         if isinstance(piece, bytes):
             return len(piece)
         calls = piece.get("tool_calls")
-        text = content_text(piece.get("content")) + (_to_ascii(calls) if calls else "")
+        text = delta_text(piece) + (_to_ascii(calls) if calls else "")
         return len(text.encode("utf-8", "replace"))
 
     async def _pieces(self, request: APIRequest, result: Any) -> Pieces:

@@ -8008,6 +8008,29 @@ async def test_a_mock_calls_tools_in_each_dialect(server, stream):
         assert ("tool_use" in text) == (path == "/v1/messages")
 
 
+@cases(
+    "asked, path, ends",
+    ("no", "/v1/completions", ['"finish_reason": "stop"']),
+    ("no", "/v1/messages", ['"stop_reason": "refusal"']),
+    ("no", "/v1/responses", ["""{"type": "refusal", "refusal": "I won't"}"""]),
+    ("cut", "/v1/messages", ['"stop_reason": "max_tokens"']),
+    ("cut", "/v1/responses", ['"incomplete", "error"', '"max_output_tokens"']),
+)
+async def test_a_refusal_or_a_cut_is_one_in_each_dialect(tmp_path, asked, path, ends):
+    def answer(request):
+        if request["messages"][-1]["content"] == "no":
+            return iter([{"refusal": "I "}, {"refusal": "won't"}])
+        return completion(choices=[{**TEXT_CHOICE, "message": {"content": "won't"}}])
+
+    async with serving(tmp_path, FunctionController(answer)) as server:
+        body = {**chat_body(asked), "max_tokens": 9, "input": asked, "prompt": asked}
+        for stream in (False, True):
+            reply = await ask(server.port, "POST", path, {**body, "stream": stream})
+            text = reply.content.decode()
+            assert reply.status == 200 and reply.whole
+            assert all(word in text for word in ["won't", *ends]), text
+
+
 async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
     async def answer(request):
         call = {"tool_calls": [tool_call("c")]}
