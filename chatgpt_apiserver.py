@@ -6384,7 +6384,9 @@ class FunctionController(Controller):
                 if piece is _END:
                     break
                 is_whole = isinstance(piece, (bytes, dict))
-                yield piece if is_whole else {"content": str(piece)}
+                # Chunks of other APIs often have no text: content None.
+                text = "" if piece is None else str(piece)
+                yield piece if is_whole else {"content": text}
         finally:
             if hasattr(pieces, "aclose"):
                 await pieces.aclose()

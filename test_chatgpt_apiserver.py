@@ -7570,6 +7570,7 @@ def gives_text_in_a_thread(request):
 
 def gives_pieces(request):
     yield "Hi "
+    yield None  # as chunk.choices[0].delta.content often is
     yield "Hello"
 
 
