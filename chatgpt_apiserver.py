@@ -11980,8 +11980,9 @@ def command_model(
                     if text:
                         yield text
                 status = await process.wait()
-            finally:
+            except BaseException:
                 await _kill(process)
+                raise
             if status:
                 errors.seek(max(0, errors.seek(0, os.SEEK_END) - 2048))
                 tail = errors.read().decode("utf-8", "replace").strip()
@@ -11993,14 +11994,14 @@ def command_model(
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
-    """Kill a program that is still running, and its children."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if sys.platform == "win32":
-                process.kill()
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+    """Kill a program and its children, which may have outlived it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+    cast(Any, process)._transport.close()  # another group may hold its output
+    await process.wait()
 
 
 # -----------------------------------------------------------------------------
@@ -12765,8 +12766,11 @@ class Program:
     def __init__(self, service: Server | Agent, log: Log) -> None:
         self._service = service
         self._log = log
+        hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)
+        ignored = signal.getsignal(hang_up) is signal.SIG_IGN  # under nohup
         self.signals: dict[str, Callable[[], None]] = {
-            name: functools.partial(self._stop, name) for name in ("SIGINT", "SIGTERM")
+            name: functools.partial(self._stop, name)
+            for name in ("SIGINT", "SIGTERM", *([] if ignored else ["SIGHUP"]))
         }
 
     async def run(self) -> None:

@@ -13722,12 +13722,16 @@ async def test_a_program_that_fails_is_an_error_with_its_status(server, caplog):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
-async def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_path):
+@cases("seconds", 60, 0)
+async def test_a_program_is_killed_with_its_children_when_the_client_leaves(
+    tmp_path, seconds
+):
+    """Also when the program itself has ended."""
     script = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
-        "print('Hi', flush=True); time.sleep(60)"
+        f"print('Hi', flush=True); time.sleep({seconds})"
     )
 
     def gone(pid):
@@ -13745,6 +13749,7 @@ async def test_a_program_is_killed_with_its_children_when_the_client_leaves(tmp_
         async with Client(server.port) as client:
             client.send(request_bytes("POST", CHAT_URL, STREAM))
             await client.read_head()
+            await asyncio.sleep(0 if seconds else 0.5)
         pid = int((tmp_path / "pid").read_text())
         await until(lambda: gone(pid))
 
@@ -14154,6 +14159,21 @@ def test_a_signal_pauses_an_agent_and_resumes_it(tmp_path):
             agent.signal(signal.SIGUSR1)
             server.wait_for(line)
             assert fetch(server.port, "POST", CHAT_URL, CHAT).status == status
+
+
+@needs_posix
+@cases("action", signal.SIG_DFL, signal.SIG_IGN)
+def test_an_agent_ends_with_its_terminal_but_not_under_nohup(tmp_path, action):
+    """Or a killed one would leave its running programs behind."""
+    ignore = functools.partial(signal.signal, signal.SIGHUP, action)
+    options = ("agent", "127.0.0.1:1", "--command", "cat")
+    with Program(*options, cwd=tmp_path, preexec_fn=ignore) as agent:
+        agent.wait_for("redialling")
+        agent.signal(signal.SIGHUP)
+        time.sleep(0.2)
+        agent.signal(signal.SIGTERM)
+        assert agent.end() == 0
+        assert ("(SIGHUP)" in agent.stderr) == (action is signal.SIG_DFL)
 
 
 async def test_an_agent_that_is_piped_in_serves_until_ctrl_c(tmp_path, server):
