@@ -11541,7 +11541,7 @@ class Link:
         self.websocket = websocket
         try:
             with contextlib.suppress(ConnectionError):
-                if await first_message(websocket):
+                if await first_message(websocket) and not agent.ending:
                     await self._introduce()
                 async for message in websocket:
                     await self._handle(*open_envelope(message))
@@ -11901,8 +11901,8 @@ class Agent(Stoppable):
 
     @property
     def is_full(self) -> bool:
-        """Whether max_concurrency calls run; each server knows only its own."""
-        return len(self._running()) >= self.max_concurrency
+        """Whether max_concurrency calls run, of all servers, or no more are taken."""
+        return self.ending or len(self._running()) >= self.max_concurrency
 
     def pause(self, paused: bool = True) -> None:
         """Stop the servers' calls, or resume them; running ones continue."""

@@ -13916,6 +13916,28 @@ async def test_an_agent_serves_several_servers_independently(tmp_path):
         assert not agent.log.has(f"{urls[0]} ended")
 
 
+async def test_a_draining_agent_joins_no_server_and_takes_no_call():
+    gate = PoolGate(models=["m"])
+    async with AgentServer() as one, AgentServer() as two:
+        two.send = lambda *message: None  # its greeting comes late
+        urls = serving_urls(one, two)
+        async with agent_of_all(urls, gate.controller) as agent:
+            await one.heard("Connection id")
+            one.ask("first")
+            await until(lambda: gate.asked and two.heads)
+            agent.request_shutdown()
+            await one.heard("Drain")
+            AgentServer.send(two, "late", "Connection id")
+            one.ask("second")
+            assert (await one.heard("error", id="second"))[
+                "data"
+            ] == apiserver.AGENT_FULL
+            gate.let()
+            await one.heard("ApiEnd", id="first")
+            await asyncio.wait_for(agent.task, 5)
+            assert two.said == []
+
+
 async def test_a_call_ends_before_the_next_one_begins(tmp_path, constant):
     """An upstream's last chunk may come late: its agent was "full", for 250 ms."""
     constant(AGENT_FULL_PAUSE=60.0)
