@@ -6000,9 +6000,12 @@ class AgentController(Controller):
                 del message  # may be large, and the next may take long to arrive
         finally:
             self.websocket.heartbeat = None  # else a reference cycle
-            reason = f"{self.name} has left"
-            for call in self._calls.values():
-                call.fail(ControllerError(reason, Failure.NONE, code="agent_lost"))
+
+    def lose_calls(self) -> None:
+        """Fail all running calls: the agent has left."""
+        reason = f"{self.name} has left"
+        for call in self._calls.values():
+            call.fail(ControllerError(reason, Failure.NONE, code="agent_lost"))
 
     def _receive(self, id: str, kind: str, data: str) -> None:
         """Handle one message; unknown ones are dropped."""
@@ -11311,6 +11314,7 @@ class Server(Stoppable):
         if self.agents.get(agent.id) is agent:
             del self.agents[agent.id]
         self.pool.remove(agent)
+        agent.lose_calls()
 
     def dismiss_agents(self) -> None:
         """Disconnect agents that would not be admitted now: they read prompts."""

@@ -11452,7 +11452,11 @@ async def test_nonsense_in_an_original_agents_hello_is_ignored(server, hello):
 
 
 async def test_an_agent_that_comes_back_takes_over(server, agent):
+    """And what the old one, which may be dead, has not answered."""
+    asking = asyncio.ensure_future(handler_ask(server.port))
+    await agent.request()
     async with Agent(server.port, id=agent.id) as new, beside(new.echo()):
+        assert (await asyncio.wait_for(asking, 2)).status == 200
         while (event := await agent.event())[0] is not CLOSE:
             pass
         assert event[1][0] == 4000
