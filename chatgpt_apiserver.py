@@ -2692,6 +2692,7 @@ class APIRequest:
 
     model: str | None = None  # the model asked for
     model_field: slice | None = None  # where a form has the model
+    fallbacks: Iterable[Any] = ()  # more models, as OpenRouter and LiteLLM take them
     stream = False  # server-sent events are wanted
     wants_usage = False  # the client wants the usage event of a stream
     choices = 1  # number of choices in a completion
@@ -2753,6 +2754,9 @@ class APIRequest:
         self._has_options = "stream_options" in body
         options = as_object(body.get("stream_options"))
         self.wants_usage = options.get("include_usage") is True
+        if "models" in body or "fallbacks" in body:
+            lists = (body.get("models"), body.get("fallbacks"))
+            self.fallbacks = [name for names in lists for name in as_list(names)]
         choices = body.get("n")
         self.choices = choices if type(choices) is int and 1 <= choices <= 128 else 1
 
@@ -9646,8 +9650,11 @@ class Exchange:
         request.may_use = user.may_use
         if request.model is None and request.ask is None:
             raise APIError(400, "'model' is missing.", param="model")
-        if request.model is not None and not user.may_use(request.model):
-            raise self.server.pool.unknown_model(request)
+        named = urllib.parse.parse_qs(request.query).get("model", [])
+        named += [] if request.model is None else [request.model]
+        for model in (*named, *request.fallbacks):
+            if not isinstance(model, str) or not user.may_use(model):
+                raise self.server.pool.unknown_model(request)
 
     async def _relay_stream(self, call: Call) -> None:
         connection, reply = self.connection, self.reply

@@ -12093,6 +12093,23 @@ async def test_a_request_that_names_two_models_is_refused(server, upstream, kind
     assert chats(upstream) == []
 
 
+@flow(controller=ANY)
+async def test_a_restricted_user_names_no_other_model_beside_the_own(server, upstream):
+    """In a query, or as a fallback of OpenRouter's or LiteLLM's."""
+    key = await add_user(server, models=["m", "n"])
+    for more, query, status in (
+        ({"models": ["m", "n"]}, "?model=m", 200),
+        ({"models": ["m", "other"]}, "", 404),
+        ({"fallbacks": [{"m": ["other"]}]}, "", 404),
+        ({}, "?model=m&mod%65l=other", 404),
+    ):
+        for path in (CHAT_URL, "/v1/x"):
+            body = {**CHAT, **more}
+            reply = await ask(server.port, "POST", path + query, body, key)
+            assert reply.status == status, (path, more, query)
+    assert len(chats(upstream)) == 2
+
+
 # --- Late errors
 
 
