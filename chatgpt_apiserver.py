@@ -4588,9 +4588,9 @@ class UserStore:
     async def update(self, user_id: str, settings: dict[str, Any]) -> User:
         """Change a user's settings; None removes one.
 
-        {"rotate": seconds} issues a new token and keeps the old one valid that long.
-        Otherwise the user returned carries no token.  Raise APIError as add() does,
-        and 404.
+        {"rotate": seconds} issues a new token and keeps the old one valid that long, or
+        until the next rotation.  Otherwise the user returned carries no token.  Raise
+        APIError as add() does, and 404.
         """
         seconds = settings.pop("rotate", None)
         if seconds is not None and (type(seconds) is not int or not 0 <= seconds < 1e9):
