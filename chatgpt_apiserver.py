@@ -1891,7 +1891,6 @@ class EventStream:
         self.error: ErrorObject | None = None  # from an error event: it is not relayed
         self.usage = Usage()  # so far
         self.events = 0  # number of events so far, roughly
-        self._size = 0  # of all blocks, in bytes
         self._recent: deque[str] = deque(maxlen=4)  # the starts of the last blocks
         self.answer: JSONObject = {}  # as the first event has it
         self._hide_usage = hide_usage
@@ -1908,8 +1907,7 @@ class EventStream:
         # A search takes 0.1 us in a str and 0.3 in bytes; parsing an event takes 5.
         text = block.decode("latin-1")
         self.events += text.count("data:")
-        self._size += len(text)
-        self._recent.append(text[:1024])
+        self._recent.append(text[:2048])
         if self._is_plain(block, text):
             return block
         kept = []
@@ -1927,8 +1925,8 @@ class EventStream:
     def estimate(self) -> int:
         """Estimate the tokens so far: one an event, or one for four bytes of text."""
         recent = "".join(self._recent)
-        share = len("".join(_TEXTS.findall(recent))) / (len(recent) or 1)
-        return max(self.events, int(self._size * share / 4))
+        size = len("".join(_TEXTS.findall(recent))) / (recent.count("data:") or 1)
+        return int(self.events * max(1, size / 4))
 
     def _process(self, data: bytes) -> bool:
         """Process an event and return whether to relay it."""
