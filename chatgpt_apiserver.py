@@ -11133,9 +11133,12 @@ class Server(Stoppable):
             own_loop = asyncio.new_event_loop()
             try:
                 own_loop.run_until_complete(serve())
+                own_tasks = asyncio.all_tasks(own_loop)  # functions may start some
+                own_loop.run_until_complete(cancel_tasks(own_tasks))
                 own_loop.run_until_complete(own_loop.shutdown_asyncgens())
                 for task in asyncio.all_tasks(own_loop):
-                    task.get_coro().close()  # releases its slot
+                    with contextlib.suppress(Exception):  # it may ignore this, too
+                        task.get_coro().close()  # releases its slot
             finally:
                 own_loop.close()
 

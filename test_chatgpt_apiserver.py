@@ -12474,6 +12474,29 @@ def test_running_ends_although_a_function_does_not(tmp_path):
     assert server.requests_in_flight == server.pool.find("m").in_flight == 0
 
 
+def test_running_ends_the_tasks_that_functions_have_started(tmp_path):
+    server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+    started, cleaned_up = [], []
+
+    async def work():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)  # needs a running loop
+            cleaned_up.append(True)
+
+    @server.model("m")
+    async def starts_work(request):
+        started.append(asyncio.create_task(work()))
+        return "started"
+
+    with server.running():
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(request_bytes("POST", CHAT_URL, chat_body()))
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+    assert cleaned_up and started[0].cancelled()
+
+
 async def test_two_servers_in_one_loop_are_independent(tmp_path, server):
     async with Server("other", port=0, users=str(tmp_path / "two.json")) as two:
         assert server.port != two.port
