@@ -5139,6 +5139,10 @@ class Ledger:
         self._limits[kind][name] = limit
         limit.history = functools.partial(self._used, kind, name)
 
+    def forget_controller(self, name: str) -> None:
+        """Feed a controller's limit no longer: another one may get its name."""
+        self._limits["controller"].pop(name, None)
+
     def _used(self, kind: str, name: str, per: str, window: Window) -> tuple[int, int]:
         """Return a user's or controller's requests and tokens in a window."""
         if not self._hour.start <= unix_time() < self._hour.end:
@@ -12758,6 +12762,7 @@ def update_controllers(server: Server, old: list[Any], config: Config) -> None:
         controller = server.pool.find(arguments["name"])
         if arguments not in config.controllers and controller is not None:
             server.pool.remove(controller)
+            server.ledger.forget_controller(controller.name)
             controller.close()
             removed.append(controller)
     for arguments in config.controllers:

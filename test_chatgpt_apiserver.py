@@ -12995,7 +12995,14 @@ async def test_an_edited_controller_keeps_its_limit_and_stays_disabled(tmp_path)
             reload(program, "controllers: openai-1, openai-2", tmp_path, two, heavy)
             line = await controller_line(program, "openai-2")
             assert line["reason"] == "its limit of 1 requests/month is used up"
-            disable = "/admin/controllers/disable"
+            enable, disable = "/admin/controllers/enable", "/admin/controllers/disable"
+            await ask(program.port, "POST", enable, {"name": "openai-2"})
+            # At another server, the old name's requests are those of the other one.
+            key = (apiserver.hour_text(time.time() // 3600), "ada", "n", "openai-1")
+            with open(tmp_path / "usage.jsonl", "ab") as file:
+                file.write(apiserver.encode_usage({key: [1] * 5}))
+            await asyncio.sleep(1)  # it reads them twice a second
+            assert (await controller_line(program, "openai-2"))["state"] == "ready"
             await ask(program.port, "POST", disable, {"name": "openai-2"})
             reload(program, "openai-2, x", tmp_path, two, one, entry("x"))
             line = await controller_line(program, "openai-2")
