@@ -7143,10 +7143,8 @@ class Pool:
                 left.update(dict.fromkeys(controller.models or (), now))
                 self._left = dict([*left.items()][-LEFT_MODELS:])
                 self._left[None] = now
-            for waiter in itertools.chain(*map(list, self._queue.values())):
-                now = asyncio.get_running_loop().time()
-                if not {*self._suitable(waiter.request, now)}.difference(waiter.tried):
-                    self._settle(waiter, None)
+            if self._queue:
+                self._settle_stranded()
 
     @property
     def reachable(self) -> list[Controller]:
@@ -7473,6 +7471,16 @@ class Pool:
                 del self._queue[user]
         if not waiter.outcome.done():
             waiter.outcome.set_result(outcome)
+
+    def _settle_stranded(self) -> None:
+        """Settle the queued requests for which no controller is left to wait for."""
+        now, stranded = asyncio.get_running_loop().time(), {}
+        for waiter in [*itertools.chain(*self._queue.values())]:
+            if waiter.kind not in stranded:  # a thousand requests, a few kinds
+                suitable = self._suitable(waiter.request, now)
+                stranded[waiter.kind] = not {*suitable}.difference(waiter.tried)
+            if stranded[waiter.kind]:
+                self._settle(waiter, None)
 
     def _serve_queue(self) -> None:
         """Serve the queue now, and at intervals until it is empty."""

@@ -6343,6 +6343,23 @@ async def test_a_request_does_not_wait_for_a_controller_that_is_gone(
         assert (await waiting).status == (200 if edited else 404)
 
 
+async def test_a_removed_controller_is_looked_for_once_for_each_kind_of_request():
+    """A thousand agents may leave while a thousand requests wait."""
+    pool = pool_with(*(pool_function(name, max_concurrency=1) for name in "ab"))
+    for _ in range(2):
+        await pool_acquire(pool)
+    waiting = [asyncio.ensure_future(pool_acquire(pool)) for _ in range(300)]
+    await until(lambda: pool.waiting == 300)
+    suitable, looks = pool._suitable, []
+    pool._suitable = lambda *args: looks.append(1) or suitable(*args)
+    pool.remove(pool.find("a"))
+    assert len(looks) == 1 and pool.waiting == 300
+    pool.remove(pool.find("b"))
+    assert len(looks) == 2 and pool.waiting == 0
+    errors = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {error.status for error in errors} == {404}
+
+
 async def test_a_slot_given_to_a_request_that_is_just_cancelled_is_not_lost():
     pool = pool_with(pool_function("a", max_concurrency=1))
     a = await pool_acquire(pool)
