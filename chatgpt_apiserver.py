@@ -7167,7 +7167,8 @@ class Pool:
     async def refresh_models(self, *new: Controller) -> None:
         """Read the lists of models of these or all controllers, concurrently."""
         loop = asyncio.get_running_loop()
-        readers = [c for c in new or self.reachable if c.models is None]
+        wanted = (c for c in self.reachable if not new or c in new)
+        readers = [c for c in wanted if c.lists_models and c.models is None]
         tasks = {c: loop.create_task(c.refresh_models()) for c in readers}
         first = {c: t for c, t in tasks.items() if not (c.listed or c.list_problem)}
         self._listing.update(first)

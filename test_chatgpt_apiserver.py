@@ -8718,7 +8718,11 @@ async def test_auto_asks_once_and_record_asks_each_time(tmp_path, tape):
         assert await text(server) != (last := await text(server))
     async with taping(tmp_path, behave, "replay") as (server, (upstream,), _):
         assert await text(server) == await text(server) == last
-        assert upstream.requests == []  # not even for its models
+        async with Upstream() as late:
+            server.add(late.controller(name="late", models=None))
+            assert await text(server) == last
+            await asyncio.sleep(0.1)
+            assert late.requests == upstream.requests == []  # not even for models
     assert len(tape_lines(tape)) == 4
 
 
