@@ -9206,6 +9206,9 @@ class Conversations:
         self._limits = limits
         self._kept: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
         self._size = 0
+        # By user: their size, and _each for each of them, so that both limits count.
+        self._weights: Counter[str] = Counter()
+        self._each = int(limits.conversations_size / max(1, limits.conversations))
 
     def find(self, user_id: str, id: str) -> Conversation | None:
         """Return the user's conversation with this id, or None."""
@@ -9229,32 +9232,35 @@ class Conversations:
                 return  # the parent was evicted while this was being answered
             self._remove((user_id, id))
             conversation = self._kept[user_id, id] = Conversation(agent_id)
+            self._weights[user_id] += self._each
         if turn_id not in conversation.turns:
             size = 200 + sum(map(sys.getsizeof, turn))
             conversation.size += size
             self._size += size
+            self._weights[user_id] += size
         conversation.turns[turn_id] = turn
         self._evict()
 
     def _evict(self) -> None:
-        """Remove conversations beyond the limits: the oldest of who has most."""
-        limits = self._limits
+        """Remove conversations beyond the limits: the oldest of the user with most."""
+        limits, weights = self._limits, self._weights
         while self._kept:
             key, oldest = next(iter(self._kept.items()))
             if time.monotonic() - oldest.used_at <= limits.conversation_lifetime:
                 few = len(self._kept) <= limits.conversations
                 if few and self._size <= limits.conversations_size:
                     break
-                weights: Counter[str] = Counter()
-                for (user_id, _), conversation in self._kept.items():
-                    weights[user_id] += conversation.size if few else 1
-                [(most, _)] = weights.most_common(1)
+                most = max(weights, key=weights.__getitem__)
                 key = next(key for key in self._kept if key[0] == most)
             self._remove(key)
 
     def _remove(self, key: tuple[str, str]) -> None:
         conversation = self._kept.pop(key, None)
-        self._size -= 0 if conversation is None else conversation.size
+        if conversation is not None:
+            self._size -= conversation.size
+            self._weights[key[0]] -= conversation.size + self._each
+            if not self._weights[key[0]]:
+                del self._weights[key[0]]
 
 
 # -----------------------------------------------------------------------------

@@ -11261,6 +11261,21 @@ def test_one_user_does_not_evict_anothers_conversations(limit):
     assert len(kept._kept) == 5
 
 
+def test_many_small_conversations_do_not_evict_a_large_one():
+    kept = apiserver.Conversations(Limits(conversations=10, conversations_size=10_000))
+    for id in ("1", "2"):
+        kept.add("bob", id, None, "a", "", "x" * 2000, "answer")
+    for number in range(20):
+        kept.add("eve", f"{number}", None, "a", "", "question", "answer")
+    assert kept.find("bob", "1") and kept.find("eve", "19") and len(kept._kept) == 10
+    for _ in range(10):
+        kept.add("bob", "3", "agent")
+        kept.add("eve", "19", "agent")
+    for key in [*kept._kept]:
+        kept._remove(key)
+    assert kept._size == 0 and not kept._weights
+
+
 async def test_a_huge_conversation_id_of_an_agent_is_not_kept(server, agent):
     for size in (200, 201):
         async with beside(handler_ask(server.port)) as asking:
