@@ -2120,7 +2120,7 @@ def parse_templates(text: str, prefix: str = "", more: str = "") -> Templates:
             name = prefix + name
             template = f'{{"type": "{name}"{more}{template}}}'
         templates[when].append((name, re.split(r"\$(\w+)", template)))
-    return templates
+    return dict(templates)  # no answer adds its odd status
 
 
 class MessagesWriter(ChatWriter):
@@ -2430,9 +2430,9 @@ class Dialect:
         stream = self.stream if self.generates else EventStream
         return stream(request.counts_usage, request.choices, max_size)
 
-    def events(self, answer: JSONObject) -> bytes | None:
-        """Return an answer as the stream that was asked for, or None for no change."""
-        return self.writer.relay(answer) if self.generates else None
+    def events(self, answer: JSONObject) -> bytes:
+        """Return an answer as the stream that was asked for."""
+        return self.writer.relay(answer)
 
     def check(self, content: bytes, delimited: bool) -> ErrorObject | None:
         """Return the error in a response's JSON, if any.
@@ -7840,7 +7840,7 @@ class Call:
                 self.content = content
                 if request.dialect.judged:  # its label may be wrong
                     self.headers["content-type"] = JSON_TYPE
-                if request.stream:
+                if request.stream and request.dialect.generates:
                     self._make_stream(content)
             elif request.dialect.judged:
                 raise ProtocolError(502, "it sent neither JSON nor events")
@@ -7952,17 +7952,15 @@ class Call:
 
     def _make_stream(self, content: bytes) -> None:
         """Turn a whole answer into the stream that the client asked for."""
+        dialect, max_size = self.request.dialect, int(self.pool.limits.response_size)
         try:
-            request = self.request
-            events = request.dialect.events(parse_object(content))
+            events = dialect.events(parse_object(content))
         except (APIError, LookupError, TypeError, AttributeError):
             raise ProtocolError(502, "its answer cannot be streamed") from None
-        if events is not None:
-            self.content = None
-            self.headers = {"content-type": EVENTS_TYPE}
-            max_size = int(self.pool.limits.response_size)
-            self.stream = request.dialect.open_stream(request, max_size)
-            self._first = self.stream.receive(events)
+        self.content = None
+        self.headers = {"content-type": EVENTS_TYPE}
+        self.stream = dialect.open_stream(self.request, max_size)
+        self._first = self.stream.receive(events)
 
     async def read(self) -> bytes:
         """Return the next bytes for the client; b"" at the end.

@@ -7318,6 +7318,21 @@ async def test_json_is_json_whatever_it_is_called(server, upstream, label):
     assert (await chat(server, stream=True)).events()[-1] == "[DONE]"
 
 
+async def test_json_that_is_no_generated_text_never_becomes_a_stream(server, upstream):
+    content = b'[{"index": 0, "score": NaN}]'
+    upstream.behave = http_reply(content, 200, "application/json")
+    reply = await ask(server.port, "POST", "/v1/rerank", STREAM)
+    assert reply.status == 200 and reply.content == content
+
+
+def test_an_answer_with_an_unknown_status_is_no_stream_and_leaves_nothing_behind():
+    dialect = apiserver.dialect_of("/v1/responses")
+    before = len(dialect.writer.TEMPLATES)
+    with pytest.raises(LookupError):
+        dialect.events({**ANSWERS["/v1/responses"], "status": "queued"})
+    assert len(dialect.writer.TEMPLATES) == before
+
+
 TEXT_CHOICE = {"index": 0, "text": "Hi", "logprobs": None, "finish_reason": "length"}
 TOKENS = {"input_tokens": 3, "output_tokens": 4}
 ANSWERS = {
