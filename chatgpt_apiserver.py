@@ -9306,6 +9306,7 @@ _NO_CORS = ("/admin", "/api/connections")  # pages of other origins may not read
 _ENDPOINTS = ("/models", *(path[len("/v1") :] for path in DIALECTS))
 
 
+@functools.lru_cache(maxsize=64)  # 2 us
 def lenient_path(path: str) -> str:
     """Return a path as the most lenient server would read it."""
     plain = urllib.parse.unquote(urllib.parse.unquote(path)).lower()
@@ -9322,8 +9323,7 @@ def normal_path(path: str) -> str:
     # The upstream may accept more spellings: they share one dialect, and its limits.
     for plain in (lenient_path(path), path):
         plain = re.sub("/+", "/", plain).rstrip("/")
-        while plain.startswith("/v1/v1/"):
-            plain = plain[3:]
+        plain = re.sub("^(/v1)+(?=/v1/)", "", plain)
         if plain in _ENDPOINTS or plain.startswith("/models/"):
             plain = f"/v1{plain}"
         if plain in DIALECTS:
@@ -9614,12 +9614,7 @@ class Exchange:
         if call.content is None:
             return
         if self.reply.sent is not Sent.NOTHING:  # a heartbeat has fixed the status
-            if call.status >= 300:
-                raise refusal_error(call.status, call.content)
-            self.reply.close = True
-            event = call.content.replace(b"\n", b" ").replace(b"\r", b"")
-            self.reply.write(sse_event(event), last=True)
-            return
+            raise refusal_error(call.status, call.content)
         if call.status >= 400:
             self._note_error(refusal_error(call.status, call.content))
         self.reply.send(call.status, call.content, self._relayed_fields(call).items())
@@ -12500,14 +12495,13 @@ def load_config(argv: list[str], environ: Environ) -> Config:
     if config.tape:
         entries.append({"type": "tape", **tape_arguments(config.tape)})
         config.tape = None  # it is one of the controllers
-    only_tapes = all(e.get("type") == "tape" for e in entries)
-    if only_tapes and environ.get("OPENAI_API_KEY"):
+    key = environ.get("OPENAI_API_KEY")
+    if key and all(entry.get("type") == "tape" for entry in entries):
         upstream = upstream_from_environment(environ)
         entries.append({"name": "openai-1", "config": upstream})
         note = "controller openai-1 from OPENAI_API_KEY in the environment"
         config.notes.append(note)
     config.controllers = read_controllers(file, entries, environ)
-    key = environ.get("OPENAI_API_KEY")
     if key and all(c.get("api_key") != key for c in config.controllers):
         config.notes.append(f"OPENAI_API_KEY is not used: {path} has controllers")
     if config.tls_key and not config.tls_cert:
