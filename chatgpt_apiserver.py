@@ -4551,10 +4551,6 @@ class UserStore:
             return user if unix_time() < user.old_until else None
         return user
 
-    def get(self, user_id: str) -> User | None:
-        """Return the user with this id, or None."""
-        return self._users.get(user_id)
-
     def load(self) -> None:
         """Read the file at startup, without writing to it.
 
@@ -5140,7 +5136,7 @@ class Ledger:
         limit.history = functools.partial(self._used, kind, name)
 
     def forget_controller(self, name: str) -> None:
-        """Feed a controller's limit no longer: another one may get its name."""
+        """Stop feeding a controller's limit: another one may get its name."""
         self._limits["controller"].pop(name, None)
 
     def _used(self, kind: str, name: str, per: str, window: Window) -> tuple[int, int]:
@@ -11925,7 +11921,7 @@ class Agent(Stoppable):
 
     @property
     def is_full(self) -> bool:
-        """Whether max_concurrency calls run, of all servers, or no more are taken."""
+        """Whether it takes no more calls: it is ending, or max_concurrency run."""
         return self.ending or len(self._running()) >= self.max_concurrency
 
     def pause(self, paused: bool = True) -> None:

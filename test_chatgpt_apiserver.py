@@ -9890,7 +9890,7 @@ async def test_servers_on_one_disk_see_at_once_what_another_writes(tmp_path, con
     async with serving(tmp_path) as one, serving(tmp_path) as two:
         user = await two.users.add(limit="9 requests/day")
         await one.users.refresh()
-        limit = one.limit_of(one.users.get(user.user_id))
+        limit = one.limit_of(one.users.find(user.token))
         assert (await chat(two, key=user.token, model="mock/echo")).status == 200
         path = tmp_path / "usage.jsonl"
         await until(path.exists)
