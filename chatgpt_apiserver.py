@@ -9565,13 +9565,18 @@ class Exchange:
         total = self.server.limits.total_content_size
         return total if self.user in (None, self.server.admin) else total / 2
 
+    @property
+    def _reserved_by_user(self) -> int:
+        exchanges = self.server.exchanges
+        return sum(e.reserved for e in exchanges if e.user_id == self.user_id)
+
     def reserve(self, size: int) -> None:
         """Reserve memory for content, or release it (negative size).  APIError(503)."""
         server = self.server
         total = server.content_size + size
         if size > 0 and total > (share := self._content_share):
-            own = sum(e.reserved for e in server.exchanges if e.user_id == self.user_id)
-            if own + size > share or total > server.limits.total_content_size:
+            over = self._reserved_by_user + size > share
+            if over or total > server.limits.total_content_size:
                 text = "Too much content is arriving at once; try again."
                 raise APIError(503, text, retry_after=1)
         server.content_size = total
@@ -9768,10 +9773,15 @@ class Exchange:
         self.call = None  # or its content would live as long as the connection
 
     async def drain(self) -> None:
-        """Wait for a slow client; what it has not read counts as its user's content."""
+        """Wait for a slow client; what it has not read counts as its user's content.
+
+        Beyond the user's share it is cut off, or it would shut out all others.
+        """
         self.reserved = self.connection.unsent if self.user is not None else 0
         self.server.content_size += self.reserved
         try:
+            if self._reserved_by_user > self._content_share:
+                self.connection.reset()
             await self.connection.drain()
         finally:
             self.reserve(-self.reserved)
