@@ -3395,7 +3395,7 @@ def client_tls_context(
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError:
-        raise OSError(f"{ca_file} holds no certificate (PEM)") from None
+        raise OSError("its ca_file holds no certificate (PEM)") from None
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -12173,6 +12173,14 @@ def is_readable(path: str) -> bool:
     return path.isprintable() and os.access(path, os.R_OK) and not os.path.isdir(path)
 
 
+def holds_certificate(path: str) -> bool:
+    """Whether path is a file with a certificate in PEM form."""
+    with contextlib.suppress(OSError, ValueError):
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        return True
+    return False
+
+
 def models_shape(value: Any) -> Any:
     """Return the shape of "models": ["name", ...] or {"alias": "name", ...}."""
     if value and isinstance(value, (list, dict)) and "*" not in str([*value]):
@@ -12185,6 +12193,7 @@ NAME = Expected("printable text", lambda text: text != "" and text.isprintable()
 # Relative to the folder of the server's file, even if written in another file.
 PATH = Expected("the path of a file", NAME.test)
 FILE = Expected("the path of a readable file", is_readable)
+CA_FILE = Expected("the path of a file with a certificate (PEM)", holds_certificate)
 NUMBER = Expected("a number from 0", lambda value: 0 <= value < 1e12, (int, float))
 ABOVE_0 = Expected("seconds, above 0", lambda value: 0 < value < 1e12, (int, float))
 PORT = Expected(
@@ -12220,7 +12229,7 @@ CONFIG_KEYS = {
     ),
     "base_url": Expected("the http or https URL of an API", is_url),
     "proxy": Expected("a proxy such as http://host:port", is_proxy),
-    "ca_file": FILE,
+    "ca_file": CA_FILE,
     "verify": TRUE_OR_FALSE,
     "first_byte_timeout": ABOVE_0,
     "auth": one_of("bearer", "x-api-key"),
@@ -12368,7 +12377,7 @@ class Source(NamedTuple):
             ]
         if isinstance(shape, dict):
             return dict(self.check_items(value, shape, place))
-        if shape in (PATH, FILE) and value and value != "-":
+        if shape in (PATH, FILE, CA_FILE) and value and value != "-":
             value = os.path.join(self.folder, os.path.expanduser(value))
         if not shape.fits(value):
             raise self.mistake(place, f"expected {shape.words}")
@@ -12674,7 +12683,7 @@ def build_agent(argv: list[str], environ: Environ, log: Log | None = None) -> Ag
     names = [n for name in options.get("models", "").split(",") if (n := name.strip())]
     checked = {
         name: COMMAND_LINE.check(options[name], shape, name.replace("_", "-"))
-        for name, shape in (("name", NAME), ("ca_file", FILE))
+        for name, shape in (("name", NAME), ("ca_file", CA_FILE))
         if options.get(name)
     }
     try:

@@ -4369,7 +4369,7 @@ async def test_a_ca_file_without_a_certificate_is_named(tmp_path):
         with pytest.raises(OSError) as caught:
             await get(HTTPClient(url, ca_file=str(file)))
     problem = apiserver.connection_problem(caught.value)
-    assert problem == f"{file} holds no certificate (PEM)"
+    assert problem == "its ca_file holds no certificate (PEM)"
 
 
 async def test_equal_tls_settings_share_a_context(tmp_path):
@@ -14705,7 +14705,7 @@ def test_a_file_that_cannot_be_read_is_a_mistake(load, tmp_path):
 def test_paths_in_a_file_are_relative_to_the_servers_file(load, tmp_path):
     folder = tmp_path / "config"
     (folder / "keys").mkdir(parents=True)
-    (folder / "ca.pem").write_text("")
+    (folder / "ca.pem").write_text(TEST_CA)
     (folder / "keys" / "a.json").write_text('{"api_key": "a", "ca_file": "ca.pem"}')
     file = {"users": "u.json", "tls_cert": "ca.pem"}
     file["controllers"] = [{"type": "openai", "config_file": "keys/a.json"}]
@@ -14899,7 +14899,8 @@ BAD_URLS = """api.openai.com/v1 https://u:SECRET@h/v1 https://h/v1?key=SECRET
     ("proxy", "http://u:SECRET@h:1/path", "expected a proxy"),
     ("proxy", "http://u:SEC#RET@h:1", "expected a proxy"),
     ("first_byte_timeout", 0, "expected seconds, above 0"),
-    ("ca_file", "no.pem", "expected the path of a readable file"),
+    ("ca_file", "no.pem", "expected the path of a file with a certificate (PEM)"),
+    ("ca_file", "chatgpt-apiserver.json", "expected the path of a file with a cert"),
 )
 def test_a_mistake_in_a_config_has_its_place(load, key, value, expected):
     line = mistake(load, file=openai(**{key: value}))
