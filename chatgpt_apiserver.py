@@ -12501,11 +12501,10 @@ def load_config(argv: list[str], environ: Environ) -> Config:
         setattr(config, name, find_setting(name, options, environ, content))
     config.port = int(config.port)
     config.listen = config.listen.strip("[]")
-    limits = content.get("limits", {})
-    retired = sorted(RETIRED_LIMITS & limits.keys())
+    retired = sorted(RETIRED_LIMITS & content.get("limits", {}).keys())
     if retired:
         config.notes.append(f"no longer settings, ignored: {', '.join(retired)}")
-    config.limits = Limits(**{k: limits[k] for k in limits if k not in retired})
+    config.limits = read_limits(content)
     entries = content.get("controllers", [])
     if config.tape:
         entries.append({"type": "tape", **tape_arguments(config.tape)})
@@ -12527,6 +12526,12 @@ def load_config(argv: list[str], environ: Environ) -> Config:
             ' set API_KEY, or write "api_key" into chatgpt-apiserver.json'
         )
     return config
+
+
+def read_limits(content: JSONObject) -> Limits:
+    """Return the limits in a configuration file's content."""
+    limits = content.get("limits", {})
+    return Limits(**{k: v for k, v in limits.items() if k not in RETIRED_LIMITS})
 
 
 def find_file(options: dict[str, str], environ: Environ) -> str | None:
@@ -12632,8 +12637,9 @@ def environment_proxy(url: str, environ: Environ) -> str | None:
 
 def agent_controllers(
     options: dict[str, str], names: list[str], environ: Environ
-) -> list[Controller] | None:
-    """Return what an agent serves; None: whatever runs on this machine."""
+) -> tuple[list[Controller] | None, Limits]:
+    """Return what an agent serves, None for whatever runs here, and its limits."""
+    limits = DEFAULT_LIMITS
     if len({"upstream", "command", "config_file"} & options.keys()) > 1:
         text = "expected only one of --upstream, --command and --config_file"
         raise COMMAND_LINE.mistake("", text)
@@ -12646,12 +12652,15 @@ def agent_controllers(
             raise COMMAND_LINE.mistake("command", "there is no such program in PATH")
         name = os.path.basename(arguments[0])
         function = command_model(arguments, "json" in options)
-        return [FunctionController(function, name=name, models=names or [name])]
+        return [FunctionController(function, name=name, models=names or [name])], limits
     if "config_file" in options:
         path = COMMAND_LINE.check(options["config_file"], FILE, "config_file")
         file = Source(path, os.path.dirname(path), environ)
-        entries = file.read(file_keys()).get("controllers", [])
-        described = read_controllers(file, entries, environ)
+        content = file.read(file_keys())
+        limits = read_limits(content)
+        described = read_controllers(file, content.get("controllers", []), environ)
+        if not described:
+            raise file.mistake("controllers", "expected at least one")
     elif "upstream" in options:
         url = options["upstream"].rstrip("/")
         url = url if "://" in url else f"http://{url}"
@@ -12662,8 +12671,8 @@ def agent_controllers(
         settings["api_key"] = options.get("upstream_key", "")
         described = [controller_arguments(settings, environ)]
     else:
-        return None
-    return [make_controller(arguments, DEFAULT_LIMITS) for arguments in described]
+        return None, limits
+    return [make_controller(arguments, limits) for arguments in described], limits
 
 
 def build_agent(argv: list[str], environ: Environ, log: Log | None = None) -> Agent:
@@ -12687,11 +12696,13 @@ def build_agent(argv: list[str], environ: Environ, log: Log | None = None) -> Ag
         if options.get(name)
     }
     try:
+        controllers, limits = agent_controllers(options, names, environ)
         return Agent(
             *urls,
             key=key,
             paused="pause" in options,
-            controllers=agent_controllers(options, names, environ),
+            controllers=controllers,
+            limits=limits,
             models=names or None,
             max_concurrency=int(concurrency),
             log=log,

@@ -14398,11 +14398,18 @@ def test_an_agent_dials_several_servers():
 
 
 def test_an_agent_serves_the_controllers_of_a_configuration(tmp_path):
-    write_config(tmp_path, {"models": ["m"], **OPENAI})
-    path = str(tmp_path / "chatgpt-apiserver.json")
-    agent = apiserver.build_agent(["h", "--config_file", path], {}, None)
+    """Within its limits."""
+    limits = {"request_timeout": 7, "drain_timeout": 3}
+    write_config(tmp_path, {"models": ["m"], **OPENAI}, limits=limits)
+    options = ["h", "--config_file", str(tmp_path / "chatgpt-apiserver.json")]
+    agent = apiserver.build_agent(options, {}, None)
     (controller,) = agent.pool.controllers
     assert isinstance(controller, OpenAIController) and list(controller.models) == ["m"]
+    for each in (agent.limits, agent.pool.limits, controller.health.limits):
+        assert (each.request_timeout, each.drain_timeout) == (7, 3)
+    write_config(tmp_path)
+    with pytest.raises(ConfigurationError, match="controllers: expected at least one"):
+        apiserver.build_agent(options, {}, None)
 
 
 def test_the_help_of_an_agent_is_short(capsys):
