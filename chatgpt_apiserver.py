@@ -2460,10 +2460,14 @@ class Dialect:
         return sse_event(self.error_content(error), self.error_event)
 
     def chat(self, body: JSONObject) -> JSONObject:
-        """Return a request's body with a chat's "messages" and "tools"."""
+        """Return a request's body with a chat's "messages" and "tools"; APIError(400)."""
         if not self.messages:
             return body
-        messages = chat_messages(body.get(self.messages), body.get(self.system))
+        items = body.get(self.messages)
+        if not isinstance(items, (str, list)):
+            text = f"'{self.messages}' must be a list."
+            raise APIError(400, text, param=self.messages)
+        messages = chat_messages(items, body.get(self.system))
         return {**body, "messages": messages, "tools": chat_tools(body.get("tools"))}
 
     def answer_id(self, content: bytes) -> str:
@@ -2486,9 +2490,11 @@ class CompletionsDialect(ChatDialect):
     writer = CompletionsWriter
 
     def chat(self, body: JSONObject) -> JSONObject:
-        prompt = body.get("prompt")
-        text = prompt if isinstance(prompt, str) else "".join(map(str, as_list(prompt)))
-        return {**body, "messages": chat_messages(text)}
+        prompts = body.get("prompt") or ""
+        [prompt, *others] = prompts if isinstance(prompts, list) else [prompts]
+        if others or not isinstance(prompt, str):
+            raise APIError(400, "'prompt' must be one string here.", param="prompt")
+        return {**body, "messages": chat_messages(prompt)}
 
 
 class ResponsesDialect(Dialect):
@@ -6526,7 +6532,10 @@ class MockController(FunctionController):
     def _embeddings(request: APIRequest) -> JSONObject:
         """Return a vector of eight numbers for each text, the same for equal texts."""
         value = request.body.get("input")
-        texts = [str(text) for text in (value if isinstance(value, list) else [value])]
+        items = value if isinstance(value, list) else [value]
+        if items and all(type(item) is int for item in items):  # one text's tokens
+            items = [items]
+        texts = [*map(str, items)]
         is_packed = request.body.get("encoding_format") == "base64"
         data = []
         for index, text in enumerate(texts[:2048]):

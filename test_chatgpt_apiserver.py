@@ -8064,6 +8064,34 @@ async def test_a_refusal_or_a_cut_is_one_in_each_dialect(tmp_path, asked, path, 
             assert all(word in text for word in ["won't", *ends]), text
 
 
+@cases(
+    "path, field, value, status",
+    ("/v1/messages", "messages", None, 400),
+    ("/v1/messages/count_tokens", "messages", {}, 400),
+    ("/v1/responses", "input", 5, 400),
+    ("/v1/responses", "input", "Hi", 200),
+    ("/v1/completions", "prompt", ["one", "two"], 400),  # two choices, at OpenAI
+    ("/v1/completions", "prompt", [1, 2], 400),
+    ("/v1/completions", "prompt", ["one"], 200),
+    ("/v1/completions", "prompt", None, 200),
+)
+async def test_a_function_is_not_called_with_less_than_was_asked(
+    server, path, field, value, status
+):
+    body = {"model": "mock/echo", "max_tokens": 9, field: value}
+    reply = await ask(server.port, "POST", path, body)
+    assert reply.status == status and (
+        status == 200 or field in reply.json()["error"]["message"]
+    )
+
+
+@cases("value, count", ([1, 2, 3], 1), ([[1], [2]], 2), (["a", "b"], 2), ([], 0))
+async def test_a_mock_embeds_each_text(server, value, count):
+    body = {"model": "mock/echo", "input": value}
+    reply = await ask(server.port, "POST", "/v1/embeddings", body)
+    assert len(reply.json()["data"]) == count
+
+
 async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
     async def answer(request):
         call = {"tool_calls": [tool_call("c")]}
