@@ -1704,8 +1704,8 @@ class CompletionBuilder:
                 recent = [*itertools.islice(reversed(calls), 16)]  # in linear time
                 known = [n for n in recent if id and calls[n]["id"] == id]
                 begins = id or function.get("name") or not calls
-                others = [f"no index {len(calls)}"] if begins else recent
-                index = (known or others)[0]
+                free = (n for n in itertools.count(len(calls)) if n not in calls)
+                index = next(free) if begins and not known else (known or recent)[0]
             empty = {"name": "", "arguments": ""}
             call = {"id": id, "type": "function", "function": empty}
             call = calls.setdefault(index, call)
@@ -1758,7 +1758,7 @@ class ItemsBuilder(CompletionBuilder):
         whole = super().result()
         for block in (choice["message"] for choice in whole.pop("choices")):
             if "partial_json" in block:
-                block["input"] = json.loads(block.pop("partial_json") or "{}")
+                block["input"] = as_object(read_json(block.pop("partial_json")))
             whole["content"].append(block)
         return whole
 
@@ -2028,7 +2028,8 @@ class ChatWriter:
         self.head = {**head, "id": head["id"].replace("chatcmpl-", self.ID)}
         self.input_tokens = input_tokens
         self._role = {"role": "assistant"}
-        self._calls = 0  # tool calls that have begun
+        self._calls: dict[Any, int] = {}  # places of tool calls, by id if they have one
+        self._place = 0  # of the last one
 
     def _chunk(self, choices: list[JSONObject], **more: Any) -> JSONObject:
         head = {"id": None, "object": self.OBJECT, **self.head}
@@ -2040,9 +2041,10 @@ class ChatWriter:
     def _choice(self, delta: JSONObject, *fields: Any) -> JSONObject:
         calls = []
         for call in delta.get("tool_calls") or ():
-            begins = call.get("id") or as_object(call.get("function")).get("name")
-            self._calls += bool(begins)
-            calls.append({"index": max(0, self._calls - 1), **call})
+            id = call.get("id")
+            if id or as_object(call.get("function")).get("name"):
+                self._place = self._calls.setdefault(id or object(), len(self._calls))
+            calls.append({"index": self._place, **call})
         if calls:  # those of a stream have an index
             delta = {**delta, "tool_calls": calls}
         return choice_of("delta", delta, *fields)
@@ -2067,7 +2069,7 @@ class ChatWriter:
         self.head.update({k: completion[k] for k in keys if completion.get(k)})
         events = []
         for choice in completion.get("choices") or []:
-            index, self._calls = choice.get("index", 0), 0
+            index, self._calls = choice.get("index", 0), {}
             delta = {k: v for k, v in choice["message"].items() if v is not None}
             whole = self._choice(delta, None, index, choice.get("logprobs"))
             last = self._choice({}, choice.get("finish_reason"), index)
@@ -2250,7 +2252,8 @@ completed = $answer
     def events(self, completion: JSONObject) -> bytes:
         choice = completion["choices"][0]
         usage = read_usage(completion.get("usage"))
-        delta = self.delta(choice["message"])
+        begun = self._items or self._pieces or self._tool_calls
+        delta = b"" if begun else self.delta(choice["message"])
         return delta + self.end(choice.get("finish_reason") or "stop", usage)
 
     def answer(self, completion: JSONObject) -> JSONObject:
@@ -6423,6 +6426,8 @@ class FunctionController(Controller):
                     raw += piece
                 else:
                     builder.add({"choices": [{"delta": piece}]})
+                    if isinstance(writer, MessagesWriter):  # it keeps their order
+                        writer.delta(piece)
         finally:
             await pieces.aclose()
         if raw:

@@ -8109,17 +8109,26 @@ async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
         types = [item["type"] for item in done]
         assert types == ["message", "function_call", "message"]
         assert len({item["id"] for item in done}) == 3
+        body["stream"] = False
+        for path, key, types in (
+            ("messages", "content", ["text", "tool_use", "text"]),
+            ("responses", "output", types),
+        ):
+            whole = (await ask(server.port, "POST", f"/v1/{path}", body)).json()
+            assert [item["type"] for item in whole[key]] == types
 
 
-@cases("indexed", True, False)
-async def test_a_tool_call_in_pieces_is_one_item(tmp_path, indexed):
+@cases("known_by", "index", "later index", "id", None)
+async def test_a_tool_call_in_pieces_is_one_item(tmp_path, known_by):
     """As a function that relays another API's stream gives it."""
 
     def answer(request):
         yield "Look:"
         for index in (0, 1):
-            place = {"index": index} if indexed else {}
-            yield {"tool_calls": [{**place, **tool_call(f"c{index}", arguments="")}]}
+            place = {"index": index} if "index" in str(known_by) else {}
+            place = {"id": f"c{index}"} if known_by == "id" else place
+            first = {} if known_by == "later index" else place
+            yield {"tool_calls": [{**first, **tool_call(f"c{index}", arguments="")}]}
             for piece in ('{"a"', f":{index}}}"):
                 yield {"tool_calls": [{**place, "function": {"arguments": piece}}]}
 
@@ -8134,6 +8143,9 @@ async def test_a_tool_call_in_pieces_is_one_item(tmp_path, indexed):
             assert list(dict.fromkeys(found)) == [r"{\"a\":0}", r"{\"a\":1}"], path
             for text in (reply.content, whole.content):
                 assert b"c0" in text and b"c1" in text
+        message = (await chat(server)).json()["choices"][0]["message"]
+        found = [call["function"]["arguments"] for call in message["tool_calls"]]
+        assert message["content"] == "Look:" and found == ['{"a":0}', '{"a":1}']
 
 
 async def test_what_a_mock_echoes_in_each_dialect(server):
