@@ -5718,7 +5718,8 @@ class Controller:
             if known.secret == self.secret:  # whatever its name was
                 self.switched_off = known.switched_off
                 quotas = [limit and limit.quotas for limit in (known.limit, self.limit)]
-                self.limit = known.limit if quotas[0] == quotas[1] else self.limit
+                if quotas[0] == quotas[1]:  # and only one inherits it
+                    self.limit, known.limit = known.limit, None
 
     def redact(self, text: str) -> str:
         """Return text without secrets: its key, and the parts that servers repeat."""

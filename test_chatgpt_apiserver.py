@@ -13111,10 +13111,16 @@ async def test_an_edited_controller_keeps_its_limit_and_stays_disabled(tmp_path)
             await asyncio.sleep(1)  # it reads them twice a second
             assert (await controller_line(program, "openai-2"))["state"] == "ready"
             await ask(program.port, "POST", disable, {"name": "openai-2"})
-            reload(program, "openai-2, x", tmp_path, two, one, entry("x"))
+            twin = {**one, "name": "twin"}
+            reload(program, "openai-2, twin", tmp_path, two, one, twin)
             line = await controller_line(program, "openai-2")
             assert line["reason"] == "disabled by the administrator"
             assert (await echo(program.port, model="n")).status == 200
+            # A copy has a limit of its own.
+            await ask(program.port, "POST", enable, {"name": "openai-2"})
+            await ask(program.port, "POST", enable, {"name": "twin"})
+            assert (await echo(program.port, model="m")).status == 200
+            assert (await echo(program.port, model="m")).status == 200
 
 
 @needs_posix
