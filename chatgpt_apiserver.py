@@ -4959,13 +4959,13 @@ class UsageLimit:
         self._find_tightest()
 
     def stored(self) -> dict[str, tuple[int, int]]:
-        """Return the usage in each present window, by the sums of its history."""
+        """Return the stored usage in each present window, by period."""
         self.count()
         kept = [item for item in self._windows.items() if item[0] != "minute"]
         return {per: self.history(per, window) for per, window in kept}
 
     def add_stored(self, earlier: dict[str, tuple[int, int]]) -> None:
-        """Add what has been stored since stored() returned this."""
+        """Add what was stored after stored() had returned earlier."""
         for per, now in self.stored().items():
             more = (max(0, a - b) for a, b in zip(now, earlier[per]))
             self._windows[per].add(*more)
@@ -5257,7 +5257,7 @@ class UsageFile:
         self.path = path
         self.read_to = ABSENT  # the stamp of what was read; its size is the position
         self.problem = ""  # why it could not be read or written
-        self._next_size = 0  # at which it is compacted
+        self._next_size = 0  # in bytes; above it, try to compact it
 
     def exchange(self, pending: Sums) -> tuple[bool, Sums, bool]:
         """Read what other servers have appended, then append pending.
@@ -9568,7 +9568,7 @@ class Exchange:
 
     @property
     def user_id(self) -> str | None:
-        """The user's id; None for nobody's.  A reload replaces all User objects."""
+        """The user's id, or None.  A reload replaces all User objects."""
         return None if self.user is None else self.user.user_id
 
     @property
@@ -9580,18 +9580,13 @@ class Exchange:
         total = self.server.limits.total_content_size
         return total if self.user in (None, self.server.admin) else total / 2
 
-    @property
-    def _reserved_by_user(self) -> int:
-        exchanges = self.server.exchanges
-        return sum(e.reserved for e in exchanges if e.user_id == self.user_id)
-
     def reserve(self, size: int) -> None:
         """Reserve memory for content, or release it (negative size).  APIError(503)."""
         server = self.server
         total = server.content_size + size
         if size > 0 and total > (share := self._content_share):
-            over = self._reserved_by_user + size > share
-            if over or total > server.limits.total_content_size:
+            own = sum(e.reserved for e in server.exchanges if e.user_id == self.user_id)
+            if own + size > share or total > server.limits.total_content_size:
                 text = "Too much content is arriving at once; try again."
                 raise APIError(503, text, retry_after=1)
         server.content_size = total
@@ -9790,13 +9785,19 @@ class Exchange:
     async def drain(self) -> None:
         """Wait for a slow client; what it has not read counts as its user's content.
 
-        Beyond the user's share it is cut off, or it would shut out all others.
+        Once other answers take that user's share, it is cut off: they would shut out
+        everybody.
         """
+        unread = sum(
+            each.reserved
+            for each in self.server.exchanges
+            if each.user_id == self.user_id and each.reply.sent is Sent.ALL
+        )
+        if unread >= self._content_share:
+            self.connection.reset()
         self.reserved = self.connection.unsent if self.user is not None else 0
         self.server.content_size += self.reserved
         try:
-            if self._reserved_by_user > self._content_share:
-                self.connection.reset()
             await self.connection.drain()
         finally:
             self.reserve(-self.reserved)
