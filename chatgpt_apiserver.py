@@ -1741,7 +1741,7 @@ class ItemsBuilder(CompletionBuilder):
     """Assembles the events of messages or responses; a content block is a choice."""
 
     def add(self, event: JSONObject) -> None:
-        kind, index = event["type"], event.get("index", 0)
+        kind, index = event.get("type"), event.get("index", 0)
         self._whole = event.get("message") or event.get("response") or self._whole
         if kind == "content_block_start":
             self._choices[index] = {"message": event["content_block"]}
@@ -2432,10 +2432,6 @@ class Dialect:
         """Return the EventStream for the answer to a request."""
         stream = self.stream if self.generates else EventStream
         return stream(request.counts_usage, request.choices, max_size)
-
-    def events(self, answer: JSONObject) -> bytes:
-        """Return an answer as the stream that was asked for."""
-        return self.writer.relay(answer)
 
     def check(self, content: bytes, delimited: bool) -> ErrorObject | None:
         """Return the error in a response's JSON, if any.
@@ -7965,7 +7961,7 @@ class Call:
         """Turn a whole answer into the stream that the client asked for."""
         dialect, max_size = self.request.dialect, int(self.pool.limits.response_size)
         try:
-            events = dialect.events(parse_object(content))
+            events = dialect.writer.relay(parse_object(content))
         except (APIError, LookupError, TypeError, AttributeError):
             raise ProtocolError(502, "its answer cannot be streamed") from None
         self.content = None

@@ -2598,7 +2598,7 @@ CHOICES.append({**CHOICES[0], "index": 1, "finish_reason": "length"})
 def test_a_completion_survives_being_streamed_and_joined(number):
     whole = json.loads(json.dumps(API_COMPLETIONS[number]))
     builder = apiserver.CompletionBuilder()
-    for chunk in api_chunks(apiserver.dialect_of(CHAT_URL).events(whole)):
+    for chunk in api_chunks(apiserver.ChatWriter.relay(whole)):
         assert chunk["object"] == "chat.completion.chunk"
         builder.add(chunk)
     result = builder.result()
@@ -2610,7 +2610,7 @@ def test_a_completion_survives_being_streamed_and_joined(number):
 
 def test_usage_comes_in_the_last_event_of_a_stream():
     whole = apiserver.chat_completion("m", {"content": "Hi"}, {"total_tokens": 3})
-    *chunks, last = api_chunks(apiserver.dialect_of(CHAT_URL).events(whole))
+    *chunks, last = api_chunks(apiserver.ChatWriter.relay(whole))
     assert (last["choices"], last["usage"]) == ([], {"total_tokens": 3})
     for chunk in chunks:
         assert chunk["choices"] and "usage" not in chunk
@@ -7329,7 +7329,7 @@ def test_an_answer_with_an_unknown_status_is_no_stream_and_leaves_nothing_behind
     dialect = apiserver.dialect_of("/v1/responses")
     before = len(dialect.writer.TEMPLATES)
     with pytest.raises(LookupError):
-        dialect.events({**ANSWERS["/v1/responses"], "status": "queued"})
+        dialect.writer.relay({**ANSWERS["/v1/responses"], "status": "queued"})
     assert len(dialect.writer.TEMPLATES) == before
 
 
