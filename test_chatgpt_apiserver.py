@@ -2777,6 +2777,19 @@ def test_cached_tokens_are_found_in_every_dialect(fields, usage):
     assert apiserver.find_usage(content) == apiserver.Usage(*usage)
 
 
+def test_usage_before_a_large_answer_is_found_without_parsing_that(monkeypatch):
+    """Jina's embeddings follow it; a client's metadata may come after both."""
+    read, sizes = apiserver.read_json, []
+    patched = lambda text: sizes.append(len(text)) or read(text)
+    monkeypatch.setattr(apiserver, "read_json", patched)
+    counts = {"total_tokens": 5, "prompt_tokens": 5}
+    answer = {"object": "list", "usage": counts, "data": ["x"] * 50_000}
+    for more, parsed in (({}, 100), ({"metadata": {"usage": 0}}, 10**6)):
+        content = json.dumps({**answer, **more}).encode()
+        assert apiserver.find_usage(content) == apiserver.Usage(5)
+        assert max(sizes) < parsed
+
+
 # --- Server-sent events
 
 
