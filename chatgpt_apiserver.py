@@ -7440,7 +7440,7 @@ class Pool:
         self._kinds[waiter.kind] += 1
         if self.waiting == 1:
             self._serve_queue()
-        timer = loop.call_later(timeout, self._settle, waiter, error)
+        timer = loop.call_later(timeout, self._time_out, waiter, error)
         try:
             outcome = await waiter.outcome
         except asyncio.CancelledError:
@@ -7483,6 +7483,13 @@ class Pool:
                 del self._queue[user]
         if not waiter.outcome.done():
             waiter.outcome.set_result(outcome)
+
+    def _time_out(self, waiter: Waiter, error: APIError) -> None:
+        """Settle a request that has waited its time, or for an agent that may return."""
+        now = asyncio.get_running_loop().time()
+        # Back, but busy: wait for it as for any other.
+        back = error.code != "queue_timeout" and self._suitable(waiter.request, now)
+        self._settle(waiter, None if back else error)
 
     def _settle_stranded(self) -> None:
         """Settle the queued requests for which no controller is left to wait for."""

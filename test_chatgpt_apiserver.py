@@ -6356,6 +6356,33 @@ async def test_a_request_does_not_wait_for_a_controller_that_is_gone(
         assert (await waiting).status == (200 if edited else 404)
 
 
+@cases("returns", False, True)
+async def test_a_queued_request_waits_on_for_an_agent_that_returns_busy(
+    constant, returns
+):
+    """Not for AGENT_RETURN_TIMEOUT alone, after which it was said to have left."""
+    constant(AGENT_RETURN_TIMEOUT=0.1)
+    agents = [pool_function("a", models=["m"], max_concurrency=1) for _ in range(2)]
+    pool = pool_with(agents[0])
+    for agent in agents:
+        agent.transient = True
+    await pool_acquire(pool)
+    waiting = asyncio.ensure_future(pool_acquire(pool))
+    await until(lambda: pool.waiting)
+    pool.remove(agents[0])
+    await asyncio.sleep(0.02)
+    if returns:
+        agents[1].in_flight = 1
+        pool.add(agents[1])
+        await asyncio.sleep(0.3)
+        assert pool.waiting == 1
+        agents[1].in_flight = 0
+        assert await asyncio.wait_for(waiting, 2) is agents[1]
+    else:
+        with pytest.raises(APIError, match="has just left"):
+            await asyncio.wait_for(waiting, 2)
+
+
 async def test_a_removed_controller_is_looked_for_once_for_each_kind_of_request():
     """A thousand agents may leave while a thousand requests wait."""
     pool = pool_with(*(pool_function(name, max_concurrency=1) for name in "ab"))
