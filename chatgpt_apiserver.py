@@ -2126,7 +2126,7 @@ def parse_templates(text: str, prefix: str = "", more: str = "") -> Templates:
             name = prefix + name
             template = f'{{"type": "{name}"{more}{template}}}'
         templates[when].append((name, re.split(r"\$(\w+)", template)))
-    return dict(templates)  # no answer adds its odd status
+    return dict(templates)  # an unknown moment raises KeyError
 
 
 class MessagesWriter(ChatWriter):
@@ -7063,8 +7063,8 @@ class Waiter(NamedTuple):
     request: APIRequest
     tried: list[Controller]  # where it has failed
     kind: tuple[Any, ...]  # requests of equal kinds fit the same controllers
-    # The controller where it holds a slot now, the error that it gets, or None if no
-    # controller is left to wait for.
+    # The controller where it holds a slot now, the error that it gets, or None: what
+    # it waits for has changed, so decide anew.
     outcome: asyncio.Future[Controller | APIError | None]
 
 
@@ -9222,7 +9222,7 @@ class Conversations:
         self._limits = limits
         self._kept: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
         self._size = 0
-        # By user: their size, and _each for each of them, so that both limits count.
+        # By user: the sum of their sizes, and _each for every one: both limits count.
         self._weights: Counter[str] = Counter()
         self._each = int(limits.conversations_size / max(1, limits.conversations))
 
