@@ -9792,14 +9792,11 @@ class Exchange:
     async def drain(self) -> None:
         """Wait for a slow client; what it has not read counts as its user's content.
 
-        Once other answers take that user's share, it is cut off: they would shut out
-        everybody.
+        Once the user's other answers take up the share, it is cut off: they would shut
+        out everybody.
         """
-        unread = sum(
-            each.reserved
-            for each in self.server.exchanges
-            if each.user_id == self.user_id and each.reply.sent is Sent.ALL
-        )
+        same = [e for e in self.server.exchanges if e.user_id == self.user_id]
+        unread = sum(e.reserved for e in same if e.reply.sent is Sent.ALL)
         if unread >= self._content_share:
             self.connection.reset()
         self.reserved = self.connection.unsent if self.user is not None else 0
@@ -11174,8 +11171,7 @@ class Server(Stoppable):
             own_loop = asyncio.new_event_loop()
             try:
                 own_loop.run_until_complete(serve())
-                own_tasks = asyncio.all_tasks(own_loop)  # functions may start some
-                own_loop.run_until_complete(cancel_tasks(own_tasks))
+                own_loop.run_until_complete(cancel_tasks(asyncio.all_tasks(own_loop)))
                 own_loop.run_until_complete(own_loop.shutdown_asyncgens())
                 for task in asyncio.all_tasks(own_loop):
                     with contextlib.suppress(Exception):  # it may ignore this, too
