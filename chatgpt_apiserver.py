@@ -9797,7 +9797,9 @@ class Exchange:
         """
         same = [e for e in self.server.exchanges if e.user_id == self.user_id]
         unread = sum(e.reserved for e in same if e.reply.sent is Sent.ALL)
-        if unread >= self._content_share:
+        if unread > self._content_share:
+            who = self.user_name
+            self.server.report(f"disconnected a client of {who}: it reads too slowly")
             self.connection.reset()
         self.reserved = self.connection.unsent if self.user is not None else 0
         self.server.content_size += self.reserved
