@@ -1895,7 +1895,8 @@ class EventStream:
         self.error: ErrorObject | None = None  # from an error event: it is not relayed
         self.usage = Usage()  # so far
         self.events = 0  # number of events so far, roughly
-        self._recent: deque[str] = deque(maxlen=4)  # the starts of the last blocks
+        # Of the last blocks: how each starts, its size, and its number of events.
+        self._recent: deque[tuple[str, int, int]] = deque(maxlen=4)
         self.answer: JSONObject = {}  # as the first event has it
         self._hide_usage = hide_usage
         self._unfinished = choices if self.WORDS else 0  # choices still to finish
@@ -1910,8 +1911,9 @@ class EventStream:
             self.began = block[:7] == b"data: {" or event_data(block) is not None
         # A search takes 0.1 us in a str and 0.3 in bytes; parsing an event takes 5.
         text = block.decode("latin-1")
-        self.events += text.count("data:")
-        self._recent.append(text[:2048])
+        count = text.count("data:")
+        self.events += count
+        self._recent.append((text[:2048], len(text), count))
         if self._is_plain(block, text):
             return block
         kept = []
@@ -1928,8 +1930,10 @@ class EventStream:
 
     def estimate(self) -> int:
         """Estimate the tokens so far: one an event, or one for four bytes of text."""
-        recent = "".join(self._recent)
-        size = len("".join(_TEXTS.findall(recent))) / (recent.count("data:") or 1)
+        starts, sizes, counts = zip(*self._recent, ("", 0, 0))
+        sample = "".join(starts)
+        share = len("".join(_TEXTS.findall(sample))) / (len(sample) or 1)
+        size = share * sum(sizes) / (sum(counts) or 1)
         return int(self.events * max(1, size / 4))
 
     def _process(self, data: bytes) -> bool:
