@@ -2955,6 +2955,8 @@ class Connection(asyncio.Protocol):
         self.lost = False  # the connection is gone ...
         self.error: Exception | None = None  # ... for this reason, if there is one
         self.writable = True  # drain() would return at once
+        self._flowing = True  # the transport takes more
+        self._held = bytearray()  # for a TLS transport, see _feed()
         self.stalled = False  # reset, as the peer took no byte for write_timeout
         self.tls = False
         # Called once if the peer hangs up while no task is reading.  After an EOF, it
@@ -3032,11 +3034,11 @@ class Connection(asyncio.Protocol):
             self._release_writers()
 
     def pause_writing(self) -> None:
-        self.writable = False
+        self.writable = self._flowing = False
 
     def resume_writing(self) -> None:
-        self.writable = True
-        self._release_writers()
+        self._flowing = True
+        self._feed()
 
     def _release_writers(self) -> None:
         for writer in self._writers:
@@ -3153,7 +3155,25 @@ class Connection(asyncio.Protocol):
         if self.lost or self.transport.is_closing():
             raise ConnectionResetError("the connection is closed")
         self.bytes_sent += len(data)
-        self.transport.write(data)
+        if self._held or (self.tls and len(data) > PIECE_SIZE):
+            self._held += data
+            self.writable = False
+            self._feed()
+        else:
+            self.transport.write(data)
+
+    def _feed(self) -> None:
+        """Pass on what is held back, while the transport takes it.
+
+        From Python 3.11 on, TLS passes on all that it gets and calls none of it unsent.
+        """
+        while self._held and self._flowing:
+            piece = bytes(self._held[:PIECE_SIZE])
+            del self._held[:PIECE_SIZE]
+            self.transport.write(piece)
+        if self._flowing:
+            self.writable = True
+            self._release_writers()
 
     async def drain(self, *, or_receive: bool = False) -> None:
         """Wait until the peer has taken enough of what was written.
@@ -3202,7 +3222,9 @@ class Connection(asyncio.Protocol):
     def unsent(self) -> int:
         """Bytes written that the socket has not taken yet."""
         try:
-            return 0 if self.lost else self.transport.get_write_buffer_size()
+            if self.lost:
+                return 0
+            return self.transport.get_write_buffer_size() + len(self._held)
         except AttributeError:  # TLS up to Python 3.10, just before it is lost
             return 0
 
@@ -3220,6 +3242,8 @@ class Connection(asyncio.Protocol):
         if self.unsent or self.tls:
             self.loop.call_later(LINGER_TIMEOUT, self.abort)
         if not self.closing:  # after a second close, Python 3.11 cannot abort TLS
+            if self._held:
+                self.transport.write(bytes(self._held))
             self.transport.close()
 
     def abort(self) -> None:

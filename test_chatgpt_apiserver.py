@@ -13233,6 +13233,25 @@ async def test_sighup_takes_a_controller_with_an_agents_name_and_changes(tmp_pat
         assert "Error" not in program.stderr
 
 
+async def test_a_slow_tls_client_gets_all_of_a_large_answer(
+    tmp_path, certificate, constant
+):
+    """asyncio's TLS takes a large write whole and calls nothing unsent."""
+    constant(LINGER_TIMEOUT=0.1)
+    options, context = certificate
+    options = {**options, "limits": Limits(keep_alive_timeout=0.1)}
+    async with serving(tmp_path, **options) as server:
+        server.model("m")(lambda request: "x" * 8_000_000)
+        async with Client(server.port, tls=context) as client:
+            body = {**STREAM, "stream": False}
+            client.send(request_bytes("POST", CHAT_URL, body))
+            for _ in range(5):
+                await client.reader.readexactly(1_000_000)
+                await asyncio.sleep(0.1)
+                assert server.content_size
+            assert len(await client.reader.readexactly(3_000_000)) == 3_000_000
+
+
 async def test_a_tls_handshake_that_never_ends_is_dropped(tmp_path, certificate):
     tasks = asyncio.all_tasks()
     async with serving(tmp_path, **certificate[0]) as server:
