@@ -1913,7 +1913,7 @@ class EventStream:
         text = block.decode("latin-1")
         count = text.count("data:")
         self.events += count
-        self._recent.append((text[:2048], len(text), count))
+        self._recent.append((text[:1024], len(text), count))
         if self._is_plain(block, text):
             return block
         kept = []
