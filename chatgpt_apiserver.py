@@ -2467,7 +2467,7 @@ class Dialect:
         return sse_event(self.error_content(error), self.error_event)
 
     def chat(self, body: JSONObject) -> JSONObject:
-        """Return a request's body with a chat's "messages" and "tools"; APIError(400)."""
+        """Return a request's body with a chat's messages and tools; APIError(400)."""
         if not self.messages:
             return body
         items = body.get(self.messages)
@@ -7513,7 +7513,7 @@ class Pool:
             waiter.outcome.set_result(outcome)
 
     def _time_out(self, waiter: Waiter, error: APIError) -> None:
-        """Settle a request that has waited its time, or for an agent that may return."""
+        """Settle a request that has waited long enough, or for an agent to return."""
         now = asyncio.get_running_loop().time()
         # Back, but busy: wait for it as for any other.
         back = error.code != "queue_timeout" and self._suitable(waiter.request, now)
