@@ -7974,7 +7974,7 @@ async def test_an_abandoned_generator_occupies_one_thread(server, monkeypatch):
             closed.append(request["messages"][0]["content"])
 
     server.model("m")(answer)
-    async with posting(server, chat_body("wait", stream=True)) as client:
+    async with posting(server, chat_body("wait", stream=True)):
         await until(waiting.is_set)
     await until(lambda: not server.requests_in_flight)
     await asyncio.sleep(0.1)
@@ -10187,7 +10187,7 @@ async def test_without_usage_all_choices_are_counted(server, upstream, stream):
         events = [chunk(choices=[choice]) for choice in choices("delta")]
         events.append(chunk(choices=choices("delta", finish_reason="stop")))
         data = b"".join([*events, DONE])
-        answer = http_reply(data, content_type="text/event-stream")
+        upstream.behave = http_reply(data, content_type="text/event-stream")
     token = (await server.users.add(limit="99 tokens/day")).token
     assert (await chat(server, key=token, n=2, stream=stream)).status == 200
     usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
