@@ -11804,12 +11804,6 @@ def shortened(names: Iterable[str]) -> str:
     return ", ".join([*names[:5], *more])
 
 
-def listing_problem(upstream: Controller, wanted: Iterable[str]) -> str:
-    """Return what an upstream lists instead of the wanted models, for people."""
-    others = f"{shortened(upstream.listed)}, but not {shortened(wanted)}"
-    return f"it lists {others if upstream.listed else 'no models'}"
-
-
 class Agent(Stoppable):
     """The dial-in side: makes controllers on this machine part of servers' pools.
 
@@ -11867,10 +11861,9 @@ class Agent(Stoppable):
         self.pool = Pool(limits=limits, report=self.warn)
         for controller in self._local() if controllers is None else controllers:
             self.pool.add(controller)
-        upstreams = [c for c in self.pool.controllers if c.lists_models]
-        self._upstreams = [c for c in upstreams if c.models is None]
-        self._named = [c for c in upstreams if c.models is not None and self._allowed]
-        for upstream in (*self._upstreams, *self._named):  # see _watch_models()
+        listing = [c for c in self.pool.controllers if c.lists_models]
+        self._upstreams = [c for c in listing if c.models is None]
+        for upstream in self._upstreams:  # see _watch_models()
             upstream.report = self.debug
         self._problems: dict[str, str] = {}  # reported and lasting, by their source
 
@@ -11939,27 +11932,20 @@ class Agent(Stoppable):
             models = None if None in tables else list(names)
             changed, self.serves = models != self.serves, models
             if models == [] and not ready.is_set():
-                why = "; ".join(
-                    f"{u.name}: {u.list_problem or listing_problem(u, self._allowed)}"
-                    for u in self._upstreams
-                )
+                why = "; ".join(map(self._why_not, self._upstreams))
                 self.report_problem("", f"nothing to serve yet, still looking: {why}")
             elif changed and ready.is_set():
                 self.report(f"now serving {self.models_text()}")
                 self._broadcast("Models", _to_ascii(models))
             else:
                 ready.set()
-            await self._check_named()
             await asyncio.sleep(MODELS_INTERVAL if ready.is_set() else LOOK_INTERVAL)
 
-    async def _check_named(self) -> None:
-        """Report models that are served although their upstream does not list them."""
-        await asyncio.gather(*(u.refresh_models() for u in self._named))
-        for u in self._named:
-            wanted = (u.models or {}).values()
-            missing = [name for name in wanted if not has_model(u.listed, name)]
-            problem = f"{u.name}: {listing_problem(u, missing)}"
-            self.report_problem(u.name, problem if u.listed and missing else "")
+    def _why_not(self, upstream: Controller) -> str:
+        """Return why no model of an upstream is served, for people."""
+        others = f"{shortened(upstream.listed)}, but not {shortened(self._allowed)}"
+        listed = f"it lists {others if upstream.listed else 'no models'}"
+        return f"{upstream.name}: {upstream.list_problem or listed}"
 
     def models_text(self) -> str:
         """Return the models it serves, for people."""
