@@ -12317,41 +12317,38 @@ LIMITS.update(dict.fromkeys(RETIRED_LIMITS, NUMBER))
 
 
 class Setting(NamedTuple):
-    """One setting: its check, its default and where it may be set."""
+    """One setting: its check, and where it may be set."""
 
     shape: Any
-    default: Any = None
     variables: tuple[str, ...] = ()  # the first that is set and not empty counts
     place: str = ""  # in the file, such as "pool.type"; "": its name
     restart: bool = False  # only a restart changes it
 
 
-# All settings, by the name of Server's argument.  A new one is a line here and, if it
-# is an option, a line in HELP.
+# All settings, by the name of Server's argument, whose default counts.  A new one is a
+# line here and, if it is an option, a line in HELP.
 SETTINGS = {
-    "port": Setting(PORT, 8080, ("CHATGPT_APISERVER_PORT",), restart=True),
-    "listen": Setting(ADDRESS, "", ("CHATGPT_APISERVER_LISTEN",), restart=True),
-    "api_key": Setting(KEY, "", ("CHATGPT_APISERVER_API_KEY", "API_KEY"), restart=True),
-    "users": Setting(PATH, "users.json", restart=True),
+    "port": Setting(PORT, ("CHATGPT_APISERVER_PORT",), restart=True),
+    "listen": Setting(ADDRESS, ("CHATGPT_APISERVER_LISTEN",), restart=True),
+    "api_key": Setting(KEY, ("CHATGPT_APISERVER_API_KEY", "API_KEY"), restart=True),
+    "users": Setting(PATH, restart=True),
     "usage": Setting(PATH, restart=True),
-    "store": Setting(one_of("token", "sha256"), "token"),
+    "store": Setting(one_of("token", "sha256")),
     "default_limit": Setting(LIMIT),
-    "metrics_users": Setting(TRUE_OR_FALSE, False, (), "metrics.users", restart=True),
+    "metrics_users": Setting(TRUE_OR_FALSE, place="metrics.users", restart=True),
     "tls_cert": Setting(FILE, restart=True),
     "tls_key": Setting(FILE, restart=True),
-    "pool": Setting(
-        one_of(*Pool.TYPES), "balanced", ("CHATGPT_APISERVER_POOL_TYPE",), "pool.type"
-    ),
-    "agents_auth": Setting(one_of("local", "key", "open"), None, (), "agents.auth"),
-    "upstream_errors": Setting(one_of("map", "pass"), "map"),
-    "affinity": Setting(TRUE_OR_FALSE, True),
-    "mocks": Setting(TRUE_OR_FALSE, True, restart=True),
+    "pool": Setting(one_of(*Pool.TYPES), ("CHATGPT_APISERVER_POOL_TYPE",), "pool.type"),
+    "agents_auth": Setting(one_of("local", "key", "open"), place="agents.auth"),
+    "upstream_errors": Setting(one_of("map", "pass")),
+    "affinity": Setting(TRUE_OR_FALSE),
+    "mocks": Setting(TRUE_OR_FALSE, restart=True),
     "tape": Setting(PATH),
-    "page": Setting(TRUE_OR_FALSE, True),
+    "page": Setting(TRUE_OR_FALSE),
 }
 # Where to find the file.
 LOCATION_SETTINGS = {
-    name: Setting(PATH, variables=(f"CHATGPT_APISERVER_{name.upper()}", name.upper()))
+    name: Setting(PATH, (f"CHATGPT_APISERVER_{name.upper()}", name.upper()))
     for name in ("config_file", "config_path")
 }
 
@@ -12497,7 +12494,7 @@ def read_arguments(
 def find_setting(
     name: str, options: JSONObject, environ: Environ, content: JSONObject | None = None
 ) -> Any:
-    """Return a setting, checked, from options, environment or the file's content."""
+    """Return a setting, checked, from options, environment or file; else None."""
     setting = SETTINGS.get(name) or LOCATION_SETTINGS[name]
     value = options.get(name)
     if name == "api_key" and value == "-":
@@ -12509,7 +12506,7 @@ def find_setting(
     found: Any = content
     for key in (setting.place or name).split("."):
         found = as_object(found).get(key)
-    return setting.default if found is None else found
+    return found
 
 
 # --- Putting it together
@@ -12532,8 +12529,10 @@ def load_config(argv: list[str], environ: Environ) -> Config:
     if find_setting("tls_cert", options, environ):
         content.pop("tls_key", None)  # it belongs to the file's own certificate
     config = Config(path=path, notes=[], verbose="verbose" in options)
+    defaults = Server.__init__.__kwdefaults__ or {}
     for name in SETTINGS:
-        setattr(config, name, find_setting(name, options, environ, content))
+        value = find_setting(name, options, environ, content)
+        setattr(config, name, defaults.get(name) if value is None else value)
     config.port = int(config.port)
     config.listen = config.listen.strip("[]")
     retired = sorted(RETIRED_LIMITS & content.get("limits", {}).keys())
