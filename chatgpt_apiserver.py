@@ -126,6 +126,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+K = TypeVar("K")
 F = TypeVar("F", bound=Callable[..., Any])
 JSONObject = dict[str, Any]
 logger = logging.getLogger("chatgpt_apiserver")
@@ -5408,6 +5409,14 @@ EVIDENCE_TIME = 60.0  # seconds
 TRIAL_TIME = 5.0  # seconds
 
 
+def keep_newest(kept: dict[K, T], key: K, value: T, most: int) -> None:
+    """Put an entry at the end of kept; of more than most, drop the oldest."""
+    kept.pop(key, None)
+    kept[key] = value
+    if len(kept) > most:
+        del kept[next(iter(kept))]
+
+
 class Health:
     """Whether a controller, or all controllers of one account, may get requests.
 
@@ -5467,13 +5476,10 @@ class Health:
 
         A retry is not: else one user's broken request would close every controller.
         """
-        key, seen = (request.user, request.digest), self._seen
-        if seen.get(key, -math.inf) > now - EVIDENCE_TIME:
+        key = (request.user, request.digest)
+        if self._seen.get(key, -math.inf) > now - EVIDENCE_TIME:
             return False
-        seen.pop(key, None)  # reinserted at the end: the first is the oldest
-        seen[key] = now
-        if len(seen) > 1000:  # clients can make any number of requests fail
-            del seen[next(iter(seen))]
+        keep_newest(self._seen, key, now, 1000)  # clients make any number fail
         return True
 
     def begin(self, request: APIRequest, now: float) -> bool:
@@ -6969,6 +6975,7 @@ PROBE_INTERVAL = 60.0  # seconds between two probes of one controller's key
 AGENT_RETURN_TIMEOUT = 5.0  # seconds
 AGENT_RETURN_WINDOW = 30.0  # seconds
 LEFT_MODELS = 10_000  # remembered, of agents that have left
+UNKNOWN_MODELS = 1000  # remembered: clients choose the names of models
 CONVERSATIONS_KEPT = 10_000  # whose controllers are remembered
 # The queue is also served at this interval: cooldowns end, controllers are added.
 QUEUE_INTERVAL = 0.1  # seconds
@@ -7177,11 +7184,8 @@ class Pool:
             self._unknown = {k: v for k, v in unknown if k[0] is not controller}
             if controller.transient:
                 now = asyncio.get_running_loop().time()
-                oldest = now - AGENT_RETURN_WINDOW
-                left = {m: at for m, at in self._left.items() if at > oldest}
-                left.update(dict.fromkeys(controller.models or (), now))
-                self._left = dict([*left.items()][-LEFT_MODELS:])
-                self._left[None] = now
+                for model in (*(controller.models or ()), None):
+                    keep_newest(self._left, model, now, LEFT_MODELS)
             if self._queue:
                 self._settle_stranded()
 
@@ -7311,10 +7315,7 @@ class Pool:
         if request.session or request.turn.start:
             keys.append(conversation_key(request))
         for key in keys:
-            self._homes.pop(key, None)
-            self._homes[key] = controller.home
-            if len(self._homes) > CONVERSATIONS_KEPT:
-                del self._homes[next(iter(self._homes))]
+            keep_newest(self._homes, key, controller.home, CONVERSATIONS_KEPT)
 
     @staticmethod
     def _last_standing(
@@ -7624,16 +7625,13 @@ class Pool:
         A code counts for all users.  A message may quote the request, so it counts
         for that user only.
         """
-        now = asyncio.get_running_loop().time()
-        if len(self._unknown) >= 1000:  # clients choose the names of models
-            self._unknown = {k: at for k, at in self._unknown.items() if at > now}
-        if len(self._unknown) < 1000:
-            user = "" if error.code in _UNKNOWN_MODEL_CODES else request.user
-            key = (controller, request.model, request.path, user)
-            if key not in self._unknown and controller.serves(request.model) == NAMED:
-                text = f"it does not know {request.model!r}, one of its models"
-                self.report(f"{controller.name}: {text}")
-            self._unknown[key] = now + UNKNOWN_MODEL_TIME
+        user = "" if error.code in _UNKNOWN_MODEL_CODES else request.user
+        key = (controller, request.model, request.path, user)
+        if key not in self._unknown and controller.serves(request.model) == NAMED:
+            text = f"it does not know {request.model!r}, one of its models"
+            self.report(f"{controller.name}: {text}")
+        until = asyncio.get_running_loop().time() + UNKNOWN_MODEL_TIME
+        keep_newest(self._unknown, key, until, UNKNOWN_MODELS)
 
     def _probe(self, controller: Controller, request: APIRequest) -> None:
         """Probe the key with a plain request of our own.

@@ -7251,7 +7251,7 @@ async def test_an_agents_model_waits_for_it_to_come_back(tmp_path, constant, lis
 
 
 async def test_agents_that_come_and_go_with_names_fill_no_memory(server, constant):
-    constant(LEFT_MODELS=5)
+    constant(LEFT_MODELS=6)
     for number in range(3):
         names = [*(f"{number}-{n}" for n in range(4)), "x" * 2049, 5, "\ud800"]
         async with Agent(server, hello=agent_hello(models=names)):
