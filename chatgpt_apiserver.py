@@ -7598,10 +7598,11 @@ class Pool:
         controller.failures += 1
         if error.failure is Failure.UNKNOWN_MODEL:
             self._remember_unknown(controller, error, request)
-        elif error.failure is Failure.KEY_DOUBTED:
-            self._probe(controller, request)
-        else:
+        elif error.failure is not Failure.KEY_DOUBTED:
             self._close(controller, error, request)
+        elif controller not in self._probes:
+            work = self._check_key(controller, request)
+            self._probes[controller] = asyncio.get_running_loop().create_task(work)
 
     def _close(
         self, controller: Controller, error: ControllerError, request: APIRequest
@@ -7633,17 +7634,12 @@ class Pool:
         until = asyncio.get_running_loop().time() + UNKNOWN_MODEL_TIME
         keep_newest(self._unknown, key, until, UNKNOWN_MODELS)
 
-    def _probe(self, controller: Controller, request: APIRequest) -> None:
-        """Probe the key with a plain request of our own.
+    async def _check_key(self, controller: Controller, request: APIRequest) -> None:
+        """Probe the key with a plain request of our own, at most once a minute.
 
         A 403 may concern the prompt or the key.  A user who can provoke one must not
         disable the key for everybody.
         """
-        if controller not in self._probes:
-            work = self._check_key(controller, request)
-            self._probes[controller] = asyncio.get_running_loop().create_task(work)
-
-    async def _check_key(self, controller: Controller, request: APIRequest) -> None:
         status = await controller.probe()
         if status in KEY_STATUSES and controller.tokens:
             # A restricted key works, but may not list models.
@@ -7666,20 +7662,18 @@ class Pool:
     ) -> None:
         """Record a complete answer and its usage."""
         self.began(controller, request)
-        self.count_tokens(controller, usage)
+        self.count(controller, tokens=usage.total)
         controller.health.succeed()
 
-    def count_tokens(self, controller: Controller, usage: Usage) -> None:
-        """Count what an answer used, complete or not."""
-        controller.tokens += usage.total
-        if controller.limit is not None:
-            controller.limit.count(tokens=usage.total)
-            self.report_limit(controller)
-
-    def report_limit(self, controller: Controller) -> None:
-        """Report that a controller's own limit is used up, once in each window."""
+    def count(self, controller: Controller, requests: int = 0, tokens: int = 0) -> None:
+        """Count an attempt, or the tokens of an answer, complete or not."""
+        controller.requests += requests
+        controller.tokens += tokens
         limit = controller.limit
-        if limit is not None and not limit.reported and limit.exceeded():
+        if limit is None:
+            return
+        limit.count(requests, tokens)
+        if not limit.reported and limit.exceeded():  # once in each window
             limit.reported = True
             why = f"for {limit.seconds_left():.0f} s: {limit.exceeded()}"
             self.report(f"{controller.name} gets no requests {why}")
@@ -7787,10 +7781,7 @@ class Call:
         self.attempts += 1
         started = asyncio.get_running_loop().time()
         self.tries.append((controller.name, started, ""))
-        controller.requests += 1
-        if controller.limit is not None:
-            controller.limit.count(requests=1)
-            self.pool.report_limit(controller)
+        self.pool.count(controller, requests=1)
         if request.on_asked is not None:
             request.on_asked()
         self.pool.debug(f"attempt {self.attempts}: {controller.name}")
@@ -7832,7 +7823,7 @@ class Call:
             output = max(usage.output, self.stream.estimate())
             self.usage = self._estimate(usage, output)
             assert self.controller is not None
-            self.pool.count_tokens(self.controller, self.usage)
+            self.pool.count(self.controller, tokens=self.usage.total)
         await self._release()
 
     def _estimate(self, usage: Usage, output: int) -> Usage:
