@@ -7020,11 +7020,11 @@ def says_unknown_model(error: ErrorObject, model: str | None) -> bool:
 
 
 def judge_refusal(
-    name: str,
+    controller: Controller,
+    model: str | None,
     status: int,
     headers: dict[str, str],
     error: ErrorObject,
-    model: str | None,
 ) -> ControllerError | None:
     """Classify an answer of 300 and above; None if the fault is the request's.
 
@@ -7032,8 +7032,9 @@ def judge_refusal(
     for a single request over the minute's tokens: that is refused with the code of
     a rate limit (OpenAI 429, Groq 413), but others would not be.
     """
-    words = error.words
-    unknown = status in (400, 403, 404) and says_unknown_model(error, model)
+    name, words = controller.name, error.words
+    named = controller.real_name(model)
+    unknown = status in (400, 403, 404) and says_unknown_model(error, named)
     rules = (  # the first that applies decides
         # A passed-on code is about the key of one of its upstreams.
         (words & _DEAD_KEY_CODES and not error.passed_on, Failure.DISABLED),
@@ -7711,8 +7712,7 @@ class Call:
     content     the whole content, or None: then read() returns it piece by piece
     stream      follows the events of a stream; None for other answers
     controller  the one that answered, or was tried last
-    attempts    how many controllers were tried
-    tries       of each one: its name, when, and why it failed or ""
+    tries       of each one that was tried: its name, when, and why it failed or ""
     ended       whether read() has returned everything
     usage       the tokens it took, as far as they are known
 
@@ -7727,7 +7727,6 @@ class Call:
         self.content: bytes | None = None
         self.stream: EventStream | None = None
         self.controller: Controller | None = None
-        self.attempts = 0
         self.tries: list[tuple[str, float, str]] = []
         self.began_at = 0.0  # when the answer began; of a stream, its first event
         self.ended = False
@@ -7759,7 +7758,6 @@ class Call:
             if error.failure is Failure.FULL and waited < limits.queue_timeout:
                 tried.pop()  # wait for it as for any busy one
                 self.tries.pop()
-                self.attempts -= 1
                 continue
             errors.append(error)
         if errors[0].refusal and all(error.refusal for error in errors):
@@ -7778,13 +7776,12 @@ class Call:
         """Try one controller; return None once its answer has begun, or its error."""
         request = self.request
         self.controller = self._slot = controller
-        self.attempts += 1
         started = asyncio.get_running_loop().time()
         self.tries.append((controller.name, started, ""))
         self.pool.count(controller, requests=1)
         if request.on_asked is not None:
             request.on_asked()
-        self.pool.debug(f"attempt {self.attempts}: {controller.name}")
+        self.pool.debug(f"attempt {len(self.tries)}: {controller.name}")
         try:
             tape = self.pool.tape
             if tape is None:
@@ -7809,7 +7806,7 @@ class Call:
             if not isinstance(error, ControllerError):
                 raise error from None
             if error.failure is not Failure.FULL:
-                which = f"attempt {self.attempts} of {request.id or 'a request'}"
+                which = f"attempt {len(self.tries)} of {request.id or 'a request'}"
                 # Only the log tells the address: the reason is for clients, too.
                 refused = error.failure is Failure.REFUSED
                 where = f" ({controller.base_url})" if refused else ""
@@ -7924,32 +7921,27 @@ class Call:
             return content
         text = controller.redact(content.decode("utf-8", "surrogateescape"))
         content = text.encode("utf-8", "surrogateescape")
-        refusal = find_error(read_json(body_start(content)))
-        if refusal is None and answer.status == 404:
+        status, headers = answer.status, answer.headers
+        found = find_error(read_json(body_start(content)))
+        if found is None and status == 404:
             where = controller.base_url + self.request.path[3:]
             self.pool.report(f"{controller.name}: 404 at {where}; wrong base_url?")
-        error = judge_refusal(
-            controller.name,
-            answer.status,
-            answer.headers,
-            refusal or ErrorObject(),
-            controller.real_name(self.request.model),
-        )
+        refusal, model = found or ErrorObject(), self.request.model
+        error = judge_refusal(controller, model, status, headers, refusal)
         if error is None:
             return content
         # Never a 401: the client would blame its own key.
         closes_nothing = (Failure.KEY_DOUBTED, Failure.UNKNOWN_MODEL, Failure.NONE)
-        may_pass = 400 <= answer.status < 500 and answer.status != 401
-        if may_pass and error.failure in closes_nothing:
-            error.refusal = (answer.status, answer.headers, content)
+        if 400 <= status < 500 and status != 401 and error.failure in closes_nothing:
+            error.refusal = (status, headers, content)
         raise error
 
     def _event_error(self, error: ErrorObject) -> ControllerError:
         """Return the error for an error object in an answer with status 200."""
         assert self.controller is not None
-        name = self.controller.name
-        model = self.controller.real_name(self.request.model)
-        return judge_refusal(name, 500, {}, error, model) or ControllerError(name)
+        judged = judge_refusal(self.controller, self.request.model, 500, {}, error)
+        assert judged is not None  # a 500 is never the request's fault
+        return judged
 
     async def _next_block(self, stream: EventStream) -> bytes:
         assert self._answer is not None
@@ -9839,7 +9831,7 @@ class Exchange:
         now = connection.loop.time()
         controller, attempts = "", 0
         if call is not None and call.controller is not None:
-            controller, attempts = call.controller.name, call.attempts
+            controller, attempts = call.controller.name, len(call.tries)
         first = (reply.first_byte_at or now) - self.started
         words = access_words(
             self.user_name[:80],
