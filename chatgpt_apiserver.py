@@ -2121,8 +2121,8 @@ def parse_templates(text: str, prefix: str = "", more: str = "") -> Templates:
     """Parse lines of templates: when to send an event, its name, and its fields.
 
     $name stands for a value, or for the template of a line "name = ...".  Where name
-    is a moment, that is the item then complete.  Each event's name gets the prefix,
-    and each event has more, behind its type.
+    is a moment, that is the item then complete, and the moment "stop" follows.  Each
+    event's name gets the prefix, and each event has more, behind its type.
     """
     templates: Templates = defaultdict(list)
     lines = text.replace("\n    ", " ")
@@ -2156,13 +2156,11 @@ text content_block_start, "index": $index,
     "content_block": {"type": "text", "text": ""}
 piece content_block_delta, "index": $index,
     "delta": {"type": "text_delta", "text": $text}
-text_end content_block_stop, "index": $index
 text_end = {"type": "text", "text": $text}
 call content_block_start, "index": $index,
     "content_block": {"type": "tool_use", "id": $item, "input": {}, "name": $name}
 call content_block_delta, "index": $index,
     "delta": {"type": "input_json_delta", "partial_json": $text}
-call content_block_stop, "index": $index
 call = {"type": "tool_use", "id": $item, "input": $args, "name": $name}
 thinking content_block_start, "index": $index,
     "content_block": {"type": "thinking", "thinking": "", "signature": ""}
@@ -2170,15 +2168,13 @@ thinking content_block_delta, "index": $index,
     "delta": {"type": "thinking_delta", "thinking": $thinking}
 thinking content_block_delta, "index": $index,
     "delta": {"type": "signature_delta", "signature": $signature}
-thinking content_block_stop, "index": $index
 thinking = $whole
 other content_block_start, "index": $index, "content_block": $whole
-other content_block_stop, "index": $index
 other = $whole
+stop content_block_stop, "index": $index
 completed message_delta, "usage": $counts,
     "delta": {"stop_reason": $stop_reason, "stop_sequence": $stop_sequence}
 completed message_stop
-completed = $answer
 """)
     # The moments of a whole item, by its type; "other" by default.
     _TEXT, _CALL = ("text", "piece", "text_end"), ("call",)
@@ -2188,7 +2184,7 @@ completed = $answer
     def __init__(self, head: JSONObject, input_tokens: int = 0) -> None:
         absent = dict.fromkeys(("stop_reason", "stop_sequence", "details"))
         super().__init__({"signature": "", **absent, **head}, input_tokens)
-        self._items: list[JSONObject] = []  # complete items, then the answer
+        self._items: list[JSONObject] = []  # complete
         self._pieces: list[str] = []  # of the current text
         self._refused = False
         self._tool_calls: dict[Any, JSONObject] = {}  # as far as they have arrived
@@ -2211,10 +2207,12 @@ completed = $answer
         """Add the events of a moment, and keep the item that it completes."""
         index = len(self._items)
         place = {"index": index, "item": f"msg_{index}", "items": self._items}
-        values = {**self.head, **place, **values}
+        self._values = values = {**self.head, **place, **values}
         for name, template in self.TEMPLATES[when]:
             if name == "=":
-                self._items.append(json.loads(self._render(template, values)))
+                item = json.loads(self._render(template, values))
+                self._emit("stop", whole=item)
+                self._items.append(item)
             else:
                 values["number"] = next(self._numbers)
                 text = self._render(template, values)
@@ -2267,7 +2265,9 @@ completed = $answer
 
     def answer(self, completion: JSONObject) -> JSONObject:
         self.events(completion)
-        return self._items[-1]
+        _, template = self.TEMPLATES["answer"][0]
+        answer: JSONObject = json.loads(self._render(template, self._values))
+        return answer
 
     @classmethod
     def relay(cls, answer: JSONObject) -> bytes:
@@ -2321,22 +2321,18 @@ text content_part.added, "part": {"type": "output_text", "text": "",
 piece output_text.delta, "delta": $text, "logprobs": [], $place, "content_index": 0
 text_end output_text.done, "text": $text, "logprobs": [], $place, "content_index": 0
 text_end content_part.done, "part": $part, $place, "content_index": 0
-text_end output_item.done, "output_index": $index, "item": $message
 text_end = $message
 call output_item.added, "output_index": $index, "item": {"type": "function_call",
     "id": $item, "call_id": $item, "name": $name, "status": "in_progress",
     "arguments": ""}
 call function_call_arguments.delta, "delta": $text, $place
 call function_call_arguments.done, "arguments": $text, "name": $name, $place
-call output_item.done, "output_index": $index, "item": $function
 call = $function
 other output_item.added, "output_index": $index, "item": $whole
-other output_item.done, "output_index": $index, "item": $whole
 other = $whole
+stop output_item.done, "output_index": $index, "item": $whole
 completed completed, "response": $answer
-completed = $answer
 incomplete incomplete, "response": $answer
-incomplete = $answer
 failed failed, "response": $answer
 """,
         prefix="response.",
