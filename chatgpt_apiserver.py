@@ -1797,18 +1797,18 @@ class SSEDecoder:
     def __init__(self, max_size: int = DEFAULT_LIMITS.response_size) -> None:
         self._max_size = max_size
         self._rest = bytearray()
-        self._detected = False  # whether _by_line is known
         self._searched = 0  # no complete line of data begins before this
-        self._by_line = False  # whether each line of data is an event
+        self._by_line: bool | None = None  # whether each line of data is an event
 
     def receive(self, data: bytes) -> bytes:
         """Return all complete events.  Raise ProtocolError(502) for a huge one."""
-        rest, known = self._rest, self._detected
-        if known and not self._by_line and not rest and data.endswith(b"\n\n"):
+        rest, by_line = self._rest, self._by_line
+        if by_line is False and not rest and data.endswith(b"\n\n"):
             return data
         searched = max(0, len(rest) - 7)  # do not search a huge event again
         rest += data
-        if not known and any(rest.find(end, searched) >= 0 for end in (b"\n", b"\r")):
+        ends = (b"\n", b"\r")
+        if by_line is None and any(rest.find(end, searched) >= 0 for end in ends):
             self._detect_line_mode()  # at most a few times per line
         if self._by_line:
             end = max(rest.rfind(b"\n", searched), rest.rfind(b"\r", searched)) + 1
@@ -1835,10 +1835,9 @@ class SSEDecoder:
         following = bytes(rest[line.end() : line.end() + 7])
         if any(name.startswith(following) for name in _NEXT_EVENT):
             return
-        self._detected = True
-        if following.startswith(_NEXT_EVENT):
-            # A line with half a JSON value is part of an event of many lines.
-            self._by_line = read_json(bytes(line[1])) is not None
+        # A line with half a JSON value is part of an event of many lines.
+        is_next = following.startswith(_NEXT_EVENT)
+        self._by_line = is_next and read_json(bytes(line[1])) is not None
 
     def end(self) -> bytes:
         """Return what is left when the stream has ended, terminated as an event."""
