@@ -2039,12 +2039,9 @@ class ChatWriter:
         self._calls: dict[Any, int] = {}  # places of tool calls, by id if they have one
         self._place = 0  # of the last one
 
-    def _chunk(self, choices: list[JSONObject], **more: Any) -> JSONObject:
-        head = {"id": None, "object": self.OBJECT, **self.head}
-        return {**head, "choices": choices, **more}
-
     def _event(self, choices: list[JSONObject], **more: Any) -> bytes:
-        return sse_event(encode_json(self._chunk(choices, **more)))
+        head = {"id": None, "object": self.OBJECT, **self.head}
+        return sse_event(encode_json({**head, "choices": choices, **more}))
 
     def _choice(self, delta: JSONObject, *fields: Any) -> JSONObject:
         calls = []
@@ -2106,7 +2103,8 @@ class CompletionsWriter(ChatWriter):
             self._choice(choice["message"], choice.get("finish_reason"), index)
             for index, choice in enumerate(completion["choices"])
         ]
-        return self._chunk(choices, usage=completion.get("usage"))
+        head = {**self.head, "object": self.OBJECT}
+        return {**completion, **head, "choices": choices}
 
     @classmethod
     def relay(cls, answer: JSONObject) -> bytes:
@@ -2840,9 +2838,8 @@ class APIRequest:
 
 
 # Go's JSON matches "Model" as "model", and uses the last one.
-_OTHER_SPELLINGS = frozenset(
-    map("".join, itertools.product(*({c, c.upper()} for c in "model")))
-) - {"model"}
+_SPELLINGS = map("".join, itertools.product(*zip("model", "MODEL")))
+_OTHER_SPELLINGS = {*_SPELLINGS} - {"model"}
 
 
 def _lower_keys(fields: Any) -> Any:
