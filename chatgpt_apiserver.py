@@ -7251,9 +7251,10 @@ class Pool:
     ) -> Controller | None:
         """Return the controller that gets a request now, or None."""
         suitable = self._suitable(request, now)
-        free = [c for c in suitable if c.available(now) and c not in tried]
+        left = [c for c in suitable if c not in tried] if tried else suitable
+        free = [c for c in left if c.available(now)]
         if not free:
-            return self._last_standing(suitable, tried, now)
+            return self._last_standing(left, now)
         if len(free) > 1:
             lowest = min(c.tier for c in free)
             free = [c for c in free if c.tier == lowest]
@@ -7311,11 +7312,8 @@ class Pool:
             keep_newest(self._homes, key, controller.home, CONVERSATIONS_KEPT)
 
     @staticmethod
-    def _last_standing(
-        suitable: list[Controller], tried: list[Controller], now: float
-    ) -> Controller | None:
+    def _last_standing(left: list[Controller], now: float) -> Controller | None:
         """Return the controller to try although all are closed, or None."""
-        left = [c for c in suitable if c not in tried]
         if any(not c.closed_for(now) for c in left):
             return None  # one is only busy: wait for it
         closed = [c for c in left if c.last_resort and not c.health.on_trial(now)]
@@ -7353,13 +7351,14 @@ class Pool:
     async def _await_lists(self, request: APIRequest) -> None:
         """Wait for first lists of models while one may decide who gets the request."""
         timeout, first = self.limits.connect_timeout, asyncio.FIRST_COMPLETED
-        waits: Any = True
-        while waits:
+        while True:
             able = self._suitable(request, asyncio.get_running_loop().time())
             lists = [t for c, t in self._listing.items() if c in able and not t.done()]
             if len(able) < 2 or not lists:
-                break
-            waits, _ = await asyncio.wait(lists, timeout=timeout, return_when=first)
+                return
+            done, _ = await asyncio.wait(lists, timeout=timeout, return_when=first)
+            if not done:
+                return
 
     def _may_wait(
         self, request: APIRequest, tried: list[Controller], now: float
