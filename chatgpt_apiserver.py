@@ -7396,8 +7396,8 @@ class Pool:
     def _no_controller(self, request: APIRequest) -> APIError:
         """Return the error for a request that no controller could serve."""
         cure = "connect an agent or configure a controller (the start screen shows how)"
-        mocks = [c for c in self.controllers if c.by_name_only]
-        only_mocks = len(mocks) == len(self.controllers)
+        mocks = [m for c in self.controllers if c.by_name_only for m in c.models or ()]
+        only_mocks = all(c.by_name_only for c in self.controllers)
         if only_mocks and request.ask is not None:
             text = f"No available clients: {cure}."
             return APIError(503, text, code="no_controllers")
@@ -7405,8 +7405,9 @@ class Pool:
             what = f"The model {request.model!r} exists here, but no controller with it"
             return APIError(404, f"{what} answers {request.path}.", param="model")
         if mocks and (request.model or "").startswith("mock/"):
-            names = ", ".join(name for c in mocks for name in c.models or ())
-            return self.unknown_model(request, f"the mock models are {names}")
+            return self.unknown_model(
+                request, f"the mock models are {', '.join(mocks)}"
+            )
         if only_mocks and not request.user:  # the administrator can
             return self.unknown_model(request, cure)
         return self.unknown_model(request)
@@ -7713,6 +7714,7 @@ class Call:
     def __init__(self, pool: Pool, request: APIRequest) -> None:
         self.pool = pool
         self.request = request
+        self._max_size = int(pool.limits.response_size)
         self.status = 0
         self.headers: dict[str, str] = {}
         self.content: bytes | None = None
@@ -7722,7 +7724,6 @@ class Call:
         self.began_at = 0.0  # when the answer began; of a stream, its first event
         self.ended = False
         self.usage = Usage()
-        self._slot: Controller | None = None  # to be released
         self._answer: Answer | None = None
         self._first = b""  # read from the answer, not yet returned
 
@@ -7766,7 +7767,7 @@ class Call:
     async def _attempt(self, controller: Controller) -> ControllerError | None:
         """Try one controller; return None once its answer has begun, or its error."""
         request = self.request
-        self.controller = self._slot = controller
+        self.controller = controller
         started = asyncio.get_running_loop().time()
         self.tries.append((controller.name, started, ""))
         self.pool.count(controller, requests=1)
@@ -7793,7 +7794,7 @@ class Call:
                     raise
                 error = self._explain(controller, caught)
             finally:
-                await self._release()
+                await self._release(controller)
             if not isinstance(error, ControllerError):
                 raise error from None
             if error.failure is not Failure.FULL:
@@ -7806,13 +7807,14 @@ class Call:
             return error
 
     async def __aexit__(self, *exc_info: object) -> None:
+        if self._answer is None or self.controller is None:
+            return  # all refused
         if self.stream is not None and not self.ended:  # cut short, by either side
             usage = self.stream.usage  # so far; messages begin with a small number
             output = max(usage.output, self.stream.estimate())
             self.usage = self._estimate(usage, output)
-            assert self.controller is not None
             self.pool.count(self.controller, tokens=self.usage.total)
-        await self._release()
+        await self._release(self.controller)
 
     def _estimate(self, usage: Usage, output: int) -> Usage:
         """Return usage, its gaps filled by estimates if the path generates text."""
@@ -7821,10 +7823,9 @@ class Call:
         sent = usage.input or len(_INLINE.sub(b"", self.request.content)) // 4
         return Usage(sent, usage.cached_input, output)
 
-    async def _release(self) -> None:
+    async def _release(self, controller: Controller) -> None:
         """Release the answer, then the slot."""
         answer, self._answer = self._answer, None
-        slot, self._slot = self._slot, None
         try:
             if answer is not None:
                 try:
@@ -7837,26 +7838,24 @@ class Call:
                 raise
             raise RuntimeError(f"closing an answer raised {caught!r}") from caught
         finally:
-            if slot is not None:
-                self.pool.release(slot, self.request)
+            self.pool.release(controller, self.request)
 
     # --- The answer
 
     async def _begin(self, controller: Controller, answer: Answer) -> None:
         """Read an answer until it can be passed on: whole, or its first piece."""
         request = self.request
-        max_size = int(self.pool.limits.response_size)
         self.headers = answer.headers
         if answer.status >= 300:
-            content = await answer.read_all(max_size)
+            content = await answer.read_all(self._max_size)
             self.content = self._judge(controller, answer, content)
         else:
             empty = answer.status in (204, 205)  # whatever follows
             kind = "" if empty else await self._kind(answer)
             if kind == EVENTS_TYPE:
-                await self._begin_events(max_size)
+                await self._begin_events()
             elif kind == JSON_TYPE:
-                content = self._first + await answer.read_all(max_size)
+                content = self._first + await answer.read_all(self._max_size)
                 error = request.dialect.check(content, answer.delimited)
                 if error is not None:
                     raise self._event_error(error)
@@ -7891,13 +7890,13 @@ class Call:
             kind = body_type(self._first) if piece else ""
         return kind
 
-    async def _begin_events(self, max_size: int) -> None:
+    async def _begin_events(self) -> None:
         """Read up to the first event, or to the end if the client wants no stream."""
         request = self.request
-        self.stream = stream = request.dialect.open_stream(request, max_size)
+        self.stream = stream = request.dialect.open_stream(request, self._max_size)
         self._first = stream.receive(self._first)
         if request.dialect.generates and not request.stream:
-            self.content = await self._gather(stream, max_size)
+            self.content = await self._gather(stream)
             return
         while not stream.began and stream.error is None:
             if stream.ended:
@@ -7939,12 +7938,12 @@ class Call:
         piece = await self._answer.read()
         return stream.receive(piece) if piece else stream.end()
 
-    async def _gather(self, stream: EventStream, max_size: int) -> bytes:
+    async def _gather(self, stream: EventStream) -> bytes:
         """Return a stream that the client did not ask for as one answer."""
         builder, block, size = self.request.dialect.builder(), self._first, 0
         while True:
             size += len(block)
-            if size > max_size:
+            if size > self._max_size:
                 raise ProtocolError(502, "its answer is too large")
             content = self._build(builder, block, stream)
             if stream.ended:
@@ -7970,14 +7969,14 @@ class Call:
 
     def _make_stream(self, content: bytes) -> None:
         """Turn a whole answer into the stream that the client asked for."""
-        dialect, max_size = self.request.dialect, int(self.pool.limits.response_size)
+        dialect = self.request.dialect
         try:
             events = dialect.writer.relay(parse_object(content))
         except (APIError, LookupError, TypeError, AttributeError):
             raise ProtocolError(502, "its answer cannot be streamed") from None
         self.content = None
         self.headers = {"content-type": EVENTS_TYPE}
-        self.stream = dialect.open_stream(self.request, max_size)
+        self.stream = dialect.open_stream(self.request, self._max_size)
         self._first = self.stream.receive(events)
 
     async def read(self) -> bytes:
