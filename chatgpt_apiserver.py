@@ -659,17 +659,14 @@ UNTIL_CLOSE = sys.maxsize  # the length of content that ends when its connection
 def response_length(method: str, response: Response) -> int | None:
     """Return a response's content length: bytes, None if chunked, or UNTIL_CLOSE.
 
-    Raise ProtocolError(502) if it is ambiguous (RFC 9112 section 6.3).
+    Raise what content_length() raises if it is ambiguous (RFC 9112 section 6.3).
     """
     headers = response.headers
     if method == "HEAD" or response.status < 200 or response.status in (204, 304):
         return 0
     if "content-length" not in headers and "transfer-encoding" not in headers:
         return UNTIL_CLOSE
-    try:
-        return content_length(headers, response.version)
-    except ProtocolError as error:
-        raise ProtocolError(502, f"unreadable answer: {error}") from None
+    return content_length(headers, response.version)
 
 
 class ContentDecoder:
@@ -3697,19 +3694,17 @@ class ClientResponse(Answer):
         self._client = client
         self._connection: Connection | None = connection
         self._deadline = deadline
-        self._length = response_length(method, head)
+        try:
+            self._length = response_length(method, head)
+            coding = content_coding(head.headers)
+        except ProtocolError as error:
+            raise ProtocolError(502, f"unreadable answer: {error}") from None
+        self._decoder = content_decoder(self._length, coding)
         self.delimited = self._length != UNTIL_CLOSE
         self._keep_alive = keeps_alive(head) and self.delimited
-        coding = ""
-        if "content-encoding" in head.headers:
-            # We never ask for one, but some compress all the same.
-            try:
-                coding = content_coding(head.headers)
-            except ProtocolError as error:
-                raise ProtocolError(502, f"unreadable answer: {error}") from None
-            del head.headers["content-encoding"]
+        # We never ask for a coding, but some compress all the same.
+        if head.headers.pop("content-encoding", None) is not None:
             head.headers.pop("content-length", None)
-        self._decoder = content_decoder(self._length, coding)
 
     async def read(self) -> bytes:
         """Return the next bytes of the content as they arrive; b"" at its end.
