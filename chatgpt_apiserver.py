@@ -2939,7 +2939,7 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self.limits = limits
         self.loop = asyncio.get_running_loop()
-        self.transport: asyncio.Transport = _NO_TRANSPORT
+        self.transport: asyncio.Transport  # from connection_made() on
         self.buffer = bytearray()  # received, not yet parsed
         self.eof = False  # the peer has sent its last byte
         self.lost = False  # the connection is gone ...
@@ -3006,11 +3006,12 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._wake()
+        self._release_writers()
         if self._on_lost is not None:
             self._on_lost(self)
 
     def _wake(self) -> None:
-        """Wake the waiting tasks at the peer's EOF or the connection's end."""
+        """Wake the reading task at the peer's EOF or the connection's end."""
         reader, self._reader = self._reader, None
         if reader is not None:
             if not reader.done():
@@ -3018,8 +3019,6 @@ class Connection(asyncio.Protocol):
         elif self.on_hangup is not None and (self.lost or self.eof_is_hangup):
             hangup, self.on_hangup = self.on_hangup, None
             hangup()
-        if self.lost:
-            self._release_writers()
 
     def pause_writing(self) -> None:
         self.writable = self._flowing = False
@@ -3239,8 +3238,8 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def abort(self) -> None:
-        """Close at once; do nothing if it was never made."""
-        if not self.lost and self.transport is not _NO_TRANSPORT:
+        """Close at once."""
+        if not self.lost:
             self.transport.abort()
 
     def reset(self) -> None:
@@ -3267,9 +3266,6 @@ class Connection(asyncio.Protocol):
                     break
                 taken += len(self.buffer)
         self.close()
-
-
-_NO_TRANSPORT = asyncio.Transport()
 
 
 # After 60 s of silence, four probes 15 s apart find out whether the peer has vanished.
@@ -3805,7 +3801,6 @@ class WebSocket:
         self._control_frames = float(CONTROL_FRAME_BURST)  # a token bucket
         self._refilled = connection.loop.time()
         connection.eof_is_hangup = True
-        connection.set_deadline(connection.loop.time() + limits.ping_interval)
 
     @classmethod
     def accept(
