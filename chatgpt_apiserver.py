@@ -5782,12 +5782,6 @@ OPENAI_URL = "https://api.openai.com/v1"
 ANTHROPIC_URL = "https://api.anthropic.com/v1"
 
 
-def normal_base_url(url: str) -> str:
-    """Return a base URL as the OpenAI SDKs take it, from what people paste."""
-    url = url.rstrip("/")
-    return url.removesuffix("/chat/completions").rstrip("/")
-
-
 KEY_STATUSES = (401, 402, 403)  # they may be about the key
 
 
@@ -5825,7 +5819,9 @@ class OpenAIController(Controller):
         if api_key and api_key.startswith("env:"):
             raise ValueError('api_key: "env:" is for files; use os.environ["NAME"]')
         super().__init__(name, **options)
-        self.base_url = normal_base_url(base_url)
+        # As the OpenAI SDKs take it, from what people paste.
+        url = base_url.rstrip("/").removesuffix("/chat/completions")
+        self.base_url = url.rstrip("/")
         self.first_byte_timeout = first_byte_timeout
         self.limits = limits
         self.secret = api_key
