@@ -6108,17 +6108,15 @@ class TextAgent(AgentController):
         self.websocket.ping()
         super().tell("ping", id=str(uuid.uuid4()))
 
-    @staticmethod
-    def _text(request: APIRequest) -> str:
-        return messages_text(request.body["messages"])
-
     async def answer(self, request: APIRequest) -> Answer:
         """Send one string, and wait for one string."""
         conversation_id = parent_id = ""
         if request.ask is not None and (request.agent_id or not request.ask[1]):
             content, conversation_id, parent_id = request.ask
         else:  # it does not keep this conversation: send all of it as one string
-            content = await run_large(len(request.content), self._text, request)
+            content = await run_large(
+                len(request.content), lambda: messages_text(request.body["messages"])
+            )
         self._busy_with = id = str(uuid.uuid4())
         data = {
             "message_id": id,
