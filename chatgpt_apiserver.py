@@ -6487,9 +6487,7 @@ class MockController(FunctionController):
         self._refused: Counter[str] = Counter()  # by name with parameters
 
     def serves(self, model: str | None) -> int:
-        if model is None or not model.startswith("mock/"):
-            return NOT
-        return NAMED if model.partition("?")[0] in self.MODELS else NOT
+        return NAMED if (model or "").partition("?")[0] in self.MODELS else NOT
 
     async def _say(self, body: JSONObject) -> Pieces:
         generate, defaults = self.MODELS[body["model"].partition("?")[0]]
