@@ -3491,14 +3491,13 @@ class HTTPClient:
         line = f"{method} {self.address.path}{target} HTTP/1.1"
         message = encode_head(line, head) + content
         wait = first_byte_timeout or self.limits.first_byte_timeout
+        answer = None
         connection = self._take_idle()
         if connection is not None:
             answer = await self._exchange(connection, method, message, wait, deadline)
-            if answer is not None:
-                return answer
-            # The upstream closed an idle connection, which is no failure.
-        connection = await self.open()
-        answer = await self._exchange(connection, method, message, wait, deadline)
+        if answer is None:  # an idle one may have been closed, which is no failure
+            connection = await self.open()
+            answer = await self._exchange(connection, method, message, wait, deadline)
         if answer is None:
             raise self.address.unanswered()
         return answer
@@ -3724,13 +3723,12 @@ class ClientResponse(Answer):
         return piece
 
     async def read_all(self, max_size: int) -> bytes:
-        if self._length is None or self._length == UNTIL_CLOSE:
+        connection, length = self._connection, self._length
+        if connection is None or length is None or length == UNTIL_CLOSE:
             return await super().read_all(max_size)
-        if self._length > max_size:
+        if length > max_size:
             raise ProtocolError(502, f"the answer is over {max_size} bytes")
-        if self._connection is None:
-            return b""
-        piece = self._decoder.decode(self._connection.buffer)  # usually all of it
+        piece = self._decoder.decode(connection.buffer)  # usually all of it
         if not self._decoder.complete:
             return piece + await super().read_all(max_size)
         self._release()
@@ -3776,23 +3774,16 @@ class WebSocket:
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        masks: bool,
-        *,
-        max_size: int | None = None,
+        self, connection: Connection, masks: bool, *, max_size: int | None = None
     ) -> None:
-        limits = connection.limits
         self.connection = connection
-        self.limits = limits
+        self.limits = limits = connection.limits
         self.close_code = 1006
         self.close_reason = ""
         self.busy_until = 0.0  # loop time; until then, a missing pong means nothing
         self.headers = Headers()  # of the server's response to our handshake
         self.heartbeat: Callable[[], None] | None = None  # called in place of ping()
-        self._protocol = WebSocketProtocol(
-            masks, limits.message_size if max_size is None else max_size
-        )
+        self._protocol = WebSocketProtocol(masks, max_size or limits.message_size)
         # Received and not yet served, the next one last: a deque takes 600 bytes.
         self._events: list[WebSocketEvent] = []
         self._ended = False
