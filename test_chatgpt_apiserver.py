@@ -3989,13 +3989,18 @@ async def test_the_number_of_idle_connections_is_limited(constant):
         await until(lambda: upstream.ended == 3)
 
 
-async def test_an_idle_connection_that_the_upstream_closes_is_forgotten():
-    async with client_of(OK) as (upstream, client):
-        await get(client)
+@cases("size", 2, 70_000)  # after so much without a reader, the connection is paused
+async def test_an_idle_connection_that_the_upstream_closes_is_forgotten(size):
+    reply = http_reply(bytes(size))
+    steps = sends(reply[:-size], 0.02, reply[-size:])
+    async with client_of(steps) as (upstream, client):
+        answer = await client.request("GET", "/", [])
+        await until(lambda: len(answer._connection.buffer) == size)
+        await answer.read_all(size)
         for task in upstream.tasks:
             task.cancel()
         await until(lambda: not client._idle)
-        assert await get(client) == (200, b"ok")
+        assert await get(client) == (200, bytes(size))
         assert len(upstream.requests) == 2  # no replay was needed
 
 
