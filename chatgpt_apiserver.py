@@ -3460,7 +3460,7 @@ class HTTPClient:
         self._ca_file = ca_file
         self._verify = verify
         self._resolve = resolve
-        self._idle: dict[Connection, None] = {}  # as an ordered set: the newest is last
+        self._idle: list[Connection] = []  # the newest is last
         self._lookup: Future[list[str] | str] | None = None
         if proxy and "@" in proxy:
             parts = urllib.parse.urlsplit(proxy)
@@ -3547,7 +3547,7 @@ class HTTPClient:
 
     def _take_idle(self) -> Connection | None:
         while self._idle:
-            connection, _ = self._idle.popitem()
+            connection = self._idle.pop()
             if not connection.buffer and not connection.eof:
                 return connection
             connection.abort()  # unsolicited bytes are not our response
@@ -3563,7 +3563,7 @@ class HTTPClient:
         ):
             connection.abort()
             return
-        self._idle[connection] = None
+        self._idle.append(connection)
         now = connection.loop.time()
         connection.set_deadline(now + self.limits.idle_upstream_timeout)
         connection.watch().add_done_callback(lambda _: self._drop(connection))
@@ -3571,13 +3571,13 @@ class HTTPClient:
     def _drop(self, connection: Connection) -> None:
         """Close an idle connection: bytes, its end or the deadline came."""
         if connection in self._idle:  # and is not in use again
-            del self._idle[connection]
+            self._idle.remove(connection)
             connection.abort()
 
     def close(self) -> None:
         """Close the idle connections; those in use close after their responses."""
-        for connection in list(self._idle):
-            self._drop(connection)
+        while self._idle:
+            self._idle.pop().abort()
 
     async def open(self) -> Connection:
         """Return a new connection, maybe via proxy; OSError, asyncio.TimeoutError."""
