@@ -3959,10 +3959,8 @@ class WebSocket:
     def _take_control(self, opcode: Opcode, payload: Any) -> None:
         if opcode is Opcode.CLOSE:
             self._end(*payload)
-            self._write(self._protocol.close(payload[0]))
-            if self._protocol.masks:  # section 7.1.1: the server closes TCP
-                self.connection.loop.call_later(CLOSE_TIMEOUT, self.connection.abort)
-            else:
+            self.close(payload[0])
+            if not self._protocol.masks:  # section 7.1.1: the server closes TCP
                 self.connection.close()
         elif self._flooded():
             self._protocol.error = WebSocketError(1008, "too many control frames")
