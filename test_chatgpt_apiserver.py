@@ -5845,6 +5845,845 @@ def test_a_hundred_thousand_users(path):
 
 
 # -----------------------------------------------------------------------------
+# Limits and usage
+# -----------------------------------------------------------------------------
+
+NOON = calendar.timegm((2026, 11, 27, 12, 0, 0))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A list of one: the time of users' limits and of usage; at first it is NOON."""
+    clock = [NOON]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
+    return clock
+
+
+@pytest.fixture
+def usage_file(tmp_path):
+    """Where usage.jsonl is, or will be."""
+    return tmp_path / "usage.jsonl"
+
+
+def ledger(path):
+    """A ledger on a file, as of a server that has just started."""
+    made = apiserver.Ledger(str(path), print)
+    made.load()
+    return made
+
+
+def count_request(ledger, user="ada", model="m", failures=0, usage=()):
+    """Record a user's request to the controller c."""
+    ledger.record(user, model, "c", failures, apiserver.Usage(*usage))
+
+
+def ledger_requests(made):
+    return made.report(["user"], "", "9999")["total"]["requests"]
+
+
+def used_of(limit):
+    """What is used of each quota."""
+    return [used for _, used, _ in limit.state()]
+
+
+@cases(
+    "written, quotas",
+    ("1000 requests/day", "1000 requests/day"),
+    (" 5 tokens / month ", "5 tokens/month"),
+    ({"tokens": 9, "per": "week"}, "9 tokens/week"),
+    ({"requests": 1, "tokens": 2, "per": "hour"}, "1 requests/hour, 2 tokens/hour"),
+    (["1 requests/hour", {"tokens": 2, "per": "day"}], "1 requests/hour, 2 tokens/day"),
+)
+def test_a_limit_may_be_written_in_several_forms(written, quotas):
+    assert ", ".join("%d %s/%s" % q for q in apiserver.parse_quotas(written)) == quotas
+
+
+MISSPELT_LIMITS = """["", "10 request/day", "x requests/day", "-1 requests/day", "0 tokens/day",
+    "0.5 requests/day", "10 requests", "10 requests/year", "10 apples/day", [], [[]],
+    [["1 requests/day"]], 5, true, null, {}, {"requests": 5}, {"per": "day"},
+    {"requests": "5", "per": "day"}, {"requests": true, "per": "day"},
+    {"requests": 0, "per": "day"}, {"requests": 5, "per": "day", "x": 1}]"""
+
+
+@cases("written", *json.loads(MISSPELT_LIMITS))
+def test_a_limit_that_is_misspelt_is_refused(written):
+    with pytest.raises(ValueError, match="expected a limit"):
+        apiserver.parse_quotas(written)
+
+
+@cases(
+    "per, now, start, end",
+    ("minute", "2026-12-31 23:59:59", "2026-12-31 23:59:00", "2027-01-01 00:00:00"),
+    ("hour", "2026-11-27 09:59:59", "2026-11-27 09:00:00", "2026-11-27 10:00:00"),
+    ("day", "2026-02-28 12:00:00", "2026-02-28 00:00:00", "2026-03-01 00:00:00"),
+    ("week", "2026-11-29 23:59:59", "2026-11-23 00:00:00", "2026-11-30 00:00:00"),
+    ("week", "2026-11-30 00:00:00", "2026-11-30 00:00:00", "2026-12-07 00:00:00"),
+    ("month", "2026-12-31 23:00:00", "2026-12-01 00:00:00", "2027-01-01 00:00:00"),
+    ("month", "2028-02-29 00:00:00", "2028-02-01 00:00:00", "2028-03-01 00:00:00"),
+)
+def test_windows_are_those_of_the_calendar_in_utc(per, now, start, end):
+    form = "%Y-%m-%d %H:%M:%S"
+    times = [calendar.timegm(time.strptime(t, form)) for t in (now, start, end)]
+    assert apiserver.window_bounds(per, times[0] + 0.9) == tuple(times[1:])
+
+
+@cases("per, used", ("minute", 0), ("hour", 3), ("day", 3), ("week", 3), ("month", 3))
+def test_a_new_limit_counts_what_was_used_in_its_window(clock, per, used):
+    """Use is kept by the hour: a minute's limit begins at nothing."""
+    ledger = apiserver.Ledger(None)
+    clock[0] += 60
+    for _ in range(3):
+        count_request(ledger)
+    clock[0] += 1740
+    limit = ledger.limit_of("ada", apiserver.parse_quotas(f"3 requests/{per}"))
+    assert used_of(limit) == [used]
+    count_request(ledger)
+    assert used_of(limit) == [used + 1]
+
+
+def test_ever_new_models_of_a_user_fill_no_memory(clock):
+    """A function without models answers to any name."""
+    ledger = apiserver.Ledger(None)
+    for number in range(1000):
+        count_request(ledger, "u", f"{number}-" * 100)
+    count_request(ledger, "v", "999")
+    clock[0] += 3600
+    count_request(ledger, "u", "999")
+    rows = ledger.report(["user", "model"], "2000-01-01", "2100-01-01")["data"]
+    found = {(row["user"], row["model"]): row["requests"] for row in rows}
+    assert len(found) == apiserver.HOURLY_MODELS + 3
+    assert found["u", "other"] == 1000 - apiserver.HOURLY_MODELS
+    assert found["v", "999"] == found["u", "999"] == 1
+    assert max(len(model) for _, model in found) == 200
+
+
+def test_a_window_that_turns_between_two_looks_is_not_used_up(monkeypatch):
+    times = [1_800_000_000.0, 1_800_000_059.9, 1_800_000_060.1]
+    monkeypatch.setattr(apiserver, "unix_time", lambda: times.pop(0))
+    limit = apiserver.UsageLimit(apiserver.parse_quotas("1 requests/minute"))
+    limit.count(1)
+    assert limit.over() is None and not times
+
+
+def test_a_clock_that_is_set_back_gives_nothing_back(clock):
+    limit = apiserver.UsageLimit(apiserver.parse_quotas("2 requests/hour"))
+    limit.count(requests=2)
+    clock[0] -= 7200
+    assert limit.over()[1] == 2
+    clock[0] += 3 * 3600
+    assert limit.over() is None
+
+
+@cases("per", "hour", "day", "week", "month")
+def test_a_clock_that_was_set_years_ahead_uses_nothing_up(clock, per):
+    ledger = apiserver.Ledger(None)
+    quotas = apiserver.parse_quotas([f"3 requests/{per}", "3 requests/minute"])
+    limit = ledger.limit_of("ada", quotas)
+    count_request(ledger)
+    clock[0] += 4 * 365 * 86400
+    for _ in range(3):
+        count_request(ledger)
+    assert limit.over()[1] == 3
+    clock[0] = NOON
+    kept = 0 if per == "hour" else 1  # of hours only the present one is kept
+    assert used_of(limit) == [kept, 0]
+    other = ledger.limit_of("ada", apiserver.parse_quotas(f"9 requests/{per}"))
+    assert used_of(other) == [kept]
+    assert ledger_requests(ledger) == 4
+
+
+@cases("name", None, "usage.jsonl")
+def test_hours_of_past_days_take_no_memory(tmp_path, clock, name):
+    """Neither with a file to which nothing is written."""
+    made = apiserver.Ledger(name and str(tmp_path / name))
+    with traced() as memory:
+        for _ in range(30 * 24):
+            count_request(made, usage=(1, 0, 2))
+            clock[0] += 3600
+        gc.collect()
+        assert memory()[0] < 60_000
+    rows = made.report(["day"], "2026-11-28", "2026-11-29")["data"]
+    assert [(row["requests"], row["output"]) for row in rows] == [(24, 48)] * 2
+
+
+def test_days_long_gone_leave_the_memory(clock, constant):
+    constant(USAGE_LIFETIME=5)
+    made = apiserver.Ledger(None)
+    for _ in range(20):
+        count_request(made)
+        clock[0] += 86400
+    assert 5 <= ledger_requests(made) <= 6
+
+
+async def test_two_ledgers_on_one_file_count_together(usage_file):
+    one, two = ledger(usage_file), ledger(usage_file)
+    limit = two.limit_of("ada", apiserver.parse_quotas("5 requests/day"))
+    assert limit.over() is None
+    for _ in range(3):
+        count_request(one, usage=(2, 1, 3))
+        count_request(two, failures=1)
+    for made in (one, two, one, two):
+        await made.flush()
+    assert ledger_requests(one) == ledger_requests(two) == 6
+    assert limit.over()[1] == 6 and ledger_requests(ledger(usage_file)) == 6
+    lines = [json.loads(line) for line in usage_file.read_text().splitlines()]
+    assert [line["requests"] for line in lines] == [3, 3] and len(lines[0]) == 9
+    assert lines[0]["input"] == 6 and lines[1]["failures"] == 3
+
+
+def test_a_controller_that_is_named_as_a_user_has_its_own_limit():
+    ledger = apiserver.Ledger(None)
+    count_request(ledger, "c")
+    count_request(ledger, "bob")
+    count_request(ledger, "c")
+    limit = apiserver.UsageLimit(apiserver.parse_quotas("9 requests/day"))
+    ledger.watch("controller", "c", limit)
+    user = ledger.limit_of("c", apiserver.parse_quotas("9 requests/day"))
+    assert (used_of(limit), used_of(user)) == ([3], [2])
+
+
+async def test_late_lines_of_others_count_in_their_own_hour(usage_file, clock):
+    late, one = ledger(usage_file), ledger(usage_file)
+    quotas = ["5 requests/hour", "6 requests/day"]
+    limits = [one.limit_of("ada", apiserver.parse_quotas(quotas))]
+    limits.append(apiserver.UsageLimit(apiserver.parse_quotas(quotas)))
+    one.watch("controller", "c", limits[1])
+    assert b"limit-requests: 5\r" in limits[0].fields(clock[0])
+    for _ in range(3):
+        count_request(late)
+    clock[0] += 3600
+    count_request(late)
+    await late.flush()
+    await one.flush()
+    shown = b"limit-requests: 6\r\nx-ratelimit-remaining-requests: 1"
+    for limit in limits:
+        assert used_of(limit) == [1, 4] and shown in limit.fields(clock[0])
+    for _ in range(2):
+        count_request(late)
+    clock[0] += 86400
+    await late.flush()
+    await one.flush()
+    assert used_of(limits[0]) == [0, 0] and ledger_requests(one) == 6
+
+
+class Homes:
+    """nginx's `hash $credential consistent`: 160 points for each server (ketama)."""
+
+    def __init__(self, servers):
+        points = {}
+        for server in servers:
+            start = zlib.crc32(server.replace(":", "\0").encode())
+            point = 0
+            for number in range(160):
+                before = point.to_bytes(4, "little")
+                point = zlib.crc32(before, start)
+                points.setdefault(point, server)
+        self._servers = [points[point] for point in sorted(points)]
+        self._points = sorted(points)
+
+    def of(self, credential):
+        at = bisect.bisect_left(self._points, zlib.crc32(credential.encode()))
+        return self._servers[at % len(self._servers)]
+
+
+INSTANCES = [f"127.0.0.{number}:18910" for number in range(1, 21)]
+
+
+def test_a_lost_instance_moves_only_its_own_credentials():
+    """20 instances, 10,000 credentials."""
+    ring = Homes(INSTANCES)
+    # As nginx 1.22 answered when it was asked.
+    asked = "14 9 16 17 14 4 8 6 18 8"
+    homes = [ring.of(f"token-{n}") for n in range(10)]
+    assert homes == [f"127.0.0.{number}:18910" for number in asked.split()]
+    dice = random.Random(1)
+    tokens = [str(uuid.UUID(int=dice.getrandbits(128))) for _ in range(10_000)]
+    before = {token: ring.of(token) for token in tokens}
+    shares = collections.Counter(before.values())
+    assert len(shares) == 20 and max(shares.values()) < 1.35 * len(tokens) / 20
+    for lost in INSTANCES:
+        ring = Homes([server for server in INSTANCES if server != lost])
+        moved = {t: ring.of(t) for t in tokens if ring.of(t) != before[t]}
+        assert moved.keys() == {t for t in tokens if before[t] == lost}
+        # Nobody gets all of them: an instance that falls does not topple the next.
+        taken = collections.Counter(moved.values())
+        assert max(taken.values()) < len(moved) / 4
+
+
+@cases("shared, users", (False, 10_000), (True, 1000))
+@flow
+async def test_limits_after_an_instance_is_lost(tmp_path, clock, shared, users):
+    """With a file for each machine a token's second home counts anew, until the first
+    is back; with one file for all only what the lost one had not yet written is used
+    twice."""
+    quotas, lost = apiserver.parse_quotas("5 requests/day"), INSTANCES[6]
+    used = {f"token-{n}": 0 for n in range(users)}
+    homes = Homes(INSTANCES)
+    first = {token: homes.of(token) for token in used}
+
+    def started(name):
+        return ledger(tmp_path / ("all" if shared else name.replace(":", "-")))
+
+    ledgers = {name: started(name) for name in INSTANCES}
+
+    async def turn(requests, flush=True):
+        homes = Homes(ledgers)
+        for token in used:
+            made = ledgers[homes.of(token)]
+            limit = made.limit_of(token, quotas)
+            for _ in range(requests):
+                if limit.over() is None:
+                    count_request(made, token)
+                    used[token] += 1
+        for made in (*ledgers.values(), *ledgers.values()) if flush else ():
+            await made.flush()
+
+    def use_of(moved):
+        return {n for t, n in used.items() if (first[t] == lost) is moved}
+
+    await turn(3)
+    await turn(1, flush=False)
+    del ledgers[lost]  # it is killed, and what it had not written is gone
+    await turn(9)
+    assert use_of(moved=False) == {5}
+    assert use_of(moved=True) == ({5 + 1} if shared else {4 + 5})
+    ledgers[lost] = started(lost)
+    await turn(9)
+    assert use_of(moved=False) == {5}
+    assert use_of(moved=True) == ({5 + 1} if shared else {2 * 5 + 1})
+
+
+KILLED = """
+from chatgpt_apiserver import Ledger, Usage
+async def main():
+    made = Ledger(sys.argv[1])
+    made.load()
+    print(made.report([], "", "9999")["total"]["requests"], flush=True)
+    while True:
+        for _ in range(3):
+            made.record("ada", "m", "c", 0, Usage(1))
+            print("r", end="", flush=True)
+        await made.flush()
+        print("w", end="", flush=True)
+asyncio.run(main())
+"""
+
+
+def test_a_kill_loses_only_what_was_not_yet_written(usage_file):
+    least = most = 0
+    dice = random.Random(5)
+    for _ in range(5):
+        child = in_child(KILLED, usage_file)
+        select.select([child.stdout], [], [])  # it has begun
+        time.sleep(dice.random() * 0.03)  # at any moment
+        child.kill()
+        found, _, done = child.communicate()[0].partition(b"\n")
+        assert least <= int(found) <= most
+        least += 3 * done.count(b"w")
+        most += done.count(b"r") + 1
+        assert least <= (kept := ledger_requests(ledger(usage_file))) <= most
+        least = most = kept
+    assert most > 0
+
+
+async def test_a_limit_not_yet_looked_at_counts_others_once(usage_file):
+    one, two = ledger(usage_file), ledger(usage_file)
+    user = two.limit_of("ada", apiserver.parse_quotas("9 requests/day"))
+    controller = apiserver.UsageLimit(apiserver.parse_quotas("9 requests/day"))
+    two.watch("controller", "c", controller)
+    count_request(one)
+    await one.flush()
+    await two.flush()
+    assert used_of(user) == used_of(controller) == [1]
+
+
+async def test_a_torn_line_is_skipped_and_does_not_swallow_the_next(usage_file):
+    one = ledger(usage_file)
+    count_request(one)
+    await one.flush()
+    whole = usage_file.read_bytes()
+    usage_file.write_bytes(whole + whole[:-9])
+    two = ledger(usage_file)
+    count_request(two)
+    await two.flush()
+    assert ledger_requests(two) == ledger_requests(ledger(usage_file)) == 2
+
+
+async def test_a_full_disk_loses_nothing_once_there_is_room(usage_file, monkeypatch):
+    lines = []
+
+    def report(line):
+        asyncio.get_running_loop()  # it is called there, whatever thread finds out
+        lines.append(line)
+
+    made = apiserver.Ledger(str(usage_file), report)
+    count_request(made)
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+        for _ in range(2):
+            await made.flush()
+        assert usage_file.read_bytes() == b""
+        assert len(lines) == 1 and "No space" in lines[0]
+        count_request(made)
+    await made.flush()
+    assert ledger_requests(ledger(usage_file)) == 2 == ledger_requests(made)
+
+
+async def test_servers_on_one_disk_see_at_once_what_another_writes(tmp_path, constant):
+    """They do not take turns, 5 s to write and 5 s to read."""
+    constant(USAGE_READ_INTERVAL=0.04)
+    async with serving(tmp_path) as one, serving(tmp_path) as two:
+        user = await two.users.add(limit="9 requests/day")
+        await one.users.refresh()
+        limit = one.limit_of(one.users.find(user.token))
+        assert (await chat(two, key=user.token, model="mock/echo")).status == 200
+        path = tmp_path / "usage.jsonl"
+        await until(path.exists)
+        written = time.monotonic()
+        await until(lambda: limit.state()[0][1] == 1)
+        assert time.monotonic() - written < 0.2
+
+
+async def test_limits_count_what_another_compacts_right_away(usage_file, constant):
+    """Its new lines are in the new file alone, never at the end of the old one."""
+    old = (apiserver.hour_text(apiserver.unix_time() // 3600 - 48), "eve", "m", "c")
+    usage_file.write_bytes(apiserver.encode_usage({old: [1] * 5}) * 20)
+    one, two = ledger(usage_file), ledger(usage_file)
+    limit = one.limit_of(
+        "ada", apiserver.parse_quotas(["9 requests/hour", "9 tokens/day"])
+    )
+    count_request(one, usage=(1, 0, 1))
+    await one.flush()
+    constant(USAGE_FILE_SIZE=0)
+    for _ in range(2):
+        count_request(two, usage=(1, 0, 1))
+    await two.flush()
+    assert len(usage_file.read_bytes().splitlines()) == 2  # compacted
+    count_request(one)
+    for _ in range(2):
+        await one.flush()
+        assert used_of(limit) == [4, 6]
+
+
+async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = Log()
+    constant(USAGE_READ_INTERVAL=0.001)
+    async with serving(tmp_path, log=log) as server:
+        token = (await server.users.add(limit="9 requests/day")).token
+        monkeypatch.setattr(apiserver, "append_to_file", full)
+        for left in (8, 7):
+            reply = await chat(server, key=token, model="mock/echo")
+            assert reply.status == 200
+            assert reply.headers["x-ratelimit-remaining-requests"] == str(left)
+        await until(lambda: "usage is kept in memory" in log.text)
+        await asyncio.sleep(0.05)  # more tries, and no more lines
+        monkeypatch.undo()
+    assert log.text.count("usage is kept in memory") == 1
+    assert ledger_requests(ledger(tmp_path / "usage.jsonl")) == 2
+
+
+async def test_a_flush_that_is_cancelled_loses_nothing(usage_file, monkeypatch):
+    made, entered, go_on = ledger(usage_file), threading.Event(), threading.Event()
+
+    def full(path, data):
+        entered.set()
+        assert go_on.wait(10)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(apiserver, "append_to_file", full)
+    count_request(made)
+    task = asyncio.create_task(made.flush())
+    await until(entered.is_set)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    monkeypatch.undo()
+    await made.flush()
+    assert ledger_requests(ledger(usage_file)) == 1
+
+
+async def test_usage_goes_to_the_target_of_a_symlink(tmp_path, usage_file):
+    (tmp_path / "volume").mkdir()
+    target = tmp_path / "volume" / "usage"
+    stale = tmp_path / "volume" / "usage.7.0123456789abcdef.tmp"
+    stale.write_text("left by a crash")
+    usage_file.symlink_to(target)
+    made = ledger(usage_file)
+    count_request(made)
+    await made.flush()
+    assert usage_file.is_symlink() and ledger_requests(ledger(target)) == 1
+    assert {*os.listdir(target.parent)} == {"usage", "usage.lock"}
+
+
+async def test_a_file_that_is_moved_away_and_back_is_no_news(usage_file):
+    made = ledger(usage_file)
+    limit = made.limit_of("ada", apiserver.parse_quotas("9 requests/day"))
+    for name in ("other", "more"):
+        count_request(made)
+        await made.flush()
+        usage_file.rename(usage_file.with_name(name))
+        await made.flush()
+        usage_file.with_name(name).rename(usage_file)
+        await made.flush()
+    assert used_of(limit) == [2] and ledger_requests(made) == 2
+
+
+async def test_a_wrong_clock_destroys_no_history(usage_file, clock, constant):
+    constant(USAGE_FILE_SIZE=10_000)
+    sums = {
+        (apiserver.hour_text(NOON // 3600 - n), "ada", "m", "c"): [1] * 5
+        for n in range(24 * 402)
+    }
+    usage_file.write_bytes(apiserver.encode_usage(sums))
+    made = ledger(usage_file)
+    clock[0] += 900 * 86400
+    count_request(made)
+    await made.flush()
+    clock[0] -= 900 * 86400
+    lines = usage_file.read_bytes().splitlines()
+    assert len(lines) == 400 and b"2029-05-" in lines[-1]  # the oldest days are gone
+    assert ledger_requests(ledger(usage_file)) == 398 * 24 + 13 + 1
+
+
+async def test_a_large_file_is_not_read_again_and_again(
+    usage_file, constant, monkeypatch
+):
+    constant(USAGE_FILE_SIZE=1000)
+    made, parsed = ledger(usage_file), []
+    parse = apiserver.parse_usage
+    spy = lambda data, *args: parsed.append(len(data)) or parse(data, *args)
+    monkeypatch.setattr(apiserver, "parse_usage", spy)
+    for number in range(40):  # each line stays
+        count_request(made, f"user-{number}")
+        await made.flush()
+    assert usage_file.stat().st_size > 5000
+    assert len([size for size in parsed if size]) in range(3, 7)
+
+
+async def test_a_hundred_thousand_lines_are_read_and_made_few(usage_file, clock):
+    """A million take 7 s."""
+    with open(usage_file, "w") as file:
+        for number in range(120_000):
+            day, hour = f"2026-10-{number % 30 + 1:02}", number % 24
+            line = {"t": f"{day}T{hour:02}", "user": str(number % 7), "model": "m"}
+            line.update(controller="c", **dict.fromkeys(apiserver.COUNTS, 1))
+            file.write(json.dumps(line) + "\n")
+    assert usage_file.stat().st_size > apiserver.USAGE_FILE_SIZE
+    other, made = ledger(usage_file), ledger(usage_file)
+    assert ledger_requests(made) == 120_000
+    count_request(made)
+    await made.flush()
+    assert usage_file.stat().st_size < 100_000
+    await other.flush()  # it sees that the file is another one
+    for each in (ledger(usage_file), made, other):
+        assert ledger_requests(each) == 120_001
+    clock[0] += 500 * 86400  # old days are dropped
+    assert ledger_requests(ledger(usage_file)) == 0
+
+
+async def test_a_users_limit_is_shown_with_its_reset(tmp_path):
+    limit = "2 requests/day"
+    async with serving(tmp_path) as server:
+        token = (await server.users.add(name="ada", limit=limit)).token
+        first = await echo(server, key=token)
+        assert first.headers["x-ratelimit-limit-requests"] == "2"
+        assert first.headers["x-ratelimit-remaining-requests"] == "1"
+        await echo(server, key=token)
+    async with serving(tmp_path) as server:  # it outlives a restart
+        reply = await echo(server, key=token)
+        error = chat_error(reply)
+        assert reply.status == 429 and error["code"] == "user_limit_exceeded"
+        assert limit in error["message"]
+        assert re.search(r"it resets at 20[0-9-]+T00:00:00Z", error["message"])
+        assert reply.headers.get("x-should-retry", "false") == "false"
+        assert (await echo(server)).status == 200
+        usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
+        assert usage["total"]["requests"] == 2 and usage["limits"][0]["left"] == 0
+
+
+@flow(gate={"models": ["gate"]})
+async def test_a_window_may_turn_while_requests_run(server, gate, clock):
+    """They count where they end, and the window before limits nobody any more."""
+    clock[0] -= 1
+    token = (await server.users.add(limit="2 requests/hour")).token
+    assert (await echo(server, key=token)).status == 200
+    running = asyncio.ensure_future(chat(server, key=token, model="gate"))
+    await until(lambda: gate.asked)
+    reply = await echo(server, key=token)
+    assert reply.status == 429 and "(2 requests used)" in chat_error(reply)["message"]
+    clock[0] += 1
+    gate.let()
+    reply = await running
+    assert reply.headers["x-ratelimit-remaining-requests"] == "1"
+    assert reply.headers["x-ratelimit-reset-requests"] == "3600s"
+    statuses = [(await echo(server, key=token)).status for _ in range(2)]
+    assert statuses == [200, 429]
+
+
+@flow(gate={"models": ["gate"]})
+async def test_a_user_deleted_during_a_request_is_counted_and_gone(server, gate):
+    user = await server.users.add(limit="1 requests/day", max_concurrency=1)
+    running = asyncio.ensure_future(chat(server, key=user.token, model="gate"))
+    await until(lambda: gate.asked)
+    error = chat_error(await chat(server, key=user.token, model="gate"))
+    assert error["message"].endswith("at once: you may have 1 in flight.")
+    await server.users.delete(user.user_id)
+    assert (await chat(server, key=user.token, model="gate")).status == 401
+    gate.let()
+    assert chat_text(await running) == "through"
+    assert server.requests_in_flight == 0
+    usage = (await ask(server.port, "GET", "/admin/usage?by=user")).json()["data"]
+    assert [(row["user"], row["requests"]) for row in usage] == [(user.user_id, 1)]
+
+
+@cases("stream", False, True)
+async def test_without_usage_all_choices_are_counted(server, upstream, stream):
+    def choices(kind, **more):
+        texts = enumerate(("abcdefgh", "ijklmnopqrst"))
+        return [{"index": i, kind: {"content": text}, **more} for i, text in texts]
+
+    upstream.behave = http_reply(completion(choices=choices("message"), usage=None))
+    if stream:
+        events = [chunk(choices=[choice]) for choice in choices("delta")]
+        events.append(chunk(choices=choices("delta", finish_reason="stop")))
+        data = b"".join([*events, DONE])
+        upstream.behave = http_reply(data, content_type="text/event-stream")
+    token = (await server.users.add(limit="99 tokens/day")).token
+    assert (await chat(server, key=token, n=2, stream=stream)).status == 200
+    usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
+    total = usage["total"]
+    assert total["requests"] == 1 and total["output"] >= 4 and total["input"] > 0
+    assert usage["limits"][0]["used"] == total["input"] + total["output"]
+
+
+@cases("limit", "10 requests", "ten tokens/day", [], {"per": "day"})
+async def test_a_misspelt_limit_is_refused_by_name_and_changes_nothing(server, limit):
+    user = await server.users.add(limit="1 requests/day")
+    for path, more in (("add", {}), ("update", {"user_id": user.user_id})):
+        body = {"limit": limit, **more}
+        reply = await ask(server.port, "POST", f"/admin/users/{path}", body)
+        message = reply.json()["error"]
+        assert reply.status == 400 and message.startswith("limit: expected a limit")
+    assert [u.fields.get("limit") for u in server.users.users] == ["1 requests/day"]
+    with pytest.raises(ValueError, match="expected a limit such as"):
+        Server(KEY, default_limit=limit or "none")
+
+
+@flow(behave=None, controller={"models": ["o1", "gpt-4o", "gpt-4o-mini"]})
+async def test_a_user_has_only_its_own_models(server, upstream):
+    user = await server.users.add(models=["gpt-4o*", "o1[1m]"])
+    assert user.may_use("o1[1m]") and not user.may_use("o11")  # only * is no letter
+    token = user.token
+    assert (await chat(server, key=token, model="gpt-4o")).status == 200
+    reply = await chat(server, key=token, model="o1")
+    assert reply.status == 404 and chat_error(reply)["code"] == "model_not_found"
+    reply = await ask(server.port, "GET", "/v1/models", key=token)
+    names = [model["id"] for model in reply.json()["data"]]
+    assert names == ["gpt-4o", "gpt-4o-mini"]
+    assert (await handler_ask(server.port, key=token)).status == 200
+    assert upstream.requests[-1].json()["model"] == "gpt-4o"
+
+
+async def test_an_ask_without_a_model_goes_where_the_user_may_use_one(tmp_path):
+    """At once: each attempt elsewhere would be one of three."""
+    names = ("a", "b", "c", "d", "e", "cheap")
+    functions = (pool_function(name, models=[name, f"{name}-2"]) for name in names)
+    async with serving(tmp_path, *functions) as server:
+        token = await add_user(server, models=["cheap-2"])
+        for _ in names:
+            reply = await handler_ask(server.port, key=token)
+            assert (reply.status, reply.json()["content"]) == (200, "cheap")
+        controllers = server.pool.controllers
+        assert [c.name for c in controllers if c.requests] == ["cheap"]
+        token = await add_user(server, models=["other"])
+        reply = await handler_ask(server.port, key=token)
+        assert (reply.status, reply.json()) == (
+            400,
+            {"error": "Say which 'model' to use."},
+        )
+
+
+async def test_an_expired_or_rotated_token_ends_with_its_time(server, clock):
+    users = server.users
+    ending = await users.add(expires="2026-11-27T12:01:00Z")  # in a minute
+    old = await users.add(name="ada")
+    new = await users.update(old.user_id, {"rotate": 60})
+    tokens = (ending.token, old.token, new.token)
+    assert [await models_status(server, t) for t in tokens] == [200, 200, 200]
+    clock[0] += 61
+    assert [await models_status(server, t) for t in tokens] == [401, 401, 200]
+    reply = await ask(server.port, "GET", "/v1/models", key=ending.token)
+    assert "expired at 2026-11-27" in chat_error(reply)["message"]
+    headers = [("x-api-key", new.token)]
+    reply = await ask(server.port, "GET", "/v1/models", None, ending.token, headers)
+    assert reply.status == 200  # of several tokens the first that is good
+    clock[0] += 0.5
+    await users.update(old.user_id, {"rotate": 0})
+    assert await models_status(server, new.token) == 401  # not a second later
+
+
+async def test_an_agent_is_disconnected_when_its_token_expires(server, monkeypatch):
+    user = await server.users.add(role="agent", expires="2099-01-01")
+    path = f"/k/{user.token}/client/register"
+    async with Agent(server, path) as agent:
+        monkeypatch.setattr(apiserver, "unix_time", lambda: 4.2e9)
+        event = await agent.event()
+        assert event[0] == Opcode.CLOSE and not server.agents
+
+
+async def models_status(server, token):
+    return (await ask(server.port, "GET", "/v1/models", key=token)).status
+
+
+@flow(store="sha256")
+async def test_only_digests_of_tokens_are_stored_with_store_sha256(tmp_path, server):
+    reply = await ask(server.port, "POST", "/admin/users/add", {"admin_key": KEY})
+    token = reply.json()["token"]
+    digest = apiserver.token_digest(token).hex()
+    text = (tmp_path / "users.json").read_text()
+    assert digest in text and token not in text
+    assert await models_status(server, token) == 200
+    listed = (await ask(server.port, "GET", "/admin/users")).content.decode()
+    assert digest[:8] in listed and digest[:9] not in listed
+
+
+async def test_a_name_means_one_user(server):
+    users = server.users
+    ada = await users.add(name="ada")
+    for name in ("ada", "admin"):
+        with pytest.raises(APIError, match="is taken"):
+            await users.add(name=name)
+    await users.update(ada.user_id, {"name": "ada", "limit": "1 tokens/day"})
+    with pytest.raises(APIError, match="nonsense: unknown field"):
+        await users.update(ada.user_id, {"nonsense": 1})
+
+
+async def test_an_administrator_cannot_choose_ids_and_tokens(server):
+    """An existing one would be taken from its user, and the file be unreadable."""
+    ada = await server.users.add(name="ada")
+    before = Path(server.users.path).read_bytes()
+    given = {"user_id": ada.user_id, "token": ada.token, "sha256": "0" * 64}
+    given.update(old={"token": "x"}, self=1)
+    for key, value in given.items():
+        bodies = {"add": {key: value}, "update": {"user_id": ada.user_id, key: value}}
+        for route, body in bodies.items():
+            if (route, key) != ("update", "user_id"):
+                reply = await ask(server.port, "POST", f"/admin/users/{route}", body)
+                assert reply.status == 400 and key in reply.json()["error"]
+    assert Path(server.users.path).read_bytes() == before
+
+
+@flow(behave=None, controller={"models": None})
+async def test_usage_comes_as_json_and_as_csv_without_formulas(server, upstream):
+    await chat(server, model="=cmd()")
+    await chat(server, stream=True)
+    path = "/admin/usage?by=model"
+    rows = (await ask(server.port, "GET", path)).json()
+    assert rows["total"]["requests"] == 2
+    assert [row["model"] for row in rows["data"]] == ["=cmd()", "m"]
+    assert rows["data"][0]["input"] == 3 and rows["data"][0]["output"] == 4
+    text = (await ask(server.port, "GET", path + "&format=csv")).content.decode()
+    assert text.splitlines()[1].startswith("'=cmd(),1,0,3,0,4")
+    for query in ("by=x", "by=day,day", "from=x", "format=xml"):
+        assert (await ask(server.port, "GET", f"/admin/usage?{query}")).status == 400
+
+
+@cases(
+    "model, shown",
+    ("=1+1", "'=1+1"),
+    ("@SUM(A1)", "'@SUM(A1)"),
+    ("+1", "'+1"),
+    ("-1", "'-1"),
+    ("\t=1", "'\t=1"),
+    ('a"b,c\nd', 'a"b,c\nd'),
+    ("m\u202e\ud83d", "m\u202e?"),
+)
+async def test_a_hostile_name_is_one_plain_cell_and_no_label(server, model, shown):
+    server.add(pool_function("any", models=None))
+    assert (await chat(server, model=model)).status == 200
+    reply = await ask(server.port, "GET", "/admin/usage?by=model&format=csv")
+    rows = [*csv.reader(io.StringIO(reply.content.decode(), newline=""))]
+    assert len(rows) == 2 and rows[1][:2] == [shown, "1"]
+    text = (await ask(server.port, "GET", "/metrics")).content.decode()
+    assert 'requests_total{path="/v1/chat/completions",model="other"' in text
+    assert model not in text
+
+
+async def test_a_stream_left_early_is_counted_as_far_as_it_came(server):
+    token = (await server.users.add()).token
+    body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02", stream=True)
+    image = {"url": "data:image/png;base64," + "iVBOR/0K" * 2000}  # no tokens
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": image}]}
+    body["messages"].append(image)
+    async with posting(server, body, key=token) as client:
+        await client.first_chunk()
+    await until(lambda: not server.requests_in_flight)
+    total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
+    assert total["requests"] == 1 and 0 < total["output"] < 8
+    assert 0 < total["input"] < 100
+
+
+RELAYED = "word " * 1000  # more than is looked at
+LEFT_EARLY = {
+    CHAT_URL: chunk(RELAYED),
+    "/v1/completions": b'data: {"choices": [{"index": 0, "text": "%s"}]}\n\n',
+    "/v1/messages": MESSAGE_START
+    + typed("content_block_delta", delta={"text": RELAYED}),
+    "/v1/responses": typed("response.output_text.delta", delta=RELAYED),
+}
+
+
+@cases("path", *LEFT_EARLY)
+async def test_text_counts_of_a_stream_left_early(server, upstream, controller, path):
+    """Whatever the number of its events, and for the controller as well."""
+    upstream.behave = streams(LEFT_EARLY[path].replace(b"%s", RELAYED.encode()) * 3, 30)
+    body = {**chat_body(stream=True), "prompt": "?", "input": "?", "max_tokens": 9}
+    controller.limit = apiserver.UsageLimit(apiserver.parse_quotas("900 tokens/day"))
+    token = (await server.users.add()).token
+    async with posting(server, body, path=path, key=token) as client:
+        await client.first_chunk()
+    await until(lambda: not server.requests_in_flight)
+    total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
+    assert 3000 < total["output"] < 4000  # for four bytes one: 3750
+    assert controller.tokens == total["input"] + total["output"]
+    assert (await ask(server.port, "POST", path, body, key=token)).status == 503
+
+
+@flow(behave=None, controller={"name": "up", "models": ["m"]})
+async def test_metrics_are_for_monitors_and_have_few_labels(server, upstream):
+    monitor = (await server.users.add(role="monitor")).token
+    user = (await server.users.add(name="someone")).token
+    await chat(server)
+    await chat(server, key=user, model='evil"\n{}')
+    keys = ("", user, monitor)
+    replies = [await ask(server.port, "GET", "/metrics", key=key) for key in keys]
+    assert [reply.status for reply in replies] == [401, 403, 200]
+    assert (await chat(server, key=monitor)).status == 403
+    text, prefix = replies[-1].content.decode(), "chatgpt_apiserver_"
+    assert "evil" not in text and "someone" not in text
+    assert prefix + 'tokens_total{model="m",controller="up",type="output"} 4\n' in text
+    assert prefix + 'controller_state{controller="up",state="ready"} 1\n' in text
+    assert re.search('requests_total.*model="other",status="404"} 1\n', text)
+
+
+async def test_ready_means_that_a_controller_could_be_tried(server, log):
+    assert (await ask(server.port, "GET", "/livez", key="")).status == 200
+    assert (await ask(server.port, "GET", "/readyz", key="")).status == 503
+    server.add(pool_function("f"))
+    assert (await ask(server.port, "GET", "/readyz", key="")).status == 200
+    server.draining = True
+    reply = await ask(server.port, "GET", "/readyz", key="")
+    assert reply.status == 503 and reply.content == b"shutting down\n"
+    assert "livez" not in log.text and "readyz" not in log.text
+
+
+# -----------------------------------------------------------------------------
 # Controllers and pool
 # -----------------------------------------------------------------------------
 
@@ -9581,845 +10420,6 @@ async def test_page_works_below_a_proxys_path(server, browser):
         await tab.js("location.hash = '#try'")
         await tab.until(f"curl.textContent.includes(':{port}/llm/v1/chat')")
     proxy.close()
-
-
-# -----------------------------------------------------------------------------
-# Limits and usage
-# -----------------------------------------------------------------------------
-
-NOON = calendar.timegm((2026, 11, 27, 12, 0, 0))
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A list of one: the time of users' limits and of usage; at first it is NOON."""
-    clock = [NOON]
-    monkeypatch.setattr(apiserver, "unix_time", lambda: clock[0])
-    return clock
-
-
-@pytest.fixture
-def usage_file(tmp_path):
-    """Where usage.jsonl is, or will be."""
-    return tmp_path / "usage.jsonl"
-
-
-def ledger(path):
-    """A ledger on a file, as of a server that has just started."""
-    made = apiserver.Ledger(str(path), print)
-    made.load()
-    return made
-
-
-def count_request(ledger, user="ada", model="m", failures=0, usage=()):
-    """Record a user's request to the controller c."""
-    ledger.record(user, model, "c", failures, apiserver.Usage(*usage))
-
-
-def ledger_requests(made):
-    return made.report(["user"], "", "9999")["total"]["requests"]
-
-
-def used_of(limit):
-    """What is used of each quota."""
-    return [used for _, used, _ in limit.state()]
-
-
-@cases(
-    "written, quotas",
-    ("1000 requests/day", "1000 requests/day"),
-    (" 5 tokens / month ", "5 tokens/month"),
-    ({"tokens": 9, "per": "week"}, "9 tokens/week"),
-    ({"requests": 1, "tokens": 2, "per": "hour"}, "1 requests/hour, 2 tokens/hour"),
-    (["1 requests/hour", {"tokens": 2, "per": "day"}], "1 requests/hour, 2 tokens/day"),
-)
-def test_a_limit_may_be_written_in_several_forms(written, quotas):
-    assert ", ".join("%d %s/%s" % q for q in apiserver.parse_quotas(written)) == quotas
-
-
-MISSPELT_LIMITS = """["", "10 request/day", "x requests/day", "-1 requests/day", "0 tokens/day",
-    "0.5 requests/day", "10 requests", "10 requests/year", "10 apples/day", [], [[]],
-    [["1 requests/day"]], 5, true, null, {}, {"requests": 5}, {"per": "day"},
-    {"requests": "5", "per": "day"}, {"requests": true, "per": "day"},
-    {"requests": 0, "per": "day"}, {"requests": 5, "per": "day", "x": 1}]"""
-
-
-@cases("written", *json.loads(MISSPELT_LIMITS))
-def test_a_limit_that_is_misspelt_is_refused(written):
-    with pytest.raises(ValueError, match="expected a limit"):
-        apiserver.parse_quotas(written)
-
-
-@cases(
-    "per, now, start, end",
-    ("minute", "2026-12-31 23:59:59", "2026-12-31 23:59:00", "2027-01-01 00:00:00"),
-    ("hour", "2026-11-27 09:59:59", "2026-11-27 09:00:00", "2026-11-27 10:00:00"),
-    ("day", "2026-02-28 12:00:00", "2026-02-28 00:00:00", "2026-03-01 00:00:00"),
-    ("week", "2026-11-29 23:59:59", "2026-11-23 00:00:00", "2026-11-30 00:00:00"),
-    ("week", "2026-11-30 00:00:00", "2026-11-30 00:00:00", "2026-12-07 00:00:00"),
-    ("month", "2026-12-31 23:00:00", "2026-12-01 00:00:00", "2027-01-01 00:00:00"),
-    ("month", "2028-02-29 00:00:00", "2028-02-01 00:00:00", "2028-03-01 00:00:00"),
-)
-def test_windows_are_those_of_the_calendar_in_utc(per, now, start, end):
-    form = "%Y-%m-%d %H:%M:%S"
-    times = [calendar.timegm(time.strptime(t, form)) for t in (now, start, end)]
-    assert apiserver.window_bounds(per, times[0] + 0.9) == tuple(times[1:])
-
-
-@cases("per, used", ("minute", 0), ("hour", 3), ("day", 3), ("week", 3), ("month", 3))
-def test_a_new_limit_counts_what_was_used_in_its_window(clock, per, used):
-    """Use is kept by the hour: a minute's limit begins at nothing."""
-    ledger = apiserver.Ledger(None)
-    clock[0] += 60
-    for _ in range(3):
-        count_request(ledger)
-    clock[0] += 1740
-    limit = ledger.limit_of("ada", apiserver.parse_quotas(f"3 requests/{per}"))
-    assert used_of(limit) == [used]
-    count_request(ledger)
-    assert used_of(limit) == [used + 1]
-
-
-def test_ever_new_models_of_a_user_fill_no_memory(clock):
-    """A function without models answers to any name."""
-    ledger = apiserver.Ledger(None)
-    for number in range(1000):
-        count_request(ledger, "u", f"{number}-" * 100)
-    count_request(ledger, "v", "999")
-    clock[0] += 3600
-    count_request(ledger, "u", "999")
-    rows = ledger.report(["user", "model"], "2000-01-01", "2100-01-01")["data"]
-    found = {(row["user"], row["model"]): row["requests"] for row in rows}
-    assert len(found) == apiserver.HOURLY_MODELS + 3
-    assert found["u", "other"] == 1000 - apiserver.HOURLY_MODELS
-    assert found["v", "999"] == found["u", "999"] == 1
-    assert max(len(model) for _, model in found) == 200
-
-
-def test_a_window_that_turns_between_two_looks_is_not_used_up(monkeypatch):
-    times = [1_800_000_000.0, 1_800_000_059.9, 1_800_000_060.1]
-    monkeypatch.setattr(apiserver, "unix_time", lambda: times.pop(0))
-    limit = apiserver.UsageLimit(apiserver.parse_quotas("1 requests/minute"))
-    limit.count(1)
-    assert limit.over() is None and not times
-
-
-def test_a_clock_that_is_set_back_gives_nothing_back(clock):
-    limit = apiserver.UsageLimit(apiserver.parse_quotas("2 requests/hour"))
-    limit.count(requests=2)
-    clock[0] -= 7200
-    assert limit.over()[1] == 2
-    clock[0] += 3 * 3600
-    assert limit.over() is None
-
-
-@cases("per", "hour", "day", "week", "month")
-def test_a_clock_that_was_set_years_ahead_uses_nothing_up(clock, per):
-    ledger = apiserver.Ledger(None)
-    quotas = apiserver.parse_quotas([f"3 requests/{per}", "3 requests/minute"])
-    limit = ledger.limit_of("ada", quotas)
-    count_request(ledger)
-    clock[0] += 4 * 365 * 86400
-    for _ in range(3):
-        count_request(ledger)
-    assert limit.over()[1] == 3
-    clock[0] = NOON
-    kept = 0 if per == "hour" else 1  # of hours only the present one is kept
-    assert used_of(limit) == [kept, 0]
-    other = ledger.limit_of("ada", apiserver.parse_quotas(f"9 requests/{per}"))
-    assert used_of(other) == [kept]
-    assert ledger_requests(ledger) == 4
-
-
-@cases("name", None, "usage.jsonl")
-def test_hours_of_past_days_take_no_memory(tmp_path, clock, name):
-    """Neither with a file to which nothing is written."""
-    made = apiserver.Ledger(name and str(tmp_path / name))
-    with traced() as memory:
-        for _ in range(30 * 24):
-            count_request(made, usage=(1, 0, 2))
-            clock[0] += 3600
-        gc.collect()
-        assert memory()[0] < 60_000
-    rows = made.report(["day"], "2026-11-28", "2026-11-29")["data"]
-    assert [(row["requests"], row["output"]) for row in rows] == [(24, 48)] * 2
-
-
-def test_days_long_gone_leave_the_memory(clock, constant):
-    constant(USAGE_LIFETIME=5)
-    made = apiserver.Ledger(None)
-    for _ in range(20):
-        count_request(made)
-        clock[0] += 86400
-    assert 5 <= ledger_requests(made) <= 6
-
-
-async def test_two_ledgers_on_one_file_count_together(usage_file):
-    one, two = ledger(usage_file), ledger(usage_file)
-    limit = two.limit_of("ada", apiserver.parse_quotas("5 requests/day"))
-    assert limit.over() is None
-    for _ in range(3):
-        count_request(one, usage=(2, 1, 3))
-        count_request(two, failures=1)
-    for made in (one, two, one, two):
-        await made.flush()
-    assert ledger_requests(one) == ledger_requests(two) == 6
-    assert limit.over()[1] == 6 and ledger_requests(ledger(usage_file)) == 6
-    lines = [json.loads(line) for line in usage_file.read_text().splitlines()]
-    assert [line["requests"] for line in lines] == [3, 3] and len(lines[0]) == 9
-    assert lines[0]["input"] == 6 and lines[1]["failures"] == 3
-
-
-def test_a_controller_that_is_named_as_a_user_has_its_own_limit():
-    ledger = apiserver.Ledger(None)
-    count_request(ledger, "c")
-    count_request(ledger, "bob")
-    count_request(ledger, "c")
-    limit = apiserver.UsageLimit(apiserver.parse_quotas("9 requests/day"))
-    ledger.watch("controller", "c", limit)
-    user = ledger.limit_of("c", apiserver.parse_quotas("9 requests/day"))
-    assert (used_of(limit), used_of(user)) == ([3], [2])
-
-
-async def test_late_lines_of_others_count_in_their_own_hour(usage_file, clock):
-    late, one = ledger(usage_file), ledger(usage_file)
-    quotas = ["5 requests/hour", "6 requests/day"]
-    limits = [one.limit_of("ada", apiserver.parse_quotas(quotas))]
-    limits.append(apiserver.UsageLimit(apiserver.parse_quotas(quotas)))
-    one.watch("controller", "c", limits[1])
-    assert b"limit-requests: 5\r" in limits[0].fields(clock[0])
-    for _ in range(3):
-        count_request(late)
-    clock[0] += 3600
-    count_request(late)
-    await late.flush()
-    await one.flush()
-    shown = b"limit-requests: 6\r\nx-ratelimit-remaining-requests: 1"
-    for limit in limits:
-        assert used_of(limit) == [1, 4] and shown in limit.fields(clock[0])
-    for _ in range(2):
-        count_request(late)
-    clock[0] += 86400
-    await late.flush()
-    await one.flush()
-    assert used_of(limits[0]) == [0, 0] and ledger_requests(one) == 6
-
-
-class Homes:
-    """nginx's `hash $credential consistent`: 160 points for each server (ketama)."""
-
-    def __init__(self, servers):
-        points = {}
-        for server in servers:
-            start = zlib.crc32(server.replace(":", "\0").encode())
-            point = 0
-            for number in range(160):
-                before = point.to_bytes(4, "little")
-                point = zlib.crc32(before, start)
-                points.setdefault(point, server)
-        self._servers = [points[point] for point in sorted(points)]
-        self._points = sorted(points)
-
-    def of(self, credential):
-        at = bisect.bisect_left(self._points, zlib.crc32(credential.encode()))
-        return self._servers[at % len(self._servers)]
-
-
-INSTANCES = [f"127.0.0.{number}:18910" for number in range(1, 21)]
-
-
-def test_a_lost_instance_moves_only_its_own_credentials():
-    """20 instances, 10,000 credentials."""
-    ring = Homes(INSTANCES)
-    # As nginx 1.22 answered when it was asked.
-    asked = "14 9 16 17 14 4 8 6 18 8"
-    homes = [ring.of(f"token-{n}") for n in range(10)]
-    assert homes == [f"127.0.0.{number}:18910" for number in asked.split()]
-    dice = random.Random(1)
-    tokens = [str(uuid.UUID(int=dice.getrandbits(128))) for _ in range(10_000)]
-    before = {token: ring.of(token) for token in tokens}
-    shares = collections.Counter(before.values())
-    assert len(shares) == 20 and max(shares.values()) < 1.35 * len(tokens) / 20
-    for lost in INSTANCES:
-        ring = Homes([server for server in INSTANCES if server != lost])
-        moved = {t: ring.of(t) for t in tokens if ring.of(t) != before[t]}
-        assert moved.keys() == {t for t in tokens if before[t] == lost}
-        # Nobody gets all of them: an instance that falls does not topple the next.
-        taken = collections.Counter(moved.values())
-        assert max(taken.values()) < len(moved) / 4
-
-
-@cases("shared, users", (False, 10_000), (True, 1000))
-@flow
-async def test_limits_after_an_instance_is_lost(tmp_path, clock, shared, users):
-    """With a file for each machine a token's second home counts anew, until the first
-    is back; with one file for all only what the lost one had not yet written is used
-    twice."""
-    quotas, lost = apiserver.parse_quotas("5 requests/day"), INSTANCES[6]
-    used = {f"token-{n}": 0 for n in range(users)}
-    homes = Homes(INSTANCES)
-    first = {token: homes.of(token) for token in used}
-
-    def started(name):
-        return ledger(tmp_path / ("all" if shared else name.replace(":", "-")))
-
-    ledgers = {name: started(name) for name in INSTANCES}
-
-    async def turn(requests, flush=True):
-        homes = Homes(ledgers)
-        for token in used:
-            made = ledgers[homes.of(token)]
-            limit = made.limit_of(token, quotas)
-            for _ in range(requests):
-                if limit.over() is None:
-                    count_request(made, token)
-                    used[token] += 1
-        for made in (*ledgers.values(), *ledgers.values()) if flush else ():
-            await made.flush()
-
-    def use_of(moved):
-        return {n for t, n in used.items() if (first[t] == lost) is moved}
-
-    await turn(3)
-    await turn(1, flush=False)
-    del ledgers[lost]  # it is killed, and what it had not written is gone
-    await turn(9)
-    assert use_of(moved=False) == {5}
-    assert use_of(moved=True) == ({5 + 1} if shared else {4 + 5})
-    ledgers[lost] = started(lost)
-    await turn(9)
-    assert use_of(moved=False) == {5}
-    assert use_of(moved=True) == ({5 + 1} if shared else {2 * 5 + 1})
-
-
-KILLED = """
-from chatgpt_apiserver import Ledger, Usage
-async def main():
-    made = Ledger(sys.argv[1])
-    made.load()
-    print(made.report([], "", "9999")["total"]["requests"], flush=True)
-    while True:
-        for _ in range(3):
-            made.record("ada", "m", "c", 0, Usage(1))
-            print("r", end="", flush=True)
-        await made.flush()
-        print("w", end="", flush=True)
-asyncio.run(main())
-"""
-
-
-def test_a_kill_loses_only_what_was_not_yet_written(usage_file):
-    least = most = 0
-    dice = random.Random(5)
-    for _ in range(5):
-        child = in_child(KILLED, usage_file)
-        select.select([child.stdout], [], [])  # it has begun
-        time.sleep(dice.random() * 0.03)  # at any moment
-        child.kill()
-        found, _, done = child.communicate()[0].partition(b"\n")
-        assert least <= int(found) <= most
-        least += 3 * done.count(b"w")
-        most += done.count(b"r") + 1
-        assert least <= (kept := ledger_requests(ledger(usage_file))) <= most
-        least = most = kept
-    assert most > 0
-
-
-async def test_a_limit_not_yet_looked_at_counts_others_once(usage_file):
-    one, two = ledger(usage_file), ledger(usage_file)
-    user = two.limit_of("ada", apiserver.parse_quotas("9 requests/day"))
-    controller = apiserver.UsageLimit(apiserver.parse_quotas("9 requests/day"))
-    two.watch("controller", "c", controller)
-    count_request(one)
-    await one.flush()
-    await two.flush()
-    assert used_of(user) == used_of(controller) == [1]
-
-
-async def test_a_torn_line_is_skipped_and_does_not_swallow_the_next(usage_file):
-    one = ledger(usage_file)
-    count_request(one)
-    await one.flush()
-    whole = usage_file.read_bytes()
-    usage_file.write_bytes(whole + whole[:-9])
-    two = ledger(usage_file)
-    count_request(two)
-    await two.flush()
-    assert ledger_requests(two) == ledger_requests(ledger(usage_file)) == 2
-
-
-async def test_a_full_disk_loses_nothing_once_there_is_room(usage_file, monkeypatch):
-    lines = []
-
-    def report(line):
-        asyncio.get_running_loop()  # it is called there, whatever thread finds out
-        lines.append(line)
-
-    made = apiserver.Ledger(str(usage_file), report)
-    count_request(made)
-    write = os.write
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
-        for _ in range(2):
-            await made.flush()
-        assert usage_file.read_bytes() == b""
-        assert len(lines) == 1 and "No space" in lines[0]
-        count_request(made)
-    await made.flush()
-    assert ledger_requests(ledger(usage_file)) == 2 == ledger_requests(made)
-
-
-async def test_servers_on_one_disk_see_at_once_what_another_writes(tmp_path, constant):
-    """They do not take turns, 5 s to write and 5 s to read."""
-    constant(USAGE_READ_INTERVAL=0.04)
-    async with serving(tmp_path) as one, serving(tmp_path) as two:
-        user = await two.users.add(limit="9 requests/day")
-        await one.users.refresh()
-        limit = one.limit_of(one.users.find(user.token))
-        assert (await chat(two, key=user.token, model="mock/echo")).status == 200
-        path = tmp_path / "usage.jsonl"
-        await until(path.exists)
-        written = time.monotonic()
-        await until(lambda: limit.state()[0][1] == 1)
-        assert time.monotonic() - written < 0.2
-
-
-async def test_limits_count_what_another_compacts_right_away(usage_file, constant):
-    """Its new lines are in the new file alone, never at the end of the old one."""
-    old = (apiserver.hour_text(apiserver.unix_time() // 3600 - 48), "eve", "m", "c")
-    usage_file.write_bytes(apiserver.encode_usage({old: [1] * 5}) * 20)
-    one, two = ledger(usage_file), ledger(usage_file)
-    limit = one.limit_of(
-        "ada", apiserver.parse_quotas(["9 requests/hour", "9 tokens/day"])
-    )
-    count_request(one, usage=(1, 0, 1))
-    await one.flush()
-    constant(USAGE_FILE_SIZE=0)
-    for _ in range(2):
-        count_request(two, usage=(1, 0, 1))
-    await two.flush()
-    assert len(usage_file.read_bytes().splitlines()) == 2  # compacted
-    count_request(one)
-    for _ in range(2):
-        await one.flush()
-        assert used_of(limit) == [4, 6]
-
-
-async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
-    def full(path, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    log = Log()
-    constant(USAGE_READ_INTERVAL=0.001)
-    async with serving(tmp_path, log=log) as server:
-        token = (await server.users.add(limit="9 requests/day")).token
-        monkeypatch.setattr(apiserver, "append_to_file", full)
-        for left in (8, 7):
-            reply = await chat(server, key=token, model="mock/echo")
-            assert reply.status == 200
-            assert reply.headers["x-ratelimit-remaining-requests"] == str(left)
-        await until(lambda: "usage is kept in memory" in log.text)
-        await asyncio.sleep(0.05)  # more tries, and no more lines
-        monkeypatch.undo()
-    assert log.text.count("usage is kept in memory") == 1
-    assert ledger_requests(ledger(tmp_path / "usage.jsonl")) == 2
-
-
-async def test_a_flush_that_is_cancelled_loses_nothing(usage_file, monkeypatch):
-    made, entered, go_on = ledger(usage_file), threading.Event(), threading.Event()
-
-    def full(path, data):
-        entered.set()
-        assert go_on.wait(10)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(apiserver, "append_to_file", full)
-    count_request(made)
-    task = asyncio.create_task(made.flush())
-    await until(entered.is_set)
-    task.cancel()
-    await asyncio.sleep(0)
-    go_on.set()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    monkeypatch.undo()
-    await made.flush()
-    assert ledger_requests(ledger(usage_file)) == 1
-
-
-async def test_usage_goes_to_the_target_of_a_symlink(tmp_path, usage_file):
-    (tmp_path / "volume").mkdir()
-    target = tmp_path / "volume" / "usage"
-    stale = tmp_path / "volume" / "usage.7.0123456789abcdef.tmp"
-    stale.write_text("left by a crash")
-    usage_file.symlink_to(target)
-    made = ledger(usage_file)
-    count_request(made)
-    await made.flush()
-    assert usage_file.is_symlink() and ledger_requests(ledger(target)) == 1
-    assert {*os.listdir(target.parent)} == {"usage", "usage.lock"}
-
-
-async def test_a_file_that_is_moved_away_and_back_is_no_news(usage_file):
-    made = ledger(usage_file)
-    limit = made.limit_of("ada", apiserver.parse_quotas("9 requests/day"))
-    for name in ("other", "more"):
-        count_request(made)
-        await made.flush()
-        usage_file.rename(usage_file.with_name(name))
-        await made.flush()
-        usage_file.with_name(name).rename(usage_file)
-        await made.flush()
-    assert used_of(limit) == [2] and ledger_requests(made) == 2
-
-
-async def test_a_wrong_clock_destroys_no_history(usage_file, clock, constant):
-    constant(USAGE_FILE_SIZE=10_000)
-    sums = {
-        (apiserver.hour_text(NOON // 3600 - n), "ada", "m", "c"): [1] * 5
-        for n in range(24 * 402)
-    }
-    usage_file.write_bytes(apiserver.encode_usage(sums))
-    made = ledger(usage_file)
-    clock[0] += 900 * 86400
-    count_request(made)
-    await made.flush()
-    clock[0] -= 900 * 86400
-    lines = usage_file.read_bytes().splitlines()
-    assert len(lines) == 400 and b"2029-05-" in lines[-1]  # the oldest days are gone
-    assert ledger_requests(ledger(usage_file)) == 398 * 24 + 13 + 1
-
-
-async def test_a_large_file_is_not_read_again_and_again(
-    usage_file, constant, monkeypatch
-):
-    constant(USAGE_FILE_SIZE=1000)
-    made, parsed = ledger(usage_file), []
-    parse = apiserver.parse_usage
-    spy = lambda data, *args: parsed.append(len(data)) or parse(data, *args)
-    monkeypatch.setattr(apiserver, "parse_usage", spy)
-    for number in range(40):  # each line stays
-        count_request(made, f"user-{number}")
-        await made.flush()
-    assert usage_file.stat().st_size > 5000
-    assert len([size for size in parsed if size]) in range(3, 7)
-
-
-async def test_a_hundred_thousand_lines_are_read_and_made_few(usage_file, clock):
-    """A million take 7 s."""
-    with open(usage_file, "w") as file:
-        for number in range(120_000):
-            day, hour = f"2026-10-{number % 30 + 1:02}", number % 24
-            line = {"t": f"{day}T{hour:02}", "user": str(number % 7), "model": "m"}
-            line.update(controller="c", **dict.fromkeys(apiserver.COUNTS, 1))
-            file.write(json.dumps(line) + "\n")
-    assert usage_file.stat().st_size > apiserver.USAGE_FILE_SIZE
-    other, made = ledger(usage_file), ledger(usage_file)
-    assert ledger_requests(made) == 120_000
-    count_request(made)
-    await made.flush()
-    assert usage_file.stat().st_size < 100_000
-    await other.flush()  # it sees that the file is another one
-    for each in (ledger(usage_file), made, other):
-        assert ledger_requests(each) == 120_001
-    clock[0] += 500 * 86400  # old days are dropped
-    assert ledger_requests(ledger(usage_file)) == 0
-
-
-async def test_a_users_limit_is_shown_with_its_reset(tmp_path):
-    limit = "2 requests/day"
-    async with serving(tmp_path) as server:
-        token = (await server.users.add(name="ada", limit=limit)).token
-        first = await echo(server, key=token)
-        assert first.headers["x-ratelimit-limit-requests"] == "2"
-        assert first.headers["x-ratelimit-remaining-requests"] == "1"
-        await echo(server, key=token)
-    async with serving(tmp_path) as server:  # it outlives a restart
-        reply = await echo(server, key=token)
-        error = chat_error(reply)
-        assert reply.status == 429 and error["code"] == "user_limit_exceeded"
-        assert limit in error["message"]
-        assert re.search(r"it resets at 20[0-9-]+T00:00:00Z", error["message"])
-        assert reply.headers.get("x-should-retry", "false") == "false"
-        assert (await echo(server)).status == 200
-        usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
-        assert usage["total"]["requests"] == 2 and usage["limits"][0]["left"] == 0
-
-
-@flow(gate={"models": ["gate"]})
-async def test_a_window_may_turn_while_requests_run(server, gate, clock):
-    """They count where they end, and the window before limits nobody any more."""
-    clock[0] -= 1
-    token = (await server.users.add(limit="2 requests/hour")).token
-    assert (await echo(server, key=token)).status == 200
-    running = asyncio.ensure_future(chat(server, key=token, model="gate"))
-    await until(lambda: gate.asked)
-    reply = await echo(server, key=token)
-    assert reply.status == 429 and "(2 requests used)" in chat_error(reply)["message"]
-    clock[0] += 1
-    gate.let()
-    reply = await running
-    assert reply.headers["x-ratelimit-remaining-requests"] == "1"
-    assert reply.headers["x-ratelimit-reset-requests"] == "3600s"
-    statuses = [(await echo(server, key=token)).status for _ in range(2)]
-    assert statuses == [200, 429]
-
-
-@flow(gate={"models": ["gate"]})
-async def test_a_user_deleted_during_a_request_is_counted_and_gone(server, gate):
-    user = await server.users.add(limit="1 requests/day", max_concurrency=1)
-    running = asyncio.ensure_future(chat(server, key=user.token, model="gate"))
-    await until(lambda: gate.asked)
-    error = chat_error(await chat(server, key=user.token, model="gate"))
-    assert error["message"].endswith("at once: you may have 1 in flight.")
-    await server.users.delete(user.user_id)
-    assert (await chat(server, key=user.token, model="gate")).status == 401
-    gate.let()
-    assert chat_text(await running) == "through"
-    assert server.requests_in_flight == 0
-    usage = (await ask(server.port, "GET", "/admin/usage?by=user")).json()["data"]
-    assert [(row["user"], row["requests"]) for row in usage] == [(user.user_id, 1)]
-
-
-@cases("stream", False, True)
-async def test_without_usage_all_choices_are_counted(server, upstream, stream):
-    def choices(kind, **more):
-        texts = enumerate(("abcdefgh", "ijklmnopqrst"))
-        return [{"index": i, kind: {"content": text}, **more} for i, text in texts]
-
-    upstream.behave = http_reply(completion(choices=choices("message"), usage=None))
-    if stream:
-        events = [chunk(choices=[choice]) for choice in choices("delta")]
-        events.append(chunk(choices=choices("delta", finish_reason="stop")))
-        data = b"".join([*events, DONE])
-        upstream.behave = http_reply(data, content_type="text/event-stream")
-    token = (await server.users.add(limit="99 tokens/day")).token
-    assert (await chat(server, key=token, n=2, stream=stream)).status == 200
-    usage = (await ask(server.port, "GET", "/v1/usage", key=token)).json()
-    total = usage["total"]
-    assert total["requests"] == 1 and total["output"] >= 4 and total["input"] > 0
-    assert usage["limits"][0]["used"] == total["input"] + total["output"]
-
-
-@cases("limit", "10 requests", "ten tokens/day", [], {"per": "day"})
-async def test_a_misspelt_limit_is_refused_by_name_and_changes_nothing(server, limit):
-    user = await server.users.add(limit="1 requests/day")
-    for path, more in (("add", {}), ("update", {"user_id": user.user_id})):
-        body = {"limit": limit, **more}
-        reply = await ask(server.port, "POST", f"/admin/users/{path}", body)
-        message = reply.json()["error"]
-        assert reply.status == 400 and message.startswith("limit: expected a limit")
-    assert [u.fields.get("limit") for u in server.users.users] == ["1 requests/day"]
-    with pytest.raises(ValueError, match="expected a limit such as"):
-        Server(KEY, default_limit=limit or "none")
-
-
-@flow(behave=None, controller={"models": ["o1", "gpt-4o", "gpt-4o-mini"]})
-async def test_a_user_has_only_its_own_models(server, upstream):
-    user = await server.users.add(models=["gpt-4o*", "o1[1m]"])
-    assert user.may_use("o1[1m]") and not user.may_use("o11")  # only * is no letter
-    token = user.token
-    assert (await chat(server, key=token, model="gpt-4o")).status == 200
-    reply = await chat(server, key=token, model="o1")
-    assert reply.status == 404 and chat_error(reply)["code"] == "model_not_found"
-    reply = await ask(server.port, "GET", "/v1/models", key=token)
-    names = [model["id"] for model in reply.json()["data"]]
-    assert names == ["gpt-4o", "gpt-4o-mini"]
-    assert (await handler_ask(server.port, key=token)).status == 200
-    assert upstream.requests[-1].json()["model"] == "gpt-4o"
-
-
-async def test_an_ask_without_a_model_goes_where_the_user_may_use_one(tmp_path):
-    """At once: each attempt elsewhere would be one of three."""
-    names = ("a", "b", "c", "d", "e", "cheap")
-    functions = (pool_function(name, models=[name, f"{name}-2"]) for name in names)
-    async with serving(tmp_path, *functions) as server:
-        token = await add_user(server, models=["cheap-2"])
-        for _ in names:
-            reply = await handler_ask(server.port, key=token)
-            assert (reply.status, reply.json()["content"]) == (200, "cheap")
-        controllers = server.pool.controllers
-        assert [c.name for c in controllers if c.requests] == ["cheap"]
-        token = await add_user(server, models=["other"])
-        reply = await handler_ask(server.port, key=token)
-        assert (reply.status, reply.json()) == (
-            400,
-            {"error": "Say which 'model' to use."},
-        )
-
-
-async def test_an_expired_or_rotated_token_ends_with_its_time(server, clock):
-    users = server.users
-    ending = await users.add(expires="2026-11-27T12:01:00Z")  # in a minute
-    old = await users.add(name="ada")
-    new = await users.update(old.user_id, {"rotate": 60})
-    tokens = (ending.token, old.token, new.token)
-    assert [await models_status(server, t) for t in tokens] == [200, 200, 200]
-    clock[0] += 61
-    assert [await models_status(server, t) for t in tokens] == [401, 401, 200]
-    reply = await ask(server.port, "GET", "/v1/models", key=ending.token)
-    assert "expired at 2026-11-27" in chat_error(reply)["message"]
-    headers = [("x-api-key", new.token)]
-    reply = await ask(server.port, "GET", "/v1/models", None, ending.token, headers)
-    assert reply.status == 200  # of several tokens the first that is good
-    clock[0] += 0.5
-    await users.update(old.user_id, {"rotate": 0})
-    assert await models_status(server, new.token) == 401  # not a second later
-
-
-async def test_an_agent_is_disconnected_when_its_token_expires(server, monkeypatch):
-    user = await server.users.add(role="agent", expires="2099-01-01")
-    path = f"/k/{user.token}/client/register"
-    async with Agent(server, path) as agent:
-        monkeypatch.setattr(apiserver, "unix_time", lambda: 4.2e9)
-        event = await agent.event()
-        assert event[0] == Opcode.CLOSE and not server.agents
-
-
-async def models_status(server, token):
-    return (await ask(server.port, "GET", "/v1/models", key=token)).status
-
-
-@flow(store="sha256")
-async def test_only_digests_of_tokens_are_stored_with_store_sha256(tmp_path, server):
-    reply = await ask(server.port, "POST", "/admin/users/add", {"admin_key": KEY})
-    token = reply.json()["token"]
-    digest = apiserver.token_digest(token).hex()
-    text = (tmp_path / "users.json").read_text()
-    assert digest in text and token not in text
-    assert await models_status(server, token) == 200
-    listed = (await ask(server.port, "GET", "/admin/users")).content.decode()
-    assert digest[:8] in listed and digest[:9] not in listed
-
-
-async def test_a_name_means_one_user(server):
-    users = server.users
-    ada = await users.add(name="ada")
-    for name in ("ada", "admin"):
-        with pytest.raises(APIError, match="is taken"):
-            await users.add(name=name)
-    await users.update(ada.user_id, {"name": "ada", "limit": "1 tokens/day"})
-    with pytest.raises(APIError, match="nonsense: unknown field"):
-        await users.update(ada.user_id, {"nonsense": 1})
-
-
-async def test_an_administrator_cannot_choose_ids_and_tokens(server):
-    """An existing one would be taken from its user, and the file be unreadable."""
-    ada = await server.users.add(name="ada")
-    before = Path(server.users.path).read_bytes()
-    given = {"user_id": ada.user_id, "token": ada.token, "sha256": "0" * 64}
-    given.update(old={"token": "x"}, self=1)
-    for key, value in given.items():
-        bodies = {"add": {key: value}, "update": {"user_id": ada.user_id, key: value}}
-        for route, body in bodies.items():
-            if (route, key) != ("update", "user_id"):
-                reply = await ask(server.port, "POST", f"/admin/users/{route}", body)
-                assert reply.status == 400 and key in reply.json()["error"]
-    assert Path(server.users.path).read_bytes() == before
-
-
-@flow(behave=None, controller={"models": None})
-async def test_usage_comes_as_json_and_as_csv_without_formulas(server, upstream):
-    await chat(server, model="=cmd()")
-    await chat(server, stream=True)
-    path = "/admin/usage?by=model"
-    rows = (await ask(server.port, "GET", path)).json()
-    assert rows["total"]["requests"] == 2
-    assert [row["model"] for row in rows["data"]] == ["=cmd()", "m"]
-    assert rows["data"][0]["input"] == 3 and rows["data"][0]["output"] == 4
-    text = (await ask(server.port, "GET", path + "&format=csv")).content.decode()
-    assert text.splitlines()[1].startswith("'=cmd(),1,0,3,0,4")
-    for query in ("by=x", "by=day,day", "from=x", "format=xml"):
-        assert (await ask(server.port, "GET", f"/admin/usage?{query}")).status == 400
-
-
-@cases(
-    "model, shown",
-    ("=1+1", "'=1+1"),
-    ("@SUM(A1)", "'@SUM(A1)"),
-    ("+1", "'+1"),
-    ("-1", "'-1"),
-    ("\t=1", "'\t=1"),
-    ('a"b,c\nd', 'a"b,c\nd'),
-    ("m\u202e\ud83d", "m\u202e?"),
-)
-async def test_a_hostile_name_is_one_plain_cell_and_no_label(server, model, shown):
-    server.add(pool_function("any", models=None))
-    assert (await chat(server, model=model)).status == 200
-    reply = await ask(server.port, "GET", "/admin/usage?by=model&format=csv")
-    rows = [*csv.reader(io.StringIO(reply.content.decode(), newline=""))]
-    assert len(rows) == 2 and rows[1][:2] == [shown, "1"]
-    text = (await ask(server.port, "GET", "/metrics")).content.decode()
-    assert 'requests_total{path="/v1/chat/completions",model="other"' in text
-    assert model not in text
-
-
-async def test_a_stream_left_early_is_counted_as_far_as_it_came(server):
-    token = (await server.users.add()).token
-    body = chat_body(model="mock/text?text=abcdefgh&pieces=8&delay=0.02", stream=True)
-    image = {"url": "data:image/png;base64," + "iVBOR/0K" * 2000}  # no tokens
-    image = {"role": "user", "content": [{"type": "image_url", "image_url": image}]}
-    body["messages"].append(image)
-    async with posting(server, body, key=token) as client:
-        await client.first_chunk()
-    await until(lambda: not server.requests_in_flight)
-    total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
-    assert total["requests"] == 1 and 0 < total["output"] < 8
-    assert 0 < total["input"] < 100
-
-
-RELAYED = "word " * 1000  # more than is looked at
-LEFT_EARLY = {
-    CHAT_URL: chunk(RELAYED),
-    "/v1/completions": b'data: {"choices": [{"index": 0, "text": "%s"}]}\n\n',
-    "/v1/messages": MESSAGE_START
-    + typed("content_block_delta", delta={"text": RELAYED}),
-    "/v1/responses": typed("response.output_text.delta", delta=RELAYED),
-}
-
-
-@cases("path", *LEFT_EARLY)
-async def test_text_counts_of_a_stream_left_early(server, upstream, controller, path):
-    """Whatever the number of its events, and for the controller as well."""
-    upstream.behave = streams(LEFT_EARLY[path].replace(b"%s", RELAYED.encode()) * 3, 30)
-    body = {**chat_body(stream=True), "prompt": "?", "input": "?", "max_tokens": 9}
-    controller.limit = apiserver.UsageLimit(apiserver.parse_quotas("900 tokens/day"))
-    token = (await server.users.add()).token
-    async with posting(server, body, path=path, key=token) as client:
-        await client.first_chunk()
-    await until(lambda: not server.requests_in_flight)
-    total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
-    assert 3000 < total["output"] < 4000  # for four bytes one: 3750
-    assert controller.tokens == total["input"] + total["output"]
-    assert (await ask(server.port, "POST", path, body, key=token)).status == 503
-
-
-@flow(behave=None, controller={"name": "up", "models": ["m"]})
-async def test_metrics_are_for_monitors_and_have_few_labels(server, upstream):
-    monitor = (await server.users.add(role="monitor")).token
-    user = (await server.users.add(name="someone")).token
-    await chat(server)
-    await chat(server, key=user, model='evil"\n{}')
-    keys = ("", user, monitor)
-    replies = [await ask(server.port, "GET", "/metrics", key=key) for key in keys]
-    assert [reply.status for reply in replies] == [401, 403, 200]
-    assert (await chat(server, key=monitor)).status == 403
-    text, prefix = replies[-1].content.decode(), "chatgpt_apiserver_"
-    assert "evil" not in text and "someone" not in text
-    assert prefix + 'tokens_total{model="m",controller="up",type="output"} 4\n' in text
-    assert prefix + 'controller_state{controller="up",state="ready"} 1\n' in text
-    assert re.search('requests_total.*model="other",status="404"} 1\n', text)
-
-
-async def test_ready_means_that_a_controller_could_be_tried(server, log):
-    assert (await ask(server.port, "GET", "/livez", key="")).status == 200
-    assert (await ask(server.port, "GET", "/readyz", key="")).status == 503
-    server.add(pool_function("f"))
-    assert (await ask(server.port, "GET", "/readyz", key="")).status == 200
-    server.draining = True
-    reply = await ask(server.port, "GET", "/readyz", key="")
-    assert reply.status == 503 and reply.content == b"shutting down\n"
-    assert "livez" not in log.text and "readyz" not in log.text
 
 
 # -----------------------------------------------------------------------------
