@@ -1008,8 +1008,8 @@ def test_rule_5_host_exactly_once_in_1_1():
 
 @cases(
     "name",
-    *"Authorization Content-Length Content-Type Host Sec-WebSocket-Key".split(),
-    *"Sec-WebSocket-Version Transfer-Encoding Upgrade".split(),
+    *("Authorization", "Content-Length", "Content-Type", "Host", "Sec-WebSocket-Key"),
+    *("Sec-WebSocket-Version", "Transfer-Encoding", "Upgrade"),
 )
 def test_rule_5_fields_that_must_not_be_repeated(name):
     field = f"{name}: 1".encode()
@@ -1067,11 +1067,9 @@ def test_rule_6_targets_are_split_into_path_and_query(start, path, query):
 
 @cases(
     "start",
-    *"GET *|OPTIONS **|GET a|GET ?a|GET http:/a:80/|GET http://|CONNECT a:80".split(
-        "|"
-    ),
-    *"GET http://a/|GET http://x@a:80/|GET http://a:80@b/|GET http://a:80#/".split("|"),
-    *"GET http://[|GET ftp://a:80/|GET http://b/".split("|"),
+    *("GET *", "OPTIONS **", "GET a", "GET ?a", "GET http:/a:80/", "GET http://"),
+    *("GET http://a/", "GET http://x@a:80/", "GET http://a:80@b/", "GET http://a:80#/"),
+    *("GET http://[", "GET ftp://a:80/", "GET http://b/", "CONNECT a:80"),
 )
 def test_rule_6_malformed_targets_and_other_hosts_are_refused(start):
     head = http_head(line=f"{start} HTTP/1.1".encode(), host=[b"Host: a:80"])
@@ -1102,7 +1100,7 @@ def test_version_and_connection_field_decide_whether_to_keep_alive(
 
 
 @cases("more, good", (-1, True), (0, True), (1, False))
-def test_L1_L2_L4_request_line_header_line_and_count(more, good):
+def test_a_request_line_a_header_line_and_their_number_have_limits(more, good):
     line = b"GET /" + b"a" * (8192 - 14 + more) + b" HTTP/1.1"
     assert len(line) == 8192 + more
     assert http_refusal(http_head(line=line)) == (None if good else 414)
@@ -1134,7 +1132,7 @@ def test_bytes_that_cannot_become_a_request_are_refused_at_once(status, reason, 
 
 
 @cases("more, status", (-1, None), (0, None), (1, 431))
-def test_L3_whole_head(more, status):
+def test_a_whole_head_has_a_largest_size(more, status):
     rows = [b"X: " + b"a" * 7000] * 4
     pad = b"a" * (32 * 1024 - len(http_head(*rows, b"Y: ")) + more)
     head = http_head(*rows, b"Y: " + pad)
@@ -1145,7 +1143,7 @@ def test_L3_whole_head(more, status):
 
 
 @cases("more, status", (-1, None), (0, None), (1, 502))
-def test_L37_an_upstreams_head(more, status):
+def test_an_upstreams_head_has_a_largest_size(more, status):
     """64 KiB and 200 fields; a status line or a field may take up all of it."""
     size = 64 * 1024
     field = http_answer(b"X: ")
@@ -1302,7 +1300,7 @@ def test_rule_4_malformed_chunks_are_refused(data):
     assert http_chunk_refusal(data) == 400
 
 
-def test_L10_length_and_digits_of_a_size_line():
+def test_a_chunks_size_line_has_a_largest_length():
     for size, status in ((255, None), (256, None), (257, 400)):
         line = b"1;" + b"x" * (size - 2) + b"\r\na\r\n0\r\n\r\n"
         assert http_chunk_refusal(line) == status
@@ -1313,14 +1311,14 @@ def test_L10_length_and_digits_of_a_size_line():
     assert http_chunk_refusal(b"0" * 15 + b"1\r\n") == 400
 
 
-def test_L10_all_chunk_extensions_together():
+def test_all_chunk_extensions_together_have_a_largest_size():
     lines = (b"1;" + b"x" * 126 + b"\r\na\r\n") * 127
     for last, status in ((127, None), (128, None), (129, 400)):
         data = lines + b"1;" + b"x" * (last - 2) + b"\r\na\r\n"
         assert http_chunk_refusal(data) == status
 
 
-def test_L11_trailers():
+def test_trailers_have_a_largest_number_and_size():
     for count, status in ((31, None), (32, None), (33, 431)):
         data = b"0\r\n" + b"X: y\r\n" * count + b"\r\n"
         assert http_chunk_refusal(data) == status
@@ -1815,8 +1813,8 @@ def test_a_bad_byte_in_text_is_refused_at_once(good, bad_bytes):
     for bad in bad_bytes:
         text = good + bytes([bad]) + b"never read"
         in_fragments = fragments(TEXT, *(text[i : i + 1] for i in range(len(text))))
-        for data, last in ((frame(TEXT, text), 6), (in_fragments, 6 * len(good) + 6)):
-            last += len(good)
+        for data, heads in ((frame(TEXT, text), 6), (in_fragments, 6 * len(good) + 6)):
+            last = heads + len(good)
             protocol = WebSocketProtocol(SERVER)
             for i in range(last):
                 assert protocol.receive(data[i : i + 1]) == []
@@ -2146,7 +2144,7 @@ def test_first_bytes_decide_the_type_of_a_body(before, kind, contents):
     (EVENTS_TYPE, "text/event-stream|Text/Event-Stream; charset=UTF-8"),
     (JSON_TYPE, "application/json|APPLICATION/JSON ;charset=utf-8"),
     (JSON_TYPE, "application/problem+json"),
-    *((other, other) for other in "text/plain audio/mpeg application/jsonl".split()),
+    *((other, other) for other in ("text/plain", "audio/mpeg", "application/jsonl")),
     ("", ""),
 )
 def test_content_types_are_compared_without_case_and_parameters(kind, labels):
@@ -2769,8 +2767,8 @@ def test_usage_is_found_in_an_answers_bytes(content, usage):
 )
 def test_cached_tokens_are_found_in_every_dialect(fields, usage):
     counts = {}
-    for name, count in (field.split("=") for field in fields.split()):
-        outer, _, name = name.rpartition(".")
+    for path, count in (field.split("=") for field in fields.split()):
+        outer, _, name = path.rpartition(".")
         inner = counts.setdefault(f"{outer}_tokens_details", {}) if outer else counts
         inner[f"{name}_tokens"] = int(count)
     content = json.dumps({"usage": counts}).encode()
@@ -2829,7 +2827,7 @@ def api_every_cut(make, data):
     ([b"{\xc3\xa4 \xf0\x9f\x98\x80}"], b"data: {\xc3\xa4 \xf0\x9f\x98\x80}\n\n"),
     ([], b"datax: a\nxdata: b\n data: c\n\n|"),
 )
-def test_F39_events_are_the_same_in_every_form_and_cut(expected, forms):
+def test_events_are_the_same_in_every_form_and_cut(expected, forms):
     for data in forms.split(b"|"):
         for stream, out in api_every_cut(apiserver.EventStream, data):
             assert api_events(out) == expected
@@ -2893,7 +2891,7 @@ def test_an_event_of_several_lines_stays_one():
 
 
 @cases("size, good", (99, True), (100, True), (101, False))
-def test_L38_one_event(size, good):
+def test_one_event_has_a_largest_size(size, good):
     data = b"data: a\n\n" + b"data: " + b"b" * (size - 6)
     for pieces in ((), [1] * len(data), [9, 90]):
         stream = apiserver.CompletionStream(max_size=100)
@@ -2956,7 +2954,7 @@ def test_done_is_recognised_in_every_form(end):
         assert last.strip() == b"[DONE]" and stream.ended
 
 
-def test_F26_done_is_added_after_a_finish_reason():
+def test_done_is_added_after_a_finish_reason():
     data = chunk("Hi") + chunk(None, "length")
     for _, out in api_every_cut(apiserver.CompletionStream, data):
         assert out == data + DONE
@@ -2975,11 +2973,11 @@ def test_F26_done_is_added_after_a_finish_reason():
     b"data: nonsense\n\n",
     ids=repr,
 )
-def test_F26_a_stream_without_a_finish_reason_has_failed(data):
+def test_a_stream_without_a_finish_reason_has_failed(data):
     api_ends_early(data)
 
 
-def test_F26_half_an_event_at_the_end_is_dropped():
+def test_half_an_event_at_the_end_is_dropped():
     first, last = chunk("Hi"), chunk("!", "stop")
     for cut in range(1, len(last) - 3):
         stream = apiserver.CompletionStream()
@@ -3001,7 +2999,7 @@ def test_F26_half_an_event_at_the_end_is_dropped():
     ("Overloaded", ("Overloaded", None)),
 )
 @cases("before", b"", chunk("Hi"), ids=["first", "later"])
-def test_F40_an_error_event_ends_a_stream(before, error, expected):
+def test_an_error_event_ends_a_stream(before, error, expected):
     event = b"event: error\ndata: " + json.dumps({"error": error}).encode() + b"\n\n"
     data = before + event + chunk("late", "stop") + DONE
     for stream, out in api_every_cut(apiserver.CompletionStream, data):
@@ -3035,7 +3033,7 @@ def test_usage_the_client_did_not_want_is_counted_and_hidden():
     b'data: {"usage": ' + b"1" * 5000 + b"}\n\n",
     ids=lambda event: repr(event[:30]),
 )
-def test_F39_odd_events_are_relayed_unchanged(event):
+def test_odd_events_are_relayed_unchanged(event):
     data = chunk("Hi") + event + chunk(None, "stop") + DONE
     for pieces in ((), [1] * len(data), [len(data) // 2]):
         stream = apiserver.CompletionStream(hide_usage=True)
@@ -3044,7 +3042,7 @@ def test_F39_odd_events_are_relayed_unchanged(event):
 
 
 @cases("end", b"\r\n", b"\r")
-def test_F39_other_line_ends_change_nothing(end):
+def test_other_line_ends_change_nothing(end):
     usage = chunk(choices=[], usage={"total_tokens": 7})
     plain = chunk("Hi") + chunk(None, "stop") + usage + DONE + chunk("late")
     data = plain.replace(b"\n", end)
@@ -3176,9 +3174,9 @@ def test_a_late_error_of_responses_is_flat_or_a_failed_response():
     begun = RESPONSE_CREATED + typed("response.x")
     for data, expected in ((b"", flat), (begun, failed)):
         stream.receive(data)
-        name, data = dialect.late_error(LATE_ERROR, stream).split(b"\n", 1)
+        name, error = dialect.late_error(LATE_ERROR, stream).split(b"\n", 1)
         assert name == b"event: " + expected["type"].encode()
-        assert json.loads(data[6:]) == expected
+        assert json.loads(error[6:]) == expected
 
 
 @cases(
@@ -5895,17 +5893,18 @@ def used_of(limit):
     (["1 requests/hour", {"tokens": 2, "per": "day"}], "1 requests/hour, 2 tokens/day"),
 )
 def test_a_limit_may_be_written_in_several_forms(written, quotas):
-    assert ", ".join("%d %s/%s" % q for q in apiserver.parse_quotas(written)) == quotas
+    parsed = apiserver.parse_quotas(written)
+    assert ", ".join(f"{most} {what}/{per}" for most, what, per in parsed) == quotas
 
 
-MISSPELT_LIMITS = """["", "10 request/day", "x requests/day", "-1 requests/day", "0 tokens/day",
-    "0.5 requests/day", "10 requests", "10 requests/year", "10 apples/day", [], [[]],
-    [["1 requests/day"]], 5, true, null, {}, {"requests": 5}, {"per": "day"},
-    {"requests": "5", "per": "day"}, {"requests": true, "per": "day"},
-    {"requests": 0, "per": "day"}, {"requests": 5, "per": "day", "x": 1}]"""
-
-
-@cases("written", *json.loads(MISSPELT_LIMITS))
+@cases(
+    "written",
+    *("", "10 request/day", "x requests/day", "-1 requests/day", "0 tokens/day"),
+    *("0.5 requests/day", "10 requests", "10 requests/year", "10 apples/day"),
+    *([], [[]], [["1 requests/day"]], 5, True, None, {}, {"requests": 5}),
+    *({"per": "day"}, {"requests": "5", "per": "day"}, {"requests": 0, "per": "day"}),
+    *({"requests": True, "per": "day"}, {"requests": 5, "per": "day", "x": 1}),
+)
 def test_a_limit_that_is_misspelt_is_refused(written):
     with pytest.raises(ValueError, match="expected a limit"):
         apiserver.parse_quotas(written)
@@ -6074,7 +6073,7 @@ class Homes:
         for server in servers:
             start = zlib.crc32(server.replace(":", "\0").encode())
             point = 0
-            for number in range(160):
+            for _ in range(160):
                 before = point.to_bytes(4, "little")
                 point = zlib.crc32(before, start)
                 points.setdefault(point, server)
@@ -7485,7 +7484,7 @@ async def test_refused_connections_fail_over_at_once_and_cool(server):
 # --- Cooling, disabling and coming back
 
 
-ODD_TIMES = "-40|1e400|nan|soon|-5s||Xxx, 99 Foo 2099 99:99:99 GMT".split("|")
+ODD_TIMES = ["-40", "1e400", "nan", "soon", "-5s", "", "Xxx, 99 Foo 2099 99:99:99 GMT"]
 
 
 @cases(
@@ -8994,12 +8993,12 @@ async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
         assert types == ["message", "function_call", "message"]
         assert len({item["id"] for item in done}) == 3
         body["stream"] = False
-        for path, key, types in (
+        for path, key, expected in (
             ("messages", "content", ["text", "tool_use", "text"]),
             ("responses", "output", types),
         ):
             whole = (await ask(server.port, "POST", f"/v1/{path}", body)).json()
-            assert [item["type"] for item in whole[key]] == types
+            assert [item["type"] for item in whole[key]] == expected
 
 
 @cases("known_by", "index", "later index", "id", None)
@@ -9048,8 +9047,8 @@ async def test_what_a_mock_echoes_in_each_dialect(server):
         ("/v1/responses", {"input": [output]}, "sunny"),
         ("/v1/messages", {"messages": turn, "tools": []}, "<system-reminder>\nrun"),
     ):
-        body = {"model": "mock/echo", **more, **body}
-        reply = await ask(server.port, "POST", path, body)
+        asked = {"model": "mock/echo", **more, **body}
+        reply = await ask(server.port, "POST", path, asked)
         assert dialect_text(path, reply.json()) == text
 
 
@@ -9520,7 +9519,7 @@ async def test_a_tape_holds_no_secret_and_no_header(tmp_path, tape):
         await ask(server.port, "POST", path, CHAT, headers=headers)
         wrong = await ask(server.port, "POST", path, chat_body("wrong"))
         assert wrong.status == 400 and b"SECRET" not in wrong.content
-    good, bad = tape_lines(tape)
+    good, _ = tape_lines(tape)
     text = json.dumps(CHAT, sort_keys=True, separators=(",", ":"))
     digest = apiserver.hashlib.sha256(text.encode()).hexdigest()
     ((_, piece),) = good.pop("pieces")
@@ -10840,8 +10839,8 @@ PATHS_OF_JSON = f"{CHAT_URL} /v1/embeddings /api/ask /admin/users/add"
 @cases("path", *PATHS_OF_JSON.split(), "/admin/users/delete")
 async def test_odd_json_is_refused_and_never_an_internal_error(client, path):
     for body in JSON_BODIES:
-        body = body[:60_000]  # of the 64 KiB that /admin takes
-        reply = await client.request("POST", path, body)
+        # /admin takes 64 KiB.
+        reply = await client.request("POST", path, body[:60_000])
         assert reply.status == 400, (body[:80], reply.content)
         assert reply.json()["error"]
 
@@ -12395,7 +12394,7 @@ async def test_a_hang_up_during_the_retry_without_usage_closes_both(server, upst
 
 @cases(
     "model, leaves",
-    *[(name, False) for name in "mock/echo mock/500 none drops fails".split()],
+    *[(name, False) for name in ("mock/echo", "mock/500", "none", "drops", "fails")],
     *[(name, leaves) for name in ("silent", "gate") for leaves in (False, True)],
 )
 async def test_what_a_request_holds_is_freed_with_it(tmp_path, model, leaves):
@@ -13870,11 +13869,10 @@ async def test_a_slow_server_slows_the_upstream():
 
 
 async def test_a_close_without_a_reason_is_logged_as_one():
-    async with AgentServer() as server:
-        async with agent_of(server.port, says_hi()) as agent:
-            await server.heard("Connection id")
-            server.writer.write(server.protocol.close(1000, ""))
-            await until(lambda: agent.log.has(" ended (1000) (redialling)"))
+    async with AgentServer() as server, agent_of(server.port, says_hi()) as agent:
+        await server.heard("Connection id")
+        server.writer.write(server.protocol.close(1000, ""))
+        await until(lambda: agent.log.has(" ended (1000) (redialling)"))
 
 
 async def test_a_silent_server_is_dropped_and_dialled_again():
@@ -14621,7 +14619,7 @@ def test_a_dash_as_the_key_means_the_environment_variable(load):
     assert load(["8080", "--", "-abc"]).api_key == "-abc"  # after two dashes
 
 
-@cases("option", *"-config_file --config_file --config-file -config-file".split())
+@cases("option", "-config_file", "--config_file", "--config-file", "-config-file")
 def test_config_file_is_written_with_a_dash_or_underscore(load, tmp_path, option):
     (tmp_path / "a.json").write_text('{"port": 1}')
     assert load([option, "a.json"], {"API_KEY": "k"}).port == 1
@@ -14681,10 +14679,11 @@ def test_help_is_short_and_names_each_option_with_its_default(capsys):
     assert caught.value.code == 0
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
-    defaults = """<port>=8080|<API_KEY>=API_KEY|--listen=this machine only|--tls-cert=http
-        |--users=users.json|--tls-key=certificate|--config_file=none|-v, --verbose=off
-        |--config_path=/etc/chatgpt-apiserver"""
-    for option, default in (row.strip().split("=") for row in defaults.split("|")):
+    defaults = """<port>=8080|<API_KEY>=API_KEY|--listen=this machine only
+        |--tls-cert=http|--users=users.json|--tls-key=certificate|-v, --verbose=off
+        |--config_file=none|--config_path=/etc/chatgpt-apiserver"""
+    for row in defaults.split("|"):
+        option, default = row.strip().split("=")
         assert default in text.split(f" {option} ")[-1].split(" --")[0]
     assert "--version" in text and "--help" in text
     assert text.count("python3 chatgpt_apiserver.py") == 4
