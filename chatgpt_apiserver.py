@@ -2957,9 +2957,11 @@ class Connection(asyncio.Protocol):
         self.peer = ""  # IP address, or "" if there is none
         self._on_made = on_made
         self._on_lost = on_lost
-        self._reader: asyncio.Future[bool] | None = None  # see watch()
+        # The result is whether the deadline has passed.  An exception would hold its
+        # traceback, and so the frames that hold the future.
+        self._reader: asyncio.Future[bool] | None = None
         self._writers: list[asyncio.Future[bool]] = []
-        self._reading = True
+        self.reading = True  # the transport is not paused
         self._deadline = self.loop.time() + limits.head_timeout
         self._timer: asyncio.TimerHandle | None = None
 
@@ -2986,10 +2988,10 @@ class Connection(asyncio.Protocol):
             self._reader = None
             if not reader.done():
                 reader.set_result(False)
-        elif len(self.buffer) > PIPELINED_SIZE and self._reading:
+        elif len(self.buffer) > PIPELINED_SIZE and self.reading:
             # No task is reading: hold the peer back.  Not earlier, since a paused
             # transport sees neither FIN nor RST.
-            self._reading = False
+            self.reading = False
             self.transport.pause_reading()
 
     def eof_received(self) -> bool:
@@ -3083,26 +3085,23 @@ class Connection(asyncio.Protocol):
         elif not self._reader.done():
             self._reader.set_result(True)
 
-    def watch(self) -> asyncio.Future[bool]:
-        """Return a future: False at the next bytes or the end, True at the deadline.
-
-        An exception would hold its traceback, and so the frames that hold the future.
-        """
-        if not self._reading:
-            self._reading = True
-            self.transport.resume_reading()
-        if self._timer is None:
-            self._timer = self.loop.call_at(self._deadline, self._on_timer)
-        self._reader = self.loop.create_future()
-        return self._reader
+    def resume_reading(self) -> None:
+        """Undo the pause of data_received(), which hides the peer's end, too."""
+        self.reading = True
+        self.transport.resume_reading()
 
     async def receive(self) -> bool:
         """Wait for more bytes: False at the end, TimeoutError at the deadline."""
         if self.eof:
             return False
         size = len(self.buffer)
+        if not self.reading:
+            self.resume_reading()
+        if self._timer is None:
+            self._timer = self.loop.call_at(self._deadline, self._on_timer)
+        self._reader = self.loop.create_future()
         try:
-            if await self.watch():
+            if await self._reader:
                 raise asyncio.TimeoutError
         finally:
             self._reader = None
@@ -3182,9 +3181,12 @@ class Connection(asyncio.Protocol):
         while not self.writable and not self.lost:
             if or_receive and (self.buffer or self.eof):
                 return
-            writer: asyncio.Future[bool]
-            writer = self.watch() if or_receive else self.loop.create_future()
+            writer: asyncio.Future[bool] = self.loop.create_future()
             self._writers.append(writer)
+            if or_receive:
+                self._reader = writer
+                if self._timer is None:
+                    self._timer = self.loop.call_at(self._deadline, self._on_timer)
             taken = self.bytes_sent - self.unsent
             timer = self.loop.call_later(
                 self.limits.write_timeout, self._cut_if_stalled, taken, writer
@@ -3460,7 +3462,8 @@ class HTTPClient:
         self._ca_file = ca_file
         self._verify = verify
         self._resolve = resolve
-        self._idle: list[Connection] = []  # the newest is last
+        self._idle: dict[Connection, float] = {}  # since when; the newest is last
+        self._sweeper: asyncio.TimerHandle | None = None
         self._lookup: Future[list[str] | str] | None = None
         if proxy and "@" in proxy:
             parts = urllib.parse.urlsplit(proxy)
@@ -3547,8 +3550,9 @@ class HTTPClient:
 
     def _take_idle(self) -> Connection | None:
         while self._idle:
-            connection = self._idle.pop()
-            if not connection.buffer and not connection.eof:
+            connection, _ = self._idle.popitem()
+            connection.on_hangup = None
+            if not connection.buffer:
                 return connection
             connection.abort()  # unsolicited bytes are not our response
         return None
@@ -3563,21 +3567,36 @@ class HTTPClient:
         ):
             connection.abort()
             return
-        self._idle.append(connection)
-        now = connection.loop.time()
-        connection.set_deadline(now + self.limits.idle_upstream_timeout)
-        connection.watch().add_done_callback(lambda _: self._drop(connection))
+        if not connection.reading:
+            connection.resume_reading()
+        connection.eof_is_hangup = True
+        connection.on_hangup = functools.partial(self._drop, connection)
+        loop = connection.loop
+        self._idle[connection] = loop.time()
+        if self._sweeper is None:
+            timeout = self.limits.idle_upstream_timeout
+            self._sweeper = loop.call_later(timeout, self._sweep, loop)
 
     def _drop(self, connection: Connection) -> None:
-        """Close an idle connection: bytes, its end or the deadline came."""
-        if connection in self._idle:  # and is not in use again
-            self._idle.remove(connection)
-            connection.abort()
+        self._idle.pop(connection, None)
+        connection.abort()
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._sweeper = None
+        oldest = loop.time() - self.limits.idle_upstream_timeout
+        for connection, since in list(self._idle.items()):
+            if since > oldest:
+                self._sweeper = loop.call_later(since - oldest, self._sweep, loop)
+                break
+            self._drop(connection)
 
     def close(self) -> None:
         """Close the idle connections; those in use close after their responses."""
-        while self._idle:
-            self._idle.pop().abort()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        for connection in list(self._idle):
+            self._drop(connection)
 
     async def open(self) -> Connection:
         """Return a new connection, maybe via proxy; OSError, asyncio.TimeoutError."""
