@@ -6527,15 +6527,6 @@ async def test_an_expired_or_rotated_token_ends_with_its_time(server, clock):
     assert await models_status(server, new.token) == 401  # not a second later
 
 
-async def test_an_agent_is_disconnected_when_its_token_expires(server, monkeypatch):
-    user = await server.users.add(role="agent", expires="2099-01-01")
-    path = f"/k/{user.token}/client/register"
-    async with Agent(server, path) as agent:
-        monkeypatch.setattr(apiserver, "unix_time", lambda: 4.2e9)
-        event = await agent.event()
-        assert event[0] == Opcode.CLOSE and not server.agents
-
-
 async def models_status(server, token):
     return (await ask(server.port, "GET", "/v1/models", key=token)).status
 
@@ -11719,17 +11710,21 @@ async def test_the_number_of_agents_has_a_limit(server):
         assert len(server.agents) == 1
 
 
-@cases("by_hand", False, True)
-async def test_deleting_an_agents_token_disconnects_it(tmp_path, server, by_hand):
-    user = await server.users.add(role="agent")
+@cases("how", "deleted", "edited", "expired")
+async def test_the_end_of_its_token_disconnects_an_agent(
+    tmp_path, server, monkeypatch, how
+):
+    user = await server.users.add(role="agent", expires="2099-01-01")
     own = Agent(server, headers=[("Authorization", user.token)])
     admins = Agent(server, headers=[("Authorization", KEY)])
     async with own, admins, Agent(server) as local:
-        if by_hand:
-            (tmp_path / "users.json").write_text('{"users": []}')
-        else:
+        if how == "deleted":
             body = {"admin_key": KEY, "user_id": user.user_id}
             await ask(server.port, "POST", "/admin/users/delete", body)
+        elif how == "edited":
+            (tmp_path / "users.json").write_text('{"users": []}')
+        else:
+            monkeypatch.setattr(apiserver, "unix_time", lambda: 4.2e9)
         await handler_agents(server, 2)
         assert {*server.agents} == {admins.id, local.id}
         while (closing := await own.event())[0] is not CLOSE:
