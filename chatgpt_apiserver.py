@@ -1671,11 +1671,9 @@ class CompletionBuilder:
             whole = self._choices.setdefault(index, empty)
             delta = choice.get("delta") or {"content": choice.get("text")}
             self._add_delta(index, whole["message"], delta)
-            for key, tokens in (choice.get("logprobs") or {}).items():
-                kept = whole["logprobs"] = whole["logprobs"] or {}
-                kept[key] = kept.get(key) or ([] if tokens else None)
-                if tokens:
-                    kept[key] += tokens
+            if logprobs := choice.get("logprobs"):
+                whole["logprobs"] = whole["logprobs"] or dict.fromkeys(logprobs)
+                self._add_delta(index, whole["logprobs"], logprobs)
             if choice.get("finish_reason"):
                 whole["finish_reason"] = choice["finish_reason"]
 
