@@ -7036,17 +7036,16 @@ def judge_refusal(
     )
 
 
-def home_key(request: APIRequest, kind: str, *names: str) -> bytes:
-    """Return 16 bytes that stand for a user's conversation or response."""
-    text = "\0".join((request.user, kind, *names)).encode("utf-8", "replace")
-    return hashlib.blake2b(text, digest_size=16).digest()
-
-
-def conversation_key(request: APIRequest) -> bytes:
-    """Return the key shared by a conversation's requests, and no other user's."""
-    session = request.session
-    kind, name = ("session", session) if session else ("start", request.turn.start)
-    return home_key(request, kind, request.model or "", name)
+def home_keys(request: APIRequest, response_id: str) -> list[bytes]:
+    """Return 16 bytes for a user's response, and for the conversation, if known."""
+    model, session, start = request.model or "", request.session, request.turn.start
+    conversation = ("session", model, session) if session else ("start", model, start)
+    texts = [
+        "\0".join((request.user, *names)).encode("utf-8", "replace")
+        for names in (("response", response_id), conversation)
+        if names[-1]
+    ]
+    return [hashlib.blake2b(text, digest_size=16).digest() for text in texts]
 
 
 def rendezvous(key: bytes, controller: Controller) -> float:
@@ -7261,16 +7260,15 @@ class Pool:
         of a conversation without a name is balanced: no cache has its prompt yet.
         """
         turn, session = request.turn, request.session
-        if not (turn.previous or session or (turn.later and turn.start)):
+        if not (turn.previous or session or turn.later):
             return None
-        key = conversation_key(request)
-        answered = home_key(request, "response", turn.previous)
+        keys = home_keys(request, turn.previous)
         by_name = {c.home: c for c in free}
-        homes = (self._homes.get(k, "") for k in (answered, key))
+        homes = (self._homes.get(key, "") for key in keys)
         known = [by_name[home] for home in homes if home in by_name]
         if not known and not session and not turn.later:
             return None
-        best = known[0] if known else max(free, key=lambda c: rendezvous(key, c))
+        best = known[0] if known else max(free, key=lambda c: rendezvous(keys[-1], c))
         least = min(c.in_flight for c in free)
         return best if best.in_flight < least + CONVERSATION_LEAD else None
 
@@ -7278,14 +7276,9 @@ class Pool:
         self, controller: Controller, request: APIRequest, content: bytes
     ) -> None:
         """Remember which controller has a conversation; content starts the answer."""
-        if not self.affinity or not self._several:
-            return
-        answer_id = request.dialect.answer_id(content)
-        keys = [home_key(request, "response", answer_id)] if answer_id else []
-        if request.session or request.turn.start:
-            keys.append(conversation_key(request))
-        for key in keys:
-            keep_newest(self._homes, key, controller.home, CONVERSATIONS_KEPT)
+        if self.affinity and self._several:
+            for key in home_keys(request, request.dialect.answer_id(content)):
+                keep_newest(self._homes, key, controller.home, CONVERSATIONS_KEPT)
 
     @staticmethod
     def _last_standing(left: list[Controller], now: float) -> Controller | None:
