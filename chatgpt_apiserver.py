@@ -7128,8 +7128,9 @@ class Pool:
             agent = controller if controller.transient else taken
             if not agent.transient:
                 raise ValueError(f"there is already a controller named {name!r}")
-            names = (f"{name}-{number}" for number in itertools.count(2))
-            agent.name = next(other for other in names if self.find(other) is None)
+            names = {c.name for c in self.controllers}
+            numbered = (f"{name}-{number}" for number in itertools.count(2))
+            agent.name = next(other for other in numbered if other not in names)
         if isinstance(controller, TapeController):
             if self.tape is not None:
                 raise ValueError("there is already a tape")

@@ -7217,6 +7217,24 @@ async def test_a_queued_request_waits_on_for_an_agent_that_returns_busy(
             await asyncio.wait_for(waiting, 2)
 
 
+def test_many_agents_of_one_name_are_numbered_in_one_pass():
+    """The 4,096th held up the event loop for a tenth of a second."""
+    looks = []
+
+    class Named(apiserver.Controller):
+        transient = True
+        name = property(
+            lambda self: looks.append(1) or self.given,
+            lambda self, name: setattr(self, "given", name),
+        )
+
+    pool = apiserver.Pool()
+    for _ in range(300):
+        looks.clear()
+        pool.add(Named("agent"))
+    assert pool.controllers[-1].given == "agent-300" and len(looks) < 1000
+
+
 async def test_a_removed_controller_is_looked_for_once_for_each_kind_of_request():
     """A thousand agents may leave while a thousand requests wait."""
     pool = pool_with(*(pool_function(name, max_concurrency=1) for name in "ab"))
