@@ -11738,11 +11738,11 @@ class Link:
             await self.send(id, "ApiData", text)
 
 
-def shortened(names: Iterable[str]) -> str:
+def shortened(names: Iterable[str], most: int = 5) -> str:
     """Join the first names for people; "" if there are none."""
     names = list(names)
-    more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
-    return ", ".join([*names[:5], *more])
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 class Agent(Stoppable):
@@ -12709,9 +12709,7 @@ def start_screen(server: Server, config: Config) -> str:
     """Return the start screen: where it listens, and what to do next."""
     url = server.url
     kinds = [c for c in server.pool.controllers if not c.by_name_only]
-    names = ", ".join(f"{c.name} (weight {c.weight:g})" for c in kinds[:20])
-    if len(kinds) > 20:
-        names += f" and {len(kinds) - 20} more"
+    names = shortened((f"{c.name} (weight {c.weight:g})" for c in kinds), 20)
     away = url
     if config.listen in ("0.0.0.0", "::"):
         away = re.sub(r"//.*:", f"//{socket.gethostname()}:", url)
