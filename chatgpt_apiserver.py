@@ -12763,14 +12763,12 @@ def build_server(config: Config, log: Log) -> Server:
 
 def update_controllers(server: Server, old: list[Any], config: Config) -> None:
     """Replace the old controllers by a configuration's; equal ones stay."""
-    removed: list[Controller] = []
-    for arguments in old:
-        controller = server.pool.find(arguments["name"])
-        if arguments not in config.controllers and controller is not None:
-            server.pool.remove(controller)
-            server.ledger.forget_controller(controller.name)
-            controller.close()
-            removed.append(controller)
+    gone = {each["name"] for each in old if each not in config.controllers}
+    removed = [c for c in server.pool.controllers if c.name in gone]
+    for controller in removed:
+        server.pool.remove(controller)
+        server.ledger.forget_controller(controller.name)
+        controller.close()
     for arguments in config.controllers:
         if arguments not in old:
             controller = make_controller(arguments, config.limits)
