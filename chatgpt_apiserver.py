@@ -4924,6 +4924,8 @@ class UsageLimit:
 
     def _renew_windows(self, now: float) -> None:
         """Replace the windows that have ended."""
+        if self._since <= now < self._until:
+            return
         for per in dict.fromkeys(quota.per for quota in self.quotas):
             known = self._windows.get(per)
             # A clock set back by up to a day stays in the present window.
@@ -4949,15 +4951,13 @@ class UsageLimit:
 
     def count(self, requests: int = 0, tokens: int = 0, now: float = 0.0) -> None:
         """Add current usage."""
-        now = now or unix_time()
-        if not self._since <= now < self._until:
-            self._renew_windows(now)
+        self._renew_windows(now or unix_time())
         self._requests += requests
         self._tokens += tokens
 
     def count_elsewhere(self, hour: str, requests: int, tokens: int) -> None:
         """Add what another server counted in an hour."""
-        self.count()
+        self._renew_windows(unix_time())
         for window in self._windows.values():
             if window.first_hour <= hour <= window.last_hour:
                 window.add(requests, tokens)
@@ -4965,7 +4965,7 @@ class UsageLimit:
 
     def stored(self) -> dict[str, tuple[int, int]]:
         """Return the stored usage in each present window, by period."""
-        self.count()
+        self._renew_windows(unix_time())
         kept = [item for item in self._windows.items() if item[0] != "minute"]
         return {per: self.history(per, window) for per, window in kept}
 
@@ -4978,7 +4978,7 @@ class UsageLimit:
 
     def state(self) -> list[tuple[Quota, int, int]]:
         """Return each quota, how much of it is used, and the Unix time of its reset."""
-        self.count()
+        self._renew_windows(unix_time())
         counts = {"requests": self._requests, "tokens": self._tokens}
         windows = [(quota, self._windows[quota.per]) for quota in self.quotas]
         return [(q, counts[q.unit] - w.before[q.unit], w.end) for q, w in windows]
@@ -4988,8 +4988,7 @@ class UsageLimit:
 
         running  admitted requests that are not yet counted; here they are used
         """
-        if not self._since <= (now := unix_time()) < self._until:
-            self._renew_windows(now)
+        self._renew_windows(unix_time())
         requests = self._requests + running
         if requests < self._most_requests and self._tokens < self._most_tokens:
             return None
@@ -5001,7 +5000,7 @@ class UsageLimit:
     def fields(self, now: float) -> bytes:
         """Return OpenAI's x-ratelimit fields, for the quotas with the least left."""
         if not self._second <= now < self._second + 1:  # windows end on full seconds
-            self.count()
+            self._renew_windows(unix_time())
             self._second = second = int(now)
             self._fields = "".join(
                 f"x-ratelimit-limit-{unit}: {q.amount}\r\n"
