@@ -4678,12 +4678,11 @@ class UserStore:
         self._closed = True
         executor, self._executor = self._executor, None
         if executor is not None:
-            try:
-                # First in, first out: all earlier work is done once this has run.
-                await asyncio.get_running_loop().run_in_executor(executor, int)
-                executor.shutdown()  # joins an idle thread
-            finally:
-                executor.shutdown(wait=False)
+            # First in, first out: all earlier work is done once this has run.
+            last = asyncio.get_running_loop().run_in_executor(executor, int)
+            executor.shutdown(wait=False)
+            await last
+            executor.shutdown()  # joins an idle thread
 
     def _in_thread(self, function: Callable[[], None]) -> asyncio.Future[None]:
         if self._executor is None:
