@@ -4864,17 +4864,13 @@ def known_user(users: Users, user_id: str) -> User:
 
 def window_bounds(per: str, now: float) -> tuple[int, int]:
     """Return the start and end of the calendar window around now, as Unix times."""
-    day = int(now // 86400)
     if per == "month":
-        date = time.gmtime(now)
-        year, month = date.tm_year + date.tm_mon // 12, date.tm_mon % 12 + 1
-        end = calendar.timegm((year, month, 1, 0, 0, 0))
-        return (day - date.tm_mday + 1) * 86400, end
-    if per == "week":  # 1970 began on a Thursday
-        start = (day - (day + 3) % 7) * 86400
-        return start, start + 7 * 86400
-    seconds = {"minute": 60, "hour": 3600, "day": 86400}[per]
-    start = int(now // seconds) * seconds
+        year, month = time.gmtime(now)[:2]
+        start = calendar.timegm((year, month, 1, 0, 0, 0))
+        return start, start + calendar.monthrange(year, month)[1] * 86400
+    seconds = {"minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}[per]
+    monday = 4 * 86400  # 1970 began on a Thursday
+    start = int((now - monday) // seconds) * seconds + monday
     return start, start + seconds
 
 
