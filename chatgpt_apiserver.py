@@ -4116,9 +4116,6 @@ class User:
         # Encoded once, so that writing 100,000 users is one join.
         self.line = encode_json(fields)
 
-    def __repr__(self) -> str:
-        return f"<User {self.user_id!r} name={self.name!r} role={self.role!r}>"
-
     @property
     def label(self) -> str:
         """Name and id, for the log."""

@@ -5108,7 +5108,7 @@ def test_a_bad_name_or_role_is_refused(tmp_path, field, value):
 
 def test_repr_never_shows_a_token():
     user = User({"user_id": "u", "token": "sesame", "note": "sesame"})
-    assert "sesame" not in repr(user) and "'u'" in repr(user)
+    assert "sesame" not in repr(user)
 
 
 ODD = "|t1 | t1|T1|\0|\ud800|\udcff\udc00|\xff\xe9|😀".split("|") + ["t" * 100_000]
