@@ -4296,8 +4296,7 @@ def parse_users(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Users:
     if not data:
         # A crash without fsync leaves this; it does not mean "no users".
         raise ConfigurationError('the file is empty, expected {"users": []}')
-    document = load_json(data)
-    document = document if isinstance(document, dict) else {}
+    document: dict[Any, Any] = as_object(load_json(data))
     if None in document:
         raise ConfigurationError(f"{quote_key(document[None])}: duplicate key")
     entries = document.pop("users", None)
