@@ -5012,15 +5012,12 @@ class UsageLimit:
         self.reported = False
         self._find_tightest()
 
-    def exceeded(self) -> str:
-        """Return which limit is used up, in words, or ""."""
+    def exceeded(self) -> tuple[float, str] | None:
+        """Return the seconds until the exhausted quota is reset, and which it is."""
         over = self.over()
-        return "" if over is None else f"its limit of {over[0]} is used up"
-
-    def seconds_left(self) -> float:
-        """Return the seconds until the exhausted quota is reset."""
-        over = self.over()
-        return 0.0 if over is None else max(0.0, over[2] - unix_time())
+        if over is None:
+            return None
+        return max(0.0, over[2] - unix_time()), f"its limit of {over[0]} is used up"
 
 
 COUNTS = ("requests", "failures", "input", "cached_input", "output")
@@ -5645,7 +5642,7 @@ class Controller:
         full = most is not None and self.in_flight >= most
         if full or self.switched_off or self.paused:
             return False
-        return self.limit is None or not self.limit.exceeded()
+        return self.limit is None or self.limit.over() is None
 
     def available(self, now: float) -> bool:
         """Whether it can take a request now."""
@@ -5676,8 +5673,9 @@ class Controller:
             return math.inf, "disabled", f"{how} by the administrator"
         if self.paused:
             return math.inf, "paused", "paused by its owner"
-        if self.limit is not None and self.limit.exceeded():
-            return self.limit.seconds_left(), "disabled", self.limit.exceeded()
+        exceeded = None if self.limit is None else self.limit.exceeded()
+        if exceeded is not None:
+            return exceeded[0], "disabled", exceeded[1]
         health = self.health
         state = "disabled" if health.closed_by is Failure.DISABLED else "cooling"
         reason = health.reason.removeprefix(f"{self.name}: ")
@@ -7626,10 +7624,13 @@ class Pool:
         if limit is None:
             return
         limit.count(requests, tokens)
-        if not limit.reported and limit.exceeded():  # once in each window
+        exceeded = None if limit.reported else limit.exceeded()
+        if exceeded is not None:  # once in each window
             limit.reported = True
-            why = f"for {limit.seconds_left():.0f} s: {limit.exceeded()}"
-            self.report(f"{controller.name} gets no requests {why}")
+            seconds, why = exceeded
+            self.report(
+                f"{controller.name} gets no requests for {seconds:.0f} s: {why}"
+            )
 
     def call(self, request: APIRequest) -> Call:
         """Return the Call of a request: `async with pool.call(request) as call`."""
