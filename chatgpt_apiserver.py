@@ -10314,32 +10314,23 @@ async def do_controllers(exchange: Exchange) -> JSONObject:
     return {"controllers": [c.describe(now) for c in controllers]}
 
 
-async def do_enable(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/controllers/enable: it gets requests again at once."""
-    controller = switch(exchange, body, off=False)
-    controller.health.reset()
-    if controller.limit is not None and controller.limit.exceeded():
-        controller.limit.reset()
-    return {"message": "Controller enabled"}
+async def do_switch(exchange: Exchange, body: JSONObject) -> JSONObject:
+    """POST /admin/controllers/enable: it gets requests again at once.
 
-
-async def do_disable(exchange: Exchange, body: JSONObject) -> JSONObject:
-    """POST /admin/controllers/disable: it gets no requests until it is enabled."""
-    switch(exchange, body, off=True)
-    return {"message": "Controller disabled"}
-
-
-def switch(exchange: Exchange, body: JSONObject, off: bool) -> Controller:
-    """Switch the controller named in a body off or on; APIError(404).
-
-    An agent is paused: it is notified, and stays paused when it reconnects.
+    POST /admin/controllers/disable: it gets none until it is enabled.  An agent is
+    paused: it is notified, and stays paused when it reconnects.
     """
+    off = exchange.path == "/admin/controllers/disable"
     controller = exchange.server.pool.find(string_field(body, "name"))
     if controller is None:
         raise APIError(404, "Controller not found")
     controller.switched_off = off
     exchange.server.pause(controller.id, off)
-    return controller
+    if not off:
+        controller.health.reset()
+        if controller.limit is not None and controller.limit.exceeded():
+            controller.limit.reset()
+    return {"message": f"Controller {'disabled' if off else 'enabled'}"}
 
 
 async def do_agents_pause(exchange: Exchange, body: JSONObject) -> JSONObject:
@@ -10537,8 +10528,8 @@ ROUTES = {
     "/admin/status": Route("GET", Access.ADMIN, do_admin_status),
     "/admin/requests/cancel": Route("POST", Access.ADMIN, do_cancel, read_body),
     "/admin/controllers": Route("GET", Access.ADMIN, do_controllers),
-    "/admin/controllers/enable": Route("POST", Access.ADMIN, do_enable, read_body),
-    "/admin/controllers/disable": Route("POST", Access.ADMIN, do_disable, read_body),
+    "/admin/controllers/enable": Route("POST", Access.ADMIN, do_switch, read_body),
+    "/admin/controllers/disable": Route("POST", Access.ADMIN, do_switch, read_body),
     "/admin/agents/pause": Route("POST", Access.ADMIN, do_agents_pause, read_body),
     "/v1/chat/completions": Route(
         "POST", Access.USER, do_chat_completions, Exchange.read_content, "content_size"
