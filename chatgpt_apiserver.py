@@ -7197,7 +7197,7 @@ class Pool:
         able = ways[NAMED] or ways[ANY]
         if model is None and request.ask is not None:
             able = [
-                c for c in able if c.default_model(request) or not c.known_models()
+                c for c in able if not c.known_models() or c.default_model(request)
             ] or able
         if model and not ways[NAMED] and self._has_just_left(model, now):
             return []
