@@ -1522,7 +1522,8 @@ def find_usage(content: bytes) -> Usage:
     if at < 0:
         return Usage()
     end = b"{" + content[at:]
-    if len(end) > PIECE_SIZE and content.find(b'"usage"') == at:
+    comes_first = at <= PIECE_SIZE < len(end)
+    if comes_first and read_json(content[:at] + b'"":0}'):  # and not inside a value
         # Jina's vectors follow it: parsing 20 MB of them takes 200 ms.
         end = end[: end.find(b"}") + 1] + b"}"
     whole = read_json(end.decode("utf-8", "replace")) or read_json(content)
@@ -7834,9 +7835,10 @@ class Call:
             self.pool.began(controller, request)
         else:
             self._first = b""
-            self.usage = find_usage(self.content)
-            if answer.status < 300 and not any(self.usage):
-                self.usage = self._estimate(self.usage, len(self.content) // 4)
+            if answer.status < 300:  # a refusal may repeat a "usage" of the request's
+                self.usage = find_usage(self.content)
+                if not any(self.usage):
+                    self.usage = self._estimate(self.usage, len(self.content) // 4)
             self.pool.succeeded(controller, request, self.usage)
             answer.keep()
 

@@ -2788,6 +2788,13 @@ def test_usage_before_a_large_answer_is_found_without_parsing_that(monkeypatch):
         assert max(sizes) < parsed
 
 
+def test_what_an_answer_repeats_of_its_request_is_no_usage():
+    """A client could use up a controller's limit for all others."""
+    tool = {"parameters": {"usage": {"total_tokens": 10**12}, "x": "x" * 100_000}}
+    content = json.dumps({"object": "assistant", "tools": [tool]}).encode()
+    assert apiserver.find_usage(content) == apiserver.Usage()
+
+
 # --- Server-sent events
 
 
@@ -6459,6 +6466,19 @@ async def test_without_usage_all_choices_are_counted(server, upstream, stream):
     total = usage["total"]
     assert total["requests"] == 1 and total["output"] >= 4 and total["input"] > 0
     assert usage["limits"][0]["used"] == total["input"] + total["output"]
+
+
+@flow(controller={"limit": "1000 tokens/day"})
+async def test_what_a_refusal_repeats_uses_up_no_limit(server, upstream, controller):
+    """FastAPI's 422 has the whole request in it, and this one has a "usage"."""
+    request = {**CHAT, "usage": {"total_tokens": 10**12}, "x": "x" * 100_000}
+    detail = [{"type": "missing", "loc": ["body"], "msg": "no", "input": request}]
+    for refusal in ({"detail": detail}, {"error": "no", **request}):
+        upstream.behave = http_reply(refusal, 422)
+        assert (await chat(server)).status == 422
+    upstream.behave = GOOD_REPLY
+    assert (await chat(server)).status == 200
+    assert controller.tokens == 7
 
 
 @cases("limit", "10 requests", "ten tokens/day", [], {"per": "day"})
