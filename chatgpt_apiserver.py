@@ -1997,6 +1997,16 @@ class CompletionStream(EventStream):
         return plain or super()._process(data)
 
 
+class OtherStream(EventStream):
+    """Events of any other path: whatever they are, they are relayed."""
+
+    def _is_plain(self, block: bytes, text: str) -> bool:
+        if '"usage"' in text:
+            found = (find_usage(data or b"") for _, data in split_events(block))
+            self.usage = max((self.usage, *found), key=lambda usage: usage.total)
+        return True
+
+
 class ResponsesStream(EventStream):
     """Events of responses."""
 
@@ -2410,7 +2420,7 @@ class Dialect:
     continues = False  # a request may name an earlier answer to continue
     # What parses the stream of an answer, what makes one answer of it, and what writes
     # generated text as one.
-    stream: ClassVar[type[EventStream]] = EventStream
+    stream: ClassVar[type[EventStream]] = OtherStream
     builder: ClassVar[type[CompletionBuilder]] = CompletionBuilder
     writer: ClassVar[type[ChatWriter]] = ChatWriter
     # A request's fields with the messages and the system text, unless it is a chat.
@@ -2422,14 +2432,14 @@ class Dialect:
     ) -> None:
         self.judged = answer_key != b""
         # Answers are text, generated token by token.
-        self.generates = self.judged and self.stream is not EventStream
+        self.generates = self.judged and self.stream is not OtherStream
         self.answer_key = answer_key
         self.default_model = default_model
         self.counts = counts
 
     def open_stream(self, request: APIRequest, max_size: int) -> EventStream:
         """Return the EventStream for the answer to a request."""
-        stream = self.stream if self.generates else EventStream
+        stream = self.stream if self.generates else OtherStream
         return stream(request.counts_usage, request.choices, max_size)
 
     def check(self, content: bytes, delimited: bool) -> ErrorObject | None:
@@ -7779,10 +7789,13 @@ class Call:
         await self._release(self.controller)
 
     def _estimate(self, usage: Usage, output: int) -> Usage:
-        """Return usage, its gaps filled by estimates if the path generates text."""
-        if not self.request.dialect.generates:
+        """Return usage, its gaps filled by estimates if text is generated."""
+        request = self.request
+        if self.stream is None and not request.dialect.generates:
             return usage
-        sent = usage.input or len(_INLINE.sub(b"", self.request.content)) // 4
+        sent = usage.input
+        if request.is_json and not sent:
+            sent = len(_INLINE.sub(b"", request.content)) // 4
         return Usage(sent, usage.cached_input, output)
 
     async def _release(self, controller: Controller) -> None:

@@ -6468,6 +6468,39 @@ async def test_without_usage_all_choices_are_counted(server, upstream, stream):
     assert usage["limits"][0]["used"] == total["input"] + total["output"]
 
 
+@cases(
+    "last, used",
+    ({"usage": {"input_tokens": 50, "output_tokens": 60}, "x": {}}, (50, 60)),
+    ({"usage": {"total_tokens": 50}}, (50, 11)),
+    ({"part": {"usage": {"input_tokens": 10**9}}}, (len(json.dumps(CHAT)) // 4, 11)),
+)
+@cases("path", "/v1/images/generations", "/v1/beta/chat/completions")
+async def test_streams_of_other_paths_are_counted(server, upstream, path, last, used):
+    """Of images, of transcripts, and of chats where the base URL lacks its /v1."""
+    events = [{"type": "x.delta", "delta": "abcd"}] * 10 + [{"type": "x.done", **last}]
+    data = b"".join(apiserver.sse_event(json.dumps(event).encode()) for event in events)
+    upstream.behave = http_reply(data, content_type="text/event-stream")
+    token = (await server.users.add(limit="1 tokens/day")).token
+    reply = await ask(server.port, "POST", path, CHAT, token)
+    assert reply.status == 200 and reply.content == data
+    total = (await ask(server.port, "GET", "/v1/usage", key=token)).json()["total"]
+    assert (total["input"], total["output"]) == used
+    assert (await ask(server.port, "POST", path, CHAT, token)).status == 429
+
+
+async def test_what_was_read_of_a_transcript_is_counted(server, upstream):
+    """The form itself is sound, not tokens."""
+    event = b'data: {"type": "transcript.text.delta", "delta": "abcdefgh"}\n\n'
+    upstream.behave = streams(*[event] * 10, asyncio.Event())
+    path, fields = "/v1/audio/transcriptions", [("Content-Type", FORM)]
+    content = form((FORM_MODEL[0], "m"))
+    async with posting(server, content, path, headers=fields) as client:
+        await client.reader.readuntil(event)
+    await until(lambda: not server.requests_in_flight)
+    total = (await ask(server.port, "GET", "/admin/usage")).json()["total"]
+    assert total["input"] == 0 and 2 <= total["output"] <= 20
+
+
 @flow(controller={"limit": "1000 tokens/day"})
 async def test_what_a_refusal_repeats_uses_up_no_limit(server, upstream, controller):
     """FastAPI's 422 has the whole request in it, and this one has a "usage"."""
