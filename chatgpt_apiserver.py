@@ -1574,6 +1574,8 @@ def find_form_field(content: bytes, content_type: str, name: str) -> slice | Non
         raise unclear
     delimiter = b"--" + "".join(boundaries[0]).encode("latin-1")
     at = content.find(delimiter)
+    if content[: max(0, at)].strip():  # maybe JSON, which Go reads up to its end
+        raise unclear
     for _ in range(_MAX_PARTS):
         end = content.find(b"\r\n" + delimiter, at + 1)
         if at < 0 or end < 0:

@@ -2347,6 +2347,14 @@ def test_an_ambiguous_form_is_refused(content_type, parts):
         APIRequest("/v1/audio/x", content, form=content_type)
 
 
+def test_a_form_begins_with_a_part():
+    """Go's JSON decoder stops after the first value: Ollama would take its model."""
+    content = form(FORM_MODEL)
+    assert APIRequest("/v1/x", b"\r\n" + content, form=FORM).model == "mine"
+    with pytest.raises(APIError, match="field 'model' is ambiguous or malformed"):
+        APIRequest("/v1/x", b'{"model": "theirs"}\r\n' + content, form=FORM)
+
+
 def test_a_form_of_a_million_parts_is_not_split():
     content = b"--axy" * 1_000_000
     with traced() as memory:
