@@ -2768,8 +2768,8 @@ class APIRequest:
         self._has_options = "stream_options" in body
         options = as_object(body.get("stream_options"))
         self.wants_usage = options.get("include_usage") is True
-        if "models" in body or "fallbacks" in body:
-            lists = (body.get("models"), body.get("fallbacks"))
+        if not _FALLBACKS.isdisjoint(body):
+            lists = (body.get(key) for key in _FALLBACKS)
             self.fallbacks = [name for names in lists for name in as_list(names)]
         choices = body.get("n")
         self.choices = choices if type(choices) is int and 1 <= choices <= 128 else 1
@@ -2849,6 +2849,10 @@ class APIRequest:
 # Go's JSON matches "Model" as "model", and uses the last one.
 _SPELLINGS = map("".join, itertools.product(*zip("model", "MODEL")))
 _OTHER_SPELLINGS = {*_SPELLINGS} - {"model"}
+# The fields of OpenRouter and LiteLLM that name more models.
+_FALLBACKS = frozenset(
+    "models fallbacks context_window_fallbacks content_policy_fallbacks".split()
+)
 
 
 def _lower_keys(fields: Any) -> Any:

@@ -12318,6 +12318,8 @@ async def test_a_restricted_user_names_no_other_model_beside_the_own(server, ups
         ({"models": ["m", "n"]}, "?model=m", 200),
         ({"models": ["m", "other"]}, "", 404),
         ({"fallbacks": [{"m": ["other"]}]}, "", 404),
+        ({"context_window_fallbacks": [{"m": ["other"]}]}, "", 404),
+        ({"content_policy_fallbacks": ["other"]}, "", 404),
         ({}, "?model=m&mod%65l=other", 404),
     ):
         for path in (CHAT_URL, "/v1/x"):
