@@ -1800,7 +1800,7 @@ class SSEDecoder:
         self._by_line: bool | None = None  # whether each line of data is an event
 
     def receive(self, data: bytes) -> bytes:
-        """Return all complete events.  Raise ProtocolError(502) for a huge one."""
+        """Return all complete events.  Raise ProtocolError(413) for a huge one."""
         rest, by_line = self._rest, self._by_line
         if by_line is False and not rest and data.endswith(b"\n\n"):
             return data
@@ -1818,7 +1818,7 @@ class SSEDecoder:
             end = rest.rfind(b"\n\n", searched) + 2
             end = 0 if end == 1 else end
         if len(rest) - end > self._max_size:
-            raise ProtocolError(502, f"an event is over {self._max_size} bytes")
+            raise ProtocolError(413, f"an event is over {self._max_size} bytes")
         block = bytes(rest[:end])
         del rest[:end]
         self._searched = max(0, self._searched - end)
@@ -3399,7 +3399,7 @@ class Answer:
         return b""
 
     async def read_all(self, max_size: int) -> bytes:
-        """Return the whole content; ProtocolError(502) if it is over max_size bytes."""
+        """Return the whole content; ProtocolError(413) if it is over max_size bytes."""
         pieces: list[bytes] = []
         size = 0
         while size <= max_size:
@@ -3408,7 +3408,7 @@ class Answer:
                 return pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.append(piece)
             size += len(piece)
-        raise ProtocolError(502, f"the answer is over {max_size} bytes")
+        raise ProtocolError(413, f"the answer is over {max_size} bytes")
 
     def keep(self) -> None:
         """Keep the recording, if there is one: the answer was complete and valid."""
@@ -3762,7 +3762,7 @@ class ClientResponse(Answer):
         if connection is None or length is None or length == UNTIL_CLOSE:
             return await super().read_all(max_size)
         if length > max_size:
-            raise ProtocolError(502, f"the answer is over {max_size} bytes")
+            raise ProtocolError(413, f"the answer is over {max_size} bytes")
         piece = self._decoder.decode(connection.buffer)  # usually all of it
         if not self._decoder.complete:
             return piece + await super().read_all(max_size)
@@ -6421,7 +6421,7 @@ class FunctionController(Controller):
 
     def _check_size(self, size: int) -> None:
         if size > self.health.limits.response_size:
-            raise ProtocolError(502, "its answer is too large")
+            raise ProtocolError(413, "its answer is too large")
 
     async def _joined(self, pieces: Pieces, writer: ChatWriter, result: Any) -> Answer:
         """Return all pieces as one answer; bytes may be JSON or events."""
@@ -7926,7 +7926,7 @@ class Call:
         while True:
             size += len(block)
             if size > self._max_size:
-                raise ProtocolError(502, "its answer is too large")
+                raise ProtocolError(413, "its answer is too large")
             content = self._build(builder, block, stream)
             if stream.ended:
                 break
@@ -8015,6 +8015,8 @@ class Call:
             error = ControllerError(f"{name}: {caught}", Failure.REFUSED)
         elif isinstance(caught, (OSError, ProtocolError)):
             error = ControllerError(f"{name}: {connection_problem(caught)}")
+            if getattr(caught, "status", 0) == 413:  # what the request asked for
+                error.failure = Failure.NONE
         else:
             logger.warning("%s failed", name, exc_info=caught)
             error = ControllerError(f"{name} failed; see the log", Failure.NONE)

@@ -2910,7 +2910,7 @@ def test_one_event_has_a_largest_size(size, good):
     data = b"data: a\n\n" + b"data: " + b"b" * (size - 6)
     for pieces in ((), [1] * len(data), [9, 90]):
         stream = apiserver.CompletionStream(max_size=100)
-        with refused(None if good else 502):
+        with refused(None if good else 413):
             assert api_feed(stream, data + (chunk("", "stop") + DONE) * good, pieces)
     # Several events together may be larger.
     assert apiserver.SSEDecoder(100).receive(b"data: a\n\n" * 100 + b"d")
@@ -3927,7 +3927,7 @@ async def test_an_answer_has_a_largest_size(size, works, framing):
         "close": [b"HTTP/1.1 200 OK\r\n\r\n", body, connection_close],
     }
     async with client_of(sends(*steps[framing])) as (_, client):
-        with refused(None if works else 502):
+        with refused(None if works else 413):
             assert await get(client, max_size=1000) == (200, body)
 
 
@@ -7833,6 +7833,20 @@ async def test_one_request_closes_nothing(tmp_path, answer, count):
         assert (await chat(server, key=bob)).status == 200
         assert set((await states(server)).values()) == {"ready"}
         assert not any(c.health.closed_by for c in controllers)
+
+
+@cases("stream", False, True)
+@flow(behave=[None] * 2, limits=Limits(response_size=10_000))
+async def test_answers_that_are_too_large_close_nothing(
+    server, upstreams, controllers, stream
+):
+    """A client asks for as many embeddings, or such long ones, as it likes."""
+    for upstream in upstreams:
+        events = streams(*[chunk("x" * 9000)] * 2, chunk("", "stop") + DONE)
+        upstream.behave = events if stream else http_reply(completion("x" * 10**6))
+    for number in range(4):
+        assert (await chat(server, f"{number}")).status == 500
+    assert not any(controller.health.closed_by for controller in controllers)
 
 
 @cases("stream", False, True)
