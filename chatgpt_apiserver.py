@@ -8007,7 +8007,7 @@ class Call:
         # First: asyncio.TimeoutError is an OSError from Python 3.11 on.
         elif isinstance(caught, asyncio.TimeoutError):
             error = ControllerError(f"{name} was silent for too long", status=504)
-            if self._answer is not None and self._is_late():  # it was answering
+            if self._is_late():  # the upload, say, took most of the time
                 seconds = self.pool.limits.request_timeout
                 text = f"{name} did not finish within {seconds:g} s"
                 error = ControllerError(text, Failure.NONE, status=504)

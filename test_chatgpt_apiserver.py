@@ -7496,6 +7496,22 @@ async def test_a_late_request_closes_nothing(server, upstreams, controllers, str
     assert not any(controller.health.closed_by for controller in controllers)
 
 
+@flow(limits=Limits(request_timeout=0.4), behave=sends(0.3, GOOD_REPLY))
+async def test_a_slow_upload_closes_nothing(server, upstream, controller):
+    """It leaves the controller too little time to answer."""
+
+    async def upload(number):
+        data = request_bytes("POST", CHAT_URL, chat_body(f"{number}"))
+        async with Client(server.port) as client:
+            client.send(data[:-1])
+            await asyncio.sleep(0.3)
+            client.send(data[-1:])
+            assert (await client.read_head())[0] == 504
+
+    await asyncio.gather(*map(upload, range(4)))
+    assert len(chats(upstream)) == 4 and not controller.health.closed_by
+
+
 @cases("name", *BAD_UPSTREAMS)
 async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
     behave, alone = BAD_UPSTREAMS[name]
