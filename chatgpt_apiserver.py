@@ -9283,12 +9283,19 @@ _PRIVATE_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
 )
 _PRIVATE_REQUEST_PREFIXES = ("x-forwarded-",)
 _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
-    "alt-svc content-length date openai-organization server set-cookie"
-    " strict-transport-security x-request-id".split()
+    "alt-svc content-length date server set-cookie strict-transport-security"
+    " x-request-id"
+    # These name the account of our key.
+    " openai-organization openai-project anthropic-organization-id"
+    " anthropic-workspace-id".split()
 )
 # The last two tell a proxy in front of us to send a file instead.
 _PRIVATE_RESPONSE_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
-_LIMITED_PREFIXES = (*_PRIVATE_RESPONSE_PREFIXES, "x-ratelimit-")
+_LIMITED_PREFIXES = (
+    *_PRIVATE_RESPONSE_PREFIXES,
+    "x-ratelimit-",
+    "anthropic-ratelimit-",
+)
 Fields = Iterable[tuple[str, str]]
 _JSON_FIELDS = (("Content-Type", "application/json"),)
 # RFC 9110 sections 11.6.1, 12.5.3 and 15.5.22; RFC 6455 section 4.4.

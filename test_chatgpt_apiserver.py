@@ -6280,6 +6280,16 @@ async def test_limits_count_what_another_compacts_right_away(usage_file, constan
         assert used_of(limit) == [4, 6]
 
 
+@cases("limit, shown", (None, ["5", "6"]), ("9 tokens/day", []))
+async def test_a_user_with_a_limit_sees_no_other(server, upstream, limit, shown):
+    names = ["x-ratelimit-limit-images", "anthropic-ratelimit-unified-5h-utilization"]
+    upstream.behave = http_reply(completion(), headers=[*zip(names, "56")])
+    token = (await server.users.add(limit=limit)).token
+    headers = (await chat(server, key=token)).headers
+    assert [headers[name] for name in names if name in headers] == shown
+    assert ("x-ratelimit-limit-tokens" in headers) == (limit is not None)
+
+
 async def test_answers_go_on_with_a_full_disk(tmp_path, monkeypatch, constant):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -11951,7 +11961,8 @@ async def test_header_fields_travel_both_ways_but_private_ones(server, upstream)
     private = dict.fromkeys(names.split(), "PRIVATE")
     private["Connection"] = "keep-alive, X-Hop"
     back = {"x-ratelimit-remaining": "7", "openai-processing-ms": "12"}
-    names = """Set-Cookie Server OpenAI-Organization Keep-Alive X-Request-Id X-Hop
+    names = """Set-Cookie Server OpenAI-Organization OpenAI-Project X-Request-Id X-Hop
+        Anthropic-Organization-Id Anthropic-Workspace-Id Keep-Alive
         Access-Control-Max-Age X-Accel-Redirect X-Sendfile"""  # two speak to a proxy
     hidden = dict.fromkeys(names.split(), "PRIVATE")
     hidden["Connection"] = "keep-alive, x-hop"
