@@ -3145,6 +3145,8 @@ class Connection(asyncio.Protocol):
         and asyncio.TimeoutError.
         """
         while True:
+            if self.loop.time() >= deadline:  # the timer gets no turn without a pause
+                raise asyncio.TimeoutError
             ready = self.buffer or decoder.pending
             piece = decoder.decode(self.buffer) if ready else b""
             if decoder.pending:  # 64 MiB inflate from 320 KiB, in 60 ms: let others run

@@ -7462,7 +7462,8 @@ upstream_hangs, upstream_drops = sends(60), sends(connection_drop)
 JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 SSE_ERROR = STREAM_HEAD + chunked(b'data: {"error": {"message": "no GPU"}}\n\n')
 HALF_JSON = JSON_HEAD + b'Content-Length: 500\r\n\r\n{"id": "chatcmpl-1", "choices": ['
-HALF_CHUNK = JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n500\r\n{"
+CHUNKED_JSON = JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+HALF_CHUNK = CHUNKED_JSON + b"500\r\n{"
 BAD_UPSTREAMS = {
     "hang": (upstream_hangs, 504),
     "hang-headers": (sends(b"HTTP/1.1 200 OK\r\nContent-", 60), 504),
@@ -7474,7 +7475,7 @@ BAD_UPSTREAMS = {
     "garbage": (b"\x00\x01 no HTTP\r\n\r\n", 500),
     "two-cl": (JSON_HEAD + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 500),
     "huge-cl": (JSON_HEAD + b"Content-Length: 99999999999\r\n\r\n{}", 500),
-    "bad-chunk": (JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}", 500),
+    "bad-chunk": (CHUNKED_JSON + b"zz\r\n{}", 500),
     "gzip": (http_reply(completion(), headers=[("Content-Encoding", "gzip")]), 500),
     "no-json": (http_reply(b"<html>UPSTREAMSECRET</html>"), 500),
     "rate-limit": (error_reply(429), 500),
@@ -7520,6 +7521,24 @@ async def test_a_slow_upload_closes_nothing(server, upstream, controller):
 
     await asyncio.gather(*map(upload, range(4)))
     assert len(chats(upstream)) == 4 and not controller.health.closed_by
+
+
+@cases("head, padding", (STREAM_HEAD, b": busy\n\n"), (CHUNKED_JSON, b" "))
+@flow(limits=Limits(request_timeout=0.5))
+async def test_a_request_ends_though_its_upstream_never_pauses(server, head, padding):
+    """Comments and blanks are no answer: nothing else would ever end it."""
+
+    async def behave(request, writer):
+        writer.write(head)
+        while True:
+            writer.write(chunked(padding * 8000))
+            await writer.drain()
+
+    async with Upstream(behave) as upstream:
+        server.add(upstream.controller(models=["m"]))
+        with takes(0.4, 3):
+            reply = await asyncio.wait_for(chat(server, stream=True), 5)
+        assert reply.status == 504 and "within 0.5 s" in chat_error(reply)["message"]
 
 
 @cases("name", *BAD_UPSTREAMS)
