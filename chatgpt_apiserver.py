@@ -1977,6 +1977,12 @@ class CompletionStream(EventStream):
     WORDS = ('"error"', '"usage"', "[DONE]")
     LAST = DONE_EVENT
 
+    def receive(self, data: bytes) -> bytes:
+        block = super().receive(data)
+        if self.ended and self.events < 2 and self.error is None:  # [DONE] and no more
+            raise ProtocolError(502, "its stream was empty")
+        return block
+
     def _is_plain(self, block: bytes, text: str) -> bool:
         # Two plain searches first: the regular expression takes 20 times as long.
         if self._unfinished > 0 and (
@@ -2406,6 +2412,7 @@ def chat_tools(tools: Any) -> list[Any]:
 # --- Dialects
 
 
+_SAYS_ERROR = re.compile(rb'"error"\s*:\s*[^\sn]')  # not null
 _ANSWER_ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
 
 
@@ -2455,9 +2462,16 @@ class Dialect:
         complete = not self.judged or content.rstrip()[-1:] in (b"}", b"]")
         if not complete or (not delimited and read_json(content) is None):
             raise ProtocolError(502, "its answer is incomplete")
-        if content.find(self.answer_key) >= 0:  # "in" takes 0.2 us more
+        answered = content.find(self.answer_key) >= 0  # "in" takes 0.2 us more
+        if answered and not (self.generates and _SAYS_ERROR.search(content)):
             return None
-        return find_error(read_json(content))
+        value = read_json(content)
+        if answered and as_object(value).get(self.answer_key[1:-1].decode()):
+            return None
+        error = find_error(value)
+        if error is None and not answered and self.generates:
+            raise ProtocolError(502, f"its answer lacks {self.answer_key.decode()}")
+        return error
 
     def error_content(self, error: APIError) -> bytes:
         """Return an error as the content of a response."""

@@ -2155,7 +2155,7 @@ def test_content_types_are_compared_without_case_and_parameters(kind, labels):
 @cases("delimited", True, False)
 @cases(
     "contents, good",
-    (b'{}|[{"a": 1}]\r\n \n', (True, True)),
+    (b'{"choices": []}|[{"choices": 1}]\r\n \n', (True, True)),
     (b'|  \n|{"choices": [|{"text": "half|{"a": "b"} <!-- proxy -->', (False, False)),
     (b'{"choices": [{"a": 1}', (True, False)),  # a peer that gives a length sent it all
 )
@@ -7486,7 +7486,10 @@ BAD_UPSTREAMS = {
     "unauthorized": (error_reply(401, "bad key UPSTREAMSECRET"), 500),
     "forbidden": (error_reply(403, "key UPSTR***CRET is no good"), 403),
     "error-in-200": (http_reply({"error": {"message": "no GPU"}}), 500),
+    "error-beside": (http_reply({"choices": [], "error": {"message": "no GPU"}}), 500),
+    "no-answer": (http_reply({"code": 500, "msg": "busy", "success": False}), 500),
     "empty-stream": (STREAM_HEAD + b"0\r\n\r\n", 500),
+    "only-done": (STREAM_HEAD + chunked(DONE) + b"0\r\n\r\n", 500),
     "sse-error-first": (SSE_ERROR, 500),
     "no-finish": (STREAM_HEAD + chunked(chunk("Hi")) + b"0\r\n\r\n", 500),
 }
@@ -7562,7 +7565,11 @@ async def test_a_bad_upstream_is_replaced_before_the_first_byte(tmp_path, name):
     assert "UPSTREAMSECRET" not in log.text and " up1 x2 " in log.text
 
 
-@cases("name", "hang", "drop", "rate-limit", "sse-error-first")
+@cases(
+    "name",
+    *("hang", "drop", "rate-limit", "sse-error-first"),
+    *("error-beside", "no-answer", "only-done"),
+)
 async def test_a_stream_too_is_taken_over_before_its_first_event(tmp_path, name):
     more = {"options": [{"weight": 100}], "limits": Limits(first_byte_timeout=0.15)}
     async with pool_of(tmp_path, BAD_UPSTREAMS[name][0], **more) as (server, ups, _):
