@@ -1381,6 +1381,7 @@ class ErrorObject(NamedTuple):
     param: str | None = None
     words: frozenset[str] = frozenset()  # code, type, status, reason, in lower case
     passed_on: bool = False  # a server like this one passed it on from its upstream
+    status: int = 500  # the HTTP status that its code is, if it came with a 200
 
     @property
     def summary(self) -> str:
@@ -1391,6 +1392,7 @@ class ErrorObject(NamedTuple):
 
 # The form of the APIs' own codes.  Anything else may quote the request.
 _PLAIN_WORD = re.compile("[a-z]+(?:_[a-z0-9]+)*", re.ASCII)
+_ERROR_STATUS = re.compile("[45][0-9][0-9]", re.ASCII)
 
 
 def find_error(value: Any) -> ErrorObject | None:
@@ -1420,6 +1422,7 @@ def _read_error(inner: Any, outer: JSONObject) -> ErrorObject:
     message = inner.get("message") or inner.get("msg") or ""
     text = message if isinstance(message, str) else _to_ascii(message)
     fields = {key: value for key, value in inner.items() if isinstance(value, str)}
+    code = str(inner.get("code"))
     return ErrorObject(
         f"{place}: {text or fields.get('type', '')}" if place else text,
         fields.get("type"),
@@ -1427,6 +1430,7 @@ def _read_error(inner: Any, outer: JSONObject) -> ErrorObject:
         fields.get("param") or place or None,
         _words(inner),
         "upstream_status" in inner,
+        int(code) if _ERROR_STATUS.fullmatch(code) else 500,
     )
 
 
@@ -7924,12 +7928,17 @@ class Call:
             error.refusal = (status, headers, content)
         raise error
 
-    def _event_error(self, error: ErrorObject) -> ControllerError:
+    def _event_error(self, error: ErrorObject) -> APIError:
         """Return the error for an error object in an answer with status 200."""
-        assert self.controller is not None
-        judged = judge_refusal(self.controller, self.request.model, 500, {}, error)
-        assert judged is not None  # a 500 is never the request's fault
-        return judged
+        controller, status = self.controller, error.status
+        assert controller is not None
+        judged = judge_refusal(controller, self.request.model, status, {}, error)
+        if judged is not None:
+            return judged
+        text = controller.redact(error.message) or f"status {status}"
+        return APIError(
+            status, text, type=error.type, param=error.param, code=error.code
+        )
 
     async def _next_block(self, stream: EventStream) -> bytes:
         assert self._answer is not None

@@ -7919,6 +7919,38 @@ async def test_a_refusal_is_the_clients_when_all_refuse(tmp_path, status, stream
         assert status in (402, 403) or not any(c.failures for c in cs)
 
 
+@cases("shape", "json", "event", "late")
+@cases(
+    "code, status, asked, state",
+    (400, 400, 1, "ready"),
+    ("400", 400, 1, "ready"),
+    (429, 500, 2, "cooling"),
+    (502, 500, 2, "ready"),
+    (1001, 500, 2, "ready"),
+)
+async def test_an_error_within_a_200_is_judged_by_its_code(
+    tmp_path, shape, code, status, asked, state
+):
+    """As OpenRouter reports its providers' errors."""
+    error = {"error": {"message": "UPSTREAMSECRET is wrong", "code": code}}
+    event = apiserver.sse_event(json.dumps(error).encode())
+    before = chunk("Hi") if shape == "late" else b": PROCESSING\n\n"
+    behave = http_reply(error) if shape == "json" else streams(before, event)
+    async with pool_of(tmp_path, behave, behave) as (server, ups, _):
+        reply = await chat(server, stream=True)
+        if shape == "late":
+            assert reply.status == 200 and "*** is wrong" in reply.events()[-1]
+            asked = 1
+        else:
+            found = chat_error(reply)
+            upstream_status = code if code in (429, 502) else 500
+            assert reply.status == status and "*** is wrong" in found["message"]
+            assert found.get("upstream_status", 500) == upstream_status
+        assert sum(len(chats(upstream)) for upstream in ups) == asked
+        found = [*(await states(server)).values()]
+        assert found.count(state) == (2 if state == "ready" else asked)
+
+
 def test_a_failure_is_evidence_once_a_minute_for_each_user_and_content():
     health = apiserver.Health(Limits(cool_failures=3))
     broken = apiserver.ControllerError("broken")
