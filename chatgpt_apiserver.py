@@ -1896,6 +1896,7 @@ class EventStream:
         self.began = False  # whether an event has been seen; comments do not count
         self.ended = False  # nothing more will be relayed
         self.error: ErrorObject | None = None  # from an error event: it is not relayed
+        self.failure: ErrorObject | None = None  # from response.failed: it is relayed
         self.usage = Usage()  # so far
         self.events = 0  # number of events so far, roughly
         # Of the last blocks: how each starts, its size, and its number of events.
@@ -1950,6 +1951,8 @@ class EventStream:
             return False
         self.answer = self.answer or answer
         self.ended = kind in self.ENDS
+        if kind == "response.failed":
+            self.failure = find_error(answer) or ErrorObject()
         # The last event's counts are cumulative, but may omit the input's.
         new = read_usage(answer.get("usage") or event.get("usage"))
         self.usage = Usage(*(now or seen for now, seen in zip(new, self.usage)))
@@ -7906,6 +7909,8 @@ class Call:
             self._first = await self._next_block(stream)
         if stream.error is not None and event_data(self._first) is None:
             raise self._event_error(stream.error)
+        if stream.failure is not None:
+            raise self._event_error(stream.failure)
 
     def _judge(self, controller: Controller, answer: Answer, content: bytes) -> bytes:
         """Return content if the request is at fault; else raise ControllerError."""
@@ -7956,8 +7961,8 @@ class Call:
             if stream.ended:
                 break
             block = await self._next_block(stream)
-        if stream.error is not None:
-            raise self._event_error(stream.error)
+        if error := stream.error or stream.failure:
+            raise self._event_error(error)
         self.stream = None
         self.headers = {"content-type": JSON_TYPE}
         return content
@@ -8014,8 +8019,12 @@ class Call:
             if stream is not None:
                 output = stream.usage.output or stream.estimate()
                 self.usage = self._estimate(stream.usage, output)
-            self.pool.succeeded(self.controller, self.request, self.usage)
-            self._answer.keep()
+            if stream is not None and stream.failure is not None:
+                self._explain(self.controller, self._event_error(stream.failure))
+                self.pool.count(self.controller, tokens=self.usage.total)
+            else:
+                self.pool.succeeded(self.controller, self.request, self.usage)
+                self._answer.keep()
         return block
 
     def _explain(self, controller: Controller, caught: BaseException) -> APIError:

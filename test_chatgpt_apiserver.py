@@ -7951,6 +7951,28 @@ async def test_an_error_within_a_200_is_judged_by_its_code(
         assert found.count(state) == (2 if state == "ready" else asked)
 
 
+@cases("code, state", ("rate_limit_exceeded", "cooling"), (None, "ready"))
+@cases("stream, sent", (True, True), (True, False), (False, False), (False, True))
+async def test_a_failed_response_is_its_controllers_failure(
+    tmp_path, code, state, stream, sent
+):
+    """Relayed as it came if the response had begun, else asked for elsewhere."""
+    response = {"id": "r", "output": [], "error": {"code": code, "message": "no"}}
+    failed = typed("response.failed", response=response)
+    late, good = RESPONSE_CREATED + failed, RESPONSE_CREATED + response_end("completed")
+    behave = streams(RESPONSE_CREATED, 0.1, failed) if sent else streams(late)
+    more = {"options": [{"weight": 100}]}
+    async with pool_of(tmp_path, behave, streams(good), **more) as (server, ups, cs):
+        body = {"model": "m", "input": "Hello", "stream": stream}
+        reply = await ask(server.port, "POST", "/v1/responses", body)
+        begun = stream and sent
+        assert reply.status == 200 and reply.whole
+        assert not stream or reply.content == (late if begun else good)
+        assert [len(chats(upstream)) for upstream in ups] == [1, not begun]
+        assert [controller.failures for controller in cs] == [1, 0]
+        assert [*(await states(server)).values()] == [state, "ready"]
+
+
 def test_a_failure_is_evidence_once_a_minute_for_each_user_and_content():
     health = apiserver.Health(Limits(cool_failures=3))
     broken = apiserver.ControllerError("broken")
