@@ -1663,34 +1663,40 @@ class CompletionBuilder:
         self._whole: JSONObject = {"id": None, "object": "chat.completion"}
         self._whole.update(created=None, model=None, choices=[], usage=None)
         self._choices: dict[int, JSONObject] = {}
-        # Pieces by choice and key, joined at the end: += would copy the text each time.
-        self._texts: dict[tuple[int, str], list[str]] = {}
+        # By object and key, the object and pieces of a text, which are joined at the
+        # end: += would copy the text each time.
+        self._texts: dict[tuple[int, str], tuple[JSONObject, list[str]]] = {}
 
     def add(self, chunk: JSONObject) -> None:
         """Add one chat.completion.chunk."""
         for key in self.HEAD:
-            if self._whole.get(key) is None and chunk.get(key) is not None:
-                self._whole[key] = chunk[key]
+            if not self._whole.get(key) and chunk.get(key) is not None:
+                self._whole[key] = chunk[key]  # Azure's first one has "" and 0
         self._whole["usage"] = chunk.get("usage") or self._whole["usage"]
         for choice in chunk.get("choices") or []:
             index = choice.get("index", 0)
             empty = choice_of("message", {}, None, index)
             whole = self._choices.setdefault(index, empty)
             delta = choice.get("delta") or {"content": choice.get("text")}
-            self._add_delta(index, whole["message"], delta)
+            self._add_delta(whole["message"], delta)
             if logprobs := choice.get("logprobs"):
                 whole["logprobs"] = whole["logprobs"] or dict.fromkeys(logprobs)
-                self._add_delta(index, whole["logprobs"], logprobs)
+                self._add_delta(whole["logprobs"], logprobs)
             if choice.get("finish_reason"):
                 whole["finish_reason"] = choice["finish_reason"]
 
-    def _add_delta(self, index: int, message: JSONObject, delta: JSONObject) -> None:
+    def _add_delta(self, message: JSONObject, delta: JSONObject) -> None:
         for key, value in delta.items():
             text = message.get(key)
             if key == "tool_calls":
                 self.add_tool_calls(message.setdefault(key, {}), value or [])
-            elif isinstance(value, str) and isinstance(text, str) and key != "role":
-                self._texts.setdefault((index, key), [text]).append(value)
+            elif isinstance(value, dict) and isinstance(text, dict):
+                self._add_delta(text, value)  # function_call, audio
+            elif key in ("role", "id"):
+                message[key] = value or text
+            elif isinstance(value, str) and isinstance(text, str):
+                place = (id(message), key)
+                self._texts.setdefault(place, (message, [text]))[1].append(value)
             elif isinstance(value, list):
                 message[key] = text = text if isinstance(text, list) else []
                 text.extend(value)
@@ -1725,8 +1731,8 @@ class CompletionBuilder:
 
     def result(self) -> JSONObject:
         """Return the chat.completion."""
-        for (index, key), pieces in self._texts.items():
-            self._choices[index]["message"][key] = "".join(pieces)
+        for (_, key), (message, pieces) in self._texts.items():
+            message[key] = "".join(pieces)
         for choice in self._choices.values():
             if "tool_calls" in (message := choice["message"]):
                 message["tool_calls"] = [*message["tool_calls"].values()]
@@ -1756,7 +1762,7 @@ class ItemsBuilder(CompletionBuilder):
             delta = {k: v for k, v in event["delta"].items() if k != "type"}
             if "citation" in delta:
                 delta = {"citations": [delta["citation"]]}
-            self._add_delta(index, self._choices[index]["message"], delta)
+            self._add_delta(self._choices[index]["message"], delta)
         elif kind == "message_delta":
             usage = {**(self._whole.get("usage") or {}), **(event.get("usage") or {})}
             self._whole = {**self._whole, **event["delta"], "usage": usage}

@@ -2710,6 +2710,31 @@ def test_refusals_logprobs_and_fingerprint_of_a_stream_are_kept():
     assert choice["logprobs"]["content"] == [{"token": "a"}, {"token": "b"}]
 
 
+def test_objects_of_a_stream_are_joined():
+    builder = apiserver.CompletionBuilder()
+    for function, audio in (
+        ({"name": "f", "arguments": ""}, {"id": "a", "transcript": "H"}),
+        ({"arguments": '{"a"'}, {"id": "a", "data": "AAAA"}),
+        ({"arguments": ": 1}"}, {"transcript": "i", "data": "BBBB", "expires_at": 5}),
+    ):
+        delta = {"function_call": function, "audio": audio}
+        builder.add({"choices": [{"index": 0, "delta": delta}]})
+    message = builder.result()["choices"][0]["message"]
+    assert message["function_call"] == {"name": "f", "arguments": '{"a": 1}'}
+    audio = {"id": "a", "transcript": "Hi", "data": "AAAABBBB", "expires_at": 5}
+    assert message["audio"] == audio
+
+
+def test_an_empty_head_before_the_first_choice_is_not_the_answers():
+    """Azure's results of its filter come first."""
+    builder = apiserver.CompletionBuilder()
+    empty = {"id": "", "model": "", "created": 0, "choices": []}
+    for chunk in {**empty, "prompt_filter_results": []}, {"id": "c", "created": 5}:
+        builder.add(chunk)
+    result = builder.result()
+    assert (result["id"], result["model"], result["created"]) == ("c", "", 5)
+
+
 def test_joining_tool_calls_and_logprobs_takes_linear_time():
     """Or one answer of 16 MiB would stop the server for minutes."""
     builder = apiserver.CompletionBuilder()
