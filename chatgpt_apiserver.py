@@ -3777,10 +3777,10 @@ class ClientResponse(Answer):
             piece = await self._connection.read_content(
                 self._decoder, self._client.limits.silence_timeout, self._deadline
             )
-        except ConnectionResetError:
+        except (ConnectionResetError, ProtocolError):
             if self.status < 400:
                 raise
-            piece = b""  # it refused our content with a reset; the head says why
+            piece = b""  # it refused our content and hung up; the head says why
             self._release()
         if self._decoder.complete:
             self._release()

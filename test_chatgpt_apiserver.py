@@ -7998,6 +7998,17 @@ async def test_a_failed_response_is_its_controllers_failure(
         assert [*(await states(server)).values()] == [state, "ready"]
 
 
+@cases("end", connection_close, connection_cut)
+async def test_the_head_of_half_a_refusal_counts(tmp_path, end):
+    half = error_reply(429, headers=[("Retry-After", "20")])[:-9]
+    behave = sends(half, 0.05, end)
+    async with pool_of(tmp_path, behave) as (server, _, [controller]):
+        reply = await chat(server)
+        assert chat_error(reply)["upstream_status"] == 429
+        assert reply.headers["retry-after"] == "20"
+        assert controller.health.closed_by is apiserver.Failure.RATE_LIMITED
+
+
 def test_a_failure_is_evidence_once_a_minute_for_each_user_and_content():
     health = apiserver.Health(Limits(cool_failures=3))
     broken = apiserver.ControllerError("broken")
