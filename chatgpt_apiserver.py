@@ -2572,10 +2572,14 @@ class MessagesDialect(Dialect):
         503: "overloaded_error",
         504: "timeout_error",
     }
+    # An upstream's own, which clients wait for and retry; others would blame the key.
+    PASSED_TYPES = ("overloaded_error", "rate_limit_error", "timeout_error")
 
     def error_content(self, error: APIError) -> bytes:
         kind = "api_error" if error.status >= 500 else "invalid_request_error"
-        if error.code != "cancelled":  # by a person: do not invite a retry
+        if error.type in self.PASSED_TYPES:
+            kind = error.type
+        elif error.code != "cancelled":  # by a person: do not invite a retry
             kind = self.ERROR_TYPES.get(error.status, kind)
         fields = {"type": kind, "message": error.message}
         return encode_json({"type": "error", "error": fields})

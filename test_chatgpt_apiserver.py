@@ -3243,6 +3243,23 @@ def test_errors_below_messages_have_anthropics_types(path, kind, statuses):
     assert cancelled["error"]["type"] == "api_error"
 
 
+@cases("late", False, True)
+@cases(
+    "upstreams, kind",
+    ("overloaded_error", "overloaded_error"),
+    ("rate_limit_error", "rate_limit_error"),
+    ("authentication_error", "api_error"),  # the client would blame its own key
+    ("invented_error", "api_error"),
+)
+def test_an_upstreams_type_is_kept_where_clients_act_on_it(upstreams, kind, late):
+    dialect = apiserver.dialect_of("/v1/messages")
+    error = apiserver.ControllerError("No", type=upstreams)
+    content = dialect.error_content(error)
+    if late:
+        content = dialect.late_error(error, None).split(b"data: ")[1]
+    assert json.loads(content)["error"] == {"type": kind, "message": "No"}
+
+
 @cases("path", "/v1/message", "/v1/messagesx", CHAT_URL)
 def test_errors_of_other_paths_have_openais_shape(path):
     content = apiserver.dialect_of(path).error_content(APIError(400, "No"))
