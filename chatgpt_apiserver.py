@@ -3547,6 +3547,9 @@ class HTTPClient:
         connection = self._take_idle()
         if connection is not None:
             answer = await self._exchange(connection, method, message, wait, deadline)
+            if answer is not None and answer.status == 408:  # it was idle for too long
+                await answer.aclose()
+                answer = None
         if answer is None:  # an idle one may have been closed, which is no failure
             connection = await self.open()
             answer = await self._exchange(connection, method, message, wait, deadline)

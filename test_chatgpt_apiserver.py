@@ -3813,6 +3813,23 @@ async def test_a_request_is_replayed_when_its_kept_connection_has_died(end):
         await until(lambda: upstream.ended == upstream.connections)
 
 
+async def test_a_kept_connections_408_is_about_its_idle_time():
+    """RFC 9110 section 15.5.9; on a new connection it answers the request."""
+
+    async def behave(request, writer):
+        kept = len(upstream.requests) == 2
+        await sends(http_reply(b"", 408) if kept or always else OK)(request, writer)
+
+    async with client_of(behave) as (upstream, client):
+        always = False
+        assert await get(client) == await get(client) == (200, b"ok")
+        assert upstream.connections == 2 and len(upstream.requests) == 3
+        client.close()
+        always = True
+        assert await get(client) == (408, b"")
+        assert len(upstream.requests) == 4
+
+
 @cases("begun", b"HTTP/1.1 103 Early Hints\r\n\r\n", b"H", b"HTTP/1.1 200 OK\r\n")
 async def test_a_request_whose_answer_had_begun_is_not_replayed(begun):
     """Not even after an interim answer: the upstream may have acted on it."""
