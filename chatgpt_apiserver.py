@@ -9330,8 +9330,9 @@ _PRIVATE_REQUEST_FIELDS = HOP_BY_HOP | frozenset(
 )
 _PRIVATE_REQUEST_PREFIXES = ("x-forwarded-",)
 _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
-    "alt-svc content-length date server set-cookie strict-transport-security"
-    " x-request-id"
+    "content-length date server set-cookie x-request-id"
+    # Browsers would keep these for our own origin; Cloudflare sends half of them.
+    " alt-svc clear-site-data nel report-to strict-transport-security"
     # These name the account of our key.
     " openai-organization openai-project anthropic-organization-id"
     " anthropic-workspace-id".split()
