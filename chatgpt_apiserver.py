@@ -5624,10 +5624,11 @@ class Controller:
         if not include_usage or answer.status not in (400, 422):
             return answer
         try:
-            content = await answer.read_all(PIECE_SIZE * 16)
+            # Often with the whole request in it, as from FastAPI.
+            content = await answer.read_all(int(self.health.limits.response_size))
         finally:
             await answer.aclose()
-        if not may_be_about_stream_options(content):
+        if not await run_large(len(content), may_be_about_stream_options, content):
             return Answer(answer.status, answer.headers, content)
         content = await run_large(size, encode, model, False)
         again = await self._send(request, content)

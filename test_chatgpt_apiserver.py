@@ -8418,6 +8418,15 @@ async def test_stream_options_are_left_out_if_refused(tmp_path, said, again, sta
         assert "stream_options" in chats(upstream)[1 + again].json()
 
 
+async def test_a_refusal_may_repeat_a_large_request(server, upstream, controller):
+    """As FastAPI's, which has all of the input in it."""
+    said = {"detail": [{"loc": ["body", "x"], "msg": "no", "input": "i" * 2_000_000}]}
+    upstream.behave = http_reply(said, 422)
+    reply = await chat(server, stream=True)
+    assert (reply.status, reply.json()) == (422, said)
+    assert len(chats(upstream)) == 1 and not controller.failures
+
+
 async def test_events_in_gzip_are_relayed_as_they_come(server, upstream):
     go_on, deflate = asyncio.Event(), zlib.compressobj(wbits=31)
     first, last = chunk("first"), chunk("b", "stop") + DONE
