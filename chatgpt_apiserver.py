@@ -2987,6 +2987,7 @@ class Connection(asyncio.Protocol):
         self.limits = limits
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport  # from connection_made() on
+        self._socket: asyncio.Transport  # the same, or the one below TLS
         self.buffer = bytearray()  # received, not yet parsed
         self.eof = False  # the peer has sent its last byte
         self.lost = False  # the connection is gone ...
@@ -3016,6 +3017,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._use(transport)
+        self._socket = self.transport
         if self._on_made is not None:
             self._on_made(self)
 
@@ -3252,6 +3254,16 @@ class Connection(asyncio.Protocol):
         if self.lost and not or_receive:
             raise ConnectionResetError("the connection was closed")
 
+    async def flush(self) -> None:
+        """Wait as drain() does, but until the socket has taken everything."""
+        await self.drain()
+        while self.unsent:
+            # From Python 3.11 on, TLS pauses us at once, and resumes when the
+            # transport below it does: that one holds something, and comes first.
+            for transport in (self._socket, self.transport):
+                transport.set_write_buffer_limits(0)
+            await self.drain()
+
     def _cut_if_stalled(self, taken: int, writer: asyncio.Future[bool]) -> None:
         # The buffer's size does not tell: another task may have filled it up.
         if self.bytes_sent - self.unsent <= taken:
@@ -3263,12 +3275,9 @@ class Connection(asyncio.Protocol):
     @property
     def unsent(self) -> int:
         """Bytes written that the socket has not taken yet."""
-        try:
-            if self.lost:
-                return 0
-            return self.transport.get_write_buffer_size() + len(self._held)
-        except AttributeError:  # TLS up to Python 3.10, just before it is lost
-            return 0
+        return (
+            0 if self.lost else self._socket.get_write_buffer_size() + len(self._held)
+        )
 
     @property
     def closing(self) -> bool:
@@ -9843,7 +9852,10 @@ class Exchange:
         self.reserved = self.connection.unsent if self.user is not None else 0
         self.server.content_size += self.reserved
         try:
-            await self.connection.drain()
+            if self.reply.close:
+                await self.connection.flush()
+            else:
+                await self.connection.drain()
         finally:
             self.reserve(-self.reserved)
 
@@ -10717,13 +10729,17 @@ class RequestHandler:
                 await work
                 # Drain now: a client that pipelines and never reads would fill the
                 # memory, and close() waits only a moment for unsent bytes.
-                if not connection.writable and not connection.closing:
+                while not connection.closing and (
+                    connection.unsent
+                    if exchange.reply.close
+                    else not connection.writable
+                ):
                     await exchange.drain()
-                elif connection.buffer:
-                    await asyncio.sleep(0)  # a long pipeline must not starve others
                 self.exchange = None
                 if exchange.reply.close:
                     break
+                if connection.buffer:
+                    await asyncio.sleep(0)  # a long pipeline must not starve others
         except ConnectionError:
             connection.abort()
         finally:
@@ -11150,11 +11166,11 @@ class Server(Stoppable):
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
-        for handler in list(self._handlers.values()):
-            if handler.exchange is None:
-                handler.connection.abort()
-            else:
+        for connection, handler in list(self._handlers.items()):
+            if handler.exchange is not None:
                 handler.exchange.reply.close = True
+            elif not connection.unsent:
+                connection.abort()
         seconds, count = self.limits.drain_timeout, self.requests_in_flight
         if count:
             self.report(f"waiting up to {seconds:.0f} s; requests in flight: {count}")
@@ -11176,7 +11192,12 @@ class Server(Stoppable):
 
     def _serves(self, websockets: bool) -> bool:
         """Whether any websocket, or else any other request, is in progress."""
-        return any((e.reply.status == 101) == websockets for e in self.exchanges)
+        return any(
+            connection.unsent and not websockets  # a reply to the last request
+            if handler.exchange is None
+            else (handler.exchange.reply.status == 101) == websockets
+            for connection, handler in self._handlers.items()
+        )
 
     @property
     def exchanges(self) -> list[Exchange]:

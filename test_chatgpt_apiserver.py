@@ -11071,6 +11071,40 @@ async def test_a_slow_client_gets_the_whole_answer_before_the_end(server, consta
     assert size > 12_000_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="measures Linux's buffers")
+@cases("end", "close", "shutdown", "shutdown after the reply")
+async def test_what_the_kernel_does_not_take_is_sent_before_the_end(
+    server, constant, end
+):
+    """So little that the server need not wait for a slow client, but not cut either."""
+    constant(LINGER_TIMEOUT=0.05)
+    go_on, loop, answer = asyncio.Event(), asyncio.get_running_loop(), b""
+
+    @server.model("m")
+    async def answer_later(request):
+        await go_on.wait()
+        return "x" * 60_000
+
+    headers = [("Connection", "close")] if end == "close" else []
+    data = request_bytes("POST", CHAT_URL, CHAT, headers=headers)
+    async with contextlib.AsyncExitStack() as stack:
+        sock = stack.enter_context(await slow_socket(server.port, data))
+        await until(lambda: server.running_requests)
+        (connection,) = server._handlers
+        if end == "shutdown":
+            await stack.enter_async_context(beside(server.shutdown()))
+            await until(lambda: server.draining)
+        go_on.set()
+        await until(lambda: connection.unsent)
+        if end == "shutdown after the reply":
+            await stack.enter_async_context(beside(server.shutdown()))
+        await asyncio.sleep(0.2)  # longer than LINGER_TIMEOUT
+        while piece := await loop.sock_recv(sock, 1 << 20):
+            answer += piece
+        await until(lambda: connection.lost)
+    assert answer.count(b"x") >= 60_000
+
+
 POST = "POST / HTTP/1.1\r\nHost: x\r\n"
 CHUNKED_POST = (
     f"POST /api/ask HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\n"
@@ -13524,6 +13558,30 @@ async def test_a_slow_tls_client_gets_all_of_a_large_answer(
                 await asyncio.sleep(0.1)
                 assert server.content_size
             await client.reader.readexactly(size - 5_000_000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures Linux's buffers")
+async def test_a_slow_tls_client_gets_the_end_of_a_last_answer(
+    tmp_path, certificate, constant
+):
+    constant(LINGER_TIMEOUT=0.1)
+    options, context = certificate
+    close = [("Connection", "close")]
+    data = request_bytes("POST", CHAT_URL, CHAT, headers=close)
+
+    def fetch_slowly(port):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", port))
+            with context.wrap_socket(sock, server_hostname="127.0.0.1") as tls:
+                tls.sendall(data)
+                time.sleep(0.5)  # longer than LINGER_TIMEOUT
+                return b"".join(iter(lambda: tls.recv(1 << 20), b""))
+
+    async with serving(tmp_path, **options) as server:
+        server.model("m")(lambda request: "x" * 100_000)
+        answer = await asyncio.to_thread(fetch_slowly, server.port)
+    assert answer.count(b"x") >= 100_000
 
 
 async def test_a_tls_handshake_that_never_ends_is_dropped(tmp_path, certificate):
