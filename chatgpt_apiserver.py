@@ -2960,16 +2960,19 @@ def time_limit(when: float, error: Exception) -> Iterator[None]:
         task.cancel()
 
     timer = asyncio.get_running_loop().call_at(when, expire)
+    others = 0  # other cancellations
     try:
-        yield
+        try:
+            yield
+        finally:
+            timer.cancel()
+            # A function may have swallowed ours: it must not count any longer.
+            if expired and hasattr(task, "uncancel"):
+                others = task.uncancel()
     except asyncio.CancelledError:
-        if not expired:
-            raise
-        if hasattr(task, "uncancel") and task.uncancel():  # another cancellation
+        if not expired or others:
             raise
         raise error from None
-    finally:
-        timer.cancel()
 
 
 class Connection(asyncio.Protocol):

@@ -10348,6 +10348,25 @@ async def test_a_time_limit_still_holds_after_a_cancelled_request(server, client
         assert (await client.read_reply()).status == status
 
 
+@flow(limits=Limits(request_timeout=0.3))
+async def test_a_time_limit_still_holds_after_a_function_swallows_one(server, client):
+    asked = []
+
+    @server.model("m")
+    async def answer(request):
+        asked.append(request)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if len(asked) > 1:
+                raise
+            return "what there is so far"
+
+    for status in (200, 504):
+        client.send(request_bytes("POST", CHAT_URL, CHAT))
+        assert (await client.read_reply()).status == status
+
+
 def journal_record(ended, user="ada", status=200):
     usage = apiserver.Usage(2, 0, 3)
     failed = status >= 400
