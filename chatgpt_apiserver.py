@@ -9764,6 +9764,8 @@ class Exchange:
 
     def cancel(self, why: APIError) -> None:
         """End the request as if the client had hung up, but tell the client why."""
+        if self.reply.sent is Sent.ALL and self.connection.writable:
+            return  # only the upstream's end is still awaited: this is no failure
         if self.connection.on_hangup is not None and self.cancelled is None:
             self.cancelled = why
             self.connection.on_hangup()

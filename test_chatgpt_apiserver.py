@@ -10336,6 +10336,17 @@ async def test_cancelling_a_request_frees_its_upstream(server, upstream, stream)
         assert (await ask(server.port, "POST", path, body)).status == 404
 
 
+async def test_a_request_that_is_cancelled_too_late_is_no_failure(server, upstream):
+    upstream.behave = sends(STREAM_HEAD, chunked(chunk("Hi", "stop") + DONE), 60)
+    async with posting(server, headers=[("x-request-id", "mine")]) as client:
+        assert (await client.read_reply()).events()[-1] == "[DONE]"
+        path, body = "/admin/requests/cancel", {"request_id": "mine"}
+        assert (await ask(server.port, "POST", path, body)).status == 200
+        await until(lambda: not server.running_requests)
+    (record,) = server.journal.requests()
+    assert (record.status, record.failed, record.error) == (200, False, ("", ""))
+
+
 @flow(limits=Limits(request_timeout=0.8))
 async def test_a_time_limit_still_holds_after_a_cancelled_request(server, client, gate):
     request = request_bytes("POST", CHAT_URL, CHAT, headers=[("x-request-id", "mine")])
