@@ -6130,12 +6130,13 @@ class AgentController(Controller):
         self.asked_at = unix_time()
         self.debug(f"to {self.name}: {message!r}")
         try:
-            # One large request at a time: several could exceed the write buffer.
-            await self.websocket.connection.drain()
-            if id == self._busy_with:
-                deadline = min(self._loop.time() + timeout, request.deadline)
-                self.websocket.busy_until = deadline
-            await self.websocket.send(text)
+            with time_limit(request.deadline, asyncio.TimeoutError()):
+                # One large request at a time: several could exceed the write buffer.
+                await self.websocket.connection.drain()
+                if id == self._busy_with:
+                    deadline = min(self._loop.time() + timeout, request.deadline)
+                    self.websocket.busy_until = deadline
+                await self.websocket.send(text)
             kind, data = await call.get(timeout)
             return call, kind, data
         except BaseException:

@@ -11848,6 +11848,17 @@ async def test_an_agent_that_fails_or_dies_is_replaced(tmp_path, dies):
                 assert reply.json()["content"] == "alive" and len(asked) == 2
 
 
+@flow(limits=Limits(request_timeout=0.5))
+async def test_a_request_that_an_agent_does_not_take_ends_in_time(server):
+    body = {**CHAT, "text": "x" * 20_000_000}  # more than the kernel takes
+    async with Agent(server, hello=agent_hello()) as agent:
+        agent.writer.transport.pause_reading()
+        with takes(0, 3):
+            answers = await asyncio.gather(*(chat(server, **body) for _ in range(2)))
+        assert [answer.status for answer in answers] == [504, 504]
+        assert server.agents[agent.id].in_flight == 0
+
+
 @flow(limits=Limits(ask_timeout=0.2))
 async def test_a_silent_agent_times_out_and_its_late_answer_is_dropped(server, agent):
     """Late, unknown and repeated answers disturb no other request."""
