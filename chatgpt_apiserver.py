@@ -1381,7 +1381,7 @@ class ErrorObject(NamedTuple):
     param: str | None = None
     words: frozenset[str] = frozenset()  # code, type, status, reason, in lower case
     passed_on: bool = False  # a server like this one passed it on from its upstream
-    status: int = 500  # the HTTP status that its code is, if it came with a 200
+    status: int = 500  # the HTTP status that its code or type stands for
 
     @property
     def summary(self) -> str:
@@ -1393,6 +1393,8 @@ class ErrorObject(NamedTuple):
 # The form of the APIs' own codes.  Anything else may quote the request.
 _PLAIN_WORD = re.compile("[a-z]+(?:_[a-z0-9]+)*", re.ASCII)
 _ERROR_STATUS = re.compile("[45][0-9][0-9]", re.ASCII)
+_STATUSES = {kind: status for status, kind in APIError.TYPES.items()}
+_STATUSES.update(invalid_request_error=400, rate_limit_exceeded=429, server_error=500)
 
 
 def find_error(value: Any) -> ErrorObject | None:
@@ -1404,7 +1406,11 @@ def find_error(value: Any) -> ErrorObject | None:
     body = as_object(value[0] if isinstance(value, list) and value else value)
     for key in ("error", "detail", "errors"):
         if body.get(key):
-            return _read_error(body[key], body)
+            error = _read_error(body[key], body)
+            is_response = body.get("object") == "response"
+            if is_response and error.code and not error.words & _STATUSES.keys():
+                error = error._replace(status=400)  # an invalid_image, say
+            return error
     is_error = body.get("object") == "error" or "message" in body
     return _read_error(body, body) if is_error and "choices" not in body else None
 
@@ -1422,15 +1428,16 @@ def _read_error(inner: Any, outer: JSONObject) -> ErrorObject:
     message = inner.get("message") or inner.get("msg") or ""
     text = message if isinstance(message, str) else _to_ascii(message)
     fields = {key: value for key, value in inner.items() if isinstance(value, str)}
-    code = str(inner.get("code"))
+    code, kind, words = str(inner.get("code")), fields.get("type", ""), _words(inner)
+    status = max((_STATUSES[word] for word in words & _STATUSES.keys()), default=500)
     return ErrorObject(
-        f"{place}: {text or fields.get('type', '')}" if place else text,
+        f"{place}: {text or kind}" if place else text,
         fields.get("type"),
         fields.get("code"),
         fields.get("param") or place or None,
-        _words(inner),
+        words,
         "upstream_status" in inner,
-        int(code) if _ERROR_STATUS.fullmatch(code) else 500,
+        int(code) if _ERROR_STATUS.fullmatch(code) else status,
     )
 
 
@@ -1918,7 +1925,8 @@ class EventStream:
             return b""
         block = self._decoder.receive(data)
         if not self.began and block:
-            self.began = block[:7] == b"data: {" or event_data(block) is not None
+            nothing = (None, b"[DONE]")
+            self.began = block[:7] == b"data: {" or event_data(block) not in nothing
         # A search takes 0.1 us in a str and 0.3 in bytes; parsing an event takes 5.
         text = block.decode("latin-1")
         count = text.count("data:")
@@ -1989,12 +1997,6 @@ class CompletionStream(EventStream):
 
     WORDS = ('"error"', '"usage"', "[DONE]")
     LAST = DONE_EVENT
-
-    def receive(self, data: bytes) -> bytes:
-        block = super().receive(data)
-        if self.ended and self.events < 2 and self.error is None:  # [DONE] and no more
-            raise ProtocolError(502, "its stream was empty")
-        return block
 
     def _is_plain(self, block: bytes, text: str) -> bool:
         # Two plain searches first: the regular expression takes 20 times as long.
@@ -7936,8 +7938,8 @@ class Call:
             self._first = await self._next_block(stream)
         if stream.error is not None and event_data(self._first) is None:
             raise self._event_error(stream.error)
-        if stream.failure is not None:
-            raise self._event_error(stream.failure)
+        if (failure := self._failure(stream)) is not None:
+            raise failure
 
     def _judge(self, controller: Controller, answer: Answer, content: bytes) -> bytes:
         """Return content if the request is at fault; else raise ControllerError."""
@@ -7972,6 +7974,11 @@ class Call:
             status, text, type=error.type, param=error.param, code=error.code
         )
 
+    def _failure(self, stream: EventStream) -> ControllerError | None:
+        """Return the error of a failed response, unless its request is at fault."""
+        error = None if stream.failure is None else self._event_error(stream.failure)
+        return error if isinstance(error, ControllerError) else None
+
     async def _next_block(self, stream: EventStream) -> bytes:
         assert self._answer is not None
         piece = await self._answer.read()
@@ -7988,8 +7995,12 @@ class Call:
             if stream.ended:
                 break
             block = await self._next_block(stream)
-        if error := stream.error or stream.failure:
-            raise self._event_error(error)
+        if stream.error is not None:
+            raise self._event_error(stream.error)
+        if (failure := self._failure(stream)) is not None:
+            raise failure
+        if not stream.began:
+            raise ProtocolError(502, "its stream was empty")
         self.stream = None
         self.headers = {"content-type": JSON_TYPE}
         return content
@@ -8046,8 +8057,9 @@ class Call:
             if stream is not None:
                 output = stream.usage.output or stream.estimate()
                 self.usage = self._estimate(stream.usage, output)
-            if stream is not None and stream.failure is not None:
-                self._explain(self.controller, self._event_error(stream.failure))
+            failure = None if stream is None else self._failure(stream)
+            if failure is not None:
+                self._explain(self.controller, failure)
                 self.pool.count(self.controller, tokens=self.usage.total)
             else:
                 self.pool.succeeded(self.controller, self.request, self.usage)

@@ -8010,13 +8010,16 @@ async def test_an_error_within_a_200_is_judged_by_its_code(
         assert found.count(state) == (2 if state == "ready" else asked)
 
 
+RESPONSE = {"id": "r", "object": "response", "output": []}
+
+
 @cases("code, state", ("rate_limit_exceeded", "cooling"), (None, "ready"))
 @cases("stream, sent", (True, True), (True, False), (False, False), (False, True))
 async def test_a_failed_response_is_its_controllers_failure(
     tmp_path, code, state, stream, sent
 ):
     """Relayed as it came if the response had begun, else asked for elsewhere."""
-    response = {"id": "r", "output": [], "error": {"code": code, "message": "no"}}
+    response = {**RESPONSE, "error": {"code": code, "message": "no"}}
     failed = typed("response.failed", response=response)
     late, good = RESPONSE_CREATED + failed, RESPONSE_CREATED + response_end("completed")
     behave = streams(RESPONSE_CREATED, 0.1, failed) if sent else streams(late)
@@ -8030,6 +8033,23 @@ async def test_a_failed_response_is_its_controllers_failure(
         assert [len(chats(upstream)) for upstream in ups] == [1, not begun]
         assert [controller.failures for controller in cs] == [1, 0]
         assert [*(await states(server)).values()] == [state, "ready"]
+
+
+@cases("stream", True, False)
+async def test_a_failed_response_may_be_its_requests_fault(tmp_path, stream):
+    """Three images that cannot be read must not cool a key for everybody."""
+    error = {"code": "invalid_image_format", "message": "a WEBP, please"}
+    response = {**RESPONSE, "status": "failed", "error": error}
+    failed = RESPONSE_CREATED + typed("response.failed", response=response)
+    behave = streams(failed) if stream else http_reply(response)
+    async with pool_of(tmp_path, behave, behave) as (server, ups, cs):
+        for number in range(6):
+            body = {"model": "m", "input": f"{number}", "stream": stream}
+            reply = await ask(server.port, "POST", "/v1/responses", body)
+            assert reply.status == (200 if stream else 400)
+            assert b"a WEBP, please" in reply.content
+        assert sum(len(chats(upstream)) for upstream in ups) == 6
+        assert not any(c.failures or c.health.closed_by for c in cs)
 
 
 @cases("end", connection_close, connection_cut)
