@@ -8438,12 +8438,17 @@ async def test_stream_options_are_left_out_if_refused(tmp_path, said, again, sta
         assert "stream_options" in chats(upstream)[1 + again].json()
 
 
-async def test_a_refusal_may_repeat_a_large_request(server, upstream, controller):
-    """As FastAPI's, which has all of the input in it."""
-    said = {"detail": [{"loc": ["body", "x"], "msg": "no", "input": "i" * 2_000_000}]}
+@cases("mistakes, size", (1, 2_000_000), (400_000, 1))
+async def test_a_refusal_may_repeat_a_large_request(
+    server, upstream, controller, mistakes, size
+):
+    """As FastAPI's, which has all of the input in it; that must not stop the loop."""
+    mistake = json.dumps({"loc": ["body", "x"], "msg": "no", "input": "i" * size})
+    said = f'{{"detail": [{", ".join([mistake] * mistakes)}]}}'.encode()
     upstream.behave = http_reply(said, 422)
-    reply = await chat(server, stream=True)
-    assert (reply.status, reply.json()) == (422, said)
+    with takes(0, 1, time.process_time):
+        reply = await chat(server, stream=True)
+    assert (reply.status, reply.content) == (422, said)
     assert len(chats(upstream)) == 1 and not controller.failures
 
 
