@@ -5619,6 +5619,7 @@ class Controller:
         self.requests = 0
         self.failures = 0
         self.tokens = 0
+        self.works_at = ""  # a path where its key was good for an answer
         self.report: Callable[[str], None] = lambda line: None  # the pool's
         # (model, path) that it answers only without stream_options.
         self._without_options: set[tuple[str | None, str]] = set()
@@ -7674,10 +7675,9 @@ class Pool:
         disable the key for everybody.
         """
         status = await controller.probe()
-        if status in KEY_STATUSES and controller.tokens:
-            # A restricted key works, but may not list models.
-            path = request.path if request.dialect.judged else CHAT_PATH
-            status = await controller.probe(path)
+        if status in KEY_STATUSES and controller.works_at:
+            # A restricted key works, but may not list models, or embed.
+            status = await controller.probe(controller.works_at)
         if status in KEY_STATUSES and controller in self.controllers:
             reason = f"{controller.name}: its key was refused (status {status})"
             refused = ControllerError(reason, Failure.DISABLED, upstream_status=status)
@@ -7695,6 +7695,8 @@ class Pool:
     ) -> None:
         """Record a complete answer and its usage."""
         self.began(controller, request)
+        if usage.total and request.dialect.judged:
+            controller.works_at = request.path
         self.count(controller, tokens=usage.total)
         controller.health.succeed()
 

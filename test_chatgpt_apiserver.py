@@ -8151,6 +8151,22 @@ async def test_a_restricted_key_that_may_not_list_models_stays_in_use(tmp_path):
             assert (await chat(server, text)).status == status
 
 
+@cases("status", 401, 403)
+async def test_a_key_for_chats_alone_stays_in_use(server, upstream, status):
+    """A user may try what the key may not do; it is tested where it worked."""
+
+    async def behave(request, writer):
+        chats_only = request.line.startswith(f"POST {CHAT_URL} ")
+        writer.write(GOOD_REPLY if chats_only else error_reply(status))
+
+    upstream.behave = behave
+    assert (await chat(server)).status == 200
+    reply = await ask(server.port, "POST", "/v1/embeddings", {**CHAT, "input": "x"})
+    assert reply.status == {401: 500, 403: 403}[status]
+    await until(lambda: chats(upstream)[2:])
+    assert (await chat(server)).status == 200
+
+
 # --- The last one standing
 
 
