@@ -9759,8 +9759,10 @@ class Exchange:
             raise APIError(400, "'model' is missing.", param="model")
         named = urllib.parse.parse_qs(request.query).get("model", [])
         named += [] if request.model is None else [request.model]
+        # In LiteLLM and Azure these paths name a model, which wins.
+        by_path = re.search("/(engines|deployments)/", lenient_path(request.path))
         for model in (*named, *request.fallbacks):
-            if not isinstance(model, str) or not user.may_use(model):
+            if by_path or not isinstance(model, str) or not user.may_use(model):
                 raise self.server.pool.unknown_model(request)
 
     async def _relay_stream(self, call: Call) -> None:

@@ -12629,7 +12629,7 @@ async def test_a_request_that_names_two_models_is_refused(server, upstream, kind
 
 @flow(controller=ANY)
 async def test_a_restricted_user_names_no_other_model_beside_the_own(server, upstream):
-    """In a query, or as a fallback of OpenRouter's or LiteLLM's."""
+    """In a query, in LiteLLM's paths, or as a fallback of OpenRouter's or LiteLLM's."""
     key = await add_user(server, models=["m", "n"])
     for more, query, status in (
         ({"models": ["m", "n"]}, "?model=m", 200),
@@ -12643,6 +12643,9 @@ async def test_a_restricted_user_names_no_other_model_beside_the_own(server, ups
             body = {**CHAT, **more}
             reply = await ask(server.port, "POST", path + query, body, key)
             assert reply.status == status, (path, more, query)
+    for path in ("/v1/engines/other", "/v1/openai/Deployments/other"):
+        reply = await ask(server.port, "POST", f"{path}/chat/completions", CHAT, key)
+        assert reply.status == 404
     assert len(chats(upstream)) == 2
 
 
