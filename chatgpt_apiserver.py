@@ -3884,6 +3884,7 @@ class WebSocket:
         self._events: list[WebSocketEvent] = []
         self._ended = False
         self._silences = 0  # intervals without a byte
+        self._taken = math.inf  # bytes taken until the last one, if more were waiting
         self._pending_pong: bytes | None = None
         self._control_frames = float(CONTROL_FRAME_BURST)  # a token bucket
         self._refilled = connection.loop.time()
@@ -4041,8 +4042,13 @@ class WebSocket:
 
     def _on_silence(self) -> None:
         """Handle an interval without a byte: ping the peer, then give up."""
-        self._silences += 1
-        busy = self.connection.loop.time() < self.busy_until
+        connection = self.connection
+        taken = connection.bytes_sent - connection.unsent
+        # Our ping waits behind a large message, which a slow line takes minutes for.
+        taking = self._silences > 0 and taken > self._taken
+        self._taken = taken if connection.unsent else math.inf
+        self._silences = 0 if taking else self._silences + 1
+        busy = connection.loop.time() < self.busy_until
         if self._silences > 1 and not busy:
             self._end(1011, "no answer to a ping")
             self._write(self._protocol.close(1011, self.close_reason))

@@ -4867,6 +4867,24 @@ async def test_a_busy_peer_is_pinged_but_not_cut():
         assert await serving == [] and websocket.close_code == 1011
 
 
+@BOTH_SIDES
+async def test_a_peer_on_a_slow_line_is_not_cut_while_it_takes_a_message(side):
+    """A request of 32 MiB takes minutes there, and the ping waits behind it."""
+    limits = {"ping_interval": 0.05, "pong_timeout": 0.05}
+    async with serving_websocket(side, **limits) as (websocket, peer, serving):
+        for transport in (websocket.connection.transport, peer.writer.transport):
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        websocket.write(b"x" * 16_000_000)
+        for _ in range(60):
+            await peer.reader.readexactly(50_000)
+            await asyncio.sleep(0.01)
+        assert not serving.done()
+        with takes(0, 2):  # it has stopped reading
+            assert await serving == [] and websocket.close_code == 1011
+
+
 async def test_a_custom_heartbeat_replaces_the_ping():
     async with serving_websocket(ping_interval=0.02) as (websocket, peer, _):
         websocket.heartbeat = lambda: websocket.write("ping")
