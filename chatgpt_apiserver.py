@@ -4047,9 +4047,9 @@ class WebSocket:
         # Our ping waits behind a large message, which a slow line takes minutes for.
         taking = self._silences > 0 and taken > self._taken
         self._taken = taken if connection.unsent else math.inf
-        self._silences = 0 if taking else self._silences + 1
         busy = connection.loop.time() < self.busy_until
-        if self._silences > 1 and not busy:
+        self._silences = 0 if taking or busy else self._silences + 1
+        if self._silences > 1:
             self._end(1011, "no answer to a ping")
             self._write(self._protocol.close(1011, self.close_reason))
             self.connection.reset()  # it would not read a close frame either

@@ -12110,6 +12110,17 @@ async def test_a_busy_agent_is_not_dropped_for_its_silence(server, agent):
         assert (await asking).json()["content"] == "slow but sure"
 
 
+@flow(limits=Limits(ping_interval=0.1, pong_timeout=0.4, ask_timeout=0.45))
+async def test_an_agent_that_answers_too_late_is_not_dropped(server, agent):
+    """While it works it answers no ping, and it would not come back."""
+    for wait in (0.65, 0):
+        async with beside(handler_ask(server.port)) as asking:
+            id, _ = await agent.request()
+            await asyncio.sleep(wait)
+            await agent.reply(id, "here it is")
+            assert (await asking).status == (504 if wait else 200)
+
+
 async def test_an_agent_that_does_not_send_its_id_is_disconnected(server, constant):
     constant(FIRST_MESSAGE_TIMEOUT=0.1)
     agent = Agent(server)
