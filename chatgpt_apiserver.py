@@ -11561,6 +11561,9 @@ _API_TARGET = re.compile(rf"/v1(?:{_SEGMENT})+(?:\?[A-Za-z0-9._~:@/?&=+,%-]*)?")
 _API_FIELD = re.compile(r"[a-z0-9-]{1,64}:[\t\x20-\x7e\xa0-\xff]*")
 SERVER_LOOK_UP_INTERVAL = 30.0  # seconds between DNS lookups of a server's name
 SERVER_ADDRESSES = 64  # dialled at most, for each name
+# A server refused for this long gets the next slot: another one that asks the moment
+# a slot is free would leave it none.  It asks again every AGENT_FULL_PAUSE seconds.
+AGENT_FULL_PATIENCE = 1.0
 _HINTS = {
     401: "it requires a valid agent's token; pass one with --key",
     403: "this key may not register an agent; pass an agent's token with --key",
@@ -11605,6 +11608,8 @@ class Link:
     address    an IP address of the server's name; "" for whichever answers
     id         what the server calls this agent
     joined_at  loop time at which the agent introduced itself; 0: not yet
+    refused_since  loop time of the first call refused since one was taken
+    refused_at     and of the last one
     calls      tasks of running calls, by id
     """
 
@@ -11617,6 +11622,8 @@ class Link:
             self.server += f" ({address})"
         self.id = agent.id
         self.joined_at = 0.0
+        self.refused_since = math.inf
+        self.refused_at = -math.inf
         self.wanted = True  # the address still belongs to the server's name
         self.websocket: WebSocket | None = None
         self.calls: dict[str, asyncio.Task[None]] = {}
@@ -11720,9 +11727,12 @@ class Link:
         elif kind == "ApiRequest" and id not in self.calls:
             # Twice as many tasks: cancelled ones may take a while to end.
             most = 2 * self.agent.max_concurrency
-            if self.agent.is_full or len(self._tasks) >= most:
+            if self.agent.is_full_for(self) or len(self._tasks) >= most:
+                self.refused_at = asyncio.get_running_loop().time()
+                self.refused_since = min(self.refused_since, self.refused_at)
                 await self.send(id, "error", AGENT_FULL)
                 return
+            self.refused_since = math.inf
             task = asyncio.get_running_loop().create_task(self._call(id, data))
             self.calls[id] = task
             self._tasks.add(task)
@@ -12032,6 +12042,13 @@ class Agent(Stoppable):
     def is_full(self) -> bool:
         """Whether it takes no more calls: it is ending, or max_concurrency run."""
         return self.ending or len(self._running()) >= self.max_concurrency
+
+    def is_full_for(self, link: Link) -> bool:
+        """Whether it takes no call from a server: others may have waited longer."""
+        then = asyncio.get_running_loop().time() - AGENT_FULL_PATIENCE
+        latest, links = min(link.refused_since, then), self.links.values()
+        first = [x for x in links if x.refused_since < latest and x.refused_at > then]
+        return self.ending or len(self._running()) + len(first) >= self.max_concurrency
 
     def pause(self, paused: bool = True) -> None:
         """Stop the servers' calls, or resume them; running ones continue."""

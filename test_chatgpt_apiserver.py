@@ -14657,6 +14657,35 @@ async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
                 assert server.agents[agent.id].failures == 0
 
 
+async def test_a_server_that_found_an_agent_full_gets_its_turn(constant):
+    """The other has requests waiting, and asks the moment a call has ended."""
+    constant(AGENT_FULL_PATIENCE=0.2)
+    gate = PoolGate(models=["m"])
+    async with AgentServer() as one, AgentServer() as two:
+        urls = serving_urls(one, two)
+        async with agent_of_all(urls, gate.controller, max_concurrency=1):
+            for server in (one, two):
+                await server.heard("Connection id")
+            one.ask("first")
+            await until(lambda: gate.asked)
+            two.ask("too early")
+            await two.heard("error", id="too early")
+            await asyncio.sleep(0.25)
+            two.ask("still full")
+            await two.heard("error", id="still full")
+            gate.let(1)
+            await one.heard("ApiEnd", id="first")
+            one.ask("again at once")
+            assert await one.heard("error", "ApiEnd", id="again at once") == {
+                "id": "again at once",
+                "message": "error",
+                "data": apiserver.AGENT_FULL,
+            }
+            gate.let()
+            assert (await two.request("at last", CHAT_URL))[0]["status"] == 200
+            assert (await one.request("and then", CHAT_URL))[0]["status"] == 200
+
+
 @flow(limits=Limits(queue_timeout=0.4))
 async def test_an_agent_that_is_full_for_too_long_is_a_503(server):
     async with Agent(server, hello=agent_hello()) as agent:
