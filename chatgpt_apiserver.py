@@ -4064,22 +4064,23 @@ class WebSocket:
             self.close(payload[0])
             if not self._protocol.masks:  # section 7.1.1: the server closes TCP
                 self.connection.close()
-        elif self._flooded():
-            self._protocol.error = WebSocketError(1008, "too many control frames")
-            self._events.clear()  # later ones are not served
-        elif opcode is Opcode.PING:
+        elif not self.flooded() and opcode is Opcode.PING:
             # A peer that does not read gets one pong later, for its latest ping
             # (section 5.5.3), and not a buffer full of them.
             self._pending_pong = payload
             self._send_pong()
 
-    def _flooded(self) -> bool:
-        """Count a ping or pong; return whether there are too many."""
+    def flooded(self) -> bool:
+        """Count a ping, a pong or a message like them; too many end the websocket."""
         now = self.connection.loop.time()
         self._control_frames += (now - self._refilled) * CONTROL_FRAME_RATE
         self._control_frames = min(self._control_frames, CONTROL_FRAME_BURST) - 1
         self._refilled = now
-        return self._control_frames < 0
+        if self._control_frames >= 0:
+            return False
+        self._protocol.error = WebSocketError(1008, "too many control frames")
+        self._events.clear()  # later ones are not served
+        return True
 
     def _send_pong(self) -> None:
         if self._pending_pong is not None and self.connection.writable:
@@ -6112,6 +6113,8 @@ class AgentController(Controller):
                 call.put(kind, data)
             if id == self._busy_with:
                 self.websocket.busy_until = 0.0
+        elif self.websocket.flooded():  # each of these may be a line in the log
+            return
         elif kind == "Models":
             self._set_models(read_json(data))
         elif kind == "Drain":
@@ -11715,6 +11718,9 @@ class Link:
 
     async def _handle(self, id: str, kind: str, data: str) -> None:
         """Handle one message from the server."""
+        rare = kind in ("Connection id", "Pause", "Resume")  # each may be a line
+        if rare and self.websocket is not None and self.websocket.flooded():
+            return
         if kind == "Connection id":
             self.id = id
             name = as_object(read_json(data)).get("name", self.agent.name)

@@ -14269,6 +14269,25 @@ async def test_nonsense_from_a_server_does_not_end_an_agent():
             assert head["status"] == 200 and len(server.heads) == 1, message
 
 
+@cases("sender", "server", "agent")
+async def test_a_flood_of_messages_that_are_logged_is_ended(server, constant, sender):
+    """A terminal is not to be filled up from afar, nor a disk."""
+    constant(CONTROL_FRAME_BURST=10, CONTROL_FRAME_RATE=0)
+    kinds = ["Resume", "Pause"] * 20
+    if sender == "agent":
+        async with Agent(server, hello=agent_hello(paused=True)) as agent:
+            for kind in kinds:
+                await agent.send(agent.id, kind)
+            await until(lambda: not server.agents)
+        return
+    async with AgentServer() as fake, agent_of(fake.port, says_hi()) as agent:
+        await fake.heard("Connection id")
+        for kind in kinds:
+            fake.send("id", kind)
+        await until(lambda: agent.log.has("ended (1008 too many control frames)"))
+        assert sum("d by 127" in line for line in agent.log) == 10
+
+
 async def test_an_agent_takes_no_more_calls_than_it_announced():
     gate = PoolGate(models=["m"])
     async with AgentServer() as server:
