@@ -6089,6 +6089,8 @@ class AgentController(Controller):
         """Read the agent's messages until it leaves."""
         # The id and the name it has here: both may differ from those it began with.
         self.tell("Connection id", _to_ascii({"version": 2, "name": self.name}))
+        if self.switched_off:  # since before it came back
+            self.tell("Pause")
         try:
             async for message in self.websocket:
                 self._receive(*open_envelope(message))
@@ -11445,8 +11447,9 @@ class Server(Stoppable):
         agent = self.agents.get(id)
         if agent is None and id not in self.paused:
             return False
+        changes = paused != (id in self.paused)
         (self.paused.add if paused else self.paused.discard)(id)
-        if agent is not None:
+        if agent is not None and changes:
             agent.switched_off = paused
             agent.tell("Pause" if paused else "Resume")
         return True
