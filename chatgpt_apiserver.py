@@ -3876,6 +3876,7 @@ class WebSocket:
         self.limits = limits = connection.limits
         self.close_code = 1006
         self.close_reason = ""
+        self._own_close = (0, "")  # the code and the reason that we closed with
         self.busy_until = 0.0  # loop time; until then, a missing pong means nothing
         self.headers = Headers()  # of the server's response to our handshake
         self.heartbeat: Callable[[], None] | None = None  # called in place of ping()
@@ -4092,7 +4093,8 @@ class WebSocket:
         if not self._ended:
             self._ended = True
             self.close_code = code
-            self.close_reason = reason
+            agrees = code == self._own_close[0]  # it repeats the code alone
+            self.close_reason = reason or (self._own_close[1] if agrees else "")
 
     def _write(self, frame: bytes) -> None:
         """Write a frame, or drop it if the peer is gone."""
@@ -4130,6 +4132,7 @@ class WebSocket:
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Start the closing handshake; the task that iterates sees its end."""
         if not self.connection.lost and not self._protocol.close_sent:
+            self._own_close = (code, reason)
             self._write(self._protocol.close(code, reason))
             self.connection.loop.call_later(CLOSE_TIMEOUT, self.connection.abort)
 

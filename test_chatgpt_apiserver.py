@@ -12164,6 +12164,21 @@ async def test_the_end_of_its_token_disconnects_an_agent(
         assert closing[1][0] == 1008
 
 
+async def test_the_log_tells_why_the_server_closed_an_agents_connection(server):
+    log = []
+    server.report = log.append
+    user = await server.users.add(role="agent")
+    agent = apiserver.Agent(
+        server.url, key=user.token, name="box", controllers=[says_hi()], log=AgentLog()
+    )
+    async with beside(agent.serve_forever()):
+        await until(lambda: server.agents)
+        await server.users.delete(user.user_id)
+        server.dismiss_agents()
+        line = "agent box left (1008 its key is no longer valid)"
+        await until(lambda: line in log)
+
+
 @flow(agents_auth="open")
 async def test_an_agent_stays_only_while_it_would_be_admitted(server):
     user = await server.users.add(role="agent")
