@@ -11577,6 +11577,7 @@ _HINTS = {
     401: "it requires a valid agent's token; pass one with --key",
     403: "this key may not register an agent; pass an agent's token with --key",
     404: "there is no chatgpt_apiserver at this address; is its path right?",
+    400: "it sees no websocket; does a proxy forward Upgrade, or is it https?",
     426: "it sees no websocket; does a proxy forward Upgrade, and is the path right?",
     **dict.fromkeys((301, 302, 307, 308), "it redirects; is it https?"),
 }

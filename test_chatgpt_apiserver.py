@@ -14365,6 +14365,7 @@ async def test_a_silent_server_is_dropped_and_dialled_again():
 @cases(
     "status, words, longest",
     (404, "is its path right", 1.0),
+    (400, "does a proxy forward Upgrade", 1.0),  # nginx without more than proxy_pass
     (426, "does a proxy forward Upgrade", 1.0),
     (301, "redirects", 1.0),
     (503, "503", 0.06),  # a restart is over soon, and a proxy in front answers 503
