@@ -8078,7 +8078,8 @@ class Call:
             if ends_task(caught):
                 raise
             error = self._explain(self.controller, caught)
-            self.pool.report(f"request {self.request.id} broke off: {error.reason}")
+            which = f"request {self.request.id}" if self.request.id else "a request"
+            self.pool.report(f"{which} broke off: {error.reason}")
             raise error from None
         whole = not block if stream is None else stream.ended and stream.error is None
         if whole and not self.ended:
