@@ -2087,10 +2087,11 @@ class ChatWriter:
     def _choice(self, delta: JSONObject, *fields: Any) -> JSONObject:
         calls = []
         for call in delta.get("tool_calls") or ():
-            id = call.get("id")
-            if id or as_object(call.get("function")).get("name"):
+            id, index = call.get("id"), call.get("index")
+            named = id or as_object(call.get("function")).get("name")
+            if named or not self._calls:
                 self._place = self._calls.setdefault(id or object(), len(self._calls))
-            calls.append({"index": self._place, **call})
+            calls.append({**call, "index": self._place if index is None else index})
         if calls:  # those of a stream have an index
             delta = {**delta, "tool_calls": calls}
         return choice_of("delta", delta, *fields)

@@ -8874,11 +8874,15 @@ async def test_a_function_may_call_tools(tmp_path, function):
         assert choice["finish_reason"] == "tool_calls"
 
 
-async def test_tool_calls_that_come_one_by_one_are_not_taken_for_one(tmp_path):
+@cases("first", tool_call("call-1", arguments="{"), {"function": {"arguments": "{"}})
+@cases("more", {}, {"index": None})
+async def test_tool_calls_that_come_one_by_one_are_not_taken_for_one(
+    tmp_path, first, more
+):
     def answer(request):
-        for id in ("call-1", "call-2"):
-            yield {"tool_calls": [tool_call(id, arguments="{")]}
-            yield {"tool_calls": [{"function": {"arguments": "}"}}]}
+        for call in (first, tool_call("call-2", arguments="{")):
+            yield {"tool_calls": [{**call, **more}]}
+            yield {"tool_calls": [{"function": {"arguments": "}"}, **more}]}
 
     async with serving(tmp_path, FunctionController(answer)) as server:
         *events, _ = (await chat(server, stream=True)).events()
