@@ -10691,9 +10691,10 @@ def find_route(path: str) -> Route | None:
         return ROUTES["/v1/models/"]
     if path.startswith(f"{CHAT_PATH}/") and path.endswith(_ENDPOINTS):
         return None  # the base URL has the endpoint in it
-    # An upstream's key is only for paths below its base URL: no dot segment.
+    # An upstream's key is only for paths below its base URL: no dot segment.  The
+    # realtime API hands out keys of its account, which know none of our limits.
     steps = lenient_path(path).split("/")
-    return None if "." in steps or ".." in steps else ROUTES["/v1/"]
+    return ROUTES["/v1/"] if {".", "..", "realtime"}.isdisjoint(steps) else None
 
 
 def check_method(exchange: Exchange, route: Route | None) -> Route:
@@ -10705,7 +10706,7 @@ def check_method(exchange: Exchange, route: Route | None) -> Route:
     if route is not None and route is not ROUTES["/v1/"]:
         text = f"{request.method} is not allowed for {path}; use {route.method}."
         raise APIError(405, text)
-    if path == "/v1/realtime":
+    if path.startswith("/v1/realtime"):
         raise APIError(501, "The realtime API is not supported.")
     if request.method == "GET" and "websocket" in request.headers.tokens("upgrade"):
         # Codex then falls back to HTTP at once.

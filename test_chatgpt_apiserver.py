@@ -12562,6 +12562,17 @@ async def test_a_protocol_that_is_not_spoken_is_refused_at_once(server):
     assert reply.status == 501
 
 
+@cases("path", "client_secrets", "sessions/", "%2e/calls")
+@cases("start, status", ("/v1/realtime", 501), ("/v1/%72ealTime", 404))
+async def test_no_key_of_the_upstreams_account_is_handed_out(
+    server, upstream, start, status, path
+):
+    """One for the realtime API would be outside all limits."""
+    body = {"model": "m", "session": {"type": "realtime"}}
+    reply = await ask(server.port, "POST", f"{start}/{path}", body)
+    assert reply.status == status and chats(upstream) == []
+
+
 @cases("coding", "gzip", "GZIP", "x-gzip", "deflate", "identity")
 async def test_a_compressed_request_is_read(server, upstream, coding):
     content = json.dumps(CHAT).encode()
