@@ -2496,8 +2496,8 @@ class Dialect:
         if answered and as_object(value).get(self.answer_key[1:-1].decode()):
             return None
         error = find_error(value)
-        if error is None and not answered and self.generates:
-            raise ProtocolError(502, f"its answer lacks {self.answer_key.decode()}")
+        if error is None and not answered and self.stream is CompletionStream:
+            raise ProtocolError(502, 'its answer lacks "choices"')
         return error
 
     def error_content(self, error: APIError) -> bytes:
