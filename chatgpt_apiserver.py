@@ -7810,6 +7810,7 @@ class Call:
             if error.failure is Failure.FULL and waited < limits.queue_timeout:
                 tried.pop()  # wait for it as for any busy one
                 self.tries.pop()
+                self.pool.count(controller, requests=-1)
                 continue
             errors.append(error)
         if errors[0].refusal and all(error.refusal for error in errors):

@@ -14704,7 +14704,8 @@ async def test_an_agents_maximum_holds_over_all_its_servers(tmp_path):
             assert {(await asked).status for asked in asks} == {200}
             assert gate.most == 2
             for server in servers:
-                assert server.agents[agent.id].failures == 0
+                full = server.agents[agent.id]
+                assert (full.requests, full.failures) == (2, 0)
 
 
 async def test_a_server_that_found_an_agent_full_gets_its_turn(constant):
