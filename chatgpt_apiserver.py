@@ -5475,10 +5475,14 @@ class Health:
     A failure closes it for some time.  Then one real request is let through as a
     trial, and the next answer opens it again.
 
+    One of several models may be rate limited or broken alone.  Then it is closed alone,
+    unless another one fails before any has answered.
+
     until      when the trial may begin, on the loop's clock
     closed_by  the failure that closed it, or None while it is open
     reason     why, in our own words: everybody may read it
     trial      the trial request; after trial_until there may be another
+    parts      the same for single models, by their names
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -5488,14 +5492,38 @@ class Health:
         self.reason = ""
         self.trial: APIRequest | None = None
         self.trial_until = 0.0
+        self.parts: dict[str, Health] = {}
+        self._failed: set[str] = set()  # models, since the last answer; two suffice
         self._failures = 0  # in a row
         self._seen: dict[tuple[str, bytes], float] = {}  # when each request failed
         self._cooldowns = self._disablings = 0  # since the last success
 
-    def fail(self, error: ControllerError, request: APIRequest, now: float) -> float:
-        """Record a failure; return the seconds it should close for, 0 for none."""
+    def of(self, model: str | None) -> Health:
+        """Return the health that decides about a model: the part, if closed longer."""
+        part = self.parts.get(model or "") if self.parts else None
+        return self if part is None or part.until <= self.until else part
+
+    def fail(
+        self,
+        error: ControllerError,
+        request: APIRequest,
+        now: float,
+        several: bool = False,
+    ) -> float:
+        """Record a failure; return the seconds it should close for, 0 for none.
+
+        several  the request's model is one of several
+        """
         limits = self.limits
         seconds = 0.0
+        if several and error.failure in (Failure.RATE_LIMITED, Failure.BROKEN):
+            model = request.model or ""
+            part = self.parts.get(model) or Health(limits)
+            keep_newest(self.parts, model, part, 100)  # clients choose the names
+            alone = part.fail(error, request, now)
+            if not self.closed_by and self._failed <= {model}:
+                self._failed = {model}
+                return alone
         if error.failure is Failure.RATE_LIMITED:
             seconds = limits.cool_rate_limited
             if error.retry_after is not None:
@@ -5540,13 +5568,19 @@ class Health:
         Before its time is up only the trial can: other answers are to requests that
         were sent before it closed.
         """
+        part = self.parts.get(request.model or "")
+        opened = part is not None and part.begin(request, now)
         if not self.closed_by or (now < self.until and self.trial is not request):
-            return False
+            return opened
         self._open()
         return True
 
-    def succeed(self) -> None:
+    def succeed(self, model: str | None = None) -> None:
         """Record a complete answer: it clears earlier failures, unless closed."""
+        self._failed.clear()
+        part = self.parts.get(model or "")
+        if part is not None and not part.closed_by:
+            del self.parts[model or ""]
         if not self.closed_by:
             self._failures = self._cooldowns = self._disablings = 0
             self._seen = {}
@@ -5564,6 +5598,7 @@ class Health:
     def reset(self) -> None:
         """Open it, and forget all failures."""
         self._open()
+        self.parts.clear()
         self.succeed()
 
 
@@ -5735,29 +5770,28 @@ class Controller:
             return False
         return self.limit is None or self.limit.over() is None
 
-    def available(self, now: float) -> bool:
+    def available(self, now: float, model: str | None = None) -> bool:
         """Whether it can take a request now."""
-        health = self.health
+        health = self.health.of(model)
         # After a cooldown one request goes through as the trial, not a crowd.
         if health.closed_by and (now < health.until or health.on_trial(now)):
             return False
         return self.has_room
 
-    @property
-    def last_resort(self) -> bool:
+    def last_resort(self, model: str | None) -> bool:
         """Whether it is closed for a reason that may have passed by itself.
 
         Then it gets what nothing else could answer, as nginx does with a single
         server; but not before a 429's time is up, nor with a dead key.
         """
-        may_be_over = self.health.closed_by in (Failure.BROKEN, Failure.REFUSED)
-        return may_be_over and self.has_room
+        closed_by = self.health.of(model).closed_by
+        return closed_by in (Failure.BROKEN, Failure.REFUSED) and self.has_room
 
-    def closed_for(self, now: float) -> float:
+    def closed_for(self, now: float, model: str | None = None) -> float:
         """Return the seconds until it may get requests again; 0 if it may now."""
-        return self._closed(now)[0]
+        return self.closed(now, model)[0]
 
-    def _closed(self, now: float) -> tuple[float, str, str]:
+    def closed(self, now: float, model: str | None = None) -> tuple[float, str, str]:
         """Return closed_for(), with the state and the reason to show."""
         if self.switched_off:
             how = "paused" if self.id else "disabled"  # an agent has an id
@@ -5767,16 +5801,19 @@ class Controller:
         exceeded = None if self.limit is None else self.limit.exceeded()
         if exceeded is not None:
             return exceeded[0], "disabled", exceeded[1]
-        health = self.health
+        health = self.health.of(model)
         state = "disabled" if health.closed_by is Failure.DISABLED else "cooling"
         reason = health.reason.removeprefix(f"{self.name}: ")
         return max(0.0, health.until - now), state, reason
 
     def describe(self, now: float) -> dict[str, Any]:
         """Return its entry in GET /admin/controllers, without its key."""
-        closed, state, reason = self._closed(now)
+        closed, state, reason = self.closed(now)
         if not closed:
-            state, reason = "ready" if self.available(now) else "busy", ""
+            state = "ready" if self.available(now) else "busy"
+            parts = self.health.parts.items()
+            reasons = [f"{m[:80]}: {p.reason}" for m, p in parts if p.until > now]
+            reason = "; ".join(reasons).replace(f"{self.name}: ", "")
         until = rfc3339(unix_time() + closed) if 0 < closed < math.inf else None
         return {
             "name": self.name,
@@ -7314,9 +7351,9 @@ class Pool:
         """Return the controller that gets a request now, or None."""
         suitable = self._suitable(request, now)
         left = [c for c in suitable if c not in tried] if tried else suitable
-        free = [c for c in left if c.available(now)]
+        free = [c for c in left if c.available(now, request.model)]
         if not free:
-            return self._last_standing(left, now)
+            return self._last_standing(left, request.model, now)
         if len(free) > 1:
             lowest = min(c.tier for c in free)
             free = [c for c in free if c.tier == lowest]
@@ -7368,12 +7405,15 @@ class Pool:
                 keep_newest(self._homes, key, controller.home, CONVERSATIONS_KEPT)
 
     @staticmethod
-    def _last_standing(left: list[Controller], now: float) -> Controller | None:
+    def _last_standing(
+        left: list[Controller], model: str | None, now: float
+    ) -> Controller | None:
         """Return the controller to try although all are closed, or None."""
-        if any(not c.closed_for(now) for c in left):
+        if any(not c.closed_for(now, model) for c in left):
             return None  # one is only busy: wait for it
-        closed = [c for c in left if c.last_resort and not c.health.on_trial(now)]
-        return min(closed, key=lambda c: c.health.until, default=None)
+        able = ((c.health.of(model), c) for c in left if c.last_resort(model))
+        closed = [(health.until, c) for health, c in able if not health.on_trial(now)]
+        return min(closed, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def needs_model(self, request: APIRequest) -> bool:
         """Whether a request must name a model: no single controller is meant."""
@@ -7426,14 +7466,15 @@ class Pool:
         """
         suitable = self._suitable(request, now)
         left = [c for c in suitable if c not in tried]
-        if any(c.last_resort or not c.closed_for(now) for c in left):
+        model = request.model
+        if any(c.last_resort(model) or not c.closed_for(now, model) for c in left):
             timeout = min(self.limits.queue_timeout, max(0.0, request.deadline - now))
             message = f"All controllers have been busy for {timeout:.0f} seconds."
             return timeout, APIError(503, message, code="queue_timeout", retry_after=1)
         if tried:
             return None
         if suitable:
-            raise self._all_closed(suitable, now)
+            raise self._all_closed(suitable, model, now)
         if request.agent_id is not None:
             raise APIError(500, "Connection no longer exists", code="agent_lost")
         error = self._no_controller(request)
@@ -7481,18 +7522,20 @@ class Pool:
             code="model_not_found",
         )
 
-    def _all_closed(self, controllers: list[Controller], now: float) -> APIError:
-        soonest = min(controllers, key=lambda c: c.closed_for(now))
-        seconds = soonest.closed_for(now)
-        busy = all(c.health.closed_by is Failure.RATE_LIMITED for c in controllers)
+    def _all_closed(
+        self, controllers: list[Controller], model: str | None, now: float
+    ) -> APIError:
+        soonest = min(controllers, key=lambda c: c.closed_for(now, model))
+        seconds, _, reason = soonest.closed(now, model)
+        causes = {c.health.of(model).closed_by for c in controllers}
         first = " first back:" if seconds < math.inf else ""
         return APIError(
             503,
             "All controllers for this request are cooling down, disabled or paused;"
-            f"{first} {soonest.name}: {soonest.describe(now)['reason']}",
+            f"{first} {soonest.name}: {reason}",
             code="no_controllers_available",
             retry_after=seconds,
-            upstream_status=429 if busy else None,
+            upstream_status=429 if causes == {Failure.RATE_LIMITED} else None,
         )
 
     # --- Waiting
@@ -7623,7 +7666,7 @@ class Pool:
 
     def _take(self, controller: Controller, request: APIRequest) -> None:
         controller.in_flight += 1
-        health = controller.health
+        health = controller.health.of(request.model)
         if health.closed_by:
             now = asyncio.get_running_loop().time()
             health.trial, health.trial_until = request, now + TRIAL_TIME
@@ -7631,8 +7674,9 @@ class Pool:
     def release(self, controller: Controller, request: APIRequest) -> None:
         """Release a slot, and serve the queue with it."""
         controller.in_flight -= 1
-        if controller.health.trial is request:
-            controller.health.trial = None
+        for health in (controller.health, controller.health.of(request.model)):
+            if health.trial is request:
+                health.trial = None
         if self._queue:
             self.wake(QUEUE_KINDS)
 
@@ -7657,15 +7701,24 @@ class Pool:
         self, controller: Controller, error: ControllerError, request: APIRequest
     ) -> None:
         """Cool a controller down, or disable it, if the failure calls for it."""
-        health, now = controller.health, asyncio.get_running_loop().time()
-        before = (health.until > now, health.closed_by)
-        seconds = health.fail(error, request, now)
+        whole, now = controller.health, asyncio.get_running_loop().time()
+        health = whole.of(request.model)
+        before = (health is whole, health.until > now, health.closed_by)
+        several = len([*itertools.islice(controller.known_models(), 2)]) > 1
+        seconds = whole.fail(error, request, now, several)
+        health = whole.of(request.model)
         # Report it once, not for every request in flight.
-        if seconds and before != (health.until > now, health.closed_by):
+        if seconds and before != (
+            health is whole,
+            health.until > now,
+            health.closed_by,
+        ):
+            name = controller.name
+            reason = error.reason.removeprefix(f"{name}: ")
+            name += "" if health is whole else f" (only {request.model})"
             disabled = health.closed_by is Failure.DISABLED
             state = "disabled" if disabled else "cooling down"
-            reason = error.reason.removeprefix(f"{controller.name}: ")
-            self.report(f"{controller.name} {state} for {seconds:.0f} s: {reason}")
+            self.report(f"{name} {state} for {seconds:.0f} s: {reason}")
 
     def _remember_unknown(
         self, controller: Controller, error: ControllerError, request: APIRequest
@@ -7713,7 +7766,7 @@ class Pool:
         if usage.total and request.dialect.judged:
             controller.works_at = request.path
         self.count(controller, tokens=usage.total)
-        controller.health.succeed()
+        controller.health.succeed(request.model)
 
     def count(self, controller: Controller, requests: int = 0, tokens: int = 0) -> None:
         """Count an attempt, or the tokens of an answer, complete or not."""

@@ -7818,6 +7818,72 @@ async def test_controllers_of_one_account_cool_together(server, upstreams):
     assert chats(upstreams[1]) == []
 
 
+def of_models(**behaves):
+    """Behave by the request's model; models without a behaviour answer."""
+    return by_words({f'"model": "{model}"': b for model, b in behaves.items()})
+
+
+TWO_MODELS = {"options": [{"models": ["a", "b"]}]}
+BUSY = error_reply(429, headers=[("Retry-After", "20")])
+
+
+@cases("behave, asked", (BUSY, 1), (error_reply(503), 3))
+async def test_one_of_several_models_cools_alone(tmp_path, behave, asked):
+    """As with OpenRouter's free models, or one of the upstreams behind an agent."""
+    log, behave = Log(), of_models(a=behave)
+    async with pool_of(tmp_path, behave, **TWO_MODELS, log=log) as (server, [up], _):
+        server.add(pool_function("other", models=["a"], tier=2))
+        for number in range(5):
+            assert chat_text(await chat(server, f"{number}", model="a")) == "other"
+        assert len(chats(up)) == asked
+        assert chat_text(await chat(server, model="b")) == "Hi there"
+        assert (await states(server))["up0"] == "ready"
+        reason = (await controller_line(server, "up0"))["reason"]
+        assert re.fullmatch(r"a: status (429|503) t", reason)
+        assert "up0 (only a) cooling down for" in log.text
+
+
+async def test_a_model_that_cools_alone_is_not_asked_before_its_time(tmp_path):
+    behave = of_models(a=BUSY)
+    async with pool_of(tmp_path, behave, **TWO_MODELS) as (server, [up], _):
+        assert [(await chat(server, model="a")).status for _ in "12"] == [500, 503]
+        reply = await chat(server, model="a")
+        assert 18 <= int(reply.headers["retry-after"]) <= 20 and len(chats(up)) == 1
+        assert "status 429" in chat_error(reply)["message"]
+        body = {"name": "up0"}
+        await ask(server.port, "POST", "/admin/controllers/enable", body)
+        assert (await chat(server, model="a")).status == 500 and len(chats(up)) == 2
+
+
+async def test_two_models_that_fail_in_a_row_close_all(tmp_path):
+    """Then it is the controller's failure, whatever the model."""
+    behave = of_models(a=BUSY, b=BUSY)
+    options = [{"models": ["a", "b", "c"]}]
+    async with pool_of(tmp_path, behave, options=options) as (server, [up], _):
+        for model in "acb":
+            await chat(server, model=model)
+        assert (await states(server)) == {"up0": "ready"}  # c has answered
+        await ask(server.port, "POST", "/admin/controllers/enable", {"name": "up0"})
+        for model in "ab":
+            assert (await chat(server, model=model)).status == 500
+        assert (await states(server)) == {"up0": "cooling"}
+        assert (await chat(server, model="c")).status == 503 and len(chats(up)) == 5
+
+
+@flow(limits=Limits(cool_first=0.3), controller=[{"models": ["a", "b"]}])
+async def test_a_model_that_cooled_alone_is_tried_and_back(server, upstream, log):
+    upstream.behave = of_models(a=by_words({"BAD": error_reply(500)}))
+    for number in range(3):
+        assert (await chat(server, f"BAD {number}", model="a")).status == 500
+    health = server.pool.find("up0").health
+    assert health.parts["a"].closed_by and not health.closed_by
+    await until(lambda: health.of("a").until < asyncio.get_running_loop().time())
+    assert (await chat(server, "BAD 3", model="a")).status == 500
+    assert "(only a) cooling down for 0 s" in log.text and not health.closed_by
+    assert chat_text(await chat(server, model="a")) == "Hi there"  # the last resort
+    assert "up0 is back" in log.text and not health.parts
+
+
 @cases(
     "headers, after",
     ([("Retry-After", "7")], "7"),
