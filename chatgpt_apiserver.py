@@ -6352,7 +6352,7 @@ class AgentCall(Answer):
             self._agent.cancel(self._id)
             raise self.failure(kind, data)
         content_type = str(head.get("content_type", ""))
-        if not (content_type.isascii() and content_type.isprintable()):
+        if not re.fullmatch("[ -~]{0,200}", content_type):
             content_type = "application/octet-stream"
         self.status = status
         self.headers = {"content-type": content_type}
@@ -11631,8 +11631,7 @@ SERVER_ADDRESSES = 64  # dialled at most, for each name
 # a slot is free would leave it none.  It asks again every AGENT_FULL_PAUSE seconds.
 AGENT_FULL_PATIENCE = 1.0
 _HINTS = {
-    401: "it requires a valid agent's token; pass one with --key",
-    403: "this key may not register an agent; pass an agent's token with --key",
+    **dict.fromkeys((401, 403), "it requires an agent's token; pass one with --key"),
     404: "there is no chatgpt_apiserver at this address; is its path right?",
     400: "it sees no websocket; does a proxy forward Upgrade, or is it https?",
     426: "it sees no websocket; does a proxy forward Upgrade, and is the path right?",

@@ -14594,8 +14594,9 @@ async def test_a_broken_agents_call_is_answered_by_another(tmp_path, messages):
             assert not controller._calls and controller.in_flight == 0
 
 
-async def test_an_agents_content_type_cannot_break_the_answer(server):
-    head = {"status": 200, "content_type": "text/plain\r\nSet-Cookie: x"}
+@cases("kind", "text/plain\r\nSet-Cookie: x", "text/plain" + 100_000 * "x", ids=len)
+async def test_an_agents_content_type_cannot_break_the_answer(server, kind):
+    head = {"status": 200, "content_type": kind}
     async with Agent(server, hello=agent_hello()) as agent:
         asking = asyncio.ensure_future(ask(server.port, "POST", "/v1/rerank", CHAT))
         id, _ = await agent_call(agent)
