@@ -6561,6 +6561,8 @@ class FunctionController(Controller):
         if raw:
             return json_answer(bytes(raw))
         message = builder.result()["choices"][0]["message"]
+        if not any(map(message.get, ("content", "refusal", "tool_calls"))):
+            message["content"] = ""  # null is for tool calls: clients would fail
         if isinstance(result, dict):  # with every field that the function has set
             message = result
         usage = usage_object(Usage(writer.input_tokens, 0, -(-size // 4)))

@@ -8923,6 +8923,13 @@ async def test_every_kind_of_function_answers_streamed_and_whole(server, functio
     assert reply.status == 200 and reply.json()["content"] == "Hi Hello"
 
 
+@cases("function", lambda request: "", lambda request: [], lambda request: iter([None]))
+async def test_an_answer_without_text_is_an_empty_one(server, function):
+    """As of a program that prints nothing. Clients expect null beside tool calls."""
+    server.model("f")(function)
+    assert chat_text(await chat(server, model="f")) == ""
+
+
 @cases(
     "function",
     lambda request: {"tool_calls": [tool_call("call-1")]},
