@@ -5482,7 +5482,7 @@ class Health:
     closed_by  the failure that closed it, or None while it is open
     reason     why, in our own words: everybody may read it
     trial      the trial request; after trial_until there may be another
-    parts      the same for single models, by their names
+    parts      the same for single models, by their names there
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -5500,7 +5500,7 @@ class Health:
 
     def of(self, model: str | None) -> Health:
         """Return the health that decides about a model: the part, if closed longer."""
-        part = self.parts.get(model or "") if self.parts else None
+        part = self.parts.get(model or "")
         return self if part is None or part.until <= self.until else part
 
     def fail(
@@ -5508,16 +5508,15 @@ class Health:
         error: ControllerError,
         request: APIRequest,
         now: float,
-        several: bool = False,
+        model: str | None = None,
     ) -> float:
         """Record a failure; return the seconds it should close for, 0 for none.
 
-        several  the request's model is one of several
+        model  the request's model, if it is one of several
         """
         limits = self.limits
         seconds = 0.0
-        if several and error.failure in (Failure.RATE_LIMITED, Failure.BROKEN):
-            model = request.model or ""
+        if model and error.failure in (Failure.RATE_LIMITED, Failure.BROKEN):
             part = self.parts.get(model) or Health(limits)
             keep_newest(self.parts, model, part, 100)  # clients choose the names
             alone = part.fail(error, request, now)
@@ -5562,13 +5561,13 @@ class Health:
         keep_newest(self._seen, key, now, 1000)  # clients make any number fail
         return True
 
-    def begin(self, request: APIRequest, now: float) -> bool:
+    def begin(self, request: APIRequest, now: float, model: str | None = None) -> bool:
         """Record that an answer has begun; return whether that opened it.
 
         Before its time is up only the trial can: other answers are to requests that
         were sent before it closed.
         """
-        part = self.parts.get(request.model or "")
+        part = self.parts.get(model or "")
         opened = part is not None and part.begin(request, now)
         if not self.closed_by or (now < self.until and self.trial is not request):
             return opened
@@ -5770,28 +5769,43 @@ class Controller:
             return False
         return self.limit is None or self.limit.over() is None
 
-    def available(self, now: float, model: str | None = None) -> bool:
+    def model_of(self, request: APIRequest) -> str | None:
+        """Return its own name for a request's model, also for one it would choose."""
+        if request.model is None and request.ask is not None:
+            return self.real_name(self.default_model(request))
+        return self.real_name(request.model)
+
+    def health_for(self, request: APIRequest | None) -> Health:
+        """Return the health that decides about a request; None: about most."""
+        health = self.health
+        if request is None or not health.parts:  # nearly always
+            return health
+        return health.of(self.model_of(request))
+
+    def available(self, now: float, request: APIRequest | None = None) -> bool:
         """Whether it can take a request now."""
-        health = self.health.of(model)
+        health = self.health_for(request)
         # After a cooldown one request goes through as the trial, not a crowd.
         if health.closed_by and (now < health.until or health.on_trial(now)):
             return False
         return self.has_room
 
-    def last_resort(self, model: str | None) -> bool:
+    def last_resort(self, request: APIRequest) -> bool:
         """Whether it is closed for a reason that may have passed by itself.
 
         Then it gets what nothing else could answer, as nginx does with a single
         server; but not before a 429's time is up, nor with a dead key.
         """
-        closed_by = self.health.of(model).closed_by
+        closed_by = self.health_for(request).closed_by
         return closed_by in (Failure.BROKEN, Failure.REFUSED) and self.has_room
 
-    def closed_for(self, now: float, model: str | None = None) -> float:
+    def closed_for(self, now: float, request: APIRequest | None = None) -> float:
         """Return the seconds until it may get requests again; 0 if it may now."""
-        return self.closed(now, model)[0]
+        return self.closed(now, request)[0]
 
-    def closed(self, now: float, model: str | None = None) -> tuple[float, str, str]:
+    def closed(
+        self, now: float, request: APIRequest | None = None
+    ) -> tuple[float, str, str]:
         """Return closed_for(), with the state and the reason to show."""
         if self.switched_off:
             how = "paused" if self.id else "disabled"  # an agent has an id
@@ -5801,7 +5815,7 @@ class Controller:
         exceeded = None if self.limit is None else self.limit.exceeded()
         if exceeded is not None:
             return exceeded[0], "disabled", exceeded[1]
-        health = self.health.of(model)
+        health = self.health_for(request)
         state = "disabled" if health.closed_by is Failure.DISABLED else "cooling"
         reason = health.reason.removeprefix(f"{self.name}: ")
         return max(0.0, health.until - now), state, reason
@@ -7353,9 +7367,9 @@ class Pool:
         """Return the controller that gets a request now, or None."""
         suitable = self._suitable(request, now)
         left = [c for c in suitable if c not in tried] if tried else suitable
-        free = [c for c in left if c.available(now, request.model)]
+        free = [c for c in left if c.available(now, request)]
         if not free:
-            return self._last_standing(left, request.model, now)
+            return self._last_standing(left, request, now)
         if len(free) > 1:
             lowest = min(c.tier for c in free)
             free = [c for c in free if c.tier == lowest]
@@ -7408,12 +7422,12 @@ class Pool:
 
     @staticmethod
     def _last_standing(
-        left: list[Controller], model: str | None, now: float
+        left: list[Controller], request: APIRequest, now: float
     ) -> Controller | None:
         """Return the controller to try although all are closed, or None."""
-        if any(not c.closed_for(now, model) for c in left):
+        if any(not c.closed_for(now, request) for c in left):
             return None  # one is only busy: wait for it
-        able = ((c.health.of(model), c) for c in left if c.last_resort(model))
+        able = ((c.health_for(request), c) for c in left if c.last_resort(request))
         closed = [(health.until, c) for health, c in able if not health.on_trial(now)]
         return min(closed, key=lambda pair: pair[0], default=(0.0, None))[1]
 
@@ -7468,15 +7482,14 @@ class Pool:
         """
         suitable = self._suitable(request, now)
         left = [c for c in suitable if c not in tried]
-        model = request.model
-        if any(c.last_resort(model) or not c.closed_for(now, model) for c in left):
+        if any(c.last_resort(request) or not c.closed_for(now, request) for c in left):
             timeout = min(self.limits.queue_timeout, max(0.0, request.deadline - now))
             message = f"All controllers have been busy for {timeout:.0f} seconds."
             return timeout, APIError(503, message, code="queue_timeout", retry_after=1)
         if tried:
             return None
         if suitable:
-            raise self._all_closed(suitable, model, now)
+            raise self._all_closed(suitable, request, now)
         if request.agent_id is not None:
             raise APIError(500, "Connection no longer exists", code="agent_lost")
         error = self._no_controller(request)
@@ -7525,11 +7538,11 @@ class Pool:
         )
 
     def _all_closed(
-        self, controllers: list[Controller], model: str | None, now: float
+        self, controllers: list[Controller], request: APIRequest, now: float
     ) -> APIError:
-        soonest = min(controllers, key=lambda c: c.closed_for(now, model))
-        seconds, _, reason = soonest.closed(now, model)
-        causes = {c.health.of(model).closed_by for c in controllers}
+        soonest = min(controllers, key=lambda c: c.closed_for(now, request))
+        seconds, _, reason = soonest.closed(now, request)
+        causes = {c.health_for(request).closed_by for c in controllers}
         first = " first back:" if seconds < math.inf else ""
         return APIError(
             503,
@@ -7668,7 +7681,7 @@ class Pool:
 
     def _take(self, controller: Controller, request: APIRequest) -> None:
         controller.in_flight += 1
-        health = controller.health.of(request.model)
+        health = controller.health_for(request)
         if health.closed_by:
             now = asyncio.get_running_loop().time()
             health.trial, health.trial_until = request, now + TRIAL_TIME
@@ -7676,7 +7689,7 @@ class Pool:
     def release(self, controller: Controller, request: APIRequest) -> None:
         """Release a slot, and serve the queue with it."""
         controller.in_flight -= 1
-        for health in (controller.health, controller.health.of(request.model)):
+        for health in (controller.health, *controller.health.parts.values()):
             if health.trial is request:
                 health.trial = None
         if self._queue:
@@ -7704,11 +7717,12 @@ class Pool:
     ) -> None:
         """Cool a controller down, or disable it, if the failure calls for it."""
         whole, now = controller.health, asyncio.get_running_loop().time()
-        health = whole.of(request.model)
+        model, known = controller.model_of(request), controller.known_models()
+        health = whole.of(model)
         before = (health is whole, health.until > now, health.closed_by)
-        several = len([*itertools.islice(controller.known_models(), 2)]) > 1
-        seconds = whole.fail(error, request, now, several)
-        health = whole.of(request.model)
+        several = len({*map(controller.real_name, itertools.islice(known, 100))}) > 1
+        seconds = whole.fail(error, request, now, model if several else None)
+        health = whole.of(model)
         # Report it once, not for every request in flight.
         if seconds and before != (
             health is whole,
@@ -7717,7 +7731,7 @@ class Pool:
         ):
             name = controller.name
             reason = error.reason.removeprefix(f"{name}: ")
-            name += "" if health is whole else f" (only {request.model})"
+            name += "" if health is whole else f" (only {model})"
             disabled = health.closed_by is Failure.DISABLED
             state = "disabled" if disabled else "cooling down"
             self.report(f"{name} {state} for {seconds:.0f} s: {reason}")
@@ -7757,7 +7771,8 @@ class Pool:
 
     def began(self, controller: Controller, request: APIRequest) -> None:
         """Record that an answer has begun: the controller may be back."""
-        if controller.health.begin(request, asyncio.get_running_loop().time()):
+        now, model = asyncio.get_running_loop().time(), controller.model_of(request)
+        if controller.health.begin(request, now, model):
             self.report(f"{controller.name} is back")
 
     def succeeded(
@@ -7768,7 +7783,7 @@ class Pool:
         if usage.total and request.dialect.judged:
             controller.works_at = request.path
         self.count(controller, tokens=usage.total)
-        controller.health.succeed(request.model)
+        controller.health.succeed(controller.model_of(request))
 
     def count(self, controller: Controller, requests: int = 0, tokens: int = 0) -> None:
         """Count an attempt, or the tokens of an answer, complete or not."""

@@ -7843,6 +7843,25 @@ async def test_one_of_several_models_cools_alone(tmp_path, behave, asked):
         assert "up0 (only a) cooling down for" in log.text
 
 
+@cases("first", {"model": "a2"}, None)
+async def test_one_model_of_several_names_cools_alone(tmp_path, first):
+    """An alias, or a question that names none, is no second model that fails."""
+    options, log = [{"models": {"a": "real", "a2": "real", "b": "b"}}], Log()
+    behave = of_models(real=BUSY)
+    async with pool_of(tmp_path, behave, options=options, log=log) as (server, [up], _):
+        if first:
+            await chat(server, **first)
+        else:
+            await ask(server.port, "POST", "/api/ask", {"content": "Hi"})
+        for content in "123":
+            reply = await ask(server.port, "POST", "/api/ask", {"content": content})
+            assert reply.status == 503
+        assert (await chat(server, model="a")).status == 503 and len(chats(up)) == 1
+        assert chat_text(await chat(server, model="b")) == "Hi there"
+        assert (await states(server)) == {"up0": "ready"}
+        assert "up0 (only real) cooling down for 20 s" in log.text
+
+
 async def test_a_model_that_cools_alone_is_not_asked_before_its_time(tmp_path):
     behave = of_models(a=BUSY)
     async with pool_of(tmp_path, behave, **TWO_MODELS) as (server, [up], _):
