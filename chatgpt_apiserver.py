@@ -1396,6 +1396,8 @@ REFUSAL_SIZE = 1024 * 1024
 _ERROR_STATUS = re.compile("[45][0-9][0-9]", re.ASCII)
 _STATUSES = {kind: status for status, kind in APIError.TYPES.items()}
 _STATUSES.update(invalid_request_error=400, rate_limit_exceeded=429, server_error=500)
+# As in server_is_overloaded, slow_down, internal_error, vector_store_timeout.
+_OUTAGE = re.compile("server|internal|overloaded|slow_down|unavailable|timeout")
 
 
 def find_error(value: Any) -> ErrorObject | None:
@@ -1409,8 +1411,10 @@ def find_error(value: Any) -> ErrorObject | None:
         if body.get(key):
             error = _read_error(body[key], body)
             is_response = body.get("object") == "response"
-            if is_response and error.code and not error.words & _STATUSES.keys():
-                error = error._replace(status=400)  # an invalid_image, say
+            # Any other code is about the request, such as invalid_image.
+            known = any(w in _STATUSES or _OUTAGE.search(w) for w in error.words)
+            if is_response and error.code and not known:
+                error = error._replace(status=400)
             return error
     is_error = body.get("object") == "error" or "message" in body
     return _read_error(body, body) if is_error and "choices" not in body else None

@@ -8138,6 +8138,25 @@ async def test_a_failed_response_is_its_controllers_failure(
         assert [*(await states(server)).values()] == [state, "ready"]
 
 
+@cases("code", "server_is_overloaded", "slow_down", "internal_server_error")
+@cases("stream", True, False)
+async def test_a_response_that_failed_by_overload_is_asked_for_elsewhere(
+    tmp_path, code, stream
+):
+    error = {"code": code, "message": "at capacity"}
+    response = {**RESPONSE, "status": "failed", "error": error}
+    failed = RESPONSE_CREATED + typed("response.failed", response=response)
+    behave = streams(failed) if stream else http_reply(response)
+    good = streams(RESPONSE_CREATED + response_end("completed"))
+    more = {"options": [{"weight": 100}]}
+    async with pool_of(tmp_path, behave, good, **more) as (server, ups, cs):
+        body = {"model": "m", "input": "Hello", "stream": stream}
+        reply = await ask(server.port, "POST", "/v1/responses", body)
+        assert reply.status == 200 and b"at capacity" not in reply.content
+        assert [len(chats(upstream)) for upstream in ups] == [1, 1]
+        assert [controller.failures for controller in cs] == [1, 0]
+
+
 @cases("stream", True, False)
 async def test_a_failed_response_may_be_its_requests_fault(tmp_path, stream):
     """Three images that cannot be read must not cool a key for everybody."""
