@@ -8138,6 +8138,15 @@ async def test_a_failed_response_is_its_controllers_failure(
         assert [*(await states(server)).values()] == [state, "ready"]
 
 
+@flow(behave=http_reply({"request_id": "f15c114e"}))
+async def test_a_deferred_chat_is_answered_with_its_id(server, upstream, controller):
+    """As xAI does: GET /v1/chat/deferred-completion/{request_id} has the answer."""
+    for number in range(3):
+        reply = await chat(server, f"{number}", deferred=True)
+        assert (reply.status, reply.json()) == (200, {"request_id": "f15c114e"})
+    assert not controller.failures and not controller.health.closed_by
+
+
 @cases("code", "server_is_overloaded", "slow_down", "internal_server_error")
 @cases("stream", True, False)
 async def test_a_response_that_failed_by_overload_is_asked_for_elsewhere(
