@@ -9466,12 +9466,18 @@ _PRIVATE_RESPONSE_FIELDS = HOP_BY_HOP | frozenset(
     "content-length date server set-cookie x-request-id"
     # Browsers would keep these for our own origin; Cloudflare sends half of them.
     " alt-svc clear-site-data nel report-to strict-transport-security"
-    # These name the account of our key.
+    # These name the account of our key, or an address behind LiteLLM.
     " openai-organization openai-project anthropic-organization-id"
-    " anthropic-workspace-id".split()
+    " anthropic-workspace-id x-litellm-model-api-base".split()
 )
-# The last two tell a proxy in front of us to send a file instead.
-_PRIVATE_RESPONSE_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
+# The second and third tell a proxy in front of us to send a file instead; the last
+# begins what our key at LiteLLM has spent, and may spend.
+_PRIVATE_RESPONSE_PREFIXES = (
+    "access-control-",
+    "x-accel-",
+    "x-sendfile",
+    "x-litellm-key-",
+)
 _LIMITED_PREFIXES = (
     *_PRIVATE_RESPONSE_PREFIXES,
     "x-ratelimit-",

@@ -12406,6 +12406,7 @@ async def test_header_fields_travel_both_ways_but_private_ones(server, upstream)
     back = {"x-ratelimit-remaining": "7", "openai-processing-ms": "12"}
     names = """Set-Cookie Server OpenAI-Organization OpenAI-Project X-Request-Id X-Hop
         Anthropic-Organization-Id Anthropic-Workspace-Id Keep-Alive
+        X-LiteLLM-Key-Spend X-LiteLLM-Key-Max-Budget X-LiteLLM-Model-API-Base
         Alt-Svc Clear-Site-Data NEL Report-To Strict-Transport-Security
         Access-Control-Max-Age X-Accel-Redirect X-Sendfile"""  # two speak to a proxy
     hidden = dict.fromkeys(names.split(), "PRIVATE")
