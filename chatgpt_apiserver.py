@@ -3488,6 +3488,8 @@ class Answer:
 
 NEXT_ADDRESS_DELAY = 0.25  # seconds, as RFC 8305 section 8 advises
 INTERIM_RESPONSES = 16  # 1xx before the final response
+# A 408 that comes later is about the request, as Azure's after a minute.
+EARLY_ANSWER_TIME = 1.0  # seconds
 IDLE_CONNECTIONS = 1024  # kept per upstream; a new one costs 155 us, and TLS
 
 
@@ -3577,9 +3579,11 @@ class HTTPClient:
         answer = None
         connection = self._take_idle()
         if connection is not None:
+            soon = connection.loop.time() + EARLY_ANSWER_TIME
             answer = await self._exchange(connection, method, message, wait, deadline)
-            if answer is not None and answer.status == 408:  # it was idle for too long
-                await answer.aclose()
+            is_early = connection.loop.time() < soon
+            if answer is not None and answer.status == 408 and is_early:
+                await answer.aclose()  # it was idle for too long
                 answer = None
         if answer is None:  # an idle one may have been closed, which is no failure
             connection = await self.open()

@@ -3830,6 +3830,20 @@ async def test_a_kept_connections_408_is_about_its_idle_time():
         assert len(upstream.requests) == 4
 
 
+async def test_a_late_408_is_an_answer_on_a_kept_connection_too(constant):
+    """As Azure's: asking again would take, and cost, as much again."""
+    constant(EARLY_ANSWER_TIME=0.05)
+
+    async def behave(request, writer):
+        late = sends(0.1, http_reply(b"", 408))
+        await (late if len(upstream.requests) > 1 else sends(OK))(request, writer)
+
+    async with client_of(behave) as (upstream, client):
+        assert await get(client) == (200, b"ok")
+        assert await get(client) == (408, b"")
+        assert len(upstream.requests) == 2
+
+
 @cases("begun", b"HTTP/1.1 103 Early Hints\r\n\r\n", b"H", b"HTTP/1.1 200 OK\r\n")
 async def test_a_request_whose_answer_had_begun_is_not_replayed(begun):
     """Not even after an interim answer: the upstream may have acted on it."""
