@@ -2819,8 +2819,9 @@ class APIRequest:
         options = as_object(body.get("stream_options"))
         self.wants_usage = options.get("include_usage") is True
         if not _FALLBACKS.isdisjoint(body):
-            lists = (body.get(key) for key in _FALLBACKS)
-            self.fallbacks = [name for names in lists for name in as_list(names)]
+            lists = (body[key] or [] for key in _FALLBACKS & body.keys())
+            lists = (x if isinstance(x, list) else [x] for x in lists)
+            self.fallbacks = [*itertools.chain(*lists)]
         choices = body.get("n")
         self.choices = choices if type(choices) is int and 1 <= choices <= 128 else 1
 
@@ -2901,7 +2902,8 @@ _SPELLINGS = map("".join, itertools.product(*zip("model", "MODEL")))
 _OTHER_SPELLINGS = {*_SPELLINGS} - {"model"}
 # The fields of OpenRouter and LiteLLM that name more models.
 _FALLBACKS = frozenset(
-    "models fallbacks context_window_fallbacks content_policy_fallbacks".split()
+    "models fallbacks context_window_fallbacks content_policy_fallbacks"
+    " user_config".split()
 )
 
 

@@ -12831,6 +12831,8 @@ async def test_a_restricted_user_names_no_other_model_beside_the_own(server, ups
         ({"fallbacks": [{"m": ["other"]}]}, "", 404),
         ({"context_window_fallbacks": [{"m": ["other"]}]}, "", 404),
         ({"content_policy_fallbacks": ["other"]}, "", 404),
+        ({"user_config": {"model_list": [{"model_name": "m"}]}}, "", 404),
+        ({"models": None, "fallbacks": []}, "", 200),
         ({}, "?model=m&mod%65l=other", 404),
     ):
         for path in (CHAT_URL, "/v1/x"):
@@ -12840,7 +12842,7 @@ async def test_a_restricted_user_names_no_other_model_beside_the_own(server, ups
     for path in ("/v1/engines/other", "/v1/openai/Deployments/other"):
         reply = await ask(server.port, "POST", f"{path}/chat/completions", CHAT, key)
         assert reply.status == 404
-    assert len(chats(upstream)) == 2
+    assert len(chats(upstream)) == 4
 
 
 # --- Late errors
