@@ -2419,7 +2419,7 @@ def chat_messages(items: Any, system: Any = None) -> list[JSONObject]:
                 shown.append(part)
         if parts:
             content = content_text(shown) if all("text" in p for p in shown) else shown
-        if "role" in item and (content or not parts):
+        if "role" in item and (shown or not parts):
             messages.append({"role": item["role"], "content": content})
         if calls and (not messages or messages[-1]["role"] != "assistant"):
             messages.append({"role": "assistant", "content": None})

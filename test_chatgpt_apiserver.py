@@ -9572,6 +9572,25 @@ CODEX_TURN = json.loads("""{"instructions": "You are\\nit.", "input": [
 
 
 @cases(
+    "path, key, kind",
+    ("/v1/messages", "messages", "text"),
+    ("/v1/responses", "input", "input_text"),
+)
+async def test_a_function_sees_an_empty_message(server, path, key, kind):
+    seen = []
+
+    @server.model("m")
+    def last(request):
+        seen.append(request["messages"][-1])
+        return "done"
+
+    messages = [{"role": "user", "content": [{"type": kind, "text": ""}]}]
+    reply = await ask(server.port, "POST", path, {"model": "m", key: messages})
+    assert reply.status == 200
+    assert seen == [{"role": "user", "content": ""}]
+
+
+@cases(
     "path, body",
     ("/v1/messages?beta=true", CLAUDE_CODE_TURN),
     ("/v1/responses", CODEX_TURN),
