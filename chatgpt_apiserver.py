@@ -6473,10 +6473,11 @@ class FunctionController(Controller):
         body["model"] = model
         writer = request.dialect.writer(self.head(model), sent)
         with time_limit(request.deadline, self._late()):
-            result = await self._call(body)
+            context = contextvars.copy_context()
+            result = await self._call(body, context)
         if isinstance(result, bytes):
             return json_answer(result)
-        pieces = self._pieces(request, result)
+        pieces = self._pieces(request, result, context)
         if request.stream:
             head = {"content-type": EVENTS_TYPE}
             return Answer(200, head, self._events(pieces, writer))
@@ -6501,7 +6502,7 @@ class FunctionController(Controller):
         reason = f"{self.name} took too long"
         return ControllerError(reason, Failure.NONE, status=504)
 
-    async def _call(self, body: JSONObject) -> Any:
+    async def _call(self, body: JSONObject, context: contextvars.Context) -> Any:
         function = self._function
         if (
             inspect.isasyncgenfunction(function)
@@ -6511,19 +6512,21 @@ class FunctionController(Controller):
             result = function(body)  # runs none of its code yet
         else:
             # Through next(): a future cannot carry a StopIteration that it raises.
-            result = await self._next(map(function, [body]), [])
+            result = await self._next(map(function, [body]), [], context)
         return await result if inspect.isawaitable(result) else result
 
     @staticmethod
-    def _advance(pieces: Any, abandoned: list[bool]) -> Any:
+    def _advance(
+        pieces: Any, abandoned: list[bool], context: contextvars.Context
+    ) -> Any:
         """Return the next piece, in a thread; close a generator since abandoned."""
-        try:
-            return next(pieces, _END)
+        try:  # all in one context: a generator's variables, and decimal.localcontext()
+            return context.run(next, pieces, _END)
         except (GeneratorExit, KeyboardInterrupt) as error:  # no Ctrl-C comes here
             raise RuntimeError(f"it raised {error!r}") from error
         finally:
             if abandoned:
-                pieces.close()
+                context.run(pieces.close)
 
     @staticmethod
     def _size(piece: Any) -> int:
@@ -6534,7 +6537,9 @@ class FunctionController(Controller):
         text = delta_text(piece) + (_to_ascii(calls) if calls else "")
         return len(text.encode("utf-8", "replace"))
 
-    async def _pieces(self, request: APIRequest, result: Any) -> Pieces:
+    async def _pieces(
+        self, request: APIRequest, result: Any, context: contextvars.Context
+    ) -> Pieces:
         """Yield a function's result as pieces of a message, or bytes as they are."""
         if isinstance(result, (str, dict)):
             yield {"content": result} if isinstance(result, str) else result
@@ -6547,7 +6552,7 @@ class FunctionController(Controller):
         try:
             while True:
                 with time_limit(request.deadline, self._late()):
-                    piece = await self._next(pieces, abandoned)
+                    piece = await self._next(pieces, abandoned, context)
                 if piece is _END:
                     break
                 is_whole = isinstance(piece, (bytes, dict))
@@ -6559,8 +6564,10 @@ class FunctionController(Controller):
                 await pieces.aclose()
             elif hasattr(pieces, "close"):
                 abandoned.append(True)  # first: _advance() looks after next()
-                if not getattr(pieces, "gi_running", False):
+                if not hasattr(pieces, "gi_running"):
                     self._in_thread(pieces.close)  # not awaited
+                elif not pieces.gi_running:
+                    self._in_thread(context.run, pieces.close)
 
     def _check_size(self, size: int) -> None:
         if size > self.health.limits.response_size:
@@ -6614,9 +6621,11 @@ class FunctionController(Controller):
             await pieces.aclose()
         yield writer.end(reason, Usage(writer.input_tokens, 0, -(-size // 4)))
 
-    async def _next(self, pieces: Any, abandoned: list[bool]) -> Any:
+    async def _next(
+        self, pieces: Any, abandoned: list[bool], context: contextvars.Context
+    ) -> Any:
         if not hasattr(pieces, "__anext__"):
-            return await self._in_thread(self._advance, pieces, abandoned)
+            return await self._in_thread(self._advance, pieces, abandoned, context)
         try:
             return await pieces.__anext__()
         except StopAsyncIteration:

@@ -9116,6 +9116,28 @@ async def test_a_context_variable_of_a_function_is_one_requests(server, client):
     await until(lambda: not server.requests_in_flight, timeout=0.4)
 
 
+@cases("stream", False, True)
+async def test_a_context_variable_of_a_generator_holds_until_its_end(server, stream):
+    variable = contextvars.ContextVar("variable", default="none")
+
+    def spell(request):
+        token = variable.set("set")
+        yield from (variable.get() for _ in range(3))
+        variable.reset(token)
+        yield variable.get()
+
+    server.model("generator")(spell)
+    server.model("returned")(lambda request: spell(request))
+    for model in ("generator", "returned"):
+        body = {"model": model, "messages": [], "stream": stream}
+        reply = await ask(server.port, "POST", CHAT_URL, body)
+        assert reply.status == 200
+        text = reply.content.decode()
+        assert text.count('"set"') == 3 * stream
+        assert '"none"' in text if stream else '"setsetsetnone"' in text
+        assert '"error"' not in text
+
+
 @cases(
     "status, fields, answer",
     (429, {"retry_after": "5"}, (429, "5", None)),
