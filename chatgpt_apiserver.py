@@ -6562,6 +6562,8 @@ class FunctionController(Controller):
         finally:
             if hasattr(pieces, "aclose"):
                 await pieces.aclose()
+            elif inspect.iscoroutinefunction(close := getattr(pieces, "close", None)):
+                await close()
             elif hasattr(pieces, "close"):
                 abandoned.append(True)  # first: _advance() looks after next()
                 if not hasattr(pieces, "gi_running"):

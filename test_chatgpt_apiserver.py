@@ -9278,6 +9278,23 @@ async def test_a_generator_that_exits_when_it_is_closed_fails_alone(server):
     assert server.pool.find("m").in_flight == 0
 
 
+async def test_an_async_iterator_is_closed_when_its_client_leaves(server):
+    closed = asyncio.Event()
+
+    class Stream:
+        async def __anext__(self):
+            await asyncio.sleep(0.01)
+            return "word "
+
+        async def close(self):
+            closed.set()
+
+    server.model("m")(lambda request: Stream())
+    async with posting(server) as client:
+        await client.first_chunk()
+    await asyncio.wait_for(closed.wait(), 1)
+
+
 @flow(limits=Limits(response_size=1_000_000))
 async def test_a_function_without_end_is_cut_where_its_answer_is_kept(server):
     """Not streamed, or in messages, whose last event repeats the text."""
