@@ -2389,6 +2389,20 @@ _RESULTS = ("tool_result", "function_call_output", "custom_tool_call_output")
 _THOUGHTS = ("thinking", "redacted_thinking")  # no place for them in a chat
 
 
+def chat_part(part: JSONObject) -> JSONObject:
+    """Return another dialect's text or image as that of a chat; others unchanged."""
+    kind, source = part.get("type"), as_object(part.get("source"))
+    if kind in ("input_text", "output_text", "text"):
+        return {"type": "text", "text": part.get("text")}
+    url = part.get("image_url") if kind == "input_image" else source.get("url")
+    if kind == "image" and source.get("type") == "base64":
+        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+    if kind in ("input_image", "image") and isinstance(url, str):
+        detail = {"detail": part["detail"]} if part.get("detail") else {}
+        return {"type": "image_url", "image_url": {"url": url, **detail}}
+    return part
+
+
 def chat_messages(items: Any, system: Any = None) -> list[JSONObject]:
     """Return a string or another dialect's items as the messages of a chat.
 
@@ -2416,7 +2430,7 @@ def chat_messages(items: Any, system: Any = None) -> list[JSONObject]:
                 text = content_text(part.get("output", part.get("content")))
                 messages.append({"role": "tool", "tool_call_id": id, "content": text})
             elif kind not in _THOUGHTS and part is not item:
-                shown.append(part)
+                shown.append(chat_part(part))
         if parts:
             content = content_text(shown) if all("text" in p for p in shown) else shown
         if "role" in item and (shown or not parts):

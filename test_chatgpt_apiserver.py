@@ -9610,6 +9610,52 @@ CODEX_TURN = json.loads("""{"instructions": "You are\\nit.", "input": [
     "prompt_cache_key": "k"}""")
 
 
+PNG = {"type": "base64", "media_type": "image/png", "data": "AA=="}
+
+
+@cases(
+    "path, key, kind, image, url",
+    (
+        "/v1/messages",
+        "messages",
+        "text",
+        {"type": "image", "source": PNG},
+        {"url": "data:image/png;base64,AA=="},
+    ),
+    (
+        "/v1/messages",
+        "messages",
+        "text",
+        {"type": "image", "source": {"type": "url", "url": "https://a/b"}},
+        {"url": "https://a/b"},
+    ),
+    (
+        "/v1/responses",
+        "input",
+        "input_text",
+        {"type": "input_image", "image_url": "data:x", "detail": "low"},
+        {"url": "data:x", "detail": "low"},
+    ),
+    ("/v1/responses", "input", "input_text", {"type": "input_file"}, None),
+)
+async def test_a_function_sees_an_image_as_in_a_chat(
+    server, path, key, kind, image, url
+):
+    seen = []
+
+    @server.model("m")
+    def look(request):
+        seen.extend(request["messages"])
+        return "done"
+
+    messages = [{"role": "user", "content": [{"type": kind, "text": "What?"}, image]}]
+    reply = await ask(server.port, "POST", path, {"model": "m", key: messages})
+    assert reply.status == 200
+    shown = {"type": "image_url", "image_url": url} if url else image
+    content = [{"type": "text", "text": "What?"}, shown]
+    assert seen == [{"role": "user", "content": content}]
+
+
 @cases(
     "path, key, kind",
     ("/v1/messages", "messages", "text"),
