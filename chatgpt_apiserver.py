@@ -6570,6 +6570,8 @@ class FunctionController(Controller):
                 if piece is _END:
                     break
                 is_whole = isinstance(piece, (bytes, dict))
+                if as_object(piece).get("object") == ChatWriter.OBJECT:
+                    raise TypeError(f"{self.name} yielded a chunk, not its delta")
                 # Chunks of other APIs often have no text: content None.
                 text = "" if piece is None else str(piece)
                 yield piece if is_whole else {"content": text}

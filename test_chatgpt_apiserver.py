@@ -9208,7 +9208,10 @@ asyncio.new_event_loop().run_until_complete(main())
     assert done.returncode not in (0, 1) and "KeyboardInterrupt" in done.stderr
 
 
-@cases("result", None, 5, b"bytes", {"content": object()})
+CHUNK = {"object": "chat.completion.chunk", "choices": [{"delta": {"content": "a"}}]}
+
+
+@cases("result", None, 5, b"bytes", {"content": object()}, [CHUNK, CHUNK])
 async def test_a_function_that_returns_nonsense_fails_alone(tmp_path, result):
     f = FunctionController(lambda request: result, name="f", models=["f"])
     async with serving(tmp_path, f, pool_function("g", models=["g"])) as server:
