@@ -2347,7 +2347,7 @@ answer = {"id": $id, "object": "response", "created_at": $created, "model": $mod
     "output": $items, "parallel_tool_calls": true, "tool_choice": "auto", "tools": [],
     "usage": $usage}
 usage = {"input_tokens": $input, "output_tokens": $output, "total_tokens": $total,
-    "input_tokens_details": {"cached_tokens": $cached_input},
+    "input_tokens_details": {"cached_tokens": $cached_input, "cache_write_tokens": 0},
     "output_tokens_details": {"reasoning_tokens": 0}}
 message = {"type": "message", "id": $item, "role": "assistant", "status": "completed",
     "content": [$part]}

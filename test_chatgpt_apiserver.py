@@ -9613,6 +9613,13 @@ CODEX_TURN = json.loads("""{"instructions": "You are\\nit.", "input": [
     "prompt_cache_key": "k"}""")
 
 
+async def test_a_responses_usage_has_every_field_that_the_sdk_requires(server):
+    body = {"model": "mock/echo", "input": "x"}
+    reply = await ask(server.port, "POST", "/v1/responses", body)
+    details = {"cached_tokens": 0, "cache_write_tokens": 0}
+    assert reply.json()["usage"]["input_tokens_details"] == details
+
+
 PNG = {"type": "base64", "media_type": "image/png", "data": "AA=="}
 
 
