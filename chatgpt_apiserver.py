@@ -10806,10 +10806,11 @@ def find_route(path: str) -> Route | None:
         return ROUTES["/v1/models/"]
     if path.startswith(f"{CHAT_PATH}/") and path.endswith(_ENDPOINTS):
         return None  # the base URL has the endpoint in it
-    # An upstream's key is only for paths below its base URL: no dot segment.  The
-    # realtime API hands out keys of its account, which know none of our limits.
+    # An upstream's key is only for paths below its base URL: no dot segment.  Two of
+    # OpenAI's hand out keys of its account, which know none of our limits.
     steps = lenient_path(path).split("/")
-    return ROUTES["/v1/"] if {".", "..", "realtime"}.isdisjoint(steps) else None
+    barred = {".", "..", "realtime", "chatkit"}
+    return ROUTES["/v1/"] if barred.isdisjoint(steps) else None
 
 
 def check_method(exchange: Exchange, route: Route | None) -> Route:

@@ -12812,11 +12812,14 @@ async def test_a_protocol_that_is_not_spoken_is_refused_at_once(server):
 
 
 @cases("path", "client_secrets", "sessions/", "%2e/calls")
-@cases("start, status", ("/v1/realtime", 501), ("/v1/%72ealTime", 404))
+@cases(
+    "start, status",
+    *(("/v1/realtime", 501), ("/v1/%72ealTime", 404), ("/v1/chatkit", 404)),
+)
 async def test_no_key_of_the_upstreams_account_is_handed_out(
     server, upstream, start, status, path
 ):
-    """One for the realtime API would be outside all limits."""
+    """One for the realtime API or for ChatKit would be outside all limits."""
     body = {"model": "m", "session": {"type": "realtime"}}
     reply = await ask(server.port, "POST", f"{start}/{path}", body)
     assert reply.status == status and chats(upstream) == []
