@@ -1726,27 +1726,31 @@ class CompletionBuilder:
                 message[key] = value
 
     @staticmethod
-    def add_tool_calls(calls: dict[Any, JSONObject], deltas: list[Any]) -> None:
-        """Add pieces of tool calls, each to the call with its index (some begin at 1).
+    def find_tool_call(calls: dict[Any, JSONObject], piece: JSONObject) -> Any:
+        """Return the key of the call that a piece belongs to: its index, if it has one.
 
         Gemini and others send no index.  Then a piece with a new id, or with a name
         and no id, starts a call; any other continues the last one.
         """
-        for delta in deltas:
-            function = delta.get("function") or {}
-            index, id = delta.get("index"), delta.get("id")
-            if index is None:
-                recent = [*itertools.islice(reversed(calls), 16)]  # in linear time
-                known = [n for n in recent if id and calls[n]["id"] == id]
-                begins = id or function.get("name") or not calls
-                free = (n for n in itertools.count(len(calls)) if n not in calls)
-                index = next(free) if begins and not known else (known or recent)[0]
-            empty = {"name": "", "arguments": ""}
+        index, id = piece.get("index"), piece.get("id")
+        if index is not None:
+            return index  # some begin at 1
+        recent = [*itertools.islice(reversed(calls), 16)]  # in linear time
+        known = [n for n in recent if id and calls[n]["id"] == id]
+        begins = id or (piece.get("function") or {}).get("name") or not calls
+        free = (n for n in itertools.count(len(calls)) if n not in calls)
+        return next(free) if begins and not known else (known or recent)[0]
+
+    @classmethod
+    def add_tool_calls(cls, calls: dict[Any, JSONObject], pieces: list[Any]) -> None:
+        """Add pieces of tool calls, each to its call."""
+        for piece in pieces:
+            id, empty = piece.get("id"), {"name": "", "arguments": ""}
             call = {"id": id, "type": "function", "function": empty}
-            call = calls.setdefault(index, call)
+            call = calls.setdefault(cls.find_tool_call(calls, piece), call)
             call["id"] = call["id"] or id
             whole = call["function"]
-            for key, value in function.items():
+            for key, value in (piece.get("function") or {}).items():
                 text, whole[key] = whole.get(key, ""), ""
                 text += value or ""  # in place: this is the only reference to it
                 whole[key] = text
@@ -2081,8 +2085,7 @@ class ChatWriter:
         self.head = {**head, "id": head["id"].replace("chatcmpl-", self.ID)}
         self.input_tokens = input_tokens
         self._role = {"role": "assistant"}
-        self._calls: dict[Any, int] = {}  # places of tool calls, by id if they have one
-        self._place = 0  # of the last one
+        self._calls: dict[Any, JSONObject] = {}  # ids and places of tool calls
 
     def _event(self, choices: list[JSONObject], **more: Any) -> bytes:
         head = {"id": None, "object": self.OBJECT, **self.head}
@@ -2090,13 +2093,15 @@ class ChatWriter:
 
     def _choice(self, delta: JSONObject, *fields: Any) -> JSONObject:
         calls = []
-        for call in delta.get("tool_calls") or ():
-            id, index = call.get("id"), call.get("index")
-            named = id or as_object(call.get("function")).get("name")
-            if named or not self._calls:
-                self._place = self._calls.setdefault(id or object(), len(self._calls))
-            calls.append({**call, "index": self._place if index is None else index})
-        if calls:  # those of a stream have an index
+        for piece in delta.get("tool_calls") or ():
+            key = CompletionBuilder.find_tool_call(self._calls, piece)
+            call = {"id": None, "index": len(self._calls)}
+            call = self._calls.setdefault(key, call)
+            if call["id"]:  # once: clients join the pieces' ids
+                piece = {k: v for k, v in piece.items() if k != "id"}
+            call["id"] = call["id"] or piece.get("id")
+            calls.append({**piece, "index": call["index"]})
+        if calls:  # those of a stream have an index, which clients count from 0
             delta = {**delta, "tool_calls": calls}
         return choice_of("delta", delta, *fields)
 

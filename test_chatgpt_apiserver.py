@@ -9518,16 +9518,18 @@ async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
             assert [item["type"] for item in whole[key]] == expected
 
 
-@cases("known_by", "index", "later index", "id", None)
+@cases("known_by", "index", "index from 1", "first index", "later index", "id", None)
 async def test_a_tool_call_in_pieces_is_one_item(tmp_path, known_by):
     """As a function that relays another API's stream gives it."""
 
     def answer(request):
         yield "Look:"
         for index in (0, 1):
-            place = {"index": index} if "index" in str(known_by) else {}
+            at = index + (known_by == "index from 1")
+            place = {"index": at} if "index" in str(known_by) else {}
             place = {"id": f"c{index}"} if known_by == "id" else place
             first = {} if known_by == "later index" else place
+            place = {} if known_by == "first index" else place
             yield {"tool_calls": [{**first, **tool_call(f"c{index}", arguments="")}]}
             for piece in ('{"a"', f":{index}}}"):
                 yield {"tool_calls": [{**place, "function": {"arguments": piece}}]}
@@ -9546,6 +9548,11 @@ async def test_a_tool_call_in_pieces_is_one_item(tmp_path, known_by):
         message = (await chat(server)).json()["choices"][0]["message"]
         found = [call["function"]["arguments"] for call in message["tool_calls"]]
         assert message["content"] == "Look:" and found == ['{"a":0}', '{"a":1}']
+        *events, _ = (await chat(server, stream=True)).events()
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+        pieces = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        assert [call["index"] for call in pieces] == [0, 0, 0, 1, 1, 1]
+        assert [call["id"] for call in pieces if "id" in call] == ["c0", "c1"]
 
 
 async def test_what_a_mock_echoes_in_each_dialect(server):
