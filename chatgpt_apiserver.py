@@ -2292,7 +2292,8 @@ completed message_stop
         for call in [*self._tool_calls.values()][self._calls_written :]:
             name, text = call["function"]["name"], call["function"]["arguments"]
             args = as_object(read_json(text))
-            self._emit("call", item=call["id"], name=name, text=text, args=args)
+            id = call["id"] or random_id("call_")  # SDKs refuse null
+            self._emit("call", item=id, name=name, text=text, args=args)
         self._calls_written = len(self._tool_calls)
 
     def end(self, finish_reason: str, usage: Usage) -> bytes:

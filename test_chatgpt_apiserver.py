@@ -9518,6 +9518,20 @@ async def test_texts_around_a_tool_call_are_items_of_their_own(tmp_path):
             assert [item["type"] for item in whole[key]] == expected
 
 
+async def test_a_tool_call_without_an_id_gets_one(server):
+    """Two nulls in one response: OpenAI's SDK raises RuntimeError."""
+    functions = [{"function": {"name": name, "arguments": "{}"}} for name in "fg"]
+    server.model("f")(lambda request: {"tool_calls": functions})
+    body = {**chat_body("?", "f"), "max_tokens": 9, "input": "?"}
+    for path, items, id in (
+        ("messages", "content", "id"),
+        ("responses", "output", "call_id"),
+    ):
+        whole = (await ask(server.port, "POST", f"/v1/{path}", body)).json()
+        first, second = (item[id] for item in whole[items])
+        assert first != second and first.startswith("call_")
+
+
 @cases("known_by", "index", "index from 1", "first index", "later index", "id", None)
 async def test_a_tool_call_in_pieces_is_one_item(tmp_path, known_by):
     """As a function that relays another API's stream gives it."""
