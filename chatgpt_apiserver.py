@@ -11413,7 +11413,8 @@ class Server(Stoppable):
             yield self.url
         finally:
             if not started.exception():
-                loop.call_soon_threadsafe(self.request_shutdown)
+                with contextlib.suppress(RuntimeError):  # it has ended by itself
+                    loop.call_soon_threadsafe(self.request_shutdown)
             thread.join()
 
     # --- Access and usage

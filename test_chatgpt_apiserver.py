@@ -13326,6 +13326,22 @@ def test_running_raises_what_kept_it_from_starting(tmp_path):
     assert is_refused(port)
 
 
+def test_running_ends_quietly_if_the_server_has_shut_down(tmp_path):
+    server = Server(KEY, port=0, users=str(tmp_path / "users.json"))
+
+    @server.model("m")
+    async def stops(request):
+        server.request_shutdown()
+        return "Bye"
+
+    for _ in range(2):
+        with server.running():
+            thread = next(t for t in threading.enumerate() if t.name == "server")
+            assert chat_text(run(chat(server))) == "Bye"
+            thread.join(5)
+        assert is_refused(server.port)
+
+
 def test_running_ends_although_a_function_does_not(tmp_path):
     path, limits = str(tmp_path / "users.json"), Limits(drain_timeout=0.1)
     server, called = Server(KEY, port=0, users=path, limits=limits), threading.Event()
