@@ -11193,6 +11193,13 @@ class Server(Stoppable):
             raise ValueError("api_key must not be empty")
         if type(port) is not int or not 0 <= port <= 65535:
             raise ValueError("port must be a number from 0 to 65535")
+        for argument, value, *words in (
+            ("agents_auth", agents_auth or "local", "local", "key", "open"),
+            ("upstream_errors", upstream_errors, "map", "pass"),
+            ("store", store, "token", "sha256"),
+        ):
+            if value not in words:
+                raise ValueError(f"{argument} must be one of {', '.join(words)}")
         self._key = api_key.encode()
         self.admin = User({"user_id": self.ADMIN_ID, "token": api_key, "name": "admin"})
         self.admin.quotas = []  # the default limit does not apply

@@ -6980,6 +6980,9 @@ def test_python_arguments_are_checked_before_a_start(certificate, tmp_path):
     for port in "8080", 65536, True, None:
         with pytest.raises(ValueError, match="a number from 0 to 65535"):
             Server(KEY, port=port)
+    for argument in "agents_auth", "upstream_errors", "store":
+        with pytest.raises(ValueError, match=f"{argument} must be one of"):
+            Server(KEY, **{argument: "none"})  # agents needed no key, then
     with pytest.raises(ValueError, match="os.environ"):
         OpenAIController("env:NOPE")
     for function in none, lambda one, two: one, 7:
