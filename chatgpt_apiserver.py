@@ -5678,6 +5678,8 @@ class Controller:
             raise ValueError("weight must not be negative")
         if tier < 1:
             raise ValueError("tier must be 1 or more")
+        if max_concurrency is not None and max_concurrency < 1:
+            raise ValueError("max_concurrency must be 1 or more, or None")
         self.name = name
         self.weight = weight or 1
         self.models = None if models is None else dict(models_table(models))

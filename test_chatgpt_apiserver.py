@@ -7001,6 +7001,8 @@ def test_weight_0_counts_as_1_and_a_name_is_used_once():
         pool.add(pool_function("a"))
     with pytest.raises(ValueError):
         pool_function("b", weight=-1)
+    with pytest.raises(ValueError, match="max_concurrency must be 1 or more"):
+        pool_function("b", max_concurrency=0)
     with pytest.raises(ValueError):
         apiserver.Pool("fastest")
 
