@@ -6623,9 +6623,26 @@ class FunctionController(Controller):
             message["content"] = ""  # null is for tool calls: clients would fail
         if isinstance(result, dict):  # with every field that the function has set
             message = result
+        if "choices" not in message:
+            message = {"choices": [{"message": message}]}
+        return json_answer(writer.answer(self._whole(message, writer)))
+
+    def _whole(self, given: JSONObject, writer: ChatWriter) -> JSONObject:
+        """Return a function's chat.completion with all that clients count on."""
+        choices, size = [], 0
+        for index, choice in enumerate(given["choices"]):
+            message = choice["message"]
+            size += self._size(message)
+            reason = "tool_calls" if message.get("tool_calls") else "stop"
+            usual = choice_of("message", message, reason, index)
+            own = {k: v for k, v in choice.items() if v is not None and k != "message"}
+            choices.append({**usual, **own})
+        if not choices:
+            raise ValueError("a chat.completion without a choice")
         usage = usage_object(Usage(writer.input_tokens, 0, -(-size // 4)))
-        made = {**chat_completion("", message, usage), **writer.head}
-        return json_answer(writer.answer(message if "choices" in message else made))
+        whole = {**chat_completion("", {}, usage), **writer.head}
+        whole.update({k: v for k, v in given.items() if v is not None})
+        return {**whole, "choices": choices}
 
     async def _events(self, pieces: Pieces, writer: ChatWriter) -> Pieces:
         """Yield the pieces as the events of a stream."""
@@ -6635,7 +6652,7 @@ class FunctionController(Controller):
                 if isinstance(piece, bytes):
                     yield piece
                 elif "choices" in piece:  # a whole chat.completion
-                    yield writer.events(piece)
+                    yield writer.events(self._whole(piece, writer))
                     return
                 else:
                     size += self._size(piece)

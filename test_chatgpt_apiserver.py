@@ -8996,6 +8996,28 @@ async def test_an_answer_without_text_is_an_empty_one(server, function):
     assert chat_text(await chat(server, model="f")) == ""
 
 
+@cases("stream", False, True)
+async def test_what_a_functions_completion_lacks_is_added(server, stream):
+    """As a stub returns it; a client waits for finish_reason, or requires an id."""
+    message = {"content": "Hi"}
+    server.model("f")(lambda request: {"choices": [{"message": message}]})
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    reply = await chat(server, model="f", stream=stream, **options)
+    events = reply.events()[:-1] if stream else [reply.content]
+    bodies = [json.loads(event) for event in events]
+    assert all(body["id"] and body["object"] and body["model"] for body in bodies)
+    last = [choice for body in bodies for choice in body["choices"]][-1]
+    assert (last["index"], last["finish_reason"]) == (0, "stop")
+    assert bodies[-1]["usage"]["completion_tokens"] == 1
+
+
+@cases("stream", False, True)
+@cases("choices", [{"delta": {"content": "Hi"}}], [])
+async def test_a_chunk_is_no_message_of_a_function(server, stream, choices):
+    server.model("f")(lambda request: iter([{"choices": choices}]))
+    assert (await chat(server, model="f", stream=stream)).status == 500
+
+
 @cases(
     "function",
     lambda request: {"tool_calls": [tool_call("call-1")]},
