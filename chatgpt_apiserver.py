@@ -5201,8 +5201,7 @@ class Ledger:
         limit = self._limits["user"].get(user)
         if limit is not None:  # before the sums, which its history reads
             limit.count(1, sent + output, now)
-        if not self._hour.start <= now < self._hour.end:
-            self._begin_hour()
+        self._keep_hour(now)
         counts = self._recorded.get((user, model, controller))
         if counts is None:
             models = self._models.setdefault(user, set())
@@ -5213,6 +5212,10 @@ class Ledger:
         counts[2] += sent
         counts[3] += cached
         counts[4] += output
+
+    def _keep_hour(self, now: float) -> None:
+        if not self._hour.start <= now < self._hour.end:
+            self._begin_hour()
 
     def _begin_hour(self) -> None:
         self._add_up()
@@ -5262,8 +5265,7 @@ class Ledger:
 
     def _used(self, kind: str, name: str, per: str, window: Window) -> tuple[int, int]:
         """Return a user's or controller's requests and tokens in a window."""
-        if not self._hour.start <= unix_time() < self._hour.end:
-            self._begin_hour()
+        self._keep_hour(unix_time())
         self._add_up()
         if per == "hour":
             found = [self._this_hour.get((kind, name), [0] * len(COUNTS))]
@@ -5339,6 +5341,7 @@ class Ledger:
     def _count_lines(self, lines: Iterable[Row], replaced: bool) -> None:
         """Count lines of the file; if it was replaced, they are all of it."""
         assert self._file is not None
+        self._keep_hour(unix_time())  # or those of a new hour count in no hour
         problem = self._file.problem
         if problem and problem != self._problem:
             self._report(problem)

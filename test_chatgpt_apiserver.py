@@ -6302,6 +6302,20 @@ async def test_a_limit_not_yet_looked_at_counts_others_once(usage_file):
     assert used_of(user) == used_of(controller) == [1]
 
 
+async def test_a_new_hour_that_another_server_begins_counts_for_its_limits(
+    usage_file, clock
+):
+    idle, busy = ledger(usage_file), ledger(usage_file)
+    clock[0] += 3600
+    count_request(busy)
+    for made in (busy, idle):
+        await made.flush()
+    clock[0] += 60
+    assert used_of(idle.limit_of("ada", apiserver.parse_quotas("5 requests/hour"))) == [
+        1
+    ]
+
+
 async def test_a_torn_line_is_skipped_and_does_not_swallow_the_next(usage_file):
     one = ledger(usage_file)
     count_request(one)
