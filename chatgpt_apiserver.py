@@ -8000,7 +8000,6 @@ class Call:
                 refused = error.failure is Failure.REFUSED
                 where = f" ({controller.base_url})" if refused else ""
                 self.pool.report(f"{which} failed: {error.reason}{where}")
-            self.tries[-1] = (controller.name, started, error.reason)
             return error
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -8262,6 +8261,7 @@ class Call:
             logger.warning("%s failed", name, exc_info=caught)
             error = ControllerError(f"{name} failed; see the log", Failure.NONE)
         self.pool.failed(controller, error, self.request)
+        self.tries[-1] = (*self.tries[-1][:2], error.reason)
         # Its frames hold the request's content, in a reference cycle.  By a method:
         # a frozen dataclass refuses assignment.
         caught.with_traceback(None)

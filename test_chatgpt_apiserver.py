@@ -12808,6 +12808,8 @@ async def test_a_failure_in_mid_stream_is_one_error_event(tmp_path, end, reason)
             assert rest.count(b"data: ") == 1 and b"[DONE]" not in rest
             assert not client.whole and await client.reader.read() == b""
         assert first.failures == 1 and first.in_flight == 0
+        text = (await ask(server.port, "GET", "/metrics")).content.decode()
+        assert 'attempts_total{controller="up0",result="failed"} 1' in text
     line = rf" request up1_is_back broke off: up0.* {reason}"
     assert len(re.findall(line, log.text)) == 1 and "up1 is" not in log.text
 
