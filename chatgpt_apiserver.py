@@ -13178,10 +13178,11 @@ class ServerProgram(Program):
         if old.path and old.path != new.path and not os.path.lexists(old.path):
             # Do not fall back to a file in a later folder, or to none.
             raise ConfigurationError(f"{old.path} is not there")
+        tape: TapeController | None = None  # a new one
         for arguments in new.controllers:
             if arguments["type"] == "tape" and arguments not in old.controllers:
-                tape = make_controller(arguments, new.limits)
-                cast(TapeController, tape).load()  # refused before anything changes
+                tape = cast(TapeController, make_controller(arguments, new.limits))
+                tape.load()  # refused before anything changes
         try:
             server.load_certificate()
         except OSError as error:
@@ -13200,6 +13201,8 @@ class ServerProgram(Program):
         server.pool.type = new.pool
         server.pool.affinity = new.affinity
         update_controllers(server, old.controllers, new)
+        if tape is not None and server.pool.tape is not None:
+            server.pool.tape.listed = tape.listed  # it reads its file when asked
         self._config = new
         names = ", ".join(controller["name"] for controller in new.controllers)
         self._log.report(f"configuration reloaded; controllers: {names or 'none'}")

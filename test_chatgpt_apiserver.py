@@ -13960,6 +13960,8 @@ async def test_a_reload_changes_what_a_tape_does(tmp_path):
             assert (await echo(port, model="m")).status == 200
             tape["mode"] = "replay"
             reload(program, "reloaded; controllers: tape, m", tmp_path, tape, up)
+            models = (await ask(port, "GET", "/v1/models")).json()["data"]
+            assert [model["id"] for model in models] == ["m"]
             assert (await echo(port, model="m")).status == 200
             assert (await echo(port, model="m", stream=True)).status == 404
             reload(program, "reloaded; controllers: m", tmp_path, up)
