@@ -5045,7 +5045,7 @@ class UsageLimit:
             self._windows[per] = new = Window(per, now, self._requests, self._tokens)
             self.reported = False
             # Usage is stored by the hour, so a minute's is unknown.
-            if per != "minute" and (known is None or now < known.start):
+            if per != "minute":
                 new.add(*self.history(per, new))
         self._since = max(w.start for w in self._windows.values()) - 86400
         self._until = min(w.end for w in self._windows.values())

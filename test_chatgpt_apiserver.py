@@ -6097,6 +6097,16 @@ def test_a_clock_that_was_set_years_ahead_uses_nothing_up(clock, per):
     assert ledger_requests(ledger) == 4
 
 
+@cases("per", "day", "week", "month")
+def test_a_clock_that_was_set_years_back_forgives_nothing(clock, per):
+    ledger = apiserver.Ledger(None)
+    limit = ledger.limit_of("ada", apiserver.parse_quotas(f"3 requests/{per}"))
+    for now in (NOON, NOON - 10 * 365 * 86400, NOON):
+        clock[0] = now
+        count_request(ledger)
+    assert used_of(limit) == [2]
+
+
 @cases("name", None, "usage.jsonl")
 def test_hours_of_past_days_take_no_memory(tmp_path, clock, name):
     """Neither with a file to which nothing is written."""
