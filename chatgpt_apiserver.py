@@ -3319,9 +3319,9 @@ class Connection(asyncio.Protocol):
     @property
     def unsent(self) -> int:
         """Bytes written that the socket has not taken yet."""
-        return (
-            0 if self.lost else self._socket.get_write_buffer_size() + len(self._held)
-        )
+        if self.lost:
+            return 0
+        return self._socket.get_write_buffer_size() + len(self._held)
 
     @property
     def closing(self) -> bool:
@@ -5214,6 +5214,7 @@ class Ledger:
         counts[4] += output
 
     def _keep_hour(self, now: float) -> None:
+        """Begin a new hour once the present one has ended."""
         if not self._hour.start <= now < self._hour.end:
             self._begin_hour()
 
@@ -5811,10 +5812,14 @@ class Controller:
             return self.real_name(self.default_model(request))
         return self.real_name(request.model)
 
+    def part_of(self, request: APIRequest) -> str | None:
+        """Return a request's model if any model is closed alone: nearly never."""
+        return self.model_of(request) if self.health.parts else None
+
     def health_for(self, request: APIRequest | None) -> Health:
         """Return the health that decides about a request; None: about most."""
         health = self.health
-        if request is None or not health.parts:  # nearly always
+        if request is None or not health.parts:
             return health
         return health.of(self.model_of(request))
 
@@ -7797,7 +7802,7 @@ class Pool:
         ):
             name = controller.name
             reason = error.reason.removeprefix(f"{name}: ")
-            name += "" if health is whole else f" (only {model})"
+            name += "" if health is whole else f" (only {str(model)[:80]})"
             disabled = health.closed_by is Failure.DISABLED
             state = "disabled" if disabled else "cooling down"
             self.report(f"{name} {state} for {seconds:.0f} s: {reason}")
@@ -7837,7 +7842,7 @@ class Pool:
 
     def began(self, controller: Controller, request: APIRequest) -> None:
         """Record that an answer has begun: the controller may be back."""
-        now, model = asyncio.get_running_loop().time(), controller.model_of(request)
+        now, model = asyncio.get_running_loop().time(), controller.part_of(request)
         if controller.health.begin(request, now, model):
             self.report(f"{controller.name} is back")
 
@@ -7849,7 +7854,7 @@ class Pool:
         if usage.total and request.dialect.judged:
             controller.works_at = request.path
         self.count(controller, tokens=usage.total)
-        controller.health.succeed(controller.model_of(request))
+        controller.health.succeed(controller.part_of(request))
 
     def count(self, controller: Controller, requests: int = 0, tokens: int = 0) -> None:
         """Count an attempt, or the tokens of an answer, complete or not."""
@@ -11894,7 +11899,7 @@ class Link:
         elif kind == "ApiRequest" and id not in self.calls:
             # Twice as many tasks: cancelled ones may take a while to end.
             most = 2 * self.agent.max_concurrency
-            if self.agent.is_full_for(self) or len(self._tasks) >= most:
+            if self.agent.is_full(self) or len(self._tasks) >= most:
                 self.refused_at = asyncio.get_running_loop().time()
                 self.refused_since = min(self.refused_since, self.refused_at)
                 await self.send(id, "error", AGENT_FULL)
@@ -12205,13 +12210,8 @@ class Agent(Stoppable):
     def _running(self) -> list[asyncio.Task[None]]:
         return [task for link in self.links.values() for task in link.calls.values()]
 
-    @property
-    def is_full(self) -> bool:
-        """Whether it takes no more calls: it is ending, or max_concurrency run."""
-        return self.ending or len(self._running()) >= self.max_concurrency
-
-    def is_full_for(self, link: Link) -> bool:
-        """Whether it takes no call from a server: others may have waited longer."""
+    def is_full(self, link: Link) -> bool:
+        """Whether it takes no more calls of a server: others may have waited longer."""
         then = asyncio.get_running_loop().time() - AGENT_FULL_PATIENCE
         latest, links = min(link.refused_since, then), self.links.values()
         first = [x for x in links if x.refused_since < latest and x.refused_at > then]
